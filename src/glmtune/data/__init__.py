@@ -1,0 +1,1 @@
+"""From a file of instructions to token rows: read, validate, apply a template, encode."""

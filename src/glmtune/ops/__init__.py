@@ -1,0 +1,1 @@
+"""Plain functions of tensors and numbers: the attention mask rule and the loss."""
