@@ -1,0 +1,95 @@
+"""The configuration of ChatGLM-6B, both published revisions."""
+
+from transformers import PreTrainedConfig
+
+from glmtune.errors import UserError
+
+# March 2023 (v1.0): 20,000 image tokens stand before the text vocabulary, so every id is 20,000
+# higher than in the revision of mid-2023 (v1.1).
+NUM_IMAGE_TOKENS = 20_000
+VOCAB_SIZE_V1_0 = 150_528
+VOCAB_SIZE_V1_1 = 130_528
+
+# Keys that only ChatGLM2-6B and ChatGLM3-6B have, which share the model_type "chatglm".
+_LATER_FAMILY_KEYS = ("padded_vocab_size", "multi_query_attention", "kv_channels")
+
+
+class ChatGLMConfig(PreTrainedConfig):
+    """Shape and special ids of a ChatGLM-6B checkpoint, read from its published `config.json`.
+
+    The special ids that the first revision leaves out of its file are filled in: `[MASK]`,
+    `[gMASK]` and `<pad>` stand at fixed distances from `<sop>` (`bos_token_id`).
+
+    Raises:
+        UserError: the file is of another family that calls itself "chatglm" too, holds quantised
+            weights, or asks for positions that this model does not have.
+    """
+
+    model_type = "chatglm"
+    keys_to_ignore_at_inference = ("past_key_values",)
+    attribute_map = {  # noqa: RUF012  (a class attribute by transformers' convention)
+        "num_hidden_layers": "num_layers",
+        "intermediate_size": "inner_hidden_size",
+        "max_position_embeddings": "max_sequence_length",
+    }
+
+    vocab_size: int = VOCAB_SIZE_V1_1
+    hidden_size: int = 4096
+    num_layers: int = 28
+    num_attention_heads: int = 32
+    inner_hidden_size: int = 16384
+    max_sequence_length: int = 2048
+    layernorm_epsilon: float = 1e-5
+    position_encoding_2d: bool = True
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    bos_token_id: int | None = 130004
+    eos_token_id: int | list[int] | None = 130005
+    mask_token_id: int | None = None
+    gmask_token_id: int | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs):
+        if found := [key for key in _LATER_FAMILY_KEYS if key in kwargs]:
+            raise UserError(
+                f'config.json: model_type "chatglm" with {found[0]} is ChatGLM2-6B or ChatGLM3-6B, '
+                "which this version does not load; pass a ChatGLM-6B folder"
+            )
+        if kwargs.get("quantization_bit"):
+            raise UserError(
+                f"config.json: quantization_bit {kwargs['quantization_bit']} means packed integer "
+                "weights, which this version does not load; pass the float16 folder of ChatGLM-6B"
+            )
+        if not self.position_encoding_2d:
+            raise UserError(
+                "config.json: position_encoding_2d false is GLM-10B's layout, not ChatGLM-6B's; "
+                "pass a ChatGLM-6B folder"
+            )
+        if self.hidden_size % (4 * self.num_attention_heads):
+            raise UserError(
+                f"config.json: hidden_size {self.hidden_size} cannot be cut into "
+                f"{self.num_attention_heads} heads (num_attention_heads) of a multiple of 4"
+            )
+        if self.mask_token_id is None:
+            self.mask_token_id = self.bos_token_id - 4
+        if self.gmask_token_id is None:
+            self.gmask_token_id = self.bos_token_id - 3
+        if self.pad_token_id is None:
+            self.pad_token_id = 3 + self.num_image_tokens
+        super().__post_init__(**kwargs)
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Ids before the first text token: 20,000 in the revision of March 2023, else 0."""
+        return NUM_IMAGE_TOKENS if self.vocab_size == VOCAB_SIZE_V1_0 else 0
+
+    @property
+    def revision(self) -> str:
+        """Which published revision the vocabulary belongs to: "v1.0" or "v1.1"."""
+        return "v1.0" if self.num_image_tokens else "v1.1"

@@ -1,0 +1,169 @@
+"""Find and load the base model: a folder, a hub id, or the ChatGLM-6B that the hub cache holds."""
+
+import os
+from pathlib import Path
+
+import torch
+import yaml
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+
+from glmtune.errors import UserError
+from glmtune.models import weights
+from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
+from glmtune.models.chatglm.tokenization import ChatGLMTokenizer
+
+ENVIRONMENT_VARIABLE = "GLMTUNE_MODEL"
+# The publisher renamed itself; the hub cache of a long-time user has the older name.
+HUB_IDS = ("zai-org/chatglm-6b", "THUDM/chatglm-6b")
+HUB_TIMEOUT_SECONDS = 5.0
+_HUB_ERRORS = (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError)
+
+
+def resolve_base(chatglm_path: str | None = None, run_folder: str | None = None) -> str:
+    """Decide which base model is meant.
+
+    In this order: the setting, the environment variable GLMTUNE_MODEL, the recipe that a run folder
+    keeps, ChatGLM-6B from the hub cache, ChatGLM-6B from the hub.
+
+    Args:
+        chatglm_path: `--chatglm_path`, a folder or a hub id.
+        run_folder: of the adapter that is to be used, if any.
+
+    Returns:
+        A folder that exists, or a hub id.
+
+    Raises:
+        UserError: a path that does not exist, or nothing given and nothing found.
+    """
+    for value, source in (
+        (chatglm_path, "--chatglm_path"),
+        (os.environ.get(ENVIRONMENT_VARIABLE), ENVIRONMENT_VARIABLE),
+        (_recipe_base(run_folder), f"chatglm_path in {run_folder}/recipe.yaml"),
+    ):
+        if value:
+            return _folder_or_hub_id(value, source)
+    for hub_id in HUB_IDS:
+        if isinstance(try_to_load_from_cache(hub_id, "config.json"), str):
+            return hub_id
+    if not HF_HUB_OFFLINE and _hub_has(HUB_IDS[0]):
+        return HUB_IDS[0]
+    raise UserError(
+        f"no base model: neither --chatglm_path nor {ENVIRONMENT_VARIABLE} is set and the hub does "
+        f"not give {HUB_IDS[0]}; pass --chatglm_path FOLDER with a downloaded ChatGLM-6B"
+    )
+
+
+def _recipe_base(run_folder: str | None) -> str | None:
+    # An adapter may be a checkpoint-N inside the run folder that keeps the recipe.
+    candidates = [] if run_folder is None else [Path(run_folder), Path(run_folder).parent]
+    for recipe in (folder / "recipe.yaml" for folder in candidates):
+        if recipe.is_file():
+            settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+            return settings.get("chatglm_path") if isinstance(settings, dict) else None
+    return None
+
+
+def _folder_or_hub_id(value: str, source: str) -> str:
+    path = Path(value).expanduser()
+    if path.is_dir():
+        return str(path)
+    is_hub_id = value.count("/") == 1 and value[0] not in "./~" and not value.endswith("/")
+    if path.exists() or not is_hub_id:
+        raise UserError(
+            f"{source}: {value} is no folder; pass the folder of a downloaded ChatGLM-6B or a hub "
+            f"id such as {HUB_IDS[0]}"
+        )
+    return value
+
+
+def _hub_has(hub_id: str) -> bool:
+    try:
+        HfApi().model_info(hub_id, timeout=HUB_TIMEOUT_SECONDS)
+    except Exception:  # no network shows in many kinds of exception; each means "not there"
+        return False
+    return True
+
+
+def base_name(base: str) -> str:
+    """What to call a base model in files that travel: a hub id or a folder's last name."""
+    path = Path(base)
+    return path.resolve().name if path.is_dir() else base
+
+
+def load_tokenizer(base: str) -> ChatGLMTokenizer:
+    """The tokenizer of a base model.
+
+    Raises:
+        UserError: no vocabulary there, or one of another family.
+    """
+    folder = _fetch(base)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not isinstance(tokenizer, ChatGLMTokenizer):
+        raise UserError(
+            f"{base}: has a {type(tokenizer).__name__}, not the tokenizer of ChatGLM-6B; pass a "
+            "ChatGLM-6B folder"
+        )
+    return tokenizer
+
+
+def load_base_model(
+    base: str, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> ChatGLMForConditionalGeneration:
+    """The base model, in evaluation mode.
+
+    Args:
+        base: a folder or a hub id, as `resolve_base` gives it.
+        dtype: by default bfloat16 on a GPU that has it, float32 on a CPU.
+        device: by default the CPU.
+
+    Raises:
+        UserError: no model there, of another family, or weights that do not fit.
+    """
+    folder = _fetch(base)
+    settings, _ = PreTrainedConfig.get_config_dict(folder)
+    if settings.get("model_type") != "chatglm":
+        raise UserError(
+            f"{base}: config.json says model_type {settings.get('model_type')!r}, not 'chatglm'; "
+            "pass a ChatGLM-6B folder"
+        )
+    placement = {} if device is None else {"device_map": str(device)}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **placement)
+    model.name_or_path = model.config.name_or_path = base
+    return model.eval()
+
+
+def _fetch(base: str) -> Path:
+    try:
+        folder = weights.fetch(base)
+    except _HUB_ERRORS as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{base}: the hub does not give this model ({reason}); check the name and the network, "
+            "or pass --chatglm_path FOLDER with a downloaded copy"
+        ) from error
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: has no config.json; pass the folder of a downloaded ChatGLM-6B")
+    return folder
+
+
+def check_pair(config: PreTrainedConfig, tokenizer: ChatGLMTokenizer) -> None:
+    """Make sure that a model and a tokenizer name the same ids.
+
+    Raises:
+        UserError: they are of different revisions, or disagree on a special id.
+    """
+    for name in ("bos_token_id", "eos_token_id", "gmask_token_id", "mask_token_id", "pad_token_id"):
+        of_model, of_tokenizer = getattr(config, name), getattr(tokenizer, name)
+        if of_model != of_tokenizer:
+            raise UserError(
+                f"{name}: the model says {of_model}, the tokenizer {of_tokenizer}; they are of "
+                "different revisions of ChatGLM-6B, take both from the same download"
+            )
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"vocab_size: the tokenizer has {tokenizer.vocab_size} ids, the model only "
+            f"{config.vocab_size} rows; take both from the same download"
+        )
