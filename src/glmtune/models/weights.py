@@ -122,7 +122,7 @@ def load_bin(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
 
 def tensors_differ(files: Iterable[Path], first: str, second: str) -> bool:
     """Whether two tensors are both there and not equal (a head that is not tied)."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for path in files:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:

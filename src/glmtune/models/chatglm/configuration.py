@@ -46,9 +46,9 @@ class ChatGLMConfig(PreTrainedConfig):
     use_cache: bool = True
     bos_token_id: int | None = 130004
     eos_token_id: int | list[int] | None = 130005
-    mask_token_id: int | None = None
-    gmask_token_id: int | None = None
-    pad_token_id: int | None = None
+    mask_token_id: int = None  # type: ignore[assignment]  # filled in from bos_token_id
+    gmask_token_id: int = None  # type: ignore[assignment]
+    pad_token_id: int = None  # type: ignore[assignment]
 
     def __post_init__(self, **kwargs):
         if found := [key for key in _LATER_FAMILY_KEYS if key in kwargs]:
@@ -71,6 +71,7 @@ class ChatGLMConfig(PreTrainedConfig):
                 f"config.json: hidden_size {self.hidden_size} cannot be cut into "
                 f"{self.num_attention_heads} heads (num_attention_heads) of a multiple of 4"
             )
+        assert self.bos_token_id is not None
         if self.mask_token_id is None:
             self.mask_token_id = self.bos_token_id - 4
         if self.gmask_token_id is None:

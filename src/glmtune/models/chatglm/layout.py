@@ -41,7 +41,7 @@ def read_layout(
     Raises:
         ValueError: a row has no ``<sop>``, or neither [gMASK] nor [MASK] before it.
     """
-    valid_BS = input_ids_BS != config.pad_token_id if valid_BS is None else valid_BS.bool()
+    valid_BS = input_ids_BS.ne(config.pad_token_id) if valid_BS is None else valid_BS.bool()
     column_S = torch.arange(input_ids_BS.shape[1], device=input_ids_BS.device)
 
     is_sop_BS = (input_ids_BS == config.bos_token_id) & valid_BS

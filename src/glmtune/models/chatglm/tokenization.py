@@ -9,7 +9,6 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import ClassVar
 
 from sentencepiece import SentencePieceProcessor
 from transformers import PreTrainedTokenizer
@@ -64,8 +63,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         UserError: no such file, or not a sentencepiece model of this family.
     """
 
-    vocab_files_names: ClassVar = {"vocab_file": VOCAB_FILE}
-    model_input_names: ClassVar = ["input_ids", "attention_mask"]
+    vocab_files_names = {"vocab_file": VOCAB_FILE}  # noqa: RUF012
+    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
 
     def __init__(
         self, vocab_file: str | None = None, num_image_tokens: int | None = None, **kwargs
@@ -75,7 +74,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         config_file = Path(str(vocab_file)).with_name("config.json")
         if config_file.is_file():
             config = json.loads(config_file.read_text(encoding="utf-8"))
-            check_revision(Path(str(vocab_file)), config.get("vocab_size"))
+            check_revision(Path(str(vocab_file)), config.get("vocab_size", 0))
         is_v1_0 = self.sp.get_piece_size() == NUM_PIECES_V1_0
         if is_v1_0:
             self.sp = SentencePieceProcessor(model_proto=extend_v1_0(self.model_bytes))
@@ -117,7 +116,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     @property
     def gmask_token_id(self) -> int:
         """The id of `[gMASK]`."""
-        return self.convert_tokens_to_ids("[gMASK]")
+        return self._convert_token_to_id("[gMASK]")
 
     def get_vocab(self) -> dict[str, int]:
         """Every piece and its id."""
@@ -148,7 +147,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         encoded = self.sp.encode([replace_blanks(text) for text in texts], num_threads=threads)
         return [[i + offset for i in ids[:room]] + specials for ids in encoded]
 
-    def tokenize(self, text: str, **kwargs) -> list[str]:
+    def tokenize(self, text: str, *args, **kwargs) -> list[str]:
         """The pieces of a text. Special names in it are ordinary text."""
         return self.sp.encode(replace_blanks(text), out_type=str)
 
@@ -218,7 +217,7 @@ def _read_vocab(vocab_file: str | None) -> bytes:
     return data
 
 
-def check_revision(vocab_file: Path, model_vocab_size: int | None) -> None:
+def check_revision(vocab_file: Path, model_vocab_size: int) -> None:
     """Refuse a vocabulary file of one published revision beside a model of the other.
 
     Raises:
