@@ -1,0 +1,33 @@
+# make test   sets up a virtual environment and passes the tests
+# make check  the same with linter and type checker, as CI runs them
+VENV ?= .venv
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+BIN = $(VENV)/bin
+READY = $(VENV)/ready-$(notdir $(CONSTRAINTS))
+PYTEST_FLAGS ?= -n auto --dist worksteal
+
+.PHONY: setup test check lint clean
+
+$(READY): pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
+	touch $@
+
+setup: $(READY)
+
+# One thread a worker: the tests' tensors are tiny, and threads that wait for each other cost more
+# than they give.
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint test
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info
