@@ -1,0 +1,67 @@
+"""Alpaca records to JSON lines of context and target, in readable UTF-8."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+
+from glmtune.config import ConvertConfig
+from glmtune.data.files import new_file
+from glmtune.data.records import BadRow, list_bad_rows, name_rows, read_alpaca
+from glmtune.data.templates import alpaca
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertSummary:
+    """What became of a file of records; printed, it tells every row that was left out.
+
+    `empty_outputs` are the numbers of the rows of the source whose output is empty (they are
+    kept), `unused_fields` counts the records that have a field beyond the three of alpaca.
+    """
+
+    data_path: str
+    save_path: str
+    num_written: int
+    bad_rows: list[BadRow]
+    empty_outputs: list[int]
+    unused_fields: dict[str, int]
+
+    def __str__(self) -> str:
+        num_bad, empty = len(self.bad_rows), self.empty_outputs
+        lines = [
+            f"{self.data_path} -> {self.save_path}",
+            f"  {self.num_written + num_bad:,} records read, {self.num_written:,} rows written",
+        ]
+        if num_bad:
+            lines.append(f"  {num_bad:,} bad, skipped:")
+            lines += [f"    {line}" for line in list_bad_rows(self.bad_rows)]
+        if empty:
+            lines.append(f"  {len(empty):,} with an empty output, kept: {name_rows(empty)}")
+        for name, count in self.unused_fields.items():
+            lines.append(f'  {count:,} with a field "{name}", which is not used')
+        return "\n".join(lines)
+
+
+def convert(config: ConvertConfig) -> ConvertSummary:
+    """Write a line {"context": ..., "target": ...} for each alpaca record, in order.
+
+    Prints the summary that it returns. Raises UserError for what read_alpaca refuses and for a
+    save_path that cannot be written.
+    """
+    records, bad_rows = read_alpaca(config.data_path, config.on_bad_row)
+    with new_file(config.save_path) as file:
+        for record in records:
+            row = {
+                "context": alpaca(record.instruction, record.input),
+                "target": record.output,
+            }
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    summary = ConvertSummary(
+        data_path=config.data_path,
+        save_path=config.save_path,
+        num_written=len(records),
+        bad_rows=bad_rows,
+        empty_outputs=[record.row for record in records if not record.output.strip()],
+        unused_fields=dict(Counter(name for record in records for name in record.unused)),
+    )
+    print(summary)
+    return summary

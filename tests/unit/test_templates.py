@@ -1,0 +1,34 @@
+"""The context around a record."""
+
+import json
+
+import pytest
+
+from glmtune.data.templates import alpaca, is_alpaca
+
+
+@pytest.mark.parametrize(
+    "instruction, input, context",
+    [
+        ("翻译", "你好", "Instruction: 翻译\nInput: 你好\nAnswer: "),
+        ("讲个故事", "", "Instruction: 讲个故事\nAnswer: "),
+        (" a\n", " ", "Instruction:  a\n\nInput:  \nAnswer: "),
+    ],
+)
+def test_alpaca(instruction, input, context):
+    assert alpaca(instruction, input) == context
+    assert is_alpaca(context)
+
+
+def test_other_contexts_are_not_alpaca():
+    assert not is_alpaca("问：你好\n答：")
+    assert not is_alpaca("Instruction: a\nInput: b\n")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_alpaca.json"])
+def test_contexts_are_those_of_the_original(shared, name):
+    golden = json.loads((shared / "golden" / name).read_text(encoding="utf-8"))
+    for row in golden["rows"]:
+        record = row["record"]
+        assert alpaca(record["instruction"], record.get("input", "")) == row["context"]
+        assert record["output"] == row["target"]
