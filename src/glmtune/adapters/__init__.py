@@ -1,0 +1,16 @@
+"""LoRA adapters: attach, load, save, convert and merge. Today's PEFT form and those of 2023."""
+
+from glmtune.adapters.formats import convert_adapter, find_adapter, read_adapter
+from glmtune.adapters.lora import attach_lora, load_adapter, restore_adapter, save_adapter
+from glmtune.adapters.merge import merge_adapter
+
+__all__ = [
+    "attach_lora",
+    "convert_adapter",
+    "find_adapter",
+    "load_adapter",
+    "merge_adapter",
+    "read_adapter",
+    "restore_adapter",
+    "save_adapter",
+]

@@ -1,0 +1,363 @@
+"""Adapter folders of every age, read into one form in memory and written in today's.
+
+Today: `adapter_config.json` beside `adapter_model.safetensors`, as PEFT writes them. In 2023 (PEFT
+0.2 and 0.3-dev) the weights were `adapter_model.bin`, and four things could differ:
+
+- the fused projection was adapted block by block (`enable_lora`, see `dense_pair`);
+- training checkpoints held the weights alone, with no adapter_config.json;
+- keys could carry the adapter's name (`lora_A.default.weight`) or lack `base_model.model.`;
+- weights could be float16.
+"""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass, fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from peft import LoraConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from glmtune.data.files import new_folder, read_text
+from glmtune.errors import UserError
+from glmtune.models.weights import load_bin
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+WEIGHTS_FILE_2023 = "adapter_model.bin"
+
+# What the recipe of 2023 trained with, for folders that hold no adapter_config.json.
+ALPHA_2023 = 32
+ENABLE_LORA_2023 = (True, False, True)
+
+_KEY_PREFIX = "base_model.model."
+_SUFFIX_A, _SUFFIX_B = ".lora_A.weight", ".lora_B.weight"
+_LORA_SETTINGS = {field.name for field in fields(LoraConfig)} - {"runtime_config"}
+# PEFT 0.2 had two more: enable_lora is dealt with here, merge_weights only said how to run.
+_KNOWN_SETTINGS = _LORA_SETTINGS | {"runtime_config", "enable_lora", "merge_weights"}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter in memory: today's PEFT form, whatever form its folder has."""
+
+    config: LoraConfig
+    weights: dict[str, Tensor]
+    """Today's keys (`base_model.model.<module>.lora_A.weight`) to float32 tensors on the CPU."""
+    path: Path
+    """The weights file, for messages."""
+    notices: tuple[str, ...] = ()
+    """What had to be assumed to read the folder, a line each."""
+
+    @property
+    def modules(self) -> list[str]:
+        """Names of the adapted modules in the base model."""
+        keys = (key for key in self.weights if key.endswith(_SUFFIX_A))
+        return [key.removeprefix(_KEY_PREFIX).removesuffix(_SUFFIX_A) for key in keys]
+
+    def check_effect(self) -> None:
+        """Refuse an adapter that leaves the base as it is: every tensor but lora_A is zero.
+
+        Raises:
+            UserError: the adapter changes nothing.
+        """
+        if not any(tensor.any() for key, tensor in self.weights.items() if _SUFFIX_A not in key):
+            raise UserError(
+                f"{self.path}: this adapter changes nothing: lora_B is zero in all "
+                f"{len(self.modules)} modules, as before training; pass a trained one"
+            )
+
+
+def find_adapter(folder: str | Path) -> Path:
+    """The folder that holds the adapter: `folder` itself, else its newest `checkpoint-N`.
+
+    Raises:
+        UserError: there is no such folder, or no adapter in it; the message lists what is there.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        fault = "is a file: pass the folder it lies in" if folder.exists() else "no such folder"
+        raise UserError(f"{folder}: {fault} (an adapter is a folder with {WEIGHTS_FILE})")
+    if _find_weights(folder):
+        return folder
+    steps = [int(match[1]) for match in map(_match_checkpoint, folder.iterdir()) if match]
+    place = folder / f"checkpoint-{max(steps)}" if steps else folder
+    if not _find_weights(place):
+        found = ", ".join(sorted(entry.name for entry in place.iterdir())[:12]) or "nothing"
+        raise UserError(
+            f"{place}: no adapter here, wanted {WEIGHTS_FILE} or {WEIGHTS_FILE_2023}, found "
+            f"{found}; pass a folder that holds one"
+        )
+    return place
+
+
+def read_adapter(folder: str | Path) -> Adapter:
+    """Read the adapter that `find_adapter` finds in a folder, in any of the forms above.
+
+    Raises:
+        UserError: a file is missing, damaged, no LoRA adapter or one that would run code when
+            opened, or its tensors contradict each other; the message names file and tensor.
+    """
+    folder = find_adapter(folder)
+    path = _find_weights(folder)
+    assert path, "find_adapter found it"
+    weights = _canonical_keys(_read_tensors(path), path)
+    settings, notices = _read_settings(folder)
+    enabled = (settings or {}).get("enable_lora")
+    if settings is None:
+        settings, enabled = _guess_settings(weights, path)
+        notices.append(
+            f"{folder}: no {CONFIG_FILE}; rank {settings['r']} is read off the tensors and "
+            f"lora_alpha {ALPHA_2023}, the recipe's of 2023, is assumed"
+        )
+    if enabled:
+        # Keeping alpha / r keeps the scaling, with as many times the rank as there are blocks.
+        weights = _dense_weights(weights, enabled, settings["r"], path)
+        settings["r"] *= sum(enabled)
+        settings["lora_alpha"] *= sum(enabled)
+    return Adapter(_lora_config(settings, folder / CONFIG_FILE), weights, path, tuple(notices))
+
+
+def write_adapter(
+    config: LoraConfig, weights: dict[str, Tensor], folder: str | Path, base_name: str | None
+) -> None:
+    """Write a folder that plain `peft.PeftModel.from_pretrained` loads.
+
+    Args:
+        config: the adapter's settings.
+        weights: today's keys to tensors, which are stored as float32.
+        folder: where; it appears whole, or, where it exists, its two files are replaced.
+        base_name: the base model's hub id or bare name; of a path only its end is written.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    assert weights, "an adapter without tensors"
+    config = copy(config)
+    config.base_model_name_or_path = _public_name(base_name) if base_name else None
+    config.inference_mode = True
+    tensors = {key: tensor.detach().float().cpu().contiguous() for key, tensor in weights.items()}
+    folder = Path(folder)
+    try:
+        if not folder.exists():
+            with new_folder(str(folder)) as draft:
+                _write_files(config, tensors, draft)
+            return
+        with TemporaryDirectory(dir=folder, prefix=".adapter-") as draft:
+            _write_files(config, tensors, Path(draft))
+            for name in (WEIGHTS_FILE, CONFIG_FILE):
+                os.replace(Path(draft, name), folder / name)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: the adapter cannot be written there ({error})") from error
+
+
+def _write_files(config: LoraConfig, tensors: dict[str, Tensor], folder: Path) -> None:
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
+
+
+def convert_adapter(old: str | Path, new: str | Path) -> Path:
+    """Write the adapter in folder `old`, of any form, as today's form in folder `new`.
+
+    Returns:
+        The folder that was read: `old` or its newest checkpoint.
+
+    Raises:
+        UserError: `new` is there already, or `old` is no adapter or one that changes nothing.
+    """
+    refuse_existing(new)
+    adapter = read_adapter(old)
+    adapter.check_effect()
+    tell(adapter.notices)
+    write_adapter(adapter.config, adapter.weights, new, adapter.config.base_model_name_or_path)
+    source = adapter.path.parent
+    print(f"{source} -> {new}: {len(adapter.modules)} modules, rank {adapter.config.r}")
+    return source
+
+
+def dense_pair(lora_a: Tensor, lora_b: Tensor, enabled: Sequence[bool]) -> tuple[Tensor, Tensor]:
+    """A block-wise adapter of a fused projection as one dense adapter of the same effect.
+
+    PEFT 0.2's MergedLinear gave each enabled part of the output (by thirds of its rows, whatever
+    heads they belong to) rank r of its own: ``lora_A`` stacks k blocks of r rows, ``lora_B`` k
+    blocks of output rows. With ``enabled = [true, false, true]``::
+
+                    lora_A 1  lora_A 2
+        first third  lora_B 1     0
+        second           0        0
+        last             0     lora_B 2
+
+    Args:
+        lora_a: ``(k * r, in)``.
+        lora_b: ``(k * rows, r, 1)`` or ``(k * rows, r)``.
+        enabled: which parts of the output are adapted, k of them.
+
+    Returns:
+        ``lora_A (k * r, in)`` and ``lora_B (len(enabled) * rows, k * r)``.
+    """
+    lora_b = lora_b.flatten(1)
+    rank, parts = lora_b.shape[1], [part for part, is_on in enumerate(enabled) if is_on]
+    rows = len(lora_b) // len(parts)
+    dense = lora_b.new_zeros(len(enabled) * rows, len(parts) * rank)
+    for block, part in enumerate(parts):
+        source = lora_b[block * rows : (block + 1) * rows]
+        dense[part * rows : (part + 1) * rows, block * rank : (block + 1) * rank] = source
+    return lora_a, dense
+
+
+def refuse_existing(folder: str | Path) -> None:
+    """Raise a UserError where a result would go on top of what is there already."""
+    folder = Path(folder)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise UserError(f"{folder}: is there already and not empty; name a new folder or remove it")
+
+
+def tell(notices: Sequence[str]) -> None:
+    """Print lines that the user should know of, apart from the results."""
+    for notice in notices:
+        print(f"note: {notice}", file=sys.stderr)
+
+
+def _match_checkpoint(path: Path) -> re.Match | None:
+    return re.fullmatch(r"checkpoint-(\d+)", path.name) if path.is_dir() else None
+
+
+def _find_weights(folder: Path) -> Path | None:
+    """The weights file of an adapter folder, today's before that of 2023."""
+    files = (folder / name for name in (WEIGHTS_FILE, WEIGHTS_FILE_2023))
+    return next((file for file in files if file.is_file()), None)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Names to tensors; no code that a pickle holds is run."""
+    try:
+        with path.open("rb") as file:
+            is_pointer = file.read(24).startswith(b"version https://git-lfs")
+        if is_pointer:
+            raise UserError(f"{path}: is a Git-LFS pointer, not weights; run `git lfs pull` there")
+        tensors = load_bin(path) if path.suffix == ".bin" else load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); get the adapter again") from error
+    if not tensors:
+        raise UserError(f"{path}: holds no tensors, so it is no adapter; pass another folder")
+    return tensors
+
+
+def _canonical_keys(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Today's keys: with PEFT's prefix, without an adapter's name; float32 values."""
+    weights: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix("module.").removeprefix(_KEY_PREFIX)
+        name = re.sub(r"\.(lora_[AB])\.[^.]+\.weight$", r".\1.weight", _KEY_PREFIX + name)
+        if name in weights:
+            raise UserError(f"{path}: holds {name} twice, from two adapters; pass one")
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{path}: {key} holds values that are not finite; pass another")
+        weights[name] = tensor.detach().float()
+    return weights
+
+
+def _pairs(weights: dict[str, Tensor], path: Path) -> Iterator[tuple[str, str]]:
+    """The keys of each lora_A with its lora_B, both of them matrices at least."""
+    stems = (key.rpartition(".lora_")[0] for key in weights if key.endswith((_SUFFIX_A, _SUFFIX_B)))
+    for stem in dict.fromkeys(stems):
+        for key in (stem + _SUFFIX_A, stem + _SUFFIX_B):
+            if key not in weights:
+                raise UserError(f"{path}: {key} is missing; get the whole file again")
+            if weights[key].ndim < 2 or not weights[key].numel():
+                shape = list(weights[key].shape)
+                raise UserError(f"{path}: {key} has shape {shape}, no matrix; get it again")
+        yield stem + _SUFFIX_A, stem + _SUFFIX_B
+
+
+def _dense_weights(
+    weights: dict[str, Tensor], enabled: Sequence[bool], rank: int, path: Path
+) -> dict[str, Tensor]:
+    """All pairs through `dense_pair`, after a look at their shapes."""
+    blocks, dense = sum(enabled), dict(weights)
+    for key_a, key_b in _pairs(weights, path):
+        for key, fits, wanted in (
+            (key_a, weights[key_a].shape[0] == blocks * rank, f"[{blocks * rank}, in]"),
+            (key_b, weights[key_b].shape[1:] in ((rank,), (rank, 1)), f"[rows, {rank}, 1]"),
+            (key_b, weights[key_b].shape[0] % blocks == 0, f"a multiple of {blocks} rows"),
+        ):
+            if not fits:
+                raise UserError(
+                    f"{path}: {key} has shape {list(weights[key].shape)}, but rank {rank} with "
+                    f"enable_lora {list(enabled)} means {wanted}; the config is of another adapter"
+                )
+        dense[key_a], dense[key_b] = dense_pair(weights[key_a], weights[key_b], enabled)
+    return dense
+
+
+def _read_settings(folder: Path) -> tuple[dict | None, list[str]]:
+    """adapter_config.json as a dict, with notices; None where there is no such file.
+
+    The recipe of 2023 wrote the file once, into the run folder, when training had ended.
+    """
+    path, notices = folder / CONFIG_FILE, []
+    if not path.is_file() and _match_checkpoint(folder):
+        path = folder.resolve().parent / CONFIG_FILE
+        notices = [f"{folder}: no {CONFIG_FILE}; that of the run folder above is taken"]
+    if not path.is_file():
+        return None, []
+    try:
+        settings = json.loads(read_text(str(path)))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg}); get it again") from error
+    kind = settings.get("peft_type") if isinstance(settings, dict) else settings
+    if kind != "LORA":
+        raise UserError(f"{path}: peft_type is {kind!r}; only LoRA adapters (LORA) can be loaded")
+    for key in ("r", "lora_alpha"):
+        if not isinstance(settings.get(key), int | float) or settings[key] <= 0:
+            raise UserError(f"{path}: {key} is {settings.get(key)!r}, not above 0; correct it")
+    unknown = sorted(key for key in settings.keys() - _KNOWN_SETTINGS if settings[key])
+    if unknown:
+        notices.append(f"{path}: this version of peft does not know {', '.join(unknown)}: ignored")
+    return settings, notices
+
+
+def _guess_settings(weights: dict[str, Tensor], path: Path) -> tuple[dict, Sequence[bool] | None]:
+    """Settings and `enable_lora` of weights without a config, from their shapes."""
+    pairs = list(_pairs(weights, path))
+    ranks = {weights[key_b].shape[1] for _, key_b in pairs}
+    blocks = {weights[key_a].shape[0] // weights[key_b].shape[1] for key_a, key_b in pairs}
+    if len(ranks) != 1 or blocks not in ({1}, {sum(ENABLE_LORA_2023)}):
+        raise UserError(
+            f"{path}: without {CONFIG_FILE} its tensors fit no known form (ranks {sorted(ranks)}, "
+            f"{sorted(blocks)} blocks in lora_A); add the {CONFIG_FILE} it was trained with"
+        )
+    modules = (key_a.removesuffix(_SUFFIX_A).rpartition(".")[2] for key_a, _ in pairs)
+    settings = {
+        "r": ranks.pop(),
+        "lora_alpha": ALPHA_2023,
+        "target_modules": sorted(set(modules)),
+        "task_type": "CAUSAL_LM",
+    }
+    return settings, None if blocks == {1} else ENABLE_LORA_2023
+
+
+def _lora_config(settings: dict, path: Path) -> LoraConfig:
+    """Today's LoraConfig of settings of any age."""
+    # Every linear of the GLM family is an nn.Linear, for which PEFT has always ignored this one.
+    settings = settings | {"fan_in_fan_out": False}
+    try:
+        config = LoraConfig(**{key: settings[key] for key in _LORA_SETTINGS & settings.keys()})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from error
+    name = config.base_model_name_or_path
+    config.base_model_name_or_path = _public_name(name) if name else None
+    return config
+
+
+def _public_name(name: str) -> str:
+    """A hub id (owner/name) or a bare name as it is; of any other path its last part alone."""
+    is_public = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)
+    return name if is_public else re.split(r"[\\/]", name.rstrip("\\/"))[-1]

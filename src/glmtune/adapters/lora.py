@@ -1,0 +1,186 @@
+"""LoRA on a model in memory: attach it, load it, save it."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+from transformers import PreTrainedModel
+
+from glmtune.adapters.formats import (
+    CONFIG_FILE,
+    Adapter,
+    read_adapter,
+    tell,
+    write_adapter,
+)
+from glmtune.errors import UserError
+
+ALL_LINEARS = "all"
+
+
+def attach_lora(
+    model: PreTrainedModel,
+    *,
+    rank: int = 8,
+    alpha: int = 32,
+    dropout: float = 0.1,
+    targets: str | Sequence[str] = "query_key_value",
+) -> PeftModel:
+    """Put a fresh LoRA adapter on a model, in place; from here on only the adapter trains.
+
+    The adapter's weights are float32 whatever the base's type, and start as PEFT starts them
+    (lora_B zero, lora_A drawn from torch's generator).
+
+    Args:
+        model: the base model.
+        rank: r, the inner size of the adapter.
+        alpha: the adapter's output is scaled by alpha / r.
+        dropout: share of the adapter's input that is dropped while training.
+        targets: last names of the linears to adapt, as a list or separated by commas; "all" for
+            every linear but the head.
+
+    Raises:
+        UserError: a target that the model does not have (the message lists those it has), or a
+            model with an adapter on it already.
+    """
+    names = _linear_names(model)
+    wanted = targets.split(",") if isinstance(targets, str) else list(targets)
+    wanted = names if wanted == [ALL_LINEARS] else [target.strip() for target in wanted]
+    if unknown := [target for target in wanted if target not in names]:
+        raise UserError(
+            f"lora_target: this model has no linear {', '.join(map(repr, unknown))}; "
+            f"choose from {', '.join(names)}, or {ALL_LINEARS} for every one"
+        )
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=sorted(wanted),
+    )
+    return _wrap(model, config)
+
+
+def save_adapter(peft_model: PeftModel, folder: str | Path, base_name: str) -> None:
+    """Write the adapter as today's PEFT folder, which `PeftModel.from_pretrained` loads.
+
+    Args:
+        peft_model: a model from `attach_lora` or `load_adapter`.
+        folder: a new folder appears whole; in one that exists the adapter's two files are replaced.
+        base_name: hub id or bare name of the base; a path is cut to its last name.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    config = peft_model.peft_config["default"]
+    assert isinstance(config, LoraConfig)
+    write_adapter(config, _adapter_weights(peft_model), folder, base_name)
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
+    """Put the adapter of a folder, of any form since 2023, on a base model, in place, to be used.
+
+    The adapter's weights stay float32 on a base of any type. What had to be assumed about an old
+    folder is printed as a note on stderr.
+
+    Args:
+        model: the base model.
+        folder: an adapter folder, or a run folder, whose newest checkpoint is taken.
+
+    Returns:
+        The model in evaluation mode; nothing of it trains.
+
+    Raises:
+        UserError: no adapter there, one that cannot be read, does not fit this base tensor by
+            tensor, or changes nothing. The base then carries no adapter.
+    """
+    adapter = read_adapter(folder)
+    adapter.check_effect()
+    tell(adapter.notices)
+    present = dict(model.named_modules())
+    if not any(name in present for name in adapter.modules):
+        raise UserError(
+            f"{adapter.path}: this adapter fits no module of this base: it adapts "
+            f"{', '.join(adapter.modules[:2])}..., the base's linears are "
+            f"{', '.join(_linear_names(model))}; pass an adapter of this base"
+        )
+    adapter.config.inference_mode = True
+    adapter.config.base_model_name_or_path = None  # PEFT would warn that the base has another path
+    peft_model = _wrap(model, adapter.config)
+    try:
+        _fill(peft_model, adapter)
+    except UserError:
+        peft_model.unload()
+        raise
+    return peft_model.eval()
+
+
+def restore_adapter(peft_model: PeftModel, folder: str | Path) -> None:
+    """Copy a checkpoint's adapter into the one attached to a model, as to resume training.
+
+    Unlike `load_adapter` it takes an adapter whose lora_B is still zero: a run may be resumed from
+    a checkpoint within its warm-up.
+
+    Raises:
+        UserError: no adapter there, or not the tensors that the attached adapter has.
+    """
+    adapter = read_adapter(folder)
+    tell(adapter.notices)
+    _fill(peft_model, adapter)
+
+
+def _linear_names(model: PreTrainedModel) -> list[str]:
+    """Last names of the model's linears without the head, which may be tied to the embedding."""
+    head = model.get_output_embeddings()
+    linears = (
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    )
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in linears))
+
+
+def _wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise UserError(
+            "the model has an adapter on it already; unload() it, or load the base anew"
+        )
+    try:
+        with warnings.catch_warnings():
+            # PEFT reads an attribute that transformers renamed, and is told so on every call.
+            warnings.simplefilter("ignore", FutureWarning)
+            return get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"the adapter cannot be put on this model: {error}") from error
+
+
+def _adapter_weights(peft_model: PeftModel) -> dict[str, torch.Tensor]:
+    # The default, "auto", looks for the base's config on the hub.
+    return get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+
+
+def _fill(peft_model: PeftModel, adapter: Adapter) -> None:
+    """Copy weights into the attached adapter once every name and shape is seen to agree."""
+    shapes = {key: list(tensor.shape) for key, tensor in adapter.weights.items()}
+    wanted = {key: list(tensor.shape) for key, tensor in _adapter_weights(peft_model).items()}
+    for key in wanted:
+        if key in shapes and shapes[key] != wanted[key]:
+            raise UserError(
+                f"{adapter.path}: {key} has shape {shapes[key]}, but {wanted[key]} is wanted here; "
+                f"it belongs to a base of another hidden size or to another {CONFIG_FILE}"
+            )
+    for keys, fault in (
+        (shapes.keys() - wanted.keys(), "tensors that this base has no place for"),
+        (wanted.keys() - shapes.keys(), "tensors too few"),
+    ):
+        if keys:
+            raise UserError(
+                f"{adapter.path}: {len(keys)} {fault}, first {min(keys)} ({len(shapes)} there, "
+                f"{len(wanted)} wanted); pass an adapter of this base with its {CONFIG_FILE}"
+            )
+    set_peft_model_state_dict(peft_model, adapter.weights)

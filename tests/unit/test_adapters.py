@@ -1,0 +1,514 @@
+"""Adapter folders: found, read in every form, refused when they are wrong, converted and merged."""
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+
+from glmtune.adapters import (
+    attach_lora,
+    convert_adapter,
+    find_adapter,
+    load_adapter,
+    merge,
+    merge_adapter,
+    read_adapter,
+    restore_adapter,
+    save_adapter,
+)
+from glmtune.adapters.formats import dense_pair, write_adapter
+from glmtune.config import MergeConfig
+from glmtune.errors import UserError
+from glmtune.models.checkpoints import load_base_model
+
+CONFIG, WEIGHTS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+STEM = "base_model.model.transformer.layers.0.attention.query_key_value"
+ALL_LINEARS = ["dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"]
+
+
+@pytest.fixture
+def base(tiny_folder):
+    return load_base_model(str(tiny_folder), dtype=torch.float32)
+
+
+@pytest.fixture
+def fused(tiny_folder, tmp_path) -> Path:
+    """A copy of the adapter of 2023 with enable_lora."""
+    return shutil.copytree(tiny_folder / "adapter_peft_0_2_merged", tmp_path / "fused")
+
+
+@pytest.fixture
+def today(tiny_folder, tmp_path) -> Path:
+    """A small adapter in today's form, with weights that change something."""
+    model = attach_lora(load_base_model(str(tiny_folder), dtype=torch.float32), rank=2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    save_adapter(model, tmp_path / "today", "zai-org/chatglm-6b")
+    return tmp_path / "today"
+
+
+def edit_weights(folder: Path, change) -> None:
+    """Rewrite the weights file of a folder as `change` leaves its dict of tensors."""
+    if (folder / WEIGHTS).exists():
+        tensors = load_file(folder / WEIGHTS)
+        save_file(change(tensors) or tensors, folder / WEIGHTS)
+    else:
+        tensors = torch.load(folder / BIN, weights_only=True)
+        torch.save(change(tensors) or tensors, folder / BIN)
+
+
+def edit_config(folder: Path, **settings) -> None:
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    (folder / CONFIG).write_text(json.dumps(config | settings), encoding="utf-8")
+
+
+def fails(fragment: str):
+    return pytest.raises(UserError, match=fragment)
+
+
+# Attach
+
+
+def test_only_the_adapter_trains_in_float32_whatever_the_base_is(tiny_folder):
+    model = attach_lora(load_base_model(str(tiny_folder), dtype=torch.bfloat16), rank=4)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 8
+    assert all("query_key_value.lora_" in name for name in trained)
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    config = model.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 32, 0.1)
+
+
+@pytest.mark.parametrize(
+    "targets, expected",
+    [
+        ("all", ALL_LINEARS),
+        (["all"], ALL_LINEARS),
+        ("query_key_value, dense", ["dense", "query_key_value"]),
+        (["dense_h_to_4h"], ["dense_h_to_4h"]),
+    ],
+)
+def test_targets(base, targets, expected):
+    model = attach_lora(base, targets=targets)
+    adapted = {name.rpartition(".")[2] for name in model.targeted_module_names}
+    assert sorted(adapted) == expected
+    assert len(model.targeted_module_names) == 4 * len(expected)
+
+
+def test_an_unknown_target_is_told_the_real_names(base):
+    with fails("no linear 'q_proj'; choose from query_key_value, dense, dense_h_to_4h"):
+        attach_lora(base, targets="q_proj,dense")
+    with fails("no linear 'lm_head'"):
+        attach_lora(base, targets=["lm_head"])
+
+
+def test_a_second_adapter_on_one_model_is_refused(base, today):
+    load_adapter(base, today)
+    with fails("has an adapter on it already"):
+        load_adapter(base, today)
+
+
+# Find
+
+
+def test_find_takes_the_folder_itself_else_the_newest_checkpoint_by_number(today, tmp_path):
+    run = tmp_path / "run"
+    for step in (900, 1000):
+        shutil.copytree(today, run / f"checkpoint-{step}")
+    (run / "checkpoint-best").mkdir()
+    assert find_adapter(run) == run / "checkpoint-1000"
+    shutil.copytree(today, run, dirs_exist_ok=True)
+    assert find_adapter(run) == run
+
+
+def test_find_lists_what_lies_there_instead(tmp_path):
+    with fails("no such folder"):
+        find_adapter(tmp_path / "nothing")
+    with fails("no adapter here.* found nothing"):
+        find_adapter(tmp_path)
+    (tmp_path / "pytorch_model.bin").touch()
+    with fails(r"found pytorch_model\.bin"):
+        find_adapter(tmp_path)
+    with fails("is a file"):
+        find_adapter(tmp_path / "pytorch_model.bin")
+    (tmp_path / "checkpoint-7").mkdir()
+    with fails("checkpoint-7: no adapter here"):
+        find_adapter(tmp_path)
+
+
+# Read
+
+
+@pytest.mark.parametrize("enabled", [[True, False, True], [True] * 3, [False, True, False]])
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_a_dense_pair_does_what_the_blocks_did(enabled, ndim):
+    """The plain reference: a grouped convolution whose output goes to the enabled thirds."""
+    blocks, rank, hidden = sum(enabled), 3, 8
+    x, lora_a = torch.randn(5, hidden), torch.randn(blocks * rank, hidden)
+    lora_b = torch.randn(blocks * hidden, rank, 1)
+    within = F.conv1d((x @ lora_a.T).T[None], lora_b, groups=blocks)[0].T
+    expected = torch.zeros(5, 3, hidden)
+    expected[:, torch.tensor(enabled)] = within.unflatten(-1, (blocks, hidden))
+
+    dense_a, dense_b = dense_pair(lora_a, lora_b if ndim == 3 else lora_b[..., 0], enabled)
+    assert dense_b.shape == (3 * hidden, blocks * rank)
+    torch.testing.assert_close(x @ dense_a.T @ dense_b.T, expected.flatten(1))
+
+
+def test_fused_form_is_read_as_dense_with_the_same_scaling(fused):
+    adapter = read_adapter(fused)
+    assert (adapter.config.r, adapter.config.lora_alpha) == (16, 64)
+    assert adapter.weights[f"{STEM}.lora_A.weight"].shape == (16, 64)
+    assert adapter.weights[f"{STEM}.lora_B.weight"].shape == (192, 16)
+    assert not adapter.notices
+
+
+def rename(old: str, new: str):
+    return lambda tensors: {key.replace(old, new): t for key, t in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        rename(".weight", ".default.weight"),
+        rename("base_model.model.", ""),
+        rename("base_model", "module.base_model"),
+        lambda tensors: {key: t.flatten(1) for key, t in tensors.items()},
+        lambda tensors: {key: nn.Parameter(t) for key, t in tensors.items()},
+    ],
+    ids=["default", "no prefix", "wrapped", "flat lora_B", "parameters"],
+)
+@pytest.mark.parametrize("kind", ["merged", "plain"])
+def test_spellings_of_2023_read_as_one(tiny_folder, tmp_path, kind, change):
+    original = tiny_folder / f"adapter_peft_0_2_{kind}"
+    folder = shutil.copytree(original, tmp_path / kind)
+    edit_weights(folder, change)
+    expected, found = read_adapter(original).weights, read_adapter(folder).weights
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_float16_weights_are_read_as_float32(fused):
+    edit_weights(fused, lambda tensors: {key: t.half() for key, t in tensors.items()})
+    assert {t.dtype for t in read_adapter(fused).weights.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind, rank, alpha", [("merged", 16, 64), ("plain", 8, 32)])
+def test_weights_alone_are_read_with_a_word_about_alpha(
+    tiny_folder, tmp_path, kind, rank, alpha, base, capsys
+):
+    folder = shutil.copytree(tiny_folder / f"adapter_peft_0_2_{kind}", tmp_path / "checkpoint-20")
+    (folder / CONFIG).unlink()
+    adapter = read_adapter(folder)
+    assert (adapter.config.r, adapter.config.lora_alpha) == (rank, alpha)
+    load_adapter(base, folder)
+    assert "rank 8 is read off the tensors and lora_alpha 32" in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_config_takes_that_of_its_run(fused, tmp_path):
+    edit_config(fused, lora_alpha=16)
+    checkpoint = tmp_path / "run" / "checkpoint-20"
+    checkpoint.mkdir(parents=True)
+    shutil.move(fused / BIN, checkpoint)
+    shutil.move(fused / CONFIG, checkpoint.parent)
+    adapter = read_adapter(checkpoint)
+    assert (adapter.config.r, adapter.config.lora_alpha) == (16, 32)
+    assert "run folder above" in adapter.notices[0]
+
+
+def test_settings_of_a_newer_peft_are_named(today):
+    edit_config(today, use_magic=True, magic_size=None)
+    assert "does not know use_magic: ignored" in read_adapter(today).notices[0]
+
+
+class Trap:
+    """Pickles as a call that leaves a folder behind."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(fused, tmp_path):
+    trap = Trap(tmp_path / "sprung")
+    (fused / BIN).write_bytes(pickle.dumps({f"{STEM}.lora_A.weight": trap}, 2))
+    with fails(rf"{BIN}: cannot be read as plain tensors"):
+        read_adapter(fused)
+    torch.save({f"{STEM}.lora_A.weight": trap}, fused / BIN)
+    with fails(rf"{BIN}: cannot be read as plain tensors"):
+        read_adapter(fused)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_damaged_files_are_named(fused, today):
+    (fused / BIN).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with fails(rf"{BIN}: is a Git-LFS pointer"):
+        read_adapter(fused)
+    (today / WEIGHTS).write_bytes((today / WEIGHTS).read_bytes()[:-10])
+    with fails(rf"{WEIGHTS}: cannot be read"):
+        read_adapter(today)
+    torch.save({}, fused / BIN)
+    with fails("holds no tensors"):
+        read_adapter(fused)
+
+
+def test_configs_that_are_no_lora_config_are_named(today):
+    edit_config(today, peft_type="PREFIX_TUNING")
+    with fails("peft_type is 'PREFIX_TUNING'"):
+        read_adapter(today)
+    edit_config(today, peft_type="LORA", r=0)
+    with fails(rf"{CONFIG}: r is 0, not above 0"):
+        read_adapter(today)
+    (today / CONFIG).write_text('{"r": 8,\n oops')
+    with fails(rf"{CONFIG}:2: not JSON"):
+        read_adapter(today)
+
+
+def set_tensor(key: str, value):
+    def change(tensors):
+        tensors[key] = value(tensors[key])
+
+    return change
+
+
+A, B = f"{STEM}.lora_A.weight", f"{STEM}.lora_B.weight"
+
+
+@pytest.mark.parametrize(
+    "change, fragment",
+    [
+        (set_tensor(A, lambda t: t[:8]), r"shape \[8, 64\].*means \[16, in\]"),
+        (set_tensor(B, lambda t: t[:, :4]), r"shape \[128, 4, 1\].*means \[rows, 8, 1\]"),
+        (set_tensor(B, lambda t: t[:127]), "means a multiple of 2 rows"),
+        (set_tensor(B, lambda t: t[:, 0, 0]), r"lora_B.weight has shape \[128\], no matrix"),
+        (set_tensor(A, lambda t: t * torch.nan), "not finite"),
+        (lambda t: {key: t[key] for key in t if key != B}, "lora_B.weight is missing"),
+        (lambda t: t | rename(".weight", ".other.weight")(t), "twice, from two adapters"),
+    ],
+)
+def test_tensors_that_contradict_each_other_are_named(fused, change, fragment):
+    edit_weights(fused, change)
+    with fails(fragment):
+        read_adapter(fused)
+
+
+def test_weights_alone_that_fit_no_known_form(fused):
+    (fused / CONFIG).unlink()
+    edit_weights(fused, set_tensor(f"{STEM}.lora_B.weight", lambda t: t[:, :4]))
+    with fails(rf"without {CONFIG}.*ranks \[4, 8\]"):
+        read_adapter(fused)
+
+
+# Load
+
+
+def test_an_adapter_stays_float32_and_still_on_a_bfloat16_base(tiny_folder, today):
+    model = load_adapter(load_base_model(str(tiny_folder), dtype=torch.bfloat16), today)
+    dtypes = {p.dtype for name, p in model.named_parameters() if "lora_" in name}
+    assert dtypes == {torch.float32}
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+    stored = load_file(today / WEIGHTS)[f"{STEM}.lora_B.weight"]
+    loaded = model.get_submodule(f"{STEM}.lora_B.default").weight
+    assert torch.equal(loaded, stored)
+
+
+def widen(tensors):
+    return {key: F.pad(t, (0, 64)) if "lora_A" in key else t for key, t in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    "change, fragment",
+    [
+        (rename("query_key_value", "q_proj"), "fits no module of this base.*query_key_value"),
+        (rename("layers.3", "layers.27"), "2 tensors that this base has no place for.*layers.27"),
+        (widen, r"lora_A.weight has shape \[2, 128\], but \[2, 64\] is wanted.*hidden size"),
+        (lambda t: {k: v for k, v in t.items() if ".3." not in k}, "2 tensors too few.*layers.3"),
+        (
+            lambda t: {k: v * ("lora_A" in k) for k, v in t.items()},
+            "changes nothing: lora_B is zero",
+        ),
+    ],
+    ids=["no module", "extra", "hidden size", "missing", "zero"],
+)
+def test_an_adapter_that_does_not_fit_is_refused_and_leaves_the_base_free(
+    base, today, tmp_path, change, fragment
+):
+    broken = shutil.copytree(today, tmp_path / "broken")
+    edit_weights(broken, change)
+    with fails(fragment):
+        load_adapter(base, broken)
+    load_adapter(base, today)
+
+
+def test_a_rank_that_the_config_does_not_have_is_refused(base, today):
+    edit_config(today, r=4)
+    with fails(r"shape \[2, 64\], but \[4, 64\] is wanted"):
+        load_adapter(base, today)
+
+
+def test_restore_goes_on_from_weights_that_changed_nothing_yet(tiny_folder, tmp_path):
+    models = [attach_lora(load_base_model(str(tiny_folder), dtype=torch.float32)) for _ in "ab"]
+    save_adapter(models[0], tmp_path / "checkpoint-1", "chatglm-6b")
+    restore_adapter(models[1], tmp_path / "checkpoint-1")
+    saved, restored = (dict(m.named_parameters()) for m in models)
+    assert all(torch.equal(saved[name], restored[name]) for name in saved)
+    assert any(p.requires_grad for p in models[1].parameters())
+    with fails("changes nothing"):
+        load_adapter(load_base_model(str(tiny_folder)), tmp_path / "checkpoint-1")
+
+
+# Save and convert
+
+
+def test_a_saved_adapter_loads_with_plain_peft(base, today, tiny_folder):
+    config = json.loads((today / CONFIG).read_text(encoding="utf-8"))
+    assert sorted(file.name for file in today.iterdir()) == [CONFIG, WEIGHTS]
+    assert config["base_model_name_or_path"] == "zai-org/chatglm-6b"
+    assert config["inference_mode"] is True
+    expected = merge.probe(load_adapter(base, today))
+    plain = PeftModel.from_pretrained(load_base_model(str(tiny_folder), dtype=torch.float32), today)
+    assert torch.equal(merge.probe(plain), expected)
+
+
+@pytest.mark.parametrize(
+    "name, written",
+    [
+        ("THUDM/chatglm-6b", "THUDM/chatglm-6b"),
+        ("chatglm-6b", "chatglm-6b"),
+        ("/home/someone/models/chatglm-6b/", "chatglm-6b"),
+        ("~/chatglm-6b", "chatglm-6b"),
+        (r"C:\models\chatglm-6b", "chatglm-6b"),
+        ("", None),
+    ],
+)
+def test_no_private_path_is_written(today, tmp_path, name, written):
+    edit_config(today, base_model_name_or_path=name)
+    convert_adapter(today, tmp_path / "new")
+    config = json.loads((tmp_path / "new" / CONFIG).read_text(encoding="utf-8"))
+    assert config["base_model_name_or_path"] == written
+
+
+def test_saving_into_a_folder_replaces_two_files_and_no_more(today, tmp_path):
+    (today / "trainer_state.json").write_text("{}")
+    adapter = read_adapter(today)
+    write_adapter(adapter.config, {k: 2 * t for k, t in adapter.weights.items()}, today, "x")
+    assert sorted(f.name for f in today.iterdir()) == [CONFIG, WEIGHTS, "trainer_state.json"]
+    key = f"{STEM}.lora_B.weight"
+    assert torch.equal(load_file(today / WEIGHTS)[key], 2 * adapter.weights[key])
+
+
+def test_a_save_that_fails_leaves_nothing(today, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    adapter = read_adapter(today)
+    monkeypatch.setattr("glmtune.adapters.formats.save_file", full)
+    for folder in (tmp_path / "new", today):
+        before = sorted(tmp_path.rglob("*"))
+        with fails("No space left"):
+            write_adapter(adapter.config, adapter.weights, folder, "x")
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_convert_takes_the_newest_checkpoint_and_never_overwrites(fused, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(fused, run / "checkpoint-8")
+    assert convert_adapter(run, tmp_path / "new") == run / "checkpoint-8"
+    assert "4 modules, rank 16" in capsys.readouterr().out
+    with fails("there already and not empty"):
+        convert_adapter(run, tmp_path / "new")
+    edit_weights(fused, lambda tensors: {key: 0 * t for key, t in tensors.items()})
+    with fails("changes nothing"):
+        convert_adapter(fused, tmp_path / "zero")
+    assert not (tmp_path / "zero").exists()
+
+
+# Merge
+
+
+def tie_head(source: Path, target: Path) -> Path:
+    """A copy of the tiny base whose head is its embedding, with tokenizer files beside it."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("adapter*", "*.safetensors"))
+    tensors = torch.load(target / "pytorch_model.bin", weights_only=True)
+    tensors["lm_head.weight"] = tensors["transformer.word_embeddings.weight"]
+    torch.save(tensors, target / "pytorch_model.bin")
+    (target / "tokenizer_config.json").write_bytes(b'{"name_or_path":  "\xe4\xbd\xa0"}\r\n')
+    (target / "tokenization_chatglm.py").write_text("raise SystemExit")
+    return target
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_merged_folder_is_a_plain_model_with_the_same_logits(tiny_folder, fused, tmp_path, tied):
+    folder = tie_head(tiny_folder, tmp_path / "tied") if tied else tiny_folder
+    config = MergeConfig(
+        model_path=str(fused), chatglm_path=str(folder), save_path=str(tmp_path / "merged")
+    )
+    assert merge_adapter(config) < 1e-5
+
+    base = load_base_model(str(folder), dtype=torch.float32)
+    merged = load_base_model(str(tmp_path / "merged"), dtype=torch.float32)
+    plain_names = [name for name, _ in base.named_parameters()]
+    expected = merge.probe(load_adapter(base, fused))
+    torch.testing.assert_close(merge.probe(merged), expected, atol=1e-5, rtol=0)
+    assert [name for name, _ in merged.named_parameters()] == plain_names
+    assert merged.config.tie_word_embeddings is tied
+
+    stored = load_file(tmp_path / "merged" / "model.safetensors")
+    wide = {name for name, tensor in stored.items() if tensor.dtype == torch.float32}
+    assert wide == {f"transformer.layers.{i}.attention.query_key_value.weight" for i in range(4)}
+    assert ("lm_head.weight" in stored) is not tied
+
+
+def test_merge_copies_the_tokenizer_byte_for_byte_and_no_code(tiny_folder, fused, tmp_path):
+    folder = tie_head(tiny_folder, tmp_path / "tied")
+    merged = tmp_path / "merged"
+    merge_adapter(
+        MergeConfig(model_path=str(fused), chatglm_path=str(folder), save_path=str(merged))
+    )
+    name = "tokenizer_config.json"
+    assert (merged / name).read_bytes() == (folder / name).read_bytes()
+    assert not list(merged.glob("*.py"))
+    assert str(tmp_path) not in (merged / "config.json").read_text(encoding="utf-8")
+
+
+def test_a_merge_that_went_wrong_leaves_nothing(tiny_folder, fused, tmp_path, monkeypatch):
+    def damage(model, dtype):
+        model.transformer.layers[0].attention.dense.weight.data.zero_()
+
+    config = MergeConfig(
+        model_path=str(fused), chatglm_path=str(tiny_folder), save_path=str(tmp_path / "merged")
+    )
+    monkeypatch.setattr(merge, "shrink", damage)
+    with fails("logits differ .*nothing was written"):
+        merge_adapter(config)
+    assert [path.name for path in tmp_path.iterdir()] == ["fused"]
+
+
+def test_merge_never_overwrites(tiny_folder, fused):
+    config = MergeConfig(
+        model_path=str(fused), chatglm_path=str(tiny_folder), save_path=str(fused.parent)
+    )
+    with fails("there already and not empty"):
+        merge_adapter(config)
+
+
+def test_shrinking_loses_nothing():
+    model = nn.Linear(2, 2)
+    model.weight.data = torch.tensor([[1.0, 0.5], [2.0, 1 / 3]])
+    model.bias.data = torch.tensor([0.25, -8.0])
+    merge.shrink(model, torch.float16)
+    assert (model.weight.dtype, model.bias.dtype) == (torch.float32, torch.float16)
+    assert model.bias.tolist() == [0.25, -8.0]
