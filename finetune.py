@@ -1,0 +1,10 @@
+"""A LoRA adapter from token rows. The same as `glmtune train`, from a checkout."""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+    from glmtune.cli import main
+
+    sys.exit(main(["train", *sys.argv[1:]]))

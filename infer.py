@@ -1,0 +1,10 @@
+"""Answers to alpaca records. The same as `glmtune infer`, from a checkout."""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+    from glmtune.cli import main
+
+    sys.exit(main(["infer", *sys.argv[1:]]))

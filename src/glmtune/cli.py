@@ -1,0 +1,164 @@
+"""The command line: one verb a function, whose imports stand inside it.
+
+`glmtune --help` therefore answers at once: nothing heavy is imported before a verb is chosen.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from glmtune import __version__
+from glmtune.errors import UserError
+
+if TYPE_CHECKING:
+    from glmtune import config
+
+
+def convert(settings: config.ConvertConfig) -> None:
+    """Turn alpaca records into JSONL rows of context and target."""
+    from glmtune.data.convert import convert
+
+    convert(settings)
+
+
+def tokenize(settings: config.TokenizeConfig) -> None:
+    """Turn JSONL rows into token rows on disk."""
+    from glmtune.data.tokenizing import tokenize
+    from glmtune.models.checkpoints import base_name, load_tokenizer, resolve_base
+
+    base = resolve_base(settings.chatglm_path)
+    tokenize(settings, load_tokenizer(base), base_name(base))
+
+
+def train(settings: config.TrainConfig) -> None:
+    """Train a LoRA adapter on token rows."""
+    from glmtune.training.loop import train
+
+    train(settings)
+
+
+def infer(settings: config.InferConfig) -> None:
+    """Answer alpaca records, with the tuned weights or the base's."""
+    from glmtune.evaluation.infer import infer
+
+    infer(settings)
+
+
+def compare(settings: config.CompareConfig) -> None:
+    """Answer the same records with base and tuned weights, side by side."""
+    from glmtune.evaluation.compare import compare
+
+    compare(settings)
+
+
+def merge(settings: config.MergeConfig) -> None:
+    """Write base and adapter as one plain model."""
+    from glmtune.adapters import merge_adapter
+
+    merge_adapter(settings)
+
+
+def convert_adapter(settings: config.ConvertAdapterConfig) -> None:
+    """Write an adapter of 2023 in PEFT's form of today."""
+    from glmtune.adapters import convert_adapter
+
+    convert_adapter(settings.old, settings.new)
+
+
+VERBS: dict[str, Callable[[Any], None]] = {
+    "convert": convert,
+    "tokenize": tokenize,
+    "train": train,
+    "infer": infer,
+    "compare": compare,
+    "merge": merge,
+    "adapters convert": convert_adapter,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line, by default the process's own, and return its exit code.
+
+    Returns:
+        0; 2 for a user's mistake, told in one line on stderr; 130 after Ctrl+C.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that lacks a letter (a Chinese one in ASCII) must not stop a run.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        return 141
+    return 0
+
+
+def _reader_is_gone() -> bool:
+    """Whether stdout's reader (`| head`) has left; if so, what is left to write is dropped."""
+    try:
+        print(flush=True)  # a flush alone may find the buffer already thrown away
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def run(arguments: list[str]) -> None:
+    """Find the verb, read its settings and do it.
+
+    Raises:
+        UserError: an unknown verb, and whatever the settings or the verb itself refuse.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(overview())
+        return
+    if arguments[0] == "--version":
+        print(f"glmtune {__version__}")
+        return
+    # Only from here on: pydantic alone takes an eighth of a second.
+    from glmtune.config import SETTINGS, read_config
+    from glmtune.config.flags import split_arguments, verb_help
+    from glmtune.config.names import did_you_mean
+
+    two_words = " ".join(arguments[:2])
+    verb = two_words if two_words in VERBS else arguments[0]
+    if verb not in VERBS:
+        hint = did_you_mean(verb, VERBS) or "; `glmtune --help` lists the verbs"
+        raise UserError(f"there is no verb {verb!r}{hint}")
+    arguments = arguments[len(verb.split()) :]
+    if "-h" in arguments or "--help" in arguments:
+        print(verb_help(verb, summary(verb)))
+        return
+    recipe, flags = split_arguments(verb, arguments)
+    VERBS[verb](read_config(SETTINGS[verb], verb, recipe, flags))
+
+
+def summary(verb: str) -> str:
+    """What a verb does, in one line."""
+    return VERBS[verb].__doc__ or ""
+
+
+def overview() -> str:
+    """The text of `glmtune --help`."""
+    verbs = "\n".join(f"  {verb:18}{summary(verb)}" for verb in VERBS)
+    return f"""\
+usage: glmtune VERB [RECIPE.yaml] [--name value ...]
+
+Fine-tune the GLM family with LoRA, and see what it changed.
+
+verbs:
+{verbs}
+
+`glmtune VERB --help` lists a verb's settings. Each is a key of its recipe and a flag; flags win."""

@@ -1,0 +1,30 @@
+"""Every setting of a run: typed, checked, read from a YAML recipe and from flags.
+
+`settings` has one class per verb, `names` knows what the settings were called before, `flags`
+splits a command line and prints its help, `reading` turns recipe and flags into a checked config.
+"""
+
+from glmtune.config.reading import read_config, write_recipe
+from glmtune.config.settings import (
+    SETTINGS,
+    CompareConfig,
+    ConvertAdapterConfig,
+    ConvertConfig,
+    InferConfig,
+    MergeConfig,
+    TokenizeConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "SETTINGS",
+    "CompareConfig",
+    "ConvertAdapterConfig",
+    "ConvertConfig",
+    "InferConfig",
+    "MergeConfig",
+    "TokenizeConfig",
+    "TrainConfig",
+    "read_config",
+    "write_recipe",
+]

@@ -1,0 +1,162 @@
+"""A verb's command line: splitting it into flags, and the help that lists them.
+
+Both are read off the fields of the verb's settings, so a new field is at once a flag with help.
+"""
+
+import inspect
+import shutil
+import textwrap
+from collections.abc import Iterator, Sequence
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from glmtune.config.names import OLD_NAMES, check_name
+from glmtune.config.settings import SETTINGS, Settings
+from glmtune.errors import UserError
+
+_TYPES: dict[Any, tuple[str, str]] = {
+    int: ("INT", "a whole number"),
+    float: ("NUMBER", "a number"),
+    str: ("PATH", "a path"),
+    tuple: ("NAME,NAME", "names with commas between"),
+}
+_BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+
+
+class Kind(NamedTuple):
+    """What a field takes: for the help's column, and as the words of an error."""
+
+    column: str
+    words: str
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether the flag may stand without a value, meaning true."""
+        return "true" in self.column.split("|")
+
+
+def kind_of(field: FieldInfo) -> Kind:
+    """Word a field's type and bounds, such as INT and "a whole number, at least 1"."""
+    columns: list[str] = []
+    words: list[str] = []
+    for option in _options(field.annotation):
+        if option is bool or get_origin(option) is Literal:
+            choices = ("true", "false") if option is bool else get_args(option)
+            columns += choices
+            words += choices
+        else:
+            column, word = _TYPES[get_origin(option) or option]
+            columns.append(column)
+            words.append(word)
+    listed = " or ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)
+    bounds = [
+        f"{word} {getattr(mark, name)}"
+        for mark in field.metadata
+        for name, word in _BOUNDS.items()
+        if hasattr(mark, name)
+    ]
+    return Kind("|".join(columns), ", ".join([listed, *bounds]))
+
+
+def _options(annotation: Any) -> Iterator[Any]:
+    """The types that a field's annotation allows, None apart."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        yield from _options(get_args(annotation)[0])
+    elif origin in (Union, UnionType):
+        for member in get_args(annotation):
+            yield from _options(member)
+    elif annotation is not NoneType:
+        yield annotation
+
+
+def fields_by_group(cls: type[Settings]) -> dict[str, dict[str, FieldInfo]]:
+    """Return heading -> name -> field, groups in the order of `cls`, required fields first."""
+    groups: dict[str, dict[str, FieldInfo]] = {}
+    left = dict(cls.model_fields)
+    for group in cls.__mro__:
+        if issubclass(group, Settings):
+            names = [name for name in inspect.get_annotations(group) if name in left]
+            groups.setdefault(group.group, {}).update({name: left.pop(name) for name in names})
+    return {
+        heading: dict(sorted(fields.items(), key=lambda item: not item[1].is_required()))
+        for heading, fields in groups.items()
+        if fields
+    }
+
+
+def split_arguments(verb: str, arguments: Sequence[str]) -> tuple[str | None, dict[str, str]]:
+    """Split a verb's command line into its recipe, if any, and its flags, name -> text.
+
+    `--name value`, `--name=value` and `--dash-name value` are read, and `--switch` as true. A flag
+    given twice keeps its last value, so that a script's flags can be overridden at its end.
+
+    Raises:
+        UserError: a flag that the verb does not have, one that lacks its value, a stray word.
+    """
+    words: list[str] = []
+    flags: dict[str, str] = {}
+    rest = list(reversed(arguments))
+    while rest:
+        word = rest.pop()
+        if not word.startswith("--"):
+            words.append(word)
+            continue
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        check_name(verb, name, f"--{name}")
+        field = SETTINGS[verb].model_fields.get(name)
+        is_switch = field is None or kind_of(field).is_switch
+        if not equals:
+            if rest and not rest[-1].startswith("--") and not (is_switch and _is_recipe(rest[-1])):
+                value = rest.pop()
+            elif field is None or is_switch:
+                value = "true"
+            else:
+                raise UserError(f"--{name} lacks its value, which should be {kind_of(field).words}")
+        flags[name] = value
+
+    places = SETTINGS[verb].bare_words
+    if stray := words[len(places) :]:
+        raise UserError(f"unexpected {stray[0]!r}; settings are given as --name value")
+    placed = dict(zip(places, words, strict=False))
+    recipe = placed.pop("recipe", None)
+    if recipe is not None and not _is_recipe(recipe):
+        raise UserError(
+            f"unexpected {recipe!r}; a recipe ends in .yaml, settings are given as --name value"
+        )
+    return recipe, placed | flags
+
+
+def _is_recipe(word: str) -> bool:
+    return word.endswith((".yaml", ".yml"))
+
+
+def verb_help(verb: str, summary: str) -> str:
+    """Return the help of a verb: every flag with what it takes, what it does and its default."""
+    width = min(shutil.get_terminal_size((100, 24)).columns, 100)
+    places = {"recipe": "[RECIPE.yaml]"}
+    words = " ".join(places.get(word, word.upper()) for word in SETTINGS[verb].bare_words)
+    lines = [f"usage: glmtune {verb} {words} [--name value ...]", "", summary]
+    for heading, fields in fields_by_group(SETTINGS[verb]).items():
+        lines += ["", f"{heading}:"]
+        for name, field in fields.items():
+            lines.append(f"  --{name} {kind_of(field).column}")
+            text = f"{field.description}{_default(field)}"
+            lines += textwrap.wrap(text, width, initial_indent="      ", subsequent_indent="      ")
+    if old := OLD_NAMES.get(verb):
+        lines += ["", *textwrap.wrap(f"Names of former days, still read: {', '.join(old)}.", width)]
+    return "\n".join(lines)
+
+
+def _default(field: FieldInfo) -> str:
+    """The end of a field's help; where the default is None, the description tells what happens."""
+    if field.is_required():
+        return " (required)"
+    if field.default is None:
+        return ""
+    value = field.default
+    text = ",".join(value) if isinstance(value, tuple) else str(value)
+    return f" (default: {text.lower() if isinstance(value, bool) else text})"

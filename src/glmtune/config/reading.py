@@ -1,0 +1,173 @@
+"""A verb's config from a YAML recipe and flags, and a recipe from a config.
+
+A recipe is a mapping of settings to plain values: either those of one verb, or a section per verb
+(`convert:`, `tokenize:`, `train:`, ...) with settings for all of them beside the sections. Its
+scalars are taken as the text they were written as, exactly like flags, and only the config's types
+read meaning into them: no YAML tag builds an object, `1e-4` is a number, `no` and dates stay text.
+"""
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import NoneType
+from typing import TypeVar, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from glmtune import __version__
+from glmtune.config.flags import fields_by_group, kind_of
+from glmtune.config.names import Given, check_name, did_you_mean, knows, with_todays_names
+from glmtune.config.settings import SETTINGS, Settings
+from glmtune.errors import UserError
+
+Config = TypeVar("Config", bound=Settings)
+
+_TAG = "tag:yaml.org,2002:"
+_PLAIN_TAGS = {_TAG + kind for kind in ("bool", "float", "int", "null", "str", "timestamp")}
+
+
+def read_config(
+    cls: type[Config], verb: str, recipe_path: str | None, flags: Mapping[str, str]
+) -> Config:
+    """Return the checked settings of `verb`: the recipe's, overridden by the flags.
+
+    Args:
+        cls: the verb's class of settings.
+        recipe_path: a YAML recipe, or None for flags alone.
+        flags: name without dashes -> text.
+
+    Raises:
+        UserError: an unreadable recipe, an unknown name, a wrong or missing value, or settings
+            that contradict each other.
+    """
+    given = recipe_settings(verb, recipe_path) if recipe_path is not None else {}
+    from_flags = {name: Given(text, f"--{name}") for name, text in flags.items()}
+    given |= with_todays_names(verb, from_flags)
+    values = {
+        name: None if _means_none(cls, name, setting.value) else setting.value
+        for name, setting in given.items()
+    }
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(error, cls, given)) from None
+
+
+def _means_none(cls: type[Settings], name: str, value: object) -> bool:
+    """Whether the text says `none` where None is allowed: how a flag undoes a recipe's value."""
+    may_be_none = NoneType in get_args(cls.model_fields[name].annotation)
+    return may_be_none and str(value).lower() in ("none", "null")
+
+
+def _explain(error: ValidationError, cls: type[Settings], given: Mapping[str, Given]) -> str:
+    """One line for the first thing wrong, or for all that is missing."""
+    problems = error.errors(include_url=False)
+    missing = [str(problem["loc"][0]) for problem in problems if problem["type"] == "missing"]
+    if missing:
+        return f"missing: {' '.join(f'--{name}' for name in missing)} (as a flag or in the recipe)"
+    problem = problems[0]
+    if problem["type"] == "conflict":
+        named = [given[name].source for name in problem["ctx"]["settings"] if name in given]
+        return f"{problem['msg']} (given: {', '.join(named)})"
+    name = str(problem["loc"][0])
+    return f"{given[name]} should be {kind_of(cls.model_fields[name]).words}"
+
+
+def recipe_settings(verb: str, path: str) -> dict[str, Given]:
+    """Return what a recipe sets for `verb`: its section over what stands beside the sections.
+
+    Names are checked in every section, so that a slip shows before the verb that it concerns.
+    """
+    shared, sections = _read_yaml(path)
+    if not sections:
+        return with_todays_names(verb, shared)
+    for other, section in sections.items():
+        for name, setting in section.items():
+            check_name(other, name, setting.source)
+    for_verb = {}
+    for name, setting in shared.items():
+        if knows(verb, name):
+            for_verb[name] = setting
+        elif not any(knows(other, name) for other in SETTINGS):
+            check_name(verb, name, setting.source)
+    return with_todays_names(verb, for_verb) | with_todays_names(verb, sections.get(verb, {}))
+
+
+def _read_yaml(path: str) -> tuple[dict[str, Given], dict[str, dict[str, Given]]]:
+    """Return a recipe's top-level settings, and section -> its settings."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the recipe: {error.strerror}") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply for a recipe") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else path
+        parts = [getattr(error, name, None) for name in ("context", "problem", "reason")]
+        raise UserError(f"{where}: not YAML: {', '.join(filter(None, parts))}") from None
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(f"{path}: a recipe is lines of `name: value`, this is not")
+    shared: dict[str, Given] = {}
+    sections: dict[str, dict[str, Given]] = {}
+    for name, (where, node) in _pairs(root, path).items():
+        if name in SETTINGS and (isinstance(node, yaml.MappingNode) or node.tag == _TAG + "null"):
+            pairs = _pairs(node, path) if isinstance(node, yaml.MappingNode) else {}
+            sections[name] = {key: _given(key, *pair) for key, pair in pairs.items()}
+        elif isinstance(node, yaml.MappingNode):
+            raise UserError(f"{where}: {name} is no section{did_you_mean(name, SETTINGS)}")
+        else:
+            shared[name] = _given(name, where, node)
+    return shared, sections
+
+
+def _pairs(mapping: yaml.MappingNode, path: str) -> dict[str, tuple[str, yaml.Node]]:
+    """Return key -> (file:line, value node) of a mapping, its keys being plain and unique."""
+    if mapping.tag != _TAG + "map":
+        raise UserError(f"{path}:{mapping.start_mark.line + 1}: take out the tag {mapping.tag}")
+    pairs: dict[str, tuple[str, yaml.Node]] = {}
+    for key, node in mapping.value:
+        where = f"{path}:{key.start_mark.line + 1}"
+        if not isinstance(key, yaml.ScalarNode):
+            raise UserError(f"{where}: the name of a setting is one word")
+        if key.value in pairs:
+            raise UserError(f"{where}: {key.value} stands twice; keep one")
+        pairs[key.value] = where, node
+    return pairs
+
+
+def _given(name: str, where: str, node: yaml.Node) -> Given:
+    """Return a scalar's text, or a list's texts."""
+    source = f"{where}: {name}"
+    if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
+        if all(isinstance(item, yaml.ScalarNode) for item in node.value):
+            return Given([item.value for item in node.value], source)
+    elif isinstance(node, yaml.ScalarNode) and node.tag in _PLAIN_TAGS:
+        return Given(None if node.tag == _TAG + "null" else node.value, source)
+    raise UserError(f"{source} should be plain text, a number, true or false, or a list of texts")
+
+
+def write_recipe(config: Settings, path: str) -> None:
+    """Write a config as a recipe that the same verb reads back to an equal one.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    verb = next(verb for verb, cls in SETTINGS.items() if cls is type(config))
+    again = f"glmtune {verb} {Path(path).name}"
+    text = f"# As run by glmtune {__version__}; to run it again: {again}\n"
+    for heading, fields in fields_by_group(type(config)).items():
+        values = {name: getattr(config, name) for name in fields}
+        text += f"\n# {heading}\n"
+        text += yaml.safe_dump(values, allow_unicode=True, sort_keys=False, width=sys.maxsize)
+    unfinished = f"{path}.unfinished"
+    try:
+        Path(unfinished).write_text(text, encoding="utf-8")
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write the recipe: {error.strerror}") from None

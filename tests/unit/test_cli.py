@@ -1,0 +1,290 @@
+"""The command line: verbs, exit codes, the root scripts, and how fast it answers."""
+
+import os
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+
+from glmtune import __version__, cli
+from glmtune.config import CompareConfig, ConvertConfig, InferConfig, MergeConfig, TrainConfig
+from glmtune.errors import UserError
+
+SCRIPTS = {
+    "cover_alpaca2jsonl.py": "convert",
+    "tokenize_dataset_rows.py": "tokenize",
+    "finetune.py": "train",
+    "infer.py": "infer",
+}
+
+
+def python(*arguments: str, cwd, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in a fresh process that finds glmtune where this one does."""
+    source = os.path.dirname(os.path.dirname(cli.__file__))
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": source} | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.fixture
+def room(monkeypatch):
+    """Stand in for a room that a verb calls; what it was called with is in the returned list."""
+    calls = []
+
+    def replace(module: str, **functions) -> list:
+        def recorder(name, result):
+            return lambda *arguments: calls.append((name, *arguments)) or result
+
+        fake = types.ModuleType(module)
+        for name, result in functions.items():
+            setattr(fake, name, recorder(name, result))
+        monkeypatch.setitem(sys.modules, module, fake)
+        return calls
+
+    return replace
+
+
+# --- verbs ---
+
+
+@pytest.mark.parametrize(
+    "line, module, function, config",
+    [
+        (
+            "convert --data_path a --save_path b",
+            "glmtune.data.convert",
+            "convert",
+            ConvertConfig(data_path="a", save_path="b"),
+        ),
+        (
+            "train --dataset_path a --output_dir b --fp16 false",
+            "glmtune.training.loop",
+            "train",
+            TrainConfig(dataset_path="a", output_dir="b"),
+        ),
+        (
+            "infer --data_path a --model_path b",
+            "glmtune.evaluation.infer",
+            "infer",
+            InferConfig(data_path="a", model_path="b"),
+        ),
+        (
+            "compare --data_path a --model_path b",
+            "glmtune.evaluation.compare",
+            "compare",
+            CompareConfig(data_path="a", model_path="b"),
+        ),
+        (
+            "merge --model_path a --save_path b",
+            "glmtune.adapters",
+            "merge_adapter",
+            MergeConfig(model_path="a", save_path="b"),
+        ),
+    ],
+)
+def test_a_verb_hands_its_config_on(line, module, function, config, room):
+    calls = room(module, **{function: None})
+    assert cli.main(line.split()) == 0
+    assert calls == [(function, config)]
+
+
+def test_tokenize_finds_model_and_tokenizer(room):
+    calls = room(
+        "glmtune.models.checkpoints",
+        resolve_base="folder",
+        load_tokenizer="tokenizer",
+        base_name="name",
+    )
+    room("glmtune.data.tokenizing", tokenize=None)
+    line = "tokenize --jsonl_path a --save_path b --chatglm_path c"
+    assert cli.main(line.split()) == 0
+    assert calls[:3] == [
+        ("resolve_base", "c"),
+        ("load_tokenizer", "folder"),
+        ("base_name", "folder"),
+    ]
+    assert calls[3][0] == "tokenize"
+    assert calls[3][1].jsonl_path == "a"
+    assert calls[3][2:] == ("tokenizer", "name")
+
+
+def test_adapters_convert(room):
+    calls = room("glmtune.adapters", convert_adapter=None)
+    assert cli.main(["adapters", "convert", "old", "new"]) == 0
+    assert cli.main(["adapters", "convert", "--old", "a", "--new", "b"]) == 0
+    assert calls == [("convert_adapter", "old", "new"), ("convert_adapter", "a", "b")]
+
+
+def test_a_recipe_and_a_flag(room, root):
+    calls = room("glmtune.training.loop", train=None)
+    recipe = str(root / "recipes" / "chatglm-6b-alpaca-zh.yaml")
+    assert cli.main(["train", recipe, "--learning_rate", "2e-4"]) == 0
+    ((_, config),) = calls
+    assert (config.learning_rate, config.max_steps) == (2e-4, 52000)
+
+
+# --- exit codes ---
+
+
+def refuse(_):
+    raise UserError("rows.jsonl:3: not JSON; mend the line")
+
+
+def interrupt(_):
+    raise KeyboardInterrupt
+
+
+CONVERT = ["convert", "--data_path", "a", "--save_path", "b"]
+
+
+def test_a_users_mistake(monkeypatch, capsys):
+    monkeypatch.setitem(cli.VERBS, "convert", refuse)
+    assert cli.main(CONVERT) == 2
+    assert capsys.readouterr() == ("", "error: rows.jsonl:3: not JSON; mend the line\n")
+
+
+def test_ctrl_c(monkeypatch, capsys):
+    monkeypatch.setitem(cli.VERBS, "convert", interrupt)
+    assert cli.main(CONVERT) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_programmers_mistake_is_not_hidden(monkeypatch):
+    monkeypatch.setitem(cli.VERBS, "convert", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(CONVERT)
+
+
+def test_a_pipe_of_somebody_else_is_not_hidden(monkeypatch):
+    def lose_worker(_):
+        raise BrokenPipeError
+
+    monkeypatch.setitem(cli.VERBS, "convert", lose_worker)
+    with pytest.raises(BrokenPipeError):
+        cli.main(CONVERT)
+
+
+def test_a_reader_that_leaves():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "glmtune", "train", "--help"],
+        env=os.environ | {"PYTHONPATH": os.path.dirname(os.path.dirname(cli.__file__))},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        timeout=60,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_terminal_without_chinese(tmp_path):
+    code = "from glmtune import cli; cli.overview = lambda: '你好'; print(cli.main([]))"
+    done = python("-c", code, cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert done.stdout == "\\u4f60\\u597d\n0\n"
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("trian", "there is no verb 'trian'; did you mean train?"),
+        ("zzz", "there is no verb 'zzz'; `glmtune --help` lists the verbs"),
+        ("adapters", "did you mean adapters convert?"),
+        ("adapters turn a b", "did you mean adapters convert?"),
+        ("train --lora_rnk 8", "did you mean --lora_rank?"),
+    ],
+)
+def test_unknown_words(line, words, capsys):
+    assert cli.main(line.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert words in err
+
+
+# --- help ---
+
+
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])
+def test_overview_names_every_verb(arguments, capsys):
+    assert cli.main(arguments) == 0
+    text = capsys.readouterr().out
+    assert all(f"\n  {verb} " in text for verb in cli.VERBS)
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help_of_a_verb(verb, capsys):
+    assert cli.main([*verb.split(), "--seed", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: glmtune {verb} ")
+    assert cli.summary(verb) in text
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"glmtune {__version__}\n"
+
+
+def test_help_answers_in_0_3_s(tmp_path):
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        assert python("-m", "glmtune", "--help", cwd=tmp_path).returncode == 0
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.3  # the least of five: other work on the machine only adds
+
+
+# --- the root scripts ---
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_script_refuses_in_one_line(script, root, tmp_path):
+    """From anywhere, and without glmtune being installed or on PYTHONPATH."""
+    done = python(str(root / script), "--no_such_flag", "1", cwd=tmp_path, PYTHONPATH="")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == (
+        f"error: --no_such_flag is not a setting of {SCRIPTS[script]}; "
+        f"`glmtune {SCRIPTS[script]} --help` lists its settings\n"
+    )
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_script_is_its_verb(script, root, tmp_path):
+    done = python(str(root / script), "--help", cwd=tmp_path, PYTHONPATH="")
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"usage: glmtune {SCRIPTS[script]} ")
+
+
+@pytest.mark.parametrize(
+    "script, line",
+    [
+        ("cover_alpaca2jsonl.py", "--data_path a.json --save_path a.jsonl"),
+        (
+            "tokenize_dataset_rows.py",
+            "--jsonl_path a.jsonl --save_path a --max_seq_length 200 --skip_overlength true",
+        ),
+        (
+            "finetune.py",
+            "--dataset_path a --lora_rank 8 --per_device_train_batch_size 6 "
+            "--gradient_accumulation_steps 1 --max_steps 52000 --save_steps 1000 "
+            "--save_total_limit 2 --learning_rate 1e-4 --fp16 false --remove_unused_columns false "
+            "--logging_steps 50 --output_dir b",
+        ),
+        ("infer.py", "--data_path a.json --model_path b"),
+    ],
+)
+def test_the_originals_flags_are_all_read(script, line, monkeypatch):
+    configs = []
+    monkeypatch.setitem(cli.VERBS, SCRIPTS[script], configs.append)
+    assert cli.main([SCRIPTS[script], *line.split(), "--chatglm_path", "base"]) == 0
+    (config,) = configs
+    assert config.chatglm_path == "base"

@@ -1,0 +1,10 @@
+"""JSONL rows to token rows. The same as `glmtune tokenize`, from a checkout."""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+    from glmtune.cli import main
+
+    sys.exit(main(["tokenize", *sys.argv[1:]]))
