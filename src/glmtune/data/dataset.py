@@ -1,0 +1,230 @@
+"""The tokenised data set on disk: a folder for datasets.load_from_disk, and its data card."""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from glmtune.data.lengths import LengthStats
+from glmtune.errors import UserError
+
+if TYPE_CHECKING:
+    import datasets
+
+CARD_FILE = "glmtune_data.json"
+HISTOGRAM_FILE = "length_histogram.png"
+_PARTS = (CARD_FILE, HISTOGRAM_FILE, "dataset_info.json", "state.json", "*.arrow")
+_COLUMNS = ("input_ids", "seq_len")
+
+
+class RowTokenizer(Protocol):
+    """What rows need of a tokenizer."""
+
+    eos_token_id: int
+    gmask_token_id: int
+    bos_token_id: int
+
+    @property
+    def vocab_hash(self) -> str:
+        """The sha256 of the vocabulary file, in hex."""
+
+    @property
+    def revision(self) -> str:
+        """The published revision the ids belong to, such as "v1.1"."""
+
+    def encode_batch(self, texts: list[str], *, num_threads: int | None = None) -> list[list[int]]:
+        """Encode texts without special ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataCard:
+    """Where a data set comes from and what is in it; None where an older data set does not tell.
+
+    `rows_out` lists by reason the 1-based rows of the source that were dropped, `rows_cut` those
+    of which a part was cut to max_seq_length. Target tokens are the ids after the prompt: the
+    answer and <eop>. `special_ids` has gmask, bos and eos. `source` is a bare file name.
+    """
+
+    num_kept: int
+    num_tokens: int
+    num_target_tokens: int
+    lengths: LengthStats
+    special_ids: Mapping[str, int | None]
+    base_model: str | None = None
+    tokenizer_sha256: str | None = None
+    vocab_revision: str | None = None
+    template: str | None = None
+    flags: Mapping[str, object] = field(default_factory=dict)
+    source: str | None = None
+    source_sha256: str | None = None
+    glmtune_version: str | None = None
+    num_read: int | None = None
+    rows_out: Mapping[str, list[int]] = field(default_factory=dict)
+    rows_cut: Mapping[str, list[int]] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Write the card into a data set's folder, one line a field."""
+        lines = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in asdict(self).items()]
+        text = "{\n" + ",\n".join(lines) + "\n}\n"
+        (folder / CARD_FILE).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def read(cls, file: Path) -> "DataCard":
+        """Read a card; fields that a later version added are passed over.
+
+        Raises UserError where it is damaged.
+        """
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            content["lengths"] = LengthStats(**content["lengths"])
+            return cls(**{f.name: content[f.name] for f in fields(cls) if f.name in content})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{file}: is damaged ({error}); run `glmtune tokenize` again"
+            ) from error
+
+
+def load_dataset(path: str) -> tuple["datasets.Dataset", DataCard]:
+    """Open a tokenised data set: columns input_ids (lists of int) and seq_len (prompt length).
+
+    One without a card, as the script of 2023 left it, gets a card of what its rows show, and a
+    notice on stderr. Raises UserError where the folder is no such data set or is damaged.
+    """
+    import datasets
+
+    folder = Path(path)
+    if not folder.is_dir():
+        what = "a file" if folder.exists() else "no such folder"
+        raise UserError(f"{path}: {what}; pass the folder that `glmtune tokenize` wrote")
+    try:
+        dataset = datasets.load_from_disk(path)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"{path}: cannot be opened as a data set ({reason}); run `glmtune tokenize` again"
+        ) from error
+    if not isinstance(dataset, datasets.Dataset) or not _is_of_token_rows(dataset):
+        raise UserError(
+            f"{path}: a data set, but not of token rows (it has {dataset.column_names}, not "
+            "input_ids and seq_len of integers); pass the folder that `glmtune tokenize` wrote"
+        )
+    if not len(dataset):
+        raise UserError(f"{path}: holds no row; run `glmtune tokenize` again")
+    if not (folder / CARD_FILE).exists():
+        print(
+            f"notice: {path} has no {CARD_FILE} (tokenised by an older script?); "
+            "its special ids are read off the rows, its tokenizer is not known",
+            file=sys.stderr,
+        )
+        return dataset, _card_of_rows(dataset)
+    card = DataCard.read(folder / CARD_FILE)
+    if card.num_kept != len(dataset):
+        raise UserError(
+            f"{path}: {CARD_FILE} tells of {card.num_kept:,} rows, the data has {len(dataset):,}; "
+            "the folder was mixed up: run `glmtune tokenize` again"
+        )
+    return dataset, card
+
+
+def check_data_card(card: DataCard, tokenizer: RowTokenizer, path: str) -> None:
+    """Raise UserError where the data set at `path` was tokenised for another tokenizer."""
+    sha256 = card.tokenizer_sha256
+    ids = special_ids(tokenizer)
+    differing = [name for name, i in card.special_ids.items() if i not in (None, ids.get(name))]
+    if differing:
+        name = differing[0]
+        what = f"its {name} id is {card.special_ids[name]}, the tokenizer has {ids.get(name)}"
+    elif sha256 not in (None, tokenizer.vocab_hash):
+        what = f"vocabulary sha256 {str(sha256)[:12]}..., not {tokenizer.vocab_hash[:12]}..."
+    else:
+        return
+    base = f" of {card.base_model}" if card.base_model else ""
+    raise UserError(
+        f"{path}: tokenised with another tokenizer{base} ({what}); run `glmtune tokenize` "
+        "with the --chatglm_path that you train with"
+    )
+
+
+def special_ids(tokenizer: RowTokenizer) -> dict[str, int | None]:
+    """The ids that stand in every row: prompt, gmask, bos, answer, eos."""
+    return {
+        "gmask": tokenizer.gmask_token_id,
+        "bos": tokenizer.bos_token_id,
+        "eos": tokenizer.eos_token_id,
+    }
+
+
+def check_replaceable(path: str) -> None:
+    """Raise UserError where something stands at `path` that is not just a tokenised data set."""
+    folder = Path(path)
+    try:
+        names = sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot become a folder ({error.strerror}); choose another save_path"
+        ) from error
+    strange = [name for name in names if not any(fnmatch(name, part) for part in _PARTS)]
+    if names and not strange and not _holds_token_rows(folder):
+        strange = names
+    if strange:
+        raise UserError(
+            f"{path}: exists and holds {strange[0]}, no part of a tokenised data set, "
+            "so it is not replaced; choose another save_path"
+        )
+
+
+def _holds_token_rows(folder: Path) -> bool:
+    try:
+        info = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))
+        return set(_COLUMNS) <= set(info["features"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _is_of_token_rows(dataset: "datasets.Dataset") -> bool:
+    import pyarrow as pa
+
+    types = {f.name: f.type for f in dataset.features.arrow_schema if f.name in _COLUMNS}
+    if set(types) != set(_COLUMNS):
+        return False
+    rows = types["input_ids"]
+    is_list = pa.types.is_list(rows) or pa.types.is_large_list(rows)
+    return (
+        is_list and pa.types.is_integer(rows.value_type) and pa.types.is_integer(types["seq_len"])
+    )
+
+
+def _card_of_rows(dataset: "datasets.Dataset") -> DataCard:
+    """Read off the rows what a card would say: lengths, and the ids at the places of specials."""
+    table = dataset.with_format("arrow")[:]
+    rows = table.column("input_ids").combine_chunks()
+    tokens = rows.flatten().to_numpy()
+    lengths = rows.value_lengths().to_numpy()
+    prompt_lengths = table.column("seq_len").to_numpy()
+    starts = np.cumsum(lengths) - lengths
+
+    def id_at(positions: np.ndarray) -> int | None:
+        # Rows that were cut have other ids there; what most rows agree on is the special id.
+        inside = (positions >= 0) & (positions < lengths)
+        ids, counts = np.unique(tokens[(starts + positions)[inside]], return_counts=True)
+        return int(ids[counts.argmax()]) if 2 * counts.max(initial=0) > len(lengths) else None
+
+    return DataCard(
+        num_kept=len(dataset),
+        num_tokens=int(lengths.sum()),
+        num_target_tokens=int(np.maximum(lengths - prompt_lengths, 0).sum()),
+        lengths=LengthStats.of(lengths),
+        special_ids={
+            "gmask": id_at(prompt_lengths - 2),
+            "bos": id_at(prompt_lengths - 1),
+            "eos": id_at(lengths - 1),
+        },
+    )

@@ -1,0 +1,218 @@
+"""Context and target to token rows on disk: encoded in batches, counted, drawn as a histogram."""
+
+import hashlib
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from glmtune import __version__
+from glmtune.config import TokenizeConfig
+from glmtune.data.dataset import (
+    CARD_FILE,
+    HISTOGRAM_FILE,
+    DataCard,
+    RowTokenizer,
+    check_data_card,
+    check_replaceable,
+    load_dataset,
+    special_ids,
+)
+from glmtune.data.files import new_folder
+from glmtune.data.lengths import LengthStats, plot_lengths
+from glmtune.data.records import BadRow, Row, list_bad_rows, name_rows, read_rows
+from glmtune.data.templates import is_alpaca
+from glmtune.errors import UserError
+
+__all__ = ["TokenizeSummary", "check_data_card", "encode_rows", "load_dataset", "tokenize"]
+
+ROWS_PER_BATCH = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizeSummary:
+    """What became of a file of rows; printed, it tells every row that was dropped or cut."""
+
+    jsonl_path: str
+    save_path: str
+    card: DataCard
+    bad_rows: list[BadRow]
+
+    def __str__(self) -> str:
+        card, limit = self.card, self.card.flags["max_seq_length"]
+        assert card.num_read is not None
+        lines = [
+            f"{self.jsonl_path} -> {self.save_path}",
+            f"  rows        {card.num_read:,} read, {card.num_kept:,} kept, "
+            f"{card.num_read - card.num_kept:,} dropped",
+        ]
+        for what, rows in [
+            ("dropped, empty target", card.rows_out["empty"]),
+            (f"dropped, longer than {limit} tokens", card.rows_out["overlength"]),
+            (f"kept, context cut to {limit} tokens", card.rows_cut["context"]),
+            (f"kept, target cut to {limit} tokens", card.rows_cut["target"]),
+        ]:
+            if rows:
+                lines.append(f"    {len(rows):,} {what}: {name_rows(rows, limit=12)}")
+        if self.bad_rows:
+            lines.append(f"    {len(self.bad_rows):,} bad, skipped:")
+            lines += [f"      {line}" for line in list_bad_rows(self.bad_rows)]
+        lines += [
+            f"  row length  {card.lengths} tokens",
+            f"  tokens      {card.num_tokens:,}, "
+            f"{card.num_target_tokens / card.num_tokens:.1%} of them targets",
+            f"  beside it   {CARD_FILE} (with all these row numbers), {HISTOGRAM_FILE}",
+        ]
+        return "\n".join(lines)
+
+
+@dataclass(slots=True)
+class EncodedRows:
+    """Kept rows, and what became of the others.
+
+    `input_ids` holds all rows end to end as int32, `ends` where each ends, `seq_len` each prompt's
+    length. The lists are row numbers, but `lengths_out`: the full lengths of overlong rows.
+    """
+
+    input_ids: array = field(default_factory=lambda: array("i"))
+    ends: array = field(default_factory=lambda: array("i"))
+    seq_len: array = field(default_factory=lambda: array("i"))
+    empty: list[int] = field(default_factory=list)
+    overlength: list[int] = field(default_factory=list)
+    lengths_out: list[int] = field(default_factory=list)
+    cut_contexts: list[int] = field(default_factory=list)
+    cut_targets: list[int] = field(default_factory=list)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """The length of each kept row."""
+        return np.diff(self.ends, prepend=0)
+
+
+def tokenize(config: TokenizeConfig, tokenizer: RowTokenizer, base_name: str) -> TokenizeSummary:
+    """Write the rows of a JSONL file as a data set of token rows, with its card and histogram.
+
+    Prints the summary that it returns. Raises UserError for what read_rows refuses, for a
+    save_path that holds anything else than such a data set, and when no row is left.
+    """
+    check_replaceable(config.save_path)
+    rows, bad_rows = read_rows(config.jsonl_path, config.on_bad_row)
+    encoded = encode_rows(rows, tokenizer, config)
+    if not encoded.seq_len:
+        raise UserError(
+            f"{config.jsonl_path}: no row is left: {len(encoded.empty):,} have an empty target, "
+            f"{len(encoded.overlength):,} are longer than max_seq_length {config.max_seq_length}; "
+            "raise max_seq_length, or set keep_empty true"
+        )
+    card = _card(config, tokenizer, base_name, rows, bad_rows, encoded)
+    with new_folder(config.save_path) as folder:
+        _save(encoded, folder)
+        card.write(folder)
+        plot_lengths(
+            folder / HISTOGRAM_FILE,
+            kept=encoded.lengths,
+            dropped=encoded.lengths_out,
+            max_seq_length=config.max_seq_length,
+        )
+    summary = TokenizeSummary(config.jsonl_path, config.save_path, card, bad_rows)
+    print(summary)
+    return summary
+
+
+def encode_rows(rows: list[Row], tokenizer: RowTokenizer, config: TokenizeConfig) -> EncodedRows:
+    """Encode rows as the script of 2023 did: context, [gMASK] <sop>, target, <eop>.
+
+    Context (with its two special ids) and target are cut to max_seq_length each, so a row may hold
+    twice that unless skip_overlength drops it. Rows with an empty target are left out unless
+    keep_empty.
+    """
+    limit = config.max_seq_length
+    specials = [tokenizer.gmask_token_id, tokenizer.bos_token_id]
+    out = EncodedRows()
+    for row, context, target in _encode_in_batches(rows, tokenizer, config.num_threads):
+        prompt = context[: limit - len(specials)] + specials
+        input_ids = [*prompt, *target[:limit], tokenizer.eos_token_id]
+        if not config.keep_empty and not (target and row.target.strip()):
+            out.empty.append(row.row)
+        elif config.skip_overlength and len(input_ids) > limit:
+            out.overlength.append(row.row)
+            out.lengths_out.append(len(context) + len(specials) + len(target) + 1)
+        else:
+            out.input_ids.extend(input_ids)
+            out.ends.append(len(out.input_ids))
+            out.seq_len.append(len(prompt))
+            if len(context) + len(specials) > limit:
+                out.cut_contexts.append(row.row)
+            if len(target) > limit:
+                out.cut_targets.append(row.row)
+    return out
+
+
+def _encode_in_batches(
+    rows: list[Row], tokenizer: RowTokenizer, num_threads: int | None
+) -> Iterator[tuple[Row, list[int], list[int]]]:
+    """Yield each row with the ids of its context and of its target, uncut, without specials."""
+    with tqdm(total=len(rows), desc="tokenize", unit="row", delay=1) as progress:
+        for start in range(0, len(rows), ROWS_PER_BATCH):
+            batch = rows[start : start + ROWS_PER_BATCH]
+            contexts = tokenizer.encode_batch(
+                [row.context for row in batch], num_threads=num_threads
+            )
+            targets = tokenizer.encode_batch([row.target for row in batch], num_threads=num_threads)
+            yield from zip(batch, contexts, targets, strict=True)
+            progress.update(len(batch))
+
+
+def _card(
+    config: TokenizeConfig,
+    tokenizer: RowTokenizer,
+    base_name: str,
+    rows: list[Row],
+    bad_rows: list[BadRow],
+    encoded: EncodedRows,
+) -> DataCard:
+    num_tokens = len(encoded.input_ids)
+    with open(config.jsonl_path, "rb") as source:
+        source_sha256 = hashlib.file_digest(source, "sha256").hexdigest()
+    return DataCard(
+        glmtune_version=__version__,
+        base_model=base_name,
+        tokenizer_sha256=tokenizer.vocab_hash,
+        vocab_revision=tokenizer.revision,
+        special_ids=special_ids(tokenizer),
+        template="alpaca" if all(is_alpaca(row.context) for row in rows) else "custom",
+        flags=config.model_dump(
+            include={"max_seq_length", "skip_overlength", "keep_empty", "on_bad_row"}
+        ),
+        source=Path(config.jsonl_path).name,
+        source_sha256=source_sha256,
+        num_read=len(rows) + len(bad_rows),
+        num_kept=len(encoded.seq_len),
+        num_tokens=num_tokens,
+        num_target_tokens=num_tokens - sum(encoded.seq_len),
+        lengths=LengthStats.of(encoded.lengths),
+        rows_out={
+            "bad": [bad.row for bad in bad_rows],
+            "empty": encoded.empty,
+            "overlength": encoded.overlength,
+        },
+        rows_cut={"context": encoded.cut_contexts, "target": encoded.cut_targets},
+    )
+
+
+def _save(encoded: EncodedRows, folder: Path) -> None:
+    import datasets
+    import pyarrow as pa
+
+    offsets = np.concatenate([[0], encoded.ends]).astype(np.int32)
+    input_ids = pa.array(np.frombuffer(encoded.input_ids, dtype=np.int32))
+    table = pa.table(
+        {
+            "input_ids": pa.ListArray.from_arrays(offsets, input_ids),
+            "seq_len": pa.array(np.frombuffer(encoded.seq_len, dtype=np.int32)),
+        }
+    )
+    datasets.Dataset(table).save_to_disk(str(folder))
