@@ -1,0 +1,181 @@
+"""Answers do not depend on their batch, are drawn as asked, and end where the model ends them."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from glmtune.config import InferConfig
+from glmtune.errors import UserError
+from glmtune.generation import (
+    Answer,
+    DrawToken,
+    GenerationSettings,
+    Prompt,
+    find_stop_ids,
+    generate_answers,
+)
+from glmtune.models.checkpoints import load_base_model
+
+GREEDY = GenerationSettings(max_new_tokens=24)
+DRAWN = GenerationSettings(max_new_tokens=12, do_sample=True, temperature=0.9, top_p=0.95)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder):
+    return load_base_model(str(tiny_folder), dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def continuations(tiny_folder, model):
+    """Greedy continuations of the published code, as the texts of prompt and answer."""
+    pairs = []
+    for row in json.loads((tiny_folder / "expected.json").read_text())["generate_greedy_24"]:
+        sop = row.index(model.config.bos_token_id)
+        pairs.append((row[: sop - 1], row[sop + 1 :]))
+    return pairs
+
+
+@pytest.fixture
+def answer(model, word_tokenizer):
+    def run(prompts, settings=GREEDY, batch_size=8, model=model):
+        prompts = [
+            prompt if isinstance(prompt, Prompt) else Prompt(spell(prompt), number=i)
+            for i, prompt in enumerate(prompts)
+        ]
+        return list(generate_answers(model, word_tokenizer, prompts, settings, batch_size))
+
+    return run
+
+
+@pytest.fixture
+def many_stops(model, monkeypatch):
+    """More stop ids than the model's own, so that answers end at different lengths."""
+    stops = [model.config.eos_token_id, 244, *range(300, 390)]
+    monkeypatch.setattr(model.generation_config, "eos_token_id", stops)
+    return stops
+
+
+def spell(ids):
+    return " ".join(map(str, ids))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_greedy_continuations_of_the_published_code(answer, continuations, batch_size):
+    answers = answer([prompt for prompt, _ in continuations], batch_size=batch_size)
+    expected = [spell([i for i in ids if i < 1000]) for _, ids in continuations]
+    assert [answer.text for answer in answers] == expected
+    assert [answer.num_tokens for answer in answers] == [24] * len(answers)
+    assert not any(answer.stopped for answer in answers)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        GREEDY,
+        DRAWN,
+        GenerationSettings(max_new_tokens=10, num_beams=3),
+        GenerationSettings(max_new_tokens=10, repetition_penalty=1.3),
+    ],
+)
+@pytest.mark.usefixtures("many_stops")
+def test_answers_do_not_depend_on_the_batch(answer, continuations, settings):
+    prompts = [prompt for prompt, _ in continuations] * 2
+    alone = answer(prompts, settings, batch_size=1)
+    assert answer(prompts, settings, batch_size=3) == alone
+    assert answer(prompts, settings, batch_size=99) == alone
+
+
+def test_an_answer_ends_before_the_first_stop_token(answer, continuations, many_stops):
+    answers = answer([prompt for prompt, _ in continuations])
+    assert {answer.stopped for answer in answers} == {True, False}, "the test needs both"
+    for (_, ids), answered in zip(continuations, answers, strict=True):
+        ends = [i for i, token in enumerate(ids) if token in many_stops]
+        kept = ids[: ends[0]] if ends else ids
+        assert answered == Answer(spell(kept), len(kept), bool(ends))
+
+
+def test_stop_ids_of_the_config_where_generation_config_has_none():
+    config, silent = SimpleNamespace(eos_token_id=7), SimpleNamespace(eos_token_id=None)
+    assert find_stop_ids(SimpleNamespace(generation_config=silent, config=config)) == [7]
+
+
+def test_a_drawn_answer_belongs_to_the_seed_and_the_number(answer, continuations):
+    prompts = [Prompt(spell(continuations[0][0]), number=number) for number in range(4)]
+    first = answer(prompts, DRAWN)
+    assert answer(prompts[2:], DRAWN) == first[2:], "as when a broken run is resumed"
+    assert len({answer.text for answer in first}) == 4
+    other = GenerationSettings(max_new_tokens=12, do_sample=True, seed=43)
+    assert answer(prompts, other) != first
+
+
+def test_a_draw_among_one_token_is_greedy(answer, continuations):
+    prompts = [prompt for prompt, _ in continuations]
+    settings = GenerationSettings(max_new_tokens=24, do_sample=True, top_k=1)
+    assert answer(prompts, settings) == answer(prompts)
+
+
+def test_tokens_are_drawn_with_their_probabilities():
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.rand(20_000, 1, dtype=torch.float64, generator=generator)
+    probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2, 0.0])
+    scores = probabilities.log().expand(len(draws), -1)
+    drawn = DrawToken(draws, prompt_length=3)(torch.zeros(len(draws), 3), scores).argmax(-1)
+    shares = drawn.bincount(minlength=5) / len(draws)
+    assert (shares - probabilities).abs().max() < 0.015
+    assert shares[1] == shares[4] == 0
+
+
+@pytest.mark.parametrize("draw", [0.0, 1 - 2**-53])
+def test_the_ends_of_a_draw_find_possible_tokens(draw):
+    draws = torch.tensor([[draw]], dtype=torch.float64)
+    scores = torch.tensor([[-torch.inf, 1.0, 2.0, -torch.inf]])
+    kept = DrawToken(draws, prompt_length=1)(torch.zeros(1, 1), scores).argmax()
+    assert kept in (1, 2)
+
+
+def test_a_prompt_beyond_the_positions_is_named(answer):
+    prompts = [Prompt("5 6"), Prompt("7 " * 250, "data.json:9 (row 2)"), Prompt("7 " * 300)]
+    with pytest.raises(UserError, match=r"data.json:9 \(row 2\): .* 252 tokens.* 256") as error:
+        answer(prompts)
+    assert "max_new_tokens to 4 at most" in str(error.value)
+    assert "1 more" in str(error.value)
+    answer([Prompt("7 " * 230)])  # 232 tokens and 24 new ones just fit
+
+
+def test_all_prompts_are_checked_before_any_is_answered(model, word_tokenizer, monkeypatch):
+    monkeypatch.setattr(model, "generate", lambda **_: pytest.fail("nothing may be answered"))
+    prompts = [Prompt("5"), Prompt("7 " * 300)]
+    with pytest.raises(UserError):
+        generate_answers(model, word_tokenizer, prompts, GREEDY, batch_size=1)
+
+
+def test_logits_that_are_not_finite_are_refused(answer, tiny_folder):
+    broken = load_base_model(str(tiny_folder), dtype=torch.float32)
+    broken.transformer.final_layernorm.weight.data[3] = torch.nan
+    with pytest.raises(UserError, match="not finite"):
+        answer([[5, 6]], model=broken)
+
+
+def test_no_memory_is_told_with_the_batch_size(answer, model, monkeypatch):
+    def generate(**_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model, "generate", generate)
+    with pytest.raises(UserError, match="per_device_eval_batch_size 2: no memory"):
+        answer([[5, 6], [7]])
+
+
+def test_settings_come_from_the_config_and_tell_what_has_effect():
+    config = InferConfig(data_path="x.json", do_sample=True, top_p=0.7, seed=1, num_beams=1)
+    settings = GenerationSettings.from_config(config)
+    assert settings == GenerationSettings(do_sample=True, top_p=0.7, seed=1)
+    expected = {"max_new_tokens": 150, "num_beams": 1, "do_sample": True, "top_p": 0.7, "seed": 1}
+    assert settings.in_effect() == expected
+    assert "seed" not in GREEDY.in_effect()
+
+
+def test_a_beam_search_that_draws_is_refused():
+    with pytest.raises(UserError, match=r"num_beams 2 .*do_sample"):
+        GenerationSettings(do_sample=True, num_beams=2)
