@@ -50,8 +50,8 @@ def test_a_byte_order_mark_is_simply_read(write):
 
 
 def test_names_fields_nothing_reads(write):
-    path = write("a.json", '[{"instruction": "a", "output": "b", "history": []}]')
-    assert read_alpaca(path)[0][0].unused == ("history",)
+    path = write("a.json", '[{"instruction": "a", "system": "", "output": "b", "history": []}]')
+    assert read_alpaca(path)[0][0].unused == ("system", "history")
 
 
 strings = st.text(st.characters(exclude_categories=["Cs"]))

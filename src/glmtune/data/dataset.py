@@ -126,7 +126,7 @@ def load_dataset(path: str) -> tuple["datasets.Dataset", DataCard]:
     card = DataCard.read(folder / CARD_FILE)
     if card.num_kept != len(dataset):
         raise UserError(
-            f"{path}: {CARD_FILE} tells of {card.num_kept:,} rows, the data has {len(dataset):,}; "
+            f"{path}: {CARD_FILE} tells of {card.num_kept} rows, the data has {len(dataset)}; "
             "the folder was mixed up: run `glmtune tokenize` again"
         )
     return dataset, card

@@ -11,6 +11,7 @@ from glmtune.data.files import read_text
 from glmtune.errors import UserError
 
 OnBadRow = Literal["fail", "skip"]
+_ALPACA_FIELDS = ("instruction", "input", "output")
 
 
 class _Placed:
@@ -85,7 +86,7 @@ def read_alpaca(path: str, on_bad_row: OnBadRow = "fail") -> tuple[list[Record],
             path=path,
             row=row,
             line=line,
-            unused=tuple(fields.keys() - {"instruction", "input", "output"}),
+            unused=tuple(name for name in fields if name not in _ALPACA_FIELDS),
         )
 
     return _read(path, on_bad_row, record)
