@@ -1,5 +1,7 @@
-"""A tokenizer for the tiny golden model, whose folder has no vocabulary."""
+"""What tests of answers share: a tokenizer for the tiny golden model, which has no vocabulary."""
 
+import json
+import shutil
 import zlib
 
 import pytest
@@ -28,3 +30,35 @@ class WordTokenizer:
 @pytest.fixture(scope="session")
 def word_tokenizer():
     return WordTokenizer()
+
+
+RECORDS = [
+    {"instruction": "给出三个 保持健康的 秘诀。", "input": "", "output": "多吃水果。\n多睡觉。"},
+    {"instruction": "Describe a crepe", "input": "thin | <b>flat</b>", "output": "A pancake."},
+    {"instruction": "三原色 是什么？", "input": "", "output": ""},
+    {"instruction": "Name a synonym", "input": "quick", "output": "rapid"},
+    {"instruction": "Say 一 二 三", "input": "", "output": "一二三"},
+]
+
+
+@pytest.fixture
+def records_file(tmp_path):
+    """Five records, Chinese and English."""
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps(RECORDS, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def answering(tiny_folder, records_file, word_tokenizer, monkeypatch, tmp_path):
+    """Settings with which the tiny model and its adapter of 2023 answer the five records."""
+    monkeypatch.setattr("glmtune.evaluation.answers.load_tokenizer", lambda base: word_tokenizer)
+    adapter = shutil.copytree(tiny_folder / "adapter_peft_0_2_plain", tmp_path / "output_zh")
+    return {
+        "data_path": str(records_file),
+        "model_path": str(adapter),
+        "chatglm_path": str(tiny_folder),
+        "max_new_tokens": 6,
+        "per_device_eval_batch_size": 2,
+        "use_cpu": True,
+    }

@@ -1,0 +1,263 @@
+"""What `infer` and `compare` share: which model answers which records, and a file to resume."""
+
+import errno
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+import torch
+
+from glmtune.adapters import find_adapter, load_adapter
+from glmtune.config import CompareConfig, InferConfig
+from glmtune.data.files import new_file, read_text
+from glmtune.data.records import Record, list_bad_rows, read_alpaca
+from glmtune.data.templates import alpaca
+from glmtune.errors import UserError
+from glmtune.generation import Prompt
+from glmtune.hardware import pick_device, pick_dtype
+from glmtune.models.checkpoints import (
+    base_name,
+    check_pair,
+    load_base_model,
+    load_tokenizer,
+    resolve_base,
+)
+
+
+def read_questions(config: InferConfig | CompareConfig) -> list[Record]:
+    """The records to answer; bad ones that are left out are listed on stderr.
+
+    Raises:
+        UserError: see `read_alpaca`.
+    """
+    records, bad_rows = read_alpaca(config.data_path, config.on_bad_row)
+    for line in list_bad_rows(bad_rows):
+        print(f"skipped {line}", file=sys.stderr)
+    return records
+
+
+def prompt_of(record: Record) -> Prompt:
+    """A record as the model will see it, with random numbers of its own."""
+    return Prompt(alpaca(record.instruction, record.input), record.where, record.row)
+
+
+def question_of(record: Record) -> dict[str, Any]:
+    """A record as it stands in a line of a file of answers."""
+    names = ("row", "instruction", "input", "output")
+    return {name: getattr(record, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that answers, known before it is loaded."""
+
+    base: str
+    adapter: Path | None
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, config: InferConfig | CompareConfig) -> "Subject":
+        """What a config means here.
+
+        Raises:
+            UserError: no such base or adapter, or a number format that the device lacks.
+        """
+        adapter = find_adapter(config.model_path) if config.model_path else None
+        base = resolve_base(config.chatglm_path, config.model_path)
+        device = pick_device(config.use_cpu)
+        dtype, caution = pick_dtype(device, config.bf16, config.fp16)
+        if caution:
+            print(f"notice: {caution}", file=sys.stderr)
+        return cls(base, adapter, device, dtype)
+
+    @property
+    def adapter_name(self) -> str | None:
+        """The adapter's folder, and of a checkpoint its run as well; never a private path."""
+        if self.adapter is None:
+            return None
+        path = self.adapter.resolve()
+        return "/".join(path.parts[-2:]) if path.name.startswith("checkpoint-") else path.name
+
+    def identity(self) -> dict[str, str]:
+        """What tells this model from another whose answers would differ."""
+        identity = {"base": base_name(self.base), "dtype": str(self.dtype).removeprefix("torch.")}
+        if self.adapter is not None:
+            digest = hashlib.sha256()
+            for file in sorted(self.adapter.glob("adapter_*")):
+                digest.update(file.read_bytes())
+            identity |= {
+                "adapter": str(self.adapter_name),
+                "adapter_sha256": digest.hexdigest()[:16],
+            }
+        return identity
+
+    def load(self) -> tuple[Any, Any]:
+        """The model in evaluation mode, with its adapter if it has one, and the tokenizer.
+
+        Raises:
+            UserError: base, tokenizer and adapter cannot be read or do not belong together.
+        """
+        with_adapter = f" with the adapter {self.adapter_name}" if self.adapter else ""
+        print(f"loading {base_name(self.base)}{with_adapter}", file=sys.stderr)
+        tokenizer = load_tokenizer(self.base)
+        model = load_base_model(self.base, dtype=self.dtype, device=self.device)
+        check_pair(model.config, tokenizer)
+        if self.adapter is not None:
+            return load_adapter(model, self.adapter), tokenizer
+        return model, tokenizer
+
+
+class AnswerFile:
+    """JSON lines, one per record in their order, that a broken run can go on with.
+
+    A file beside it, `NAME.settings.json`, keeps what the answers depend on. Used as a context, it
+    opens the file for more lines, or anew with `overwrite`.
+
+    Args:
+        path: the file of answers.
+        records: all that could be answered, whatever the limit.
+        settings: what the answers depend on: the kind of lines, the model, how it answers.
+        overwrite: forget what the file holds.
+        elsewhere: the flag that names another file, for messages.
+
+    Raises:
+        UserError: the file cannot be written, or holds answers to other records, of another model
+            or with other settings.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        records: Sequence[Record],
+        settings: dict[str, Any],
+        *,
+        overwrite: bool,
+        elsewhere: str,
+    ):
+        self.path = path
+        self.records = records
+        self.settings_path = path.with_suffix(".settings.json")
+        self.settings = settings
+        self.fix = f"pass --overwrite_output true to answer anew, or another {elsewhere}"
+        self.lines: list[dict[str, Any]] = []
+        self._num_bytes = 0
+        self._file: TextIO | None = None
+        try:
+            self._check_writable()
+            if not overwrite and path.exists() and path.stat().st_size:
+                self._read()
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _check_writable(self) -> None:
+        # Known before a model is loaded; nothing is written yet.
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists() and not self.path.is_file():
+            raise IsADirectoryError(errno.EISDIR, "it is not a file")
+        for place in (self.path, self.path.parent):
+            if place.exists() and not os.access(place, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    def _read(self) -> None:
+        self._check_settings()
+        *lines, cut = self.path.read_bytes().split(b"\n")
+        if cut:
+            print(f"{self.path}: its last line was cut off and is dropped", file=sys.stderr)
+        self._num_bytes = sum(len(line) + 1 for line in lines)
+        self.lines = [self._read_line(number, line) for number, line in enumerate(lines, start=1)]
+
+    def _check_settings(self) -> None:
+        if not self.settings_path.is_file():
+            raise UserError(
+                f"{self.path}: exists, and no {self.settings_path.name} beside it says what its "
+                f"answers depend on; {self.fix}"
+            )
+        try:
+            earlier = dict(json.loads(read_text(str(self.settings_path))))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{self.settings_path}: not a JSON object; {self.fix}") from error
+        for name in earlier | self.settings:
+            before, now = earlier.get(name), self.settings.get(name)
+            if before != now:
+                raise UserError(
+                    f"{self.path}: its answers were made with {name} {_show(before)}, this run has "
+                    f"{_show(now)}; pass the same as before, or {self.fix}"
+                )
+
+    def _read_line(self, number: int, data: bytes) -> dict[str, Any]:
+        where = f"{self.path}:{number}"
+        try:
+            line = json.loads(data)
+        except ValueError as error:
+            raise UserError(f"{where}: not JSON ({error}); {self.fix}") from error
+        if number > len(self.records):
+            raise UserError(
+                f"{where}: has more lines than there are records ({len(self.records)}); {self.fix}"
+            )
+        record = self.records[number - 1]
+        question = question_of(record)
+        if not isinstance(line, dict) or {name: line.get(name) for name in question} != question:
+            raise UserError(f"{where}: is no answer to the record {record.where}; {self.fix}")
+        return line
+
+    def __enter__(self) -> "AnswerFile":
+        try:
+            if not self.lines:
+                self.path.unlink(missing_ok=True)  # before the settings say something else of it
+                with new_file(str(self.settings_path)) as file:
+                    file.write(json.dumps(self.settings, ensure_ascii=False, indent=2) + "\n")
+            elif self.path.stat().st_size > self._num_bytes:
+                os.truncate(self.path, self._num_bytes)
+            self._file = open(self.path, "a", encoding="utf-8", newline="\n")
+        except OSError as error:
+            raise self._unwritable(error) from error
+        if self.lines:
+            print(f"{self.path}: going on after {len(self.lines)} answers", file=sys.stderr)
+        return self
+
+    def append(self, record: Record, answer: dict[str, Any]) -> None:
+        """Write one more line and hand it to the system at once.
+
+        Raises:
+            UserError: no space is left, or the file has gone.
+        """
+        assert self._file is not None, "use the file as a context"
+        line = question_of(record) | answer
+        try:
+            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise self._unwritable(error) from error
+        self.lines.append(line)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        assert self._file is not None
+        self._file.close()
+        if kind is not None and self.lines:
+            print(
+                f"{self.path}: {len(self.lines)} answers are kept; run the same command again to "
+                "go on",
+                file=sys.stderr,
+            )
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(
+            f"{self.path}: cannot be written ({error.strerror or error}); check the path, its "
+            "permissions and the free space"
+        )
+
+
+def _show(value: object) -> str:
+    return "not set" if value is None else str(value)

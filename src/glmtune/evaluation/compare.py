@@ -1,0 +1,63 @@
+"""Answer the same records with base and tuned weights, from one loaded model."""
+
+from datetime import datetime
+from pathlib import Path
+
+from glmtune.config import CompareConfig
+from glmtune.data.files import new_file
+from glmtune.evaluation.answers import AnswerFile, Subject, prompt_of, read_questions
+from glmtune.evaluation.page import html
+from glmtune.evaluation.report import Comparison, Pair, markdown
+from glmtune.generation import GenerationSettings, answer_batch, encode_prompts
+
+
+def compare(config: CompareConfig) -> Comparison:
+    """Answer records with the adapter off and on, and write the answers side by side.
+
+    Both answers to a record are drawn with the same random numbers, so that what differs is the
+    adapter's doing. `compare.jsonl` is written as batches finish, and one that holds the first of
+    the records is gone on with; `compare.md` and `compare.html` are made of it.
+
+    Raises:
+        UserError: records, model, adapter or output folder cannot be used; see `answers`.
+    """
+    records = read_questions(config)
+    subject, settings = Subject.of(config), GenerationSettings.from_config(config)
+    folder = Path(config.output_dir or Path(config.model_path, "compare"))
+    file = AnswerFile(
+        folder / "compare.jsonl",
+        records,
+        {"verb": "compare"} | subject.identity() | settings.in_effect(),
+        overwrite=config.overwrite_output,
+        elsewhere="--output_dir",
+    )
+    todo = records[len(file.lines) : config.limit]
+    if todo:
+        model, tokenizer = subject.load()
+        prompts = [prompt_of(record) for record in todo]
+        encoded = encode_prompts(model, tokenizer, prompts, settings.max_new_tokens)
+        size, num_all = config.per_device_eval_batch_size, len(file.lines) + len(todo)
+        with file:
+            for start in range(0, len(todo), size):
+                batch = encoded[start : start + size]
+                with model.disable_adapter():
+                    of_base = answer_batch(model, tokenizer, batch, settings)
+                of_tuned = answer_batch(model, tokenizer, batch, settings)
+                answered = zip(todo[start : start + size], of_base, of_tuned, strict=True)
+                for record, base, tuned in answered:
+                    file.append(record, {"base": base._asdict(), "tuned": tuned._asdict()})
+                print(f"{len(file.lines)} of {num_all} records answered twice", flush=True)
+
+    comparison = Comparison(
+        base=file.settings["base"],
+        adapter=file.settings["adapter"],
+        dtype=file.settings["dtype"],
+        settings=settings.in_effect(),
+        date=datetime.fromtimestamp(file.path.stat().st_mtime).strftime("%Y-%m-%d %H:%M"),
+        pairs=[Pair.from_line(line) for line in file.lines[: config.limit]],
+    )
+    for name, write in (("compare.md", markdown), ("compare.html", html)):
+        with new_file(str(folder / name)) as output:
+            output.write(write(comparison))
+    print(f"{comparison.verdict}\nwritten: {folder}/compare.html, compare.md, compare.jsonl")
+    return comparison

@@ -1,0 +1,165 @@
+"""A comparison as figures and as Markdown; `page` makes the HTML of it."""
+
+import html
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from glmtune.generation import Answer
+
+
+class Text(NamedTuple):
+    """A label in both languages of the report."""
+
+    zh: str
+    en: str
+
+    def __str__(self) -> str:
+        return f"{self.zh} / {self.en}"
+
+
+TITLE = Text("原模型与微调后，逐条对照", "Base and tuned, side by side")
+INSTRUCTION = Text("指令", "Instruction")
+INPUT = Text("输入", "Input")
+BASE = Text("原模型", "Base")
+TUNED = Text("微调后", "Tuned")
+EXPECTED = Text("原始答案", "Expected")
+MODEL = Text("模型", "Model")
+ADAPTER = Text("适配器", "Adapter")
+DATE = Text("日期", "Date")
+SETTINGS = Text("设置", "Settings")
+STOPPED = Text("自行停止", "Stopped by themselves")
+MEAN_LENGTH = Text("平均长度（词元）", "Mean length, tokens")
+SAME = Text("相同", "same")
+DIFFERS = Text("不同", "differs")
+CUT = Text("达到长度上限", "cut at max_new_tokens")
+EMPTY = Text("（空）", "(empty)")
+NOTHING_CHANGED = Text(
+    "两边的回答全部相同：适配器在这里没有带来任何变化。",
+    "All answers are the same on both sides: the adapter changes nothing here.",
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One record, answered twice."""
+
+    number: int
+    """The record's row in its file."""
+    instruction: str
+    input: str
+    expected: str
+    base: Answer
+    tuned: Answer
+
+    @classmethod
+    def from_line(cls, line: dict[str, Any]) -> "Pair":
+        """The pair of a line of `compare.jsonl`."""
+        return cls(
+            number=line["row"],
+            instruction=line["instruction"],
+            input=line["input"],
+            expected=line["output"],
+            base=Answer(**line["base"]),
+            tuned=Answer(**line["tuned"]),
+        )
+
+    @property
+    def differs(self) -> bool:
+        """Whether the two answers are different texts."""
+        return self.base.text != self.tuned.text
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All pairs of a run, and what they came from."""
+
+    base: str
+    adapter: str
+    dtype: str
+    settings: dict[str, int | float | bool]
+    date: str
+    pairs: Sequence[Pair]
+
+    @property
+    def num_different(self) -> int:
+        """How many records got two different answers."""
+        return sum(pair.differs for pair in self.pairs)
+
+    @property
+    def verdict(self) -> Text:
+        """What came of it, in a line."""
+        if not self.num_different:
+            return NOTHING_CHANGED
+        num, total = self.num_different, len(self.pairs)
+        return Text(f"{total} 条记录中有 {num} 条回答不同。", f"{num} of {total} answers differ.")
+
+    def num_stopped(self, side: Callable[[Pair], Answer]) -> int:
+        """How many answers of one side ended by themselves."""
+        return sum(side(pair).stopped for pair in self.pairs)
+
+    def mean_length(self, side: Callable[[Pair], Answer]) -> float:
+        """The mean number of tokens of one side's answers."""
+        return sum(side(pair).num_tokens for pair in self.pairs) / len(self.pairs)
+
+    @property
+    def facts(self) -> dict[Text, str]:
+        """What the answers came from: label -> value."""
+        settings = {"dtype": self.dtype} | self.settings
+        return {
+            MODEL: self.base,
+            ADAPTER: self.adapter,
+            DATE: self.date,
+            SETTINGS: ", ".join(f"{name} {value}".lower() for name, value in settings.items()),
+        }
+
+
+def base_of(pair: Pair) -> Answer:
+    """The base's answer: one side of the report."""
+    return pair.base
+
+
+def tuned_of(pair: Pair) -> Answer:
+    """The tuned model's answer: the other side."""
+    return pair.tuned
+
+
+def markdown(comparison: Comparison) -> str:
+    """The comparison as Markdown: a table of figures, then one of answers per record."""
+    total = len(comparison.pairs)
+    lines = [f"# {TITLE}", ""]
+    lines += [f"- {label}: {_escape(value)}" for label, value in comparison.facts.items()]
+    lines += ["", f"**{comparison.verdict}**", ""]
+    lines += _table(
+        ["", BASE, TUNED],
+        [STOPPED, *(f"{comparison.num_stopped(side)} / {total}" for side in (base_of, tuned_of))],
+        [MEAN_LENGTH, *(f"{comparison.mean_length(side):.1f}" for side in (base_of, tuned_of))],
+    )
+    for pair in comparison.pairs:
+        lines += ["", f"## {pair.number} · {DIFFERS if pair.differs else SAME}", ""]
+        lines += [f"**{INSTRUCTION}**: {_escape(pair.instruction)}", ""]
+        if pair.input:
+            lines += [f"**{INPUT}**: {_escape(pair.input)}", ""]
+        lines += _table(
+            [BASE, TUNED, EXPECTED],
+            [_answer(pair.base), _answer(pair.tuned), _escape(pair.expected) or EMPTY],
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _table(*rows: Sequence[object]) -> list[str]:
+    lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
+    lines.insert(1, "|" + " --- |" * len(rows[0]))
+    return lines
+
+
+def _answer(answer: Answer) -> str:
+    text = _escape(answer.text) or str(EMPTY)
+    return text if answer.stopped else f"{text} … *({CUT})*"
+
+
+def _escape(text: str) -> str:
+    """Any text on one line of Markdown, within a table too, read as nothing but text."""
+    escaped = re.sub(r"([\\`*_~#|$\[\]])", r"\\\1", html.escape(text, quote=False))
+    return re.sub(r"\r\n|[\n\r\v\f\x85\u2028\u2029]", "<br>", escaped.strip())
