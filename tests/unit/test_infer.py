@@ -172,7 +172,7 @@ def test_other_records_do_not_mix(run, path, records_file):
     ):
         run()
     records_file.write_text(json.dumps(records[:1]), encoding="utf-8")
-    with pytest.raises(UserError, match="more lines than there are records"):
+    with pytest.raises(UserError, match="more records than the 1 of this run"):
         run()
 
 

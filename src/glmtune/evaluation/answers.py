@@ -145,7 +145,7 @@ class AnswerFile:
         self.records = records
         self.settings_path = path.with_suffix(".settings.json")
         self.settings = settings
-        self.fix = f"pass --overwrite_output true to answer anew, or another {elsewhere}"
+        self.fix = f"--overwrite_output true to answer anew, or another {elsewhere}"
         self.lines: list[dict[str, Any]] = []
         self._num_bytes = 0
         self._file: TextIO | None = None
@@ -177,12 +177,12 @@ class AnswerFile:
         if not self.settings_path.is_file():
             raise UserError(
                 f"{self.path}: exists, and no {self.settings_path.name} beside it says what its "
-                f"answers depend on; {self.fix}"
+                f"answers depend on; pass {self.fix}"
             )
         try:
             earlier = dict(json.loads(read_text(str(self.settings_path))))
         except (TypeError, ValueError) as error:
-            raise UserError(f"{self.settings_path}: not a JSON object; {self.fix}") from error
+            raise UserError(f"{self.settings_path}: not a JSON object; pass {self.fix}") from error
         for name in earlier | self.settings:
             before, now = earlier.get(name), self.settings.get(name)
             if before != now:
@@ -196,15 +196,16 @@ class AnswerFile:
         try:
             line = json.loads(data)
         except ValueError as error:
-            raise UserError(f"{where}: not JSON ({error}); {self.fix}") from error
+            raise UserError(f"{where}: not JSON ({error}); pass {self.fix}") from error
         if number > len(self.records):
             raise UserError(
-                f"{where}: has more lines than there are records ({len(self.records)}); {self.fix}"
+                f"{where}: answers more records than the {len(self.records)} of this run; "
+                f"pass {self.fix}"
             )
         record = self.records[number - 1]
         question = question_of(record)
         if not isinstance(line, dict) or {name: line.get(name) for name in question} != question:
-            raise UserError(f"{where}: is no answer to the record {record.where}; {self.fix}")
+            raise UserError(f"{where}: is no answer to the record {record.where}; pass {self.fix}")
         return line
 
     def __enter__(self) -> "AnswerFile":

@@ -59,5 +59,5 @@ def compare(config: CompareConfig) -> Comparison:
     for name, write in (("compare.md", markdown), ("compare.html", html)):
         with new_file(str(folder / name)) as output:
             output.write(write(comparison))
-    print(f"{comparison.verdict}\nwritten: {folder}/compare.html, compare.md, compare.jsonl")
+    print(f"{comparison.verdict.en}\nwritten: {folder}/compare.html, compare.md, compare.jsonl")
     return comparison

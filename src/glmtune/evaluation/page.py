@@ -148,8 +148,6 @@ ins { background: var(--new); border-bottom: 1px solid var(--new-line); }
   body { padding: 1.2rem .8rem 3rem; }
   .figures { grid-template-columns: 1fr 1fr; gap: .6rem; }
   .figure:first-child { grid-column: 1 / -1; }
-  .facts { grid-template-columns: 1fr; }
-  .facts dd { margin-bottom: .3rem; }
   .tools { margin-inline: -.8rem; padding-inline: .8rem; }
   .tools input[type=search] { flex-basis: 100%; max-width: none; }
   .answers { grid-template-columns: 1fr; }
