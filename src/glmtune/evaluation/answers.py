@@ -86,16 +86,15 @@ class Subject:
         return "/".join(path.parts[-2:]) if path.name.startswith("checkpoint-") else path.name
 
     def identity(self) -> dict[str, str]:
-        """What tells this model from another whose answers would differ."""
+        """What tells this model from another whose answers would differ.
+
+        Raises:
+            UserError: a file of the adapter cannot be read.
+        """
         identity = {"base": base_name(self.base), "dtype": str(self.dtype).removeprefix("torch.")}
         if self.adapter is not None:
-            digest = hashlib.sha256()
-            for file in sorted(self.adapter.glob("adapter_*")):
-                digest.update(file.read_bytes())
-            identity |= {
-                "adapter": str(self.adapter_name),
-                "adapter_sha256": digest.hexdigest()[:16],
-            }
+            identity["adapter"] = str(self.adapter_name)
+            identity["adapter_sha256"] = _digest(self.adapter)
         return identity
 
     def load(self) -> tuple[Any, Any]:
@@ -258,6 +257,19 @@ class AnswerFile:
             f"{self.path}: cannot be written ({error.strerror or error}); check the path, its "
             "permissions and the free space"
         )
+
+
+def _digest(adapter: Path) -> str:
+    """The beginning of a sha256 over the adapter's settings and weights."""
+    digest = hashlib.sha256()
+    for file in sorted(adapter.glob("adapter_*.*")):
+        try:
+            digest.update(file.read_bytes() if file.is_file() else b"")
+        except OSError as error:
+            raise UserError(
+                f"{file}: cannot be read ({error.strerror}); check its permissions"
+            ) from error
+    return digest.hexdigest()[:16]
 
 
 def _show(value: object) -> str:
