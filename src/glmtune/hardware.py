@@ -1,6 +1,10 @@
-"""The device a run uses, the number format it computes in, and how much memory it takes."""
+"""The device a run uses, the number format it computes in, and how much memory there is and was."""
 
+import os
+import sys
 from typing import TYPE_CHECKING
+
+from glmtune.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -9,10 +13,24 @@ GIB = 1024**3
 
 
 def pick_device(use_cpu: bool = False) -> "torch.device":
-    """The GPU where there is one, unless the CPU is asked for."""
+    """The GPU where there is one, unless the CPU is asked for.
+
+    Of several processes on one machine each gets a GPU of its own, by the launcher's LOCAL_RANK.
+
+    Raises:
+        UserError: more processes than GPUs.
+    """
     import torch
 
-    return torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
+    if use_cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    index, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if index >= num_gpus:
+        raise UserError(
+            f"LOCAL_RANK {index}: this machine has {num_gpus} GPU(s); start at most as many "
+            "processes on it"
+        )
+    return torch.device("cuda", index)
 
 
 def pick_dtype(
@@ -22,6 +40,9 @@ def pick_dtype(
 
     bfloat16 on a GPU that has it, float16 where that is asked for or a GPU has nothing better,
     float32 on a CPU.
+
+    Raises:
+        UserError: float16 on a CPU, or bfloat16 on a GPU without it.
     """
     import torch
 
@@ -29,10 +50,54 @@ def pick_dtype(
         "float16 overflows at 65,504: watch for a loss that turns NaN or 0; bfloat16 (--bf16 true) "
         "is safer where the GPU has it"
     )
+    on_gpu = device.type == "cuda"
+    has_bf16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
+    if fp16 and not on_gpu:
+        raise UserError("fp16 true: float16 needs a GPU; leave fp16 out and the CPU takes float32")
+    if bf16 and not has_bf16:
+        raise UserError(
+            f"bf16 true: {device_name(device)} computes no bfloat16; leave bf16 out and it takes "
+            "float16, or set bf16 false for float32"
+        )
     if fp16:
         return torch.float16, caution
-    if bf16 or (bf16 is None and device.type == "cuda" and torch.cuda.is_bf16_supported(False)):
+    if bf16 or (bf16 is None and on_gpu and has_bf16):
         return torch.bfloat16, None
-    if bf16 is None and device.type == "cuda":
+    if bf16 is None and on_gpu:
         return torch.float16, f"this GPU has no bfloat16, so float16 is used; {caution}"
     return torch.float32, None
+
+
+def device_name(device: "torch.device") -> str:
+    """What to call a device in a line for people, e.g. "NVIDIA H200" or "CPU, 2 threads"."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} thread(s)"
+
+
+def memory_gib(device: "torch.device") -> float:
+    """Most memory this process has held so far, in GiB: tensors of a GPU, or all of it on a CPU."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / GIB  # macOS counts bytes
+
+
+def total_memory_gib(device: "torch.device") -> float:
+    """The device's memory in GiB: a GPU's own, or the machine's for a CPU (0 where unknown)."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / GIB
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    except (AttributeError, ValueError, OSError):  # Windows
+        return 0.0
