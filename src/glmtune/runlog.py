@@ -1,0 +1,226 @@
+"""What a run tells while it runs, and what it leaves in its folder.
+
+A record is a dictionary of numbers at a step. Each goes to `metrics.jsonl` (a line), TensorBoard
+(under `runs/`), the terminal, and `history`, which `trainer_state.json` keeps as `log_history`.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+METRICS_FILE = "metrics.jsonl"
+PLOT_FILE = "training_loss.png"
+TENSORBOARD_FOLDER = "runs"
+
+Record = dict[str, Any]
+
+_BAR_FORMAT = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed} < {remaining}{postfix}]"
+_BLUE, _PALE, _RED, _GREY, _INK = "#1f5fa8", "#a9c4e4", "#c8442f", "#6b7280", "#111827"
+
+
+class RunLog:
+    """Writes a run's records; used in a `with`, which closes the files and the bar.
+
+    Args:
+        output_dir: the run folder, which exists.
+        max_steps: steps of the whole run.
+        report_to: "tensorboard" or "all" writes TensorBoard events, "none" does not.
+        disable_tqdm: plain lines in the place of a progress bar; so it is, too, where stderr is no
+            terminal.
+        first_step: steps done before; records newer than that are dropped from `history`.
+        history: the records of those steps.
+        enabled: false in all processes but the first, where nothing is written or shown.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        max_steps: int,
+        *,
+        report_to: str = "tensorboard",
+        disable_tqdm: bool = False,
+        first_step: int = 0,
+        history: Sequence[Record] = (),
+        enabled: bool = True,
+    ):
+        self.history: list[Record] = [dict(r) for r in history if r["step"] <= first_step]
+        self.max_steps = max_steps
+        self.enabled = enabled
+        self._started = time.monotonic()
+        self._first_step = first_step
+        self._writer = None
+        self._file = None
+        self._bar = None
+        if not enabled:
+            return
+        self._file = _rewrite_metrics(Path(output_dir) / METRICS_FILE, self.history)
+        if report_to in ("tensorboard", "all"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            # TensorBoard hides what an earlier run wrote from purge_step on.
+            folder = str(Path(output_dir) / TENSORBOARD_FOLDER)
+            self._writer = SummaryWriter(folder, purge_step=first_step + 1 if first_step else None)
+        if not disable_tqdm and sys.stderr.isatty():
+            self._bar = tqdm(
+                total=max_steps,
+                initial=first_step,
+                bar_format=_BAR_FORMAT,
+                dynamic_ncols=True,
+                file=sys.stderr,
+            )
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for part in (self._file, self._writer, self._bar):
+            if part is not None:
+                part.close()
+
+    def advance(self) -> None:
+        """Move the bar by a step; this asks nothing of the device."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def log(self, step: int, record: Mapping[str, float]) -> None:
+        """Write a record everywhere. A number that is not finite becomes null, which JSON has."""
+        entry: Record = {
+            key: value if math.isfinite(value) else None for key, value in record.items()
+        }
+        entry["step"] = step
+        self.history.append(entry)
+        if not self.enabled:
+            return
+        assert self._file is not None
+        self._file.write(json.dumps(entry) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for key, value in record.items():
+                group, name = ("eval", key[5:]) if key.startswith("eval_") else ("train", key)
+                self._writer.add_scalar(f"{group}/{name}", value, step)
+        self._show(step, entry)
+
+    def _show(self, step: int, entry: Record) -> None:
+        words = ", ".join(_word(key, value) for key, value in entry.items() if key in _WORDS)
+        if self._bar is None:
+            left = format_seconds(self._seconds_left(step))
+            print(f"step {step:,}/{self.max_steps:,}: {words}, {left} left", flush=True)
+        elif "loss" in entry:
+            self._bar.set_postfix_str(words, refresh=False)
+        else:
+            self._bar.write(f"step {step:,}: {words}")
+
+    def _seconds_left(self, step: int) -> float:
+        seconds_a_step = (time.monotonic() - self._started) / max(1, step - self._first_step)
+        return seconds_a_step * (self.max_steps - step)
+
+    def plot_loss(self, path: str | Path) -> None:
+        """Draw the curve of the loss, raw and smoothed, and of the evaluation loss where there is
+        one, as a PNG that appears whole. Without any loss so far nothing is drawn.
+        """
+        loss = _series(self.history, "loss")
+        if not self.enabled or not loss:
+            return
+        figure = _draw(loss, _series(self.history, "eval_loss"))
+        draft = Path(path).with_name(f".{Path(path).name}.tmp")
+        figure.savefig(draft, format="png", dpi=160)
+        os.replace(draft, path)
+
+
+def print_pairs(title: str, pairs: Mapping[str, str]) -> None:
+    """Print a title and under it names and values in two columns."""
+    width = max(map(len, pairs), default=0)
+    lines = [f"  {name:<{width}}  {value}" for name, value in pairs.items()]
+    print("\n".join([title, *lines]), flush=True)
+
+
+_WORDS = {
+    "loss": "loss {:.4f}",
+    "eval_loss": "evaluation loss {:.4f}",
+    "learning_rate": "lr {:.2e}",
+    "tokens_per_second": "{:,.0f} tok/s",
+    "memory_gib": "{:.1f} GiB",
+}
+
+
+def _word(key: str, value: float | None) -> str:
+    return _WORDS[key].format(math.nan if value is None else value)
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration as 12:34 or 1:02:03."""
+    return tqdm.format_interval(round(seconds))
+
+
+def _rewrite_metrics(path: Path, history: Sequence[Record]):
+    """Start the metrics file with the records of earlier steps, all at once."""
+    draft = path.with_name(f".{path.name}.tmp")
+    lines = (json.dumps(record) + "\n" for record in history)
+    draft.write_text("".join(lines), encoding="utf-8")
+    os.replace(draft, path)
+    return path.open("a", encoding="utf-8")
+
+
+def _series(history: Sequence[Record], key: str) -> list[tuple[int, float]]:
+    return [(r["step"], r[key]) for r in history if r.get(key) is not None]
+
+
+def smooth(values: Sequence[float], width: float) -> list[float]:
+    """Weighted mean of each value and its neighbours on both sides, so that a curve does not lag.
+
+    Args:
+        values: equally far apart.
+        width: standard deviation of the weights, a Gaussian cut off at three of them.
+    """
+    import numpy as np
+
+    reach = max(1, round(3 * width))
+    weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
+    inside = slice(reach, reach + len(values))  # beyond the ends there is nothing to weigh
+    norm = np.convolve(np.ones(len(values)), weights)[inside]
+    return (np.convolve(values, weights)[inside] / norm).tolist()
+
+
+def _draw(loss: list[tuple[int, float]], eval_loss: list[tuple[int, float]]):
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
+    axes = figure.subplots()
+    steps, values = zip(*loss, strict=True)
+    # A fortieth of the curve: short runs keep their shape, long ones lose their noise.
+    smoothed = smooth(values, width=max(1, len(values) / 40))
+    axes.plot(steps, values, color=_PALE, linewidth=1.2, label="loss")
+    axes.plot(steps, smoothed, color=_BLUE, linewidth=2.2, label="smoothed")
+    axes.annotate(
+        f"{smoothed[-1]:.3f}", (steps[-1], smoothed[-1]), xytext=(6, 0),
+        textcoords="offset points", va="center", color=_BLUE, fontsize=10,
+    )  # fmt: skip
+    if eval_loss:
+        axes.plot(
+            *zip(*eval_loss, strict=True), color=_RED, marker="o", markersize=5, linewidth=1.2,
+            label="evaluation loss",
+        )  # fmt: skip
+    axes.set_title("Training loss", loc="left", fontsize=13, color=_INK)
+    axes.set_xlabel("step", color=_GREY)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if steps[-1] >= 10_000:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color("#9ca3af")
+    axes.tick_params(colors=_GREY, length=0)
+    axes.margins(x=0.02)
+    axes.legend(
+        frameon=False, labelcolor=_GREY, loc="lower right", bbox_to_anchor=(1, 1), ncols=3,
+        borderaxespad=0.2,
+    )  # fmt: skip
+    return figure

@@ -1,0 +1,133 @@
+"""What a run tells and leaves: metrics, events, lines, the curve."""
+
+import json
+import math
+import sys
+
+import matplotlib.image
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from glmtune.runlog import METRICS_FILE, RunLog, format_seconds, print_pairs, smooth
+
+RECORD = {"loss": 2.5, "learning_rate": 1e-4, "tokens_per_second": 1234.5, "memory_gib": 14.25}
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+
+
+def events_of(folder, tag):
+    events = EventAccumulator(str(folder / "runs"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def test_a_record_goes_to_file_history_events_and_terminal(tmp_path, capsys):
+    with RunLog(tmp_path, 100) as log:
+        log.log(50, RECORD)
+        log.log(50, {"eval_loss": 3.0})
+    assert (
+        lines_of(tmp_path) == log.history == [RECORD | {"step": 50}, {"eval_loss": 3.0, "step": 50}]
+    )
+    assert events_of(tmp_path, "train/loss") == [(50, 2.5)]
+    assert events_of(tmp_path, "eval/loss") == [(50, 3.0)]
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("step 50/100: loss 2.5000, lr 1.00e-04, 1,234 tok/s, 14.2 GiB")
+    assert first.endswith("left")
+    assert "evaluation loss 3.0000" in second
+
+
+def test_lines_are_on_disk_while_the_run_goes_on(tmp_path):
+    with RunLog(tmp_path, 100, report_to="none") as log:
+        log.log(1, RECORD)
+        assert len(lines_of(tmp_path)) == 1
+
+
+def test_no_events_where_none_are_wanted(tmp_path):
+    with RunLog(tmp_path, 100, report_to="none") as log:
+        log.log(1, RECORD)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_is_not_finite_becomes_null(tmp_path):
+    with RunLog(tmp_path, 100, report_to="none") as log:
+        log.log(1, {"loss": 2.0, "grad_norm": math.inf})
+        log.log(2, {"loss": math.nan})
+    assert lines_of(tmp_path)[0] == {"loss": 2.0, "grad_norm": None, "step": 1}
+    assert lines_of(tmp_path)[1] == {"loss": None, "step": 2}
+    log.plot_loss(tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").exists()
+
+
+def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path):
+    with RunLog(tmp_path, 40) as log:
+        for step in (10, 20, 30):
+            log.log(step, {"loss": float(step)})
+        history = log.history
+    with RunLog(tmp_path, 40, first_step=20, history=history) as log:
+        log.log(30, {"loss": -30.0})
+    assert [(r["step"], r["loss"]) for r in lines_of(tmp_path)] == [(10, 10), (20, 20), (30, -30)]
+    assert lines_of(tmp_path) == log.history
+    assert events_of(tmp_path, "train/loss") == [(10, 10), (20, 20), (30, -30)]
+
+
+def test_another_process_is_silent(tmp_path, capsys):
+    with RunLog(tmp_path, 10, enabled=False) as log:
+        log.advance()
+        log.log(1, RECORD)
+    log.plot_loss(tmp_path / "curve.png")
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr() == ("", "")
+    assert len(log.history) == 1
+
+
+@pytest.mark.parametrize(("disable_tqdm", "bars"), [(False, True), (True, False)])
+def test_a_terminal_gets_a_bar(tmp_path, capsys, monkeypatch, disable_tqdm, bars):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with RunLog(tmp_path, 4, report_to="none", disable_tqdm=disable_tqdm, first_step=2) as log:
+        log.advance()
+        log.log(3, RECORD)
+        log.advance()
+    out, err = capsys.readouterr()
+    assert ("loss 2.5000, lr 1.00e-04, 1,234 tok/s, 14.2 GiB" in err) == bars
+    assert ("4/4" in err) == bars
+    assert ("step 3/4" in out) != bars
+
+
+def test_the_curve_is_a_picture_with_both_losses(tmp_path):
+    with RunLog(tmp_path, 400, report_to="none") as log:
+        for step in range(1, 401):
+            log.log(step, {"loss": 2 + 5 / step + 0.3 * math.sin(step * 1.7)})
+            if step % 100 == 0:
+                log.log(step, {"eval_loss": 2.4 + 3 / step})
+        log.plot_loss(tmp_path / "curve.png")
+    assert [path.name for path in tmp_path.glob("*.png")] == ["curve.png"]
+    pixels = matplotlib.image.imread(tmp_path / "curve.png")
+    assert pixels.shape[:2] == (720, 1280)
+    for colour in ("1f5fa8", "a9c4e4", "c8442f"):  # smoothed, raw, evaluation
+        wanted = [int(colour[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        assert (abs(pixels[..., :3] - wanted).max(-1) < 0.02).sum() > 30, colour
+
+
+def test_without_a_loss_there_is_no_curve(tmp_path):
+    with RunLog(tmp_path, 10, report_to="none") as log:
+        log.plot_loss(tmp_path / "curve.png")
+    assert not (tmp_path / "curve.png").exists()
+
+
+def test_smoothing_takes_noise_away_without_lag():
+    assert smooth([3.0], width=1) == [3.0]
+    assert smooth([3.0] * 5, width=2) == pytest.approx([3.0] * 5)
+    line = [float(step) for step in range(100)]
+    noisy = [value + (-1) ** step for step, value in enumerate(line)]
+    assert smooth(noisy, width=5)[20:80] == pytest.approx(line[20:80], abs=0.01)
+
+
+def test_pairs_stand_in_columns(capsys):
+    print_pairs("Title", {"a": "1", "longer": "2"})
+    assert capsys.readouterr().out == "Title\n  a       1\n  longer  2\n"
+
+
+def test_seconds_read_like_a_clock():
+    assert (format_seconds(61.4), format_seconds(3723)) == ("01:01", "1:02:03")
