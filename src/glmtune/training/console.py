@@ -1,0 +1,93 @@
+"""What a run says to its reader before the first step and after the last."""
+
+import shlex
+import time
+from typing import Any
+
+from glmtune.hardware import device_name, memory_gib, total_memory_gib
+from glmtune.runlog import PLOT_FILE, format_seconds, print_pairs
+from glmtune.training.checkpoints import RECIPE_FILE, TrainingState
+from glmtune.training.run import Run, wants_recompute
+
+
+class Pace:
+    """Real tokens and seconds since a moment of the run, which is when this is made."""
+
+    def __init__(self, state: TrainingState):
+        self._state, self._tokens_before, self._started = state, state.num_tokens, time.monotonic()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on, padding not counted."""
+        return self._state.num_tokens - self._tokens_before
+
+    @property
+    def seconds(self) -> float:
+        """Time gone by."""
+        return time.monotonic() - self._started
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Both in one number; true of the device where it has just been waited for."""
+        return self.tokens / max(self.seconds, 1e-9)
+
+
+def print_banner(run: Run, state: TrainingState) -> None:
+    """Say what is about to be trained, on what."""
+    config, device = run.config, run.accelerator.device
+    model = run.accelerator.unwrap_model(state.model)
+    trainable, total = model.get_nb_trainable_parameters()
+    num_train, num_eval = len(run.plan.row_ids), len(run.eval_rows)
+    done = f", {state.global_step:,} of them done" if state.global_step else ""
+    print_pairs(
+        f"LoRA of rank {config.lora_rank} on {', '.join(config.lora_target)} of {run.base_name}",
+        {
+            "rows": f"{num_train:,} to train on, {num_eval:,} held out, "
+            f"{run.rows.lengths_R.mean():.0f} tokens each",
+            "steps": f"{run.max_steps:,}, which is {run.epoch(run.max_steps):.4g} epoch(s) of "
+            f"{run.plan.steps_per_epoch:,}{done}",
+            "rows a step": f"{run.plan.global_batch_size:,} = {config.per_device_train_batch_size} "
+            f"a pass x {config.gradient_accumulation_steps} pass(es) x "
+            f"{run.accelerator.num_processes} process(es)",
+            "trainable": f"{trainable:,} of {total:,} parameters ({trainable / total:.3%})",
+            "device": f"{device_name(device)}, {total_memory_gib(device):.0f} GiB, "
+            f"{run.identity['dtype']}",
+            "recompute": "on" if wants_recompute(config, device) else "off",
+            "run folder": config.output_dir,
+        },
+    )
+
+
+def print_summary(
+    run: Run,
+    state: TrainingState,
+    history: list[dict[str, Any]],
+    since_start: Pace,
+    interrupted: bool,
+) -> None:
+    """Say what came of the run, where it lies, and what to do next."""
+    folder = shlex.quote(run.config.output_dir)
+    how = f"Stopped after step {state.global_step:,} of" if interrupted else "Done: all"
+    pairs = {
+        "trained on": f"{since_start.tokens:,} tokens in {format_seconds(since_start.seconds)}, "
+        f"{since_start.tokens_per_second:,.0f} a second, "
+        f"at most {memory_gib(run.accelerator.device):.1f} GiB",
+    }
+    for key, name in (("loss", "loss"), ("eval_loss", "evaluation loss")):
+        if values := [record[key] for record in history if key in record]:
+            pairs[name] = f"{values[0]:.4f} at first, {values[-1]:.4f} at last"
+    pairs["adapter"] = f"{run.config.output_dir} (the curve: {PLOT_FILE})"
+    if interrupted:
+        pairs["go on with"] = resume_command(run, state)
+    pairs["answer with"] = f"glmtune infer --data_path RECORDS.json --model_path {folder}"
+    print_pairs(f"{how} {run.max_steps:,} steps", pairs)
+
+
+def resume_command(run: Run, state: TrainingState) -> str:
+    """The command that goes on from the checkpoint of this step."""
+    folder = run.config.output_dir
+    recipe = shlex.quote(f"{folder}/{RECIPE_FILE}")
+    checkpoint = shlex.quote(f"{folder}/checkpoint-{state.global_step}")
+    num_processes = run.accelerator.num_processes
+    launch = f"accelerate launch --num_processes {num_processes} -m " if num_processes > 1 else ""
+    return f"{launch}glmtune train {recipe} --resume_from_checkpoint {checkpoint}"
