@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: the golden folders inside the project and, where it lies, ../shared."""
+"""Fixtures shared by all tests: golden folders in the project and, where it lies, ../shared."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,8 @@ def pytest_sessionfinish(session):
     """On CI a test may not skip for want of ../shared while ../shared is there."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     skipped = reporter.stats.get("skipped", []) if reporter else []
-    if os.environ.get("CI") and SHARED.is_dir() and any(NO_SHARED in str(r.longrepr) for r in skipped):
+    unfounded = SHARED.is_dir() and any(NO_SHARED in str(report.longrepr) for report in skipped)
+    if os.environ.get("CI") and unfounded:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -27,7 +28,7 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """../shared: tokenizer models and alpaca records under their own licences, not in the project."""
+    """../shared: tokenizer models and alpaca records under their own licences."""
     if not (SHARED / "golden").is_dir():
         pytest.skip(NO_SHARED)
     return SHARED

@@ -89,8 +89,12 @@ def _hub_has(hub_id: str) -> bool:
 
 def base_name(base: str) -> str:
     """What to call a base model in files that travel: a hub id or a folder's last name."""
-    path = Path(base)
-    return path.resolve().name if path.is_dir() else base
+    path = Path(base).resolve()
+    if not path.is_dir():
+        return base
+    # The hub cache keeps owner/name as models--owner--name/snapshots/<commit>.
+    cached = [part for part in path.parts if part.startswith("models--")]
+    return "/".join(cached[-1].split("--")[1:]) if cached else path.name
 
 
 def load_tokenizer(base: str) -> ChatGLMTokenizer:

@@ -110,10 +110,10 @@ def load_bin(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
     try:
         tensors = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged or refused pickle
-        reason = str(error).strip().splitlines()[0]
+        # torch's own message goes on to explain how to run the code in it: not repeated here.
         raise UserError(
-            f"{path}: cannot be read as plain tensors ({reason}); download it again, from a source "
-            "you trust"
+            f"{path}: cannot be read as plain tensors ({type(error).__name__}): it is damaged or "
+            "has code in it; download it again, from a source you trust"
         ) from error
     if not isinstance(tensors, dict) or not all(torch.is_tensor(t) for t in tensors.values()):
         raise UserError(f"{path}: holds something else than named tensors; pass a file of weights")

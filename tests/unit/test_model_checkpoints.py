@@ -1,0 +1,109 @@
+"""Finding and naming the base model."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from glmtune.errors import UserError
+from glmtune.models import checkpoints
+from glmtune.models.checkpoints import (
+    HUB_IDS,
+    base_name,
+    check_pair,
+    load_base_model,
+    load_tokenizer,
+    resolve_base,
+)
+
+
+@pytest.fixture(autouse=True)
+def no_base_anywhere(monkeypatch):
+    monkeypatch.delenv("GLMTUNE_MODEL", raising=False)
+    monkeypatch.setattr(checkpoints, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(checkpoints, "_hub_has", lambda _: False)
+
+
+def test_the_setting_wins_over_environment_and_run_folder(tmp_path, monkeypatch):
+    folders = [tmp_path / name for name in ("flag", "env", "recipe", "run")]
+    for folder in folders:
+        folder.mkdir()
+    flag, env, recipe, run = map(str, folders)
+    (tmp_path / "run" / "recipe.yaml").write_text(f"chatglm_path: {recipe}\n")
+    (tmp_path / "run" / "checkpoint-5").mkdir()
+    assert resolve_base(None, run) == recipe
+    assert resolve_base(None, f"{run}/checkpoint-5") == recipe
+    monkeypatch.setenv("GLMTUNE_MODEL", env)
+    assert resolve_base(None, run) == env
+    assert resolve_base(flag, run) == flag
+
+
+def test_the_hub_cache_comes_next_then_the_hub(monkeypatch):
+    monkeypatch.setattr(checkpoints, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(checkpoints, "_hub_has", lambda name: name == HUB_IDS[0])
+    assert resolve_base() == HUB_IDS[0]
+    cached = {HUB_IDS[1]: "/cache/config.json"}
+    monkeypatch.setattr(checkpoints, "try_to_load_from_cache", lambda name, _: cached.get(name))
+    assert resolve_base() == HUB_IDS[1]
+
+
+def test_nothing_given_and_nothing_found():
+    with pytest.raises(UserError, match="pass --chatglm_path FOLDER") as caught:
+        resolve_base()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["./no/such", "/no/such", "typo", "~/no-such-folder", "a/b/c"])
+def test_a_folder_that_is_not_there(value):
+    with pytest.raises(UserError, match="--chatglm_path.*is no folder"):
+        resolve_base(value)
+
+
+def test_a_name_never_gives_away_a_private_path(tmp_path):
+    private = tmp_path / "chatglm-6b"
+    snapshot = tmp_path / "models--zai-org--chatglm-6b" / "snapshots" / "0123abc"
+    private.mkdir()
+    snapshot.mkdir(parents=True)
+    assert base_name(str(private)) == "chatglm-6b"
+    assert base_name(str(snapshot)) == "zai-org/chatglm-6b"
+    assert base_name("THUDM/chatglm-6b") == "THUDM/chatglm-6b"
+
+
+def test_load_base_model(tiny_folder):
+    model = load_base_model(str(tiny_folder), dtype=torch.float64, device="cpu")
+    assert not model.training
+    assert model.dtype == torch.float64
+    assert model.name_or_path == str(tiny_folder)
+
+
+def test_folders_of_something_else(tmp_path):
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        load_base_model(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(UserError, match="model_type 'llama'"):
+        load_base_model(str(tmp_path))
+
+
+def test_a_base_without_a_vocabulary(tiny_folder):
+    with pytest.raises(UserError, match=r"no ice_text\.model"):
+        load_tokenizer(str(tiny_folder))
+
+
+def test_a_model_and_a_tokenizer_that_disagree(tiny_folder):
+    config = load_base_model(str(tiny_folder)).config
+    ids = {
+        name: getattr(config, name)
+        for name in (
+            "bos_token_id",
+            "eos_token_id",
+            "gmask_token_id",
+            "mask_token_id",
+            "pad_token_id",
+        )
+    }
+    check_pair(config, SimpleNamespace(**ids, vocab_size=1000))
+    with pytest.raises(UserError, match="eos_token_id: the model says 1005, the tokenizer 2"):
+        check_pair(config, SimpleNamespace(**ids | {"eos_token_id": 2}, vocab_size=1000))
+    with pytest.raises(UserError, match="vocab_size"):
+        check_pair(config, SimpleNamespace(**ids, vocab_size=5000))
