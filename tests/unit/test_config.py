@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -385,6 +385,7 @@ def test_an_unwritable_recipe(tmp_path):
         write_recipe(train(), str(tmp_path / "none" / "recipe.yaml"))
 
 
+@example(path="\x85", rate=1.0, targets=["_"], resume="true")
 @given(
     path=st.text(min_size=1).filter(lambda text: "\0" not in text and text.lower() not in NONES),
     rate=st.floats(min_value=0, exclude_min=True, allow_infinity=False),
@@ -489,7 +490,8 @@ def test_help_lists_every_setting(verb, monkeypatch):
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_help_shows_type_choices_default_and_group():
+def test_help_shows_type_choices_default_and_group(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     text = verb_help("train", "What it does.")
     assert "LoRA:\n  --lora_rank INT\n      rank of the update (default: 8)\n" in text
     assert "--lr_scheduler_type linear|cosine|constant|constant_with_warmup\n" in text

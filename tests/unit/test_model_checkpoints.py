@@ -56,7 +56,7 @@ def test_nothing_given_and_nothing_found():
 
 @pytest.mark.parametrize("value", ["./no/such", "/no/such", "typo", "~/no-such-folder", "a/b/c"])
 def test_a_folder_that_is_not_there(value):
-    with pytest.raises(UserError, match="--chatglm_path.*is no folder"):
+    with pytest.raises(UserError, match=r"--chatglm_path.*is no folder"):
         resolve_base(value)
 
 

@@ -28,6 +28,9 @@ _TAG = "tag:yaml.org,2002:"
 _PLAIN_TAGS = {_TAG + kind for kind in ("bool", "float", "int", "null", "str", "timestamp")}
 
 
+_LINE_BREAKS = ("\x85", "\u2028", "\u2029")
+
+
 def read_config(
     cls: type[Config], verb: str, recipe_path: str | None, flags: Mapping[str, str]
 ) -> Config:
@@ -163,8 +166,10 @@ def write_recipe(config: Settings, path: str) -> None:
     text = f"# As run by glmtune {__version__}; to run it again: {again}\n"
     for heading, fields in fields_by_group(type(config)).items():
         values = {name: getattr(config, name) for name in fields}
+        # YAML takes these for line breaks, and folds them into a blank, unless they are escaped.
+        readable = not any(mark in str(value) for value in values.values() for mark in _LINE_BREAKS)
         text += f"\n# {heading}\n"
-        text += yaml.safe_dump(values, allow_unicode=True, sort_keys=False, width=sys.maxsize)
+        text += yaml.safe_dump(values, allow_unicode=readable, sort_keys=False, width=sys.maxsize)
     unfinished = f"{path}.unfinished"
     try:
         Path(unfinished).write_text(text, encoding="utf-8")
