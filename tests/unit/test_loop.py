@@ -17,6 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import TrainerState
 
+from glmtune.adapters import load_adapter
 from glmtune.config import TrainConfig, read_config
 from glmtune.errors import UserError
 from glmtune.models.checkpoints import load_base_model
@@ -295,15 +296,38 @@ class TestStep:
         assert norms == pytest.approx(told)
 
     def test_seeds(self, config, tmp_path):
-        def first_loss(**settings):
-            first_loss.runs += 1
-            folder = str(tmp_path / str(first_loss.runs))
-            return losses(loop.train(config(max_steps=1, output_dir=folder, **settings)))[0]
+        runs = iter(range(10))
 
-        first_loss.runs = 0
-        assert first_loss() == first_loss()
-        assert first_loss(data_seed=7) != first_loss()
-        assert first_loss(data_seed=7) == first_loss(data_seed=7, seed=42)
+        def course(**settings):
+            folder = str(tmp_path / str(next(runs)))
+            return losses(loop.train(config(max_steps=3, output_dir=folder, **settings)))
+
+        usual = course()
+        assert course() == usual
+        # The first loss tells the rows alone: the adapter starts without effect.
+        assert course(data_seed=7)[0] != usual[0]
+        other_start = course(seed=7, data_seed=42)
+        assert other_start[0] == usual[0]
+        assert other_start[2] != usual[2]
+        assert course(seed=7)[0] == course(data_seed=7)[0]
+
+    def test_the_optimiser_gets_its_settings(self, config, monkeypatch):
+        seen, build_state = [], loop.build_state
+        monkeypatch.setattr(
+            loop, "build_state", lambda *args: seen.append(build_state(*args)) or seen[0]
+        )
+        settings = {"adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-6, "weight_decay": 0.1}
+        loop.train(config(max_steps=1, **settings))
+        (group,) = seen[0].optimizer.param_groups
+        assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.9), 1e-6, 0.1)
+        assert group["initial_lr"] == 1e-3
+
+    def test_a_record_is_the_mean_of_the_steps_since_the_last(self, config, tmp_path):
+        every = losses(loop.train(config()))
+        third = losses(loop.train(config(logging_steps=3, output_dir=str(tmp_path / "b"))))
+        # The first step is told at once.
+        expected = [every[0], sum(every[1:3]) / 2, sum(every[3:]) / 3]
+        assert third == pytest.approx(expected, abs=1e-6)
 
     def test_epochs_count_when_steps_do_not(self, config, tmp_path):
         assert loop.train(config(max_steps=-1, num_train_epochs=1.5)).global_step == 6
@@ -312,12 +336,11 @@ class TestStep:
 
 class TestEvaluation:
     def test_it_is_the_mean_over_the_label_tokens_held_out(self, config, dataset_path, tiny_folder):
-        result = loop.train(
-            config(eval_ratio=0.3, max_steps=1, learning_rate=1e-30, per_device_eval_batch_size=2)
-        )
+        settings = {"learning_rate": 0.05, "lora_dropout": 0.5, "per_device_eval_batch_size": 2}
+        result = loop.train(config(eval_ratio=0.3, **settings))
         _, held_out = split_rows(NUM_ROWS, 0.3, 42)
         rows = datasets.load_from_disk(dataset_path)
-        model = load_base_model(str(tiny_folder))
+        model = load_adapter(load_base_model(str(tiny_folder)), config().output_dir)
         total, count = 0.0, 0
         for row in rows.select(held_out):
             ids = torch.tensor([row["input_ids"]])
@@ -620,8 +643,10 @@ class TestTwoProcesses:
         command = "accelerate launch --num_processes 2 -m glmtune train "
         assert out.count(command) == 1
         states = [folder / "dropout" / "checkpoint-4" / f"rng_state_{rank}.pth" for rank in (0, 1)]
-        one, two = (torch.load(state, weights_only=True)["cpu"] for state in states)
-        assert not torch.equal(one, two)
+        generators = [torch.Generator(), torch.Generator()]
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(torch.load(state, weights_only=True)["cpu"])
+        assert [generator.initial_seed() for generator in generators] == [42, 43]
 
 
 def run_in_two_processes(folder, dataset_path, base):
