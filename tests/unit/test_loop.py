@@ -640,7 +640,7 @@ class TestTwoProcesses:
     def test_only_one_talks_and_each_keeps_its_own_random_state(self, folder):
         out = (folder / "stdout").read_text()
         assert out.count("LoRA of rank 8") == out.count("trained on") == 5
-        command = "accelerate launch --num_processes 2 -m glmtune train "
+        command = "torchrun --nproc_per_node 2 -m glmtune train "
         assert out.count(command) == 1
         states = [folder / "dropout" / "checkpoint-4" / f"rng_state_{rank}.pth" for rank in (0, 1)]
         generators = [torch.Generator(), torch.Generator()]
