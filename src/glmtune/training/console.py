@@ -89,6 +89,6 @@ def resume_command(run: Run, state: TrainingState) -> str:
     recipe = shlex.quote(f"{folder}/{RECIPE_FILE}")
     checkpoint = shlex.quote(f"{folder}/checkpoint-{state.global_step}")
     num_processes = run.accelerator.num_processes
-    # On CPUs `accelerate launch` starts one process, whatever number it is given; torchrun does not.
+    # On CPUs `accelerate launch` starts one process, whatever number it is given.
     launch = f"torchrun --nproc_per_node {num_processes} -m " if num_processes > 1 else ""
     return f"{launch}glmtune train {recipe} --resume_from_checkpoint {checkpoint}"
