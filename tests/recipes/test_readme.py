@@ -1,0 +1,74 @@
+"""The commands of both READMEs, run in a new folder on a file of our own."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from glmtune.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+READMES = ("README.md", "README.zh.md")
+COMMAND = re.compile(r"^(python \w+\.py|glmtune) .+", re.MULTILINE)
+# What would take hours on a real base: as few steps and answers as show that the command runs.
+SHORTER = {"--max_steps 52000": "--max_steps 2", "recipes/": f"{ROOT}/recipes/"}
+# Commands that have tests of their own, because they take minutes.
+ELSEWHERE = ("glmtune demo",)
+RECORDS = [
+    {"instruction": "说出一种水果。", "input": "", "output": "苹果。"},
+    {"instruction": "Name a colour.", "input": "", "output": "Red."},
+    {"instruction": "翻译成英文。", "input": "你好", "output": "Hello"},
+] * 4
+
+
+def commands(readme):
+    """The commands in the fenced blocks of a README, line continuations joined."""
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(?:bash|sh)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    joined = "".join(blocks).replace("\\\n", " ")
+    return [re.sub(r" +", " ", match[0]).split(" #")[0] for match in COMMAND.finditer(joined)]
+
+
+def test_both_say_the_same():
+    english, chinese = map(commands, READMES)
+    assert english == chinese
+    assert len(english) >= 8
+
+
+def test_commands_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GLMTUNE_MODEL", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    data = tmp_path / "data"
+    data.mkdir()
+    for language in ("zh", "en"):
+        text = json.dumps(RECORDS, ensure_ascii=False)
+        (data / f"alpaca_data_{language}.json").write_text(text, encoding="utf-8")
+    old = ROOT / "tests" / "golden" / "chatglm-6b-tiny" / "adapter_peft_0_2_plain"
+    shutil.copytree(old, tmp_path / "adapter_2023")
+    for command in commands(READMES[0]):
+        if command.startswith(ELSEWHERE):
+            continue
+        for long, short in SHORTER.items():
+            command = command.replace(long, short)
+        program, *arguments = command.split()
+        if program == "python":
+            script = [sys.executable, str(ROOT / arguments[0]), *arguments[1:]]
+            done = subprocess.run(
+                script, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, check=False
+            )
+            assert done.returncode == 0, f"{command}: {done.stderr.decode()[-1500:]}"
+        else:
+            assert main(arguments) == 0, command
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_links_lead_somewhere(readme):
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        assert (ROOT / target).exists(), target
