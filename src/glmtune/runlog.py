@@ -190,10 +190,10 @@ def smooth(values: Sequence[float], width: float) -> list[float]:
 
 def _draw(loss: list[tuple[int, float]], eval_loss: list[tuple[int, float]]):
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
+    figure = Figure(figsize=(8, 4.5), layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15))
     axes = figure.subplots()
     steps, values = zip(*loss, strict=True)
     # A fortieth of the curve: short runs keep their shape, long ones lose their noise.

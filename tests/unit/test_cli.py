@@ -33,6 +33,9 @@ def python(*arguments: str, cwd, **environment: str) -> subprocess.CompletedProc
     )
 
 
+FINISHED = types.SimpleNamespace(interrupted=False)
+
+
 @pytest.fixture
 def room(monkeypatch):
     """Stand in for a room that a verb calls; what it was called with is in the returned list."""
@@ -90,7 +93,7 @@ def room(monkeypatch):
     ],
 )
 def test_a_verb_hands_its_config_on(line, module, function, config, room):
-    calls = room(module, **{function: None})
+    calls = room(module, **{function: FINISHED})
     assert cli.main(line.split()) == 0
     assert calls == [(function, config)]
 
@@ -123,7 +126,7 @@ def test_adapters_convert(room):
 
 
 def test_a_recipe_and_a_flag(room, root):
-    calls = room("glmtune.training.loop", train=None)
+    calls = room("glmtune.training.loop", train=FINISHED)
     recipe = str(root / "recipes" / "chatglm-6b-alpaca-zh.yaml")
     assert cli.main(["train", recipe, "--learning_rate", "2e-4"]) == 0
     ((_, config),) = calls
@@ -131,6 +134,11 @@ def test_a_recipe_and_a_flag(room, root):
 
 
 # --- exit codes ---
+
+
+def test_a_run_that_was_stopped_ends_as_ctrl_c_does(room):
+    room("glmtune.training.loop", train=types.SimpleNamespace(interrupted=True))
+    assert cli.main("train --dataset_path a --output_dir b".split()) == 130
 
 
 def refuse(_):

@@ -27,8 +27,11 @@ class RowTokenizer(Protocol):
     """What rows need of a tokenizer."""
 
     eos_token_id: int
-    gmask_token_id: int
     bos_token_id: int
+
+    @property
+    def gmask_token_id(self) -> int:
+        """The id of `[gMASK]`."""
 
     @property
     def vocab_hash(self) -> str:

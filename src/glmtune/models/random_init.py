@@ -78,7 +78,8 @@ def write_random_model(
 
     names = sorted(tensors, key=_layer_order)
     size = -(-len(names) // num_shards)
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for i in range(num_shards):
         shard = {name: tensors[name].cpu().clone() for name in names[i * size : (i + 1) * size]}
         if EMBEDDING in shard:
