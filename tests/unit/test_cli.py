@@ -138,7 +138,7 @@ def test_a_recipe_and_a_flag(room, root):
 
 def test_a_run_that_was_stopped_ends_as_ctrl_c_does(room):
     room("glmtune.training.loop", train=types.SimpleNamespace(interrupted=True))
-    assert cli.main("train --dataset_path a --output_dir b".split()) == 130
+    assert cli.main(["train", "--dataset_path", "a", "--output_dir", "b"]) == 130
 
 
 def refuse(_):
