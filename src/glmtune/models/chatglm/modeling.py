@@ -9,6 +9,7 @@ V vocabulary.
 
 import math
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -273,7 +274,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             config = ChatGLMConfig.from_pretrained(folder)
         _check_folder(cls, folder, config)
         if kwargs.get("dtype", kwargs.get("torch_dtype")) is None:
-            kwargs["dtype"], _ = pick_dtype(pick_device(), bf16=None, fp16=False)
+            kwargs["dtype"], caution = pick_dtype(pick_device(), bf16=None, fp16=False)
+            if caution:
+                warnings.warn(caution, stacklevel=2)
         loaded = super().from_pretrained(folder, *args, config=config, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
