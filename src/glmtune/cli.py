@@ -38,7 +38,8 @@ def train(settings: config.TrainConfig) -> None:
     """Train a LoRA adapter on token rows."""
     from glmtune.training.loop import train
 
-    train(settings)
+    if train(settings).interrupted:
+        raise KeyboardInterrupt
 
 
 def infer(settings: config.InferConfig) -> None:
@@ -69,6 +70,20 @@ def convert_adapter(settings: config.ConvertAdapterConfig) -> None:
     convert_adapter(settings.old, settings.new)
 
 
+def demo(settings: config.DemoConfig) -> None:
+    """Teach the tiny model in the package to answer, and show it on a page."""
+    from glmtune.demo.run import demo
+
+    demo(settings)
+
+
+def new_model(settings: config.NewModelConfig) -> None:
+    """Write a model with random weights in the published layout."""
+    from glmtune.models.new_model import new_model
+
+    new_model(settings)
+
+
 VERBS: dict[str, Callable[[Any], None]] = {
     "convert": convert,
     "tokenize": tokenize,
@@ -77,6 +92,8 @@ VERBS: dict[str, Callable[[Any], None]] = {
     "compare": compare,
     "merge": merge,
     "adapters convert": convert_adapter,
+    "demo": demo,
+    "new-model": new_model,
 }
 
 

@@ -21,7 +21,8 @@ FLOORS = [
     {"models"},
     {"adapters"},
     {"training", "generation"},
-    {"evaluation", "demo", "bench", "serving"},
+    {"evaluation", "bench", "serving"},
+    {"demo"},
     {"cli"},
     {"__main__"},
 ]

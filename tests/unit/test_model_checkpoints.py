@@ -1,6 +1,8 @@
 """Finding and naming the base model."""
 
 import json
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from glmtune.errors import UserError
 from glmtune.models import checkpoints
 from glmtune.models.checkpoints import (
+    GLM_TINY,
     HUB_IDS,
     base_name,
     check_pair,
@@ -17,12 +20,15 @@ from glmtune.models.checkpoints import (
     resolve_base,
 )
 
+ask_hub = checkpoints._hub_has
+
 
 @pytest.fixture(autouse=True)
 def no_base_anywhere(monkeypatch):
     monkeypatch.delenv("GLMTUNE_MODEL", raising=False)
     monkeypatch.setattr(checkpoints, "try_to_load_from_cache", lambda *_: None)
     monkeypatch.setattr(checkpoints, "_hub_has", lambda _: False)
+    checkpoints._tell_of_glm_tiny.cache_clear()
 
 
 def test_the_setting_wins_over_environment_and_run_folder(tmp_path, monkeypatch):
@@ -48,10 +54,45 @@ def test_the_hub_cache_comes_next_then_the_hub(monkeypatch):
     assert resolve_base() == HUB_IDS[1]
 
 
-def test_nothing_given_and_nothing_found():
-    with pytest.raises(UserError, match="pass --chatglm_path FOLDER") as caught:
-        resolve_base()
-    assert "\n" not in str(caught.value)
+def test_nothing_given_and_nothing_found(capsys):
+    assert resolve_base() == resolve_base() == GLM_TINY
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1, "told once a process, in one line"
+    assert "glm-tiny" in err
+    assert "--chatglm_path FOLDER" in err
+    assert load_tokenizer(GLM_TINY).vocab_size <= load_base_model(GLM_TINY).config.vocab_size
+
+
+def test_glm_tiny_by_name(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolve_base("glm-tiny") == GLM_TINY
+    assert capsys.readouterr().err == ""
+    (tmp_path / "glm-tiny").mkdir()
+    assert resolve_base("glm-tiny") == "glm-tiny", "a folder of that name comes first"
+
+
+def test_a_hub_that_is_not_to_be_asked(monkeypatch):
+    monkeypatch.setattr(checkpoints, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(checkpoints, "_hub_has", lambda _: pytest.fail("asked the hub"))
+    assert resolve_base() == GLM_TINY
+
+
+@pytest.mark.parametrize("trouble", [OSError, RuntimeError, None])
+def test_a_hub_that_fails_or_hangs(trouble, monkeypatch):
+    gone = threading.Event()
+
+    def model_info(self, name, timeout):
+        if trouble:
+            raise trouble
+        gone.wait(10)
+
+    monkeypatch.setattr(checkpoints.HfApi, "model_info", model_info)
+    monkeypatch.setattr(checkpoints, "HUB_TIMEOUT_SECONDS", 0.05)
+    start = time.monotonic()
+    assert not ask_hub.__wrapped__("any/name")
+    gone.set()
+    assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize("value", ["./no/such", "/no/such", "typo", "~/no-such-folder", "a/b/c"])

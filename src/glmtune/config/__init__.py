@@ -1,7 +1,8 @@
 """Every setting of a run: typed, checked, read from a YAML recipe and from flags.
 
-`settings` has one class per verb, `names` knows what the settings were called before, `flags`
-splits a command line and prints its help, `reading` turns recipe and flags into a checked config.
+`settings` has one class per verb, `groups` what those are made of, `names` knows what the settings
+were called before, `flags` splits a command line and prints its help, `reading` turns recipe and
+flags into a checked config.
 """
 
 from glmtune.config.reading import read_config, write_recipe
@@ -10,8 +11,10 @@ from glmtune.config.settings import (
     CompareConfig,
     ConvertAdapterConfig,
     ConvertConfig,
+    DemoConfig,
     InferConfig,
     MergeConfig,
+    NewModelConfig,
     TokenizeConfig,
     TrainConfig,
 )
@@ -21,8 +24,10 @@ __all__ = [
     "CompareConfig",
     "ConvertAdapterConfig",
     "ConvertConfig",
+    "DemoConfig",
     "InferConfig",
     "MergeConfig",
+    "NewModelConfig",
     "TokenizeConfig",
     "TrainConfig",
     "read_config",

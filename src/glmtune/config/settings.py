@@ -6,128 +6,22 @@ so that a setting shared by verbs is described once and `--help` can print group
 Configs are frozen: what was checked is what runs.
 """
 
-import os
-from typing import Annotated, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    field_validator,
-    model_validator,
+from pydantic import Field, field_validator, model_validator
+
+from glmtune.config.groups import (
+    AnswerSettings,
+    BadRowSettings,
+    BaseModelSettings,
+    DeviceSettings,
+    PathText,
+    Settings,
+    conflict,
 )
-from pydantic_core import PydanticCustomError
 
 ALL_LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 """Every linear inside a ChatGLM-6B layer: what `lora_target: all` stands for."""
-
-PathText = Annotated[str, StringConstraints(pattern=r"^[^\x00]+$")]
-"""A path as text: not empty, and without NUL, which no file system takes."""
-
-
-def conflict(text: str, *settings: str) -> PydanticCustomError:
-    """An error about several settings at once; their names let the reader say where each stands."""
-    return PydanticCustomError("conflict", "{text}", {"text": text, "settings": settings})
-
-
-class Settings(BaseModel):
-    """What all groups share.
-
-    `group` is the heading of a class's fields in `--help`, `bare_words` names what a command line
-    may give without a flag, `reads_and_writes` the two path settings that must differ.
-    """
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True
-    )
-    group: ClassVar[str] = ""
-    bare_words: ClassVar[tuple[str, ...]] = ("recipe",)
-    reads_and_writes: ClassVar[tuple[str, str] | None] = None
-
-    @model_validator(mode="after")
-    def keep_source(self) -> Self:
-        """What a verb reads it does not overwrite."""
-        if self.reads_and_writes:
-            source, target = self.reads_and_writes
-            read, written = getattr(self, source), getattr(self, target)
-            if read and written and os.path.realpath(read) == os.path.realpath(written):
-                raise conflict(f"{target} would overwrite {source}: name another", source, target)
-        return self
-
-
-# --- groups that several verbs share ---
-
-
-class BaseModelSettings(Settings):
-    """Which base model."""
-
-    group: ClassVar[str] = "model"
-    chatglm_path: PathText | None = Field(
-        None,
-        description="folder or hub id of ChatGLM-6B (default: the environment's GLMTUNE_MODEL, "
-        "else what the run folder names, else the hub's)",
-    )
-
-
-class BadRowSettings(Settings):
-    """What a row that cannot be used does."""
-
-    group: ClassVar[str] = "rows"
-    on_bad_row: Literal["fail", "skip"] = Field(
-        "fail", description="stop at the first unusable row, or leave such rows out and list them"
-    )
-
-
-class DeviceSettings(Settings):
-    """Where to compute, and in which number format."""
-
-    group: ClassVar[str] = "device and precision"
-    bf16: bool | None = Field(
-        None, description="compute in bfloat16 (default: on a GPU that has it)"
-    )
-    fp16: bool = Field(False, description="compute in float16, which overflows sooner")
-    use_cpu: bool = Field(False, description="leave the GPU alone")
-
-    @model_validator(mode="after")
-    def one_precision(self) -> Self:
-        """float16 and bfloat16 exclude each other."""
-        if self.fp16 and self.bf16:
-            raise conflict("fp16 and bf16 are both true: choose one", "fp16", "bf16")
-        return self
-
-
-class AnswerSettings(Settings):
-    """How answers are generated."""
-
-    group: ClassVar[str] = "answers"
-    per_device_eval_batch_size: int = Field(8, ge=1, description="records answered at a time")
-    max_new_tokens: int = Field(150, ge=1, description="longest answer, in tokens")
-    num_beams: int = Field(1, ge=1, description="beams of the search; 1 searches none")
-    do_sample: bool = Field(False, description="draw tokens at random instead of the likeliest")
-    temperature: float | None = Field(None, gt=0, description="above 1 flattens the draw")
-    top_p: float | None = Field(
-        None, gt=0, le=1, description="draw from the likeliest tokens that hold this probability"
-    )
-    top_k: int | None = Field(None, ge=1, description="draw from this many likeliest tokens")
-    repetition_penalty: float | None = Field(
-        None, gt=0, description="above 1 discourages tokens already used"
-    )
-    seed: int = Field(42, ge=0, lt=2**32, description="seed of the draw")
-
-    @model_validator(mode="after")
-    def sampling_is_on(self) -> Self:
-        """Settings of the draw without a draw would be ignored in silence."""
-        for name in ("temperature", "top_p", "top_k"):
-            if not self.do_sample and getattr(self, name) is not None:
-                raise conflict(
-                    f"{name} has no effect while do_sample is false: set do_sample true, "
-                    f"or leave {name} out",
-                    name,
-                    "do_sample",
-                )
-        return self
-
 
 # --- convert ---
 
@@ -370,6 +264,57 @@ class ConvertAdapterConfig(Settings):
     new: PathText = Field(description="folder to write, in PEFT's form of today")
 
 
+# --- demo, new-model ---
+
+
+class DemoConfig(Settings):
+    """Settings of `glmtune demo`."""
+
+    group: ClassVar[str] = "demo"
+    bare_words = ()
+    out: PathText = Field(
+        "glmtune-demo", description="folder to write: a new one, or one that a demo wrote before"
+    )
+    seed: int = Field(42, ge=0, lt=2**32, description="seed of LoRA's start and the rows' order")
+    max_steps: int | None = Field(
+        None, ge=1, description="training steps (default: as many as the demo needs)"
+    )
+    limit: int = Field(
+        400, ge=2, le=400, description="held-out questions, half Chinese and half English"
+    )
+    use_cpu: bool = Field(False, description="leave the GPU alone")
+
+
+class NewModelConfig(Settings):
+    """Settings of `glmtune new-model`; a size that is None is that of the model in `like`."""
+
+    group: ClassVar[str] = "new model"
+    bare_words = ("folder",)
+    folder: PathText = Field(description="folder to write, new or empty")
+    like: Literal["chatglm-6b", "glm-tiny"] = Field(
+        description="model whose sizes and layout it has, where no other size is given"
+    )
+    vocab_file: PathText | None = Field(
+        None,
+        description="ice_text.model to copy beside the weights (default: for glm-tiny its own, "
+        "for chatglm-6b none)",
+    )
+    hidden_size: int | None = Field(None, ge=4, description="width of the model")
+    num_layers: int | None = Field(None, ge=1, description="number of layers")
+    num_attention_heads: int | None = Field(None, ge=1, description="heads of a layer")
+    inner_hidden_size: int | None = Field(
+        None, ge=1, description="width inside the MLP (default: 4 x a given hidden_size)"
+    )
+    vocab_size: int | None = Field(
+        None, ge=1024, description="rows of the embedding; at least what the vocabulary file has"
+    )
+    max_sequence_length: int | None = Field(None, ge=8, description="most positions")
+    num_shards: int | None = Field(
+        None, ge=1, le=1000, description="weight files (default: 8 for chatglm-6b, else 1)"
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of the weights")
+
+
 SETTINGS: dict[str, type[Settings]] = {
     "convert": ConvertConfig,
     "tokenize": TokenizeConfig,
@@ -378,5 +323,7 @@ SETTINGS: dict[str, type[Settings]] = {
     "compare": CompareConfig,
     "merge": MergeConfig,
     "adapters convert": ConvertAdapterConfig,
+    "demo": DemoConfig,
+    "new-model": NewModelConfig,
 }
 """Verb -> its settings."""

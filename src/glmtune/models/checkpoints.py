@@ -1,7 +1,10 @@
-"""Find and load the base model: a folder, a hub id, or the ChatGLM-6B that the hub cache holds."""
+"""Find and load the base model: a folder, a hub id, the hub's ChatGLM-6B, or else glm-tiny."""
 
 import os
+import sys
+from functools import cache
 from pathlib import Path
+from threading import Thread
 
 import torch
 import yaml
@@ -19,6 +22,8 @@ ENVIRONMENT_VARIABLE = "GLMTUNE_MODEL"
 # The publisher renamed itself; the hub cache of a long-time user has the older name.
 HUB_IDS = ("zai-org/chatglm-6b", "THUDM/chatglm-6b")
 HUB_TIMEOUT_SECONDS = 5.0
+# The tiny model of `glmtune demo`, by its place: this room may not import that one.
+GLM_TINY = str(Path(__file__).resolve().parent.parent / "demo" / "glm-tiny")
 _HUB_ERRORS = (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError)
 
 
@@ -26,17 +31,18 @@ def resolve_base(chatglm_path: str | None = None, run_folder: str | None = None)
     """Decide which base model is meant.
 
     In this order: the setting, the environment variable GLMTUNE_MODEL, the recipe that a run folder
-    keeps, ChatGLM-6B from the hub cache, ChatGLM-6B from the hub.
+    keeps, ChatGLM-6B from the hub cache, ChatGLM-6B from the hub; and where there is none of all
+    these, glm-tiny, with a note on stderr.
 
     Args:
-        chatglm_path: `--chatglm_path`, a folder or a hub id.
+        chatglm_path: `--chatglm_path`: a folder, a hub id, or the name glm-tiny.
         run_folder: of the adapter that is to be used, if any.
 
     Returns:
         A folder that exists, or a hub id.
 
     Raises:
-        UserError: a path that does not exist, or nothing given and nothing found.
+        UserError: a path that does not exist.
     """
     for value, source in (
         (chatglm_path, "--chatglm_path"),
@@ -50,9 +56,16 @@ def resolve_base(chatglm_path: str | None = None, run_folder: str | None = None)
             return hub_id
     if not HF_HUB_OFFLINE and _hub_has(HUB_IDS[0]):
         return HUB_IDS[0]
-    raise UserError(
-        f"no base model: neither --chatglm_path nor {ENVIRONMENT_VARIABLE} is set and the hub does "
-        f"not give {HUB_IDS[0]}; pass --chatglm_path FOLDER with a downloaded ChatGLM-6B"
+    _tell_of_glm_tiny()
+    return GLM_TINY
+
+
+@cache  # once is enough for a process
+def _tell_of_glm_tiny() -> None:
+    print(
+        "note: no base model is given or found, so this uses glm-tiny, which knows a toy world and "
+        f"nothing else; name the real one with --chatglm_path FOLDER (or {ENVIRONMENT_VARIABLE})",
+        file=sys.stderr,
     )
 
 
@@ -70,6 +83,8 @@ def _folder_or_hub_id(value: str, source: str) -> str:
     path = Path(value).expanduser()
     if path.is_dir():
         return str(path)
+    if value == Path(GLM_TINY).name:
+        return GLM_TINY
     is_hub_id = value.count("/") == 1 and value[0] not in "./~" and not value.endswith("/")
     if path.exists() or not is_hub_id:
         raise UserError(
@@ -79,12 +94,21 @@ def _folder_or_hub_id(value: str, source: str) -> str:
     return value
 
 
+@cache
 def _hub_has(hub_id: str) -> bool:
-    try:
-        HfApi().model_info(hub_id, timeout=HUB_TIMEOUT_SECONDS)
-    except Exception:  # no network shows in many kinds of exception; each means "not there"
-        return False
-    return True
+    found = []
+
+    def ask() -> None:
+        try:
+            found.append(HfApi().model_info(hub_id, timeout=HUB_TIMEOUT_SECONDS))
+        except Exception:  # no network shows in many kinds of exception; each means "not there"
+            return
+
+    # The timeout does not cover the look-up of the hub's address, which may hang for long.
+    thread = Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_TIMEOUT_SECONDS)
+    return bool(found)
 
 
 def base_name(base: str) -> str:

@@ -1,0 +1,148 @@
+"""`glmtune new-model`: a model with random weights in the published layout, after some checks."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from glmtune.config import NewModelConfig
+from glmtune.data.files import new_folder
+from glmtune.errors import UserError
+from glmtune.hardware import GIB, total_memory_gib
+from glmtune.models.chatglm.configuration import VOCAB_SIZE_V1_1, ChatGLMConfig
+from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
+from glmtune.models.chatglm.tokenization import VOCAB_FILE, ChatGLMTokenizer
+from glmtune.models.checkpoints import GLM_TINY, check_pair
+from glmtune.models.random_init import PUBLISHED_SHARDS, write_random_model
+
+BYTES_PER_WEIGHT = 2  # float16
+SIZES = (
+    "hidden_size",
+    "num_layers",
+    "num_attention_heads",
+    "inner_hidden_size",
+    "vocab_size",
+    "max_sequence_length",
+)
+# In the published vocabulary <sop> stands this far from the end, in both revisions.
+SOP_FROM_END = VOCAB_SIZE_V1_1 - 130_004
+
+
+@dataclass(frozen=True)
+class NewModel:
+    """What was written."""
+
+    folder: Path
+    num_parameters: int
+    has_vocabulary: bool
+
+    def __str__(self) -> str:
+        if self.has_vocabulary:
+            use = f"use it with --chatglm_path {self.folder}"
+        else:
+            use = f"it has no tokenizer: put a {VOCAB_FILE} into it, or pass --vocab_file"
+        return f"written: {self.folder}, {self.num_parameters:,} random parameters; {use}"
+
+
+def new_model(settings: NewModelConfig) -> NewModel:
+    """Write a randomly initialised checkpoint; its size is printed before it is written.
+
+    Prints what it returns.
+
+    Raises:
+        UserError: the folder holds something or cannot be written, sizes or vocabulary do not fit
+            together, or disk or memory is too small.
+    """
+    folder = Path(settings.folder)
+    _check_empty(folder)
+    vocab_file = _vocabulary(settings)
+    config = shape(settings, vocab_file)
+    num_parameters = count_parameters(config)
+    num_bytes = num_parameters * BYTES_PER_WEIGHT
+    num_shards = settings.num_shards or (PUBLISHED_SHARDS if settings.like == "chatglm-6b" else 1)
+    print(
+        f"{settings.folder}: {num_parameters:,} parameters in float16, {num_bytes / 1e9:,.2f} GB "
+        f"in {num_shards} file(s)",
+        flush=True,
+    )
+    _check_room(folder, num_bytes)
+    try:
+        with new_folder(settings.folder) as draft:
+            write_random_model(draft, config, vocab_file, seed=settings.seed, num_shards=num_shards)
+    except RuntimeError as error:  # torch.save's word for a disk that is full
+        raise UserError(
+            f"{folder}: the weights cannot be written ({str(error).splitlines()[0]}); check the "
+            "free space"
+        ) from error
+    result = NewModel(folder, num_parameters, vocab_file is not None)
+    print(result)
+    return result
+
+
+def shape(settings: NewModelConfig, vocab_file: Path | None) -> ChatGLMConfig:
+    """The sizes and special ids that the settings ask for.
+
+    The special ids are those of the vocabulary; without one they stand as far from the end as in
+    the published one.
+
+    Raises:
+        UserError: sizes that do not fit each other, or the vocabulary.
+    """
+    like = ChatGLMConfig.from_pretrained(GLM_TINY) if settings.like == "glm-tiny" else None
+    sizes = {name: getattr(like or ChatGLMConfig(), name) for name in SIZES}
+    sizes |= {name: getattr(settings, name) for name in SIZES if getattr(settings, name)}
+    if settings.hidden_size and not settings.inner_hidden_size:
+        sizes["inner_hidden_size"] = 4 * settings.hidden_size
+    if vocab_file is None:
+        bos = sizes["vocab_size"] - SOP_FROM_END
+        return ChatGLMConfig(**sizes, bos_token_id=bos, eos_token_id=bos + 1)
+    tokenizer = ChatGLMTokenizer(str(vocab_file))
+    if settings.vocab_size is None:
+        sizes["vocab_size"] = max(sizes["vocab_size"], tokenizer.vocab_size)
+    names = ("bos_token_id", "eos_token_id", "mask_token_id", "gmask_token_id", "pad_token_id")
+    config = ChatGLMConfig(**sizes, **{name: getattr(tokenizer, name) for name in names})
+    check_pair(config, tokenizer)
+    return config
+
+
+def count_parameters(config: ChatGLMConfig) -> int:
+    """Parameters of a model of this shape, the tied head not counted again; nothing is drawn."""
+    with torch.device("meta"):
+        model = ChatGLMForConditionalGeneration._from_config(config, dtype=torch.float16)
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def _vocabulary(settings: NewModelConfig) -> Path | None:
+    if settings.vocab_file is not None:
+        path = Path(settings.vocab_file)
+        if not path.is_file():
+            raise UserError(
+                f"--vocab_file: {path} is no file; pass the {VOCAB_FILE} of a ChatGLM-6B folder"
+            )
+        return path
+    return Path(GLM_TINY, VOCAB_FILE) if settings.like == "glm-tiny" else None
+
+
+def _check_empty(folder: Path) -> None:
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder}: is there and not an empty folder; name a new one")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror}); name a new one") from error
+
+
+def _check_room(folder: Path, num_bytes: int) -> None:
+    place = next(parent for parent in folder.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(place).free
+    if num_bytes > free:
+        raise UserError(
+            f"{folder}: {num_bytes / 1e9:,.2f} GB are needed and {free / 1e9:,.2f} GB free; name a "
+            "folder on another disk, or smaller sizes"
+        )
+    memory = total_memory_gib(torch.device("cpu"))
+    if memory and num_bytes / GIB > memory:
+        raise UserError(
+            f"{folder}: the weights take {num_bytes / GIB:,.1f} GiB of memory, this machine has "
+            f"{memory:,.1f} GiB; choose smaller sizes"
+        )
