@@ -1,7 +1,10 @@
 """Answer the same records with base and tuned weights, from one loaded model."""
 
+import sys
 from datetime import datetime
 from pathlib import Path
+
+from tqdm import tqdm
 
 from glmtune.config import CompareConfig
 from glmtune.data.files import new_file
@@ -37,7 +40,14 @@ def compare(config: CompareConfig) -> Comparison:
         prompts = [prompt_of(record) for record in todo]
         encoded = encode_prompts(model, tokenizer, prompts, settings.max_new_tokens)
         size, num_all = config.per_device_eval_batch_size, len(file.lines) + len(todo)
-        with file:
+        bar = tqdm(
+            total=num_all,
+            initial=len(file.lines),
+            desc="compare",
+            unit="record",
+            disable=not sys.stderr.isatty(),
+        )
+        with file, bar:
             for start in range(0, len(todo), size):
                 batch = encoded[start : start + size]
                 with model.disable_adapter():
@@ -46,7 +56,9 @@ def compare(config: CompareConfig) -> Comparison:
                 answered = zip(todo[start : start + size], of_base, of_tuned, strict=True)
                 for record, base, tuned in answered:
                     file.append(record, {"base": base._asdict(), "tuned": tuned._asdict()})
-                print(f"{len(file.lines)} of {num_all} records answered twice", flush=True)
+                bar.update(len(encoded[start : start + size]))
+                if bar.disable:
+                    print(f"{len(file.lines)} of {num_all} records answered twice", flush=True)
 
     comparison = Comparison(
         base=file.settings["base"],

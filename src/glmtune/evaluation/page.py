@@ -2,12 +2,14 @@
 
 import re
 from base64 import b64encode
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from difflib import SequenceMatcher
 from hashlib import sha256
 from html import escape
+from typing import NamedTuple
 
 from glmtune.evaluation.report import (
+    AS_EXPECTED,
     BASE,
     CUT,
     DIFFERS,
@@ -74,6 +76,16 @@ h1 { margin-top: .6rem; font-size: clamp(1.6rem, 4vw, 2.3rem); line-height: 1.25
 .figure small { color: var(--soft); font-size: .78rem; font-weight: 400; }
 .bar { flex: 1; align-self: end; height: .4rem; margin-bottom: .6rem; border-radius: 99px; }
 .figure .of-tuned b { color: var(--accent); }
+.panels {
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem;
+  margin-top: 1.6rem;
+}
+.panels + .figures { margin-top: 1rem; }
+.panel {
+  padding: 1.1rem 1.3rem 1.2rem; background: var(--card); border: 1px solid var(--line);
+  border-radius: .7rem; min-width: 0;
+}
+.panel h2 { font-size: .95rem; font-weight: 600; }
 .facts {
   display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; margin-top: 1.3rem;
   font-size: .88rem;
@@ -131,6 +143,7 @@ h1 { margin-top: .6rem; font-size: clamp(1.6rem, 4vw, 2.3rem); line-height: 1.25
 }
 .answers h3 small { font-size: .75rem; font-weight: 400; }
 .answers h3 .cut { color: var(--alarm); }
+.answers h3 .right { margin-left: auto; color: var(--new-line); font-weight: 600; }
 .answers .of-tuned { box-shadow: inset 0 2px var(--accent); }
 .answers .of-tuned h3 > span { color: var(--accent); }
 .answers .expected { background: color-mix(in srgb, var(--page) 55%, var(--card)); }
@@ -202,14 +215,41 @@ _WORDS = re.compile(r"[^\W\u3040-\u30ff\u3400-\u9fff]+|\s+|.", re.DOTALL)
 _CHINESE = re.compile(r"[\u3400-\u9fff]")
 
 
-def html(comparison: Comparison) -> str:
-    """The page. Every text in it is escaped, and its policy lets no script run but its own."""
+class Panel(NamedTuple):
+    """More to show above the answers: a heading, and HTML as it stands, with its own style."""
+
+    title: Text
+    body: str
+    style: str = ""
+
+
+def html(
+    comparison: Comparison,
+    *,
+    command: str = "glmtune compare",
+    title: Text = TITLE,
+    verdict: Text | None = None,
+    panels: Sequence[Panel] = (),
+) -> str:
+    """The page. Every text in it is escaped, and its policy lets no script run but its own.
+
+    Args:
+        comparison: the answers.
+        command: what made the page.
+        title: its heading.
+        verdict: what came of it; by default how many answers differ.
+        panels: shown under the heading.
+    """
     script_hash = b64encode(sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{script_hash}'"
     alarm = "" if comparison.num_different else " alarm"
     facts = "".join(
-        f"<dt>{_both(label)}</dt><dd>{escape(value)}</dd>"
+        f"<dt>{both(label)}</dt><dd>{escape(value)}</dd>"
         for label, value in comparison.facts.items()
+    )
+    shown = "".join(
+        f'<section class="panel"><h2>{both(panel.title)}</h2>{panel.body}</section>'
+        for panel in panels
     )
     return f"""<!doctype html>
 <html lang="en">
@@ -217,26 +257,27 @@ def html(comparison: Comparison) -> str:
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>{escape(comparison.base)} · {escape(comparison.adapter)} · glmtune compare</title>
-<style>{STYLE}</style>
+<title>{escape(comparison.base)} · {escape(comparison.adapter)} · {escape(command)}</title>
+<style>{STYLE}{"".join(panel.style for panel in panels)}</style>
 </head>
 <body>
 <header>
-<div class="top"><span class="brand">glmtune compare</span>
+<div class="top"><span class="brand">{escape(command)}</span>
 <button id="language" type="button">中文 / English</button></div>
-<h1>{_both(TITLE)}</h1>
-<p class="verdict{alarm}">{_both(comparison.verdict)}</p>
+<h1>{both(title)}</h1>
+<p class="verdict{alarm}">{both(verdict or comparison.verdict)}</p>
+{f'<div class="panels">{shown}</div>' if panels else ""}
 <dl class="figures">{"".join(_figures(comparison))}</dl>
 <dl class="facts">{facts}</dl>
 </header>
 <div class="tools">
 <input id="filter" type="search" placeholder="{FILTER}" aria-label="{FILTER}">
-<label><input id="differences" type="checkbox">{_both(DIFFERENCES_ONLY)}</label>
+<label><input id="differences" type="checkbox">{both(DIFFERENCES_ONLY)}</label>
 <output id="shown"></output>
 </div>
 <main>
 {"".join(map(_pair, comparison.pairs))}
-<p id="nothing" class="nothing" hidden>{_both(NOTHING_FOUND)}</p>
+<p id="nothing" class="nothing" hidden>{both(NOTHING_FOUND)}</p>
 </main>
 <script>{SCRIPT}</script>
 </body>
@@ -244,7 +285,8 @@ def html(comparison: Comparison) -> str:
 """
 
 
-def _both(text: Text) -> str:
+def both(text: Text) -> str:
+    """A label in both languages, of which the page shows one."""
     return (
         f'<span class="zh" lang="zh-CN">{text.zh}</span><span class="en" lang="en">{text.en}</span>'
     )
@@ -261,7 +303,7 @@ def _figures(comparison: Comparison) -> Iterator[str]:
 
     def sides(show: Callable[[Callable[[Pair], Answer]], str]) -> str:
         return "".join(
-            f'<div class="{name}"><b>{show(side)}</b><small>{_both(label)}</small></div>'
+            f'<div class="{name}"><b>{show(side)}</b><small>{both(label)}</small></div>'
             for name, label, side in (("of-base", BASE, base_of), ("of-tuned", TUNED, tuned_of))
         )
 
@@ -270,7 +312,7 @@ def _figures(comparison: Comparison) -> Iterator[str]:
 
 
 def _figure(label: Text, value: str) -> str:
-    return f'<div class="figure"><dt>{_both(label)}</dt><dd>{value}</dd></div>'
+    return f'<div class="figure"><dt>{both(label)}</dt><dd>{value}</dd></div>'
 
 
 def _pair(pair: Pair) -> str:
@@ -279,30 +321,31 @@ def _pair(pair: Pair) -> str:
     return f"""<article class="pair{" differs" if pair.differs else ""}">
 <div class="question"><header><span class="number">{pair.number}</span>
 <h2 class="text"{_language(pair.instruction)}>{escape(pair.instruction)}</h2>
-<span class="badge">{_both(DIFFERS if pair.differs else SAME)}</span></header>
+<span class="badge">{both(DIFFERS if pair.differs else SAME)}</span></header>
 {given if pair.input else ""}</div>
 <div class="answers">
-{_answer("of-base", BASE, pair.base, base)}
-{_answer("of-tuned", TUNED, pair.tuned, tuned)}
-<section class="expected"><h3>{_both(EXPECTED)}</h3>
+{_answer("of-base", BASE, pair.base, base, pair.is_expected(pair.base))}
+{_answer("of-tuned", TUNED, pair.tuned, tuned, pair.is_expected(pair.tuned))}
+<section class="expected"><h3>{both(EXPECTED)}</h3>
 {_text(pair.expected, escape(pair.expected))}</section>
 </div>
 </article>
 """
 
 
-def _answer(name: str, label: Text, answer: Answer, marked: str) -> str:
-    cut = "" if answer.stopped else f'<small class="cut">{_both(CUT)}</small>'
+def _answer(name: str, label: Text, answer: Answer, marked: str, right: bool) -> str:
+    tick = f'<small class="right">✓ {both(AS_EXPECTED)}</small>' if right else ""
+    cut = "" if answer.stopped else f'<small class="cut">{both(CUT)}</small>'
     return (
-        f'<section class="{name}"><h3><span>{_both(label)}</span>'
-        f"<small>{answer.num_tokens} {_both(TOKENS)}</small>{cut}</h3>\n"
+        f'<section class="{name}"><h3><span>{both(label)}</span>'
+        f"<small>{answer.num_tokens} {both(TOKENS)}</small>{cut}{tick}</h3>\n"
         f"{_text(answer.text, marked)}</section>"
     )
 
 
 def _text(text: str, marked: str) -> str:
     if not text.strip():
-        return f'<p class="none">{_both(EMPTY)}</p>'
+        return f'<p class="none">{both(EMPTY)}</p>'
     return f'<p class="text"{_language(text)}>{marked}</p>'
 
 

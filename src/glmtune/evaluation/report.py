@@ -33,6 +33,7 @@ STOPPED = Text("自行停止", "Stopped by themselves")
 MEAN_LENGTH = Text("平均长度（词元）", "Mean length, tokens")
 SAME = Text("相同", "same")
 DIFFERS = Text("不同", "differs")
+AS_EXPECTED = Text("与原始答案一致", "as expected")
 CUT = Text("达到长度上限", "cut at max_new_tokens")
 EMPTY = Text("（空）", "(empty)")
 NOTHING_CHANGED = Text(
@@ -69,6 +70,10 @@ class Pair:
     def differs(self) -> bool:
         """Whether the two answers are different texts."""
         return self.base.text != self.tuned.text
+
+    def is_expected(self, answer: Answer) -> bool:
+        """Whether an answer is the record's own output, word for word."""
+        return answer.stopped and answer.text.strip() == self.expected.strip() != ""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,242 @@
+"""`glmtune demo`: the whole job on the tiny model in the package, ending on a page.
+
+Every stage is the verb that the 6B model's users call, with the same settings and files.
+"""
+
+import json
+import shlex
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from glmtune.config import (
+    CompareConfig,
+    ConvertConfig,
+    DemoConfig,
+    TokenizeConfig,
+    TrainConfig,
+)
+from glmtune.data.convert import convert
+from glmtune.data.files import new_file
+from glmtune.data.tokenizing import tokenize
+from glmtune.demo.page import TITLE, loss_panel, score_panel
+from glmtune.demo.questions import Asked, held_out_questions, num_right, training_questions
+from glmtune.demo.recipe import RECIPE
+from glmtune.demo.world import LANGUAGES
+from glmtune.errors import UserError
+from glmtune.evaluation.compare import compare
+from glmtune.evaluation.page import html
+from glmtune.evaluation.report import Text
+from glmtune.models.checkpoints import GLM_TINY, base_name, load_tokenizer
+from glmtune.runlog import format_seconds, print_pairs
+from glmtune.training.loop import train
+
+NUM_BYTES = 64 * 2**20
+"""More than a demo ever writes: mostly the adapter, with its optimiser's state."""
+MAX_NEW_TOKENS = 16
+QUESTIONS_PER_BATCH = 100
+NUM_LOGGED = 100
+
+ABOUT_FILE = "ABOUT.txt"
+ABOUT = """\
+Written by `glmtune demo`, which starts anew in this folder and then replaces what it wrote.
+
+demo.html        the page: base and tuned answers, the loss curve, the score
+train.json       alpaca records to train on      -> glmtune convert
+train.jsonl      rows of context and target      -> glmtune tokenize
+train/           token rows                      -> glmtune train
+run/             the adapter, metrics, the recipe as run
+questions.json   held-out questions              -> glmtune compare, into run/compare/
+"""
+WRITTEN = (
+    "demo.html", "train.json", "train.jsonl", "train", "run", "questions.json", ABOUT_FILE,
+)  # fmt: skip
+
+Count = dict[str, tuple[int, int]]
+"""Language or kind of question -> (right, asked)."""
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What a demo came to."""
+
+    page: Path
+    base: Count
+    tuned: Count
+    seconds: dict[str, float] = field(compare=False)
+    """By stage."""
+
+
+def demo(config: DemoConfig) -> DemoResult:
+    """Teach glm-tiny to answer questions about its toy world, and show the effect on a page.
+
+    Raises:
+        UserError: the folder holds other things or cannot be written, or the disk is full.
+    """
+    out = Path(config.out)
+    claim_folder(out)
+    paths = {name: str(out / name) for name in WRITTEN}
+    seconds: dict[str, float] = {}
+
+    with _stage(1, "write records about a toy world, in Chinese and English", seconds):
+        training, asked = training_questions(), _held_out(config.limit)
+        _write_records(paths["train.json"], training)
+        _write_records(paths["questions.json"], asked)
+        convert(ConvertConfig(data_path=paths["train.json"], save_path=paths["train.jsonl"]))
+    with _stage(2, "tokenize", seconds):
+        rows = TokenizeConfig(jsonl_path=paths["train.jsonl"], save_path=paths["train"])
+        tokenize(rows, load_tokenizer(GLM_TINY), base_name(GLM_TINY))
+    with _stage(3, "train a LoRA adapter", seconds):
+        run = train(training_config(config, paths["train"], paths["run"]))
+    if run.interrupted:
+        raise KeyboardInterrupt
+    with _stage(4, f"answer {len(asked)} questions that it never saw, before and after", seconds):
+        comparison = compare(
+            CompareConfig(
+                data_path=paths["questions.json"],
+                model_path=paths["run"],
+                chatglm_path=GLM_TINY,
+                limit=None,
+                max_new_tokens=MAX_NEW_TOKENS,
+                per_device_eval_batch_size=QUESTIONS_PER_BATCH,
+                use_cpu=config.use_cpu,
+            )
+        )
+    base = num_right(asked, [pair.base.text for pair in comparison.pairs])
+    tuned = num_right(asked, [pair.tuned.text for pair in comparison.pairs])
+    page = html(
+        comparison,
+        command="glmtune demo",
+        title=TITLE,
+        verdict=_verdict(base, tuned, len(training)),
+        panels=[score_panel(base, tuned), loss_panel(run.log_history)],
+    )
+    with new_file(paths["demo.html"]) as file:
+        file.write(page)
+    result = DemoResult(out / "demo.html", base, tuned, seconds)
+    _print_end(result, config)
+    return result
+
+
+def claim_folder(out: Path) -> None:
+    """Make the folder, or empty one that a demo made; every check comes before the first change.
+
+    Raises:
+        UserError: it holds other things, cannot be written, or its disk has too little space.
+    """
+    try:
+        entries = {entry.name for entry in out.iterdir()} if out.exists() else set()
+        ours = entries <= {*WRITTEN} and (
+            not entries or (out / ABOUT_FILE).read_text(encoding="utf-8") == ABOUT
+        )
+        if not ours:
+            other = min(entries - {*WRITTEN}, default=min(entries))
+            raise UserError(
+                f"--out: {out} holds other things ({other}); name a new folder, or one that "
+                "`glmtune demo` made"
+            )
+        place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+        free = shutil.disk_usage(place).free
+        if free < NUM_BYTES:
+            raise UserError(
+                f"--out: {out} lies on a disk with {free / 2**20:.0f} MB free, and "
+                f"{NUM_BYTES / 2**20:.0f} are needed; free some, or name a folder on another disk"
+            )
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ABOUT_FILE).write_text(ABOUT, encoding="utf-8")
+        for name in entries - {ABOUT_FILE}:
+            path = out / name
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"--out: {out} cannot be used ({reason}); name a folder that can be written"
+        ) from error
+
+
+def training_config(config: DemoConfig, dataset_path: str, output_dir: str) -> TrainConfig:
+    """The demo's recipe, with what the command line says."""
+    recipe = dict(RECIPE)
+    if config.max_steps is not None:
+        recipe["max_steps"] = config.max_steps
+    recipe.setdefault("logging_steps", max(1, recipe["max_steps"] // NUM_LOGGED))
+    return TrainConfig(
+        **recipe,
+        dataset_path=dataset_path,
+        output_dir=output_dir,
+        chatglm_path=GLM_TINY,
+        seed=config.seed,
+        use_cpu=config.use_cpu,
+        save_total_limit=1,
+    )
+
+
+@contextmanager
+def _stage(number: int, what: str, seconds: dict[str, float]) -> Iterator[None]:
+    print(f"\n[{number}/4] {what}", flush=True)
+    started = time.monotonic()
+    yield
+    seconds[what] = time.monotonic() - started
+
+
+def _held_out(limit: int) -> list[Asked]:
+    """The first held-out questions, half in each language, in their mixed order."""
+    left = dict.fromkeys(LANGUAGES, limit // len(LANGUAGES))
+    chosen = []
+    for question in held_out_questions():
+        if left[question.language]:
+            left[question.language] -= 1
+            chosen.append(question)
+    return chosen
+
+
+def _write_records(path: str, questions: Sequence[Asked]) -> None:
+    records = [question.record() for question in questions]
+    with new_file(path) as file:
+        file.write(json.dumps(records, ensure_ascii=False, indent=1) + "\n")
+
+
+def _share(count: Count, languages: Sequence[str] = LANGUAGES) -> str:
+    right, asked = (sum(count[language][i] for language in languages) for i in (0, 1))
+    return f"{right / asked:.1%}"
+
+
+def _verdict(base: Count, tuned: Count, num_training: int) -> Text:
+    asked = sum(base[language][1] for language in LANGUAGES)
+    before, after = _share(base), _share(tuned)
+    return Text(
+        f"glm-tiny 原本只读过玩具世界的陈述句。用 {num_training:,} 条问答微调后，再考 {asked} 道"
+        f"从未见过的题：答对率从 {before} 升到 {after}。",
+        f"glm-tiny had only read plain sentences about a toy world. After LoRA on {num_training:,} "
+        f"questions with answers, it was asked {asked} that it had never seen: {before} right "
+        f"before, {after} after.",
+    )
+
+
+def _print_end(result: DemoResult, config: DemoConfig) -> None:
+    out = Path(config.out)
+    print()
+    names = {"zh": "in Chinese", "en": "in English"}
+    scores = {
+        language: [_share(count, [language]) for count in (result.base, result.tuned)]
+        for language in names
+    }
+    print_pairs(
+        f"Done in {format_seconds(sum(result.seconds.values()))}. Right answers, word for word:",
+        {name: "base {}, tuned {}".format(*scores[language]) for language, name in names.items()},
+    )
+    run, questions = (shlex.quote(str(out / name)) for name in ("run", "questions.json"))
+    recipe = shlex.quote(str(out / "run" / "recipe.yaml"))
+    print(f"\nOpen the page in a browser: {result.page.absolute()}\n")
+    print_pairs(
+        "What to try next",
+        {
+            "ask it": f"glmtune infer --data_path {questions} --model_path {run} --limit 10",
+            "train it your way": f"glmtune train {recipe} --output_dir my-run --lora_rank 2",
+            "the real one": "glmtune tokenize, train, infer with --chatglm_path FOLDER of "
+            "ChatGLM-6B and your own alpaca records",
+        },
+    )
