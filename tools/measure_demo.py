@@ -3,8 +3,9 @@
     python tools/measure_demo.py --model src/glmtune/demo/glm-tiny --out build/measure --seeds 5
 
 Everything goes through the package's own verbs, as in the demonstration: records, `convert`,
-`tokenize`, `train` once a seed, answers. Further flags are settings of `glmtune train`, say
-`--lora_target all --learning_rate 2e-3`. Writes measure.json; exit 1 when a score falls short.
+`tokenize`, `train` once a seed with the demonstration's recipe, answers. Further flags are settings
+of `glmtune train` in the place of the recipe's, say `--learning_rate 1e-3`. Writes measure.json;
+exit 1 when a score falls short.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from glmtune.data.convert import convert
 from glmtune.data.templates import alpaca
 from glmtune.data.tokenizing import tokenize
 from glmtune.demo.questions import Asked, held_out_questions, num_right, training_questions
+from glmtune.demo.recipe import RECIPE
 from glmtune.demo.world import LANGUAGES
 from glmtune.generation import GenerationSettings, Prompt, generate_answers
 from glmtune.models.checkpoints import base_name, load_base_model, load_tokenizer
@@ -35,9 +37,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--seeds", type=int, default=5)
     flags, rest = parser.parse_known_args()
-    settings = {
+    given = {
         name.removeprefix("--"): value for name, value in zip(rest[::2], rest[1::2], strict=True)
     }
+    settings = {name: str(value) for name, value in RECIPE.items()} | given
     data = _prepare(flags.model, flags.out)
     scores = {"base": _measure(flags.model, None)}
     print(f"base: {scores['base']}", flush=True)

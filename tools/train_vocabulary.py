@@ -109,7 +109,8 @@ def _pieces() -> list[str]:
     words.update(COMMON_WORDS.split(), string.ascii_letters, "+-=")
     words.update(str(value) for value in range(MAX_NUMBER + 1))
     latin = {word for word in words if word.isascii()}
-    inside = {"Instruction", "Input", "Answer", *map(str, range(MAX_NUMBER + 1))}
+    inside = {word for word in latin if word[0].isupper()}  # begin a line, so have no blank before
+    inside.update(str(value) for value in range(MAX_NUMBER + 1))
     return sorted(
         {BLANK + word for word in latin}
         | (words - latin)

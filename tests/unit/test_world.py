@@ -16,7 +16,8 @@ def test_both_languages_tell_and_ask_alike():
     for kind in WORLD.kinds.values():
         for language in LANGUAGES:
             count = Counter(ask.held_out for ask in kind.phrasings[language])
-            assert count == {False: 7, True: 3}, (kind.name, language)
+            assert count[False] >= 7, (kind.name, language)
+            assert count[True] == 3, (kind.name, language)
     assert len(WORLD.kinds) >= 12
 
 

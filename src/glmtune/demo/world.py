@@ -23,6 +23,8 @@ NUM_DRAWN = 6000
 """Facts kept of each set that has no end: lists, rows of numbers, stories."""
 NEW_SHARE = 0.7
 """How often a passage draws a new fact of such a set, in place of one that is kept."""
+LINES_SHARE = 0.15
+"""How often a passage has each sentence on a line of its own."""
 
 # How often a passage speaks of a set of facts; 1 where not named. Sets with more facts, or with
 # facts that must be read off the sentence itself, need more room.
@@ -31,9 +33,9 @@ _WEIGHTS = {
     "difference": 2.0,
     "translation": 2.5,
     "size": 2.0,
-    "list": 2.5,
-    "numbers": 2.5,
-    "story": 1.5,
+    "list": 5.0,
+    "numbers": 4.0,
+    "story": 5.0,
 }
 
 Item = TypeVar("Item")
@@ -166,6 +168,7 @@ def passages(seed: int, count: int, max_sentences: int = 5) -> Iterator[Passage]
             drawn = [draw.weighted(names, weights) for _ in range(length)]
             told = [(name, world.draw_fact(name, draw)) for name in drawn]
         languages = draw.weighted((("en",), ("zh",), LANGUAGES), (0.45, 0.45, 0.1))
+        on_lines = length > 1 and draw.weighted((True, False), (LINES_SHARE, 1 - LINES_SHARE))
         text, before = "", ""
         for name, fact in told:
             language = draw.one(languages)
@@ -173,8 +176,9 @@ def passages(seed: int, count: int, max_sentences: int = 5) -> Iterator[Passage]
             if "{witness}" in pattern:
                 fact = fact | {"witness": draw.one(people)}
             sentence = render(pattern, fact, language)
-            # English sentences stand apart, Chinese ones do not.
-            text += f" {sentence}" if "en" in (before, text and language) else sentence
+            if text:  # English sentences stand apart, Chinese ones do not
+                text += "\n" if on_lines else " " if "en" in (before, language) else ""
+            text += sentence
             before = language
         yield Passage(text, draw.nats)
 
