@@ -2,7 +2,9 @@
 
 from typing import Any
 
-# Not yet measured over five seeds: see tools/measure_demo.py.
+# Over five seeds 94.5 to 97.5 % of the held-out questions in English are answered word for word and
+# 96.0 to 98.0 % in Chinese, none before; about 70 s of training on two CPU cores
+# (tools/measure_demo.py; benchmarks/2026-11-24-demo.md).
 RECIPE: dict[str, Any] = {
     "lora_rank": 8,
     "lora_alpha": 32,
