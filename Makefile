@@ -1,3 +1,4 @@
+# make demo   sets up a virtual environment and runs the demonstration, which ends on a page
 # make test   sets up a virtual environment and passes the tests
 # make check  the same with linter and type checker, as CI runs them
 VENV ?= .venv
@@ -7,7 +8,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/ready-$(notdir $(CONSTRAINTS))
 PYTEST_FLAGS ?= -n auto --dist worksteal
 
-.PHONY: setup test check lint clean
+.PHONY: setup demo test check lint clean
 
 $(READY): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
@@ -16,6 +17,9 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 setup: $(READY)
+
+demo: $(READY)
+	$(BIN)/glmtune demo $(DEMO_FLAGS)
 
 # One thread a worker: the tests' tensors are tiny, and threads that wait for each other cost more
 # than they give.

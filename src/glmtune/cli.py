@@ -106,6 +106,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that lacks a letter (a Chinese one in ASCII) must not stop a run.
         sys.stdout.reconfigure(errors="backslashreplace")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # torch's threads wait for each other in a busy loop; where another program has one of the
+        # cores, that slows a CPU run down twentyfold. So they soon sleep. Read as torch is loaded.
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()

@@ -36,6 +36,8 @@ REQUIRED = {
     "compare": {"data_path": "a.json", "model_path": "output"},
     "merge": {"model_path": "output", "save_path": "merged"},
     "adapters convert": {"old": "old", "new": "new"},
+    "demo": {},
+    "new-model": {"folder": "new", "like": "glm-tiny"},
 }
 
 

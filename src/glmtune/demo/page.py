@@ -12,7 +12,10 @@ TITLE = Text("一个微型模型学会了回答问题", "A tiny model learns to 
 SCORE = Text("答对的比例（逐字一致）", "Right answers, word for word")
 LOSS = Text("训练损失（对数刻度）", "Training loss (log scale)")
 STEPS = Text("步", "steps")
-LANGUAGE_NAMES = {"zh": Text("中文题", "Questions in Chinese"), "en": Text("英文题", "in English")}
+LANGUAGE_NAMES = {
+    "zh": Text("中文题", "Questions in Chinese"),
+    "en": Text("英文题", "Questions in English"),
+}
 
 SCORE_STYLE = """
 .scores { display: grid; gap: 1.1rem; margin-top: .9rem; }
@@ -43,7 +46,8 @@ LOSS_STYLE = """
 .plot .x.last { transform: translateX(-100%); }
 .plot .x:first-of-type { transform: none; }
 .plot .end { position: absolute; right: 0; transform: translateY(-.3rem); font-weight: 600;
-  font-size: .85rem; color: var(--accent); }
+  font-size: .85rem; color: var(--accent);
+  text-shadow: 0 0 .25rem var(--card), 0 0 .25rem var(--card), 0 0 .25rem var(--card); }
 """
 
 

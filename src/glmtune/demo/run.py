@@ -38,7 +38,7 @@ NUM_BYTES = 64 * 2**20
 """More than a demo ever writes: mostly the adapter, with its optimiser's state."""
 MAX_NEW_TOKENS = 16
 QUESTIONS_PER_BATCH = 100
-NUM_LOGGED = 100
+LOGGING_STEPS = 5
 
 ABOUT_FILE = "ABOUT.txt"
 ABOUT = """\
@@ -129,13 +129,11 @@ def claim_folder(out: Path) -> None:
     """
     try:
         entries = {entry.name for entry in out.iterdir()} if out.exists() else set()
-        ours = entries <= {*WRITTEN} and (
-            not entries or (out / ABOUT_FILE).read_text(encoding="utf-8") == ABOUT
-        )
-        if not ours:
-            other = min(entries - {*WRITTEN}, default=min(entries))
+        about = out / ABOUT_FILE
+        is_ours = about.is_file() and about.read_text(encoding="utf-8") == ABOUT
+        if others := sorted(entries - {*WRITTEN} if is_ours else entries):
             raise UserError(
-                f"--out: {out} holds other things ({other}); name a new folder, or one that "
+                f"--out: {out} holds other things ({others[0]}); name a new folder, or one that "
                 "`glmtune demo` made"
             )
         place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
@@ -146,7 +144,7 @@ def claim_folder(out: Path) -> None:
                 f"{NUM_BYTES / 2**20:.0f} are needed; free some, or name a folder on another disk"
             )
         out.mkdir(parents=True, exist_ok=True)
-        (out / ABOUT_FILE).write_text(ABOUT, encoding="utf-8")
+        about.write_text(ABOUT, encoding="utf-8")
         for name in entries - {ABOUT_FILE}:
             path = out / name
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -162,7 +160,7 @@ def training_config(config: DemoConfig, dataset_path: str, output_dir: str) -> T
     recipe = dict(RECIPE)
     if config.max_steps is not None:
         recipe["max_steps"] = config.max_steps
-    recipe.setdefault("logging_steps", max(1, recipe["max_steps"] // NUM_LOGGED))
+    recipe.setdefault("logging_steps", LOGGING_STEPS)
     return TrainConfig(
         **recipe,
         dataset_path=dataset_path,

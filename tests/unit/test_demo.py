@@ -1,0 +1,166 @@
+"""The demonstration: its folder, its page, and the whole of it in short and at full length."""
+
+import json
+import os
+import re
+import shutil
+import time
+from importlib import resources
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from glmtune import cli
+from glmtune.config import DemoConfig
+from glmtune.demo.page import loss_panel, score_panel
+from glmtune.demo.questions import held_out_questions
+from glmtune.demo.recipe import RECIPE
+from glmtune.demo.run import ABOUT, ABOUT_FILE, WRITTEN, claim_folder, demo, training_config
+from glmtune.errors import UserError
+
+
+def test_what_it_needs_is_in_the_package(root):
+    package = resources.files("glmtune") / "demo"
+    names = {entry.name for entry in (package / "glm-tiny").iterdir()}
+    assert {"config.json", "ice_text.model", "model.safetensors", "README.md"} <= names
+    assert (package / "grammar" / "words.txt").is_file()
+    # ... and goes into a wheel: setuptools takes along only what is named here.
+    named = re.search(r"^glmtune = (\[.*\])", (root / "pyproject.toml").read_text(), re.MULTILINE)
+    assert named is not None
+    patterns = json.loads(named[1])
+    data = [p for p in Path(str(package)).rglob("*") if p.suffix not in ("", ".py", ".pyc")]
+    missed = [
+        path.name
+        for path in data
+        if not any(path in Path(str(package.parent)).glob(pattern) for pattern in patterns)
+    ]
+    assert missed == []
+
+
+# --- the folder ---
+
+
+def test_a_new_folder_and_the_same_again(tmp_path):
+    out = tmp_path / "a" / "b"
+    claim_folder(out)
+    assert (out / ABOUT_FILE).read_text(encoding="utf-8") == ABOUT
+    (out / "run").mkdir()
+    (out / "run" / "old").write_text("x")
+    (out / "demo.html").write_text("old")
+    claim_folder(out)
+    assert [path.name for path in out.iterdir()] == [ABOUT_FILE]
+    assert all(name in ABOUT for name in WRITTEN if name != ABOUT_FILE)
+
+
+@pytest.mark.parametrize("names", [["thesis.tex"], ["train.json"], [ABOUT_FILE, "thesis.tex"]])
+def test_a_folder_with_other_things(names, tmp_path):
+    for name in names:
+        (tmp_path / name).write_text(ABOUT if name == ABOUT_FILE else "mine")
+    with pytest.raises(UserError, match=r"holds other things \((thesis|train)"):
+        claim_folder(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+
+
+def test_a_folder_that_is_a_file(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert cli.main(["demo", "--out", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --out: {tmp_path}/file cannot be used (")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    with pytest.raises(UserError, match=r"cannot be used \(Permission denied\)"):
+        claim_folder(tmp_path / "new")
+
+
+def test_a_disk_that_is_full(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
+    with pytest.raises(UserError, match="1 MB free, and 64 are needed"):
+        claim_folder(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+# --- settings ---
+
+
+def test_it_trains_by_its_recipe():
+    config = training_config(DemoConfig(seed=7), "data", "run")
+    scalars = {name: value for name, value in RECIPE.items() if name != "lora_target"}
+    assert {name: getattr(config, name) for name in scalars} == scalars
+    assert config.seed == 7
+    short = training_config(DemoConfig(max_steps=3), "data", "run")
+    assert short.max_steps == 3
+
+
+# --- the page ---
+
+
+def test_the_score():
+    body = score_panel({"zh": (1, 200), "en": (0, 200)}, {"zh": (190, 200), "en": (200, 200)}).body
+    assert re.findall(r"<b>(.*?)</b>", body) == ["0.5%", "95.0%", "0.0%", "100.0%"]
+    assert "--share: 95.00%" in body
+
+
+def test_the_curve_lies_within_its_frame():
+    history = [{"step": i, "loss": 9 / i, "lr": 1.0} for i in range(1, 50)]
+    body = loss_panel([*history, {"step": 49, "eval_loss": 1.0}, {"step": 50, "loss": None}]).body
+    raw, smoothed = re.findall(r' d="M([^"]*)"', body)
+    points = [tuple(map(float, point.split())) for point in raw.split("L")]
+    assert len(points) == 49
+    assert points[0][0] == 0
+    assert points[-1][0] == 1000
+    assert all(0 <= y <= 1000 for _, y in points)
+    assert [y for _, y in points] == sorted(y for _, y in points), "a loss that falls goes down"
+    assert smoothed != raw
+    ticks = re.findall(r'class="y"[^>]*>([^<]*)<', body)
+    assert ticks[0] in ("0.1", "0.03")
+    assert ticks[-1] == "10"
+
+
+def test_the_curve_of_one_step():
+    assert "M0.0" in loss_panel([{"step": 1, "loss": 2.0}]).body
+
+
+# --- the whole ---
+
+
+def test_in_short(tmp_path, capsys):
+    out = tmp_path / "demo"
+    line = ["demo", "--out", str(out), "--max_steps", "3", "--limit", "6", "--use_cpu"]
+    assert cli.main(line) == 0
+    assert {path.name for path in out.iterdir()} == set(WRITTEN)
+    printed = capsys.readouterr().out
+    assert f"Open the page in a browser: {out}/demo.html" in printed
+    assert "What to try next" in printed
+    page = (out / "demo.html").read_text(encoding="utf-8")
+    questions = json.loads((out / "questions.json").read_text(encoding="utf-8"))
+    assert len(questions) == page.count("<article") == 6
+    assert sum(ask.language == "zh" for ask in held_out_questions()) == 200
+    for words in ("Training loss", "训练损失", "Right answers", "答对的比例"):
+        assert words in page
+    assert not re.search(r'(src|href)="|url\(|https?://', page), "the page needs nothing else"
+    assert str(tmp_path) not in page
+    before = (out / "run" / "metrics.jsonl").read_text()
+    assert cli.main(line) == 0, "it starts anew in its own folder"
+    losses = [
+        [json.loads(record)["loss"] for record in text.splitlines()]
+        for text in (before, (out / "run" / "metrics.jsonl").read_text())
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_at_full_length(tmp_path):
+    started = time.monotonic()
+    result = demo(DemoConfig(out=str(tmp_path / "demo"), use_cpu=True))
+    assert time.monotonic() - started < 120
+    for language in ("zh", "en"):
+        for count, fits in ((result.base, lambda x: x <= 0.1), (result.tuned, lambda x: x >= 0.9)):
+            right, asked = count[language]
+            assert asked == 200
+            assert fits(right / asked), (language, right)
