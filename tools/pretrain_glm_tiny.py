@@ -68,7 +68,11 @@ def main() -> None:
     cutter.check(model, texts)
     report = train(model, cutter, texts, held_out, flags)
     report |= {"parameters": num_parameters, "device": device_name(device), "seed": flags.seed}
-    report |= {"passages": len(texts.lengths_P), "entropy": round(held_out.entropy, 4)}
+    report |= {
+        "drawn": flags.passages,
+        "passages": len(texts.lengths_P),
+        "entropy": round(held_out.entropy, 4),
+    }
     save(model.half(), flags.vocabulary, report, flags.out)
     print(f"{flags.out}: written, {time.monotonic() - started:.0f} s in all", flush=True)
     if flags.probe:
@@ -375,9 +379,10 @@ whose demonstration tunes it; it is of no other use.
   {sum(map(len, world.facts.values())):,} facts, and lists without end. No foreign text, no
   instruction, no question with its answer.
 - **Objective**: GLM's [gMASK] continuation of a passage cut at a random place.
-- **Recipe**: `python tools/pretrain_glm_tiny.py --steps {report["steps"]} --batch_size
-  {report["batch_size"]} --learning_rate {report["learning_rate"]} --seed {report["seed"]}` on
-  {report["passages"]:,} passages; {report["minutes"]} minutes on {report["device"]}.
+- **Recipe**: `python tools/pretrain_glm_tiny.py --steps {report["steps"]}
+  --passages {report["drawn"]} --batch_size {report["batch_size"]}
+  --learning_rate {report["learning_rate"]} --seed {report["seed"]}`
+  on {report["passages"]:,} passages (the rest is longer than a row); {report["minutes"]} minutes on {report["device"]}.
 - **Loss** on passages never seen: {report["held_out_loss"]} nats/token. The draws that made them
   come to {report["entropy"]} nats/token: no model can be better, but for passages that may be drawn
   in more than one way.

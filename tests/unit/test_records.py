@@ -164,7 +164,7 @@ CHINESE = '[\n{"instruction": "一二三四", "output": "一种说明。"}]'
         (CHINESE.encode("utf-32"), "a.json:1: not UTF-8 at byte 0;", "likely UTF-32;"),
         ('[{"instruction": "a café"}]'.encode("latin-1"), "at byte 23;", "likely CP1252;"),
         (CHINESE.encode()[:-7], "a.json:2: not UTF-8 at byte 54;", "damaged or cut off"),
-        (gzip.compress(GOOD.encode()), "not UTF-8 at byte 1;", "binary data"),
+        (gzip.compress(GOOD.encode(), mtime=0), "not UTF-8 at byte 1;", "binary data"),
         (bytes(range(256)), "not UTF-8 at byte 0;", "binary data"),
     ],
 )
