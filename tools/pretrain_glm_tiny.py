@@ -382,7 +382,8 @@ whose demonstration tunes it; it is of no other use.
 - **Recipe**: `python tools/pretrain_glm_tiny.py --steps {report["steps"]}
   --passages {report["drawn"]} --batch_size {report["batch_size"]}
   --learning_rate {report["learning_rate"]} --seed {report["seed"]}`
-  on {report["passages"]:,} passages (the rest is longer than a row); {report["minutes"]} minutes on {report["device"]}.
+  on {report["passages"]:,} passages (the rest is longer than a row); {report["minutes"]} minutes
+  on {report["device"]}.
 - **Loss** on passages never seen: {report["held_out_loss"]} nats/token. The draws that made them
   come to {report["entropy"]} nats/token: no model can be better, but for passages that may be drawn
   in more than one way.
