@@ -108,7 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     if "OMP_WAIT_POLICY" not in os.environ:
         # torch's threads wait for each other in a busy loop; where another program has one of the
-        # cores, that slows a CPU run down twentyfold. So they soon sleep. Read as torch is loaded.
+        # cores, that slows a CPU run down many times over. So they soon sleep (docs/log.md). Read
+        # as torch is loaded.
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         run(list(sys.argv[1:] if argv is None else argv))
@@ -148,7 +149,7 @@ def run(arguments: list[str]) -> None:
     if arguments[0] == "--version":
         print(f"glmtune {__version__}")
         return
-    # Only from here on: pydantic alone takes an eighth of a second.
+    # Only from here on: pydantic alone takes a tenth of a second.
     from glmtune.config import SETTINGS, read_config
     from glmtune.config.flags import split_arguments, verb_help
     from glmtune.config.names import did_you_mean

@@ -6,7 +6,8 @@ import pytest
 
 from glmtune.config import ConvertConfig, TokenizeConfig
 from glmtune.data.convert import convert
-from glmtune.data.tokenizing import load_dataset, tokenize
+from glmtune.data.dataset import load_dataset
+from glmtune.data.tokenizing import tokenize
 from glmtune.models.chatglm.tokenization import ChatGLMTokenizer
 
 

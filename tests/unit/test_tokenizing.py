@@ -15,9 +15,9 @@ import pytest
 from glmtune import __version__
 from glmtune.config import TokenizeConfig
 from glmtune.data import tokenizing
-from glmtune.data.dataset import CARD_FILE, HISTOGRAM_FILE, DataCard
+from glmtune.data.dataset import CARD_FILE, HISTOGRAM_FILE, DataCard, check_data_card, load_dataset
 from glmtune.data.lengths import LengthStats, plot_lengths
-from glmtune.data.tokenizing import check_data_card, load_dataset, tokenize
+from glmtune.data.tokenizing import tokenize
 from glmtune.errors import UserError
 
 GMASK, BOS, EOS = 9001, 9004, 9005

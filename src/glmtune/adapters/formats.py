@@ -27,7 +27,7 @@ from torch import Tensor
 
 from glmtune.data.files import new_folder, read_text
 from glmtune.errors import UserError
-from glmtune.models.weights import load_bin
+from glmtune.models.weights import is_lfs_pointer, load_bin
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -238,9 +238,7 @@ def _find_weights(folder: Path) -> Path | None:
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     """Names to tensors; no code that a pickle holds is run."""
     try:
-        with path.open("rb") as file:
-            is_pointer = file.read(24).startswith(b"version https://git-lfs")
-        if is_pointer:
+        if is_lfs_pointer(path):
             raise UserError(f"{path}: is a Git-LFS pointer, not weights; run `git lfs pull` there")
         tensors = load_bin(path) if path.suffix == ".bin" else load_file(path)
     except (OSError, SafetensorError) as error:

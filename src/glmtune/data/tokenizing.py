@@ -16,9 +16,7 @@ from glmtune.data.dataset import (
     HISTOGRAM_FILE,
     DataCard,
     RowTokenizer,
-    check_data_card,
     check_replaceable,
-    load_dataset,
     special_ids,
 )
 from glmtune.data.files import new_folder
@@ -26,8 +24,6 @@ from glmtune.data.lengths import LengthStats, plot_lengths
 from glmtune.data.records import BadRow, Row, list_bad_rows, name_rows, read_rows
 from glmtune.data.templates import is_alpaca
 from glmtune.errors import UserError
-
-__all__ = ["TokenizeSummary", "check_data_card", "encode_rows", "load_dataset", "tokenize"]
 
 ROWS_PER_BATCH = 4096
 

@@ -60,12 +60,17 @@ def weight_files(folder: Path) -> list[Path]:
             )
         if not path.is_file():
             raise UserError(f"{path}: a shard that the index names is missing; download it again")
-        with path.open("rb") as file:
-            if file.read(24).startswith(b"version https://git-lfs"):
-                raise UserError(
-                    f"{path}: is a Git-LFS pointer, not weights; run `git lfs pull` in that folder"
-                )
+        if is_lfs_pointer(path):
+            raise UserError(
+                f"{path}: is a Git-LFS pointer, not weights; run `git lfs pull` in that folder"
+            )
     return [folder / name for name in names]
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is what git leaves in the place of a large file that was not fetched."""
+    with path.open("rb") as file:
+        return file.read(24).startswith(b"version https://git-lfs")
 
 
 def _read_index(path: Path) -> list[str]:

@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from glmtune.adapters import restore_adapter, save_adapter
+from glmtune.adapters.formats import CONFIG_FILE, WEIGHTS_FILE
 from glmtune.config import TrainConfig
 from glmtune.data.files import new_file, new_folder
 from glmtune.errors import UserError
@@ -32,8 +33,6 @@ from glmtune.runlog import METRICS_FILE, PLOT_FILE, TENSORBOARD_FOLDER
 
 STATE_FILE = "trainer_state.json"
 RECIPE_FILE = "recipe.yaml"
-WEIGHTS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
 _TORCH_FILES = ("optimizer.pt", "scheduler.pt")
 _SCALER_FILE = "scaler.pt"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from glmtune.adapters import attach_lora, save_adapter
 from glmtune.config import TrainConfig, write_recipe
-from glmtune.data.tokenizing import check_data_card, load_dataset
+from glmtune.data.dataset import check_data_card, load_dataset
 from glmtune.errors import UserError
 from glmtune.hardware import memory_gib
 from glmtune.models.checkpoints import (

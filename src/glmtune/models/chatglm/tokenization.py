@@ -19,6 +19,7 @@ from glmtune.models.chatglm.configuration import (
     VOCAB_SIZE_V1_0,
     VOCAB_SIZE_V1_1,
 )
+from glmtune.models.weights import is_lfs_pointer
 
 VOCAB_FILE = "ice_text.model"
 MAX_BLANKS = 80
@@ -69,13 +70,13 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def __init__(
         self, vocab_file: str | None = None, num_image_tokens: int | None = None, **kwargs
     ):
-        self.model_bytes = _read_vocab(vocab_file)
-        self.sp = SentencePieceProcessor(model_proto=self.model_bytes)
+        self.model_bytes, self.sp = _read_vocab(vocab_file)
+        num_pieces = self.sp.get_piece_size()
         config_file = Path(str(vocab_file)).with_name("config.json")
         if config_file.is_file():
             config = json.loads(config_file.read_text(encoding="utf-8"))
-            check_revision(Path(str(vocab_file)), config.get("vocab_size", 0))
-        is_v1_0 = self.sp.get_piece_size() == NUM_PIECES_V1_0
+            _compare_revisions(vocab_file, num_pieces, config.get("vocab_size"))
+        is_v1_0 = num_pieces == NUM_PIECES_V1_0
         if is_v1_0:
             self.sp = SentencePieceProcessor(model_proto=extend_v1_0(self.model_bytes))
         self.num_image_tokens = NUM_IMAGE_TOKENS if is_v1_0 else num_image_tokens or 0
@@ -196,25 +197,24 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return text
 
 
-def _read_vocab(vocab_file: str | None) -> bytes:
+def _read_vocab(vocab_file: str | Path | None) -> tuple[bytes, SentencePieceProcessor]:
     if vocab_file is None or not Path(vocab_file).is_file():
         raise UserError(
             f"tokenizer: no {VOCAB_FILE} in the folder (value: {vocab_file}); take it from the "
             "published ChatGLM-6B folder, beside the weights (ChatGLM2 and 3 are not loaded yet)"
         )
-    data = Path(vocab_file).read_bytes()
-    if data.startswith(b"version https://git-lfs"):
+    if is_lfs_pointer(Path(vocab_file)):
         raise UserError(
-            f"{vocab_file}: is a Git-LFS pointer of {len(data)} bytes, not the vocabulary; "
-            "run `git lfs pull` in that folder or download the file itself"
+            f"{vocab_file}: is a Git-LFS pointer, not the vocabulary; run `git lfs pull` in that "
+            "folder or download the file itself"
         )
+    data = Path(vocab_file).read_bytes()
     try:
-        SentencePieceProcessor(model_proto=data)
+        return data, SentencePieceProcessor(model_proto=data)
     except RuntimeError as error:
         raise UserError(
             f"{vocab_file}: is no sentencepiece model ({len(data)} bytes); download it again"
         ) from error
-    return data
 
 
 def check_revision(vocab_file: Path, model_vocab_size: int) -> None:
@@ -223,8 +223,14 @@ def check_revision(vocab_file: Path, model_vocab_size: int) -> None:
     Raises:
         UserError: they are of different revisions.
     """
-    num_pieces = SentencePieceProcessor(model_proto=_read_vocab(str(vocab_file))).get_piece_size()
-    of_model = {VOCAB_SIZE_V1_0: "v1.0", VOCAB_SIZE_V1_1: "v1.1"}.get(model_vocab_size)
+    _, sp = _read_vocab(vocab_file)
+    _compare_revisions(vocab_file, sp.get_piece_size(), model_vocab_size)
+
+
+def _compare_revisions(
+    vocab_file: str | Path | None, num_pieces: int, model_vocab_size: int | None
+) -> None:
+    of_model = {VOCAB_SIZE_V1_0: "v1.0", VOCAB_SIZE_V1_1: "v1.1"}.get(model_vocab_size or 0)
     of_file = {NUM_PIECES_V1_0: "v1.0", NUM_PIECES_V1_1: "v1.1"}.get(num_pieces)
     if of_model and of_file and of_model != of_file:
         raise UserError(
