@@ -14,6 +14,7 @@ from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.layout import read_layout
 from glmtune.models.chatglm.modeling import (
     ChatGLMForConditionalGeneration,
+    ChatGLMMLP,
     rotary_angles,
     rotate,
 )
@@ -146,6 +147,19 @@ def test_rotary_angles_are_right_in_every_dtype(dtype):
     assert error < {torch.float32: 2e-3, torch.bfloat16: 5e-2, torch.float16: 8e-3}[dtype]
 
 
+@torch.no_grad()
+def test_the_gelu_is_the_tanh_form(config):
+    """The two forms differ by up to 5e-4, which random weights are too small to show in logits."""
+    mlp = ChatGLMMLP(config)
+    mlp.dense_h_to_4h.weight.copy_(torch.eye(64, 32))
+    mlp.dense_4h_to_h.weight.copy_(torch.eye(32, 64))
+    mlp.dense_h_to_4h.bias.zero_()
+    mlp.dense_4h_to_h.bias.zero_()
+    x = torch.linspace(-4, 4, 32)
+    inner = (2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)
+    torch.testing.assert_close(mlp(x), 0.5 * x * (1 + inner.tanh()), atol=1e-6, rtol=0)
+
+
 def test_loss_is_float32_and_weighted_by_the_caller(model):
     ids = torch.tensor([row(4, 5)])
     labels = ids.masked_fill(torch.arange(ids.shape[1]) < 5, -100)
@@ -179,6 +193,15 @@ def test_save_and_load(model, tmp_path, tied):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert (loaded.lm_head.weight is loaded.transformer.word_embeddings.weight) == tied
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+
+
+def test_a_published_separate_head_stays_separate(tiny_folder, tmp_path):
+    """Its config.json says nothing of it; the files hold two different tensors."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    assert not model.config.tie_word_embeddings
+    model.save_pretrained(tmp_path)
+    head = AutoModelForCausalLM.from_pretrained(tmp_path).lm_head.weight
+    assert torch.equal(head, model.lm_head.weight)
 
 
 def write_sharded_bin(model, folder):
