@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from glmtune.adapters import attach_lora
 from glmtune.config import TrainConfig
 from glmtune.models.checkpoints import load_base_model
-from glmtune.training.batches import TokenRows
+from glmtune.data.token_rows import TokenRows
 from glmtune.training.loop import fit
 from glmtune.training.run import start_accelerator
 

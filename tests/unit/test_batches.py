@@ -10,14 +10,9 @@ from transformers import AutoConfig
 
 import glmtune.models  # noqa: F401
 from glmtune.errors import UserError
-from glmtune.training.batches import (
-    DataPlan,
-    TokenRows,
-    collate,
-    epoch_order,
-    micro_batches,
-    split_rows,
-)
+from glmtune.data.token_rows import TokenRows
+from glmtune.training.batches import collate
+from glmtune.training.plan import RowPlan, epoch_order, split_rows
 
 GMASK, SOP, EOP, PAD = 1001, 1004, 1005, 3
 
@@ -118,54 +113,54 @@ class TestSplit:
             split_rows(1, 0.1, 1)
 
 
-class TestDataPlan:
+def row_plan(row_ids, size, seed=1, shuffle=True):
+    return RowPlan(row_ids, seed, shuffle, global_batch_size=size, batch_size=size)
+
+
+class TestRowPlan:
     def rows_seen(self, plan, steps):
         return np.concatenate([plan.global_batch(step) for step in steps]).tolist()
 
     def test_an_epoch_has_every_row_once_in_an_order_of_its_own(self):
-        plan = DataPlan(np.arange(10, 33), 6, seed=1, shuffle=True)
-        assert plan.steps_per_epoch == 4
+        plan = row_plan(np.arange(10, 33), 6)
+        assert plan.steps_in(0) == 4
         epochs = [self.rows_seen(plan, range(4 * e, 4 * e + 4)) for e in range(3)]
         assert all(sorted(epoch) == list(range(10, 33)) for epoch in epochs)
         assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
     def test_a_step_does_not_depend_on_those_before_it(self):
-        plan = DataPlan(np.arange(23), 6, seed=1, shuffle=True)
+        plan = row_plan(np.arange(23), 6)
         straight = [plan.global_batch(step).tolist() for step in range(12)]
         epoch_order.cache_clear()
         assert [plan.global_batch(step).tolist() for step in reversed(range(12))] == straight[::-1]
 
     def test_the_seed_makes_the_order(self):
         def first(seed):
-            return DataPlan(np.arange(50), 50, seed=seed, shuffle=True).global_batch(0).tolist()
+            return row_plan(np.arange(50), 50, seed).global_batch(0).tolist()
 
         assert first(1) == first(1) != first(2)
 
     def test_without_shuffling_rows_keep_their_order(self):
-        plan = DataPlan(np.arange(5), 2, seed=1, shuffle=False)
+        plan = row_plan(np.arange(5), 2, shuffle=False)
         assert self.rows_seen(plan, range(6)) == [0, 1, 2, 3, 4] * 2
 
     def test_the_order_stays_what_it_was(self):
         # Checkpoints rely on it: a changed order would resume a run on other rows.
         assert epoch_order(8, 42, 0).tolist() == [3, 4, 2, 7, 6, 1, 5, 0]
 
-
-class TestMicroBatches:
     @given(st.integers(1, 60), st.integers(1, 7), st.integers(1, 4))
     def test_rows_are_dealt_out_once_and_evenly(self, num_rows, batch_size, num_processes):
-        shares = [
-            micro_batches(np.arange(num_rows), batch_size, rank, num_processes)
-            for rank in range(num_processes)
-        ]
-        assert len({len(share) for share in shares}) == 1, "processes would wait for each other"
-        parts = [part for share in shares for part in share]
-        assert sorted(np.concatenate(parts)) == list(range(num_rows))
+        plan = RowPlan(np.arange(num_rows), 1, False, num_rows, batch_size)
+        parts = plan.parts(0, num_processes)
+        assert len(parts) % num_processes == 0, "processes would wait for each other"
+        assert np.concatenate(parts).tolist() == list(range(num_rows))
         sizes = [len(part) for part in parts]
         assert max(sizes) <= batch_size
         assert max(sizes) - min(sizes) <= 1
 
     def test_no_pass_is_empty_in_a_single_process(self):
-        assert [len(p) for p in micro_batches(np.arange(7), 3, 0, 1)] == [3, 2, 2]
+        plan = RowPlan(np.arange(7), 1, False, 7, 3)
+        assert [len(part) for part in plan.parts(0, 1)] == [3, 2, 2]
 
 
 class TestCollate:
@@ -181,8 +176,3 @@ class TestCollate:
             [-100, -100, -100, SOP, 9, EOP, -100],
         ]
         assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
-
-    def test_without_a_row_there_is_one_without_labels(self):
-        batch = collate(token_rows(([7, 8], [9])), np.array([], dtype=int), PAD)
-        assert batch["input_ids"].tolist() == [[7, 8, GMASK, SOP, 9, EOP]]
-        assert (batch["labels"] == -100).all()

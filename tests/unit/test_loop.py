@@ -21,8 +21,8 @@ from glmtune.adapters import load_adapter
 from glmtune.config import TrainConfig, read_config
 from glmtune.errors import UserError
 from glmtune.models.checkpoints import load_base_model
-from glmtune.training import loop
-from glmtune.training.batches import split_rows
+from glmtune.training import loop, passes
+from glmtune.training.plan import split_rows
 from glmtune.training.run import wants_recompute
 
 GMASK, SOP, EOP, VOCAB_SIZE = 1001, 1004, 1005, 1024
@@ -105,10 +105,10 @@ def stop_at(step, monkeypatch, number=signal.SIGINT):
     """Send this process a signal while it computes a step."""
     train_step = loop.train_step
 
-    def interrupted_step(run, state):
+    def interrupted_step(run, state, step_pass):
         if state.global_step == step - 1:
             os.kill(os.getpid(), number)
-        return train_step(run, state)
+        return train_step(run, state, step_pass)
 
     monkeypatch.setattr(loop, "train_step", interrupted_step)
     return lambda: monkeypatch.setattr(loop, "train_step", train_step)
@@ -353,13 +353,13 @@ class TestEvaluation:
 
     def test_rows_held_out_are_not_trained_on(self, config, monkeypatch):
         seen = set()
-        collate = loop.collate
+        collate = passes.collate
         monkeypatch.setattr(
-            loop,
+            passes,
             "collate",
             lambda rows, ids, pad: (seen.update(ids.tolist()), collate(rows, ids, pad))[1],
         )
-        monkeypatch.setattr(loop, "evaluate", lambda run, state: 0.0)
+        monkeypatch.setattr(loop, "evaluate", lambda run, step_pass: 0.0)
         loop.train(config(eval_ratio=0.3, max_steps=-1, num_train_epochs=2))
         train, held_out = split_rows(NUM_ROWS, 0.3, 42)
         assert seen == set(train)
@@ -422,7 +422,7 @@ class TestResume:
         assert [json.loads(line)["step"] for line in lines] == [1, 3, 4, 6, 8, 9, 9]
 
     def test_a_second_ctrl_c_does_not_wait(self, config, monkeypatch):
-        def step(run, state):
+        def step(run, state, step_pass):
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -557,7 +557,7 @@ class TestRefusals:
             assert all(weight.isfinite().all() for weight in adapter(checkpoint).values())
 
     def test_a_gpu_that_is_too_small(self, config, monkeypatch):
-        def full(run, state):
+        def full(run, state, step_pass):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
         monkeypatch.setattr(loop, "train_step", full)

@@ -71,6 +71,23 @@ class TrainingDataSettings(Settings):
     )
     per_device_train_batch_size: int = Field(6, ge=1, description="rows per device and pass")
     gradient_accumulation_steps: int = Field(1, ge=1, description="passes per optimiser step")
+    packing: bool | None = Field(
+        None,
+        description="lay rows end to end in packs of tokens_per_step tokens, many rows a step "
+        "(default: on a GPU)",
+    )
+    tokens_per_step: int | None = Field(
+        None,
+        ge=64,
+        multiple_of=64,
+        description="tokens of a pack, which is a pass of one device (default: what its memory "
+        "holds, at most 8192)",
+    )
+    exact_batch: bool | None = Field(
+        None,
+        description="per_device_train_batch_size rows a pass as the recipe says, laid end to end "
+        "without padding (default: on a GPU, where packing is false)",
+    )
     max_steps: int = Field(
         -1, ge=-1, description="optimiser steps; when above 0, num_train_epochs does not count"
     )
@@ -182,6 +199,11 @@ class RunFolderSettings(Settings):
 class TrainingDeviceSettings(DeviceSettings):
     """Where to compute, and how to fit there."""
 
+    base_dtype: Literal["auto", "fp8"] = Field(
+        "auto",
+        description="fp8: the frozen linears in float8, on Hopper and newer GPUs, a third faster; "
+        "auto: in the compute type",
+    )
     gradient_checkpointing: Literal["auto"] | bool = Field(
         "auto", description="recompute activations to save memory; auto: when memory asks for it"
     )

@@ -1,12 +1,19 @@
 """The loss: next-token cross entropy in float32.
 
-Shapes: B rows of a batch, S tokens, V vocabulary.
+Shapes: B rows of a batch, S tokens, V vocabulary; L learned tokens, H hidden, C a chunk of them.
 """
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 IGNORED = -100  # a label that is not trained on: the prompt and the padding
+# Learned tokens whose logits are held at a time: 0.25 GiB in bfloat16 for ChatGLM-6B.
+CHUNK = 1024
+
+SoftmaxLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 def next_token_loss(
@@ -28,3 +35,54 @@ def next_token_loss(
     total = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
     count = (targets != IGNORED).sum().clamp(min=1) if num_items is None else num_items
     return total / count
+
+
+def head_loss(
+    hidden_LH: Tensor, head_VH: Tensor, targets_L: Tensor, softmax_loss: SoftmaxLoss | None = None
+) -> Tensor:
+    """Summed cross entropy of a frozen head's logits, of which it never holds more than a chunk.
+
+    The gradient is taken on the way forward, chunk by chunk, in the place of the logits: the head
+    itself needs none.
+
+    Args:
+        hidden_LH: outputs of the last norm, of the learned tokens alone.
+        head_VH: the head's weight.
+        targets_L: what follows each of them, or `IGNORED`.
+        softmax_loss: does what `softmax_loss_` does, which is the default.
+
+    Returns:
+        A float32 scalar.
+    """
+    return _HeadLoss.apply(hidden_LH, head_VH, targets_L, softmax_loss or softmax_loss_)
+
+
+def softmax_loss_(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
+    """Summed cross entropy in float32; the logits are overwritten with its gradient."""
+    logits = logits_CV.detach().float().requires_grad_()
+    with torch.enable_grad():
+        total = F.cross_entropy(logits, targets_C, ignore_index=IGNORED, reduction="sum")
+        logits_CV.copy_(torch.autograd.grad(total, logits)[0])
+    return total.detach()
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_LH, head_VH, targets_L, softmax_loss):
+        total = torch.zeros((), device=hidden_LH.device)
+        grad_LH = torch.empty_like(hidden_LH) if ctx.needs_input_grad[0] else None
+        logits_CV = hidden_LH.new_empty(min(CHUNK, len(targets_L)), len(head_VH))
+        for start in range(0, len(targets_L), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            logits = logits_CV[: len(targets_L[chunk])]
+            torch.mm(hidden_LH[chunk], head_VH.T, out=logits)
+            total += softmax_loss(logits, targets_L[chunk])
+            if grad_LH is not None:
+                torch.mm(logits, head_VH, out=grad_LH[chunk])
+        ctx.save_for_backward(grad_LH)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total):
+        (grad_LH,) = ctx.saved_tensors
+        return grad_LH * grad_total.to(grad_LH.dtype), None, None, None

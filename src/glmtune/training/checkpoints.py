@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -46,8 +47,8 @@ _OURS = ("stateful_callbacks", "glmtune")
 class TrainingState:
     """What moves while a model trains, and must come back for a resumed run to be the same run."""
 
-    model: nn.Module
-    """The model with its adapter, as Accelerate prepared it."""
+    model: PeftModel
+    """The model with its adapter."""
     optimizer: Optimizer
     scheduler: LRScheduler
     loss_sum: Tensor
@@ -89,7 +90,7 @@ def save_checkpoint(
     per_process = gather_object([_own_state(state)])
     if accelerator.is_main_process:
         with new_folder(str(folder)) as draft:
-            save_adapter(accelerator.unwrap_model(state.model), draft, base_name)
+            save_adapter(state.model, draft, base_name)
             torch.save(state.optimizer.state_dict(), draft / "optimizer.pt")
             torch.save(state.scheduler.state_dict(), draft / "scheduler.pt")
             if state.scaler is not None:
@@ -146,7 +147,7 @@ def load_checkpoint(
     """
     trainer_state = read_trainer_state(folder)
     _check_identity(folder, trainer_state, identity)
-    restore_adapter(accelerator.unwrap_model(state.model), folder)
+    restore_adapter(state.model, folder)
     state.optimizer.load_state_dict(_load(folder / "optimizer.pt"))
     state.scheduler.load_state_dict(_load(folder / "scheduler.pt"))
     if state.scaler is not None and (folder / _SCALER_FILE).is_file():

@@ -7,7 +7,8 @@ from typing import Any
 from glmtune.hardware import device_name, memory_gib, total_memory_gib
 from glmtune.runlog import PLOT_FILE, format_seconds, print_pairs
 from glmtune.training.checkpoints import RECIPE_FILE, TrainingState
-from glmtune.training.run import Run, wants_recompute
+from glmtune.training.plan import PackPlan
+from glmtune.training.run import Run
 
 
 class Pace:
@@ -35,7 +36,7 @@ class Pace:
 def print_banner(run: Run, state: TrainingState) -> None:
     """Say what is about to be trained, on what."""
     config, device = run.config, run.accelerator.device
-    model = run.accelerator.unwrap_model(state.model)
+    model = state.model
     trainable, total = model.get_nb_trainable_parameters()
     num_train, num_eval = len(run.plan.row_ids), len(run.eval_rows)
     done = f", {state.global_step:,} of them done" if state.global_step else ""
@@ -44,18 +45,32 @@ def print_banner(run: Run, state: TrainingState) -> None:
         {
             "rows": f"{num_train:,} to train on, {num_eval:,} held out, "
             f"{run.rows.lengths_R.mean():.0f} tokens each",
-            "steps": f"{run.max_steps:,}, which is {run.epoch(run.max_steps):.4g} epoch(s) of "
-            f"{run.plan.steps_per_epoch:,}{done}",
-            "rows a step": f"{run.plan.global_batch_size:,} = {config.per_device_train_batch_size} "
-            f"a pass x {config.gradient_accumulation_steps} pass(es) x "
-            f"{run.accelerator.num_processes} process(es)",
+            "steps": f"{run.max_steps:,}, which is {run.plan.epoch(run.max_steps):.4g} epoch(s) of "
+            f"{run.plan.steps_in(0):,}{done}",
+            **describe_step(run),
             "trainable": f"{trainable:,} of {total:,} parameters ({trainable / total:.3%})",
             "device": f"{device_name(device)}, {total_memory_gib(device):.0f} GiB, "
-            f"{run.identity['dtype']}",
-            "recompute": "on" if wants_recompute(config, device) else "off",
+            f"{run.identity['dtype']}{', frozen linears in float8' if config.base_dtype == 'fp8' else ''}",
+            "recompute": "on" if run.recompute(model) else "off",
             "run folder": config.output_dir,
         },
     )
+
+
+def describe_step(run: Run) -> dict[str, str]:
+    """What a step is made of."""
+    config, plan = run.config, run.plan
+    passes = f"{config.gradient_accumulation_steps} pass(es) x {run.accelerator.num_processes} process(es)"
+    if isinstance(plan, PackPlan):
+        rows = len(plan.row_ids) / plan.steps_in(0)
+        return {
+            "tokens a step": f"{plan.step_size:,} = packs of {plan.pack_length:,} x {passes}",
+            "rows a step": f"about {rows:,.0f}; --exact_batch true would take "
+            f"{config.per_device_train_batch_size} a pass, as per_device_train_batch_size says",
+        }
+    how = "padded to the longest" if run.layout == "padded" else "end to end"
+    size = config.per_device_train_batch_size
+    return {"rows a step": f"{plan.step_size:,} = {size} a pass x {passes}, {how}"}
 
 
 def print_summary(

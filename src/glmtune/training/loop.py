@@ -6,7 +6,6 @@ tokens over the number of its label tokens, however the rows are dealt out to pa
 """
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,15 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from glmtune.adapters import attach_lora, save_adapter
 from glmtune.config import TrainConfig, write_recipe
 from glmtune.data.dataset import check_data_card, load_dataset
+from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError
 from glmtune.hardware import memory_gib
+from glmtune.models.chatglm.packed import to_fp8
 from glmtune.models.checkpoints import (
     base_name,
     check_pair,
@@ -31,17 +32,12 @@ from glmtune.models.checkpoints import (
 )
 from glmtune.runlog import PLOT_FILE, RunLog
 from glmtune.training import checkpoints
-from glmtune.training.batches import TokenRows, collate, micro_batches
+from glmtune.training.check import check_agreement
 from glmtune.training.checkpoints import RECIPE_FILE, STATE_FILE, TrainingState
 from glmtune.training.console import Pace, print_banner, print_summary
 from glmtune.training.interrupt import StopRequest
-from glmtune.training.run import (
-    Run,
-    build_state,
-    enable_recompute,
-    start_accelerator,
-    wants_recompute,
-)
+from glmtune.training.passes import PaddedPass, Pass
+from glmtune.training.run import Run, build_pass, build_state, check_fp8, start_accelerator
 
 
 @dataclass(frozen=True)
@@ -63,6 +59,8 @@ def train(config: TrainConfig) -> TrainResult:
             memory is too small, or the loss is no longer finite.
     """
     accelerator, dtype = start_accelerator(config)
+    if config.base_dtype == "fp8":
+        check_fp8(accelerator.device)
     resume = checkpoints.resume_point(config)
     base = resolve_base(config.chatglm_path, str(resume) if resume else None)
     tokenizer = load_tokenizer(base)
@@ -81,8 +79,8 @@ def train(config: TrainConfig) -> TrainResult:
         dropout=config.lora_dropout,
         targets=config.lora_target,
     )
-    if wants_recompute(config, accelerator.device):
-        enable_recompute(model)
+    if config.base_dtype == "fp8":
+        to_fp8(peft_model)
     accelerator.wait_for_everyone()  # all have looked at the run folder before the first writes
     if accelerator.is_main_process:
         output_dir = checkpoints.claim_output_dir(config, resume)
@@ -96,9 +94,9 @@ def train(config: TrainConfig) -> TrainResult:
         return fit(config, accelerator, peft_model, rows, base_name(base), resume)
     except torch.OutOfMemoryError as error:
         raise UserError(
-            "the GPU's memory is too small for this: halve per_device_train_batch_size "
-            f"({config.per_device_train_batch_size}) and double gradient_accumulation_steps "
-            f"({config.gradient_accumulation_steps}), or set gradient_checkpointing true"
+            f"the GPU's memory is too small for this: halve {_size_setting(config)} and double "
+            f"gradient_accumulation_steps ({config.gradient_accumulation_steps}), or set "
+            "gradient_checkpointing true"
         ) from error
 
 
@@ -125,12 +123,20 @@ def fit(
     """
     run = Run.of(config, accelerator, rows, model, base)
     state = build_state(run, model)
+    step_pass = build_pass(run, model, state.weights)
+    plain = PaddedPass(accelerator, model, rows)
     torch.manual_seed(config.seed + accelerator.process_index)  # to each process its own dropout
     history: list[dict[str, Any]] = []
     if resume:
         history = checkpoints.load_checkpoint(resume, state, run.identity, accelerator)
     if accelerator.is_main_process:
         print_banner(run, state)
+    if run.layout != "padded":
+        first = run.plan.parts(state.global_step, accelerator.num_processes)[0]
+        off = check_agreement(step_pass, plain, first, state.weights, run.dtype)
+        if accelerator.is_main_process:
+            print(f"checked: a pass over {len(first)} rows, {run.layout} and row by row: loss and "
+                  f"gradient differ by {off[0]:.1e} and {off[1]:.1e}", flush=True)  # fmt: skip
 
     interrupted = False
     with open_log(run, state, history) as log, StopRequest(accelerator) as stop:
@@ -139,7 +145,7 @@ def fit(
             save(run, state, log)
         while state.global_step < run.max_steps and not interrupted:
             learning_rate = state.optimizer.param_groups[0]["lr"]
-            grad_norm = train_step(run, state)
+            grad_norm = train_step(run, state, step_pass)
             log.advance()
             step, is_last = state.global_step, state.global_step == run.max_steps
             interrupted = stop.is_agreed() and not is_last
@@ -148,14 +154,16 @@ def fit(
                     "loss": take_loss(run, state),  # here the host waits for the device
                     "grad_norm": float(grad_norm),
                     "learning_rate": learning_rate,
-                    "epoch": run.epoch(step),
+                    "epoch": run.plan.epoch(step),
                     "tokens_per_second": pace.tokens_per_second,
                     "memory_gib": memory_gib(accelerator.device),
                 }
                 log.log(step, record)
                 pace = Pace(state)
             if len(run.eval_rows) and (step % run.eval_steps == 0 or is_last):
-                log.log(step, {"eval_loss": evaluate(run, state), "epoch": run.epoch(step)})
+                log.log(
+                    step, {"eval_loss": evaluate(run, step_pass), "epoch": run.plan.epoch(step)}
+                )
                 pace = Pace(state)
             if step % config.save_steps == 0 or is_last or interrupted:
                 save(run, state, log)
@@ -165,26 +173,21 @@ def fit(
     return TrainResult(Path(config.output_dir), state.global_step, log.history, interrupted)
 
 
-def train_step(run: Run, state: TrainingState) -> Tensor:
+def train_step(run: Run, state: TrainingState, step_pass: Pass) -> Tensor:
     """One optimiser step on one global batch, without waiting for the device.
 
     Returns:
         The norm of the gradient before clipping, on the device.
     """
     config, accelerator = run.config, run.accelerator
-    row_ids = run.plan.global_batch(state.global_step)
+    parts = run.plan.parts(state.global_step, accelerator.num_processes)
+    row_ids = np.concatenate(parts)
     num_labels = int(run.rows.num_labels_R[row_ids].sum())
-    batch_size, num_processes = config.per_device_train_batch_size, accelerator.num_processes
-    passes = micro_batches(row_ids, batch_size, accelerator.process_index, num_processes)
-    state.model.train()
-    for number, rows_of_pass in enumerate(passes, start=1):
-        batch = to_device(collate(run.rows, rows_of_pass, run.pad_token_id), accelerator.device)
-        # The processes exchange gradients in the last pass only, and take the mean of them: the
-        # factor makes it the sum that a loss over the global batch asks for.
-        with nullcontext() if number == len(passes) else accelerator.no_sync(state.model):
-            loss = state.model(**batch, num_items_in_batch=num_labels).loss
-            accelerator.backward(loss * num_processes)
-        state.loss_sum += loss.detach()
+    for number, part in enumerate(parts):
+        if number % accelerator.num_processes == accelerator.process_index and len(part):
+            seed = pass_seed(config.seed, state.global_step, number)
+            state.loss_sum += step_pass.run(part, num_labels, seed)
+    sum_gradients(state.weights, accelerator)
     grad_norm = accelerator.clip_grad_norm_(state.weights, config.max_grad_norm or math.inf)
     state.optimizer.step()
     if not accelerator.optimizer_step_was_skipped:  # float16: the scale was too large this time
@@ -194,6 +197,21 @@ def train_step(run: Run, state: TrainingState) -> Tensor:
     state.num_loss_steps += 1
     state.num_tokens += int(run.rows.lengths_R[row_ids].sum())
     return grad_norm
+
+
+def pass_seed(seed: int, step: int, number: int) -> int:
+    """What a pass draws its dropout from: the same in every run of these three numbers."""
+    return int(np.random.SeedSequence([seed, step, number]).generate_state(1)[0])
+
+
+def sum_gradients(weights: list[nn.Parameter], accelerator: Accelerator) -> None:
+    """Give every process the sum of all processes' gradients, as a loss over all rows asks for."""
+    if accelerator.num_processes == 1:
+        return
+    grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+    flat = accelerator.reduce(torch.cat([grad.flatten() for grad in grads]), reduction="sum")
+    for weight, grad in zip(weights, flat.split([w.numel() for w in weights]), strict=True):
+        weight.grad = grad.view_as(weight)
 
 
 def take_loss(run: Run, state: TrainingState) -> float:
@@ -211,18 +229,12 @@ def take_loss(run: Run, state: TrainingState) -> float:
     return loss
 
 
-@torch.no_grad()
-def evaluate(run: Run, state: TrainingState) -> float:
+def evaluate(run: Run, step_pass: Pass) -> float:
     """Mean loss per label token over the held-out rows, which the processes share."""
     accelerator = run.accelerator
-    model = accelerator.unwrap_model(state.model).eval()
-    # Rows of like length together, so that little is padded.
-    by_length = run.eval_rows[np.argsort(run.rows.lengths_R[run.eval_rows], kind="stable")]
-    batch_size, rank = run.config.per_device_eval_batch_size, accelerator.process_index
     total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    for start in range(rank * batch_size, len(by_length), accelerator.num_processes * batch_size):
-        part = collate(run.rows, by_length[start : start + batch_size], run.pad_token_id)
-        total += model(**to_device(part, accelerator.device), num_items_in_batch=1).loss
+    for part in run.eval_parts()[accelerator.process_index :: accelerator.num_processes]:
+        total += step_pass.loss(part)
     num_labels = run.rows.num_labels_R[run.eval_rows].sum()
     return accelerator.reduce(total, reduction="sum").item() / int(num_labels)
 
@@ -240,9 +252,9 @@ def save(run: Run, state: TrainingState, log: RunLog) -> None:
         state,
         log.history,
         run.identity,
-        epoch=run.epoch(state.global_step),
+        epoch=run.plan.epoch(state.global_step),
         max_steps=run.max_steps,
-        num_train_epochs=math.ceil(run.epoch(run.max_steps)),
+        num_train_epochs=math.ceil(run.plan.epoch(run.max_steps)),
         train_batch_size=config.per_device_train_batch_size,
         logging_steps=config.logging_steps,
         eval_steps=run.eval_steps,
@@ -251,16 +263,9 @@ def save(run: Run, state: TrainingState, log: RunLog) -> None:
     checkpoints.save_checkpoint(output_dir, state, trainer_state, accelerator, run.base_name)
     if accelerator.is_main_process:
         checkpoints.rotate_checkpoints(output_dir, config.save_total_limit, state.global_step)
-        save_adapter(accelerator.unwrap_model(state.model), output_dir, run.base_name)
+        save_adapter(state.model, output_dir, run.base_name)
         checkpoints.write_json(trainer_state, output_dir / STATE_FILE)
         log.plot_loss(output_dir / PLOT_FILE)
-
-
-def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Move a batch without waiting: from pinned memory a copy goes on beside the work."""
-    if device.type == "cuda":
-        batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def open_log(run: Run, state: TrainingState, history: list[dict[str, Any]]) -> RunLog:
@@ -275,6 +280,12 @@ def open_log(run: Run, state: TrainingState, history: list[dict[str, Any]]) -> R
         history=history,
         enabled=run.accelerator.is_main_process,
     )
+
+
+def _size_setting(config: TrainConfig) -> str:
+    if config.tokens_per_step:
+        return f"tokens_per_step ({config.tokens_per_step})"
+    return f"per_device_train_batch_size ({config.per_device_train_batch_size})"
 
 
 def _diverged(run: Run, state: TrainingState, what: str) -> UserError:

@@ -3,30 +3,39 @@
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from peft import PeftModel
+from torch import nn
 from torch.optim import AdamW
 from transformers import PreTrainedModel, get_scheduler
 
 from glmtune.config import TrainConfig
+from glmtune.data.packing import check_lengths, plan_packs
+from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError
-from glmtune.hardware import pick_device, pick_dtype, total_memory_gib
-from glmtune.training.batches import DataPlan, TokenRows, split_rows
+from glmtune.hardware import GIB, device_name, pick_device, pick_dtype, total_memory_gib
+from glmtune.models.chatglm.packed import PackedModel, base_of, can_compile
 from glmtune.training.checkpoints import TrainingState
+from glmtune.training.memory import PACK_LENGTH_ON_CPU, choose_pack
+from glmtune.training.passes import CapturedPass, PackedPass, PaddedPass, Pass
+from glmtune.training.plan import PackPlan, Plan, RowPlan, split_rows
 
 # Below this a card is short of memory for activations at the original's batch size.
 RECOMPUTE_BELOW_GIB = 40
 
+# How the rows of a pass lie: padded to the longest, end to end, or end to end in packs of one length.
+Layout = Literal["padded", "exact", "packed"]
+
 # Settings that change a run's numbers as they stand; `Run.identity` adds those that depend on more.
 _NUMERIC_SETTINGS = (
     "seed", "eval_ratio", "train_sampling_strategy", "lora_rank", "lora_alpha", "lora_dropout",
-    "lora_target", "learning_rate", "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2",
-    "adam_epsilon", "max_grad_norm",
+    "lora_target", "base_dtype", "learning_rate", "lr_scheduler_type", "weight_decay", "adam_beta1",
+    "adam_beta2", "adam_epsilon", "max_grad_norm",
 )  # fmt: skip
 
 
@@ -37,7 +46,7 @@ class Run:
     config: TrainConfig
     accelerator: Accelerator
     rows: TokenRows
-    plan: DataPlan
+    plan: Plan
     eval_rows: np.ndarray
     """Row numbers held out for evaluation."""
     max_steps: int
@@ -46,6 +55,7 @@ class Run:
     dtype: torch.dtype
     """Compute type of the base model."""
     base_name: str
+    layout: Layout
 
     @classmethod
     def of(
@@ -58,16 +68,21 @@ class Run:
     ) -> "Run":
         """Work out the numbers of a run: its split, its global batch, its steps."""
         train_rows, eval_rows = split_rows(len(rows), config.eval_ratio, config.seed)
-        rows_per_pass = config.per_device_train_batch_size * accelerator.num_processes
-        plan = DataPlan(
-            train_rows,
-            global_batch_size=rows_per_pass * config.gradient_accumulation_steps,
-            seed=config.seed if config.data_seed is None else config.data_seed,
-            shuffle=config.train_sampling_strategy == "random",
-        )
+        layout = choose_layout(config, accelerator.device)
+        seed = config.seed if config.data_seed is None else config.data_seed
+        shuffle = config.train_sampling_strategy == "random"
+        passes = accelerator.num_processes * config.gradient_accumulation_steps
+        plan: Plan
+        if layout == "packed":
+            length = pack_length(config, model, accelerator.device, rows)
+            check_lengths(rows, np.arange(len(rows)), length, config.dataset_path)
+            plan = PackPlan(train_rows, seed, shuffle, rows.lengths_R, length, passes)
+        else:
+            batch_size = config.per_device_train_batch_size
+            plan = RowPlan(train_rows, seed, shuffle, batch_size * passes, batch_size)
         max_steps = config.max_steps
         if max_steps <= 0:
-            max_steps = math.ceil(config.num_train_epochs * plan.steps_per_epoch)
+            max_steps = plan.num_steps(config.num_train_epochs)
         warmup = config.warmup_steps
         return cls(
             config,
@@ -80,6 +95,7 @@ class Run:
             pad_token_id=model.config.pad_token_id,
             dtype=model.get_input_embeddings().weight.dtype,
             base_name=base_name,
+            layout=layout,
         )
 
     @cached_property
@@ -95,20 +111,33 @@ class Run:
             "dtype": str(self.dtype).removeprefix("torch."),
             "data sha256": self.rows.digest()[:16],
             "data_seed": self.plan.seed,
-            "rows per step": self.plan.global_batch_size,
+            "layout": self.layout,
+            f"{self.plan.unit} per step": self.plan.step_size,
             "steps of the schedule": self.max_steps if has_end else "any",
             "warmup_steps": self.warmup_steps,
             **{name: getattr(self.config, name) for name in _NUMERIC_SETTINGS},
         }
 
+    def recompute(self, model: PeftModel) -> bool:
+        """Whether activations are computed again on the way back."""
+        device = self.accelerator.device
+        if self.layout == "packed" and not self.config.tokens_per_step:
+            return pack_choice(self.config, model, device)[1]
+        return wants_recompute(self.config, device)
+
+    def eval_parts(self) -> list[np.ndarray]:
+        """Row numbers of each evaluation pass."""
+        if isinstance(self.plan, PackPlan):
+            return plan_packs(self.rows.lengths_R, self.eval_rows, self.plan.pack_length)
+        # Rows of like length together, so that little is padded.
+        by_length = self.eval_rows[np.argsort(self.rows.lengths_R[self.eval_rows], kind="stable")]
+        size = self.config.per_device_eval_batch_size
+        return [by_length[first : first + size] for first in range(0, len(by_length), size)]
+
     @property
     def eval_steps(self) -> int:
         """Steps between evaluations."""
         return self.config.eval_steps or self.config.save_steps
-
-    def epoch(self, step: int) -> float:
-        """How often the rows have been gone through after so many steps."""
-        return step / self.plan.steps_per_epoch
 
 
 def start_accelerator(config: TrainConfig) -> tuple[Accelerator, torch.dtype]:
@@ -146,11 +175,70 @@ def enable_recompute(model: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
 
 
+def choose_layout(config: TrainConfig, device: torch.device) -> Layout:
+    """How the rows of a pass lie; on a GPU, where nothing else is said, in packs."""
+    on_gpu = device.type == "cuda"
+    if config.packing or (config.packing is None and on_gpu and not config.exact_batch):
+        return "packed"
+    exact = on_gpu if config.exact_batch is None else config.exact_batch
+    return "exact" if exact else "padded"
+
+
 def wants_recompute(config: TrainConfig, device: torch.device) -> bool:
     """Whether to recompute activations; "auto" does so on small GPUs only, as it costs a third."""
     if config.gradient_checkpointing == "auto":
         return device.type == "cuda" and total_memory_gib(device) < RECOMPUTE_BELOW_GIB
     return config.gradient_checkpointing
+
+
+def pack_choice(config: TrainConfig, model: PeftModel, device: torch.device) -> tuple[int, bool]:
+    """Length of packs and whether to recompute activations, as far as memory decides it."""
+    wish = None if config.gradient_checkpointing == "auto" else config.gradient_checkpointing
+    if device.type != "cuda":
+        return PACK_LENGTH_ON_CPU, bool(wish)
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) / GIB
+    base = base_of(model)
+    return choose_pack(base.config, total_memory_gib(device) - weights, base.dtype, wish)
+
+
+def pack_length(
+    config: TrainConfig, model: PeftModel, device: torch.device, rows: TokenRows
+) -> int:
+    """Tokens of a pack: what is asked for, or what memory holds, and then at least one row."""
+    if config.tokens_per_step:
+        return config.tokens_per_step
+    longest = int(rows.lengths_R.max())
+    return max(pack_choice(config, model, device)[0], 64 * -(-longest // 64))
+
+
+def check_fp8(device: torch.device) -> None:
+    """Raise UserError where a device has no matrix units for float8."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        raise UserError(
+            f"base_dtype fp8: {device_name(device)} has no float8 matrix units (Hopper and newer "
+            "GPUs have); leave base_dtype out"
+        )
+
+
+def build_pass(run: Run, model: PeftModel, weights: list[nn.Parameter]) -> Pass:
+    """The pass of this run's layout."""
+    config, device = run.config, run.accelerator.device
+    if run.layout == "padded":
+        if wants_recompute(config, device):
+            enable_recompute(base_of(model))
+        return PaddedPass(run.accelerator, model, run.rows)
+    compiled = can_compile(device, base_of(model).config)
+    recompute = run.recompute(model)
+    packed = PackedModel(
+        model, compiled=compiled, any_length=run.layout == "exact", recompute=recompute
+    )
+    common = run.accelerator, packed, run.rows, config.lora_dropout
+    if isinstance(run.plan, PackPlan):
+        # Where nothing is compiled, filler would only cost time.
+        return PackedPass(*common, run.plan.pack_length if compiled else None)
+    if compiled:
+        return CapturedPass(*common, None, weights)
+    return PackedPass(*common, None)
 
 
 def build_state(run: Run, model: PeftModel) -> TrainingState:
@@ -170,7 +258,7 @@ def build_state(run: Run, model: PeftModel) -> TrainingState:
         num_warmup_steps=run.warmup_steps,
         num_training_steps=run.max_steps,
     )
-    model, optimizer = accelerator.prepare(model, optimizer)
+    optimizer = accelerator.prepare(optimizer)
     return TrainingState(
         model,
         optimizer,

@@ -35,45 +35,14 @@ from glmtune.models.chatglm.layout import read_layout
 from glmtune.models.chatglm.tokenization import VOCAB_FILE, check_revision
 from glmtune.ops.attention import prefix_lm_mask
 from glmtune.ops.loss import next_token_loss
+from glmtune.ops.rotary import rotary_angles, rotate
 
 # The published code scales every residual as if the model had 28 layers, whatever config.json says.
 RESIDUAL_SCALE = math.sqrt(2 * 28)
-ROTARY_BASE = 10_000.0
 EMBEDDING = "transformer.word_embeddings.weight"
 HEAD = "lm_head.weight"
 # The published files carry these buffers, whose values `rotary_angles` computes.
 ROTARY_BUFFER = r"rotary_emb\.inv_freq$"
-
-
-def rotary_angles(position_ids_B2S: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of both position streams, in float32 at any position.
-
-    Half of a head turns by the first stream, half by the second; each half of d elements has d/2
-    frequencies ``10000^(-2i/d)``, rounded to float16 as in the published weights (their
-    ``rotary_emb.inv_freq``). The angles themselves are never rounded.
-
-    Returns:
-        Two float32 tensors of shape ``(B, S, 2, head_dim / 4)``.
-    """
-    half = head_dim // 2
-    exponent = torch.arange(0, half, 2, dtype=torch.float32) / half
-    frequency = (1.0 / ROTARY_BASE**exponent).half().float().to(position_ids_B2S.device)
-    angle = position_ids_B2S.transpose(1, 2)[..., None].float() * frequency
-    return angle.cos(), angle.sin()
-
-
-def rotate(x_BNSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each half of each head by its own stream: element i is paired with i + D/4.
-
-    Args:
-        x_BNSD: queries or keys.
-        cos: ``(B, S, 2, D/4)``, as `rotary_angles` gives them.
-        sin: likewise.
-    """
-    first, second = x_BNSD.unflatten(-1, (2, 2, -1)).unbind(-2)
-    cos, sin = cos[:, None].to(x_BNSD.dtype), sin[:, None].to(x_BNSD.dtype)
-    turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-2)
-    return turned.flatten(-3)
 
 
 def eager_attention(

@@ -1,0 +1,150 @@
+"""Rows of unequal lengths laid end to end in packs of one fixed length, without mixing them.
+
+A pack is what one pass computes on. Which rows share a pack changes nothing but speed: each token
+keeps the positions that it has in its row alone, and `start_T` and `prefix_end_T` say which
+tokens it sees (`ops.attention.sees`).
+
+Shapes: R rows of a data set, D rows of a pack (its documents), T tokens of a pack, L learned tokens.
+"""
+
+from bisect import bisect_right
+from dataclasses import dataclass
+
+import numpy as np
+
+from glmtune.data.token_rows import TokenRows
+from glmtune.errors import UserError
+
+# Among so many of the next rows one is looked for that fills the rest of a pack.
+_LOOK_AHEAD = 512
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Rows end to end, and after them filler that no row sees and that nothing is learned from."""
+
+    input_ids_T: np.ndarray
+    position_ids_2T: np.ndarray
+    """Both position streams; they start again with each row."""
+    start_T: np.ndarray
+    """Place in the pack of the first token of the token's own row; the filler is one more row."""
+    prefix_end_T: np.ndarray
+    """Place of the first answer token (``<sop>``) of that row."""
+    end_T: np.ndarray
+    """Place after the last token of that row."""
+    learned_at_L: np.ndarray
+    """Places whose next token is learned, ascending."""
+    targets_L: np.ndarray
+    """Those next tokens."""
+    num_tokens: int
+    """Tokens that are not filler."""
+
+
+def plan_packs(lengths_R: np.ndarray, order: np.ndarray, pack_length: int) -> list[np.ndarray]:
+    """Share rows out to packs, each row to exactly one.
+
+    Rows are taken in the order given until the next does not fit. What is left of the pack is then
+    filled with the longest rows that fit among the next few hundred, so that packs are full (more
+    than 99 % on alpaca data) and yet hold rows as random as the order is; only the last may be
+    emptier.
+
+    Args:
+        lengths_R: tokens of every row of the data set.
+        order: row numbers to pack; any subset, in any order.
+        pack_length: T.
+
+    Returns:
+        Row numbers of each pack, in the order in which they lie in it.
+    """
+    lengths = lengths_R[order].tolist()
+    assert not lengths or (min(lengths) > 0 and max(lengths) <= pack_length)
+    is_taken = bytearray(len(lengths))
+    packs: list[np.ndarray] = []
+    first = 0  # every row before it is taken
+    while first < len(lengths):
+        chosen: list[int] = []
+        room = pack_length
+        while first < len(lengths) and (is_taken[first] or lengths[first] <= room):
+            if not is_taken[first]:
+                chosen.append(first)
+                room -= lengths[first]
+            first += 1
+        ahead = range(first, min(first + _LOOK_AHEAD, len(lengths)))
+        by_length = sorted((lengths[place], place) for place in ahead if not is_taken[place])
+        while fits := bisect_right(by_length, (room, len(lengths))):
+            length, place = by_length.pop(fits - 1)
+            chosen.append(place)
+            is_taken[place] = True
+            room -= length
+        packs.append(order[chosen])
+    return packs
+
+
+def check_lengths(rows: TokenRows, row_ids: np.ndarray, pack_length: int, path: str) -> None:
+    """Make sure that every row fits into a pack, before the first step.
+
+    Raises:
+        UserError: a row is too long; the message names it (from 1).
+    """
+    too_long = row_ids[rows.lengths_R[row_ids] > pack_length]
+    if len(too_long):
+        row = int(too_long[0])
+        raise UserError(
+            f"{path}: row {row + 1} has {rows.lengths_R[row]:,} tokens and {len(too_long):,} row(s) "
+            f"do not fit into tokens_per_step {pack_length:,}; raise it to "
+            f"{int(rows.lengths_R[row_ids].max()):,} or more, or tokenize with a smaller "
+            "max_seq_length"
+        )
+
+
+def lay_out(
+    rows: TokenRows,
+    row_ids: np.ndarray,
+    pack_length: int,
+    *,
+    pad_token_id: int,
+    sop_in_prefix: bool = False,
+) -> Pack:
+    """Lay rows end to end.
+
+    Args:
+        rows: the data set; its rows have passed `TokenRows.check`.
+        row_ids: at most as many rows as fit; none gives a pack of filler.
+        pack_length: T.
+        pad_token_id: what the filler is made of.
+        sop_in_prefix: revision v1.0 counts ``<sop>`` itself as the prompt's last place in the
+            position stream (`models.chatglm.layout`, which has the rule for rows by themselves).
+    """
+    lengths_D = rows.lengths_R[row_ids]
+    num_tokens = int(lengths_D.sum())
+    assert num_tokens <= pack_length
+    filler = pack_length - num_tokens
+    lengths_D = np.append(lengths_D, filler)
+    starts_D = np.cumsum(lengths_D) - lengths_D
+    start_T, length_T = np.repeat(starts_D, lengths_D), np.repeat(lengths_D, lengths_D)
+    prefix_T = np.repeat(np.append(rows.prefix_lengths_R[row_ids], 0), lengths_D)
+    place_T = np.arange(pack_length) - start_T  # within the row
+
+    # From <sop> on, the position stream stays where [GMASK] stands: at the prefix's last token.
+    position_T = np.minimum(place_T, np.maximum(prefix_T - 1, 0))
+    if sop_in_prefix:
+        position_T = np.where(place_T == prefix_T, prefix_T, position_T)
+    block_T = np.maximum(place_T - prefix_T + 1, 0)
+
+    input_ids_T = np.full(pack_length, pad_token_id, dtype=np.int64)
+    if len(row_ids):
+        input_ids_T[:num_tokens] = np.concatenate([rows[row] for row in row_ids])
+    # A token predicts its successor in the same row, from [gMASK], which predicts <sop>, on.
+    is_learned_T = (place_T >= prefix_T - 1) & (place_T + 1 < length_T)
+    is_learned_T[num_tokens:] = False
+    learned_at_L = np.flatnonzero(is_learned_T)
+    return Pack(
+        input_ids_T=input_ids_T,
+        position_ids_2T=np.stack((position_T, block_T)),
+        start_T=start_T.astype(np.int32),
+        prefix_end_T=(start_T + prefix_T).astype(np.int32),
+        end_T=(start_T + length_T).astype(np.int32),
+        learned_at_L=learned_at_L,
+        targets_L=input_ids_T[learned_at_L + 1],
+        num_tokens=num_tokens,
+    )

@@ -1,0 +1,48 @@
+"""Rotary positions in two streams: half of each head turns by one, half by the other.
+
+Shapes: B rows of a batch, S tokens, N heads, D head size.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+ROTARY_BASE = 10_000.0
+
+
+def rotary_angles(position_ids_B2S: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of both position streams, in float32 at any position.
+
+    Half of a head turns by the first stream, half by the second; each half of d elements has d/2
+    frequencies ``10000^(-2i/d)``, rounded to float16 as in the published weights (their
+    ``rotary_emb.inv_freq``). The angles themselves are never rounded.
+
+    Returns:
+        Two float32 tensors of shape ``(B, S, 2, head_dim / 4)``.
+    """
+    frequency = _frequencies(head_dim // 2, position_ids_B2S.device)
+    angle = position_ids_B2S.transpose(1, 2)[..., None].float() * frequency
+    return angle.cos(), angle.sin()
+
+
+@lru_cache(maxsize=8)
+def _frequencies(half: int, device: torch.device) -> Tensor:
+    # Taken on the CPU, so that they are the same everywhere, and brought to a device once: a copy
+    # from ordinary memory would make the host wait for the device in each step.
+    exponent = torch.arange(0, half, 2, dtype=torch.float32) / half
+    return (1.0 / ROTARY_BASE**exponent).half().float().to(device)
+
+
+def rotate(x_BNSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each half of each head by its own stream: element i is paired with i + D/4.
+
+    Args:
+        x_BNSD: queries or keys.
+        cos: ``(B, S, 2, D/4)``, as `rotary_angles` gives them.
+        sin: likewise.
+    """
+    first, second = x_BNSD.unflatten(-1, (2, 2, -1)).unbind(-2)
+    cos, sin = cos[:, None].to(x_BNSD.dtype), sin[:, None].to(x_BNSD.dtype)
+    turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-2)
+    return turned.flatten(-3)

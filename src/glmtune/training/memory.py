@@ -1,0 +1,54 @@
+"""What a packed pass takes in memory, and how many tokens of it a device has room for."""
+
+import torch
+
+from glmtune.hardware import GIB
+from glmtune.models.chatglm.configuration import ChatGLMConfig
+from glmtune.ops.loss import CHUNK
+
+# Lengths to choose from. Beyond the first a GPU is busy anyway; below the last it is not.
+PACK_LENGTHS = (8192, 4096, 2048, 1024)
+PACK_LENGTH_ON_CPU = 2048
+# What the library, the allocator and everything of no great size take, and the share of a device
+# that other programs leave.
+_REST_GIB, _USABLE = 0.75, 0.93
+
+
+def pass_gib(config: ChatGLMConfig, num_tokens: int, dtype: torch.dtype, recompute: bool) -> float:
+    """GiB that a compiled pass over a pack takes beside the weights, where the memory peaks.
+
+    Kept for the way back are, of each layer and token: what enters it and its second norm, queries,
+    keys and values, the attention's output, the inner activation, and one bit in eight for dropout.
+    With `recompute` it is what enters each layer, and all of one layer. The way back through a
+    layer holds three gradients of the inner activation.
+    """
+    ratio = config.inner_hidden_size / config.hidden_size
+    layer = 6.5 + ratio
+    kept = config.num_layers + layer if recompute else config.num_layers * layer
+    values = (kept + 3 * ratio) * config.hidden_size * num_tokens
+    values += CHUNK * config.vocab_size + 4 * num_tokens * config.hidden_size
+    return values * dtype.itemsize / GIB
+
+
+def choose_pack(
+    config: ChatGLMConfig, free_gib: float, dtype: torch.dtype, recompute: bool | None
+) -> tuple[int, bool]:
+    """The longest packs that fit, and whether activations are to be recomputed for them.
+
+    Recomputing costs a third of the speed, so it is chosen only where otherwise not even packs of
+    2,048 tokens fit.
+
+    Args:
+        config: the model.
+        free_gib: the device's memory without the weights.
+        dtype: the compute type.
+        recompute: what the user wants, or None.
+    """
+    room = _USABLE * free_gib - _REST_GIB
+    choices = [(length, False) for length in PACK_LENGTHS[:3]]
+    choices += [(length, True) for length in PACK_LENGTHS]
+    for length, does_recompute in choices:
+        length_fits = pass_gib(config, length, dtype, does_recompute) <= room
+        if recompute in (None, does_recompute) and length_fits:
+            return length, does_recompute
+    return PACK_LENGTHS[-1], recompute is not False

@@ -1,0 +1,218 @@
+"""One pass, forward and backward, over the rows that it is given: plain, packed, and captured.
+
+A pass adds its share to the gradients of the adapter's weights and returns its share of the loss,
+without waiting for the device. `PaddedPass` is the plain way, with transformers' and PEFT's own
+modules on padded rows; the others compute the same on rows laid end to end.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from torch import Tensor, nn
+
+from glmtune.data.packing import Pack, lay_out
+from glmtune.data.token_rows import TokenRows
+from glmtune.models.chatglm.packed import Dropouts, PackedModel, PackTensors, move
+from glmtune.training.batches import collate
+
+# A captured pass serves every pack of so many tokens or a few less, and as for its learned tokens,
+# every share of them up to the next of so many.
+_CAPTURED_LENGTHS, _CAPTURED_SHARES = 64, 4
+
+LossAndGradients = tuple[Tensor, Sequence[Tensor]]
+
+
+class Pass(ABC):
+    """What the loop knows of a pass."""
+
+    @abstractmethod
+    def run(self, row_ids: np.ndarray, num_labels: int, seed: int) -> Tensor:
+        """Forward and backward; adds to `grad` of the weights.
+
+        Args:
+            row_ids: rows of this pass; at least one.
+            num_labels: label tokens of the whole step, by which the summed loss is divided.
+            seed: of dropout in this pass.
+
+        Returns:
+            The pass's share of the step's loss, a float32 scalar on the device.
+        """
+
+    @abstractmethod
+    def loss(self, row_ids: np.ndarray) -> Tensor:
+        """Summed loss over the labels of rows, without dropout or gradient."""
+
+    @abstractmethod
+    def gradients(self, row_ids: np.ndarray, weights: Sequence[nn.Parameter]) -> LossAndGradients:
+        """Summed loss over the labels of rows and its gradients, without dropout."""
+
+
+@dataclass(frozen=True)
+class PaddedPass(Pass):
+    """The plain way: transformers' forward over rows padded to the longest; the reference."""
+
+    accelerator: Accelerator
+    model: PeftModel
+    rows: TokenRows
+
+    def run(self, row_ids: np.ndarray, num_labels: int, seed: int) -> Tensor:
+        """See `Pass`; dropout draws from torch's generator, which runs on from pass to pass."""
+        self.model.train()
+        loss = self._forward(row_ids, num_labels)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    @torch.no_grad()
+    def loss(self, row_ids: np.ndarray) -> Tensor:
+        """See `Pass`."""
+        self.model.eval()
+        return self._forward(row_ids, 1)
+
+    def gradients(self, row_ids: np.ndarray, weights: Sequence[nn.Parameter]) -> LossAndGradients:
+        """See `Pass`."""
+        self.model.eval()
+        loss = self._forward(row_ids, 1)
+        return loss.detach(), torch.autograd.grad(loss, weights)
+
+    def _forward(self, row_ids: np.ndarray, num_labels: int) -> Tensor:
+        batch = collate(self.rows, row_ids, self.model.config.pad_token_id)
+        batch = {name: move(tensor, self.accelerator.device) for name, tensor in batch.items()}
+        with self.accelerator.autocast():
+            return self.model(**batch, num_items_in_batch=num_labels).loss
+
+
+@dataclass(frozen=True)
+class PackedPass(Pass):
+    """Rows laid end to end in a pack."""
+
+    accelerator: Accelerator
+    model: PackedModel
+    rows: TokenRows
+    dropout_rate: float
+    pack_length: int | None
+    """T of every pack; None: no longer than it need be."""
+
+    def run(self, row_ids: np.ndarray, num_labels: int, seed: int) -> Tensor:
+        """See `Pass`; dropout is a function of the seed alone."""
+        dropouts = self.dropouts(self.dropout_rate, seed)
+        loss = self.model.loss(self.model.to_tensors(self.pack(row_ids)), dropouts) / num_labels
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    @torch.no_grad()
+    def loss(self, row_ids: np.ndarray) -> Tensor:
+        """See `Pass`."""
+        return self.model.loss(self.model.to_tensors(self.pack(row_ids)), self.dropouts(0.0))
+
+    def gradients(self, row_ids: np.ndarray, weights: Sequence[nn.Parameter]) -> LossAndGradients:
+        """See `Pass`."""
+        pack = self.model.to_tensors(self.pack(row_ids))
+        loss = self.model.loss(pack, self.dropouts(0.0))
+        return loss.detach(), torch.autograd.grad(loss, weights)
+
+    def dropouts(self, rate: float, seed: int = 0) -> Dropouts | None:
+        """Dropout at a rate, where there is any in this run."""
+        return self.model.dropouts(rate, seed) if self.dropout_rate else None
+
+    def pack(self, row_ids: np.ndarray) -> Pack:
+        """Lay rows end to end."""
+        config = self.model.config
+        return lay_out(
+            self.rows,
+            row_ids,
+            self.pack_length or self.length(row_ids),
+            pad_token_id=config.pad_token_id,
+            sop_in_prefix=bool(config.num_image_tokens),
+        )
+
+    def length(self, row_ids: np.ndarray) -> int:
+        """T of a pack of no fixed length."""
+        return int(self.rows.lengths_R[row_ids].sum())
+
+
+@dataclass(frozen=True)
+class _Capture:
+    """A pass on the device as one launch, and the places that it reads from and writes to."""
+
+    graph: torch.cuda.CUDAGraph
+    pack: PackTensors
+    dropouts: Dropouts | None
+    divisor: Tensor
+    loss: Tensor
+
+
+@dataclass(frozen=True)
+class CapturedPass(PackedPass):
+    """A few rows end to end, launched at once: a pass so small that its launches would take longer.
+
+    Each length of packs (a multiple of 64 tokens) is captured as a CUDA graph when it is first met.
+    """
+
+    weights: Sequence[nn.Parameter]
+    _captures: dict[tuple[int, int], _Capture] = field(default_factory=dict)
+    _grads: list[Tensor] = field(default_factory=list)
+
+    def run(self, row_ids: np.ndarray, num_labels: int, seed: int) -> Tensor:
+        """See `Pass`."""
+        pack = self.pack(row_ids)
+        length = len(pack.input_ids_T)
+        share = length // _CAPTURED_SHARES
+        num_learned = share * -(-len(pack.targets_L) // share)
+        tensors = self.model.to_tensors(pack, num_learned)
+        dropouts = self.dropouts(self.dropout_rate, seed)
+        self._attach_grads()
+        key = length, num_learned
+        if key not in self._captures:
+            self._captures[key] = self._capture(tensors, dropouts)
+        capture = self._captures[key]
+        _copy(tensors, capture.pack)
+        if dropouts is not None and capture.dropouts is not None:
+            _copy(dropouts, capture.dropouts)
+        capture.divisor.fill_(num_labels)
+        capture.graph.replay()
+        return capture.loss.clone()
+
+    def length(self, row_ids: np.ndarray) -> int:
+        """See `PackedPass`."""
+        return _CAPTURED_LENGTHS * -(-super().length(row_ids) // _CAPTURED_LENGTHS)
+
+    def _attach_grads(self) -> None:
+        """Let the weights' gradients lie where the graphs add to them."""
+        if not self._grads:
+            self._grads.extend(torch.zeros_like(weight) for weight in self.weights)
+        if self.weights[0].grad is None:
+            torch._foreach_zero_(self._grads)
+            for weight, grad in zip(self.weights, self._grads, strict=True):
+                weight.grad = grad
+
+    def _capture(self, pack: PackTensors, dropouts: Dropouts | None) -> _Capture:
+        divisor = torch.ones((), device=self.accelerator.device)
+
+        def run() -> tuple[Tensor, Sequence[Tensor]]:
+            loss = self.model.loss(pack, dropouts) / divisor
+            scaler = self.accelerator.scaler
+            scaled = loss if scaler is None else scaler.scale(loss)
+            return loss.detach(), torch.autograd.grad(scaled, self.weights)
+
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # compiles, and lets every library set up what it needs
+            for _ in range(2):
+                run()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        pool = next(iter(self._captures.values())).graph.pool() if self._captures else None
+        with torch.cuda.graph(graph, pool=pool):
+            loss, grads = run()
+            torch._foreach_add_(self._grads, list(grads))
+        return _Capture(graph, pack, dropouts, divisor, loss)
+
+
+def _copy(source: tuple, target: tuple) -> None:
+    for new, old in zip(source, target, strict=True):
+        old.copy_(new) if isinstance(new, Tensor) else _copy(new, old)

@@ -1,0 +1,179 @@
+"""Which rows each step trains on, and which of them share a pass.
+
+The order of the rows is a pure function of seed and epoch, so a run that resumes needs no memory of
+where its data stood, and one process with batches of 6 sees the same rows as two with batches of 3.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import ClassVar
+
+import numpy as np
+
+from glmtune.data.packing import plan_packs
+from glmtune.errors import UserError
+
+# Random streams that must never be the same one.
+_STREAM_ORDER, _STREAM_SPLIT = 0, 1
+
+
+def split_rows(num_rows: int, eval_ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Hold out a share of the rows for evaluation: at least one of them, and never all.
+
+    Returns:
+        Row numbers to train on and row numbers to evaluate on, each in ascending order.
+
+    Raises:
+        UserError: too few rows to hold one out.
+    """
+    if not eval_ratio:
+        return np.arange(num_rows), np.arange(0)
+    if num_rows < 2:
+        raise UserError(
+            f"eval_ratio {eval_ratio}: one row cannot be split; leave eval_ratio out or add rows"
+        )
+    held_out = min(max(1, round(num_rows * eval_ratio)), num_rows - 1)
+    shuffled = np.random.default_rng([seed, _STREAM_SPLIT]).permutation(num_rows)
+    return np.sort(shuffled[held_out:]), np.sort(shuffled[:held_out])
+
+
+@lru_cache(maxsize=2)
+def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of the rows in an epoch, which depends on nothing but these three numbers."""
+    order = np.random.default_rng([seed, _STREAM_ORDER, epoch]).permutation(num_rows)
+    order.setflags(write=False)
+    return order
+
+
+@dataclass(frozen=True)
+class Plan(ABC):
+    """Epoch after epoch, each of all rows once, in steps; no row is left out."""
+
+    row_ids: np.ndarray
+    """Row numbers to train on."""
+    seed: int
+    shuffle: bool
+
+    def order(self, epoch: int) -> np.ndarray:
+        """All row numbers in the order of an epoch."""
+        if not self.shuffle:
+            return self.row_ids
+        return self.row_ids[epoch_order(len(self.row_ids), self.seed, epoch)]
+
+    unit: ClassVar[str]
+    """What steps are measured in."""
+
+    @property
+    @abstractmethod
+    def step_size(self) -> int:
+        """Rows or tokens of a step: what a resumed run must have the same."""
+
+    @abstractmethod
+    def steps_in(self, epoch: int) -> int:
+        """Steps of an epoch, counted from 0."""
+
+    @abstractmethod
+    def locate(self, step: int) -> tuple[int, int]:
+        """The epoch of a step, counted from 0, and its place in that epoch."""
+
+    @abstractmethod
+    def parts(self, step: int, num_processes: int) -> list[np.ndarray]:
+        """Row numbers of a step, a part for each pass of each process.
+
+        Of n processes process i takes every n-th part from part i on. A part may be empty, and
+        there may be fewer parts for one process than for another.
+        """
+
+    def num_steps(self, num_epochs: float) -> int:
+        """Steps of so many epochs, the last of which may be cut short."""
+        whole = int(num_epochs)
+        steps = sum(self.steps_in(epoch) for epoch in range(whole))
+        return steps + int(np.ceil((num_epochs - whole) * self.steps_in(whole)))
+
+    def epoch(self, step: int) -> float:
+        """How often the rows have been gone through after so many steps."""
+        epoch, place = self.locate(step)
+        return epoch + place / self.steps_in(epoch)
+
+
+@dataclass(frozen=True)
+class RowPlan(Plan):
+    """Steps of a fixed number of rows; the last one of an epoch may have fewer."""
+
+    unit = "rows"
+    global_batch_size: int
+    """Rows of one step, over all processes and accumulated passes."""
+    batch_size: int
+    """Most rows of one pass."""
+
+    @property
+    def step_size(self) -> int:
+        """Rows."""
+        return self.global_batch_size
+
+    def steps_in(self, epoch: int = 0) -> int:
+        """The same in every epoch."""
+        return -(-len(self.row_ids) // self.global_batch_size)
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """See `Plan`."""
+        return divmod(step, self.steps_in())
+
+    def global_batch(self, step: int) -> np.ndarray:
+        """Row numbers of a step, counted from 0."""
+        epoch, place = self.locate(step)
+        first = place * self.global_batch_size
+        return self.order(epoch)[first : first + self.global_batch_size]
+
+    def parts(self, step: int, num_processes: int) -> list[np.ndarray]:
+        """See `Plan`; parts are as even as can be, and each process has the same number of them."""
+        rows = self.global_batch(step)
+        num_passes = -(-len(rows) // (self.batch_size * num_processes))
+        return np.array_split(rows, num_passes * num_processes)
+
+
+@dataclass(frozen=True)
+class PackPlan(Plan):
+    """Steps of a fixed number of packs; see `data.packing`."""
+
+    unit = "tokens"
+    lengths_R: np.ndarray
+    """Tokens of every row of the data set."""
+    pack_length: int
+    packs_per_step: int
+    """Packs of one step, over all processes and accumulated passes."""
+    _first_steps: list[int] = field(default_factory=lambda: [0])
+    """Of each epoch so far, and of the next: their numbers of packs may differ by one or two."""
+    _packs: dict[int, list[np.ndarray]] = field(default_factory=dict)
+
+    @property
+    def step_size(self) -> int:
+        """Tokens."""
+        return self.pack_length * self.packs_per_step
+
+    def packs(self, epoch: int) -> list[np.ndarray]:
+        """Row numbers of each pack of an epoch."""
+        if epoch not in self._packs:
+            self._packs.clear()  # one epoch at a time is needed
+            self._packs[epoch] = plan_packs(self.lengths_R, self.order(epoch), self.pack_length)
+        return self._packs[epoch]
+
+    def steps_in(self, epoch: int) -> int:
+        """See `Plan`."""
+        return -(-len(self.packs(epoch)) // self.packs_per_step)
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """See `Plan`."""
+        while self._first_steps[-1] <= step:
+            self._first_steps.append(
+                self._first_steps[-1] + self.steps_in(len(self._first_steps) - 1)
+            )
+        epoch = int(np.searchsorted(self._first_steps, step, side="right")) - 1
+        return epoch, step - self._first_steps[epoch]
+
+    def parts(self, step: int, num_processes: int) -> list[np.ndarray]:
+        """See `Plan`."""
+        epoch, place = self.locate(step)
+        first = place * self.packs_per_step
+        return self.packs(epoch)[first : first + self.packs_per_step]
