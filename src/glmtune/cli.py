@@ -84,6 +84,13 @@ def new_model(settings: config.NewModelConfig) -> None:
     new_model(settings)
 
 
+def bench_train(settings: config.BenchTrainConfig) -> None:
+    """Measure a training step: its speed and memory, its ceiling, and the plain way."""
+    from glmtune.bench.train import bench_train
+
+    bench_train(settings)
+
+
 VERBS: dict[str, Callable[[Any], None]] = {
     "convert": convert,
     "tokenize": tokenize,
@@ -94,6 +101,7 @@ VERBS: dict[str, Callable[[Any], None]] = {
     "adapters convert": convert_adapter,
     "demo": demo,
     "new-model": new_model,
+    "bench train": bench_train,
 }
 
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from glmtune.adapters import attach_lora
 from glmtune.config import TrainConfig
-from glmtune.models.checkpoints import load_base_model
 from glmtune.data.token_rows import TokenRows
+from glmtune.models.checkpoints import load_base_model
 from glmtune.training.loop import fit
 from glmtune.training.run import start_accelerator
 

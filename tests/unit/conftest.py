@@ -1,10 +1,15 @@
-"""What tests of answers share: a tokenizer for the tiny golden model, which has no vocabulary."""
+"""What tests share: a tokenizer for the tiny golden model, which has no vocabulary, and rows."""
 
 import json
 import shutil
 import zlib
 
+import datasets
+import numpy as np
 import pytest
+
+from glmtune.data.token_rows import TokenRows
+from glmtune.models.chatglm.configuration import ChatGLMConfig
 
 
 class WordTokenizer:
@@ -62,3 +67,20 @@ def answering(tiny_folder, records_file, word_tokenizer, monkeypatch, tmp_path):
         "per_device_eval_batch_size": 2,
         "use_cpu": True,
     }
+
+
+@pytest.fixture(scope="session")
+def make_rows():
+    """Token rows of so many text ids before [gMASK] and so many ids after <sop>, at random."""
+
+    def make(shapes, config=None, seed=0):
+        config = config or ChatGLMConfig()
+        random = np.random.default_rng(seed)
+        rows = []
+        for text, answer in shapes:
+            ids = random.integers(20_005, 100_000, text + answer).tolist()
+            specials = [config.gmask_token_id, config.bos_token_id]
+            rows.append({"input_ids": ids[:text] + specials + ids[text:], "seq_len": text + 2})
+        return TokenRows.from_dataset(datasets.Dataset.from_list(rows))
+
+    return make

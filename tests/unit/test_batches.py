@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 import glmtune.models  # noqa: F401
-from glmtune.errors import UserError
 from glmtune.data.token_rows import TokenRows
+from glmtune.errors import UserError
 from glmtune.training.batches import collate
 from glmtune.training.plan import RowPlan, epoch_order, split_rows
 

@@ -222,12 +222,12 @@ class TestStep:
         whole = loop.train(
             config(per_device_train_batch_size=6, gradient_accumulation_steps=1, lora_dropout=0)
         )
-        for size, passes in ((3, 2), (1, 6)):
+        for size, num_passes in ((3, 2), (1, 6)):
             other = loop.train(
                 config(
-                    output_dir=str(tmp_path / f"{size}x{passes}"),
+                    output_dir=str(tmp_path / f"{size}x{num_passes}"),
                     per_device_train_batch_size=size,
-                    gradient_accumulation_steps=passes,
+                    gradient_accumulation_steps=num_passes,
                     lora_dropout=0,
                 )
             )

@@ -337,6 +337,40 @@ class NewModelConfig(Settings):
     seed: int = Field(0, ge=0, lt=2**32, description="seed of the weights")
 
 
+# --- bench ---
+
+
+class BenchSettings(Settings):
+    """What the benchmarks share."""
+
+    group: ClassVar[str] = "benchmark"
+    bare_words = ()
+    shape: Literal["6b", "small"] = Field(
+        "6b", description="sizes of the model, whose weights are random: nothing is downloaded"
+    )
+    json_path: PathText | None = Field(None, description="JSON lines file to add the record to")
+
+
+class BenchTrainConfig(BenchSettings, LoraSettings, TrainingDeviceSettings):
+    """Settings of `glmtune bench train`."""
+
+    group: ClassVar[str] = "benchmark"
+    dataset_path: PathText | None = Field(
+        None,
+        description="tokenised rows (default: random ones, as long as Chinese alpaca rows are)",
+    )
+    packing: bool | None = Field(None, description="as in train")
+    tokens_per_step: int | None = Field(None, ge=64, multiple_of=64, description="as in train")
+    exact_batch: bool | None = Field(None, description="as in train")
+    per_device_train_batch_size: int = Field(6, ge=1, description="as in train")
+    steps: int = Field(10, ge=1, description="steps to time")
+    warmup: int = Field(3, ge=0, description="steps before them, after the first")
+    limits: bool = Field(True, description="time the matrix products alone, too")
+    plain: bool = Field(True, description="time the plain way at six padded rows a step, too")
+    compare: bool = Field(False, description="time transformers' Glm with PEFT, too")
+    kernel_table: PathText | None = Field(None, description="file for a table of a step's kernels")
+
+
 SETTINGS: dict[str, type[Settings]] = {
     "convert": ConvertConfig,
     "tokenize": TokenizeConfig,
@@ -347,5 +381,6 @@ SETTINGS: dict[str, type[Settings]] = {
     "adapters convert": ConvertAdapterConfig,
     "demo": DemoConfig,
     "new-model": NewModelConfig,
+    "bench train": BenchTrainConfig,
 }
 """Verb -> its settings."""

@@ -4,7 +4,8 @@ A pack is what one pass computes on. Which rows share a pack changes nothing but
 keeps the positions that it has in its row alone, and `start_T` and `prefix_end_T` say which
 tokens it sees (`ops.attention.sees`).
 
-Shapes: R rows of a data set, D rows of a pack (its documents), T tokens of a pack, L learned tokens.
+Shapes: R rows of a data set, D rows of a pack (its documents), T tokens of a pack, L learned
+tokens.
 """
 
 from bisect import bisect_right
@@ -90,7 +91,7 @@ def check_lengths(rows: TokenRows, row_ids: np.ndarray, pack_length: int, path: 
     if len(too_long):
         row = int(too_long[0])
         raise UserError(
-            f"{path}: row {row + 1} has {rows.lengths_R[row]:,} tokens and {len(too_long):,} row(s) "
+            f"{path}: row {row + 1} has {rows.lengths_R[row]:,} tokens; {len(too_long):,} row(s) "
             f"do not fit into tokens_per_step {pack_length:,}; raise it to "
             f"{int(rows.lengths_R[row_ids].max()):,} or more, or tokenize with a smaller "
             "max_seq_length"

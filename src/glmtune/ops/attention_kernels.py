@@ -251,8 +251,8 @@ def packed_attention(
         turned, and the base-2 logarithm of each query's softmax sum, float32 ``(N, T)``.
     """
     num_tokens, num_heads, width = y_TN3D.shape
-    assert y_TN3D.is_contiguous() and y_TN3D.numel() < 2**31
-    assert cos.is_contiguous() and sin.is_contiguous()
+    assert all(tensor.is_contiguous() for tensor in (y_TN3D, cos, sin))
+    assert y_TN3D.numel() < 2**31  # places are 32-bit numbers
     head_dim, rank = width // 3, 0 if a_TR is None else a_TR.shape[1]
     qkv = torch.empty_like(y_TN3D)
     out_TND = y_TN3D.new_empty(num_tokens, num_heads, head_dim)

@@ -12,7 +12,7 @@ from glmtune.ops.linear import Frozen, frozen_linear
 
 
 class Adapter(NamedTuple):
-    """The update ``scale * B @ A`` of a weight; A and B are float32 and the only ones that train."""
+    """The update ``scale * B @ A`` of a weight; A and B are float32, and nothing else trains."""
 
     a_RK: Tensor
     b_NR: Tensor
@@ -34,6 +34,7 @@ class Dropout(NamedTuple):
     """A float32 scalar, ``1 / (1 - rate)``."""
 
     def __call__(self, x_TK: Tensor) -> Tensor:
+        """Drop elements of ``(T, K)``."""
         num_tokens, width = x_TK.shape
         token_T = torch.arange(num_tokens, dtype=torch.int32, device=x_TK.device)
         column_K = torch.arange(width, dtype=torch.int32, device=x_TK.device)

@@ -1,4 +1,4 @@
-"""The cross entropy of `ops.loss` as a Triton kernel: logits read once, their gradient written once.
+"""The cross entropy of `ops.loss` as a Triton kernel: the gradient takes the logits' place.
 
 Shapes: C learned tokens of a chunk, V vocabulary.
 """

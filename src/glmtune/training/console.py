@@ -39,6 +39,7 @@ def print_banner(run: Run, state: TrainingState) -> None:
     model = state.model
     trainable, total = model.get_nb_trainable_parameters()
     num_train, num_eval = len(run.plan.row_ids), len(run.eval_rows)
+    eight = ", frozen linears in float8" if config.base_dtype == "fp8" else ""
     done = f", {state.global_step:,} of them done" if state.global_step else ""
     print_pairs(
         f"LoRA of rank {config.lora_rank} on {', '.join(config.lora_target)} of {run.base_name}",
@@ -50,7 +51,7 @@ def print_banner(run: Run, state: TrainingState) -> None:
             **describe_step(run),
             "trainable": f"{trainable:,} of {total:,} parameters ({trainable / total:.3%})",
             "device": f"{device_name(device)}, {total_memory_gib(device):.0f} GiB, "
-            f"{run.identity['dtype']}{', frozen linears in float8' if config.base_dtype == 'fp8' else ''}",
+            f"{run.identity['dtype']}{eight}",
             "recompute": "on" if run.recompute(model) else "off",
             "run folder": config.output_dir,
         },
@@ -60,7 +61,8 @@ def print_banner(run: Run, state: TrainingState) -> None:
 def describe_step(run: Run) -> dict[str, str]:
     """What a step is made of."""
     config, plan = run.config, run.plan
-    passes = f"{config.gradient_accumulation_steps} pass(es) x {run.accelerator.num_processes} process(es)"
+    num_processes = run.accelerator.num_processes
+    passes = f"{config.gradient_accumulation_steps} pass(es) x {num_processes} process(es)"
     if isinstance(plan, PackPlan):
         rows = len(plan.row_ids) / plan.steps_in(0)
         return {

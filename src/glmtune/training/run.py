@@ -28,7 +28,7 @@ from glmtune.training.plan import PackPlan, Plan, RowPlan, split_rows
 # Below this a card is short of memory for activations at the original's batch size.
 RECOMPUTE_BELOW_GIB = 40
 
-# How the rows of a pass lie: padded to the longest, end to end, or end to end in packs of one length.
+# How the rows of a pass lie: padded to the longest, end to end, or so in packs of one length.
 Layout = Literal["padded", "exact", "packed"]
 
 # Settings that change a run's numbers as they stand; `Run.identity` adds those that depend on more.

@@ -52,6 +52,7 @@ class Norm(NamedTuple):
     epsilon: float
 
     def __call__(self, hidden_TH: Tensor) -> Tensor:
+        """``(T, H)`` to ``(T, H)``."""
         return F.layer_norm(
             hidden_TH, self.weight_H.shape, self.weight_H, self.bias_H, self.epsilon
         )
@@ -64,6 +65,7 @@ class Linear(NamedTuple):
     adapter: Adapter | None
 
     def __call__(self, x_TK: Tensor, dropout: Dropout | None) -> Tensor:
+        """``(T, K)`` to ``(T, N)``."""
         return lora_linear(x_TK, self.frozen, self.adapter, dropout)
 
 

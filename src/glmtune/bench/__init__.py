@@ -1,0 +1,1 @@
+"""How fast this machine does what the project does, each figure beside its ceiling."""

@@ -1,0 +1,97 @@
+"""The ceiling of a training step: the model's own matrix products, and nothing else.
+
+A LoRA step multiplies each frozen weight twice, forward and for the gradient of its input. No step
+can be faster than these products on random numbers, run one after the other.
+"""
+
+import torch
+from torch import Tensor
+
+from glmtune.bench.timing import median_ms
+from glmtune.models.chatglm.configuration import ChatGLMConfig
+from glmtune.ops.linear import quantise, quantise_rows
+from glmtune.ops.loss import CHUNK
+
+# So many layers' weights are there, so that none waits in a cache from one layer to the next.
+_LAYERS_HELD = 4
+
+
+def block_shapes(config: ChatGLMConfig) -> list[tuple[int, int]]:
+    """Outputs and inputs of the four linears of a layer."""
+    hidden, inner = config.hidden_size, config.inner_hidden_size
+    return [(3 * hidden, hidden), (hidden, hidden), (inner, hidden), (hidden, inner)]
+
+
+def matmul_parameters(config: ChatGLMConfig) -> int:
+    """Weights that a token is multiplied with: the layers' linears and the head."""
+    layer = sum(outputs * inputs for outputs, inputs in block_shapes(config))
+    return config.num_layers * layer + config.vocab_size * config.hidden_size
+
+
+def matmul_limit(
+    config: ChatGLMConfig,
+    num_tokens: int,
+    num_learned: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    fp8: bool = False,
+) -> float:
+    """Milliseconds that the matrix products of a step take: a median.
+
+    Args:
+        config: the model's shape.
+        num_tokens: rows that meet the layers' weights.
+        num_learned: rows that meet the head's.
+        device: where.
+        dtype: the compute type.
+        fp8: the layers' weights and what meets them in float8, already quantised.
+    """
+
+    def random(*shape: int) -> Tensor:
+        return 0.02 * torch.randn(shape, device=device, dtype=dtype)
+
+    shapes = block_shapes(config)
+    head, hidden = random(config.vocab_size, config.hidden_size), random(CHUNK, config.hidden_size)
+    logits = random(CHUNK, config.vocab_size)
+    inputs = {size: random(num_tokens, size) for size in {n for shape in shapes for n in shape}}
+    held = min(_LAYERS_HELD, config.num_layers)
+    weights = [random(*shape) for _ in range(held) for shape in shapes]
+    rounds = config.num_layers / held
+    if fp8:
+        eight = {size: quantise_rows(x) for size, x in inputs.items()}
+        quantised = [quantise(weight, None) for weight in weights]
+        inputs, weights = {}, []
+
+    def layers() -> None:
+        for weight in weights:
+            torch.mm(inputs[weight.shape[1]], weight.T)
+        for weight in weights:
+            torch.mm(inputs[weight.shape[0]], weight)
+
+    def layers_fp8() -> None:
+        for back in (False, True):
+            for linear in quantised:
+                w8, scale = linear[2:4] if back else linear[:2]
+                assert w8 is not None
+                x8, x_scale = eight[w8.shape[1]]
+                torch._scaled_mm(
+                    x8, w8.T, x_scale, scale[None], out_dtype=dtype, use_fast_accum=True
+                )
+
+    def all_products() -> None:
+        for _ in range(round(rounds)):
+            layers_fp8() if fp8 else layers()
+        for start in range(0, num_learned, CHUNK):
+            size = min(CHUNK, num_learned - start)
+            torch.mm(hidden[:size], head.T)
+            torch.mm(logits[:size], head)
+
+    return median_ms(all_products, device, warmup=2, repeats=5)
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes read and written a second while a large tensor is copied."""
+    source = torch.randn(2**28 if device.type == "cuda" else 2**25, device=device)
+    target = torch.empty_like(source)
+    ms = median_ms(lambda: target.copy_(source), device, warmup=2, repeats=7)
+    return 2 * source.nbytes / ms * 1e3

@@ -1,0 +1,272 @@
+"""`glmtune bench train`: speed and memory of a step, beside its ceiling and the plain way."""
+
+import gc
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+
+from glmtune.adapters import attach_lora
+from glmtune.bench import limits
+from glmtune.bench.glm_peft import time_glm_peft
+from glmtune.bench.rows import random_rows
+from glmtune.bench.timing import append_json, machine, times_ms
+from glmtune.config import BenchTrainConfig, TrainConfig
+from glmtune.data.dataset import load_dataset
+from glmtune.data.token_rows import TokenRows
+from glmtune.hardware import memory_gib
+from glmtune.models.chatglm.configuration import ChatGLMConfig
+from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
+from glmtune.models.chatglm.packed import to_fp8
+from glmtune.runlog import print_pairs
+from glmtune.training.loop import train_step
+from glmtune.training.passes import PaddedPass, Pass
+from glmtune.training.plan import RowPlan
+from glmtune.training.run import Run, build_pass, build_state, check_fp8, start_accelerator
+
+SHAPES = {
+    "6b": ChatGLMConfig(),
+    "small": ChatGLMConfig(
+        vocab_size=4096, hidden_size=256, num_layers=4, num_attention_heads=4,
+        inner_hidden_size=1024, bos_token_id=3572, eos_token_id=3573,
+    ),
+}  # fmt: skip
+_NUM_ROWS = 20_000
+_ORIGINAL_ROWS = 6
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of some steps."""
+
+    ms: float
+    """A median step."""
+    real_tokens_per_second: float
+    supervised_tokens_per_second: float
+    first_step_seconds: float
+    """Compilation included."""
+    peak_gib: float
+    loss: float
+    """Of the last step."""
+
+
+def bench_train(settings: BenchTrainConfig) -> dict[str, Any]:
+    """Measure on random weights and print; the record is returned, and appended where asked for.
+
+    Raises:
+        UserError: float8 on a device without it, or rows that do not fit into packs.
+    """
+    config = _train_config(settings)
+    accelerator, dtype = start_accelerator(config)
+    device = accelerator.device
+    shape = SHAPES[settings.shape]
+    if settings.base_dtype == "fp8":
+        check_fp8(device)
+    rows = _rows(settings, shape)
+    record: dict[str, Any] = {
+        **machine(device),
+        "settings": settings.model_dump(exclude_defaults=True),
+        "shape": settings.shape,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+    model = _random_model(config, shape, device, dtype)
+    run = Run.of(config, accelerator, rows, model, settings.shape)
+    record["layout"] = run.layout
+    speed, tokens, learned = _measure(run, model, settings)
+    record |= speed.__dict__
+    flops = 4 * limits.matmul_parameters(shape) * speed.real_tokens_per_second
+    record["model_tflops_4n"] = flops / 1e12
+    if settings.kernel_table:
+        _write_kernel_table(run, model, settings.kernel_table)
+    if settings.plain:
+        record["plain"] = _measure_plain(config, accelerator, model, rows, settings).__dict__
+    del model, run
+    _free()
+    if settings.limits:
+        _measure_limits(record, shape, tokens, learned, device, dtype)
+    if settings.compare:
+        _free()
+        small = settings.shape == "small"
+        times = time_glm_peft(tokens, device, dtype, steps=settings.steps, small=small)
+        record["glm_peft_real_tokens_per_second"] = tokens / float(np.median(times)) * 1e3
+    _print(record)
+    if settings.json_path:
+        append_json(record, settings.json_path)
+    return record
+
+
+def _train_config(settings: BenchTrainConfig) -> TrainConfig:
+    """The settings of a run like the one measured; it has neither data nor a folder."""
+    shared = settings.model_dump(include=set(TrainConfig.model_fields) - {"dataset_path"})
+    return TrainConfig(
+        dataset_path=settings.dataset_path or "random rows", output_dir="none", **shared
+    )
+
+
+def _rows(settings: BenchTrainConfig, shape: ChatGLMConfig) -> TokenRows:
+    if settings.dataset_path is None:
+        return random_rows(shape, _NUM_ROWS)
+    rows = TokenRows.from_dataset(load_dataset(settings.dataset_path)[0])
+    rows.check(shape, settings.dataset_path)
+    return rows
+
+
+def _random_model(
+    config: TrainConfig, shape: ChatGLMConfig, device: torch.device, dtype: torch.dtype
+) -> PeftModel:
+    torch.manual_seed(0)
+    with torch.device(device):
+        base = ChatGLMForConditionalGeneration._from_config(shape, dtype=dtype)
+    model = attach_lora(
+        base,
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        targets=config.lora_target,
+    )
+    if config.base_dtype == "fp8":
+        to_fp8(model)
+    return model
+
+
+def _measure(run: Run, model: PeftModel, settings: BenchTrainConfig) -> tuple[Speed, int, int]:
+    """Speed, and the tokens and learned tokens that a pass computes on."""
+    state = build_state(run, model)
+    start = time.perf_counter()
+    step_pass = build_pass(run, model, state.weights)
+    speed = _time_steps(run, state, step_pass, settings, start)
+    part = run.plan.parts(0, 1)[0]
+    if run.layout == "padded":
+        return speed, len(part) * int(run.rows.lengths_R[part].max()), len(part)
+    pack = step_pass.pack(part)  # type: ignore[attr-defined]
+    return speed, len(pack.input_ids_T), len(pack.targets_L)
+
+
+def _time_steps(
+    run: Run, state: Any, step_pass: Pass, settings: BenchTrainConfig, start: float
+) -> Speed:
+    device = run.accelerator.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    train_step(run, state, step_pass)
+    state.loss_sum.item()  # waits for the device
+    first = time.perf_counter() - start
+    first_step = state.global_step + settings.warmup
+    times = times_ms(
+        lambda: train_step(run, state, step_pass),
+        device,
+        warmup=settings.warmup,
+        repeats=settings.steps,
+    )
+    rows = [np.concatenate(run.plan.parts(first_step + i, 1)) for i in range(settings.steps)]
+    seconds = sum(times) / 1e3
+    state.loss_sum.zero_()
+    train_step(run, state, step_pass)
+    return Speed(
+        ms=float(np.median(times)),
+        real_tokens_per_second=sum(run.rows.lengths_R[ids].sum() for ids in rows) / seconds,
+        supervised_tokens_per_second=sum(run.rows.num_labels_R[ids].sum() for ids in rows)
+        / seconds,
+        first_step_seconds=first,
+        peak_gib=memory_gib(device),
+        loss=state.loss_sum.item(),
+    )
+
+
+def _measure_plain(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    model: PeftModel,
+    rows: TokenRows,
+    settings: BenchTrainConfig,
+) -> Speed:
+    """The plain way at the original's batch of six rows."""
+    _free()
+    plain = config.model_copy(
+        update={"packing": False, "exact_batch": False, "tokens_per_step": None,
+                "per_device_train_batch_size": _ORIGINAL_ROWS}
+    )  # fmt: skip
+    run = Run.of(plain, accelerator, rows, model, settings.shape)
+    assert isinstance(run.plan, RowPlan)
+    state = build_state(run, model)
+    return _time_steps(
+        run, state, PaddedPass(accelerator, model, rows), settings, time.perf_counter()
+    )
+
+
+def _measure_limits(
+    record: dict[str, Any],
+    shape: ChatGLMConfig,
+    tokens: int,
+    learned: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Add the ceilings in tokens a second, and the share of the one that applies."""
+    ms = limits.matmul_limit(shape, tokens, learned, device, dtype)
+    record["matmul_limit_tokens_per_second"] = limit = tokens / ms * 1e3
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+        ms = limits.matmul_limit(shape, tokens, learned, device, dtype, fp8=True)
+        record["matmul_limit_fp8_tokens_per_second"] = tokens / ms * 1e3
+        if record["settings"].get("base_dtype") == "fp8":
+            limit = record["matmul_limit_fp8_tokens_per_second"]
+    record["share_of_limit"] = record["real_tokens_per_second"] / limit
+    record["copy_bytes_per_second"] = limits.copy_rate(device)
+
+
+def _write_kernel_table(run: Run, model: PeftModel, path: str) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    state = build_state(run, model)
+    step_pass = build_pass(run, model, state.weights)
+    on_gpu = run.accelerator.device.type == "cuda"
+    for _ in range(2):
+        train_step(run, state, step_pass)
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as seen:
+        train_step(run, state, step_pass)
+        state.loss_sum.item()
+    by = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    table = seen.key_averages().table(sort_by=by, row_limit=50, max_name_column_width=80)
+    Path(path).write_text(table + "\n", encoding="utf-8")
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _print(record: dict[str, Any]) -> None:
+    def per_second(key: str) -> str:
+        return f"{record[key]:,.0f} tokens/s"
+
+    pairs = {
+        "device": record["device"],
+        "real": per_second("real_tokens_per_second"),
+        "supervised": per_second("supervised_tokens_per_second"),
+        "a step": f"{record['ms']:,.1f} ms",
+        "first step": f"{record['first_step_seconds']:.1f} s, compilation included",
+        "memory": f"{record['peak_gib']:.2f} GiB at most",
+        "4N FLOPs": f"{record['model_tflops_4n']:,.1f} TFLOP/s",
+    }
+    if "share_of_limit" in record:
+        pairs["limit"] = per_second("matmul_limit_tokens_per_second") + " by matrix products alone"
+        if "matmul_limit_fp8_tokens_per_second" in record:
+            pairs["limit fp8"] = per_second("matmul_limit_fp8_tokens_per_second")
+        pairs["share"] = f"{record['share_of_limit']:.1%} of the limit"
+        pairs["copy"] = f"{record['copy_bytes_per_second'] / 1e9:,.0f} GB/s read and written"
+    if "plain" in record:
+        plain = record["plain"]
+        pairs["plain"] = (
+            f"{plain['real_tokens_per_second']:,.0f} tokens/s, {plain['ms']:,.1f} ms a step of "
+            f"{_ORIGINAL_ROWS} padded rows, {plain['peak_gib']:.2f} GiB"
+        )
+    if "glm_peft_real_tokens_per_second" in record:
+        pairs["Glm + PEFT"] = per_second("glm_peft_real_tokens_per_second")
+    print_pairs(f"training step, {record['shape']}, {record['layout']}, {record['dtype']}", pairs)

@@ -1,0 +1,176 @@
+"""The compiled pass, its kernels and its captured form on a CUDA device: pytest -m gpu tests/gpu."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.nn import functional as F
+
+from glmtune.adapters import attach_lora
+from glmtune.bench.rows import random_rows
+from glmtune.data.packing import plan_packs
+from glmtune.models.chatglm.configuration import ChatGLMConfig
+from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
+from glmtune.models.chatglm.packed import PackedModel, can_compile, to_fp8
+from glmtune.ops import linear
+from glmtune.ops.attention import PaddedRows
+from glmtune.ops.rotary import rotary_angles
+from glmtune.training.check import check_agreement
+from glmtune.training.passes import CapturedPass, PackedPass, PaddedPass
+
+CUDA = torch.device("cuda")
+CONFIG = ChatGLMConfig(
+    vocab_size=8192, hidden_size=512, num_layers=3, num_attention_heads=4,
+    inner_hidden_size=1024, bos_token_id=7668, eos_token_id=7669,
+)  # fmt: skip
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or not can_compile(CUDA, CONFIG),
+        reason="no CUDA device of the Ampere generation or newer here, or no Triton",
+    ),
+]
+LENGTH = 1024
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return random_rows(CONFIG, 400)
+
+
+def make_model(dtype, targets="all", rank=8):
+    torch.manual_seed(0)
+    with CUDA:
+        base = ChatGLMForConditionalGeneration._from_config(CONFIG, dtype=dtype)
+    model = attach_lora(base, rank=rank, dropout=0.1, targets=targets)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    return model, [weight for weight in model.parameters() if weight.requires_grad]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("targets", "rank"), [("all", 8), ("query_key_value", 5), ("dense", 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_compiled_pack_equals_its_rows(rows, dtype, targets, rank):
+    model, weights = make_model(dtype, targets, rank)
+    accelerator = Accelerator()
+    fast = PackedPass(accelerator, PackedModel(model, compiled=True), rows, 0.1, LENGTH)
+    plain = PaddedPass(accelerator, model, rows)
+    packs = plan_packs(rows.lengths_R, np.arange(len(rows)), LENGTH)
+    for row_ids in (packs[0], packs[1][:3], packs[2][:1]):  # full, and mostly filler
+        off_loss, off_grad = check_agreement(fast, plain, row_ids, weights, dtype)
+        if dtype == torch.float32:
+            assert off_loss < 1e-5
+            assert off_grad < 1e-5
+
+
+def test_recomputing_gives_the_same(rows):
+    model, weights = make_model(torch.float32)
+    row_ids = plan_packs(rows.lengths_R, np.arange(len(rows)), LENGTH)[0]
+    grads = []
+    for recompute in (False, True):
+        packed = PackedModel(model, compiled=True, recompute=recompute)
+        PackedPass(Accelerator(), packed, rows, 0.1, LENGTH).run(row_ids, 100, seed=3)
+        grads.append(torch.cat([weight.grad.flatten() for weight in weights]))
+        for weight in weights:
+            weight.grad = None
+    torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_captured_pass_is_the_pass(rows, dtype):
+    """Lengths alternate, gradients of two passes add up, and dropout follows the seed."""
+    model, weights = make_model(dtype)
+    packed = PackedModel(model, compiled=True, any_length=True)
+    plain = PackedPass(Accelerator(), packed, rows, 0.1, None)
+    captured = CapturedPass(Accelerator(), packed, rows, 0.1, None, weights)
+    for step in range(4):
+        results = []
+        for way in (captured, plain):
+            losses = [way.run(np.arange(i, i + 6), 300, i) for i in (step, step + 50)]
+            results.append((sum(losses), torch.cat([w.grad.flatten() for w in weights])))
+            for weight in weights:
+                weight.grad = None
+        (loss, grad), (wanted_loss, wanted) = results
+        torch.testing.assert_close(loss, wanted_loss, rtol=1e-5, atol=1e-5)
+        assert (grad - wanted).norm() / wanted.norm() < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize(("head_dim", "rank"), itertools.product([16, 64, 128, 256], [0, 8]))
+def test_the_attention_kernels(head_dim, rank):
+    """Rows of one token, prefixes of one, answers of none, rows that no block holds whole."""
+    from glmtune.ops.attention_kernels import RowSpans
+
+    torch.manual_seed(0)
+    lengths, prefixes = [1, 70, 3, 300, 20, 64], [1, 30, 1, 300, 1, 63]
+    spans = []
+    for values in (np.cumsum(lengths) - lengths, prefixes, lengths):
+        spans.append(np.repeat(values, lengths))
+    start, prefix, length = (torch.tensor(span, dtype=torch.int32, device=CUDA) for span in spans)
+    tokens, heads = sum(lengths), 3
+    positions = torch.randint(0, 300, (1, 2, tokens), device=CUDA)
+    cos, sin = (x[0].contiguous() for x in rotary_angles(positions, head_dim))
+    y = torch.randn(tokens, heads, 3 * head_dim, device=CUDA, requires_grad=True)
+    update, inputs = None, [y]
+    if rank:
+        a = torch.randn(tokens, rank, device=CUDA, requires_grad=True)
+        b = (0.1 * torch.randn(3 * heads * head_dim, rank, device=CUDA)).requires_grad_()
+        update = a, b
+        inputs += update
+    upstream = torch.randn(tokens, heads, head_dim, device=CUDA)
+    results = []
+    for way in (RowSpans, PaddedRows):
+        rows = way.of(start, start + prefix, start + length)
+        context = rows.attend(y, update, cos, sin)
+        results.append([context, *torch.autograd.grad(context, inputs, upstream)])
+    for fast, plain in zip(*results, strict=True):
+        assert (fast - plain).norm() / plain.norm() < 1e-5
+
+
+@pytest.mark.parametrize("vocab", [1000, 8192, 130528])
+def test_the_loss_kernel(vocab):
+    from glmtune.ops.loss import IGNORED, softmax_loss_
+    from glmtune.ops.loss_kernels import softmax_loss_ as fast
+
+    torch.manual_seed(0)
+    logits = 5 * torch.randn(50, vocab, device=CUDA)
+    targets = torch.randint(0, vocab, (50,), device=CUDA)
+    targets[::7] = IGNORED
+    mine, plain = logits.clone(), logits.clone()
+    torch.testing.assert_close(fast(mine, targets), softmax_loss_(plain, targets))
+    torch.testing.assert_close(mine, plain, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0),
+    reason="float8 matrix units are of the Hopper generation and newer",
+)
+class TestFloat8:
+    def test_a_product_is_its_reference(self):
+        torch.manual_seed(0)
+        x = torch.randn(128, 512, device=CUDA, dtype=torch.bfloat16)
+        weight = torch.randn(256, 512, device=CUDA, dtype=torch.bfloat16)
+        bias = torch.randn(256, device=CUDA, dtype=torch.bfloat16)
+        eight = linear.quantise(weight, bias)
+        result = linear.frozen_linear(x, eight).float()
+        x8, scale = linear.quantise_rows(x)
+        wanted = (x8.float() * scale) @ (eight.by_row_NK.float() * eight.row_scale_N[:, None]).T
+        wanted += bias.float()
+        assert (result - wanted).norm() / wanted.norm() < 5e-3
+        exact = F.linear(x.float(), weight.float(), bias.float())
+        assert (result - exact).norm() / exact.norm() < 0.05
+
+    def test_a_compiled_pack_equals_its_rows(self, rows):
+        model, weights = make_model(torch.bfloat16, "query_key_value")
+        to_fp8(model)
+        fast = PackedPass(Accelerator(), PackedModel(model, compiled=True), rows, 0.1, LENGTH)
+        plain = PaddedPass(Accelerator(), model, rows)
+        row_ids = plan_packs(rows.lengths_R, np.arange(len(rows)), LENGTH)[0]
+        check_agreement(fast, plain, row_ids, weights, torch.bfloat16)

@@ -1,0 +1,126 @@
+"""The fast operations of a step, each against a few plain lines."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from glmtune.ops import loss
+from glmtune.ops.linear import Dense, Fp8Linear, frozen_linear, quantise, quantise_rows
+from glmtune.ops.lora import Adapter, Dropout, hash_int32, lora_linear
+from glmtune.ops.loss import IGNORED, head_loss
+
+
+def dropout(rate, seed=5):
+    below = torch.tensor(round(rate * 2**32) - 2**31, dtype=torch.int32)
+    return Dropout(torch.tensor(seed, dtype=torch.int32), below, torch.tensor(1 / (1 - rate)))
+
+
+class TestDropout:
+    def test_the_share_dropped_and_the_scale_of_the_rest(self):
+        dropped = dropout(0.1)(torch.ones(500, 400))
+        assert (dropped == 0).float().mean() == pytest.approx(0.1, abs=0.003)
+        torch.testing.assert_close(dropped.unique(), torch.tensor([0, 1 / 0.9]))
+        for axis in (0, 1):  # no row and no column fares much worse than another
+            shares = (dropped == 0).float().mean(axis)
+            assert shares.max() < 0.2
+            assert shares.min() > 0.03
+
+    def test_rate_0_changes_nothing(self):
+        x = torch.randn(50, 40)
+        assert torch.equal(dropout(0.0)(x), x)
+
+    def test_other_seeds_drop_other_places(self):
+        a, b = (dropout(0.5, seed)(torch.ones(200, 200)) == 0 for seed in (1, 2))
+        assert (a & b).float().mean() == pytest.approx(0.25, abs=0.01)
+
+    def test_the_hash_meets_no_number_twice(self):
+        numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32)
+        assert len(hash_int32(numbers).unique()) == len(numbers)
+
+
+@given(st.booleans(), st.booleans(), st.sampled_from([0.0, 0.3]))
+def test_lora_is_its_formula(has_bias, has_adapter, rate):
+    torch.manual_seed(0)
+    x = torch.randn(7, 12, requires_grad=True)
+    frozen = Dense(torch.randn(10, 12), torch.randn(10) if has_bias else None)
+    a, b = torch.randn(3, 12, requires_grad=True), torch.randn(10, 3, requires_grad=True)
+    adapter = Adapter(a, b, 4.0) if has_adapter else None
+    result = lora_linear(x, frozen, adapter, dropout(rate))
+    mask = dropout(rate)(torch.ones(7, 12))
+    wanted = F.linear(x, *frozen)
+    if has_adapter:
+        wanted = wanted + 4.0 * (x * mask) @ a.T @ b.T
+    torch.testing.assert_close(result, wanted)
+    inputs = (x, a, b) if has_adapter else (x,)
+    upstream = torch.randn(7, 10)
+    for grad, expected in zip(
+        torch.autograd.grad(result, inputs, upstream),
+        torch.autograd.grad(wanted, inputs, upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(grad, expected)
+
+
+class TestFloat8:
+    def test_rows_keep_three_bits_and_their_largest_value(self):
+        x = torch.randn(20, 300) * torch.logspace(-6, 6, 20)[:, None]
+        numbers, scales = quantise_rows(x)
+        back = numbers.float() * scales
+        large = x.abs() > x.abs().amax(1, keepdim=True) / 1000
+        assert ((back - x).abs() / x.abs())[large].max() < 2**-4
+        torch.testing.assert_close(back.abs().amax(1), x.abs().amax(1))
+
+    def test_a_row_of_zeros_stays_zero(self):
+        numbers, scales = quantise_rows(torch.zeros(2, 4))
+        assert (numbers.float() * scales == 0).all()
+
+    def test_both_layouts_hold_the_weight(self):
+        weight = torch.randn(30, 50)
+        eight = quantise(weight, None)
+        for back in (
+            eight.by_row_NK.float() * eight.row_scale_N[:, None],
+            eight.by_column_KN.float().T * eight.column_scale_K,
+        ):
+            assert (back - weight).norm() / weight.norm() < 0.04
+
+    def test_a_linear_and_the_gradient_of_its_input(self):
+        linear = nn.Linear(64, 48)
+        x = torch.randn(2, 5, 64, requires_grad=True)
+        upstream = torch.randn(2, 5, 48)
+        results = []
+        for module in (linear, Fp8Linear(linear)):
+            y = module(x)
+            results.append((y, *torch.autograd.grad(y, x, upstream)))
+        for exact, eight in zip(*results, strict=True):
+            assert exact.shape == eight.shape
+            assert 0 < (eight - exact).norm() / exact.norm() < 0.06
+
+    def test_no_weight_gets_a_gradient(self):
+        eight = Fp8Linear(nn.Linear(64, 48).requires_grad_(False))
+        frozen_linear(torch.randn(3, 64, requires_grad=True), eight.frozen).sum().backward()
+        assert not any(parameter.requires_grad for parameter in eight.parameters())
+
+
+class TestHeadLoss:
+    @given(st.integers(1, 20), st.integers(1, 7))
+    def test_chunks_give_what_one_product_gives(self, num_learned, chunk):
+        torch.manual_seed(num_learned)
+        hidden = torch.randn(num_learned, 6, requires_grad=True)
+        head, targets = torch.randn(11, 6), torch.randint(0, 11, (num_learned,))
+        targets[::3] = IGNORED
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loss, "CHUNK", chunk)
+            total = head_loss(hidden, head, targets)
+        wanted = F.cross_entropy(hidden @ head.T, targets, ignore_index=IGNORED, reduction="sum")
+        torch.testing.assert_close(total, wanted)
+        (grad,) = torch.autograd.grad(3 * total, hidden)
+        torch.testing.assert_close(grad, torch.autograd.grad(3 * wanted, hidden)[0])
+
+    def test_no_gradient_is_taken_where_none_is_asked_for(self):
+        with torch.no_grad():
+            assert not head_loss(
+                torch.randn(3, 6), torch.randn(11, 6), torch.arange(3)
+            ).requires_grad
