@@ -1,4 +1,4 @@
-"""The compiled pass, its kernels and its captured form on a CUDA device: pytest -m gpu tests/gpu."""
+"""Compiled passes, their kernels and their captured form on a GPU: pytest -m gpu tests/gpu."""
 
 import itertools
 
