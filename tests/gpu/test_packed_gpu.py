@@ -56,8 +56,15 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize(("targets", "rank"), [("all", 8), ("query_key_value", 5), ("dense", 64)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "targets", "rank"),
+    [
+        (torch.float32, "all", 8),
+        (torch.bfloat16, "all", 8),
+        (torch.float16, "query_key_value", 5),
+        (torch.float32, "dense", 64),
+    ],
+)
 def test_a_compiled_pack_equals_its_rows(rows, dtype, targets, rank):
     model, weights = make_model(dtype, targets, rank)
     accelerator = Accelerator()

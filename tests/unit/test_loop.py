@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -565,6 +566,101 @@ class TestRefusals:
             loop.train(config())
 
 
+class TestPacking:
+    PACKED = {"packing": True, "tokens_per_step": 64}  # noqa: RUF012
+    EXACT = {"exact_batch": True}  # noqa: RUF012
+
+    def test_rows_end_to_end_give_the_losses_of_padded_ones(self, config, tmp_path):
+        padded = loop.train(config(lora_dropout=0, eval_ratio=0.2, eval_steps=2))
+        exact = loop.train(
+            config(
+                lora_dropout=0, eval_ratio=0.2, eval_steps=2, output_dir=str(tmp_path / "exact"),
+                **self.EXACT,
+            )
+        )  # fmt: skip
+        assert losses(exact) == pytest.approx(losses(padded), abs=1e-5)
+        assert losses(exact, "eval_loss") == pytest.approx(losses(padded, "eval_loss"), abs=1e-5)
+        assert losses(exact, "grad_norm") == pytest.approx(losses(padded, "grad_norm"), rel=1e-4)
+
+    def test_a_run_of_packs(self, config, capsys):
+        settings = {"max_steps": -1, "num_train_epochs": 12, "learning_rate": 1e-2}
+        result = loop.train(config(eval_ratio=0.2, **settings, **self.PACKED))
+        out = capsys.readouterr().out
+        for words in (
+            "64 = packs of 64 x 2 pass(es)",
+            "--exact_batch true",
+            "checked: a pass over",
+        ):
+            assert words.replace("64 = packs of 64", "128 = packs of 64") in out, words
+        curve = losses(result)
+        assert curve[-1] < curve[0]
+        assert losses(result, "eval_loss")[-1] < curve[0]
+        assert load_adapter(load_base_model(config().chatglm_path), config().output_dir)
+
+    def test_each_row_is_trained_on_once_an_epoch(self, config, monkeypatch):
+        seen = []
+        run = passes.PackedPass.run
+        monkeypatch.setattr(
+            passes.PackedPass,
+            "run",
+            lambda self, ids, *rest: (seen.extend(ids), run(self, ids, *rest))[1],
+        )
+        loop.train(config(max_steps=-1, num_train_epochs=2, **self.PACKED))
+        assert sorted(seen) == sorted([*range(NUM_ROWS)] * 2)
+
+    @pytest.mark.parametrize("layout", [PACKED, EXACT])
+    def test_a_resumed_run_is_the_unbroken_run(self, config, tmp_path, layout):
+        """Bit for bit, with dropout and two passes a step: packs and order come back, too."""
+        settings = {**layout, "max_steps": 7, "save_steps": 3, "lora_dropout": 0.1}
+        unbroken = loop.train(config(output_dir=str(tmp_path / "unbroken"), **settings))
+        loop.train(config(**settings))
+        for name in ("checkpoint-6", "checkpoint-7"):
+            shutil.rmtree(tmp_path / "run" / name)
+        resumed = loop.train(config(resume_from_checkpoint="true", **settings))
+        assert records(resumed) == records(unbroken)
+        weights = [
+            load_file(tmp_path / run / "adapter_model.safetensors") for run in ("run", "unbroken")
+        ]
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+    def test_packs_of_another_length_are_another_recipe(self, config):
+        loop.train(config(max_steps=2, **self.PACKED))
+        other = {**self.PACKED, "tokens_per_step": 128}
+        with pytest.raises(UserError, match=r"tokens per step 128 \(now 256\)"):
+            loop.train(config(max_steps=2, resume_from_checkpoint="true", **other))
+        with pytest.raises(UserError, match=r"layout packed \(now padded\)"):
+            loop.train(config(max_steps=2, resume_from_checkpoint="true"))
+
+    def test_a_row_that_fits_into_no_pack_is_named(self, dataset_path, tiny_folder, tmp_path):
+        long_row = {"input_ids": [5] * 70 + [GMASK, SOP, EOP], "seq_len": 72}
+        path = tmp_path / "long"
+        rows = [{"input_ids": [5, GMASK, SOP, EOP], "seq_len": 3}, long_row]
+        datasets.Dataset.from_list(rows).save_to_disk(path)
+        config = TrainConfig(
+            dataset_path=str(path), output_dir=str(tmp_path / "run"), use_cpu=True,
+            chatglm_path=str(tiny_folder), **self.PACKED,
+        )  # fmt: skip
+        with pytest.raises(UserError, match=r"long: row 2 has 73 tokens; 1 row"):
+            loop.train(config)
+
+    def test_a_pass_that_differs_from_its_rows_stops_the_run(self, config, monkeypatch):
+        wrong = passes.PackedPass.gradients
+        monkeypatch.setattr(
+            passes.PackedPass,
+            "gradients",
+            lambda self, ids, weights: (lambda loss, grads: (1.01 * loss, grads))(
+                *wrong(self, ids, weights)
+            ),
+        )
+        with pytest.raises(UserError, match=r"loss off by 1\.0"):
+            loop.train(config(**self.PACKED))
+        assert not list(Path(config().output_dir).glob("checkpoint-*"))
+
+    def test_float8_needs_a_card_that_has_it(self, config):
+        with pytest.raises(UserError, match="base_dtype fp8: CPU"):
+            loop.train(config(base_dtype="fp8"))
+
+
 @pytest.mark.parametrize(
     ("wish", "kind", "gib", "expected"),
     [
@@ -630,6 +726,20 @@ class TestTwoProcesses:
         assert losses(both, "eval_loss") == pytest.approx(losses(single, "eval_loss"), abs=1e-5)
         assert losses(both, "grad_norm") == pytest.approx(losses(single, "grad_norm"), rel=1e-4)
 
+    def test_packs_are_shared_out(self, folder, config):
+        """Two processes with a pack each train as one with two passes."""
+        single = loop.train(
+            config(
+                lora_dropout=0, gradient_accumulation_steps=2, **self.SETTINGS,
+                **TestPacking.PACKED,
+            )
+        )  # fmt: skip
+        both = self.history(folder / "packs")
+        assert len(losses(single)) > 4
+        assert losses(both) == pytest.approx(losses(single), abs=1e-5)
+        assert losses(both, "eval_loss") == pytest.approx(losses(single, "eval_loss"), abs=1e-5)
+        assert losses(both, "grad_norm") == pytest.approx(losses(single, "grad_norm"), rel=1e-4)
+
     def test_a_signal_to_one_stops_both_and_they_go_on_as_if_unbroken(self, folder):
         stopped = json.loads((folder / "stopped.json").read_text())
         assert stopped == {"interrupted": True, "global_step": 4}  # agreed upon a step later
@@ -639,7 +749,7 @@ class TestTwoProcesses:
 
     def test_only_one_talks_and_each_keeps_its_own_random_state(self, folder):
         out = (folder / "stdout").read_text()
-        assert out.count("LoRA of rank 8") == out.count("trained on") == 5
+        assert out.count("LoRA of rank 8") == out.count("trained on") == 6
         command = "torchrun --nproc_per_node 2 -m glmtune train "
         assert out.count(command) == 1
         states = [folder / "dropout" / "checkpoint-4" / f"rng_state_{rank}.pth" for rank in (0, 1)]
@@ -669,6 +779,7 @@ def run_in_two_processes(folder, dataset_path, base):
     loop.train(settings("two", lora_dropout=0))
     loop.train(settings("two in passes", lora_dropout=0, **test.DEALT["two in passes"]))
     loop.train(settings("dropout"))
+    loop.train(settings("packs", lora_dropout=0, **TestPacking.PACKED))
     with pytest.MonkeyPatch.context() as patch:
         if os.environ["RANK"] == "1":
             stop_at(3, patch, signal.SIGTERM)

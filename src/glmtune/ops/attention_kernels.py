@@ -22,20 +22,22 @@ MIN_HEAD_DIM = 16  # the least that the matrix units multiply
 
 
 @triton.jit
-def _store_turned_back(x, stride, place, is_real, cos, sin, grad, BLOCK: tl.constexpr,
-                       Q: tl.constexpr):  # fmt: skip
-    """Turn the gradient of a query or key back, each half by its own stream, and write it."""
+def _store_turned(x, stride, place, is_real, cos, sin, value, BACK: tl.constexpr,
+                  BLOCK: tl.constexpr, Q: tl.constexpr):  # fmt: skip
+    """Turn each half of queries or keys by its own stream, or their gradients back; write them."""
     # ``(BLOCK, 4 Q)`` as two tensors ``(BLOCK, 2, Q)``: first and second quarter of each half.
-    quarters = tl.permute(tl.reshape(grad, (BLOCK, 2, 2, Q)), (0, 1, 3, 2))
+    quarters = tl.permute(tl.reshape(value, (BLOCK, 2, 2, Q)), (0, 1, 3, 2))
     first, second = tl.split(quarters)
     half, column = tl.arange(0, 2), tl.arange(0, Q)
     mask = is_real[:, None, None]
     angle = place[:, None, None] * (2 * Q) + half[None, :, None] * Q + column[None, None, :]
     c, s = tl.load(cos + angle, mask, 0.0), tl.load(sin + angle, mask, 0.0)
+    if BACK:
+        s = -s
     at = place[:, None, None] * stride + half[None, :, None] * (2 * Q) + column[None, None, :]
     kind = x.dtype.element_ty
-    tl.store(x + at, (first * c + second * s).to(kind), mask)
-    tl.store(x + at + Q, (second * c - first * s).to(kind), mask)
+    tl.store(x + at, (first * c - second * s).to(kind), mask)
+    tl.store(x + at + Q, (second * c + first * s).to(kind), mask)
 
 
 @triton.jit
@@ -46,31 +48,23 @@ def _turn(
     """``turn(y + a @ b^T)`` for one third of a head: query, key or value, which is not turned."""
     third = tl.program_id(0)
     Q: tl.constexpr = D // 4
+    stride: tl.constexpr = 3 * N * D
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    is_real = (place < T)[:, None]
-    # First and second quarter of each half, which are turned together, side by side.
-    pair = tl.arange(0, 2 * Q)
-    column = third * D + pair // Q * (2 * Q) + pair % Q
-    at = place[:, None] * (3 * N * D) + column[None, :]
-    first = tl.load(y + at, is_real, 0.0).to(tl.float32)
-    second = tl.load(y + at + Q, is_real, 0.0).to(tl.float32)
+    is_real = place < T
+    column = third * D + tl.arange(0, D)
+    at = place[:, None] * stride + column[None, :]
+    x = tl.load(y + at, is_real[:, None], 0.0).to(tl.float32)
     if R_PADDED > 0:
         inner = tl.arange(0, R_PADDED)
         is_inner = (inner < R)[None, :]
-        a_MR = tl.load(a + place[:, None] * R + inner[None, :], is_real & is_inner, 0.0)
-        at_b = column[:, None] * R + inner[None, :]
-        b_0, b_1 = tl.load(b + at_b, is_inner, 0.0), tl.load(b + at_b + Q * R, is_inner, 0.0)
-        first = tl.dot(a_MR, tl.trans(b_0), first, input_precision="ieee")
-        second = tl.dot(a_MR, tl.trans(b_1), second, input_precision="ieee")
-    kind = qkv.dtype.element_ty
+        at_a = place[:, None] * R + inner[None, :]
+        a_MR = tl.load(a + at_a, is_real[:, None] & is_inner, 0.0)
+        b_DR = tl.load(b + column[:, None] * R + inner[None, :], is_inner, 0.0)
+        x = tl.dot(a_MR, tl.trans(b_DR), x, input_precision="ieee")
     if third % 3 == 2:
-        tl.store(qkv + at, first.to(kind), is_real)
-        tl.store(qkv + at + Q, second.to(kind), is_real)
+        tl.store(qkv + at, x.to(qkv.dtype.element_ty), is_real[:, None])
     else:
-        angle = place[:, None] * (2 * Q) + pair[None, :]
-        c, s = tl.load(cos + angle, is_real, 0.0), tl.load(sin + angle, is_real, 0.0)
-        tl.store(qkv + at, (first * c - second * s).to(kind), is_real)
-        tl.store(qkv + at + Q, (second * c + first * s).to(kind), is_real)
+        _store_turned(qkv + third * D, stride, place, is_real, cos, sin, x, False, BLOCK, Q)
 
 
 @triton.jit
@@ -160,7 +154,7 @@ def _backward_query(
         d_score = (weight * (d_weight - delta_M[:, None])).to(k.dtype)
         d_q = tl.dot(d_score, k, d_q, input_precision="ieee")
     at = grad + head * 3 * D
-    _store_turned_back(at, stride, query, is_query, cos, sin, d_q * scale, M, D // 4)
+    _store_turned(at, stride, query, is_query, cos, sin, d_q * scale, True, M, D // 4)
 
 
 @triton.jit
@@ -205,7 +199,7 @@ def _backward_key(
     at = grad + head * 3 * D + 2 * D + key[:, None] * stride + column[None, :]
     tl.store(at, d_v.to(grad.dtype.element_ty), is_key[:, None])
     at = grad + head * 3 * D + D
-    _store_turned_back(at, stride, key, is_key, cos, sin, d_k * scale, K, D // 4)
+    _store_turned(at, stride, key, is_key, cos, sin, d_k * scale, True, K, D // 4)
 
 
 # Blocks of queries and keys, and how a kernel runs, for 2-byte numbers on Hopper.
