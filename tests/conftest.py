@@ -1,6 +1,8 @@
 """Fixtures shared by all tests: golden folders in the project and, where it lies, ../shared."""
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -38,3 +40,43 @@ def shared() -> Path:
 def tiny_folder() -> Path:
     """A 4-layer ChatGLM-6B of revision v1.1 with random weights, in the published layout."""
     return GOLDEN / "chatglm-6b-tiny"
+
+
+@pytest.fixture(scope="session")
+def write_quantised():
+    """A function that writes a float folder in the form of -int8, -int4 or, all of it, -int4-qe.
+
+    tests/parity holds what it writes against the recorded folders, byte for byte.
+    """
+    import torch
+
+    from glmtune.models import ChatGLMForConditionalGeneration
+
+    def quantise(weight, bits):
+        scale = weight.abs().amax(-1) / (2 ** (bits - 1) - 1)
+        values = (weight / scale[:, None]).round().char()
+        if bits == 4:
+            values = (values[:, 0::2] << 4) | (values[:, 1::2] & 15)
+        return {"weight": values, "weight_scale": scale}
+
+    def write(source: Path, target: Path, bits: int, embeddings: bool = False) -> Path:
+        shutil.copytree(
+            source, target, ignore=lambda *_: ["pytorch_model.bin", "model.safetensors"]
+        )
+        model = ChatGLMForConditionalGeneration.from_pretrained(source, dtype=torch.float16)
+        embedding, head = "transformer.word_embeddings", "lm_head"
+        names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+        names.remove(head)
+        tensors = model.state_dict()
+        for name in [*names, embedding] if embeddings else names:
+            packed = quantise(tensors[f"{name}.weight"], bits)
+            tensors |= {f"{name}.{key}": tensor for key, tensor in packed.items()}
+            if name == embedding:  # which the published code takes for the head as well
+                tensors |= {f"{head}.{key}": tensor for key, tensor in packed.items()}
+        torch.save(tensors, target / "pytorch_model.bin")
+        settings = json.loads((target / "config.json").read_text())
+        settings |= {"quantization_bit": bits, "quantization_embeddings": embeddings}
+        (target / "config.json").write_text(json.dumps(settings))
+        return target
+
+    return write

@@ -12,12 +12,8 @@ import glmtune.models  # noqa: F401
 from glmtune.errors import UserError
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.layout import read_layout
-from glmtune.models.chatglm.modeling import (
-    ChatGLMForConditionalGeneration,
-    ChatGLMMLP,
-    rotary_angles,
-    rotate,
-)
+from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration, ChatGLMMLP
+from glmtune.ops.rotary import rotary_angles, rotate
 
 PAD, MASK, GMASK, SOP, EOP = 3, 1000, 1001, 1004, 1005
 
@@ -299,15 +295,20 @@ def test_a_missing_shard_and_an_index_that_points_elsewhere(model, tmp_path):
     "change, message",
     [
         ({"padded_vocab_size": 65024}, "ChatGLM2-6B or ChatGLM3-6B"),
-        ({"quantization_bit": 4}, "quantization_bit 4"),
+        ({"quantization_bit": 3}, r"quantization_bit 3 is not known, only the 8 and 4"),
+        ({"quantization_bit": "int8"}, "quantization_bit 'int8' is not known"),
+        ({"quantization_bit": True}, "quantization_bit True is not known"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"\(gptq\) is a way of"),
+        ({"quantization_config": {"w_bit": 4}}, r"\(of no named method\) is a way of"),
         ({"position_encoding_2d": False}, "GLM-10B"),
     ],
 )
 def test_relatives_are_refused_by_name(tiny_folder, tmp_path, change, message):
     settings = json.loads((tiny_folder / "config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         AutoConfig.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_config_and_weights_of_different_revisions(config, tmp_path):

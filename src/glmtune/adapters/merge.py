@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from glmtune.adapters.formats import find_adapter, refuse_existing, tell
 from glmtune.adapters.lora import load_adapter
 from glmtune.config import MergeConfig
 from glmtune.data.files import new_folder
 from glmtune.errors import UserError
-from glmtune.models.checkpoints import load_base_model, resolve_base
+from glmtune.models.checkpoints import load_base_model, load_config, resolve_base
 from glmtune.models.weights import fetch
 
 TOKENIZER_FILES = ("*.model", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json")
@@ -28,8 +28,9 @@ def merge_adapter(config: MergeConfig) -> float:
 
     The merge is done in float32 on the CPU, with some 25 GB of memory for 6B. Merged weights are
     stored in float32, because float16 would round off part of what was learned; all others in the
-    base's own type. Tokenizer files are copied byte for byte. Before the folder takes its name it
-    is loaded anew, and its logits are held against those of base and adapter.
+    base's own type, which of a published int8 or int4 folder means dequantised to float16.
+    Tokenizer files are copied byte for byte. Before the folder takes its name it is loaded anew,
+    and its logits are held against those of base and adapter.
 
     Returns:
         The largest difference of a logit that was seen.
@@ -42,7 +43,10 @@ def merge_adapter(config: MergeConfig) -> float:
     adapter_folder = find_adapter(config.model_path)
     base = resolve_base(config.chatglm_path, config.model_path)
     print(f"loading {base} with the adapter of {adapter_folder}")
-    peft_model = load_adapter(load_base_model(base, dtype=torch.float32), adapter_folder)
+    base_config = load_config(base)
+    # Dequantised weights are rounded as they will be stored, so that the logits are held to that.
+    dtype = torch.float16 if base_config.quantization_bit else torch.float32
+    peft_model = load_adapter(load_base_model(base, dtype=dtype).float(), adapter_folder)
     num_modules = len(peft_model.targeted_module_names)
     expected = probe(peft_model)
     with peft_model.disable_adapter():
@@ -53,7 +57,8 @@ def merge_adapter(config: MergeConfig) -> float:
     with new_folder(config.save_path) as folder:
         print(f"writing {config.save_path}")
         model = peft_model.merge_and_unload()
-        shrink(model, AutoConfig.from_pretrained(base_folder).dtype or torch.float32)
+        stored = base_config.dtype
+        shrink(model, stored if isinstance(stored, torch.dtype) else torch.float32)
         model.save_pretrained(folder)
         del model, peft_model  # one model in memory at a time
         if not copy_tokenizer(base_folder, folder):

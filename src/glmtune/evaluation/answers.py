@@ -106,7 +106,7 @@ class Subject:
         with_adapter = f" with the adapter {self.adapter_name}" if self.adapter else ""
         print(f"loading {base_name(self.base)}{with_adapter}", file=sys.stderr)
         tokenizer = load_tokenizer(self.base)
-        model = load_base_model(self.base, dtype=self.dtype, device=self.device)
+        model = load_base_model(self.base, dtype=self.dtype, device=self.device, keep_packed=True)
         check_pair(model.config, tokenizer)
         if self.adapter is not None:
             return load_adapter(model, self.adapter), tokenizer

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from glmtune.errors import UserError
 from glmtune.models import weights
+from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
 from glmtune.models.chatglm.tokenization import ChatGLMTokenizer
 
@@ -137,30 +138,58 @@ def load_tokenizer(base: str) -> ChatGLMTokenizer:
     return tokenizer
 
 
+def load_config(base: str) -> ChatGLMConfig:
+    """The configuration of a base model, as it lies there.
+
+    Raises:
+        UserError: no model there, or one of another family.
+    """
+    return _read_config(base, _fetch(base))
+
+
 def load_base_model(
-    base: str, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    base: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    keep_packed: bool = False,
 ) -> ChatGLMForConditionalGeneration:
     """The base model, in evaluation mode.
+
+    What becomes of packed integer weights is printed as a note on stderr.
 
     Args:
         base: a folder or a hub id, as `resolve_base` gives it.
         dtype: by default bfloat16 on a GPU that has it, float32 on a CPU.
         device: by default the CPU.
+        keep_packed: leave the weights of a published int8 or int4 folder packed, as is enough to
+            answer with them; else they are dequantised to `dtype`, to train on or to merge into.
 
     Raises:
         UserError: no model there, of another family, or weights that do not fit.
     """
     folder = _fetch(base)
+    _read_config(base, folder)
+    placement = {} if device is None else {"device_map": str(device)}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **placement)
+    model.name_or_path = model.config.name_or_path = base
+    if bits := model.config.quantization_bit:
+        if not keep_packed:
+            model.dequantize()
+        dtype_name = str(model.dtype).removeprefix("torch.")
+        done = "stay packed" if keep_packed else f"are dequantised to {dtype_name}"
+        print(f"note: the int{bits} weights of {base_name(base)} {done}", file=sys.stderr)
+    return model.eval()
+
+
+def _read_config(base: str, folder: Path) -> ChatGLMConfig:
     settings, _ = PreTrainedConfig.get_config_dict(folder)
     if settings.get("model_type") != "chatglm":
         raise UserError(
             f"{base}: config.json says model_type {settings.get('model_type')!r}, not 'chatglm'; "
             "pass a ChatGLM-6B folder"
         )
-    placement = {} if device is None else {"device_map": str(device)}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **placement)
-    model.name_or_path = model.config.name_or_path = base
-    return model.eval()
+    return ChatGLMConfig.from_pretrained(folder)
 
 
 def _fetch(base: str) -> Path:

@@ -5,12 +5,14 @@ Everything here reads headers only: tensors stay on disk, and no pickle is run b
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.modeling_utils import str_to_torch_dtype
 
 from glmtune.errors import UserError
 
@@ -19,7 +21,7 @@ SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 MAX_NAMED = 3
 HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
-Shapes = dict[str, tuple[int, ...]]
+Outline = dict[str, Tensor]  # on the meta device: shapes and types, no numbers
 
 
 def fetch(name_or_path: str, **hub_arguments) -> Path:
@@ -82,31 +84,35 @@ def _read_index(path: Path) -> list[str]:
         ) from error
 
 
-def read_shapes(files: Iterable[Path]) -> Shapes:
-    """Name and shape of every tensor, without reading the tensors.
+def read_outline(files: Iterable[Path]) -> Outline:
+    """Name, shape and type of every tensor, without reading the tensors.
 
     Raises:
         UserError: a file is damaged, or is a pickle with more than tensors in it.
     """
-    shapes: Shapes = {}
+    outline: Outline = {}
     for path in files:
         if path.suffix == ".safetensors":
-            shapes |= _read_safetensors_shapes(path)
+            outline |= _read_safetensors_outline(path)
         else:
-            tensors = load_bin(path, device="meta")
-            shapes |= {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return shapes
+            outline |= load_bin(path, device="meta")
+    return outline
 
 
-def _read_safetensors_shapes(path: Path) -> Shapes:
+def _read_safetensors_outline(path: Path) -> Outline:
+    outline: Outline = {}
     try:
         with safe_open(path, "pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+            for name in file.keys():  # noqa: SIM118
+                header = file.get_slice(name)
+                dtype = str_to_torch_dtype[header.get_dtype()]
+                outline[name] = torch.empty(header.get_shape(), dtype=dtype, device="meta")
+    except (SafetensorError, KeyError) as error:  # KeyError: a type of number not known here
         raise UserError(f"{path}: is damaged ({error}); download it again") from error
+    return outline
 
 
-def load_bin(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
+def load_bin(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     """The tensors of a `.bin` file, read with `weights_only`, so that no code in it can run.
 
     Raises:
@@ -127,7 +133,7 @@ def load_bin(path: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
 
 def tensors_differ(files: Iterable[Path], first: str, second: str) -> bool:
     """Whether two tensors are both there and not equal (a head that is not tied)."""
-    found: dict[str, torch.Tensor] = {}
+    found: dict[str, Tensor] = {}
     for path in files:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
@@ -144,37 +150,50 @@ def _is_zip(path: Path) -> bool:
         return file.read(2) == b"PK"
 
 
-def check_shapes(
-    found: Shapes, expected: Shapes, folder: Path, optional: Iterable[str] = ()
+def check_outline(
+    found: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    optional: Collection[str] = (),
+    exact: Collection[str] = (),
 ) -> None:
-    """Hold the tensors on disk against those of the model.
+    """Hold the tensors on disk against those of the model, by name, shape and type.
 
     Args:
         found: of the files.
         expected: of the model.
         folder: named in the error.
         optional: names that may be missing, because they are tied to another tensor.
+        exact: names whose type has to be the model's; of the others any float type will do.
 
     Raises:
-        UserError: one line that names what is missing, extra and misshapen.
+        UserError: one line that names what is missing, extra, misshapen and mistyped.
     """
     missing = [name for name in expected if name not in found and name not in optional]
     extra = [name for name in found if name not in expected]
+    both = [(name, found[name], expected[name]) for name in expected if name in found]
     misshapen = [
-        f"{name} {found[name]} instead of {expected[name]}"
-        for name in expected
-        if name in found and found[name] != expected[name]
+        f"{name} {tuple(ours.shape)} instead of {tuple(theirs.shape)}"
+        for name, ours, theirs in both
+        if ours.shape != theirs.shape
     ]
-    parts = [
-        f"{title} {_some(names)}"
-        for title, names in (("missing", missing), ("extra", extra), ("misshapen", misshapen))
-        if names
+    mistyped = [
+        f"{name} {_type_name(ours)} instead of {_type_name(theirs)}"
+        for name, ours, theirs in both
+        if ours.dtype != theirs.dtype and (name in exact or not ours.is_floating_point())
     ]
+    faults = {"missing": missing, "extra": extra, "misshapen": misshapen, "mistyped": mistyped}
+    parts = [f"{fault} {_some(names)}" for fault, names in faults.items() if names]
     if parts:
         raise UserError(
             f"{folder}: the weights do not fit config.json: {'; '.join(parts)}; "
             "take config.json and all weight files from the same download"
         )
+
+
+def _type_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _some(names: list[str]) -> str:

@@ -1,1 +1,1 @@
-"""Plain functions of tensors and numbers: the attention mask rule and the loss."""
+"""Plain functions of tensors and numbers: the attention mask rule, the loss, packed integers."""

@@ -3,6 +3,7 @@
 from transformers import PreTrainedConfig
 
 from glmtune.errors import UserError
+from glmtune.ops.integers import PACKED_BITS
 
 # March 2023 (v1.0): 20,000 image tokens stand before the text vocabulary, so every id is 20,000
 # higher than in the revision of mid-2023 (v1.1).
@@ -21,8 +22,9 @@ class ChatGLMConfig(PreTrainedConfig):
     `[gMASK]` and `<pad>` stand at fixed distances from `<sop>` (`bos_token_id`).
 
     Raises:
-        UserError: the file is of another family that calls itself "chatglm" too, holds quantised
-            weights, or asks for positions that this model does not have.
+        UserError: the file is of another family that calls itself "chatglm" too, tells of weights
+            quantised in a way that is not the published one, or asks for positions that this model
+            does not have.
     """
 
     model_type = "chatglm"
@@ -44,6 +46,8 @@ class ChatGLMConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
     use_cache: bool = True
+    quantization_bit: int = 0  # 8 or 4: packed integers in the layers' linears
+    quantization_embeddings: bool = False  # and in the embedding and the head
     bos_token_id: int | None = 130004
     eos_token_id: int | list[int] | None = 130005
     mask_token_id: int = None  # type: ignore[assignment]  # filled in from bos_token_id
@@ -56,10 +60,18 @@ class ChatGLMConfig(PreTrainedConfig):
                 f'config.json: model_type "chatglm" with {found[0]} is ChatGLM2-6B or ChatGLM3-6B, '
                 "which this version does not load; pass a ChatGLM-6B folder"
             )
-        if kwargs.get("quantization_bit"):
+        if other := kwargs.get("quantization_config"):
+            method = other.get("quant_method") if isinstance(other, dict) else None
             raise UserError(
-                f"config.json: quantization_bit {kwargs['quantization_bit']} means packed integer "
-                "weights, which this version does not load; pass the float16 folder of ChatGLM-6B"
+                f"config.json: quantization_config ({method or 'of no named method'}) is a way of "
+                "quantising that is not known here; pass ChatGLM-6B in float16, or its published "
+                "-int8, -int4 or -int4-qe folder"
+            )
+        self.quantization_bit = self.quantization_bit or 0
+        if self.quantization_bit not in (0, *PACKED_BITS):
+            raise UserError(
+                f"config.json: quantization_bit {self.quantization_bit!r} is not known, only the 8 "
+                "and 4 of the published folders; pass one of those, or ChatGLM-6B in float16"
             )
         if not self.position_encoding_2d:
             raise UserError(

@@ -8,10 +8,8 @@ V vocabulary.
 """
 
 import math
-import re
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -23,26 +21,24 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.output_capturing import capture_outputs
 
-from glmtune.errors import UserError
 from glmtune.hardware import pick_device, pick_dtype
 from glmtune.models import weights
-from glmtune.models.chatglm.configuration import (
-    VOCAB_SIZE_V1_0,
-    VOCAB_SIZE_V1_1,
-    ChatGLMConfig,
+from glmtune.models.chatglm.configuration import ChatGLMConfig
+from glmtune.models.chatglm.folder import (
+    EMBEDDING,
+    HEAD,
+    HEAD_SCALE,
+    ROTARY_BUFFER,
+    check_folder,
 )
 from glmtune.models.chatglm.layout import read_layout
-from glmtune.models.chatglm.tokenization import VOCAB_FILE, check_revision
+from glmtune.models.integer_weights import SCALE, Packed, dequantise_modules, pack_modules
 from glmtune.ops.attention import prefix_lm_mask
 from glmtune.ops.loss import next_token_loss
 from glmtune.ops.rotary import rotary_angles, rotate
 
 # The published code scales every residual as if the model had 28 layers, whatever config.json says.
 RESIDUAL_SCALE = math.sqrt(2 * 28)
-EMBEDDING = "transformer.word_embeddings.weight"
-HEAD = "lm_head.weight"
-# The published files carry these buffers, whose values `rotary_angles` computes.
-ROTARY_BUFFER = r"rotary_emb\.inv_freq$"
 
 
 def eager_attention(
@@ -148,6 +144,10 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     }
     _keys_to_ignore_on_load_unexpected = [ROTARY_BUFFER]  # noqa: RUF012
 
+    def _init_weights(self, module: nn.Module) -> None:
+        if not isinstance(module, Packed):  # random integers mean nothing
+            super()._init_weights(module)
+
 
 class ChatGLMModel(ChatGLMPreTrainedModel):
     """Embedding, blocks and the last LayerNorm."""
@@ -187,7 +187,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                 or because `input_ids` continue a cache.
         """
         if inputs_embeds is None:
-            inputs_embeds = self.word_embeddings(input_ids)
+            # A packed embedding cannot know the compute type.
+            inputs_embeds = self.word_embeddings(input_ids).to(self.final_layernorm.weight.dtype)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         has_mask = attention_mask is not None and attention_mask.ndim == 4
@@ -219,11 +220,15 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     """The language model; its name and its tensors' names are those of the published class."""
 
     _tied_weights_keys = {HEAD: EMBEDDING}  # noqa: RUF012
+    _keys_to_ignore_on_load_missing = [HEAD_SCALE]  # noqa: RUF012
 
     def __init__(self, config: ChatGLMConfig):
         super().__init__(config)
         self.transformer = ChatGLMModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.quantization_bit:
+            part = self if config.quantization_embeddings else self.transformer.layers
+            pack_modules(part, config.quantization_bit)
         self.post_init()
 
     @classmethod
@@ -232,7 +237,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
 
         As transformers', but strict (every tensor is there, none is extra, all have their shapes)
         and in the compute type of the machine: bfloat16 on a GPU that has it, float32 on a CPU.
-        `dtype="auto"` keeps the type of the files.
+        `dtype="auto"` keeps the type of the files. The weights of a published int8 or int4 folder
+        stay packed, see `dequantize`.
 
         Raises:
             UserError: one line that names what does not fit.
@@ -241,15 +247,30 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         folder = weights.fetch(pretrained_model_name_or_path, **hub)
         if not isinstance(config, ChatGLMConfig):
             config = ChatGLMConfig.from_pretrained(folder)
-        _check_folder(cls, folder, config)
+        check_folder(folder, config, cls)
         if kwargs.get("dtype", kwargs.get("torch_dtype")) is None:
             kwargs["dtype"], caution = pick_dtype(pick_device(), bf16=None, fp16=False)
             if caution:
                 warnings.warn(caution, stacklevel=2)
         loaded = super().from_pretrained(folder, *args, config=config, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if isinstance(model.lm_head, Packed) and config.tie_word_embeddings:
+            # Of a packed head transformers ties the integers, a parameter, but no buffer.
+            setattr(model.lm_head, SCALE, getattr(model.transformer.word_embeddings, SCALE))
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         return loaded
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> "ChatGLMForConditionalGeneration":
+        """Turn packed weights into floats, in place; what has none stays as it is.
+
+        Args:
+            dtype: of the whole model from here on; by default the compute type it has.
+        """
+        dtype = dtype or self.dtype
+        dequantise_modules(self, dtype)
+        self.config.quantization_bit, self.config.quantization_embeddings = 0, False
+        self.tie_weights()
+        return nn.Module.to(self, dtype)
 
     def forward(
         self,
@@ -323,23 +344,3 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             "use_cache": kwargs.get("use_cache"),
             "logits_to_keep": kwargs.get("logits_to_keep") or 0,
         }
-
-
-def _check_folder(cls: type[ChatGLMPreTrainedModel], folder: Path, config: ChatGLMConfig) -> None:
-    """Hold weights, configuration and vocabulary of a folder against each other; set the tie."""
-    files = weights.weight_files(folder)
-    found = weights.read_shapes(files)
-    num_rows, revisions = found.get(EMBEDDING, (0,))[0], (VOCAB_SIZE_V1_0, VOCAB_SIZE_V1_1)
-    if num_rows != config.vocab_size and {num_rows, config.vocab_size} == set(revisions):
-        raise UserError(
-            f"{folder}: config.json (vocab_size {config.vocab_size}) and the weights ({num_rows} "
-            "rows) are of different revisions of ChatGLM-6B; take both from the same download"
-        )
-    config.tie_word_embeddings = not weights.tensors_differ(files, EMBEDDING, HEAD)
-    with torch.device("meta"):
-        expected = {name: tuple(t.shape) for name, t in cls(config).state_dict().items()}
-    found = {name: shape for name, shape in found.items() if not re.search(ROTARY_BUFFER, name)}
-    optional = [HEAD] if config.tie_word_embeddings else []
-    weights.check_shapes(found, expected, folder, optional)
-    if (folder / VOCAB_FILE).is_file():
-        check_revision(folder / VOCAB_FILE, config.vocab_size)

@@ -1,0 +1,62 @@
+"""Whether a folder's weights, configuration and vocabulary are those of one ChatGLM-6B."""
+
+import re
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from glmtune.errors import UserError
+from glmtune.models import weights
+from glmtune.models.chatglm.configuration import (
+    VOCAB_SIZE_V1_0,
+    VOCAB_SIZE_V1_1,
+    ChatGLMConfig,
+)
+from glmtune.models.chatglm.tokenization import VOCAB_FILE, check_revision
+from glmtune.models.integer_weights import SCALE, Packed
+
+EMBEDDING, HEAD = "transformer.word_embeddings.weight", "lm_head.weight"
+EMBEDDING_SCALE, HEAD_SCALE = f"transformer.word_embeddings.{SCALE}", f"lm_head.{SCALE}"
+# The published files carry these buffers, whose values the model computes.
+ROTARY_BUFFER = r"rotary_emb\.inv_freq$"
+
+
+def check_folder(folder: Path, config: ChatGLMConfig, model_class: type[PreTrainedModel]) -> None:
+    """Hold weights, configuration and vocabulary of a folder against each other; set the tie.
+
+    Args:
+        folder: a checkpoint's.
+        config: of that folder; `tie_word_embeddings` is set to what the weights say.
+        model_class: what the weights are for.
+
+    Raises:
+        UserError: one line that names what does not fit.
+    """
+    files = weights.weight_files(folder)
+    found = weights.read_outline(files)
+    num_rows = found[EMBEDDING].shape[0] if EMBEDDING in found else 0
+    revisions = (VOCAB_SIZE_V1_0, VOCAB_SIZE_V1_1)
+    if num_rows != config.vocab_size and {num_rows, config.vocab_size} == set(revisions):
+        raise UserError(
+            f"{folder}: config.json (vocab_size {config.vocab_size}) and the weights ({num_rows} "
+            "rows) are of different revisions of ChatGLM-6B; take both from the same download"
+        )
+    pairs = ((EMBEDDING, HEAD), (EMBEDDING_SCALE, HEAD_SCALE))
+    config.tie_word_embeddings = not any(weights.tensors_differ(files, *pair) for pair in pairs)
+    with torch.device("meta"):
+        model = model_class(config)
+    weights.check_outline(
+        {name: tensor for name, tensor in found.items() if not re.search(ROTARY_BUFFER, name)},
+        model.state_dict(),
+        folder,
+        optional=[HEAD, HEAD_SCALE] if config.tie_word_embeddings else [],
+        exact=[
+            f"{name}.{key}"
+            for name, module in model.named_modules()
+            if isinstance(module, Packed)
+            for key in ("weight", SCALE)
+        ],
+    )
+    if (folder / VOCAB_FILE).is_file():
+        check_revision(folder / VOCAB_FILE, config.vocab_size)

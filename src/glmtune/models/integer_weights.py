@@ -1,0 +1,111 @@
+"""The modules of a published int8 or int4 folder, whose weights stay packed in memory.
+
+Each takes the place of the float module of the same name, unpacks its weight whenever it is used,
+and keeps nothing of that. Shapes: R rows and C columns of a weight, B rows of a batch, S tokens,
+H hidden.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from glmtune.ops.integers import dequantise
+
+SCALE = "weight_scale"
+
+
+class Packed(nn.Module):
+    """What packed modules have in common: a weight in two tensors."""
+
+    weight: Tensor
+    """int8, ``(R, C * bits / 8)``; a parameter, because transformers ties nothing else"""
+    weight_scale: Tensor
+    """float16, ``(R,)``; a buffer, because it takes no gradient"""
+    bits: int
+
+    def make_room(self, like: Tensor, bits: int) -> None:
+        """Put zeros in the place of a float weight ``(R, C)``, for a folder's weights to fill."""
+        num_rows, num_columns = like.shape
+        self.bits = bits
+        packed = torch.zeros(num_rows, num_columns * bits // 8, dtype=torch.int8)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.register_buffer(SCALE, torch.zeros(num_rows, dtype=torch.float16))
+
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        """The weight as floats, ``(R, C)``."""
+        return dequantise(self.weight, self.weight_scale, self.bits, dtype)
+
+    def dequantised(self, dtype: torch.dtype) -> nn.Module:
+        """The float module that this one stands for."""
+        raise NotImplementedError
+
+
+class PackedLinear(Packed, nn.Linear):
+    """A linear with packed weight and float bias.
+
+    It is an `nn.Linear`, so that PEFT puts adapters on it; gradients reach what goes into it. An
+    adapter cannot be merged into integers: dequantise the model first.
+
+    Args:
+        like: the float linear whose place it takes; its shape and its bias are taken over.
+        bits: of a value, 8 or 4.
+    """
+
+    def __init__(self, like: nn.Linear, bits: int):
+        super().__init__(like.in_features, like.out_features, bias=False, device="meta")
+        self.bias = like.bias
+        self.make_room(like.weight, bits)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """``(..., C)`` to ``(..., R)``, in the type of the input."""
+        return F.linear(hidden, self.unpacked(hidden.dtype), self.bias)
+
+    def dequantised(self, dtype: torch.dtype) -> nn.Linear:
+        """The float linear that this one stands for."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight, linear.bias = nn.Parameter(self.unpacked(dtype)), self.bias
+        return linear
+
+
+class PackedEmbedding(Packed, nn.Embedding):
+    """An embedding with packed weight, as `-int4-qe` has it.
+
+    Args:
+        like: the float embedding whose place it takes; its shape is taken over.
+        bits: of a value, 8 or 4.
+    """
+
+    def __init__(self, like: nn.Embedding, bits: int):
+        super().__init__(like.num_embeddings, like.embedding_dim, device="meta")
+        self.make_room(like.weight, bits)
+
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        """``(B, S)`` to float32 ``(B, S, H)``: nothing here tells what the model computes in."""
+        return dequantise(self.weight[ids_BS], self.weight_scale[ids_BS], self.bits, torch.float32)
+
+    def dequantised(self, dtype: torch.dtype) -> nn.Embedding:
+        """The float embedding that this one stands for."""
+        embedding = nn.Embedding(self.num_embeddings, self.embedding_dim, device="meta")
+        embedding.weight = nn.Parameter(self.unpacked(dtype))
+        return embedding
+
+
+def pack_modules(model: nn.Module, bits: int) -> None:
+    """Make room for packed weights in every linear and embedding below a module, in place."""
+    for parent in model.modules():
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, PackedLinear(child, bits))
+            elif isinstance(child, nn.Embedding):
+                setattr(parent, name, PackedEmbedding(child, bits))
+
+
+def dequantise_modules(model: nn.Module, dtype: torch.dtype) -> None:
+    """Turn every packed module below a module into the float one it stands for, in place.
+
+    One after the other: the packed weights go as the float ones come.
+    """
+    for parent in model.modules():
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Packed):
+                setattr(parent, name, child.dequantised(dtype))
