@@ -205,6 +205,28 @@ def test_an_adapter_that_peft_merged_is_not_applied_twice(adapted, prompts):
     assert decode(Decoder(adapted, []), prompts) == expected
 
 
+def test_linears_and_embedding_of_another_kind_are_called_as_they_are(tiny_folder, prompts):
+    """Those of a quantised base, for one."""
+
+    class Halved(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) / 2
+
+    class Doubled(nn.Embedding):
+        def forward(self, ids):
+            return super().forward(ids).double() * 2
+
+    model = load_base_model(str(tiny_folder), dtype=torch.float32)
+    model.transformer.layers[1].mlp.dense_h_to_4h.__class__ = Halved
+    halved = Decoder(model, [])
+    assert not can_be_captured(halved.weights)
+    assert decode(halved, prompts) == generate_ids(model, prompts, GREEDY, [])
+    model.transformer.word_embeddings.__class__ = Doubled
+    hidden = Decoder(model, []).weights.embed(torch.tensor([[5]]))
+    assert torch.equal(hidden[0, 0], 2 * model.transformer.word_embeddings.weight[5])
+    assert hidden.dtype == torch.float32
+
+
 def test_another_kind_of_adapter_is_called_as_it_is(tiny_folder, prompts):
     torch.manual_seed(0)
     base = load_base_model(str(tiny_folder), dtype=torch.float32)

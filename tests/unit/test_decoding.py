@@ -45,7 +45,7 @@ def test_prefill_and_decode_give_the_modules_logits(model, rows, extra):
     num_answer = 4
     num_prompt = rows.shape[1] - num_answer
     weights = read_weights(model)
-    cache = KeyValueCache.zeros(model.config, len(rows), NUM_COLUMNS, weights.embedding_VH)
+    cache = KeyValueCache.zeros(model.config, len(rows), NUM_COLUMNS, weights.final_norm.weight)
     layout = read_layout(rows, model.config)
     cos, sin = rotary_angles(layout.position_ids_B2S, model.config.head_dim)
 

@@ -230,7 +230,7 @@ class Decoder:
         if self._buffers is None or not self._buffers.fits(built_in, num_rows, num_columns):
             self._buffers = None  # free them first
             num_columns += -num_columns % COLUMNS_PER_GROWTH
-            like = self.weights.embedding_VH
+            like = self.weights.final_norm.weight
             self._buffers = Buffers.new(self.config, built_in, num_rows, num_columns, like)
             if self.captures:
                 self._buffers.replay = self._capture(self._buffers)

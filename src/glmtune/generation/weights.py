@@ -5,6 +5,7 @@ Shapes: O output rows of a linear, I inputs, R rank of an adapter, G groups of i
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -165,7 +166,7 @@ def read_weights(model: Any, *, bits: Bits = 16, merge: bool = False) -> Weights
         for layer in body.layers
     ]
     return Weights(
-        embedding_VH=body.word_embeddings.weight,
+        embed=_read_embedding(body.word_embeddings, body.final_layernorm.weight.dtype),
         blocks=blocks,
         final_norm=_read_norm(body.final_layernorm),
         head=read(plain.lm_head),
@@ -185,6 +186,12 @@ def can_be_captured(weights: Weights) -> bool:
         ]
     projections += [linear.base for linear in projections if isinstance(linear, Adapted)]
     return all(isinstance(projection, known) for projection in projections)
+
+
+def _read_embedding(embedding: nn.Embedding, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    if type(embedding) is nn.Embedding:
+        return partial(F.embedding, weight=embedding.weight)
+    return lambda ids: embedding(ids).to(dtype)
 
 
 def _read_norm(norm: nn.LayerNorm) -> Norm:

@@ -49,7 +49,8 @@ class Block(NamedTuple):
 class Weights(NamedTuple):
     """What the whole model computes with."""
 
-    embedding_VH: Tensor
+    embed: Callable[[Tensor], Tensor]
+    """Ids ``(B, S)`` to hidden states in the compute type, ``(B, S, H)``."""
     blocks: Sequence[Block]
     final_norm: Norm
     head: Projection
@@ -117,9 +118,9 @@ def attend(query_BNSD: Tensor, keys_BNKD: Tensor, values_BNKD: Tensor, mask_B1SK
     return context.transpose(1, 2).flatten(2)
 
 
-def run_head(hidden_B1H: Tensor, weights: Weights) -> Tensor:
+def run_head(hidden_B1H: Tensor, final_norm: Norm, head: Projection) -> Tensor:
     """Logits ``(B, V)`` of the last tokens' hidden states."""
-    return weights.head(weights.final_norm(hidden_B1H)).squeeze(1)
+    return head(final_norm(hidden_B1H)).squeeze(1)
 
 
 def prefill(
@@ -140,11 +141,11 @@ def prefill(
     """
     num_columns = input_ids_BS.shape[1]
     columns_S = torch.arange(num_columns, device=input_ids_BS.device)
-    hidden_BSH = F.embedding(input_ids_BS, weights.embedding_VH)
+    hidden_BSH = weights.embed(input_ids_BS)
     for i, block in enumerate(weights.blocks):
         keys, values = cache.keys[i, :, :, :num_columns], cache.values[i, :, :, :num_columns]
         hidden_BSH = run_block(hidden_BSH, block, keys, values, columns_S, mask_B1SS, angles)
-    return run_head(hidden_BSH[:, -1:], weights)
+    return run_head(hidden_BSH[:, -1:], weights.final_norm, weights.head)
 
 
 def decode(
@@ -171,8 +172,8 @@ def decode(
         head_function: `run_head`, likewise.
     """
     num_columns = mask_B11K.shape[-1]
-    hidden_B1H = F.embedding(token_B1, weights.embedding_VH)
+    hidden_B1H = weights.embed(token_B1)
     for i, block in enumerate(weights.blocks):
         keys, values = cache.keys[i, :, :, :num_columns], cache.values[i, :, :, :num_columns]
         hidden_B1H = block_function(hidden_B1H, block, keys, values, column_1, mask_B11K, angles)
-    return head_function(hidden_B1H, weights)
+    return head_function(hidden_B1H, weights.final_norm, weights.head)
