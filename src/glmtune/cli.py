@@ -84,6 +84,13 @@ def new_model(settings: config.NewModelConfig) -> None:
     new_model(settings)
 
 
+def bench_decode(settings: config.BenchDecodeConfig) -> None:
+    """Measure how fast random weights answer, and how fast the memory would allow."""
+    from glmtune.bench.decode import bench_decode
+
+    bench_decode(settings)
+
+
 VERBS: dict[str, Callable[[Any], None]] = {
     "convert": convert,
     "tokenize": tokenize,
@@ -94,6 +101,7 @@ VERBS: dict[str, Callable[[Any], None]] = {
     "adapters convert": convert_adapter,
     "demo": demo,
     "new-model": new_model,
+    "bench decode": bench_decode,
 }
 
 

@@ -38,6 +38,7 @@ REQUIRED = {
     "adapters convert": {"old": "old", "new": "new"},
     "demo": {},
     "new-model": {"folder": "new", "like": "glm-tiny"},
+    "bench decode": {},
 }
 
 
@@ -203,7 +204,7 @@ def test_none_undoes_a_recipe(recipe):
         ("lora_rnk", "did you mean --lora_rank?"),
         ("lr_sheduler_type", "did you mean --lr_scheduler_type?"),
         ("no_such_flag", "`glmtune train --help`"),
-        ("max_new_tokens", "a setting of infer, compare, not of train"),
+        ("max_new_tokens", "a setting of infer, compare, bench decode, not of train"),
     ],
 )
 def test_unknown_name(name, hint):
@@ -502,3 +503,23 @@ def test_help_shows_type_choices_default_and_group(monkeypatch):
     assert "(default: false)" in text
     assert "(required)" in text
     assert "warmup_ratio" in text
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("问:", ("问:",)),
+        ("a,b c", ("a", "b c")),
+        (r"\n\n,User:", ("\n\n", "User:")),
+        ("none", None),
+    ],
+)
+def test_stop_strings_of_a_flag(text, expected):
+    flags = {"data_path": "a.json", "stop_strings": text}
+    assert read_config(InferConfig, "infer", None, flags).stop_strings == expected
+
+
+def test_stop_strings_of_a_recipe_may_hold_commas(recipe):
+    path = recipe('stop_strings: ["a, b", "c\\n"]')
+    config = read_config(InferConfig, "infer", path, {"data_path": "a.json"})
+    assert config.stop_strings == ("a, b", "c\n")

@@ -17,6 +17,7 @@ from glmtune.generation import (
     find_stop_ids,
     generate_answers,
 )
+from glmtune.generation.weights import read_weights
 from glmtune.models.checkpoints import load_base_model
 
 GREEDY = GenerationSettings(max_new_tokens=24)
@@ -156,6 +157,30 @@ def test_settings_come_from_the_config_and_tell_what_has_effect():
     expected = {"max_new_tokens": 150, "num_beams": 1, "do_sample": True, "top_p": 0.7, "seed": 1}
     assert settings.in_effect() == expected
     assert "seed" not in GREEDY.in_effect()
+
+
+def test_bits_are_told_where_there_are_fewer():
+    config = InferConfig(data_path="x.json", decode_bits="8", decode_compile=True)
+    settings = GenerationSettings.from_config(config)
+    assert (settings.decode_bits, settings.decode_compile) == (8, True)
+    assert settings.in_effect()["decode_bits"] == 8
+    assert "decode_compile" not in settings.in_effect()
+    assert "decode_bits" not in GREEDY.in_effect()
+
+
+def test_fewer_bits_are_used(answer, continuations, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "glmtune.generation.decoder.read_weights",
+        lambda model, bits, merge: asked.append(bits) or read_weights(model, bits=16),
+    )
+    answer([continuations[0][0]], replace(GREEDY, decode_bits=8))
+    assert asked == [8]
+
+
+def test_a_beam_search_with_fewer_bits_is_refused():
+    with pytest.raises(UserError, match=r"num_beams 2 .*decode_bits 8"):
+        GenerationSettings(decode_bits=8, num_beams=2)
 
 
 def test_a_beam_search_that_draws_is_refused():

@@ -8,6 +8,7 @@ flags into a checked config.
 from glmtune.config.reading import read_config, write_recipe
 from glmtune.config.settings import (
     SETTINGS,
+    BenchDecodeConfig,
     CompareConfig,
     ConvertAdapterConfig,
     ConvertConfig,
@@ -21,6 +22,7 @@ from glmtune.config.settings import (
 
 __all__ = [
     "SETTINGS",
+    "BenchDecodeConfig",
     "CompareConfig",
     "ConvertAdapterConfig",
     "ConvertConfig",

@@ -14,6 +14,8 @@ from glmtune.config.groups import (
     AnswerSettings,
     BadRowSettings,
     BaseModelSettings,
+    BatchSettings,
+    DecodingSettings,
     DeviceSettings,
     PathText,
     Settings,
@@ -213,7 +215,14 @@ class RecordSettings(BadRowSettings):
     )
 
 
-class InferConfig(RecordSettings, AnswerSettings, BaseModelSettings, DeviceSettings):
+class InferConfig(
+    RecordSettings,
+    BatchSettings,
+    AnswerSettings,
+    DecodingSettings,
+    BaseModelSettings,
+    DeviceSettings,
+):
     """Settings of `glmtune infer`."""
 
     group: ClassVar[str] = "data"
@@ -228,7 +237,14 @@ class InferConfig(RecordSettings, AnswerSettings, BaseModelSettings, DeviceSetti
     limit: int | None = Field(None, ge=1, description="answer this many records (default: all)")
 
 
-class CompareConfig(RecordSettings, AnswerSettings, BaseModelSettings, DeviceSettings):
+class CompareConfig(
+    RecordSettings,
+    BatchSettings,
+    AnswerSettings,
+    DecodingSettings,
+    BaseModelSettings,
+    DeviceSettings,
+):
     """Settings of `glmtune compare`."""
 
     group: ClassVar[str] = "data"
@@ -315,6 +331,26 @@ class NewModelConfig(Settings):
     seed: int = Field(0, ge=0, lt=2**32, description="seed of the weights")
 
 
+# --- bench ---
+
+
+class BenchDecodeConfig(DecodingSettings, DeviceSettings):
+    """Settings of `glmtune bench decode`."""
+
+    group: ClassVar[str] = "bench"
+    bare_words = ()
+    shape: Literal["6b", "small"] = Field(
+        "6b", description="sizes of the random model: ChatGLM-6B's, or 2 layers of width 1,024"
+    )
+    prompt_length: int = Field(64, ge=3, description="tokens of each prompt")
+    max_new_tokens: int = Field(256, ge=2, description="tokens of each answer")
+    batch_size: int = Field(1, ge=1, description="prompts answered at a time")
+    compare: bool = Field(False, description="time transformers' generate as well")
+    json_path: PathText | None = Field(
+        None, description="file to append the figures to, as a line of JSON"
+    )
+
+
 SETTINGS: dict[str, type[Settings]] = {
     "convert": ConvertConfig,
     "tokenize": TokenizeConfig,
@@ -325,5 +361,6 @@ SETTINGS: dict[str, type[Settings]] = {
     "adapters convert": ConvertAdapterConfig,
     "demo": DemoConfig,
     "new-model": NewModelConfig,
+    "bench decode": BenchDecodeConfig,
 }
 """Verb -> its settings."""

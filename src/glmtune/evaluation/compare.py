@@ -11,13 +11,7 @@ from glmtune.data.files import new_file
 from glmtune.evaluation.answers import AnswerFile, Subject, prompt_of, read_questions
 from glmtune.evaluation.page import html
 from glmtune.evaluation.report import Comparison, Pair, markdown
-from glmtune.generation import (
-    Decoder,
-    GenerationSettings,
-    answer_batch,
-    encode_prompts,
-    find_stop_ids,
-)
+from glmtune.generation import Decoder, GenerationSettings, answer_batch, encode_prompts
 
 
 def compare(config: CompareConfig) -> Comparison:
@@ -45,9 +39,9 @@ def compare(config: CompareConfig) -> Comparison:
         model, tokenizer = subject.load()
         prompts = [prompt_of(record) for record in todo]
         encoded = encode_prompts(model, tokenizer, prompts, settings.max_new_tokens)
-        tuned = Decoder(model, find_stop_ids(model))
+        tuned = Decoder.of(model, settings)
         with model.disable_adapter():
-            base = Decoder(model, find_stop_ids(model))
+            base = Decoder.of(model, settings)
         size, num_all = config.per_device_eval_batch_size, len(file.lines) + len(todo)
         bar = tqdm(
             total=num_all,

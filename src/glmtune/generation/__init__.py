@@ -8,10 +8,9 @@ through transformers' `generate`.
 from glmtune.generation.answers import (
     answer_batch,
     encode_prompts,
-    find_stop_ids,
     generate_answers,
 )
-from glmtune.generation.decoder import Decoder
+from glmtune.generation.decoder import Decoder, find_stop_ids
 from glmtune.generation.settings import Answer, EncodedPrompt, GenerationSettings, Prompt
 
 __all__ = [

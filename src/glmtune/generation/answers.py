@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from glmtune.errors import UserError
-from glmtune.generation.decoder import Decoder
+from glmtune.generation.decoder import Decoder, find_stop_ids
 from glmtune.generation.reference import generate_ids
 from glmtune.generation.settings import Answer, EncodedPrompt, GenerationSettings, Prompt
 from glmtune.generation.streaming import check_stop_strings, cut_at_stop
@@ -40,7 +40,7 @@ def generate_answers(
     """
     check_stop_strings(settings.stop_strings or (), tokenizer)
     encoded = encode_prompts(model, tokenizer, prompts, settings.max_new_tokens)
-    decoder = Decoder(model, find_stop_ids(model))
+    decoder = Decoder.of(model, settings)
     return (
         answer
         for start in range(0, len(encoded), batch_size)
@@ -101,7 +101,7 @@ def answer_batch(
         if settings.num_beams > 1:
             rows = generate_ids(model, prompts, settings, stop_ids)
         else:
-            decoder = decoder or Decoder(model, stop_ids)
+            decoder = decoder or Decoder.of(model, settings)
             rows = _decode(decoder, tokenizer, prompts, settings)
     except torch.OutOfMemoryError as error:
         longest = max(len(prompt.ids) for prompt in prompts)
@@ -110,15 +110,6 @@ def answer_batch(
             f"of up to {longest} tokens and {settings.max_new_tokens} new ones; lower it"
         ) from error
     return [_read_answer(row, stop_ids, settings, tokenizer) for row in rows]
-
-
-def find_stop_ids(model: "PreTrainedModel | PeftModel") -> list[int]:
-    """The ids at which an answer ends, as the model's generation_config or config names them."""
-    for config in (model.generation_config, model.config):
-        stop = config.eos_token_id
-        if stop is not None:
-            return [stop] if isinstance(stop, int) else list(stop)
-    raise AssertionError("the model names no eos_token_id")
 
 
 def _decode(

@@ -21,7 +21,7 @@ from glmtune.errors import UserError
 from glmtune.generation.reference import NOT_FINITE, left_padded
 from glmtune.generation.sampling import choose, random_numbers
 from glmtune.generation.settings import EncodedPrompt, GenerationSettings
-from glmtune.generation.weights import Bits, can_be_captured, read_weights
+from glmtune.generation.weights import can_be_captured, read_weights
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.decoding import (
     Angles,
@@ -102,6 +102,15 @@ class Buffers:
         return self.settings == settings and rows == num_rows and columns >= num_columns
 
 
+def find_stop_ids(model: Any) -> list[int]:
+    """The ids at which an answer ends, as the model's generation_config or config names them."""
+    for config in (model.generation_config, model.config):
+        stop = config.eos_token_id
+        if stop is not None:
+            return [stop] if isinstance(stop, int) else list(stop)
+    raise AssertionError("the model names no eos_token_id")
+
+
 class Decoder:
     """Answers batches of prompts with a model as it stands when this is made.
 
@@ -123,7 +132,7 @@ class Decoder:
         model: Any,
         stop_ids: Sequence[int],
         *,
-        bits: Bits = 16,
+        bits: int = 16,
         merge: bool = False,
         compiled: bool = False,
     ):
@@ -141,6 +150,16 @@ class Decoder:
             options: dict[str, Any] = {"coordinate_descent_tuning": True}
             self._block = torch.compile(run_block, options=options)
             self._head = torch.compile(run_head, options=options)
+
+    @classmethod
+    def of(cls, model: Any, settings: GenerationSettings) -> "Decoder":
+        """A decoder that ends answers where the model does, with the bits that are asked for."""
+        return cls(
+            model,
+            find_stop_ids(model),
+            bits=settings.decode_bits,
+            compiled=settings.decode_compile,
+        )
 
     @torch.inference_mode()
     def stream(

@@ -38,7 +38,7 @@ class GenerationSettings:
     """How answers are generated, with transformers' names; what is None has no effect.
 
     Raises:
-        UserError: a beam search that is to draw at random as well.
+        UserError: a beam search that is to draw at random, or to use fewer bits.
     """
 
     max_new_tokens: int = 150
@@ -51,6 +51,9 @@ class GenerationSettings:
     stop_strings: tuple[str, ...] | None = None
     """An answer ends before the first of these."""
     seed: int = 42
+    decode_bits: int = 16
+    """16, or 8 or 4 for rounded linears."""
+    decode_compile: bool = False
 
     def __post_init__(self):
         if self.do_sample and self.num_beams > 1:
@@ -58,16 +61,26 @@ class GenerationSettings:
                 f"num_beams {self.num_beams} searches for the likeliest answer, do_sample true "
                 "draws one at random; choose one of them"
             )
+        if self.decode_bits != 16 and self.num_beams > 1:
+            raise UserError(
+                f"num_beams {self.num_beams} goes through transformers' generate, which cannot use "
+                f"decode_bits {self.decode_bits}; leave one of them out"
+            )
 
     @classmethod
     def from_config(cls, config: Any) -> "GenerationSettings":
         """Those of a verb's settings that say how answers are generated."""
         names = [name for name in cls.__dataclass_fields__ if hasattr(config, name)]
-        return cls(**{name: getattr(config, name) for name in names})
+        values = {name: getattr(config, name) for name in names}
+        return cls(**values | {"decode_bits": int(config.decode_bits)})
 
     def in_effect(self) -> dict[str, Any]:
         """The settings that shape the answers: those that are set, and the seed where one draws."""
-        unused = set() if self.do_sample else {"seed"}
+        unused = {"decode_compile"}
+        if not self.do_sample:
+            unused.add("seed")
+        if self.decode_bits == 16:
+            unused.add("decode_bits")
         return {
             name: value
             for name, value in asdict(self).items()

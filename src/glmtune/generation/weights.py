@@ -6,7 +6,7 @@ Shapes: O output rows of a linear, I inputs, R rank of an adapter, G groups of i
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,6 @@ from glmtune.adapters.lora import Update, split_lora
 from glmtune.errors import UserError
 from glmtune.models.chatglm.decoding import Block, Norm, Projection, Weights
 
-Bits = Literal[16, 8, 4]
 GROUP_SIZE = 128
 """Inputs that share a scale in 4 bits."""
 
@@ -133,7 +132,7 @@ class Adapted:
         return total.to(y.dtype)
 
 
-def read_weights(model: Any, *, bits: Bits = 16, merge: bool = False) -> Weights:
+def read_weights(model: Any, *, bits: int = 16, merge: bool = False) -> Weights:
     """The weights of a model as it stands: with its adapter, unless that is disabled.
 
     In 16 bits they are the model's own tensors, not copies, in whatever type it has.
@@ -141,7 +140,7 @@ def read_weights(model: Any, *, bits: Bits = 16, merge: bool = False) -> Weights
     Args:
         model: a ChatGLM-6B, plain or in PEFT's wrapping. A linear of a kind unknown here (of a
             quantised base, say) is called as it is.
-        bits: 8 or 4 round the linears, the head included, and keep copies of them.
+        bits: 16; 8 or 4 round the linears, the head included, and keep copies of them.
         merge: add the adapter to copies of the weights it adapts, instead of applying it anew to
             each token; faster, and rounded to the weights' type.
 
@@ -175,7 +174,23 @@ def read_weights(model: Any, *, bits: Bits = 16, merge: bool = False) -> Weights
 
 def can_be_captured(weights: Weights) -> bool:
     """Whether every linear is of a kind known here, and so waits for nothing but the GPU."""
-    known = (Plain, Int8, Int4, Adapted)
+    return all(isinstance(linear, (Plain, Int8, Int4, Adapted)) for linear in _linears(weights))
+
+
+def num_bytes(weights: Weights) -> int:
+    """What one step reads of the weights. Of the embedding that is next to nothing."""
+    tensors = [*weights.final_norm[:2]]
+    for block in weights.blocks:
+        tensors += [*block.input_norm[:2], *block.post_attention_norm[:2]]
+    for linear in _linears(weights):
+        updates = linear.updates if isinstance(linear, Adapted) else ()
+        found = [*vars(linear).values(), *(tensor for update in updates for tensor in update)]
+        tensors += [tensor for tensor in found if isinstance(tensor, Tensor)]
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _linears(weights: Weights) -> list[Projection]:
+    """Every linear, and what adapters lie on."""
     projections = [weights.head]
     for block in weights.blocks:
         projections += [
@@ -184,8 +199,7 @@ def can_be_captured(weights: Weights) -> bool:
             block.dense_h_to_4h,
             block.dense_4h_to_h,
         ]
-    projections += [linear.base for linear in projections if isinstance(linear, Adapted)]
-    return all(isinstance(projection, known) for projection in projections)
+    return projections + [linear.base for linear in projections if isinstance(linear, Adapted)]
 
 
 def _read_embedding(embedding: nn.Embedding, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -198,7 +212,7 @@ def _read_norm(norm: nn.LayerNorm) -> Norm:
     return Norm(norm.weight, norm.bias, norm.eps)
 
 
-def _read_projection(linear: nn.Module, bits: Bits, merge: bool) -> Projection:
+def _read_projection(linear: nn.Module, bits: int, merge: bool) -> Projection:
     base, updates = split_lora(linear)
     if type(base) is not nn.Linear:
         if bits != 16:
@@ -213,7 +227,7 @@ def _read_projection(linear: nn.Module, bits: Bits, merge: bool) -> Projection:
         for a_RI, b_OR, scale in updates:
             total = total + b_OR.float() @ a_RI.float() * scale
         weight, updates = total.to(weight.dtype), ()
-    kinds: dict[Bits, Callable[[Tensor, Tensor | None], Projection]]
+    kinds: dict[int, Callable[[Tensor, Tensor | None], Projection]]
     kinds = {16: Plain, 8: Int8.of, 4: Int4.of}
     projection = kinds[bits](weight, bias)
     return Adapted(projection, updates) if updates else projection
