@@ -91,6 +91,13 @@ def bench_decode(settings: config.BenchDecodeConfig) -> None:
     bench_decode(settings)
 
 
+def chat(settings: config.ChatConfig) -> None:
+    """Talk to base or tuned weights in the terminal."""
+    from glmtune.evaluation.chat import chat
+
+    chat(settings)
+
+
 VERBS: dict[str, Callable[[Any], None]] = {
     "convert": convert,
     "tokenize": tokenize,
@@ -102,6 +109,7 @@ VERBS: dict[str, Callable[[Any], None]] = {
     "demo": demo,
     "new-model": new_model,
     "bench decode": bench_decode,
+    "chat": chat,
 }
 
 

@@ -39,6 +39,7 @@ REQUIRED = {
     "demo": {},
     "new-model": {"folder": "new", "like": "glm-tiny"},
     "bench decode": {},
+    "chat": {},
 }
 
 
@@ -204,7 +205,7 @@ def test_none_undoes_a_recipe(recipe):
         ("lora_rnk", "did you mean --lora_rank?"),
         ("lr_sheduler_type", "did you mean --lr_scheduler_type?"),
         ("no_such_flag", "`glmtune train --help`"),
-        ("max_new_tokens", "a setting of infer, compare, bench decode, not of train"),
+        ("max_new_tokens", "a setting of infer, compare, bench decode, chat, not of train"),
     ],
 )
 def test_unknown_name(name, hint):

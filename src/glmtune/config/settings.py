@@ -256,6 +256,34 @@ class CompareConfig(
     limit: int | None = Field(20, ge=1, description="answer this many records; none: all")
 
 
+# --- chat ---
+
+
+class ChatConfig(AnswerSettings, DecodingSettings, BaseModelSettings, DeviceSettings):
+    """Settings of `glmtune chat`; those of the draw are the published code's."""
+
+    group: ClassVar[str] = "chat"
+    adapter: PathText | None = Field(
+        None, description="run folder or adapter to talk to (default: the base model alone)"
+    )
+    max_new_tokens: int = Field(512, ge=1, description="longest answer, in tokens")
+    do_sample: bool = Field(True, description="draw tokens at random instead of the likeliest")
+    temperature: float | None = Field(0.95, gt=0, description="above 1 flattens the draw")
+    top_p: float | None = Field(
+        0.7, gt=0, le=1, description="draw from the likeliest tokens that hold this probability"
+    )
+
+    @property
+    def model_path(self) -> str | None:
+        """The adapter, by the name it has in other verbs."""
+        return self.adapter
+
+    @model_validator(mode="after")
+    def sampling_is_on(self) -> Self:
+        """A draw's settings may stand while there is none: `/set do_sample` comes and goes."""
+        return self
+
+
 # --- merge, adapters convert ---
 
 
@@ -362,5 +390,6 @@ SETTINGS: dict[str, type[Settings]] = {
     "demo": DemoConfig,
     "new-model": NewModelConfig,
     "bench decode": BenchDecodeConfig,
+    "chat": ChatConfig,
 }
 """Verb -> its settings."""

@@ -12,15 +12,15 @@ from glmtune.errors import UserError
 
 # A character of UTF-8 has at most four bytes, so at most three wait for the rest. Each shows as the
 # replacement character meanwhile.
+_HALF_CHARACTER = "\ufffd{1,3}$"
+# The beginning of <n>, <|tab|> or <|blank_12|> may become another character too.
 _UNFINISHED = re.compile(
-    "\ufffd{1,3}$"
-    # The beginning of <n>, <|tab|> or <|blank_12|>.
-    r"|<(\|(t(a(b\|?)?)?|b(l(a(n(k(_(\d{1,2}\|?)?)?)?)?)?)?)?|n)?$"
+    _HALF_CHARACTER + r"|<(\|(t(a(b\|?)?)?|b(l(a(n(k(_(\d{1,2}\|?)?)?)?)?)?)?)?|n)?$"
 )
 
 
 class TextStream:
-    """The text of one answer while its tokens come; what it gives adds up to the answer's text.
+    """The text of one answer while its tokens come; what it gives adds up to the answer's.
 
     Args:
         tokenizer: any with `decode` (see models.chatglm.tokenization).
@@ -47,8 +47,10 @@ class TextStream:
         return self._show(without_beginning(text, self.stop_strings).rstrip())
 
     def end(self) -> str:
-        """The rest of the text, once no more tokens come."""
-        return "" if self.stopped else self._show(self._text().rstrip())
+        """The rest of the text once no more tokens come, less half a character at its end."""
+        if self.stopped:
+            return ""
+        return self._show(re.sub(_HALF_CHARACTER, "", self._text()).rstrip())
 
     def _text(self) -> str:
         return self.tokenizer.decode(self.ids, skip_special_tokens=True).lstrip()
