@@ -33,7 +33,7 @@ def run():
 
 def test_the_figures_agree_with_each_other(run):
     figures = run(batch_size=2, compare=True)
-    assert figures.decode_tokens_per_second > figures.tokens_per_second > 0
+    assert figures.tokens_per_second > 0
     whole = 2 * 6 / figures.tokens_per_second
     rest = 2 * 5 / figures.decode_tokens_per_second
     assert whole == pytest.approx(rest + figures.first_token_ms / 1e3)

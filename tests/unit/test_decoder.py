@@ -172,6 +172,20 @@ def test_after_logits_that_are_not_finite_it_answers_again(model, prompts, monke
     assert decode(decoder, prompts) == expected
 
 
+@pytest.mark.parametrize("num_threads", [1, 2])
+@torch.inference_mode()
+def test_a_plain_linear_is_itself_on_any_number_of_threads(num_threads):
+    linear, before = nn.Linear(96, 200), torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        for shape in ((1, 1, 96), (3, 1, 96), (2, 5, 96)):
+            x = torch.randn(shape)
+            assert torch.allclose(Plain(linear.weight, linear.bias)(x), linear(x), atol=1e-6)
+            assert torch.allclose(Plain(linear.weight, None)(x), x @ linear.weight.T, atol=1e-6)
+    finally:
+        torch.set_num_threads(before)
+
+
 # --- adapters ---
 
 
@@ -293,6 +307,33 @@ def test_fewer_bits_give_nearly_the_same_logits(bits, tolerance):
     assert len(decode(Decoder(model, [], bits=bits), [prompt])[0]) == 24
 
 
+# --- what a device lacks ---
+
+
+def test_compiling_without_a_gpu_is_refused(model):
+    with pytest.raises(UserError, match="decode_compile true: needs a GPU"):
+        Decoder(model, [], compiled=True)
+
+
+@pytest.mark.parametrize(
+    "capability, wish, refused",
+    [
+        ((6, 1), {"compiled": True, "bits": 16}, "decode_compile true: .* 6.1, and 7.0"),
+        ((7, 5), {"compiled": True, "bits": 8}, None),
+        ((7, 5), {"compiled": False, "bits": 4}, "decode_bits 4: .* 7.5, and 8.0"),
+        ((9, 0), {"compiled": True, "bits": 4}, None),
+    ],
+)
+def test_a_card_that_is_too_old_is_named(capability, wish, refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(room, "device_name", lambda _: "Card")
+    if refused is None:
+        room.check_device(torch.device("cuda"), **wish)
+        return
+    with pytest.raises(UserError, match=refused):
+        room.check_device(torch.device("cuda"), **wish)
+
+
 # --- compiled ---
 
 
@@ -308,6 +349,7 @@ def test_layers_share_one_compiled_step(model, prompts, monkeypatch):
     monkeypatch.setattr(
         torch, "compile", lambda function, options: compile(function, backend=backend)
     )
+    monkeypatch.setattr(room, "check_device", lambda *_: None)
     decoder = Decoder(model, [], compiled=True)
     as_captured(decoder, monkeypatch)
     assert decode(decoder, prompts) == decode(Decoder(model, []), prompts)

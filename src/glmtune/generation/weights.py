@@ -19,7 +19,12 @@ from glmtune.models.chatglm.decoding import Block, Norm, Projection, Weights
 GROUP_SIZE = 128
 """Inputs that share a scale in 4 bits."""
 
-HAS_ONEDNN = torch.backends.mkldnn.is_available()
+
+def _goes_through_onednn(x: Tensor) -> bool:
+    # For a few rows MKL, which `F.linear` takes on a CPU, uses one thread, oneDNN all of them.
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32:
+        return False
+    return torch.backends.mkldnn.is_available() and torch.get_num_threads() > 1
 
 
 @dataclass(frozen=True)
@@ -31,9 +36,7 @@ class Plain:
 
     def __call__(self, x: Tensor) -> Tensor:
         """``(..., I)`` to ``(..., O)``."""
-        on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
-        if on_cpu and HAS_ONEDNN and not torch.compiler.is_compiling():
-            # For a few rows MKL, which `F.linear` takes here, uses one thread, oneDNN all of them.
+        if _goes_through_onednn(x):
             return torch.ops.mkldnn._linear_pointwise(
                 x, self.weight_OI, self.bias_O, "none", [], ""
             )

@@ -95,14 +95,17 @@ def run_block(
     """One layer on S new tokens; their keys and values are written into the given columns."""
     head_dim = keys_BNKD.shape[-1]
     normed = block.input_norm(hidden_BSH)
-    mixed_BNS3D = block.query_key_value(normed).unflatten(-1, (-1, 3 * head_dim)).transpose(1, 2)
-    query, key, value = mixed_BNS3D.chunk(3, dim=-1)
-    keys_BNKD.index_copy_(2, columns_S, rotate(key, *angles))
-    values_BNKD.index_copy_(2, columns_S, value)
-    attended = attend(rotate(query, *angles), keys_BNKD, values_BNKD, mask_B1SK)
-    normed = block.post_attention_norm(normed * RESIDUAL_SCALE + block.dense(attended))
+    mixed_BN3SD = block.query_key_value(normed).unflatten(-1, (-1, 3, head_dim)).movedim(1, 3)
+    query_key_BN2SD, value_BNSD = mixed_BN3SD[:, :, :2], mixed_BN3SD[:, :, 2]
+    # Both at once: a step of one token is made of many small kernels.
+    turned = rotate(query_key_BN2SD, *(angle[:, None] for angle in angles))
+    query_BNSD, key_BNSD = turned.unbind(2)
+    keys_BNKD.index_copy_(2, columns_S, key_BNSD)
+    values_BNKD.index_copy_(2, columns_S, value_BNSD)
+    attended = block.dense(attend(query_BNSD, keys_BNKD, values_BNKD, mask_B1SK))
+    normed = block.post_attention_norm(torch.add(attended, normed, alpha=RESIDUAL_SCALE))
     inner = F.gelu(block.dense_h_to_4h(normed), approximate="tanh")
-    return normed * RESIDUAL_SCALE + block.dense_4h_to_h(inner)
+    return torch.add(block.dense_4h_to_h(inner), normed, alpha=RESIDUAL_SCALE)
 
 
 def attend(query_BNSD: Tensor, keys_BNKD: Tensor, values_BNKD: Tensor, mask_B1SK: Tensor) -> Tensor:
