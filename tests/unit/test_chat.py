@@ -176,6 +176,16 @@ def test_a_conversation_beyond_the_positions_is_told_and_not_kept(talk):
     assert prompts[-1] == "你好"
 
 
+def test_no_memory_is_told_and_the_chat_goes_on(talk, monkeypatch):
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("glmtune.generation.decoder.prefill", no_memory)
+    printed, _ = talk(QUESTION, "/help")
+    assert printed[0].startswith("error: no memory for a conversation of ")
+    assert printed[1] == "commands"
+
+
 def test_files_are_not_overwritten(talk, tmp_path):
     path = tmp_path / "said.json"
     path.write_text("mine", encoding="utf-8")

@@ -19,7 +19,15 @@ from glmtune.errors import UserError
 from glmtune.generation import Decoder, EncodedPrompt, GenerationSettings
 from glmtune.generation.reference import generate_ids
 from glmtune.generation.weights import num_bytes
-from glmtune.hardware import GIB, device_name, memory_gib, pick_device, pick_dtype, total_memory_gib
+from glmtune.hardware import (
+    GIB,
+    check_decoding,
+    device_name,
+    memory_gib,
+    pick_device,
+    pick_dtype,
+    total_memory_gib,
+)
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
 from glmtune.runlog import print_pairs
@@ -167,6 +175,7 @@ def _check(
     """Refuse before the minutes of work what cannot end well."""
     if config.json_path:
         _append(config.json_path, "")
+    check_decoding(device, int(config.decode_bits), config.decode_compile)
     limit = shape.max_position_embeddings
     if config.prompt_length + config.max_new_tokens > limit:
         raise UserError(

@@ -20,7 +20,7 @@ from glmtune.data.records import Record, list_bad_rows, read_alpaca
 from glmtune.data.templates import alpaca
 from glmtune.errors import UserError
 from glmtune.generation import Prompt
-from glmtune.hardware import pick_device, pick_dtype
+from glmtune.hardware import check_decoding, pick_device, pick_dtype
 from glmtune.models.checkpoints import (
     base_name,
     check_pair,
@@ -67,11 +67,12 @@ class Subject:
         """What a config means here.
 
         Raises:
-            UserError: no such base or adapter, or a number format that the device lacks.
+            UserError: no such base or adapter, or something that the device lacks.
         """
         adapter = find_adapter(config.model_path) if config.model_path else None
         base = resolve_base(config.chatglm_path, config.model_path)
         device = pick_device(config.use_cpu)
+        check_decoding(device, int(config.decode_bits), config.decode_compile)
         dtype, caution = pick_dtype(device, config.bf16, config.fp16)
         if caution:
             print(f"notice: {caution}", file=sys.stderr)

@@ -7,6 +7,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from glmtune.config import ChatConfig, change_setting
 from glmtune.config.groups import AnswerSettings
 from glmtune.config.names import did_you_mean
@@ -152,6 +154,11 @@ class Chat:
                     break
         except KeyboardInterrupt:
             whole = False
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"no memory for a conversation of {len(encoded[0].ids)} tokens and "
+                f"{settings.max_new_tokens} new ones; /set max_new_tokens lower, or begin /new"
+            ) from error
         said += stream.end()
         shown = self._show(shown, polish(said))
         print("" if whole else " [stopped]", flush=True)

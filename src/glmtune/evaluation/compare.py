@@ -12,6 +12,7 @@ from glmtune.evaluation.answers import AnswerFile, Subject, prompt_of, read_ques
 from glmtune.evaluation.page import html
 from glmtune.evaluation.report import Comparison, Pair, markdown
 from glmtune.generation import Decoder, GenerationSettings, answer_batch, encode_prompts
+from glmtune.generation.streaming import check_stop_strings
 
 
 def compare(config: CompareConfig) -> Comparison:
@@ -39,6 +40,7 @@ def compare(config: CompareConfig) -> Comparison:
         model, tokenizer = subject.load()
         prompts = [prompt_of(record) for record in todo]
         encoded = encode_prompts(model, tokenizer, prompts, settings.max_new_tokens)
+        check_stop_strings(settings.stop_strings or (), tokenizer)
         tuned = Decoder.of(model, settings)
         with model.disable_adapter():
             base = Decoder.of(model, settings)

@@ -22,7 +22,7 @@ from glmtune.generation.reference import NOT_FINITE, left_padded
 from glmtune.generation.sampling import choose, random_numbers
 from glmtune.generation.settings import EncodedPrompt, GenerationSettings
 from glmtune.generation.weights import can_be_captured, read_weights
-from glmtune.hardware import device_name
+from glmtune.hardware import check_decoding
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.decoding import (
     Angles,
@@ -112,28 +112,6 @@ def find_stop_ids(model: Any) -> list[int]:
     raise AssertionError("the model names no eos_token_id")
 
 
-def check_device(device: torch.device, bits: int, compiled: bool) -> None:
-    """Make sure that a device can do what is asked for.
-
-    Raises:
-        UserError: no GPU, or one that is too old.
-    """
-    if compiled and device.type != "cuda":
-        raise UserError("decode_compile true: needs a GPU; leave it out")
-    if device.type != "cuda":
-        return
-    generation = torch.cuda.get_device_capability(device)
-    for asked, oldest, name in (
-        (compiled, (7, 0), "decode_compile true"),
-        (bits == 4, (8, 0), "decode_bits 4"),
-    ):
-        if asked and generation < oldest:
-            raise UserError(
-                f"{name}: {device_name(device)} is of compute capability {generation[0]}."
-                f"{generation[1]}, and {oldest[0]}.{oldest[1]} is needed; leave it out"
-            )
-
-
 class Decoder:
     """Answers batches of prompts with a model as it stands when this is made.
 
@@ -161,7 +139,7 @@ class Decoder:
     ):
         self.config: ChatGLMConfig = model.config
         self.device: torch.device = model.device
-        check_device(self.device, bits, compiled)
+        check_decoding(self.device, bits, compiled)
         with torch.inference_mode():
             self.weights = read_weights(model, bits=bits, merge=merge)
         self.captures = self.device.type == "cuda" and can_be_captured(self.weights)
