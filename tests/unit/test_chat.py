@@ -212,6 +212,18 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(talk, monkeypatch):
     assert prompts[1].startswith(f"[Round 0]\n问：{QUESTION}\n答：{said}\n")
 
 
+def test_ctrl_c_at_both_stops_both(talk, adapter, monkeypatch):
+    def broken_off(*_):
+        yield [[]]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Decoder, "stream", broken_off)
+    printed, prompts = talk("/both", QUESTION, "/undo", adapter=adapter)
+    assert printed[1:3] == ["[base]", " [stopped]"]
+    assert len(prompts) == 1
+    assert printed[3] == "error: /undo: nothing was said yet"
+
+
 def test_exit_ends_and_help_names_every_command(talk):
     printed, prompts = talk("/help", "", "/exit", "never")
     for command in ("/new", "/base", "/tuned", "/both", "/save", "/undo", "/set", "/exit"):

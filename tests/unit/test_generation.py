@@ -199,6 +199,21 @@ def test_answers_end_before_a_stop_string(answer, continuations, batch_size):
     assert others == whole[1:]
 
 
+def test_no_tokens_are_made_after_a_stop_string(answer, continuations, monkeypatch):
+    made, stream = [], Decoder.stream
+
+    def counted(*given):
+        for rows in stream(*given):
+            made.append(rows)
+            yield rows
+
+    monkeypatch.setattr(Decoder, "stream", counted)
+    prompt, ids = continuations[0]
+    (stopped,) = answer([prompt], replace(GREEDY, stop_strings=(f" {ids[2]} ",)))
+    assert stopped == Answer(spell(ids[:2]), 4, stopped=True)
+    assert len(made) == 4
+
+
 def test_a_stop_string_that_cannot_occur_is_refused(answer):
     settings = GenerationSettings(max_new_tokens=24, stop_strings=(" 5 ", ""))
     with pytest.raises(UserError, match="stop string ''"):
