@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from glmtune.errors import UserError
 from glmtune.generation import Decoder, EncodedPrompt, GenerationSettings
 from glmtune.generation import decoder as room
 from glmtune.generation.reference import generate_ids
@@ -92,6 +93,15 @@ def test_one_capture_serves_batches_of_one_size(model, prompts, monkeypatch):
     for batch in (prompts[:2], prompts[1:3], prompts[:2]):
         decode(decoder, batch)
     assert len(captures) == 1
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_logits_that_are_not_finite_are_told(tiny_folder, prompts, settings):
+    broken = load_base_model(str(tiny_folder), dtype=torch.float32, device="cuda")
+    broken.transformer.final_layernorm.weight.data[3] = torch.nan
+    with pytest.raises(UserError, match="not finite"):
+        decode(Decoder(broken, []), prompts, settings)
+    torch.cuda.synchronize()  # the device is still there
 
 
 @pytest.mark.parametrize("kind, tolerance", [(Int8, 0.02), (Int4, 0.2)])

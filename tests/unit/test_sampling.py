@@ -73,6 +73,11 @@ def test_tokens_are_drawn_with_their_probabilities():
     assert shares[1] == shares[4] == 0
 
 
+def test_scores_that_are_not_finite_stay_within_the_vocabulary():
+    scores = torch.full((1, 4), torch.nan)
+    assert draw(scores, torch.tensor([[0.5]], dtype=torch.float64)).item() in range(4)
+
+
 @pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
 def test_the_ends_of_a_draw_find_possible_tokens(number):
     numbers = torch.tensor([[number]], dtype=torch.float64)

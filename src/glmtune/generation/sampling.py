@@ -81,4 +81,7 @@ def draw(scores_BV: Tensor, draw_B1: Tensor) -> Tensor:
     cumulative_BV = scores_BV.double().softmax(-1).cumsum(-1)
     # The sum over a vocabulary is only nearly 1; scaling keeps the draw below it.
     target_B1 = draw_B1 * cumulative_BV[:, -1:]
-    return torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(-1)
+    token_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True)
+    # Scores that are not finite lead beyond the vocabulary, which a GPU does not survive; that they
+    # are not finite is told a few tokens later.
+    return token_B1.clamp(max=scores_BV.shape[-1] - 1).squeeze(-1)
