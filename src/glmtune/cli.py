@@ -91,6 +91,20 @@ def bench_train(settings: config.BenchTrainConfig) -> None:
     bench_train(settings)
 
 
+def bench_decode(settings: config.BenchDecodeConfig) -> None:
+    """Measure how fast random weights answer, and how fast the memory would allow."""
+    from glmtune.bench.decode import bench_decode
+
+    bench_decode(settings)
+
+
+def chat(settings: config.ChatConfig) -> None:
+    """Talk to base or tuned weights in the terminal."""
+    from glmtune.evaluation.chat import chat
+
+    chat(settings)
+
+
 VERBS: dict[str, Callable[[Any], None]] = {
     "convert": convert,
     "tokenize": tokenize,
@@ -102,6 +116,8 @@ VERBS: dict[str, Callable[[Any], None]] = {
     "demo": demo,
     "new-model": new_model,
     "bench train": bench_train,
+    "bench decode": bench_decode,
+    "chat": chat,
 }
 
 

@@ -68,6 +68,30 @@ def pick_dtype(
     return torch.float32, None
 
 
+def check_decoding(device: "torch.device", bits: int, compiled: bool) -> None:
+    """Make sure that a device can decode as is asked for.
+
+    Raises:
+        UserError: no GPU, or one that is too old.
+    """
+    import torch
+
+    if compiled and device.type != "cuda":
+        raise UserError("decode_compile true: needs a GPU; leave it out")
+    if device.type != "cuda":
+        return
+    generation = torch.cuda.get_device_capability(device)
+    for asked, oldest, name in (
+        (compiled, (7, 0), "decode_compile true"),
+        (bits == 4, (8, 0), "decode_bits 4"),
+    ):
+        if asked and generation < oldest:
+            raise UserError(
+                f"{name}: {device_name(device)} is of compute capability {generation[0]}."
+                f"{generation[1]}, and {oldest[0]}.{oldest[1]} is needed; leave it out"
+            )
+
+
 def device_name(device: "torch.device") -> str:
     """What to call a device in a line for people, e.g. "NVIDIA H200" or "CPU, 2 threads"."""
     import torch

@@ -17,8 +17,8 @@ READMES = ("README.md", "README.zh.md")
 COMMAND = re.compile(r"^(python \w+\.py|glmtune) .+", re.MULTILINE)
 # What would take hours on a real base: as few steps and answers as show that the command runs.
 SHORTER = {"--max_steps 52000": "--max_steps 2", "recipes/": f"{ROOT}/recipes/"}
-# Commands that have tests of their own, because they take minutes.
-ELSEWHERE = ("glmtune demo",)
+# Commands that have tests of their own, because they take minutes, or ask for input.
+ELSEWHERE = ("glmtune demo", "glmtune chat", "glmtune bench")
 RECORDS = [
     {"instruction": "说出一种水果。", "input": "", "output": "苹果。"},
     {"instruction": "Name a colour.", "input": "", "output": "Red."},

@@ -84,6 +84,11 @@ def test_a_finished_comparison_loads_no_model(run, folder, monkeypatch):
     assert (folder / "compare.html").read_bytes() == before
 
 
+def test_a_stop_string_that_cannot_occur_is_refused(run):
+    with pytest.raises(UserError, match="stop string ''"):
+        run(stop_strings=("",))
+
+
 def test_an_adapter_without_effect_is_told(run, answering, capsys):
     path = Path(answering["model_path"], "adapter_model.bin")
     weights = torch.load(path, weights_only=True)

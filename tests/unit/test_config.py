@@ -38,6 +38,9 @@ REQUIRED = {
     "adapters convert": {"old": "old", "new": "new"},
     "demo": {},
     "new-model": {"folder": "new", "like": "glm-tiny"},
+    "bench train": {},
+    "bench decode": {},
+    "chat": {},
 }
 
 
@@ -203,7 +206,7 @@ def test_none_undoes_a_recipe(recipe):
         ("lora_rnk", "did you mean --lora_rank?"),
         ("lr_sheduler_type", "did you mean --lr_scheduler_type?"),
         ("no_such_flag", "`glmtune train --help`"),
-        ("max_new_tokens", "a setting of infer, compare, not of train"),
+        ("max_new_tokens", "a setting of infer, compare, bench decode, chat, not of train"),
     ],
 )
 def test_unknown_name(name, hint):
@@ -341,7 +344,10 @@ def test_scalars_are_taken_as_written(recipe):
         ("seed: &a [*a]", "r.yaml:1: seed should be plain text"),
         ("infer:\n  max_new_tokns: 5", "r.yaml:2: max_new_tokns is not a setting of infer; did"),
         ("lora_rnk: 5\ninfer:\n", "r.yaml:1: lora_rnk is not a setting of train; did you mean"),
-        ("infer:\n  lora_rank: 8", "r.yaml:2: lora_rank is a setting of train, not of infer"),
+        (
+            "infer:\n  lora_alpha: 8",
+            "r.yaml:2: lora_alpha is a setting of train, bench train, not of",
+        ),
         ("seed: " + "[" * 1500, "r.yaml: nested too deeply"),
         ("seed: \0", "r.yaml: not YAML: "),
         (b"seed: \xff", "r.yaml: not UTF-8 at byte 6"),
@@ -502,3 +508,23 @@ def test_help_shows_type_choices_default_and_group(monkeypatch):
     assert "(default: false)" in text
     assert "(required)" in text
     assert "warmup_ratio" in text
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("问:", ("问:",)),
+        ("a,b c", ("a", "b c")),
+        (r"\n\n,User:", ("\n\n", "User:")),
+        ("none", None),
+    ],
+)
+def test_stop_strings_of_a_flag(text, expected):
+    flags = {"data_path": "a.json", "stop_strings": text}
+    assert read_config(InferConfig, "infer", None, flags).stop_strings == expected
+
+
+def test_stop_strings_of_a_recipe_may_hold_commas(recipe):
+    path = recipe('stop_strings: ["a, b", "c\\n"]')
+    config = read_config(InferConfig, "infer", path, {"data_path": "a.json"})
+    assert config.stop_strings == ("a, b", "c\n")

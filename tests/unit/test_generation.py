@@ -1,6 +1,7 @@
 """Answers do not depend on their batch, are drawn as asked, and end where the model ends them."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,12 +11,13 @@ from glmtune.config import InferConfig
 from glmtune.errors import UserError
 from glmtune.generation import (
     Answer,
-    DrawToken,
+    Decoder,
     GenerationSettings,
     Prompt,
     find_stop_ids,
     generate_answers,
 )
+from glmtune.generation.weights import read_weights
 from glmtune.models.checkpoints import load_base_model
 
 GREEDY = GenerationSettings(max_new_tokens=24)
@@ -116,25 +118,6 @@ def test_a_draw_among_one_token_is_greedy(answer, continuations):
     assert answer(prompts, settings) == answer(prompts)
 
 
-def test_tokens_are_drawn_with_their_probabilities():
-    generator = torch.Generator().manual_seed(0)
-    draws = torch.rand(20_000, 1, dtype=torch.float64, generator=generator)
-    probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2, 0.0])
-    scores = probabilities.log().expand(len(draws), -1)
-    drawn = DrawToken(draws, prompt_length=3)(torch.zeros(len(draws), 3), scores).argmax(-1)
-    shares = drawn.bincount(minlength=5) / len(draws)
-    assert (shares - probabilities).abs().max() < 0.015
-    assert shares[1] == shares[4] == 0
-
-
-@pytest.mark.parametrize("draw", [0.0, 1 - 2**-53])
-def test_the_ends_of_a_draw_find_possible_tokens(draw):
-    draws = torch.tensor([[draw]], dtype=torch.float64)
-    scores = torch.tensor([[-torch.inf, 1.0, 2.0, -torch.inf]])
-    kept = DrawToken(draws, prompt_length=1)(torch.zeros(1, 1), scores).argmax()
-    assert kept in (1, 2)
-
-
 def test_a_prompt_beyond_the_positions_is_named(answer):
     prompts = [Prompt("5 6"), Prompt("7 " * 250, "data.json:9 (row 2)"), Prompt("7 " * 300)]
     with pytest.raises(UserError, match=r"data.json:9 \(row 2\): .* 252 tokens.* 256") as error:
@@ -145,7 +128,7 @@ def test_a_prompt_beyond_the_positions_is_named(answer):
 
 
 def test_all_prompts_are_checked_before_any_is_answered(model, word_tokenizer, monkeypatch):
-    monkeypatch.setattr(model, "generate", lambda **_: pytest.fail("nothing may be answered"))
+    monkeypatch.setattr(Decoder, "stream", lambda *_: pytest.fail("nothing may be answered"))
     prompts = [Prompt("5"), Prompt("7 " * 300)]
     with pytest.raises(UserError):
         generate_answers(model, word_tokenizer, prompts, GREEDY, batch_size=1)
@@ -158,11 +141,11 @@ def test_logits_that_are_not_finite_are_refused(answer, tiny_folder):
         answer([[5, 6]], model=broken)
 
 
-def test_no_memory_is_told_with_the_batch_size(answer, model, monkeypatch):
-    def generate(**_):
+def test_no_memory_is_told_with_the_batch_size(answer, monkeypatch):
+    def no_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(model, "generate", generate)
+    monkeypatch.setattr("glmtune.generation.decoder.prefill", no_memory)
     with pytest.raises(UserError, match="per_device_eval_batch_size 2: no memory"):
         answer([[5, 6], [7]])
 
@@ -176,6 +159,62 @@ def test_settings_come_from_the_config_and_tell_what_has_effect():
     assert "seed" not in GREEDY.in_effect()
 
 
+def test_bits_are_told_where_there_are_fewer():
+    config = InferConfig(data_path="x.json", decode_bits="8", decode_compile=True)
+    settings = GenerationSettings.from_config(config)
+    assert (settings.decode_bits, settings.decode_compile) == (8, True)
+    assert settings.in_effect()["decode_bits"] == 8
+    assert "decode_compile" not in settings.in_effect()
+    assert "decode_bits" not in GREEDY.in_effect()
+
+
+def test_fewer_bits_are_used(answer, continuations, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "glmtune.generation.decoder.read_weights",
+        lambda model, bits, merge: asked.append(bits) or read_weights(model, bits=16),
+    )
+    answer([continuations[0][0]], replace(GREEDY, decode_bits=8))
+    assert asked == [8]
+
+
+def test_a_beam_search_with_fewer_bits_is_refused():
+    with pytest.raises(UserError, match=r"num_beams 2 .*decode_bits 8"):
+        GenerationSettings(decode_bits=8, num_beams=2)
+
+
 def test_a_beam_search_that_draws_is_refused():
     with pytest.raises(UserError, match=r"num_beams 2 .*do_sample"):
         GenerationSettings(do_sample=True, num_beams=2)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_answers_end_before_a_stop_string(answer, continuations, batch_size):
+    prompts = [prompt for prompt, _ in continuations]
+    whole = answer(prompts, DRAWN)
+    stop = f" {' '.join(whole[0].text.split()[4:6])} "
+    settings = replace(DRAWN, stop_strings=(stop,))
+    first, *others = answer(prompts, settings, batch_size)
+    assert first == Answer(whole[0].text.partition(stop)[0].strip(), 7, stopped=True)
+    assert others == whole[1:]
+
+
+def test_no_tokens_are_made_after_a_stop_string(answer, continuations, monkeypatch):
+    made, stream = [], Decoder.stream
+
+    def counted(*given):
+        for rows in stream(*given):
+            made.append(rows)
+            yield rows
+
+    monkeypatch.setattr(Decoder, "stream", counted)
+    prompt, ids = continuations[0]
+    (stopped,) = answer([prompt], replace(GREEDY, stop_strings=(f" {ids[2]} ",)))
+    assert stopped == Answer(spell(ids[:2]), 4, stopped=True)
+    assert len(made) == 4
+
+
+def test_a_stop_string_that_cannot_occur_is_refused(answer):
+    settings = GenerationSettings(max_new_tokens=24, stop_strings=(" 5 ", ""))
+    with pytest.raises(UserError, match="stop string ''"):
+        answer([[5, 6]], settings)

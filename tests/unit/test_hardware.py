@@ -81,3 +81,22 @@ def test_memory_is_a_peak():
     before = hardware.memory_gib(CPU)
     torch.ones(int((before + 0.1) * hardware.GIB), dtype=torch.uint8)  # given back at once
     assert hardware.memory_gib(CPU) > before + 0.05
+
+
+@pytest.mark.parametrize(
+    "capability, wish, refused",
+    [
+        ((6, 1), {"compiled": True, "bits": 16}, "decode_compile true: .* 6.1, and 7.0"),
+        ((7, 5), {"compiled": True, "bits": 8}, None),
+        ((7, 5), {"compiled": False, "bits": 4}, "decode_bits 4: .* 7.5, and 8.0"),
+        ((9, 0), {"compiled": True, "bits": 4}, None),
+    ],
+)
+def test_a_card_that_is_too_old_is_named(capability, wish, refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(hardware, "device_name", lambda _: "Card")
+    if refused is None:
+        hardware.check_decoding(torch.device("cuda"), **wish)
+        return
+    with pytest.raises(UserError, match=refused):
+        hardware.check_decoding(torch.device("cuda"), **wish)

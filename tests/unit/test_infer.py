@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from glmtune import generation
 from glmtune.cli import main
 from glmtune.config import InferConfig
 from glmtune.errors import UserError
 from glmtune.evaluation.infer import infer
+from glmtune.generation import answers
 
 SAMPLING = {"do_sample": True, "temperature": 2.0, "top_p": 0.9}
 
@@ -94,7 +94,7 @@ def test_a_resumed_run_equals_an_unbroken_one(run, path, sampling, kept):
 
 
 def test_lines_are_written_as_batches_finish(run, path, monkeypatch, capsys):
-    answer_batch, calls = generation.answer_batch, []
+    answer_batch, calls = answers.answer_batch, []
 
     def break_off(*arguments):
         calls.append(arguments)
@@ -103,7 +103,7 @@ def test_lines_are_written_as_batches_finish(run, path, monkeypatch, capsys):
             raise KeyboardInterrupt
         return answer_batch(*arguments)
 
-    monkeypatch.setattr(generation, "answer_batch", break_off)
+    monkeypatch.setattr(answers, "answer_batch", break_off)
     with pytest.raises(KeyboardInterrupt):
         run()
     assert len(read(path)) == 2

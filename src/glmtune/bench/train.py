@@ -14,14 +14,14 @@ from peft import PeftModel
 from glmtune.adapters import attach_lora
 from glmtune.bench import limits
 from glmtune.bench.glm_peft import time_glm_peft
+from glmtune.bench.random_model import SHAPES, random_model
 from glmtune.bench.rows import random_rows
-from glmtune.bench.timing import append_json, machine, times_ms
+from glmtune.bench.timing import append_json, check_appendable, machine, times_ms
 from glmtune.config import BenchTrainConfig, TrainConfig
 from glmtune.data.dataset import load_dataset
 from glmtune.data.token_rows import TokenRows
 from glmtune.hardware import memory_gib
 from glmtune.models.chatglm.configuration import ChatGLMConfig
-from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
 from glmtune.models.chatglm.packed import to_fp8
 from glmtune.runlog import print_pairs
 from glmtune.training.loop import train_step
@@ -29,13 +29,6 @@ from glmtune.training.passes import PaddedPass, Pass
 from glmtune.training.plan import RowPlan
 from glmtune.training.run import Run, build_pass, build_state, check_fp8, start_accelerator
 
-SHAPES = {
-    "6b": ChatGLMConfig(),
-    "small": ChatGLMConfig(
-        vocab_size=4096, hidden_size=256, num_layers=4, num_attention_heads=4,
-        inner_hidden_size=1024, bos_token_id=3572, eos_token_id=3573,
-    ),
-}  # fmt: skip
 _NUM_ROWS = 20_000
 _ORIGINAL_ROWS = 6
 
@@ -59,8 +52,10 @@ def bench_train(settings: BenchTrainConfig) -> dict[str, Any]:
     """Measure on random weights and print; the record is returned, and appended where asked for.
 
     Raises:
-        UserError: float8 on a device without it, or rows that do not fit into packs.
+        UserError: float8 on a device without it, rows that do not fit into packs, or a JSON file
+            that cannot be written.
     """
+    check_appendable(settings.json_path)
     config = _train_config(settings)
     accelerator, dtype = start_accelerator(config)
     device = accelerator.device
@@ -75,7 +70,7 @@ def bench_train(settings: BenchTrainConfig) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
     }
 
-    model = _random_model(config, shape, device, dtype)
+    model = _adapted_model(config, shape, device, dtype)
     run = Run.of(config, accelerator, rows, model, settings.shape)
     record["layout"] = run.layout
     speed, tokens, learned = _measure(run, model, settings)
@@ -92,7 +87,7 @@ def bench_train(settings: BenchTrainConfig) -> dict[str, Any]:
         _measure_limits(record, shape, tokens, learned, device, dtype)
     if settings.compare:
         _free()
-        small = settings.shape == "small"
+        small = settings.shape != "6b"
         times = time_glm_peft(tokens, device, dtype, steps=settings.steps, small=small)
         record["glm_peft_real_tokens_per_second"] = tokens / float(np.median(times)) * 1e3
     _print(record)
@@ -117,14 +112,11 @@ def _rows(settings: BenchTrainConfig, shape: ChatGLMConfig) -> TokenRows:
     return rows
 
 
-def _random_model(
+def _adapted_model(
     config: TrainConfig, shape: ChatGLMConfig, device: torch.device, dtype: torch.dtype
 ) -> PeftModel:
-    torch.manual_seed(0)
-    with torch.device(device):
-        base = ChatGLMForConditionalGeneration._from_config(shape, dtype=dtype)
     model = attach_lora(
-        base,
+        random_model(shape, device, dtype),
         rank=config.lora_rank,
         alpha=config.lora_alpha,
         dropout=config.lora_dropout,

@@ -5,10 +5,12 @@ were called before, `flags` splits a command line and prints its help, `reading`
 flags into a checked config.
 """
 
-from glmtune.config.reading import read_config, write_recipe
+from glmtune.config.reading import change_setting, read_config, write_recipe
 from glmtune.config.settings import (
     SETTINGS,
+    BenchDecodeConfig,
     BenchTrainConfig,
+    ChatConfig,
     CompareConfig,
     ConvertAdapterConfig,
     ConvertConfig,
@@ -22,7 +24,9 @@ from glmtune.config.settings import (
 
 __all__ = [
     "SETTINGS",
+    "BenchDecodeConfig",
     "BenchTrainConfig",
+    "ChatConfig",
     "CompareConfig",
     "ConvertAdapterConfig",
     "ConvertConfig",
@@ -32,6 +36,7 @@ __all__ = [
     "NewModelConfig",
     "TokenizeConfig",
     "TrainConfig",
+    "change_setting",
     "read_config",
     "write_recipe",
 ]

@@ -3,7 +3,14 @@
 import os
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 PathText = Annotated[str, StringConstraints(pattern=r"^[^\x00]+$")]
@@ -78,13 +85,25 @@ class DeviceSettings(Settings):
         return self
 
 
+class DecodingSettings(Settings):
+    """How the decoder reads the weights."""
+
+    group: ClassVar[str] = "decoding"
+    decode_bits: Literal["16", "8", "4"] = Field(
+        "16",
+        description="round the linears to so many bits, so that a GPU reads less for each token (a "
+        "CPU gets slower)",
+    )
+    decode_compile: bool = Field(
+        False, description="compile the layers first, which takes a minute and needs a GPU"
+    )
+
+
 class AnswerSettings(Settings):
-    """How answers are generated."""
+    """How an answer is generated."""
 
     group: ClassVar[str] = "answers"
-    per_device_eval_batch_size: int = Field(8, ge=1, description="records answered at a time")
     max_new_tokens: int = Field(150, ge=1, description="longest answer, in tokens")
-    num_beams: int = Field(1, ge=1, description="beams of the search; 1 searches none")
     do_sample: bool = Field(False, description="draw tokens at random instead of the likeliest")
     temperature: float | None = Field(None, gt=0, description="above 1 flattens the draw")
     top_p: float | None = Field(
@@ -94,7 +113,19 @@ class AnswerSettings(Settings):
     repetition_penalty: float | None = Field(
         None, gt=0, description="above 1 discourages tokens already used"
     )
+    stop_strings: tuple[str, ...] | None = Field(
+        None,
+        description="an answer ends before the first of these texts; a \\n in one is a new line",
+    )
     seed: int = Field(42, ge=0, lt=2**32, description="seed of the draw")
+
+    @field_validator("stop_strings", mode="before")
+    @classmethod
+    def split_texts(cls, value: object) -> object:
+        """Accept "a,b" for ["a", "b"]; a list may hold texts with commas."""
+        if isinstance(value, str):
+            return tuple(text.replace("\\n", "\n") for text in value.split(","))
+        return value
 
     @model_validator(mode="after")
     def sampling_is_on(self) -> Self:
@@ -108,3 +139,11 @@ class AnswerSettings(Settings):
                     "do_sample",
                 )
         return self
+
+
+class BatchSettings(Settings):
+    """How many answers are generated side by side."""
+
+    group: ClassVar[str] = "answers"
+    per_device_eval_batch_size: int = Field(8, ge=1, description="records answered at a time")
+    num_beams: int = Field(1, ge=1, description="beams of the search; 1 searches none")

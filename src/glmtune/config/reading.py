@@ -58,6 +58,21 @@ def read_config(
         raise UserError(_explain(error, cls, given)) from None
 
 
+def change_setting(config: Config, verb: str, name: str, text: str) -> Config:
+    """Return a config with one setting changed to what a text says.
+
+    Raises:
+        UserError: an unknown name or a wrong value.
+    """
+    check_name(verb, name, name)
+    cls = type(config)
+    value = None if _means_none(cls, name, text) else text
+    try:
+        return cls.model_validate(config.model_dump() | {name: value})
+    except ValidationError as error:
+        raise UserError(_explain(error, cls, {name: Given(text, name)})) from None
+
+
 def _means_none(cls: type[Settings], name: str, value: object) -> bool:
     """Whether the text says `none` where None is allowed: how a flag undoes a recipe's value."""
     may_be_none = NoneType in get_args(cls.model_fields[name].annotation)

@@ -14,6 +14,8 @@ from glmtune.config.groups import (
     AnswerSettings,
     BadRowSettings,
     BaseModelSettings,
+    BatchSettings,
+    DecodingSettings,
     DeviceSettings,
     PathText,
     Settings,
@@ -235,7 +237,14 @@ class RecordSettings(BadRowSettings):
     )
 
 
-class InferConfig(RecordSettings, AnswerSettings, BaseModelSettings, DeviceSettings):
+class InferConfig(
+    RecordSettings,
+    BatchSettings,
+    AnswerSettings,
+    DecodingSettings,
+    BaseModelSettings,
+    DeviceSettings,
+):
     """Settings of `glmtune infer`."""
 
     group: ClassVar[str] = "data"
@@ -250,7 +259,14 @@ class InferConfig(RecordSettings, AnswerSettings, BaseModelSettings, DeviceSetti
     limit: int | None = Field(None, ge=1, description="answer this many records (default: all)")
 
 
-class CompareConfig(RecordSettings, AnswerSettings, BaseModelSettings, DeviceSettings):
+class CompareConfig(
+    RecordSettings,
+    BatchSettings,
+    AnswerSettings,
+    DecodingSettings,
+    BaseModelSettings,
+    DeviceSettings,
+):
     """Settings of `glmtune compare`."""
 
     group: ClassVar[str] = "data"
@@ -260,6 +276,34 @@ class CompareConfig(RecordSettings, AnswerSettings, BaseModelSettings, DeviceSet
         description="folder for compare.md, .html and .jsonl (default: compare in model_path)",
     )
     limit: int | None = Field(20, ge=1, description="answer this many records; none: all")
+
+
+# --- chat ---
+
+
+class ChatConfig(AnswerSettings, DecodingSettings, BaseModelSettings, DeviceSettings):
+    """Settings of `glmtune chat`; those of the draw are the published code's."""
+
+    group: ClassVar[str] = "chat"
+    adapter: PathText | None = Field(
+        None, description="run folder or adapter to talk to (default: the base model alone)"
+    )
+    max_new_tokens: int = Field(512, ge=1, description="longest answer, in tokens")
+    do_sample: bool = Field(True, description="draw tokens at random instead of the likeliest")
+    temperature: float | None = Field(0.95, gt=0, description="above 1 flattens the draw")
+    top_p: float | None = Field(
+        0.7, gt=0, le=1, description="draw from the likeliest tokens that hold this probability"
+    )
+
+    @property
+    def model_path(self) -> str | None:
+        """The adapter, by the name it has in other verbs."""
+        return self.adapter
+
+    @model_validator(mode="after")
+    def sampling_is_on(self) -> Self:
+        """A draw's settings may stand while there is none: `/set do_sample` comes and goes."""
+        return self
 
 
 # --- merge, adapters convert ---
@@ -345,8 +389,10 @@ class BenchSettings(Settings):
 
     group: ClassVar[str] = "benchmark"
     bare_words = ()
-    shape: Literal["6b", "small"] = Field(
-        "6b", description="sizes of the model, whose weights are random: nothing is downloaded"
+    shape: Literal["6b", "wide", "small"] = Field(
+        "6b",
+        description="sizes of the model, whose weights are random: nothing is downloaded; wide: 2 "
+        "layers of width 1,024 with the whole vocabulary, small: 4 of width 256 with 4,096 ids",
     )
     json_path: PathText | None = Field(None, description="JSON lines file to add the record to")
 
@@ -371,6 +417,16 @@ class BenchTrainConfig(BenchSettings, LoraSettings, TrainingDeviceSettings):
     kernel_table: PathText | None = Field(None, description="file for a table of a step's kernels")
 
 
+class BenchDecodeConfig(BenchSettings, DecodingSettings, DeviceSettings):
+    """Settings of `glmtune bench decode`."""
+
+    group: ClassVar[str] = "benchmark"
+    prompt_length: int = Field(64, ge=3, description="tokens of each prompt")
+    max_new_tokens: int = Field(256, ge=2, description="tokens of each answer")
+    batch_size: int = Field(1, ge=1, description="prompts answered at a time")
+    compare: bool = Field(False, description="time transformers' generate, too")
+
+
 SETTINGS: dict[str, type[Settings]] = {
     "convert": ConvertConfig,
     "tokenize": TokenizeConfig,
@@ -382,5 +438,7 @@ SETTINGS: dict[str, type[Settings]] = {
     "demo": DemoConfig,
     "new-model": NewModelConfig,
     "bench train": BenchTrainConfig,
+    "bench decode": BenchDecodeConfig,
+    "chat": ChatConfig,
 }
 """Verb -> its settings."""

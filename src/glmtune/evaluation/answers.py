@@ -1,4 +1,4 @@
-"""What `infer` and `compare` share: which model answers which records, and a file to resume."""
+"""What verbs that answer share: which model answers which records, and a file to resume."""
 
 import errno
 import hashlib
@@ -14,13 +14,13 @@ from typing import Any, TextIO
 import torch
 
 from glmtune.adapters import find_adapter, load_adapter
-from glmtune.config import CompareConfig, InferConfig
+from glmtune.config import ChatConfig, CompareConfig, InferConfig
 from glmtune.data.files import new_file, read_text
 from glmtune.data.records import Record, list_bad_rows, read_alpaca
 from glmtune.data.templates import alpaca
 from glmtune.errors import UserError
 from glmtune.generation import Prompt
-from glmtune.hardware import pick_device, pick_dtype
+from glmtune.hardware import check_decoding, pick_device, pick_dtype
 from glmtune.models.checkpoints import (
     base_name,
     check_pair,
@@ -63,15 +63,16 @@ class Subject:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, config: InferConfig | CompareConfig) -> "Subject":
+    def of(cls, config: InferConfig | CompareConfig | ChatConfig) -> "Subject":
         """What a config means here.
 
         Raises:
-            UserError: no such base or adapter, or a number format that the device lacks.
+            UserError: no such base or adapter, or something that the device lacks.
         """
         adapter = find_adapter(config.model_path) if config.model_path else None
         base = resolve_base(config.chatglm_path, config.model_path)
         device = pick_device(config.use_cpu)
+        check_decoding(device, int(config.decode_bits), config.decode_compile)
         dtype, caution = pick_dtype(device, config.bf16, config.fp16)
         if caution:
             print(f"notice: {caution}", file=sys.stderr)

@@ -11,7 +11,8 @@ from glmtune.data.files import new_file
 from glmtune.evaluation.answers import AnswerFile, Subject, prompt_of, read_questions
 from glmtune.evaluation.page import html
 from glmtune.evaluation.report import Comparison, Pair, markdown
-from glmtune.generation import GenerationSettings, answer_batch, encode_prompts
+from glmtune.generation import Decoder, GenerationSettings, answer_batch, encode_prompts
+from glmtune.generation.streaming import check_stop_strings
 
 
 def compare(config: CompareConfig) -> Comparison:
@@ -39,6 +40,10 @@ def compare(config: CompareConfig) -> Comparison:
         model, tokenizer = subject.load()
         prompts = [prompt_of(record) for record in todo]
         encoded = encode_prompts(model, tokenizer, prompts, settings.max_new_tokens)
+        check_stop_strings(settings.stop_strings or (), tokenizer)
+        tuned = Decoder.of(model, settings)
+        with model.disable_adapter():
+            base = Decoder.of(model, settings)
         size, num_all = config.per_device_eval_batch_size, len(file.lines) + len(todo)
         bar = tqdm(
             total=num_all,
@@ -51,12 +56,13 @@ def compare(config: CompareConfig) -> Comparison:
             for start in range(0, len(todo), size):
                 batch = encoded[start : start + size]
                 with model.disable_adapter():
-                    of_base = answer_batch(model, tokenizer, batch, settings)
-                of_tuned = answer_batch(model, tokenizer, batch, settings)
+                    of_base = answer_batch(model, tokenizer, batch, settings, base)
+                of_tuned = answer_batch(model, tokenizer, batch, settings, tuned)
                 answered = zip(todo[start : start + size], of_base, of_tuned, strict=True)
-                for record, base, tuned in answered:
-                    file.append(record, {"base": base._asdict(), "tuned": tuned._asdict()})
-                bar.update(len(encoded[start : start + size]))
+                for record, *answers in answered:
+                    sides = zip(("base", "tuned"), answers, strict=True)
+                    file.append(record, {side: answer._asdict() for side, answer in sides})
+                bar.update(len(batch))
                 if bar.disable:
                     print(f"{len(file.lines)} of {num_all} records answered twice", flush=True)
 

@@ -1,0 +1,242 @@
+"""`glmtune bench decode`: how fast answers come, and how fast the memory would let them.
+
+Every token reads all weights and the cache once, so that a machine's copy rate, measured in the
+same run, gives the limit of any decoder on it.
+"""
+
+import sys
+import time
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import NamedTuple
+
+import torch
+
+from glmtune.bench.limits import copy_rate
+from glmtune.bench.random_model import SHAPES, random_model
+from glmtune.bench.timing import append_json, check_appendable, machine
+from glmtune.config import BenchDecodeConfig
+from glmtune.errors import UserError
+from glmtune.generation import Decoder, EncodedPrompt, GenerationSettings
+from glmtune.generation.reference import generate_ids
+from glmtune.generation.weights import num_bytes
+from glmtune.hardware import (
+    GIB,
+    check_decoding,
+    device_name,
+    memory_gib,
+    pick_device,
+    pick_dtype,
+    total_memory_gib,
+)
+from glmtune.models.chatglm.configuration import ChatGLMConfig
+from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
+from glmtune.runlog import print_pairs
+
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class DecodeFigures:
+    """What was measured. Rates are of all rows of the batch together, medians of some runs."""
+
+    dtype: str
+    shape: str
+    decode_bits: str
+    decode_compile: bool
+    batch_size: int
+    prompt_length: int
+    max_new_tokens: int
+    tokens_per_second: float
+    """Of whole answers, reading the prompt included."""
+    decode_tokens_per_second: float
+    """After the first token of each."""
+    first_token_ms: float
+    peak_memory_gib: float
+    set_up_seconds: float
+    """Once: rounding, compiling, capturing, and a first batch of answers."""
+    copy_gb_per_second: float
+    """Device to device, read and written bytes both counted."""
+    gb_per_token: float
+    """What a step must read, at the middle of an answer."""
+    limit_tokens_per_second: float
+    share_of_limit: float
+    generate_tokens_per_second: float | None
+    generate_first_token_ms: float | None
+
+
+class Times(NamedTuple):
+    """Seconds of one batch of answers."""
+
+    first: float
+    """To the first token."""
+    whole: float
+
+
+def bench_decode(config: BenchDecodeConfig) -> DecodeFigures:
+    """Measure and print how fast a random model of a given shape answers random prompts.
+
+    Raises:
+        UserError: too little memory for the model, too many tokens for its positions, or a JSON
+            file that cannot be written.
+    """
+    device = pick_device(config.use_cpu)
+    dtype, caution = pick_dtype(device, config.bf16, config.fp16)
+    if caution:
+        print(f"notice: {caution}", file=sys.stderr)
+    shape = SHAPES[config.shape]
+    _check(config, shape, device, dtype)
+    try:
+        figures = _measure(config, shape, device, dtype)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"batch_size {config.batch_size}: no memory for {config.batch_size} prompts of "
+            f"{config.prompt_length} tokens and {config.max_new_tokens} new ones; lower it"
+        ) from error
+    _print(figures, device)
+    if config.json_path:
+        append_json({**machine(device), **asdict(figures)}, config.json_path)
+    return figures
+
+
+def _measure(
+    config: BenchDecodeConfig, shape: ChatGLMConfig, device: torch.device, dtype: torch.dtype
+) -> DecodeFigures:
+    bytes_per_second = copy_rate(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    print(f"making a random model ({config.shape}) on {device_name(device)}", flush=True)
+    model = random_model(shape, device, dtype).eval()
+    prompts = _random_prompts(shape, config.batch_size, config.prompt_length)
+    settings = GenerationSettings(max_new_tokens=config.max_new_tokens)
+
+    print("setting up the decoder" + ", compiling" * config.decode_compile, flush=True)
+    start = time.perf_counter()
+    # Without stop ids every answer has its full length.
+    bits, compiled = int(config.decode_bits), config.decode_compile
+    decoder = Decoder(model, [], bits=bits, compiled=compiled)
+    _time_decoder(decoder, prompts, settings)
+    set_up = time.perf_counter() - start
+    print("decoding", flush=True)
+    times = _medians([_time_decoder(decoder, prompts, settings) for _ in range(REPEATS)])
+    peak = memory_gib(device)
+    reference = None
+    if config.compare:
+        print("decoding with transformers' generate", flush=True)
+        reference = _time_generate(model, prompts, settings)
+
+    num_rows, num_tokens = config.batch_size, config.batch_size * config.max_new_tokens
+    rate = (num_tokens - num_rows) / (times.whole - times.first)
+    middle = config.prompt_length + config.max_new_tokens / 2
+    cache_bytes = 2 * shape.num_layers * shape.hidden_size * middle * dtype.itemsize
+    token_bytes = num_bytes(decoder.weights) / num_rows + cache_bytes
+    limit = bytes_per_second / token_bytes
+    return DecodeFigures(
+        dtype=str(dtype).removeprefix("torch."),
+        shape=config.shape,
+        decode_bits=config.decode_bits,
+        decode_compile=config.decode_compile,
+        batch_size=num_rows,
+        prompt_length=config.prompt_length,
+        max_new_tokens=config.max_new_tokens,
+        tokens_per_second=num_tokens / times.whole,
+        decode_tokens_per_second=rate,
+        first_token_ms=1e3 * times.first,
+        peak_memory_gib=peak,
+        set_up_seconds=set_up,
+        copy_gb_per_second=bytes_per_second / 1e9,
+        gb_per_token=token_bytes / 1e9,
+        limit_tokens_per_second=limit,
+        share_of_limit=rate / limit,
+        generate_tokens_per_second=num_tokens / reference.whole if reference else None,
+        generate_first_token_ms=1e3 * reference.first if reference else None,
+    )
+
+
+def _check(
+    config: BenchDecodeConfig, shape: ChatGLMConfig, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Refuse before the minutes of work what cannot end well."""
+    check_appendable(config.json_path)
+    check_decoding(device, int(config.decode_bits), config.decode_compile)
+    limit = shape.max_position_embeddings
+    if config.prompt_length + config.max_new_tokens > limit:
+        raise UserError(
+            f"prompt_length {config.prompt_length} with max_new_tokens {config.max_new_tokens} is "
+            f"more than the model's {limit} positions; lower one"
+        )
+    with torch.device("meta"):
+        model = ChatGLMForConditionalGeneration(shape)
+    needed = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize / GIB
+    total = total_memory_gib(device)
+    if total and needed > total:
+        raise UserError(
+            f"shape {config.shape}: its weights take {needed:.1f} GiB in "
+            f"{str(dtype).removeprefix('torch.')}, and {device_name(device)} has {total:.1f}; pass "
+            "--shape small"
+        )
+
+
+def _random_prompts(shape: ChatGLMConfig, num_prompts: int, length: int) -> list[EncodedPrompt]:
+    size, sop = (num_prompts, length - 2), shape.bos_token_id
+    assert sop is not None
+    texts = torch.randint(shape.pad_token_id + 1, shape.mask_token_id, size).tolist()
+    return [
+        EncodedPrompt([*text, shape.gmask_token_id, sop], number)
+        for number, text in enumerate(texts)
+    ]
+
+
+def _time_decoder(
+    decoder: Decoder, prompts: list[EncodedPrompt], settings: GenerationSettings
+) -> Times:
+    start = time.perf_counter()
+    stream = decoder.stream(prompts, settings)
+    next(stream)
+    first = time.perf_counter() - start
+    for _ in stream:
+        pass
+    return Times(first, time.perf_counter() - start)
+
+
+def _time_generate(
+    model: ChatGLMForConditionalGeneration,
+    prompts: list[EncodedPrompt],
+    settings: GenerationSettings,
+) -> Times:
+    """`generate` gives nothing before the end: its first token is timed as an answer of one."""
+
+    def seconds(max_new_tokens: int) -> float:
+        start = time.perf_counter()
+        generate_ids(model, prompts, GenerationSettings(max_new_tokens=max_new_tokens), [])
+        return time.perf_counter() - start
+
+    seconds(2)  # what is set up at first use
+    return _medians([Times(seconds(1), seconds(settings.max_new_tokens)) for _ in range(REPEATS)])
+
+
+def _medians(times: list[Times]) -> Times:
+    return Times(*map(median, zip(*times, strict=True)))
+
+
+def _print(figures: DecodeFigures, device: torch.device) -> None:
+    bits = figures.decode_bits if figures.decode_bits != "16" else figures.dtype
+    pairs = {
+        "model": f"{figures.shape}, {bits}{' bits' * (bits != figures.dtype)}"
+        f"{', compiled' * figures.decode_compile}, batch {figures.batch_size}",
+        "tokens/s": f"{figures.tokens_per_second:,.1f} with the prompt of {figures.prompt_length}, "
+        f"{figures.decode_tokens_per_second:,.1f} after the first token",
+        "first token": f"{figures.first_token_ms:,.1f} ms",
+        "memory at most": f"{figures.peak_memory_gib:,.2f} GiB",
+        "copy rate": f"{figures.copy_gb_per_second:,.0f} GB/s, {figures.gb_per_token:,.3f} GB a "
+        "token to read",
+        "limit": f"{figures.limit_tokens_per_second:,.1f} tokens/s, of which "
+        f"{figures.share_of_limit:.0%} reached",
+    }
+    if figures.generate_tokens_per_second is not None:
+        times = figures.tokens_per_second / figures.generate_tokens_per_second
+        pairs["generate"] = (
+            f"{figures.generate_tokens_per_second:,.1f} tokens/s ({times:.2f} times as fast here), "
+            f"first token {figures.generate_first_token_ms:,.1f} ms"
+        )
+    print_pairs(f"Decoding on {device_name(device)}", pairs)

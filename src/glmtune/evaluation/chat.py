@@ -1,0 +1,227 @@
+"""`glmtune chat`: talk to base or tuned weights in a terminal."""
+
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from glmtune.config import ChatConfig, change_setting
+from glmtune.config.groups import AnswerSettings
+from glmtune.config.names import did_you_mean
+from glmtune.data.files import new_file
+from glmtune.errors import UserError
+from glmtune.evaluation.answers import Subject
+from glmtune.evaluation.conversation import (
+    BASE,
+    TUNED,
+    Round,
+    polish,
+    polish_beginning,
+    write_prompt,
+)
+from glmtune.generation import Decoder, GenerationSettings, Prompt, encode_prompts, find_stop_ids
+from glmtune.generation.streaming import TextStream, check_stop_strings
+from glmtune.runlog import print_pairs
+
+ASK = "> "
+
+
+def chat(config: ChatConfig) -> None:
+    """Answer line by line what is typed, until /exit or the end of the input.
+
+    Raises:
+        UserError: base or adapter cannot be used, or a stop string cannot occur.
+    """
+    with suppress(ImportError):  # as on Windows, whose terminal edits lines itself
+        import readline  # noqa: F401  (from here on `input` edits lines, wide letters included)
+    subject = Subject.of(config)
+    model, tokenizer = subject.load()
+    Chat(config, model, tokenizer, subject).run()
+
+
+class Chat:
+    """One session: who answers, how, and what was said.
+
+    Args:
+        config: of the session; `/set` changes it.
+        model: in evaluation mode, with its adapter if there is one.
+        tokenizer: of the model.
+        subject: what the model is, for files and messages.
+
+    Raises:
+        UserError: a stop string that cannot occur.
+    """
+
+    def __init__(self, config: ChatConfig, model: Any, tokenizer: Any, subject: Subject):
+        self.config = config
+        self.model = model
+        self.tokenizer = tokenizer
+        self.subject = subject
+        self.rounds: list[Round] = []
+        self.num_asked = 0
+        check_stop_strings(config.stop_strings or (), tokenizer)
+        settings = GenerationSettings.from_config(config)
+        self.decoders: dict[str, Decoder] = {}
+        if subject.adapter is None:
+            self.decoders[BASE] = Decoder.of(model, settings)
+        else:
+            self.decoders[TUNED] = Decoder.of(model, settings)
+            with model.disable_adapter():
+                self.decoders[BASE] = Decoder.of(model, settings)
+        self.sides: tuple[str, ...] = (next(iter(self.decoders)),)
+        self.commands: dict[str, tuple[Callable[[str], None], str]] = {
+            "/new": (self._new, "forget what was said"),
+            "/undo": (self._undo, "forget the last question and its answers"),
+            "/base": (lambda _: self._turn_to(BASE), "the base answers"),
+            "/tuned": (lambda _: self._turn_to(TUNED), "base and adapter answer"),
+            "/both": (lambda _: self._turn_to(BASE, TUNED), "both answer, one under the other"),
+            "/set": (self._set, "KEY VALUE changes a setting of the answers; alone, lists them"),
+            "/save": (self._save, "[FILE] writes the conversation as JSON"),
+            "/help": (self._help, "lists the commands"),
+            "/exit": (self._exit, "ends, as Ctrl+D does; Ctrl+C stops an answer"),
+        }
+
+    def run(self) -> None:
+        """Read and answer lines until the end."""
+        print("/help lists the commands, /exit ends")
+        while True:
+            try:
+                line = input(ASK).strip()
+            except EOFError:
+                print()
+                return
+            except KeyboardInterrupt:
+                print("\n/exit ends")
+                continue
+            try:
+                # Broken bytes of the terminal would not reach the vocabulary.
+                self.take(line.encode("utf-8", "replace").decode("utf-8"))
+            except UserError as error:
+                print(f"error: {error}")
+            except SystemExit:
+                return
+
+    def take(self, line: str) -> None:
+        """Do a command, or answer a question.
+
+        Raises:
+            UserError: the command or its value is wrong, or the question cannot be answered.
+            SystemExit: after /exit.
+        """
+        word, _, rest = line.partition(" ")
+        if word in self.commands:
+            self.commands[word][0](rest.strip())
+        elif word.startswith("/") and word[1:].isalpha():
+            hint = did_you_mean(word, self.commands) or "; /help lists the commands"
+            raise UserError(f"there is no command {word}{hint}")
+        elif line:
+            self._answer(line)
+
+    def _answer(self, question: str) -> None:
+        round = Round(question)
+        for side in self.sides:
+            if len(self.sides) > 1:
+                print(f"[{side}]")
+            answer, whole = self._stream(side, question)
+            if answer:
+                round.answers[side] = answer
+            if not whole:
+                break
+        self.num_asked += 1
+        if round.answers:
+            self.rounds.append(round)
+
+    def _stream(self, side: str, question: str) -> tuple[str, bool]:
+        """Print an answer as it comes; the answer, and whether it came to its end."""
+        settings = GenerationSettings.from_config(self.config)
+        text = write_prompt(self.rounds, question, side)
+        # A number of its own each time, so that the same question may get another answer.
+        prompt = Prompt(text, "the conversation", self.num_asked)
+        encoded = encode_prompts(self.model, self.tokenizer, [prompt], settings.max_new_tokens)
+        stream = TextStream(self.tokenizer, settings.stop_strings or ())
+        stop_ids = find_stop_ids(self.model)
+        said, shown, whole = "", "", True
+        try:
+            for (ids,) in self.decoders[side].stream(encoded, settings):
+                end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
+                said += stream.push(ids[:end])
+                shown = self._show(shown, polish_beginning(said))
+                if end is not None or stream.stopped:
+                    break
+        except KeyboardInterrupt:
+            whole = False
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"no memory for a conversation of {len(encoded[0].ids)} tokens and "
+                f"{settings.max_new_tokens} new ones; /set max_new_tokens lower, or begin /new"
+            ) from error
+        said += stream.end()
+        shown = self._show(shown, polish(said))
+        print("" if whole else " [stopped]", flush=True)
+        return shown, whole
+
+    @staticmethod
+    def _show(shown: str, text: str) -> str:
+        print(text[len(shown) :], end="", flush=True)
+        return text
+
+    def _new(self, _: str) -> None:
+        self.rounds.clear()
+        print("a new conversation")
+
+    def _undo(self, _: str) -> None:
+        if not self.rounds:
+            raise UserError("/undo: nothing was said yet")
+        print(f"forgotten: {self.rounds.pop().question}")
+
+    def _turn_to(self, *sides: str) -> None:
+        if TUNED in sides and TUNED not in self.decoders:
+            raise UserError("no adapter is loaded; start the chat with --adapter FOLDER")
+        self.sides = sides
+        print(f"{' and '.join(sides)} will answer")
+
+    def _set(self, words: str) -> None:
+        if not words:
+            values = {name: getattr(self.config, name) for name in AnswerSettings.model_fields}
+            print_pairs("settings", {name: _show_value(value) for name, value in values.items()})
+            return
+        name, _, value = words.partition(" ")
+        name = name.removeprefix("--").replace("-", "_")
+        config = change_setting(self.config, "chat", name, value.strip())
+        if name not in AnswerSettings.model_fields:
+            raise UserError(f"/set: {name} is fixed; start another chat with --{name} {value}")
+        check_stop_strings(config.stop_strings or (), self.tokenizer)
+        self.config = config
+        print(f"{name} {_show_value(getattr(config, name))}")
+
+    def _save(self, path: str) -> None:
+        if not self.rounds:
+            raise UserError("/save: nothing was said yet")
+        path = path or f"chat-{datetime.now():%Y-%m-%d-%H%M%S}.json"
+        if Path(path).exists():
+            raise UserError(f"/save: {path} exists; name another file")
+        settings = GenerationSettings.from_config(self.config)
+        content = {
+            **self.subject.identity(),
+            "settings": settings.in_effect(),
+            "rounds": [{"question": round.question, **round.answers} for round in self.rounds],
+        }
+        with new_file(path) as file:
+            file.write(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+        print(f"written: {path}, {len(self.rounds)} rounds")
+
+    def _help(self, _: str) -> None:
+        print_pairs("commands", {name: text for name, (_, text) in self.commands.items()})
+
+    def _exit(self, _: str) -> None:
+        raise SystemExit
+
+
+def _show_value(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(text.replace("\n", "\\n") for text in value)
+    return "none" if value is None else str(value).lower()

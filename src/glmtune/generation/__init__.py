@@ -1,0 +1,26 @@
+"""Prompts in, answers out.
+
+`answers` puts prompts into batches, `decoder` runs them on the model's `weights`, `sampling`
+chooses each token, `streaming` makes text of tokens while they come; `reference` does the same
+through transformers' `generate`.
+"""
+
+from glmtune.generation.answers import (
+    answer_batch,
+    encode_prompts,
+    generate_answers,
+)
+from glmtune.generation.decoder import Decoder, find_stop_ids
+from glmtune.generation.settings import Answer, EncodedPrompt, GenerationSettings, Prompt
+
+__all__ = [
+    "Answer",
+    "Decoder",
+    "EncodedPrompt",
+    "GenerationSettings",
+    "Prompt",
+    "answer_batch",
+    "encode_prompts",
+    "find_stop_ids",
+    "generate_answers",
+]

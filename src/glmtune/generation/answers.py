@@ -1,0 +1,151 @@
+"""Answers to prompts, in batches."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel
+
+from glmtune.errors import UserError
+from glmtune.generation.decoder import Decoder, find_stop_ids
+from glmtune.generation.reference import generate_ids
+from glmtune.generation.settings import Answer, EncodedPrompt, GenerationSettings, Prompt
+from glmtune.generation.streaming import check_stop_strings, cut_at_stop
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def generate_answers(
+    model: "PreTrainedModel | PeftModel",
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    settings: GenerationSettings,
+    batch_size: int,
+) -> Iterator[Answer]:
+    """Answer prompts in left-padded batches, and deliver the answers in order as batches finish.
+
+    An answer does not depend on the prompts beside it: padding is masked, and a drawn answer has
+    random numbers of its own, given by the seed and the prompt's number alone.
+
+    Args:
+        model: in evaluation mode, with or without an adapter.
+        tokenizer: any with `encode_batch` and `decode` (see models.chatglm.tokenization).
+        prompts: all are checked before the first is answered.
+        settings: how to generate.
+        batch_size: prompts answered at a time.
+
+    Raises:
+        UserError: see `encode_prompts` and `answer_batch`.
+    """
+    check_stop_strings(settings.stop_strings or (), tokenizer)
+    encoded = encode_prompts(model, tokenizer, prompts, settings.max_new_tokens)
+    decoder = Decoder.of(model, settings)
+    return (
+        answer
+        for start in range(0, len(encoded), batch_size)
+        for answer in answer_batch(
+            model, tokenizer, encoded[start : start + batch_size], settings, decoder
+        )
+    )
+
+
+def encode_prompts(
+    model: "PreTrainedModel | PeftModel",
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+) -> list[EncodedPrompt]:
+    """Encode prompts whole; none is cut.
+
+    Raises:
+        UserError: a prompt that leaves the model no positions for `max_new_tokens` more.
+    """
+    limit = model.config.max_position_embeddings
+    texts = [prompt.text for prompt in prompts]
+    encoded = tokenizer.encode_batch(texts, add_special_tokens=True)
+    too_long = [i for i, ids in enumerate(encoded) if len(ids) + max_new_tokens > limit]
+    if too_long:
+        first, more = too_long[0], len(too_long) - 1
+        num_ids = len(encoded[first])
+        fix = f", or max_new_tokens to {limit - num_ids} at most" if num_ids < limit else ""
+        raise UserError(
+            f"{prompts[first].where}: the prompt has {num_ids} tokens, which with max_new_tokens "
+            f"{max_new_tokens} is more than the model's {limit} positions; shorten the prompt{fix}"
+            + (f" ({more} more are too long as well)" if more else "")
+        )
+    return [EncodedPrompt(ids, prompt.number) for ids, prompt in zip(encoded, prompts, strict=True)]
+
+
+def answer_batch(
+    model: "PreTrainedModel | PeftModel",
+    tokenizer: Any,
+    prompts: Sequence[EncodedPrompt],
+    settings: GenerationSettings,
+    decoder: Decoder | None = None,
+) -> list[Answer]:
+    """Answer one batch of encoded prompts.
+
+    Args:
+        model: answers beam searches, through transformers' `generate`.
+        tokenizer: as in `generate_answers`.
+        prompts: one batch.
+        settings: how to generate.
+        decoder: of this model, and kept from batch to batch by the caller; answers all else.
+
+    Raises:
+        UserError: the batch does not fit into memory, or the model's logits are not finite.
+    """
+    stop_ids = find_stop_ids(model)
+    try:
+        if settings.num_beams > 1:
+            rows = generate_ids(model, prompts, settings, stop_ids)
+        else:
+            decoder = decoder or Decoder.of(model, settings)
+            rows = _decode(decoder, tokenizer, prompts, settings)
+    except torch.OutOfMemoryError as error:
+        longest = max(len(prompt.ids) for prompt in prompts)
+        raise UserError(
+            f"per_device_eval_batch_size {len(prompts)}: no memory for a batch of so many prompts "
+            f"of up to {longest} tokens and {settings.max_new_tokens} new ones; lower it"
+        ) from error
+    return [_read_answer(row, stop_ids, settings, tokenizer) for row in rows]
+
+
+def _decode(
+    decoder: Decoder,
+    tokenizer: Any,
+    prompts: Sequence[EncodedPrompt],
+    settings: GenerationSettings,
+) -> list[list[int]]:
+    """The ids of each answer; one that has a stop string in it is ended."""
+    rows: list[list[int]] = [[] for _ in prompts]
+    going_on = set(range(len(prompts))) if settings.stop_strings else set()
+    for more in decoder.stream(prompts, settings):
+        for row, ids in zip(rows, more, strict=True):
+            row += ids
+        for i in [i for i in going_on if _stops(rows[i], settings, tokenizer)]:
+            going_on.remove(i)
+            decoder.finish(i)
+    return rows
+
+
+def _stops(ids: list[int], settings: GenerationSettings, tokenizer: Any) -> bool:
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    return cut_at_stop(text, settings.stop_strings or ()) is not None
+
+
+def _read_answer(
+    ids: list[int], stop_ids: Sequence[int], settings: GenerationSettings, tokenizer: Any
+) -> Answer:
+    """The answer that some ids are: it ends before a stop id, and before a stop string."""
+    end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
+    kept, stopped = ids[:end], end is not None
+    if settings.stop_strings and _stops(kept, settings, tokenizer):
+        # Tokens count up to the one that completes the stop string.
+        lengths = range(1, len(kept) + 1)
+        kept = next(kept[:n] for n in lengths if _stops(kept[:n], settings, tokenizer))
+        stopped = True
+    text = tokenizer.decode(kept, skip_special_tokens=True)
+    cut = cut_at_stop(text, settings.stop_strings or ())
+    return Answer((text if cut is None else cut).strip(), len(kept), stopped)

@@ -1,0 +1,308 @@
+"""The decoder: a batch of prompts in, tokens out as they come.
+
+A prompt is read once (`prefill`), and then each step reads one token a row (`decode`), chooses the
+next and notes which rows have ended, all on the device and in buffers of fixed size and place. On a
+GPU the step is captured once and replayed, so that it costs one launch, and the host looks only
+every few tokens, so that neither waits for the other.
+
+Shapes: B rows of a batch, S columns of the longest prompt, K columns of the buffers, D head size,
+V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from glmtune.errors import UserError
+from glmtune.generation.reference import NOT_FINITE, left_padded
+from glmtune.generation.sampling import choose, random_numbers
+from glmtune.generation.settings import EncodedPrompt, GenerationSettings
+from glmtune.generation.weights import can_be_captured, read_weights
+from glmtune.hardware import check_decoding
+from glmtune.models.chatglm.configuration import ChatGLMConfig
+from glmtune.models.chatglm.decoding import (
+    Angles,
+    KeyValueCache,
+    decode,
+    prefill,
+    run_block,
+    run_head,
+)
+from glmtune.models.chatglm.layout import read_layout
+from glmtune.ops.attention import prefix_lm_mask
+from glmtune.ops.rotary import rotary_angles
+
+TOKENS_PER_LOOK = 8
+"""Steps that a GPU is given before the host looks at what came out."""
+COLUMNS_PER_GROWTH = 128
+"""Buffers have a multiple of so many columns: few sizes, so that few steps are captured."""
+WARM_UP_STEPS = 3
+"""Before a capture, so that what libraries set up at first use is not captured."""
+
+
+@dataclass
+class Buffers:
+    """All that a step reads and writes. Column k belongs to the k-th token of a row."""
+
+    settings: GenerationSettings
+    """What is built into the step: penalty and filters."""
+    cache: KeyValueCache
+    column_K: Tensor
+    tokens_BK: Tensor
+    valid_BK: Tensor
+    """False for padding, true for prompts and for every column after them."""
+    angles: Angles
+    """``(B, K, 2, D/4)``."""
+    column_1: Tensor
+    """Of the newest token, which is not in the cache yet."""
+    finished_B: Tensor
+    finite: Tensor
+    seen_BV: Tensor | None
+    numbers_BK: Tensor | None
+    replay: Callable[[], None] | None = None
+    """The captured step."""
+
+    @classmethod
+    def new(
+        cls,
+        config: ChatGLMConfig,
+        settings: GenerationSettings,
+        num_rows: int,
+        num_columns: int,
+        like: Tensor,
+    ) -> "Buffers":
+        """Buffers for so many rows and columns, on the device and of the type of a tensor."""
+
+        def new(value: int, *shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.full(shape, value, dtype=dtype, device=like.device)
+
+        shape = (num_rows, num_columns)
+        flat_angles = new(0, *shape, 2, config.head_dim // 4, dtype=like.dtype)
+        with_penalty = settings.repetition_penalty is not None
+        return cls(
+            settings=settings,
+            cache=KeyValueCache.zeros(config, *shape, like),
+            column_K=torch.arange(num_columns, device=like.device),
+            tokens_BK=new(0, *shape, dtype=torch.long),
+            valid_BK=new(1, *shape, dtype=torch.bool),
+            angles=Angles(flat_angles, flat_angles.clone()),
+            column_1=new(0, 1, dtype=torch.long),
+            finished_B=new(0, num_rows, dtype=torch.bool),
+            finite=new(1, dtype=torch.bool),
+            seen_BV=new(0, num_rows, config.vocab_size, dtype=torch.bool) if with_penalty else None,
+            numbers_BK=new(0, *shape, dtype=torch.float64) if settings.do_sample else None,
+        )
+
+    def fits(self, settings: GenerationSettings, num_rows: int, num_columns: int) -> bool:
+        """Whether they serve for such a batch."""
+        rows, columns = self.tokens_BK.shape
+        return self.settings == settings and rows == num_rows and columns >= num_columns
+
+
+def find_stop_ids(model: Any) -> list[int]:
+    """The ids at which an answer ends, as the model's generation_config or config names them."""
+    for config in (model.generation_config, model.config):
+        stop = config.eos_token_id
+        if stop is not None:
+            return [stop] if isinstance(stop, int) else list(stop)
+    raise AssertionError("the model names no eos_token_id")
+
+
+class Decoder:
+    """Answers batches of prompts with a model as it stands when this is made.
+
+    An adapter that is disabled then is not applied, also if it is enabled later.
+
+    Args:
+        model: a ChatGLM-6B in evaluation mode, plain or in PEFT's wrapping.
+        stop_ids: tokens at which an answer ends.
+        bits: 8 or 4 round the linears for speed; see `read_weights`.
+        merge: merge the adapter into copies of the weights; likewise.
+        compiled: compile the layers of the one-token step, which takes a minute and is faster.
+
+    Raises:
+        UserError: the weights cannot be had in so few bits, or the device lacks something.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        stop_ids: Sequence[int],
+        *,
+        bits: int = 16,
+        merge: bool = False,
+        compiled: bool = False,
+    ):
+        self.config: ChatGLMConfig = model.config
+        self.device: torch.device = model.device
+        check_decoding(self.device, bits, compiled)
+        with torch.inference_mode():
+            self.weights = read_weights(model, bits=bits, merge=merge)
+        self.captures = self.device.type == "cuda" and can_be_captured(self.weights)
+        self._stop_ids = torch.tensor(stop_ids, device=self.device)
+        self._buffers: Buffers | None = None
+        self._block: Callable[..., Tensor] = run_block
+        self._head: Callable[..., Tensor] = run_head
+        if compiled:
+            # With it, products of one row become reductions that conversions are fused into.
+            options: dict[str, Any] = {"coordinate_descent_tuning": True}
+            self._block = torch.compile(run_block, options=options)
+            self._head = torch.compile(run_head, options=options)
+
+    @classmethod
+    def of(cls, model: Any, settings: GenerationSettings) -> "Decoder":
+        """A decoder that ends answers where the model does, with the bits that are asked for."""
+        return cls(
+            model,
+            find_stop_ids(model),
+            bits=settings.decode_bits,
+            compiled=settings.decode_compile,
+        )
+
+    @torch.inference_mode()
+    def stream(
+        self, prompts: Sequence[EncodedPrompt], settings: GenerationSettings
+    ) -> Iterator[list[list[int]]]:
+        """The tokens of each prompt's answer, some more at a time, until all have ended.
+
+        An answer that has ended goes on with padding while others do not; `finish` ends one.
+
+        Args:
+            prompts: one batch, which must fit into the model's positions with its answers.
+            settings: without beams; stop strings are the caller's concern.
+
+        Raises:
+            UserError: the model's logits are not finite.
+        """
+        buffers, num_prompt_columns = self._read_prompts(prompts, settings)
+        start, end = num_prompt_columns, num_prompt_columns + settings.max_new_tokens
+        made = start + 1
+        while True:
+            rows = buffers.tokens_BK[:, start:made].tolist()
+            if not buffers.finite:
+                self._buffers = None  # the cache is spoilt
+                raise UserError(NOT_FINITE)
+            yield rows
+            if made == end or buffers.finished_B.all():
+                return
+            start, made = made, min(made + self._tokens_per_look, end)
+            for num_columns in range(start, made):
+                if buffers.replay is None:
+                    self._step(buffers, num_columns)
+                else:
+                    buffers.replay()
+
+    @torch.inference_mode()
+    def finish(self, row: int) -> None:
+        """Take a row of the batch that is streamed as ended, as for a stop string."""
+        assert self._buffers is not None, "nothing is streamed"
+        self._buffers.finished_B[row] = True
+
+    @property
+    def _tokens_per_look(self) -> int:
+        return TOKENS_PER_LOOK if self.device.type == "cuda" else 1
+
+    def _read_prompts(
+        self, prompts: Sequence[EncodedPrompt], settings: GenerationSettings
+    ) -> tuple[Buffers, int]:
+        """Fill the buffers from prompts, as far as the first token of each answer."""
+        pad_id = self.config.pad_token_id
+        input_ids_BS, valid_BS = left_padded(prompts, pad_id, self.device)
+        num_rows, num_columns = input_ids_BS.shape
+        buffers = self._buffers_for(num_rows, num_columns + settings.max_new_tokens, settings)
+        num_later = buffers.column_K.shape[0] - num_columns
+        buffers.tokens_BK.copy_(F.pad(input_ids_BS, (0, num_later), value=pad_id))
+        buffers.valid_BK.copy_(F.pad(valid_BS, (0, num_later), value=True))
+        buffers.column_1.fill_(num_columns - 1)
+        buffers.finished_B.zero_()
+        buffers.finite.fill_(True)
+        if buffers.seen_BV is not None:
+            # Padding was not said: an answer must not depend on it, so <sop> stands in its place.
+            said_BS = torch.where(valid_BS, input_ids_BS, input_ids_BS[:, -1:])
+            buffers.seen_BV.zero_().scatter_(1, said_BS, True)
+        if buffers.numbers_BK is not None:
+            later = buffers.numbers_BK[:, num_columns : num_columns + settings.max_new_tokens]
+            later.copy_(random_numbers(settings, prompts, self.device))
+
+        # Later columns hold answer tokens, whatever their ids: their positions are known now.
+        layout = read_layout(buffers.tokens_BK, self.config, buffers.valid_BK)
+        angles = rotary_angles(layout.position_ids_B2S, self.config.head_dim)
+        for buffer, angle in zip(buffers.angles, angles, strict=True):
+            buffer.copy_(angle)
+        logits_BV = prefill(
+            self.weights,
+            input_ids_BS,
+            prefix_lm_mask(layout.prefix_end_B, valid_BS),
+            Angles(*(angle[:, :num_columns] for angle in buffers.angles)),
+            buffers.cache,
+        )
+        self._choose(buffers, logits_BV)
+        return buffers, num_columns
+
+    def _buffers_for(
+        self, num_rows: int, num_columns: int, settings: GenerationSettings
+    ) -> Buffers:
+        """Those of the last batch if they serve, or new ones, with a captured step on a GPU."""
+        built_in = replace(settings, max_new_tokens=0, seed=0, stop_strings=None)
+        if self._buffers is None or not self._buffers.fits(built_in, num_rows, num_columns):
+            self._buffers = None  # free them first
+            num_columns += -num_columns % COLUMNS_PER_GROWTH
+            like = self.weights.final_norm.weight
+            self._buffers = Buffers.new(self.config, built_in, num_rows, num_columns, like)
+            if self.captures:
+                self._buffers.replay = self._capture(self._buffers)
+        return self._buffers
+
+    def _capture(self, buffers: Buffers) -> Callable[[], None]:
+        """The step over all columns as a CUDA graph. What the buffers hold meanwhile is nonsense.
+
+        Source: PyTorch's notes on CUDA graphs: warm up on a side stream, then capture.
+        """
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP_STEPS):
+                    self._step(buffers)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._step(buffers)
+        return graph.replay
+
+    def _step(self, buffers: Buffers, num_columns: int | None = None) -> None:
+        """Read the newest token of each row and choose the next; looks at the first columns only.
+
+        Nothing here may depend on a tensor's value on the host.
+        """
+        column_1 = buffers.column_1
+        seen_BK = buffers.valid_BK & (buffers.column_K <= column_1)
+        logits_BV = decode(
+            self.weights,
+            buffers.tokens_BK.index_select(1, column_1),
+            column_1,
+            seen_BK[:, None, None, :num_columns],
+            Angles(*(angle.index_select(1, column_1) for angle in buffers.angles)),
+            buffers.cache,
+            self._block,
+            self._head,
+        )
+        self._choose(buffers, logits_BV)
+
+    def _choose(self, buffers: Buffers, logits_BV: Tensor) -> None:
+        """Choose the next token of each row, which becomes its newest."""
+        scores_BV = logits_BV.float()
+        buffers.finite.logical_and_(scores_BV.max().isfinite())  # NaN where any score is
+        buffers.column_1.add_(1)
+        numbers_BK = buffers.numbers_BK
+        draw_B1 = None if numbers_BK is None else numbers_BK.index_select(1, buffers.column_1)
+        token_B = choose(scores_BV, buffers.settings, buffers.seen_BV, draw_B1)
+        token_B1 = token_B.masked_fill(buffers.finished_B, self.config.pad_token_id)[:, None]
+        buffers.tokens_BK.index_copy_(1, buffers.column_1, token_B1)
+        buffers.finished_B.logical_or_((token_B1 == self._stop_ids).any(-1))
+        if buffers.seen_BV is not None:
+            buffers.seen_BV.scatter_(1, token_B1, True)

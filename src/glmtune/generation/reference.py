@@ -1,0 +1,91 @@
+"""Answers through transformers' own `generate`: for beams, and to hold the decoder against."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from glmtune.errors import UserError
+from glmtune.generation.sampling import draw, filters, random_numbers
+from glmtune.generation.settings import EncodedPrompt, GenerationSettings
+
+NOT_FINITE = (
+    "the model's logits are not finite: its weights are damaged, or float16 overflowed (then pass "
+    "--bf16 true, or --fp16 false)"
+)
+
+
+def left_padded(
+    prompts: Sequence[EncodedPrompt], pad_id: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The ids of some prompts as one batch, and where it is real: ``(B, S)`` both."""
+    longest = max(len(prompt.ids) for prompt in prompts)
+    padding = [longest - len(prompt.ids) for prompt in prompts]
+    rows = [[pad_id] * num + prompt.ids for num, prompt in zip(padding, prompts, strict=True)]
+    first_real_B1 = torch.tensor(padding, device=device)[:, None]
+    return torch.tensor(rows, device=device), torch.arange(longest, device=device) >= first_real_B1
+
+
+def generate_ids(
+    model: Any,
+    prompts: Sequence[EncodedPrompt],
+    settings: GenerationSettings,
+    stop_ids: Sequence[int],
+) -> list[list[int]]:
+    """The ids of each answer, up to the end of the longest in the batch.
+
+    Raises:
+        UserError: the model's logits are not finite.
+    """
+    pad_id = model.config.pad_token_id
+    input_ids_BS, valid_BS = left_padded(prompts, pad_id, model.device)
+    num_columns = input_ids_BS.shape[1]
+    processors: list[LogitsProcessor] = [RefuseNonFinite()]
+    if settings.do_sample:
+        numbers_BT = random_numbers(settings, prompts, model.device)
+        processors += [*filters(settings), DrawToken(numbers_BT, num_columns)]
+    rows = model.generate(
+        input_ids=input_ids_BS,
+        attention_mask=valid_BS.long(),
+        logits_processor=LogitsProcessorList(processors),
+        generation_config=GenerationConfig(
+            max_new_tokens=settings.max_new_tokens,
+            num_beams=settings.num_beams,
+            do_sample=False,  # drawing is the work of `DrawToken`
+            repetition_penalty=settings.repetition_penalty,
+            eos_token_id=list(stop_ids),
+            pad_token_id=pad_id,
+        ),
+    )
+    return rows[:, num_columns:].tolist()
+
+
+class DrawToken(LogitsProcessor):
+    """Draw each row's next token, and rule out all others: the likeliest is then the drawn one.
+
+    Args:
+        numbers_BT: as `random_numbers` gives them.
+        prompt_length: the place of the first drawn token.
+    """
+
+    def __init__(self, numbers_BT: Tensor, prompt_length: int):
+        self.numbers_BT = numbers_BT
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores ``(B, V)`` with one token a row left in the running."""
+        number_B1 = self.numbers_BT[:, input_ids.shape[1] - self.prompt_length, None]
+        token_B1 = draw(scores, number_B1)[:, None]
+        return torch.full_like(scores, -torch.inf).scatter_(-1, token_B1, 0.0)
+
+
+class RefuseNonFinite(LogitsProcessor):
+    """Stop where the likeliest token cannot be told, instead of answering nonsense."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The scores as they are. Raises UserError where one is NaN or infinite."""
+        if not scores.max().isfinite():  # the maximum is NaN where any score is
+            raise UserError(NOT_FINITE)
+        return scores

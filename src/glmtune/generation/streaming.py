@@ -1,0 +1,94 @@
+"""Text as it comes: never half a character, and never text that later turns into another.
+
+A character may be spelled by several byte pieces, and a newline, a tab or a run of blanks by a name
+such as ``<n>`` that may itself come in pieces. What could still change is held back.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from glmtune.errors import UserError
+
+# A character of UTF-8 has at most four bytes, so at most three wait for the rest. Each shows as the
+# replacement character meanwhile.
+_HALF_CHARACTER = "\ufffd{1,3}$"
+# The beginning of <n>, <|tab|> or <|blank_12|> may become another character too.
+_UNFINISHED = re.compile(
+    _HALF_CHARACTER + r"|<(\|(t(a(b\|?)?)?|b(l(a(n(k(_(\d{1,2}\|?)?)?)?)?)?)?)?|n)?$"
+)
+
+
+class TextStream:
+    """The text of one answer while its tokens come; what it gives adds up to the answer's.
+
+    Args:
+        tokenizer: any with `decode` (see models.chatglm.tokenization).
+        stop_strings: the text ends before the first of them.
+    """
+
+    def __init__(self, tokenizer: Any, stop_strings: Sequence[str] = ()):
+        self.tokenizer = tokenizer
+        self.stop_strings = stop_strings
+        self.ids: list[int] = []
+        self.stopped = False
+        self._shown = 0
+
+    def push(self, ids: Iterable[int]) -> str:
+        """Take some more tokens, and return the text that is certain now and was not before."""
+        self.ids += ids
+        text = self._text()
+        cut = cut_at_stop(text, self.stop_strings)
+        if cut is not None:
+            self.stopped = True
+            return self._show(cut.rstrip())
+        if unfinished := _UNFINISHED.search(text):
+            text = text[: unfinished.start()]
+        return self._show(without_beginning(text, self.stop_strings).rstrip())
+
+    def end(self) -> str:
+        """The rest of the text once no more tokens come, less half a character at its end."""
+        if self.stopped:
+            return ""
+        return self._show(re.sub(_HALF_CHARACTER, "", self._text()).rstrip())
+
+    def _text(self) -> str:
+        return self.tokenizer.decode(self.ids, skip_special_tokens=True).lstrip()
+
+    def _show(self, text: str) -> str:
+        new = text[self._shown :]
+        self._shown = max(self._shown, len(text))
+        return new
+
+
+def cut_at_stop(text: str, stop_strings: Sequence[str]) -> str | None:
+    """The text before the first stop string in it; None where there is none."""
+    found = [place for stop in stop_strings if (place := text.find(stop)) >= 0]
+    return text[: min(found)] if found else None
+
+
+def without_beginning(text: str, stop_strings: Sequence[str]) -> str:
+    """The text without the beginning of a stop string at its end."""
+    longest = 0
+    for stop in stop_strings:
+        lengths = range(len(stop) - 1, 0, -1)
+        longest = max(longest, next((n for n in lengths if text.endswith(stop[:n])), 0))
+    return text[: len(text) - longest]
+
+
+def check_stop_strings(stop_strings: Sequence[str], tokenizer: Any) -> None:
+    """Make sure that the model can write each stop string.
+
+    Raises:
+        UserError: an empty one, or one that the tokenizer changes on the way to tokens and back.
+    """
+    for stop in stop_strings:
+        if not stop:
+            raise UserError("stop string '': an empty one would end every answer; leave it out")
+        (ids,) = tokenizer.encode_batch([f"a{stop}a"])  # blanks at the very ends may be dropped
+        written = tokenizer.decode(ids)
+        if stop not in written:
+            raise UserError(
+                f"stop string {stop!r} cannot occur: the model's vocabulary turns it into "
+                f"{written[1:-1]!r}; stop at that, or leave it out"
+            )

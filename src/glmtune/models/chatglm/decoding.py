@@ -1,0 +1,183 @@
+"""ChatGLM-6B as two plain functions, for answering: `prefill` a prompt, `decode` a token.
+
+The mathematics is `modeling`'s (a test holds them together); what differs is what surrounds it.
+Keys and values are written in place into tensors of fixed size, at columns that a tensor names, so
+that one step is the same sequence of kernels whatever its place: it can be captured and replayed.
+Positions and mask come ready made; nothing is read off the ids while decoding.
+
+Shapes: B rows of a batch, S new tokens, K key columns, H hidden, N heads, D head size,
+V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from glmtune.models.chatglm.configuration import ChatGLMConfig
+from glmtune.models.chatglm.modeling import RESIDUAL_SCALE
+from glmtune.ops.rotary import rotate
+
+Projection = Callable[[Tensor], Tensor]
+"""A linear with all that belongs to it, ``(..., in)`` to ``(..., out)``."""
+
+
+class Norm(NamedTuple):
+    """A LayerNorm."""
+
+    weight: Tensor
+    bias: Tensor
+    epsilon: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Normalise over the last dimension."""
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
+
+
+class Block(NamedTuple):
+    """What one layer computes with."""
+
+    input_norm: Norm
+    query_key_value: Projection
+    dense: Projection
+    post_attention_norm: Norm
+    dense_h_to_4h: Projection
+    dense_4h_to_h: Projection
+
+
+class Weights(NamedTuple):
+    """What the whole model computes with."""
+
+    embed: Callable[[Tensor], Tensor]
+    """Ids ``(B, S)`` to hidden states in the compute type, ``(B, S, H)``."""
+    blocks: Sequence[Block]
+    final_norm: Norm
+    head: Projection
+
+
+class KeyValueCache(NamedTuple):
+    """Keys and values of every layer, ``(layers, B, N, K, D)`` each, in columns of K.
+
+    Columns that are masked must still hold finite numbers, hence the zeros at the start.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    @classmethod
+    def zeros(
+        cls, config: ChatGLMConfig, num_rows: int, num_columns: int, like: Tensor
+    ) -> "KeyValueCache":
+        """An empty cache, of the type and on the device of another tensor."""
+        shape = (
+            config.num_layers, num_rows, config.num_attention_heads, num_columns, config.head_dim
+        )  # fmt: skip
+        return cls(like.new_zeros(shape), like.new_zeros(shape))
+
+
+class Angles(NamedTuple):
+    """Cosines and sines of the new tokens' positions, ``(B, S, 2, D/4)``; see `rotary_angles`."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def run_block(
+    hidden_BSH: Tensor,
+    block: Block,
+    keys_BNKD: Tensor,
+    values_BNKD: Tensor,
+    columns_S: Tensor,
+    mask_B1SK: Tensor,
+    angles: Angles,
+) -> Tensor:
+    """One layer on S new tokens; their keys and values are written into the given columns."""
+    head_dim = keys_BNKD.shape[-1]
+    normed = block.input_norm(hidden_BSH)
+    mixed_BN3SD = block.query_key_value(normed).unflatten(-1, (-1, 3, head_dim)).movedim(1, 3)
+    query_key_BN2SD, value_BNSD = mixed_BN3SD[:, :, :2], mixed_BN3SD[:, :, 2]
+    # Both at once: a step of one token is made of many small kernels.
+    turned = rotate(query_key_BN2SD, *(angle[:, None] for angle in angles))
+    query_BNSD, key_BNSD = turned.unbind(2)
+    keys_BNKD.index_copy_(2, columns_S, key_BNSD)
+    values_BNKD.index_copy_(2, columns_S, value_BNSD)
+    attended = block.dense(attend(query_BNSD, keys_BNKD, values_BNKD, mask_B1SK))
+    normed = block.post_attention_norm(torch.add(attended, normed, alpha=RESIDUAL_SCALE))
+    inner = F.gelu(block.dense_h_to_4h(normed), approximate="tanh")
+    return torch.add(block.dense_4h_to_h(inner), normed, alpha=RESIDUAL_SCALE)
+
+
+def attend(query_BNSD: Tensor, keys_BNKD: Tensor, values_BNKD: Tensor, mask_B1SK: Tensor) -> Tensor:
+    """Attention of S new tokens to K columns: ``(B, S, H)``."""
+    if query_BNSD.shape[2] > 1:
+        context = F.scaled_dot_product_attention(query_BNSD, keys_BNKD, values_BNKD, mask_B1SK)
+    else:
+        # For one query the fused kernels start one thread block a head and are slow; these are two
+        # matrix-vector products that a compiler turns into reductions.
+        scores = (query_BNSD @ keys_BNKD.transpose(-1, -2)).float() * keys_BNKD.shape[-1] ** -0.5
+        seen = scores.masked_fill(~mask_B1SK, -torch.inf).softmax(-1).to(values_BNKD.dtype)
+        context = seen @ values_BNKD
+    return context.transpose(1, 2).flatten(2)
+
+
+def run_head(hidden_B1H: Tensor, final_norm: Norm, head: Projection) -> Tensor:
+    """Logits ``(B, V)`` of the last tokens' hidden states."""
+    return head(final_norm(hidden_B1H)).squeeze(1)
+
+
+def prefill(
+    weights: Weights,
+    input_ids_BS: Tensor,
+    mask_B1SS: Tensor,
+    angles: Angles,
+    cache: KeyValueCache,
+) -> Tensor:
+    """Read whole prompts into the first S columns of a cache; logits ``(B, V)`` of what follows.
+
+    Args:
+        weights: of the model.
+        input_ids_BS: padded at the left, so that every prompt ends in the last column.
+        mask_B1SS: as `prefix_lm_mask` gives it.
+        angles: of these tokens.
+        cache: is written into.
+    """
+    num_columns = input_ids_BS.shape[1]
+    columns_S = torch.arange(num_columns, device=input_ids_BS.device)
+    hidden_BSH = weights.embed(input_ids_BS)
+    for i, block in enumerate(weights.blocks):
+        keys, values = cache.keys[i, :, :, :num_columns], cache.values[i, :, :, :num_columns]
+        hidden_BSH = run_block(hidden_BSH, block, keys, values, columns_S, mask_B1SS, angles)
+    return run_head(hidden_BSH[:, -1:], weights.final_norm, weights.head)
+
+
+def decode(
+    weights: Weights,
+    token_B1: Tensor,
+    column_1: Tensor,
+    mask_B11K: Tensor,
+    angles: Angles,
+    cache: KeyValueCache,
+    block_function: Callable[..., Tensor] = run_block,
+    head_function: Callable[..., Tensor] = run_head,
+) -> Tensor:
+    """Read one more token a row into a cache; logits ``(B, V)`` of what follows it.
+
+    Args:
+        weights: of the model.
+        token_B1: the newest tokens.
+        column_1: where they go in the cache, a tensor.
+        mask_B11K: true for columns that hold a real token, these included; the cache is looked at
+            as far as the mask reaches.
+        angles: of these tokens.
+        cache: is written into.
+        block_function: `run_block`, or a compiled form of it.
+        head_function: `run_head`, likewise.
+    """
+    num_columns = mask_B11K.shape[-1]
+    hidden_B1H = weights.embed(token_B1)
+    for i, block in enumerate(weights.blocks):
+        keys, values = cache.keys[i, :, :, :num_columns], cache.values[i, :, :, :num_columns]
+        hidden_B1H = block_function(hidden_B1H, block, keys, values, column_1, mask_B11K, angles)
+    return head_function(hidden_B1H, weights.final_norm, weights.head)

@@ -1,0 +1,290 @@
+"""The chat: its commands, its history, and that Ctrl+C ends an answer and nothing else."""
+
+import json
+import os
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from glmtune.adapters import attach_lora, save_adapter
+from glmtune.cli import main
+from glmtune.config import ChatConfig
+from glmtune.evaluation import chat as room
+from glmtune.evaluation.chat import chat
+from glmtune.generation import Decoder
+from glmtune.models.checkpoints import GLM_TINY, load_base_model
+
+QUESTION = "What is the colour of the apple?"
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """An adapter of the embedded model that changes its answers."""
+    torch.manual_seed(0)
+    model = attach_lora(load_base_model(GLM_TINY, dtype=torch.float32))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    folder = tmp_path_factory.mktemp("chat") / "adapter"
+    save_adapter(model, folder, "glm-tiny")
+    return str(folder)
+
+
+@pytest.fixture
+def talk(monkeypatch, capsys):
+    """Type some lines; returns what was printed, and the prompts that the model was given."""
+    prompts = []
+    write_prompt = room.write_prompt
+    monkeypatch.setattr(
+        room, "write_prompt", lambda *given: prompts.append(write_prompt(*given)) or prompts[-1]
+    )
+
+    def run(*lines, **settings):
+        left = list(lines)
+
+        def type_line(_):
+            if not left:
+                raise EOFError
+            line = left.pop(0)
+            if isinstance(line, BaseException):
+                raise line
+            return line
+
+        monkeypatch.setattr("builtins.input", type_line)
+        asked = {"chatglm_path": GLM_TINY, "max_new_tokens": 12, "do_sample": False}
+        chat(ChatConfig(**(asked | {"use_cpu": True} | settings)))
+        assert not left or lines[-1] == "never", "it ended early"
+        return capsys.readouterr().out.splitlines()[1:], prompts
+
+    return run
+
+
+def saved(path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def test_what_was_said_is_the_next_question_s_beginning(talk, tmp_path):
+    path = str(tmp_path / "said.json")
+    printed, prompts = talk(QUESTION, "  你好 ", f"/save {path}")
+    rounds = saved(path)["rounds"]
+    assert [round["question"] for round in rounds] == [QUESTION, "你好"]
+    answers = [round["base"] for round in rounds]
+    assert printed[:2] == answers
+    assert all(answers)
+    beginning = f"[Round 0]\n问：{QUESTION}\n答：{answers[0]}\n[Round 1]\n问：你好\n答："
+    assert prompts == [QUESTION, beginning]
+
+
+def test_new_and_undo_forget(talk):
+    printed, prompts = talk(QUESTION, "/undo", "/undo", "你好", "a", "/new", "b")
+    assert printed[1] == f"forgotten: {QUESTION}"
+    assert printed[2].startswith("error: /undo")
+    assert prompts[1] == "你好"
+    assert prompts[2].startswith("[Round 0]\n问：你好")
+    assert prompts[3] == "b"
+
+
+def test_base_tuned_and_both(talk, adapter, tmp_path):
+    path = str(tmp_path / "said.json")
+    lines = [
+        QUESTION,
+        "/new",
+        "/base",
+        QUESTION,
+        "/new",
+        "/both",
+        QUESTION,
+        "你好",
+        f"/save {path}",
+    ]
+    printed, prompts = talk(*lines, adapter=adapter)
+    tuned, _, _, base, _, _, *both = printed
+    assert base != tuned
+    assert both[:4] == ["[base]", base, "[tuned]", tuned]
+    content = saved(path)
+    assert content["rounds"][0] == {"question": QUESTION, "base": base, "tuned": tuned}
+    assert content["adapter"] == "adapter"
+    assert f"答：{base}\n" in prompts[-2], "each side goes on from its own answer"
+    assert f"答：{tuned}\n" in prompts[-1]
+
+
+def test_there_is_no_tuned_side_without_an_adapter(talk):
+    for word in ("/tuned", "/both"):
+        assert "--adapter" in talk(word)[0][0]
+
+
+def test_settings_change_and_mistakes_take_one_line(talk):
+    printed, _ = talk(
+        "/set max_new_tokens 2",
+        QUESTION,
+        "/set temperture 3",
+        "/set top_p 3",
+        "/set top_p",
+        "/set stop_strings <n>",
+        "/set decode_bits 8",
+        "/set use-cpu false",
+        "/sett",
+        "/set stop_strings .,a\\nb",
+        "/set",
+    )
+    assert printed[0] == "max_new_tokens 2"
+    assert len(printed[1].split()) <= 3
+    errors = printed[2:9]
+    assert all(line.startswith("error: ") for line in errors)
+    for line, part in zip(
+        errors,
+        (
+            "did you mean temperature?",
+            "top_p '3' should be a number, above 0, at most 1",
+            "top_p '' should be",
+            "stop string '<n>' cannot occur",
+            "start another chat with --decode_bits 8",
+            "--use_cpu false",
+            "did you mean /set?",
+        ),
+        strict=True,
+    ):
+        assert part in line
+    assert printed[9] == "stop_strings .,a\\nb"
+    assert any(line.split() == ["max_new_tokens", "2"] for line in printed[10:])
+    assert not any("decode_bits" in line for line in printed[10:])
+
+
+def test_answers_end_before_a_stop_string(talk):
+    whole, _ = talk(QUESTION)
+    stop = whole[0].split()[1]
+    cut, _ = talk(QUESTION, stop_strings=stop)
+    assert cut[0] == whole[0].partition(stop)[0].strip()
+
+
+def test_a_drawn_answer_is_another_one_the_next_time(talk):
+    draw = {"do_sample": True, "temperature": 5.0, "top_p": None}
+    printed, _ = talk(QUESTION, "/undo", QUESTION, **draw)
+    assert printed[0] != printed[2]
+    assert talk(QUESTION, "/undo", QUESTION, **draw)[0] == printed, "the seed says which"
+
+
+def test_a_conversation_beyond_the_positions_is_told_and_not_kept(talk):
+    printed, prompts = talk("apple " * 2100, "你好")
+    assert "the conversation: the prompt has 2" in printed[0]
+    assert "2048 positions" in printed[0]
+    assert prompts[-1] == "你好"
+
+
+def test_no_memory_is_told_and_the_chat_goes_on(talk, monkeypatch):
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("glmtune.generation.decoder.prefill", no_memory)
+    printed, _ = talk(QUESTION, "/help")
+    assert printed[0].startswith("error: no memory for a conversation of ")
+    assert printed[1] == "commands"
+
+
+def test_files_are_not_overwritten(talk, tmp_path):
+    path = tmp_path / "said.json"
+    path.write_text("mine", encoding="utf-8")
+    printed, _ = talk("/save", "你好", f"/save {path}", f"/save {path}/said.json")
+    assert [line.startswith("error: ") for line in printed[:4]] == [True, False, True, True]
+    assert path.read_text(encoding="utf-8") == "mine"
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(talk, monkeypatch):
+    stream = Decoder.stream
+
+    def broken_off(self, prompts, settings):
+        for number, rows in enumerate(stream(self, prompts, settings)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield rows
+
+    monkeypatch.setattr(Decoder, "stream", broken_off)
+    printed, prompts = talk(QUESTION, KeyboardInterrupt(), "你好")
+    assert printed[0].endswith(" [stopped]")
+    said = printed[0].removesuffix(" [stopped]")
+    assert said
+    assert printed[1:3] == ["", "/exit ends"]
+    assert prompts[1].startswith(f"[Round 0]\n问：{QUESTION}\n答：{said}\n")
+
+
+def test_ctrl_c_at_both_stops_both(talk, adapter, monkeypatch):
+    def broken_off(*_):
+        yield [[]]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Decoder, "stream", broken_off)
+    printed, prompts = talk("/both", QUESTION, "/undo", adapter=adapter)
+    assert printed[1:3] == ["[base]", " [stopped]"]
+    assert len(prompts) == 1
+    assert printed[3] == "error: /undo: nothing was said yet"
+
+
+def test_exit_ends_and_help_names_every_command(talk):
+    printed, prompts = talk("/help", "", "/exit", "never")
+    for command in ("/new", "/base", "/tuned", "/both", "/save", "/undo", "/set", "/exit"):
+        assert any(command in line for line in printed)
+    assert prompts == []
+
+
+def test_broken_bytes_of_a_terminal_do_no_harm(talk):
+    printed, _ = talk("a \udce4\udcbd b")
+    assert not printed[0].startswith("error")
+
+
+def test_mistakes_at_the_start(capsys):
+    assert main(["chat", "--stop_strings", "<n>", "--chatglm_path", GLM_TINY]) == 2
+    assert "cannot occur" in capsys.readouterr().err.splitlines()[-1]
+    assert main(["chat", "--adapter", "no_such_folder", "--chatglm_path", GLM_TINY]) == 2
+    assert main(["chat", "--max_new_tokens", "0"]) == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_in_a_terminal_wide_letters_are_edited_and_ctrl_c_works(tmp_path):
+    import pty
+
+    path = tmp_path / "said.json"
+    child, terminal = pty.fork()
+    if child == 0:
+        os.environ.update(LC_ALL="C.UTF-8", TERM="xterm", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+        arguments = ["chat", "--chatglm_path", GLM_TINY, "--max_new_tokens", "1900"]
+        arguments += ["--temperature", "9", "--top_p", "none"]  # so that it finds no end
+        os.execv(sys.executable, [sys.executable, "-m", "glmtune", *arguments])
+    text = ""
+
+    def wait_for(mark):
+        nonlocal text
+        deadline = time.monotonic() + 60
+        while mark not in text:
+            assert time.monotonic() < deadline, text
+            if select.select([terminal], [], [], 1)[0]:
+                text += os.read(terminal, 65536).decode("utf-8", "replace")
+        text = text[text.index(mark) + len(mark) :]
+
+    try:
+        wait_for("> ")
+        # Two letters, the second taken back, one more at the front.
+        os.write(terminal, "苹好\x7f\x01红\n".encode())
+        wait_for("\n")
+        time.sleep(0.3)
+        os.write(terminal, b"\x03")
+        wait_for(" [stopped]")
+        wait_for("> ")
+        os.write(terminal, f"/save {path}\n".encode())
+        wait_for("written")
+        os.write(terminal, b"/exit\n")
+        deadline = time.monotonic() + 20
+        while os.waitpid(child, os.WNOHANG) == (0, 0):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        child = 0
+    finally:
+        if child:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        os.close(terminal)
+    assert saved(path)["rounds"][0]["question"] == "红苹"

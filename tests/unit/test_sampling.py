@@ -1,0 +1,85 @@
+"""Tokens are chosen as transformers chooses them, and drawn with their probabilities."""
+
+import pytest
+import torch
+from transformers import LogitsProcessorList
+from transformers.generation import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from glmtune.generation import GenerationSettings
+from glmtune.generation import sampling as room
+from glmtune.generation.sampling import choose, draw, penalise
+
+NUM_TOKENS = 500
+
+
+@pytest.fixture
+def scores():
+    return 4 * torch.randn(3, NUM_TOKENS, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def said():
+    """Ids that each row has said, one of them twice."""
+    ids = torch.randint(NUM_TOKENS, (3, 40), generator=torch.Generator().manual_seed(1))
+    ids[:, 7] = ids[:, 3]
+    return ids
+
+
+def seen_of(said):
+    return torch.zeros(len(said), NUM_TOKENS, dtype=torch.bool).scatter_(1, said, True)
+
+
+@pytest.mark.parametrize("penalty", [0.8, 1.0, 1.7])
+def test_the_repetition_penalty_is_that_of_transformers(scores, said, penalty):
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(said, scores.clone())
+    assert torch.equal(penalise(scores, seen_of(said), penalty), expected)
+
+
+@pytest.mark.parametrize("top_k", [None, 7])
+@pytest.mark.parametrize("top_p", [None, 0.7])
+@pytest.mark.parametrize("penalty", [None, 1.4])
+def test_what_is_drawn_from_is_what_transformers_filters(
+    scores, said, penalty, top_p, top_k, monkeypatch
+):
+    processors = LogitsProcessorList()
+    if penalty is not None:
+        processors.append(RepetitionPenaltyLogitsProcessor(penalty))
+    processors.append(TemperatureLogitsWarper(0.8))
+    if top_k is not None:
+        processors.append(TopKLogitsWarper(top_k))
+    if top_p is not None:
+        processors.append(TopPLogitsWarper(top_p))
+    given = []
+    monkeypatch.setattr(room, "draw", lambda scores, number: given.append(scores))
+    settings = GenerationSettings(
+        do_sample=True, temperature=0.8, top_p=top_p, top_k=top_k, repetition_penalty=penalty
+    )
+    choose(scores, settings, seen_of(said), torch.zeros(3, 1))
+    assert torch.equal(given[0], processors(said, scores.clone()))
+
+
+def test_tokens_are_drawn_with_their_probabilities():
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.rand(20_000, 1, dtype=torch.float64, generator=generator)
+    probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2, 0.0])
+    drawn = draw(probabilities.log().expand(len(numbers), -1), numbers)
+    shares = drawn.bincount(minlength=5) / len(numbers)
+    assert (shares - probabilities).abs().max() < 0.015
+    assert shares[1] == shares[4] == 0
+
+
+def test_scores_that_are_not_finite_stay_within_the_vocabulary():
+    scores = torch.full((1, 4), torch.nan)
+    assert draw(scores, torch.tensor([[0.5]], dtype=torch.float64)).item() in range(4)
+
+
+@pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
+def test_the_ends_of_a_draw_find_possible_tokens(number):
+    numbers = torch.tensor([[number]], dtype=torch.float64)
+    scores = torch.tensor([[-torch.inf, 1.0, 2.0, -torch.inf]])
+    assert draw(scores, numbers).item() in (1, 2)
