@@ -17,6 +17,7 @@ from glmtune.config.settings import (
     NewModelConfig,
     TokenizeConfig,
     TrainConfig,
+    ValidateConfig,
 )
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "NewModelConfig",
     "TokenizeConfig",
     "TrainConfig",
+    "ValidateConfig",
     "read_config",
     "write_recipe",
 ]
