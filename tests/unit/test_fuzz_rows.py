@@ -10,14 +10,16 @@ import json
 import os
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 
 from glmtune.config import ValidateConfig
-from glmtune.data import jsonfile
+from glmtune.data import jsonfile, windows
 from glmtune.data.flaws import Flaw
 from glmtune.data.records import read_alpaca, read_rows
-from glmtune.data.validation import validate
+from glmtune.data.validation import run, spans, validate
 from glmtune.errors import UserError
 
 TEXTS = [
@@ -153,7 +155,7 @@ def examine(rng: random.Random, folder, monkeypatch) -> None:
         file.write(content)
     results = []
     for window in WINDOWS:
-        monkeypatch.setattr(jsonfile, "WINDOW_BYTES", window)
+        monkeypatch.setattr(windows, "WINDOW_BYTES", window)
         results.append(read(path))
     found, between, complaint = results[-1]
     assert all(result == results[-1] for result in results), results
@@ -184,6 +186,7 @@ def examine(rng: random.Random, folder, monkeypatch) -> None:
                     value.startswith("flaw: ") if expected is NO_JSON else value == plain(expected)
                 )
 
+    monkeypatch.setattr(spans, "SPAN_BYTES", 1 << 24)
     config = ValidateConfig(files=(path,), held_out=held_out, json_path=report)
     told_last = ""
     try:
@@ -193,6 +196,18 @@ def examine(rng: random.Random, folder, monkeypatch) -> None:
     assert "\n" not in told_last
     with open(report, encoding="utf-8") as file:
         told = json.load(file)
+    # In spans, each read as if by another process, the same is found.
+    monkeypatch.setattr(spans, "SPAN_BYTES", rng.choice([30, 100, 300]))
+    monkeypatch.setattr(run, "open_pool", lambda _: ThreadPoolExecutor(1))
+    with suppress(UserError):
+        validate(config)
+    monkeypatch.undo()
+    with open(report, encoding="utf-8") as file:
+        told_of_spans = json.load(file)
+    assert sorted(map(json.dumps, told_of_spans["problems"])) == sorted(
+        map(json.dumps, told["problems"])
+    )
+    assert told_of_spans["files"] == told["files"]
     checked = told["files"][0]
     unusable = {p["row"] for p in told["problems"] if p["unusable"] and p["row"]}
     assert checked["rows"] == len(found)

@@ -5,7 +5,7 @@ import tracemalloc
 
 import pytest
 
-from glmtune.data import jsonfile
+from glmtune.data import jsonfile, windows
 from glmtune.data.flaws import Flaw
 
 ROW = '{"instruction": "说", "output": "好"}'
@@ -31,7 +31,7 @@ def read(tmp_path):
 @pytest.fixture
 def no_reference(monkeypatch):
     """Let nothing be read row by row."""
-    monkeypatch.setattr(jsonfile, "_Reference", lambda: None)
+    monkeypatch.setattr(windows, "_Reference", lambda: None)
 
 
 @pytest.mark.parametrize(
@@ -53,8 +53,8 @@ def test_lines_without_flaw_are_read_at_once(read, no_reference, text):
 def test_a_list_is_read_at_once_but_for_its_end(read, monkeypatch, indent):
     records = [{"a": f"{number}}}", "b": ["{"]} for number in range(5000)]
     seen = []
-    parse = jsonfile._Reference.parse
-    monkeypatch.setattr(jsonfile._Reference, "parse", lambda *args: seen.append(1) or parse(*args))
+    parse = windows._Reference.parse
+    monkeypatch.setattr(windows._Reference, "parse", lambda *args: seen.append(1) or parse(*args))
     text = "\n\n" + json.dumps(records, indent=indent)
     rows, between = read(text)
     assert [value for _, value in rows] == records
@@ -118,8 +118,8 @@ def test_a_broken_list_is_read_past_its_fault(read, text, num_rows, between):
 
 @pytest.mark.parametrize("start, between, end", [("", "\n", "\n"), ("[", ",\n", "]")])
 def test_too_long_a_row_is_passed_over(read, monkeypatch, start, between, end):
-    monkeypatch.setattr(jsonfile, "WINDOW_BYTES", 100)
-    monkeypatch.setattr(jsonfile, "MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr(windows, "WINDOW_BYTES", 100)
+    monkeypatch.setattr(windows, "MAX_ROW_BYTES", 1000)
     long = json.dumps({"a": "x" * 5000})
     rows, faults = read(start + between.join([ROW, long, ROW, long, ROW]) + end)
     good = json.loads(ROW)

@@ -38,7 +38,7 @@ class ConvertSummary:
         if empty:
             lines.append(f"  {len(empty):,} with an empty output, kept: {name_rows(empty)}")
         for name, count in self.unused_fields.items():
-            lines.append(f'  {count:,} with a field {show(name)}, which is not used')
+            lines.append(f"  {count:,} with a field {show(name)}, which is not used")
         return "\n".join(lines)
 
 

@@ -1,62 +1,36 @@
-"""Stream the values of a JSON list or of JSON lines, each with its line, past whatever is broken.
+"""Stream the rows of a JSON list or of JSON lines, whole files or spans of them, with their lines.
 
-orjson parses a window of the file at once. Where it refuses a row, or where a field may stand twice
-(it keeps the last and says nothing), json, which is the reference, reads the window again row by
-row and tells what is wrong, and where. So clean files are read fast, every row has the value that
-json gives it, and memory holds a window and no more.
+Memory holds a window of the file and no more, however long the file is.
 """
 
-import json
-import re
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate, chain
-from typing import Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import BinaryIO
 
-import numpy as np
-import orjson
-
+from glmtune.data import windows
 from glmtune.data.files import open_bytes, refuse_other_formats
-from glmtune.data.flaws import (
-    Flaw,
-    broken_list,
-    cut_off,
-    kind_of,
-    no_json,
-    not_utf8,
-    show,
-    too_long,
-)
+from glmtune.data.flaws import Flaw, kind_of, show
+from glmtune.data.windows import BETWEEN_ROWS, BLANK, Batch, Lines, List
 from glmtune.errors import UserError
 
 HEAD_BYTES = 1 << 16
-WINDOW_BYTES = 1 << 16  # what stays in a core's cache while it is read
-MAX_ROW_BYTES = 1 << 25
-
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_BLANK = b" \t\r\n"
-_BLANKS = re.compile(r"[ \t\r\n]*")
-_BETWEEN_ROWS = re.compile(rb"\}([ \t\r\n]*,[ \t\r\n]*)\{")
-# Where another object begins, whether or not the one before it has an end.
-_NEXT_ROW = re.compile(r",[ \t\r\n]*(?=\{[ \t\r\n]*[\"}])")
-_PERHAPS_NEXT_ROW = re.compile(r",[ \t\r\n]*(?:\{[ \t\r\n]*)?\Z")
-_LONGEST_WORD = len("-Infinity")
-_LONGEST_GAP = 4096
 
 
-@dataclass(slots=True)
-class Batch:
-    """Rows that follow each other: `lines[i]` is where `values[i]` starts, from 1.
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Rows that lie together in a file: from byte `start`, in line `line`, to before byte `end`.
 
-    A value is what json makes of the row, or the Flaw that stands in its place. `between` has the
-    lines and Flaws of what is wrong outside of rows. The batch was `num_bytes` of the file.
+    At `end`, if the file does not end there, another row of the file starts. `is_first`: no row of
+    the file lies before the span.
     """
 
-    lines: Sequence[int]
-    values: list[object]
-    num_bytes: int
-    between: list[tuple[int, Flaw]] = field(default_factory=list)
+    path: str
+    is_list: bool
+    start: int
+    line: int
+    end: int | None = None
+    is_first: bool = False
 
 
 def read_batches(path: str) -> Iterator[Batch]:
@@ -65,39 +39,115 @@ def read_batches(path: str) -> Iterator[Batch]:
     Raises UserError when the file cannot be read, is empty, or is no such file at all: see
     files.refuse_other_formats; a web page; a single object.
     """
+    num_rows, first = 0, None
     with open_bytes(path) as file:
-        buffer = bytearray(file.read(HEAD_BYTES))
-        refuse_other_formats(path, bytes(buffer))
-        buffer, line = buffer.removeprefix(_BYTE_ORDER_MARK), 1
-        while not buffer.strip(_BLANK) and (more := file.read(HEAD_BYTES)):
-            line += buffer.count(b"\n")
-            buffer = bytearray(more)
-        content = buffer.lstrip(_BLANK)
-        line += buffer.count(b"\n", 0, len(buffer) - len(content))
-        _refuse_other_values(path, bytes(content))
-        is_list = content.startswith(b"[")
-        reader = _List(line) if is_list else _Lines(line)
-        buffer = content.removeprefix(b"[")
-        size, num_rows, at_end = WINDOW_BYTES, 0, False
-        first: object = None
-        while not at_end:
-            buffer += file.read(max(0, size - len(buffer)))
-            is_last = len(buffer) < size
-            batch = reader.read(bytes(buffer[:size]), is_last)
+        span, buffer = _find_rows(path, file)
+        reader = _reader(span)
+        for batch in _batches(file, buffer, reader):
             if batch.values and not num_rows:
                 first = batch.values[0]
             num_rows += len(batch.values)
             yield batch
-            at_end = is_last and batch.num_bytes == len(buffer)
-            del buffer[: batch.num_bytes]
-            # For a row that the window cuts, the window is made twice as long.
-            size = WINDOW_BYTES if batch.num_bytes else 2 * size
-    if num_rows == 1 and not (is_list or path.endswith(".jsonl") or isinstance(first, Flaw)):
+    if num_rows == 1 and not (span.is_list or path.endswith(".jsonl") or isinstance(first, Flaw)):
         what = f"an object with the keys {show(list(first))}" if isinstance(first, dict) else None
         raise UserError(
             f"{path}: JSON, but {what or kind_of(first)}, not a list; "
             "write the records as [{...}, {...}], or one a line in a .jsonl file"
         )
+
+
+class CutInsideRow(Exception):
+    """Where a span of a file was thought to end, no row ends."""
+
+
+def read_span(span: Span) -> Iterator[Batch]:
+    """Yield the rows of a span; CutInsideRow, at its end, where the last of them does not end."""
+    reader = _reader(span)
+    # In a list, the bracket of the row behind the end shows that the last one is whole.
+    behind = b"{" if span.is_list else b""
+    left = None if span.end is None else span.end - span.start + len(behind)
+    with open_bytes(span.path) as file:
+        file.seek(span.start)
+        buffer = bytearray()
+        yield from _batches(file, buffer, reader, left)
+    if span.end is not None and (buffer != behind or reader.expects != "row"):
+        raise CutInsideRow
+
+
+def cut_into_spans(path: str, size: int) -> Iterator[Span]:
+    """Cut the rows of a file into spans of about `size` bytes; UserError as from read_batches.
+
+    A list is cut where an object seems to end and another to begin. That may be inside of a string;
+    then read_span raises CutInsideRow for the span before it, from whose start the file is to be
+    read on.
+    """
+    with open_bytes(path) as file:
+        rest, _ = _find_rows(path, file)
+        file.seek(rest.start)
+        piece = b""
+        while len(piece) <= windows.MAX_ROW_BYTES and (data := file.read(size)):
+            piece += data
+            if length := _last_end(piece, rest.is_list):
+                end = rest.start + length
+                yield replace(rest, end=end)
+                line = rest.line + piece.count(b"\n", 0, length)
+                rest, piece = Span(path, rest.is_list, end, line), piece[length:]
+    yield rest
+
+
+def _last_end(piece: bytes, is_list: bool) -> int:
+    """Return where the last row that starts in a piece of a file starts; 0 where none is seen."""
+    if not is_list:
+        return piece.rfind(b"\n") + 1
+    ends = [match.end() - 1 for match in BETWEEN_ROWS.finditer(piece, len(piece) - HEAD_BYTES)]
+    return ends[-1] if ends else 0
+
+
+def _find_rows(path: str, file: BinaryIO) -> tuple[Span, bytearray]:
+    """Find where the rows start; also return what was read of them."""
+    head = file.read(HEAD_BYTES)
+    refuse_other_formats(path, head)
+    content = head.removeprefix(_BYTE_ORDER_MARK)
+    start, line = len(head) - len(content), 1
+    while content and not content.strip(BLANK):
+        start, line = start + len(content), line + content.count(b"\n")
+        content = file.read(HEAD_BYTES)
+    rows = content.lstrip(BLANK)
+    num_blanks = len(content) - len(rows)
+    _refuse_other_values(path, rows)
+    is_list = rows.startswith(b"[")
+    line += content.count(b"\n", 0, num_blanks)
+    span = Span(path, is_list, start + num_blanks + is_list, line, is_first=True)
+    return span, bytearray(rows[is_list:])
+
+
+def _reader(span: Span) -> Lines | List:
+    if not span.is_list:
+        return Lines(span.line)
+    return List(span.line, expects="first" if span.is_first else "row")
+
+
+def _batches(
+    file: BinaryIO, buffer: bytearray, reader: Lines | List, left: int | None = None
+) -> Iterator[Batch]:
+    """Read `left` more bytes of a file, or all, window by window; what is no row yet is in buffer.
+
+    For a row that the window cuts, the window is made twice as long.
+    """
+    size = windows.WINDOW_BYTES
+    while True:
+        wanted = max(0, size - len(buffer))
+        data = file.read(wanted if left is None else min(wanted, left))
+        buffer += data
+        if left is not None:
+            left -= len(data)
+        is_last = len(buffer) < size
+        batch = reader.read(bytes(buffer[:size]), at_end=is_last and left is None)
+        yield batch
+        del buffer[: batch.num_bytes]
+        if is_last and (not buffer or (left is not None and not batch.num_bytes)):
+            return
+        size = windows.WINDOW_BYTES if batch.num_bytes else 2 * size
 
 
 def _refuse_other_values(path: str, start: bytes) -> None:
@@ -112,269 +162,3 @@ def _refuse_other_values(path: str, start: bytes) -> None:
             f"{path}: a JSON object over several lines, not a list; "
             "write the records as [{...}, {...}], or one a line in a .jsonl file"
         )
-
-
-class _Lines:
-    """Reads JSON lines; `line` is the number of the line that comes next."""
-
-    def __init__(self, line: int) -> None:
-        self.line = line
-        self.in_long_line = False
-        self.reference = _Reference()
-
-    def read(self, window: bytes, at_end: bool) -> Batch:
-        """Read the whole lines at the start of the window, at the end of the file the last too."""
-        if self.in_long_line:
-            size = window.find(b"\n") + 1
-            self.in_long_line = not size
-            self.line += bool(size)
-            return Batch([], [], size or len(window))
-        size = len(window) if at_end else window.rfind(b"\n") + 1
-        if not size and len(window) > MAX_ROW_BYTES:
-            self.in_long_line = True
-            return Batch([self.line], [too_long(MAX_ROW_BYTES)], len(window))
-        block = window[:size]
-        rows = block.removesuffix(b"\n").split(b"\n") if block else []
-        lines: Sequence[int] = range(self.line, self.line + len(rows))
-        self.line += len(rows)
-        values = _parse_at_once(rows, block)
-        if values is None:
-            lines = [line for line, row in zip(lines, rows, strict=True) if row.strip(_BLANK)]
-            values = [self._parse(row) for row in rows if row.strip(_BLANK)]
-        return Batch(lines, values, size)
-
-    def _parse(self, row: bytes) -> object:
-        if len(row) > MAX_ROW_BYTES:
-            return too_long(MAX_ROW_BYTES)
-        text = row.decode("utf-8", "surrogateescape")
-        try:
-            value, end = self.reference.parse(text, _skip_blank(text, 0))
-            end = _skip_blank(text, end)
-            if end < len(text):
-                raise json.JSONDecodeError("Extra data", text, end)
-        except (ValueError, RecursionError) as error:
-            place = f"column {getattr(error, 'pos', 0) + 1}"
-            return not_utf8(text) or no_json(error, place)
-        return value
-
-
-class _List:
-    """Reads a JSON list from behind its opening bracket.
-
-    `line` is the line that the next window starts on, `expects` what should stand there: a "first"
-    or another "row", a "comma" (or the closing bracket), the "end" of the file; or the "next" row,
-    when the window starts inside a row that was given up.
-    """
-
-    def __init__(self, line: int) -> None:
-        self.line = line
-        self.expects: Literal["first", "row", "comma", "end", "next"] = "first"
-        self.reference = _Reference()
-
-    def read(self, window: bytes, at_end: bool) -> Batch:
-        """Read the whole rows at the start of the window, at the end of the file what is left."""
-        return self._read_at_once(window) or self._read_by_row(window, at_end)
-
-    def _read_at_once(self, window: bytes) -> Batch | None:
-        """Read all rows but the last, which may be cut; None where anything is unusual.
-
-        The window is split wherever one object may end and another begin. Where that is inside of
-        an object, its pieces are no JSON; and a piece that is an object ends where that one ends.
-        """
-        first, *pieces = _BETWEEN_ROWS.split(window)
-        if not pieces or self.expects not in ("first", "row"):
-            return None
-        last = pieces.pop()
-        gaps = pieces[::2]
-        rows = [first + b"}", *(b"{%b}" % piece for piece in pieces[1::2])]
-        block = window[: len(window) - len(last) - len(b"{")]
-        values = _parse_at_once(rows, block)
-        if values is None:
-            return None
-        blank_lines = first[: len(first) - len(first.lstrip(_BLANK))].count(b"\n")
-        heights = [row.count(b"\n") + gap.count(b"\n") for row, gap in zip(rows, gaps, strict=True)]
-        heights[0] -= blank_lines
-        *lines, self.line = accumulate(heights, initial=self.line + blank_lines)
-        self.expects = "row"
-        return Batch(lines, values, len(block))
-
-    def _read_by_row(self, window: bytes, at_end: bool) -> Batch:
-        text = window.decode("utf-8", "surrogateescape")
-        batch = Batch(lines := [], [], 0)
-        at = counted = 0
-        while True:
-            if self.expects == "next":
-                at = self._find_next_row(text, at, at_end)
-            at = _skip_blank(text, at)
-            self.line += text.count("\n", counted, at)
-            counted = at
-            # An error costs json as much as its text is long. So a long window, which is there for
-            # one long row, is left when that row is read.
-            was_for_one = batch.values and len(window) > WINDOW_BYTES
-            if at == len(text) or self.expects == "next" or was_for_one:
-                break
-            mark = text[at]
-            if what := self._complain(text, at):
-                batch.between.append((self.line, broken_list(what)))
-            if mark in ",]" or (what and mark == "["):
-                self.expects = "end" if mark == "]" else "row"
-                at += 1
-                continue
-            if what and mark != "{":
-                self.expects = "next"
-                continue
-            self.expects = "row"
-            value, end = self._parse(text, at, at_end, has_room=len(window) <= MAX_ROW_BYTES)
-            if end is None:
-                break
-            lines.append(self.line)
-            batch.values.append(value)
-            at = end
-        if at_end and at == len(text) and self.expects != "end":
-            batch.between.append((self.line, cut_off()))
-        batch.num_bytes = len(text[:at].encode("utf-8", "surrogateescape"))
-        return batch
-
-    def _complain(self, text: str, at: int) -> str | None:
-        """Say what is wrong where something stands between rows, or where a row should."""
-        mark = text[at]
-        if self.expects == "end":
-            return "text follows the closing ]"
-        if self.expects == "comma":
-            return None if mark in ",]" else "a comma or ] is missing between two rows"
-        if mark == ",":
-            return "a comma stands where a row should"
-        if mark == "[" and text.startswith("{", _skip_blank(text, at + 1)):
-            return "a [ stands before a row"  # all rows behind it would be one
-        if mark == "]" and self.expects == "row":
-            return "a comma stands before the closing ]"
-        return None
-
-    def _parse(self, text: str, at: int, at_end: bool, has_room: bool) -> tuple[object, int | None]:
-        """Return the row at `at`, or its Flaw, and where to go on.
-
-        That is None where the row may go on behind the window. A broken row ends where an object
-        ends and another begins, as far as one can tell.
-        """
-        flaw, is_cut = too_long(MAX_ROW_BYTES, breaks_list=True), True
-        try:
-            value, end = self.reference.parse(text, at)
-            if end <= len(text) - _LONGEST_WORD or at_end:  # else it may be 1 of 1e9
-                self.expects = "comma"
-                return value, end
-        except (ValueError, RecursionError) as error:
-            pos = getattr(error, "pos", at)
-            is_cut = pos > len(text) - _LONGEST_WORD or str(error).startswith("Unterminated")
-            if has_room or at_end or not is_cut:
-                flaw = no_json(error, self._place(text, at, pos), breaks_list=True)
-        next_row = _NEXT_ROW.search(text, at)
-        if has_room and not at_end and (is_cut or not next_row):
-            return None, None
-        if next_row:
-            end = next_row.end()
-        elif at_end:
-            end = len(text)
-            if text.rstrip().endswith("]"):
-                self.expects = "end"
-            elif is_cut:
-                self.expects = "end"
-                return cut_off(), end
-        else:
-            end, self.expects = at, "next"
-        return not_utf8(text[at:end], breaks_list=True) or flaw, end
-
-    def _place(self, text: str, start: int, pos: int) -> str:
-        """Word a place in a row: by line, or where a row is one line, from the row's start."""
-        num_lines = text.count("\n", start, pos)
-        if num_lines:
-            return f"line {self.line + num_lines} column {pos - text.rfind(chr(10), start, pos)}"
-        return f"character {pos - start + 1} of the row"
-
-    def _find_next_row(self, text: str, at: int, at_end: bool) -> int:
-        if next_row := _NEXT_ROW.search(text, at):
-            self.expects = "row"
-            return next_row.end()
-        if at_end:
-            self.expects = "end"
-            return len(text)
-        perhaps = _PERHAPS_NEXT_ROW.search(text, max(at, len(text) - _LONGEST_GAP))
-        return perhaps.start() if perhaps else len(text)
-
-
-class _Reference:
-    """Reads one value with json, and sees what json passes over: fields twice, stray bytes."""
-
-    def __init__(self) -> None:
-        self._decode = json.JSONDecoder(object_pairs_hook=self._object).raw_decode
-        self._repeated: list[str] = []
-
-    def parse(self, text: str, at: int) -> tuple[object, int]:
-        """Return the value at `at`, or its Flaw, and where it ends; ValueError, RecursionError."""
-        self._repeated.clear()
-        value, end = self._decode(text, at)
-        if flaw := not_utf8(text[at:end]):
-            return flaw, end
-        if self._repeated:
-            name = self._repeated[-1]
-            what = f"field {show(name)} stands more than once"
-            return Flaw("repeated field", what, "keep one", field=name), end
-        return value, end
-
-    def _object(self, pairs: list[tuple[str, object]]) -> dict:
-        fields = dict(pairs)
-        if len(fields) < len(pairs):
-            counts = Counter(name for name, _ in pairs)
-            self._repeated.append(counts.most_common(1)[0][0])
-        return fields
-
-
-def _parse_at_once(rows: list[bytes], block: bytes) -> list | None:
-    """Parse the rows that make up a block; None where the reference has to look at them.
-
-    That is where one is no JSON, or where the block has more strings than its values: a field
-    stands twice.
-    """
-    if len(block) > MAX_ROW_BYTES:
-        return None
-    try:
-        values = list(map(orjson.loads, rows))
-        num_strings = _count_strings(values)
-    except (ValueError, RecursionError):
-        return None
-    return values if 2 * num_strings == _count_quotes(block) else None
-
-
-def _count_strings(values: list) -> int:
-    """Count the strings in values, names of fields included."""
-    try:
-        kinds = set(map(type, chain.from_iterable(map(dict.values, values))))
-    except TypeError:  # not every value is an object
-        return sum(map(_count_strings_in, values))
-    if kinds <= {str}:
-        return 2 * sum(map(len, values))
-    return sum(map(_count_strings_in, values))
-
-
-def _count_strings_in(value: object) -> int:
-    if type(value) is dict:
-        return len(value) + sum(map(_count_strings_in, value.values()))
-    if type(value) is list:
-        return sum(map(_count_strings_in, value))
-    return int(type(value) is str)
-
-
-def _count_quotes(block: bytes) -> int:
-    """Count the quotes around strings, not those inside, which have a backslash before them."""
-    codes = np.frombuffer(block, np.uint8)
-    is_slash = codes == ord("\\")
-    if (is_slash[1:] & is_slash[:-1]).any():  # a backslash may itself be escaped
-        codes = np.frombuffer(block.replace(rb"\\", b""), np.uint8)
-        is_slash = codes == ord("\\")
-    is_quote = codes == ord('"')
-    return int(np.count_nonzero(is_quote) - np.count_nonzero(is_quote[1:] & is_slash[:-1]))
-
-
-def _skip_blank(text: str, at: int) -> int:
-    match = _BLANKS.match(text, at)
-    assert match is not None
-    return match.end()

@@ -4,7 +4,6 @@ A batch is first looked at as a whole, with a few operations on all of its text.
 shows anything unusual are its rows looked at one by one, to say which and why.
 """
 
-import os
 import string
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Sequence
@@ -13,10 +12,8 @@ from itertools import chain
 from operator import itemgetter
 
 import numpy as np
-from tqdm import tqdm
 
 from glmtune.data.flaws import Flaw, show
-from glmtune.data.jsonfile import Batch, read_batches
 from glmtune.data.records import (
     ALPACA_FIELDS,
     ROW_FIELDS,
@@ -27,8 +24,8 @@ from glmtune.data.records import (
 from glmtune.data.templates import parts
 from glmtune.data.validation.characters import CONTROL, LANGUAGES, survey
 from glmtune.data.validation.duplicates import END_OF_PART, END_OF_ROW, Fingerprints
-from glmtune.data.validation.problems import Problem, Problems
-from glmtune.errors import UserError
+from glmtune.data.validation.problems import Problem
+from glmtune.data.windows import Batch
 
 LONG_TEXT = 100_000
 """Characters of a row beyond which it is surely not one question and its answer."""
@@ -55,6 +52,15 @@ class CheckedFile:
         shares = (self.letters / max(total, 1)).tolist()
         return dict(zip(LANGUAGES, shares, strict=True)) if total else {}
 
+    def add(self, span: "CheckedFile") -> None:
+        """Add what the rows that follow hold."""
+        self.format = self.format or span.format
+        self.num_bytes += span.num_bytes
+        self.num_rows += span.num_rows
+        self.num_unusable += span.num_unusable
+        self.letters += span.letters
+        self.unused_fields.update(span.unused_fields)
+
     def as_json(self) -> dict[str, object]:
         """The same for the report."""
         return {
@@ -74,34 +80,23 @@ class CheckedFile:
         if shares := self.language_shares:
             text += "; letters " + ", ".join(f"{s:.1%} {name}" for name, s in shares.items())
         for name, count in self.unused_fields.items():
-            text += f'\n    {count:,} rows with a field {show(name)}, which is not used'
+            text += f"\n    {count:,} rows with a field {show(name)}, which is not used"
         return text
 
 
-def check_file(
-    path: str, problems: Problems, with_questions: bool
-) -> tuple[CheckedFile, Fingerprints]:
-    """Read a file to its end; what is wrong goes into `problems`, be it the file as a whole."""
-    check = _FileCheck(path, problems, with_questions)
-    size = os.path.getsize(path) if os.path.isfile(path) else None
-    with tqdm(total=size, desc=path, unit="B", unit_scale=True, delay=1) as progress:
-        try:
-            for batch in read_batches(path):
-                check.take(batch)
-                progress.update(batch.num_bytes)
-        except UserError as error:
-            what, _, fix = str(error).removeprefix(f"{path}:").lstrip().rpartition("; ")
-            problems.add(Problem("file", path, None, None, what, fix, None, unusable=True))
-    return check.file, check.fingerprints
+class FileCheck:
+    """Checks the rows of a file, or of a span of it; `tell` is called with each problem."""
 
-
-class _FileCheck:
-    """What is found in a file so far."""
-
-    def __init__(self, path: str, problems: Problems, with_questions: bool) -> None:
-        self.file = CheckedFile(path)
-        self.problems = problems
+    def __init__(
+        self,
+        path: str,
+        tell: Callable[[Problem], None],
+        with_questions: bool,
+        format: str | None = None,
+    ) -> None:
+        self.file = CheckedFile(path, format)
         self.fingerprints = Fingerprints(path, with_questions)
+        self._tell = tell
 
     def take(self, batch: Batch) -> None:
         """Check the rows that come next."""
@@ -203,12 +198,12 @@ class _FileCheck:
     def _warn(
         self, kind: str, row: int, line: int, what: str, fix: str, name: str | None = None
     ) -> None:
-        self.problems.add(Problem(kind, self.file.path, line, row, what, fix, name))
+        self._tell(Problem(kind, self.file.path, line, row, what, fix, name))
 
     def _tell_flaw(self, flaw: Flaw, row: int | None, line: int) -> None:
         what, fix = flaw.what, flaw.fix
         problem = Problem(flaw.kind, self.file.path, line, row, what, fix, flaw.field, True)
-        self.problems.add(problem)
+        self._tell(problem)
 
 
 def _format_of(fields: Container[str]) -> str:
@@ -217,10 +212,11 @@ def _format_of(fields: Container[str]) -> str:
 
 def _has_empty_part(bare: bytes) -> bool:
     """Whether an answer, or all before one, is empty or nothing but punctuation."""
-    ends = np.flatnonzero(np.frombuffer(bare, np.uint8) <= ord(END_OF_PART))
-    ends = np.concatenate([[-1], ends, [len(bare)]])
-    is_empty = (np.diff(ends) == 1).reshape(-1, NUM_PARTS)
-    return bool(np.any(is_empty[:, 2] | (is_empty[:, 0] & is_empty[:, 1])))
+    codes = np.frombuffer(b"\x00%b\x00" % bare, np.uint8)
+    ends_row, ends_part = codes == 0, codes == 1
+    is_empty = ends_part[:-1] & ends_row[1:]
+    is_empty[:-1] |= ends_row[:-2] & ends_part[1:-1] & ends_part[2:]
+    return bool(is_empty.any())
 
 
 # How the fields of a row become instruction, input and answer; join refuses what is no string.

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from glmtune import __version__
 from glmtune.config import ValidateConfig
 from glmtune.data.files import new_file
-from glmtune.data.validation.check import CheckedFile, check_file
+from glmtune.data.validation.check import CheckedFile
 from glmtune.data.validation.duplicates import Fingerprints, find_repeats, find_shared_questions
 from glmtune.data.validation.problems import Problem, Problems
+from glmtune.data.validation.spans import NUM_PROCESSES, check_file, open_pool
 from glmtune.errors import UserError
 
 
@@ -74,10 +75,9 @@ def validate(config: ValidateConfig) -> Validation:
     with ExitStack() as stack:
         report = stack.enter_context(new_file(config.json_path)) if config.json_path else None
         problems = Problems(report)
-        checked = [
-            check_file(path, problems, with_questions=bool(held_out))
-            for path in (*config.files, *held_out)
-        ]
+        paths = [*config.files, *held_out]
+        with open_pool(paths) as pool:
+            checked = [check_file(path, problems, bool(held_out), pool) for path in paths]
         files = [file for file, _ in checked]
         prints = [fingerprints for _, fingerprints in checked]
         _compare(prints[: len(config.files)], prints[len(config.files) :], problems)
@@ -108,10 +108,11 @@ def _compare(files: list[Fingerprints], held_out: list[Fingerprints], problems: 
 
 
 def _peak_bytes() -> int | None:
-    """The most memory that this process has held; None where the system does not tell."""
+    """The most memory that all processes can have held at a time; None where nobody tells."""
     try:
         import resource
     except ImportError:  # on Windows
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak += NUM_PROCESSES * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
