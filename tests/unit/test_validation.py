@@ -142,6 +142,19 @@ def test_the_line_that_ends_it(tmp_path, monkeypatch, capsys):
     assert err.endswith("error: not every file can be used; see above\n")
 
 
+def test_a_file_of_something_else_is_told_among_the_rest(check, tmp_path, capsys):
+    (tmp_path / "u.json").write_text("[]", encoding="utf-16")
+    check(record())
+    config = ValidateConfig(files=("u.json", "a.jsonl"), json_path="r.json")
+    with pytest.raises(UserError, match="not every file can be used"):
+        validate(config)
+    report = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    (problem,) = report["problems"]
+    assert (problem["kind"], problem["file"], problem["line"]) == ("file", "u.json", 1)
+    assert problem["what"] == "not UTF-8 at byte 0, likely UTF-16"
+    assert [file["rows"] for file in report["files"]] == [0, 1]
+
+
 def test_every_row_is_named_however_many(check, tmp_path, capsys):
     check(*["{}"] * 500, record())
     with pytest.raises(UserError):

@@ -53,9 +53,16 @@ def check_file(
                 check.take(batch)
                 progress.update(batch.num_bytes)
         except UserError as error:
-            what, _, fix = str(error).removeprefix(f"{path}:").lstrip().rpartition("; ")
-            problems.add(Problem("file", path, None, None, what, fix, None, unusable=True))
+            problems.add(_problem_of_file(path, str(error)))
     return check.file, check.fingerprints
+
+
+def _problem_of_file(path: str, text: str) -> Problem:
+    """Take a UserError's "path:line: what; fix" apart, of which the line may be missing."""
+    place, _, told = text[len(path) :].partition(": ")
+    what, _, fix = told.rpartition("; ")
+    line = int(place[1:]) if place else None
+    return Problem("file", path, line, None, what, fix, unusable=True)
 
 
 def _is_long(path: str) -> bool:
