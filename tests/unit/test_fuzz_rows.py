@@ -238,14 +238,14 @@ def test_damaged_files_for_long(tmp_path, monkeypatch, capsys):
     seed, slowest, start = random.randrange(2**32), 0.0, time.monotonic()
     num = 0
     while time.monotonic() < start + seconds:
-        began = time.monotonic()
+        began = time.process_time()  # others may hold the cores
         try:
             examine(random.Random(seed + num), tmp_path, monkeypatch)
         except Exception as error:
             raise AssertionError(f"seed {seed + num}") from error
-        slowest = max(slowest, time.monotonic() - began)
+        slowest = max(slowest, time.process_time() - began)
         num += 1
         capsys.readouterr()
-    assert slowest < 10
     with capsys.disabled():
         print(f"\n{num} files in {seconds:.0f} s, the slowest in {slowest:.2f} s")
+    assert slowest < 10
