@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from glmtune import config
 
 
+def validate(settings: config.ValidateConfig) -> None:
+    """Find everything that is wrong with files of rows."""
+    from glmtune.data.validation import validate
+
+    validate(settings)
+
+
 def convert(settings: config.ConvertConfig) -> None:
     """Turn alpaca records into JSONL rows of context and target."""
     from glmtune.data.convert import convert
@@ -106,6 +113,7 @@ def chat(settings: config.ChatConfig) -> None:
 
 
 VERBS: dict[str, Callable[[Any], None]] = {
+    "validate": validate,
     "convert": convert,
     "tokenize": tokenize,
     "train": train,

@@ -9,7 +9,14 @@ import types
 import pytest
 
 from glmtune import __version__, cli
-from glmtune.config import CompareConfig, ConvertConfig, InferConfig, MergeConfig, TrainConfig
+from glmtune.config import (
+    CompareConfig,
+    ConvertConfig,
+    InferConfig,
+    MergeConfig,
+    TrainConfig,
+    ValidateConfig,
+)
 from glmtune.errors import UserError
 
 SCRIPTS = {
@@ -60,6 +67,12 @@ def room(monkeypatch):
 @pytest.mark.parametrize(
     "line, module, function, config",
     [
+        (
+            "validate a b --held_out c",
+            "glmtune.data.validation",
+            "validate",
+            ValidateConfig(files=("a", "b"), held_out="c"),
+        ),
         (
             "convert --data_path a --save_path b",
             "glmtune.data.convert",

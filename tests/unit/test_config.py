@@ -29,6 +29,7 @@ from glmtune.errors import UserError
 TRAIN = {"dataset_path": "data/tokens", "output_dir": "output"}
 NONES = ("none", "null")
 REQUIRED = {
+    "validate": {"files": "a.json"},
     "convert": {"data_path": "a.json", "save_path": "a.jsonl"},
     "tokenize": {"jsonl_path": "a.jsonl", "save_path": "tokens"},
     "train": TRAIN,
@@ -71,6 +72,19 @@ def recipe(tmp_path, monkeypatch):
 
 
 # --- values ---
+
+
+def test_a_verb_may_take_several_files():
+    recipe, flags = split_arguments("validate", ["a.json", "--held_out", "c", "b.yaml"])
+    assert (recipe, flags) == (None, {"files": ["a.json", "b.yaml"], "held_out": "c"})
+    config = read_config(SETTINGS["validate"], "validate", None, flags)
+    assert (config.files, config.held_out) == (("a.json", "b.yaml"), "c")
+    assert "usage: glmtune validate FILES ... [--name" in verb_help("validate", "")
+
+
+def test_a_report_replaces_none_of_the_files_it_is_about():
+    assert "would overwrite" in refusal("validate", json_path="./a.json")
+    assert "would overwrite" in refusal("validate", held_out="b", json_path="b")
 
 
 def test_original_defaults():

@@ -157,15 +157,23 @@ CHINESE = '[\n{"instruction": "一二三四", "output": "一种说明。"}]'
 @pytest.mark.parametrize(
     "data, place, likely",
     [
-        (CHINESE.encode("gbk"), "a.json:2: not UTF-8 at byte 21;", "likely GBK;"),
-        (CHINESE.encode("utf-16"), "a.json:1: not UTF-8 at byte 0;", "likely UTF-16;"),
-        (CHINESE.encode("utf-16-le"), "a.json:1: not UTF-8 at byte 1;", "likely UTF-16LE;"),
-        (CHINESE.encode("utf-16-be"), "a.json:1: not UTF-8 at byte 0;", "likely UTF-16BE;"),
-        (CHINESE.encode("utf-32"), "a.json:1: not UTF-8 at byte 0;", "likely UTF-32;"),
-        ('[{"instruction": "a café"}]'.encode("latin-1"), "at byte 23;", "likely CP1252;"),
-        (CHINESE.encode()[:-7], "a.json:2: not UTF-8 at byte 54;", "damaged or cut off"),
-        (gzip.compress(GOOD.encode(), mtime=0), "not UTF-8 at byte 1;", "binary data"),
-        (bytes(range(256)), "not UTF-8 at byte 0;", "binary data"),
+        (
+            CHINESE.encode("gbk"),
+            "a.json:2 (row 1): not UTF-8 at byte 19 of the row,",
+            "likely GBK;",
+        ),
+        (CHINESE.encode("utf-16"), "a.json:1: not UTF-8 at byte 0,", "likely UTF-16;"),
+        (CHINESE.encode("utf-16-le"), "a.json:1: not UTF-8 at byte 1,", "likely UTF-16LE;"),
+        (CHINESE.encode("utf-16-be"), "a.json:1: not UTF-8 at byte 0,", "likely UTF-16BE;"),
+        (CHINESE.encode("utf-32"), "a.json:1: not UTF-8 at byte 0,", "likely UTF-32;"),
+        (
+            '[{"instruction": "a café"}]'.encode("latin-1"),
+            "at byte 22 of the row,",
+            "likely CP1252;",
+        ),
+        (CHINESE.encode()[:-7], "a.json:2: the list ends early", "cut off"),
+        (gzip.compress(GOOD.encode(), mtime=0), "not UTF-8 at byte 1,", "binary data"),
+        (bytes(range(256)), "not UTF-8 at byte 0,", "binary data"),
     ],
 )
 def test_another_encoding_is_named_with_its_byte(write, data, place, likely):

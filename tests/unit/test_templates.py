@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from glmtune.data.templates import alpaca, is_alpaca
+from glmtune.data.templates import alpaca, is_alpaca, parts
 
 
 @pytest.mark.parametrize(
@@ -18,10 +18,12 @@ from glmtune.data.templates import alpaca, is_alpaca
 def test_alpaca(instruction, input, context):
     assert alpaca(instruction, input) == context
     assert is_alpaca(context)
+    assert parts(context) == (instruction, input)
 
 
 def test_other_contexts_are_not_alpaca():
     assert not is_alpaca("问：你好\n答：")
+    assert parts("问：你好\n答：") == ("问：你好\n答：", "")
     assert not is_alpaca("Instruction: a\nInput: b\n")
 
 

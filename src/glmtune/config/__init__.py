@@ -20,6 +20,7 @@ from glmtune.config.settings import (
     NewModelConfig,
     TokenizeConfig,
     TrainConfig,
+    ValidateConfig,
 )
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "NewModelConfig",
     "TokenizeConfig",
     "TrainConfig",
+    "ValidateConfig",
     "change_setting",
     "read_config",
     "write_recipe",

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 from pydantic.fields import FieldInfo
 
+from glmtune.config.groups import PathText
 from glmtune.config.names import OLD_NAMES, check_name
 from glmtune.config.settings import SETTINGS, Settings
 from glmtune.errors import UserError
@@ -20,7 +21,8 @@ _TYPES: dict[Any, tuple[str, str]] = {
     int: ("INT", "a whole number"),
     float: ("NUMBER", "a number"),
     str: ("PATH", "a path"),
-    tuple: ("NAME,NAME", "names with commas between"),
+    tuple[str, ...]: ("NAME,NAME", "names with commas between"),
+    tuple[PathText, ...]: ("PATH", "paths"),
 }
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
@@ -47,7 +49,7 @@ def kind_of(field: FieldInfo) -> Kind:
             columns += choices
             words += choices
         else:
-            column, word = _TYPES[get_origin(option) or option]
+            column, word = _TYPES[option]
             columns.append(column)
             words.append(word)
     listed = " or ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)
@@ -87,8 +89,12 @@ def fields_by_group(cls: type[Settings]) -> dict[str, dict[str, FieldInfo]]:
     }
 
 
-def split_arguments(verb: str, arguments: Sequence[str]) -> tuple[str | None, dict[str, str]]:
+def split_arguments(
+    verb: str, arguments: Sequence[str]
+) -> tuple[str | None, dict[str, str | list[str]]]:
     """Split a verb's command line into its recipe, if any, and its flags, name -> text.
+
+    Where the last of the verb's bare words takes several texts, it takes all that are left.
 
     `--name value`, `--name=value` and `--dash-name value` are read, and `--switch` as true. A flag
     given twice keeps its last value, so that a script's flags can be overridden at its end.
@@ -97,7 +103,7 @@ def split_arguments(verb: str, arguments: Sequence[str]) -> tuple[str | None, di
         UserError: a flag that the verb does not have, one that lacks its value, a stray word.
     """
     words: list[str] = []
-    flags: dict[str, str] = {}
+    flags: dict[str, str | list[str]] = {}
     rest = list(reversed(arguments))
     while rest:
         word = rest.pop()
@@ -119,15 +125,25 @@ def split_arguments(verb: str, arguments: Sequence[str]) -> tuple[str | None, di
         flags[name] = value
 
     places = SETTINGS[verb].bare_words
-    if stray := words[len(places) :]:
+    placed: dict[str, str | list[str]] = dict(zip(places, words, strict=False))
+    stray = words[len(places) :]
+    if stray and takes_several(verb, places[-1:]):
+        placed[places[-1]], stray = words[len(places) - 1 :], []
+    if stray:
         raise UserError(f"unexpected {stray[0]!r}; settings are given as --name value")
-    placed = dict(zip(places, words, strict=False))
-    recipe = placed.pop("recipe", None)
+    recipe = words[0] if "recipe" in placed else None
+    placed.pop("recipe", None)
     if recipe is not None and not _is_recipe(recipe):
         raise UserError(
             f"unexpected {recipe!r}; a recipe ends in .yaml, settings are given as --name value"
         )
     return recipe, placed | flags
+
+
+def takes_several(verb: str, names: Sequence[str]) -> bool:
+    """Whether any of these settings of a verb is a list."""
+    fields = SETTINGS[verb].model_fields
+    return any(get_origin(fields[name].annotation) is tuple for name in names if name in fields)
 
 
 def _is_recipe(word: str) -> bool:
@@ -138,7 +154,9 @@ def verb_help(verb: str, summary: str) -> str:
     """Return the help of a verb: every flag with what it takes, what it does and its default."""
     width = min(shutil.get_terminal_size((100, 24)).columns, 100)
     places = {"recipe": "[RECIPE.yaml]"}
-    words = " ".join(places.get(word, word.upper()) for word in SETTINGS[verb].bare_words)
+    bare_words = SETTINGS[verb].bare_words
+    words = " ".join(places.get(word, word.upper()) for word in bare_words)
+    words += " ..." if takes_several(verb, bare_words) else ""
     lines = [f"usage: glmtune {verb} {words} [--name value ...]", "", summary]
     for heading, fields in fields_by_group(SETTINGS[verb]).items():
         lines += ["", f"{heading}:"]

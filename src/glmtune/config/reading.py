@@ -32,7 +32,10 @@ _LINE_BREAKS = ("\x85", "\u2028", "\u2029")
 
 
 def read_config(
-    cls: type[Config], verb: str, recipe_path: str | None, flags: Mapping[str, str]
+    cls: type[Config],
+    verb: str,
+    recipe_path: str | None,
+    flags: Mapping[str, str | list[str]],
 ) -> Config:
     """Return the checked settings of `verb`: the recipe's, overridden by the flags.
 

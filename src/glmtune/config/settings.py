@@ -6,6 +6,7 @@ so that a setting shared by verbs is described once and `--help` can print group
 Configs are frozen: what was checked is what runs.
 """
 
+import os
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -24,6 +25,43 @@ from glmtune.config.groups import (
 
 ALL_LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 """Every linear inside a ChatGLM-6B layer: what `lora_target: all` stands for."""
+
+# --- validate ---
+
+
+class ValidateConfig(Settings):
+    """Settings of `glmtune validate`."""
+
+    group: ClassVar[str] = "data"
+    bare_words = ("files",)
+    files: tuple[PathText, ...] = Field(
+        min_length=1,
+        description="rows to check: alpaca records or what `glmtune convert` wrote, .json (a list) "
+        "or .jsonl",
+    )
+    held_out: PathText | None = Field(
+        None, description="rows kept for testing: no question of theirs may stand in the files"
+    )
+    json_path: PathText | None = Field(
+        None, description="JSON file to write every single problem into"
+    )
+
+    @field_validator("files", mode="before")
+    @classmethod
+    def wrap_one(cls, value: object) -> object:
+        """Accept one path for a list of one."""
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def keep_files(self) -> Self:
+        """The report replaces none of the files it is about."""
+        read = {os.path.realpath(path) for path in (*self.files, self.held_out or "")}
+        if self.json_path and os.path.realpath(self.json_path) in read:
+            raise conflict(
+                "json_path would overwrite a file that is read: name another", "json_path"
+            )
+        return self
+
 
 # --- convert ---
 
@@ -428,6 +466,7 @@ class BenchDecodeConfig(BenchSettings, DecodingSettings, DeviceSettings):
 
 
 SETTINGS: dict[str, type[Settings]] = {
+    "validate": ValidateConfig,
     "convert": ConvertConfig,
     "tokenize": TokenizeConfig,
     "train": TrainConfig,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from glmtune.config import ConvertConfig
 from glmtune.data.files import new_file
+from glmtune.data.flaws import show
 from glmtune.data.records import BadRow, list_bad_rows, name_rows, read_alpaca
 from glmtune.data.templates import alpaca
 
@@ -37,7 +38,7 @@ class ConvertSummary:
         if empty:
             lines.append(f"  {len(empty):,} with an empty output, kept: {name_rows(empty)}")
         for name, count in self.unused_fields.items():
-            lines.append(f'  {count:,} with a field "{name}", which is not used')
+            lines.append(f"  {count:,} with a field {show(name)}, which is not used")
         return "\n".join(lines)
 
 

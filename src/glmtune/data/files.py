@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 from glmtune.errors import UserError
 
@@ -25,47 +25,66 @@ def read_text(path: str) -> str:
     Raises UserError when the file cannot be read, is a Git-LFS pointer, or holds anything other
     than UTF-8 text; the message names the byte and the encoding it more likely is in.
     """
+    with open_bytes(path) as file:
+        data = file.read()
+    refuse_other_formats(path, data)
     try:
-        data = Path(path).read_bytes()
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _not_text(path, data, error.start) from error
+
+
+@contextmanager
+def open_bytes(path: str) -> Iterator[BinaryIO]:
+    """Open a file to read bytes from; UserError where it cannot be opened or read."""
+    try:
+        with open(path, "rb") as file:
+            yield file
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); check the path and its permissions"
         ) from error
-    if data.startswith(_LFS_POINTER):
+
+
+def refuse_other_formats(path: str, start: bytes) -> None:
+    """Raise UserError where what a file starts with cannot be the start of UTF-8 text.
+
+    That is a Git-LFS pointer, UTF-16, UTF-32, or binary data such as an archive. Stray bytes in a
+    text pass: which of its lines they damage is for the reader of the lines to say.
+    """
+    if start.startswith(_LFS_POINTER):
         raise UserError(
             f"{path}:1: a Git-LFS pointer stands here instead of the data; "
             "fetch the data with `git lfs pull`, or download the file itself"
         )
-    # JSON text holds no NUL, but UTF-16 without a mark does, and then can still be valid UTF-8.
-    offsets = [data.find(0)] if 0 in data else []
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        offsets.append(error.start)
-    if offsets:
-        line = data.count(b"\n", 0, min(offsets)) + 1
-        raise UserError(f"{path}:{line}: not UTF-8 at byte {min(offsets)}; {_explain(data, path)}")
-    return text.removeprefix("\ufeff")
+    if _likely_encoding(start) in (*_BYTE_ORDER_MARKS.values(), "UTF-16BE", "UTF-16LE", None):
+        undecoded = start.decode("utf-8", "surrogateescape")
+        place = next(i for i, c in enumerate(undecoded) if c == "\0" or "\udc80" <= c <= "\udcff")
+        raise _not_text(path, start, len(undecoded[:place].encode("utf-8")))
 
 
-def _explain(data: bytes, path: str) -> str:
-    """Say what a file that is not UTF-8 more likely is, and how to mend it."""
+def _not_text(path: str, data: bytes, place: int) -> UserError:
+    line = data.count(b"\n", 0, place) + 1
+    cause, fix = explain_bytes(data)
+    return UserError(f"{path}:{line}: not UTF-8 at byte {place}, {cause}; {fix}")
+
+
+def explain_bytes(data: bytes) -> tuple[str, str]:
+    """Say what bytes that are not UTF-8 more likely are, and how to mend them."""
     encoding = _likely_encoding(data)
     if encoding is None:
-        return "it looks like binary data (an archive?); unpack it or pass the JSON file itself"
+        return "it looks like binary data", "unpack the archive, or pass the JSON file itself"
     if encoding == "UTF-8":
-        return "a few bytes of it are damaged or cut off; download it again or mend that place"
-    return (
-        f"its encoding is likely {encoding}; save it as UTF-8, for example with "
-        f"`iconv -f {encoding} -t UTF-8 {path} > {Path(path).stem}.utf8{Path(path).suffix}`"
-    )
+        return "a few bytes are damaged or cut off", "download it again or mend that place"
+    command = f"`iconv -f {encoding} -t UTF-8 OLD > NEW`"
+    return f"likely {encoding}", f"save it as UTF-8, for example with {command}"
 
 
 def _likely_encoding(data: bytes) -> str | None:
     for mark, encoding in _BYTE_ORDER_MARKS.items():
         if data.startswith(mark):
             return encoding
-    if 0 in data:
+    if data.count(0) > 1 + len(data) // 50:
         # In UTF-16 the quotes, brackets and keys of JSON all have their zero byte on one side.
         encoding = "UTF-16BE" if data[::2].count(0) > data[1::2].count(0) else "UTF-16LE"
         return encoding if '"' in data.decode(encoding, "ignore")[:1000] else None
@@ -77,7 +96,7 @@ def _likely_encoding(data: bytes) -> str | None:
         with contextlib.suppress(UnicodeDecodeError):
             data.decode(encoding)
             return encoding
-    return None
+    return None if num_damaged > len(data) // 20 else "UTF-8"
 
 
 @contextmanager

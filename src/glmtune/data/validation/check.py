@@ -1,0 +1,227 @@
+"""One file, batch by batch: what is wrong with its rows, and what they are made of.
+
+A batch is first looked at as a whole, with a few operations on all of its text. Only where that
+shows anything unusual are its rows looked at one by one, to say which and why.
+"""
+
+import string
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from operator import itemgetter
+
+import numpy as np
+
+from glmtune.data.flaws import Flaw, show
+from glmtune.data.records import (
+    ALPACA_FIELDS,
+    ROW_FIELDS,
+    alpaca_record,
+    context_and_target,
+    fields_of,
+)
+from glmtune.data.templates import parts
+from glmtune.data.validation.characters import CONTROL, LANGUAGES, survey
+from glmtune.data.validation.duplicates import END_OF_PART, END_OF_ROW, Fingerprints
+from glmtune.data.validation.problems import Problem
+from glmtune.data.windows import Batch
+
+LONG_TEXT = 100_000
+"""Characters of a row beyond which it is surely not one question and its answer."""
+
+NUM_PARTS = len(ALPACA_FIELDS)
+
+
+@dataclass(slots=True)
+class CheckedFile:
+    """What one file holds: its rows, of which some are unusable, and the letters by language."""
+
+    path: str
+    format: str | None = None
+    num_bytes: int = 0
+    num_rows: int = 0
+    num_unusable: int = 0
+    letters: np.ndarray = field(default_factory=lambda: np.zeros(len(LANGUAGES), np.int64))
+    unused_fields: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def language_shares(self) -> dict[str, float]:
+        """The share of each language among the letters; empty without any."""
+        total = int(self.letters.sum())
+        shares = (self.letters / max(total, 1)).tolist()
+        return dict(zip(LANGUAGES, shares, strict=True)) if total else {}
+
+    def add(self, span: "CheckedFile") -> None:
+        """Add what the rows that follow hold."""
+        self.format = self.format or span.format
+        self.num_bytes += span.num_bytes
+        self.num_rows += span.num_rows
+        self.num_unusable += span.num_unusable
+        self.letters += span.letters
+        self.unused_fields.update(span.unused_fields)
+
+    def as_json(self) -> dict[str, object]:
+        """The same for the report."""
+        return {
+            "path": self.path,
+            "format": self.format,
+            "bytes": self.num_bytes,
+            "rows": self.num_rows,
+            "unusable_rows": self.num_unusable,
+            "language_shares": self.language_shares,
+            "unused_fields": self.unused_fields,
+        }
+
+    def __str__(self) -> str:
+        num_usable = self.num_rows - self.num_unusable
+        text = f"{self.path}: {self.format or 'nothing usable'}, {self.num_rows:,} rows, "
+        text += f"{num_usable:,} usable, {self.num_unusable:,} not"
+        if shares := self.language_shares:
+            text += "; letters " + ", ".join(f"{s:.1%} {name}" for name, s in shares.items())
+        for name, count in self.unused_fields.items():
+            text += f"\n    {count:,} rows with a field {show(name)}, which is not used"
+        return text
+
+
+class FileCheck:
+    """Checks the rows of a file, or of a span of it; `tell` is called with each problem."""
+
+    def __init__(
+        self,
+        path: str,
+        tell: Callable[[Problem], None],
+        with_questions: bool,
+        format: str | None = None,
+    ) -> None:
+        self.file = CheckedFile(path, format)
+        self.fingerprints = Fingerprints(path, with_questions)
+        self._tell = tell
+
+    def take(self, batch: Batch) -> None:
+        """Check the rows that come next."""
+        first = self.file.num_rows + 1
+        self.file.num_rows += len(batch.values)
+        self.file.num_bytes += batch.num_bytes
+        rows: Sequence[int] = range(first, first + len(batch.values))
+        lines = batch.lines
+        try:
+            texts, unused = self._texts_at_once(batch.values)
+            found = survey(END_OF_ROW.join(texts).encode())
+            is_clean = found.num_controls == max(0, NUM_PARTS * len(texts) - 1)  # the ends of parts
+        except (LookupError, TypeError, ValueError):
+            is_clean = False
+        if is_clean:
+            self.file.unused_fields.update(unused)
+        else:
+            rows, lines, texts = self._texts_by_row(batch, rows)
+            found = survey(END_OF_ROW.join(texts).encode())
+        for line, fault in batch.between:
+            self._tell_flaw(fault, None, line)
+        if texts:
+            if batch.num_bytes > LONG_TEXT or _has_empty_part(found.bare):
+                self._warn_of_sizes(texts, rows, lines)
+            self.file.letters += found.letters
+            self.fingerprints.add(texts, found.bare, rows, lines)
+
+    def _texts_at_once(self, values: list) -> tuple[list[str], Counter[str]]:
+        """Return instruction, input and answer of each row, joined, and count the unused fields.
+
+        Raises LookupError, TypeError or ValueError where a row is unlike the others in its fields,
+        or in what they hold.
+        """
+        if set(map(type, values)) != {dict}:
+            raise TypeError
+        self.file.format = self.file.format or _format_of(values[0])
+        known = ALPACA_FIELDS if self.file.format == "alpaca" else ROW_FIELDS
+        fields = tuple(name for name in known if name in values[0])
+        texts = list(map(_JOIN[fields], map(itemgetter(*fields), values)))
+        unused: Counter[str] = Counter()
+        if sum(map(len, values)) > len(fields) * len(values):
+            unused = Counter(chain.from_iterable(values)) - Counter(fields * len(values))
+        if not unused.keys().isdisjoint(known):  # some rows have an input, others none
+            raise LookupError
+        return texts, unused
+
+    def _texts_by_row(
+        self, batch: Batch, rows: Iterable[int]
+    ) -> tuple[list[int], list[int], list[str]]:
+        """Return number, line and text of the usable rows, and tell what is wrong with any."""
+        good_rows: list[int] = []
+        good_lines: list[int] = []
+        texts: list[str] = []
+        for row, line, value in zip(rows, batch.lines, batch.values, strict=True):
+            try:
+                fields = fields_of(value)
+                self.file.format = self.file.format or _format_of(fields)
+                is_alpaca = self.file.format == "alpaca"
+                check = alpaca_record if is_alpaca else context_and_target
+                unused = check(fields, self.file.path, row, line).unused
+            except Flaw as flaw:
+                self.file.num_unusable += 1
+                self._tell_flaw(flaw, row, line)
+                continue
+            self.file.unused_fields.update(unused)
+            names = ALPACA_FIELDS if is_alpaca else ROW_FIELDS
+            cleaned = tuple(self._clean(fields.get(name, ""), name, row, line) for name in names)
+            good_rows.append(row)
+            good_lines.append(line)
+            texts.append(_JOIN[names](cleaned))
+        return good_rows, good_lines, texts
+
+    def _clean(self, text: str, name: str, row: int, line: int) -> str:
+        """Return a field's text without what no text should hold, and tell of the first such."""
+        if found := CONTROL.search(text):
+            num = len(CONTROL.findall(text))
+            kind = "lost character" if found[0] == "\ufffd" else "control character in text"
+            what = f'field "{name}" holds U+{ord(found[0]):04X} at character {found.start() + 1}'
+            what += f" and {num - 1:,} more such" if num > 1 else ""
+            self._warn(kind, row, line, what, "write what should stand there, or remove it", name)
+            text = CONTROL.sub("", text)
+        return text
+
+    def _warn_of_sizes(self, texts: list[str], rows: Sequence[int], lines: Sequence[int]) -> None:
+        """Tell of rows that are empty in part, or too long to be of use."""
+        for text, row, line in zip(texts, rows, lines, strict=True):
+            asked, _, answer = text.rpartition(END_OF_PART)
+            if not answer.strip():
+                fix = "write an answer or take the row out; tokenize drops it"
+                self._warn("empty answer", row, line, "the answer is empty", fix)
+            if not asked.strip(END_OF_PART + string.whitespace):
+                fix = "write a question or take the row out"
+                self._warn("empty question", row, line, "the question is empty", fix)
+            if len(text) > LONG_TEXT:
+                what = f"the row is {len(text):,} characters long"
+                fix = "split it; tokenize cuts it at max_seq_length"
+                self._warn("very long", row, line, what, fix)
+
+    def _warn(
+        self, kind: str, row: int, line: int, what: str, fix: str, name: str | None = None
+    ) -> None:
+        self._tell(Problem(kind, self.file.path, line, row, what, fix, name))
+
+    def _tell_flaw(self, flaw: Flaw, row: int | None, line: int) -> None:
+        what, fix = flaw.what, flaw.fix
+        problem = Problem(flaw.kind, self.file.path, line, row, what, fix, flaw.field, True)
+        self._tell(problem)
+
+
+def _format_of(fields: Container[str]) -> str:
+    return "context/target" if "context" in fields and "instruction" not in fields else "alpaca"
+
+
+def _has_empty_part(bare: bytes) -> bool:
+    """Whether an answer, or all before one, is empty or nothing but punctuation."""
+    codes = np.frombuffer(b"\x00%b\x00" % bare, np.uint8)
+    ends_row, ends_part = codes == 0, codes == 1
+    is_empty = ends_part[:-1] & ends_row[1:]
+    is_empty[:-1] |= ends_row[:-2] & ends_part[1:-1] & ends_part[2:]
+    return bool(is_empty.any())
+
+
+# How the fields of a row become instruction, input and answer; join refuses what is no string.
+_JOIN: dict[tuple[str, ...], Callable[[tuple], str]] = {
+    ALPACA_FIELDS: END_OF_PART.join,
+    ("instruction", "output"): (2 * END_OF_PART).join,
+    ROW_FIELDS: lambda row: END_OF_PART.join((*parts(row[0]), row[1])),
+}

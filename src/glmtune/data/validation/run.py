@@ -1,0 +1,118 @@
+"""`glmtune validate`: everything that is wrong with files of rows, in one pass over each."""
+
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from glmtune import __version__
+from glmtune.config import ValidateConfig
+from glmtune.data.files import new_file
+from glmtune.data.validation.check import CheckedFile
+from glmtune.data.validation.duplicates import Fingerprints, find_repeats, find_shared_questions
+from glmtune.data.validation.problems import Problem, Problems
+from glmtune.data.validation.spans import NUM_PROCESSES, check_file, open_pool
+from glmtune.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """All that was found in `files` (the last is the held-out one, if there was one)."""
+
+    files: list[CheckedFile]
+    problems: Problems
+    seconds: float
+    peak_bytes: int | None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all files."""
+        return sum(file.num_rows for file in self.files)
+
+    @property
+    def num_unusable(self) -> int:
+        """Rows that no verb can use."""
+        return sum(file.num_unusable for file in self.files)
+
+    @property
+    def megabytes_per_second(self) -> float:
+        """How fast the files were read and compared."""
+        return sum(file.num_bytes for file in self.files) / 1e6 / self.seconds
+
+    def as_json(self) -> dict[str, object]:
+        """What the report says beside the problems."""
+        return {
+            "counts": self.problems.counts,
+            "files": [file.as_json() for file in self.files],
+            "seconds": self.seconds,
+            "megabytes_per_second": self.megabytes_per_second,
+            "peak_memory_bytes": self.peak_bytes,
+            "glmtune_version": __version__,
+        }
+
+    def __str__(self) -> str:
+        lines = [str(file) for file in self.files]
+        for title, unusable in [("not usable", True), ("usable, but look at", False)]:
+            if told := list(self.problems.lines(unusable)):
+                lines += [f"  {title}", *told]
+        if not self.problems.counts:
+            lines.append("  no problem found")
+        memory = f", {self.peak_bytes / 1e6:,.0f} MB of memory" if self.peak_bytes else ""
+        speed = f"{self.megabytes_per_second:,.0f} MB/s"
+        lines.append(f"  checked in {self.seconds:,.1f} s, {speed}{memory}")
+        return "\n".join(lines)
+
+
+def validate(config: ValidateConfig) -> Validation:
+    """Check files of alpaca records or of context and target, and print what was found.
+
+    Every problem is counted and its row named; `json_path` gets each one whole. Returns what was
+    found, where all rows are usable. Raises UserError, one line, where rows or whole files are not,
+    once all has been told; and for a json_path that cannot be written.
+    """
+    start = time.perf_counter()
+    held_out = [config.held_out] if config.held_out else []
+    with ExitStack() as stack:
+        report = stack.enter_context(new_file(config.json_path)) if config.json_path else None
+        problems = Problems(report)
+        paths = [*config.files, *held_out]
+        with open_pool(paths) as pool:
+            checked = [check_file(path, problems, bool(held_out), pool) for path in paths]
+        files = [file for file, _ in checked]
+        prints = [fingerprints for _, fingerprints in checked]
+        _compare(prints[: len(config.files)], prints[len(config.files) :], problems)
+        seconds = time.perf_counter() - start
+        validation = Validation(files, problems, seconds, _peak_bytes())
+        problems.close(validation.as_json())
+    print(validation)
+    if num_unusable := validation.num_unusable:
+        raise UserError(
+            f"{num_unusable:,} of {validation.num_rows:,} rows cannot be used; mend them, "
+            "or let convert and tokenize leave them out with --on_bad_row skip"
+        )
+    if any(tally.unusable for tally in problems.tallies.values()):
+        raise UserError("not every file can be used; see above")
+    return validation
+
+
+def _compare(files: list[Fingerprints], held_out: list[Fingerprints], problems: Problems) -> None:
+    """Tell of rows that stand twice among the files, and of questions that are held out as well."""
+    for place, first, is_exact in find_repeats(files):
+        kind, like = ("duplicate", "the same as") if is_exact else ("near duplicate", "nearly")
+        what = f"{like} {first}"
+        problems.add(Problem(kind, place.path, place.line, place.row, what, "keep one of them"))
+    for others in held_out:
+        for place, other in find_shared_questions(files, others):
+            what, fix = f"asks what the held-out {other} asks", "take one of them out"
+            problems.add(Problem("leak", place.path, place.line, place.row, what, fix))
+
+
+def _peak_bytes() -> int | None:
+    """The most memory that all processes can have held at a time; None where nobody tells."""
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak += NUM_PROCESSES * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
