@@ -1,0 +1,51 @@
+"""The settings of the benchmarks."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from glmtune.config.groups import DecodingSettings, DeviceSettings, PathText, Settings
+from glmtune.config.training import LoraSettings, TrainingDeviceSettings
+
+
+class BenchSettings(Settings):
+    """What the benchmarks share."""
+
+    group: ClassVar[str] = "benchmark"
+    bare_words = ()
+    shape: Literal["6b", "wide", "small"] = Field(
+        "6b",
+        description="sizes of the model, whose weights are random: nothing is downloaded; wide: 2 "
+        "layers of width 1,024 with the whole vocabulary, small: 4 of width 256 with 4,096 ids",
+    )
+    json_path: PathText | None = Field(None, description="JSON lines file to add the record to")
+
+
+class BenchTrainConfig(BenchSettings, LoraSettings, TrainingDeviceSettings):
+    """Settings of `glmtune bench train`."""
+
+    group: ClassVar[str] = "benchmark"
+    dataset_path: PathText | None = Field(
+        None,
+        description="tokenised rows (default: random ones, as long as Chinese alpaca rows are)",
+    )
+    packing: bool | None = Field(None, description="as in train")
+    tokens_per_step: int | None = Field(None, ge=64, multiple_of=64, description="as in train")
+    exact_batch: bool | None = Field(None, description="as in train")
+    per_device_train_batch_size: int = Field(6, ge=1, description="as in train")
+    steps: int = Field(10, ge=1, description="steps to time")
+    warmup: int = Field(3, ge=0, description="steps before them, after the first")
+    limits: bool = Field(True, description="time the matrix products alone, too")
+    plain: bool = Field(True, description="time the plain way at six padded rows a step, too")
+    compare: bool = Field(False, description="time transformers' Glm with PEFT, too")
+    kernel_table: PathText | None = Field(None, description="file for a table of a step's kernels")
+
+
+class BenchDecodeConfig(BenchSettings, DecodingSettings, DeviceSettings):
+    """Settings of `glmtune bench decode`."""
+
+    group: ClassVar[str] = "benchmark"
+    prompt_length: int = Field(64, ge=3, description="tokens of each prompt")
+    max_new_tokens: int = Field(256, ge=2, description="tokens of each answer")
+    batch_size: int = Field(1, ge=1, description="prompts answered at a time")
+    compare: bool = Field(False, description="time transformers' generate, too")

@@ -1,0 +1,176 @@
+"""The settings of `glmtune train`, group by group."""
+
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from glmtune.config.groups import (
+    BaseModelSettings,
+    DeviceSettings,
+    PathText,
+    Settings,
+    conflict,
+)
+
+ALL_LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+"""Every linear inside a ChatGLM-6B layer: what `lora_target: all` stands for."""
+
+
+class TrainingDataSettings(Settings):
+    """What is trained on, and how much of it."""
+
+    group: ClassVar[str] = "data"
+    dataset_path: PathText = Field(
+        description="tokenised rows: the folder that `glmtune tokenize` wrote"
+    )
+    per_device_train_batch_size: int = Field(6, ge=1, description="rows per device and pass")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="passes per optimiser step")
+    packing: bool | None = Field(
+        None,
+        description="lay rows end to end in packs of tokens_per_step tokens, many rows a step "
+        "(default: on a GPU)",
+    )
+    tokens_per_step: int | None = Field(
+        None,
+        ge=64,
+        multiple_of=64,
+        description="tokens of a pack, which is a pass of one device (default: what its memory "
+        "holds, at most 8192)",
+    )
+    exact_batch: bool | None = Field(
+        None,
+        description="per_device_train_batch_size rows a pass as the recipe says, laid end to end "
+        "without padding (default: on a GPU, where packing is false)",
+    )
+    max_steps: int = Field(
+        -1, ge=-1, description="optimiser steps; when above 0, num_train_epochs does not count"
+    )
+    num_train_epochs: float = Field(3.0, gt=0, description="times through the rows")
+    train_sampling_strategy: Literal["random", "sequential"] = Field(
+        "random", description="order of the rows"
+    )
+    eval_ratio: float = Field(
+        0.0, ge=0, le=0.5, description="share of the rows held out for evaluation"
+    )
+    eval_steps: int | None = Field(
+        None, ge=1, description="steps between evaluations (default: save_steps)"
+    )
+    per_device_eval_batch_size: int = Field(8, ge=1, description="rows per evaluation pass")
+    seed: int = Field(42, ge=0, lt=2**32, description="seed of LoRA's start, dropout and the split")
+    data_seed: int | None = Field(
+        None, ge=0, lt=2**32, description="seed of the rows' order (default: seed)"
+    )
+    remove_unused_columns: bool = Field(
+        False, description="accepted as the original command has it; no effect here"
+    )
+
+
+class LoraSettings(Settings):
+    """The adapter."""
+
+    group: ClassVar[str] = "LoRA"
+    lora_rank: int = Field(8, ge=1, description="rank of the update")
+    lora_alpha: int = Field(32, ge=1, description="the update is scaled by lora_alpha / lora_rank")
+    lora_dropout: float = Field(0.1, ge=0, lt=1, description="dropout before the update")
+    lora_target: tuple[str, ...] = Field(
+        ("query_key_value",),
+        min_length=1,
+        description="linears that get an adapter, with commas between; all: "
+        + ",".join(ALL_LINEARS),
+    )
+
+    @field_validator("lora_target", mode="before")
+    @classmethod
+    def split_names(cls, value: object) -> object:
+        """Accept "a,b" for ["a", "b"], and "all"."""
+        names = value.split(",") if isinstance(value, str) else value
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            return value  # for pydantic to refuse
+        stripped = tuple(name.strip() for name in names if name.strip())
+        return ALL_LINEARS if stripped == ("all",) else stripped
+
+
+class OptimiserSettings(Settings):
+    """AdamW and its schedule."""
+
+    group: ClassVar[str] = "optimiser"
+    learning_rate: float = Field(1e-4, gt=0, description="highest learning rate")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        "linear", description="course of the learning rate after warm-up"
+    )
+    warmup_steps: float = Field(
+        0, ge=0, description="steps of rising learning rate; below 1, that share of all steps"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decay")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="memory of the mean")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="memory of the square")
+    adam_epsilon: float = Field(1e-8, gt=0, description="keeps the division finite")
+    max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to it; 0: never")
+
+    @model_validator(mode="after")
+    def whole_steps(self) -> Self:
+        """1.5 is neither a number of steps nor a share of them."""
+        if self.warmup_steps > 1 and self.warmup_steps != int(self.warmup_steps):
+            raise conflict(
+                f"warmup_steps is {self.warmup_steps}: give whole steps, or a share below 1",
+                "warmup_steps",
+            )
+        return self
+
+
+class RunFolderSettings(Settings):
+    """What the run leaves behind, and how it goes on."""
+
+    group: ClassVar[str] = "run folder"
+    output_dir: PathText = Field(
+        description="folder for checkpoints, metrics and the recipe as run"
+    )
+    overwrite_output_dir: bool = Field(
+        False, description="start anew in a folder that holds another run"
+    )
+    resume_from_checkpoint: Literal["true"] | PathText | None = Field(
+        None,
+        description="go on from this checkpoint; true: from the newest in output_dir",
+    )
+    save_steps: int = Field(1000, ge=1, description="steps between checkpoints")
+    save_total_limit: int | None = Field(
+        None, ge=1, description="checkpoints kept, the newest ones (default: all)"
+    )
+    logging_steps: int = Field(50, ge=1, description="steps between logged lines")
+    report_to: Literal["tensorboard", "none", "all"] = Field(
+        "tensorboard", description="where metrics go, beside metrics.jsonl"
+    )
+    disable_tqdm: bool = Field(False, description="plain lines instead of a progress bar")
+
+    @field_validator("resume_from_checkpoint", mode="before")
+    @classmethod
+    def spell_bool(cls, value: object) -> object:
+        """`true` is a word here, and `false` is to leave it out."""
+        word = str(value).lower()
+        return {"true": "true", "false": None}.get(word, value)
+
+
+class TrainingDeviceSettings(DeviceSettings):
+    """Where to compute, and how to fit there."""
+
+    base_dtype: Literal["auto", "fp8"] = Field(
+        "auto",
+        description="fp8: the frozen linears in float8, on Hopper and newer GPUs, a third faster; "
+        "auto: in the compute type",
+    )
+    gradient_checkpointing: Literal["auto"] | bool = Field(
+        "auto", description="recompute activations to save memory; auto: when memory asks for it"
+    )
+
+
+class TrainConfig(
+    TrainingDataSettings,
+    LoraSettings,
+    OptimiserSettings,
+    RunFolderSettings,
+    BaseModelSettings,
+    TrainingDeviceSettings,
+):
+    """Settings of `glmtune train`."""
+
+    reads_and_writes = ("dataset_path", "output_dir")
