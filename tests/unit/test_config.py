@@ -38,6 +38,7 @@ REQUIRED = {
     "adapters convert": {"old": "old", "new": "new"},
     "demo": {},
     "new-model": {"folder": "new", "like": "glm-tiny"},
+    "bench train": {},
 }
 
 
