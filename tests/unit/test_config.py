@@ -179,6 +179,12 @@ def test_wrong_value(verb, name, value, words):
     [
         ("train", {"fp16": "true", "bf16": "true"}, "fp16 and bf16 are both true"),
         ("train", {"warmup_steps": "1.5"}, "give whole steps, or a share below 1"),
+        ("train", {"packing": "true", "exact_batch": "true"}, "packing and exact_batch are both"),
+        (
+            "train",
+            {"packing": "false", "tokens_per_step": "4096"},
+            "tokens_per_step is the length of packs, but packing is off",
+        ),
         ("infer", {"temperature": "0.7"}, "set do_sample true"),
         ("compare", {"top_k": "5", "do_sample": "false"}, "set do_sample true"),
         ("convert", {"save_path": "./a.json"}, "save_path would overwrite data_path"),

@@ -109,7 +109,9 @@ def check_name(verb: str, name: str, source: str) -> None:
             f"{source}: transformers' TrainingArguments know this setting, glmtune does not offer "
             "it; take it out"
         )
-    if verbs := [other for other, cls in SETTINGS.items() if name in cls.model_fields]:
+    # A benchmark borrows the settings of what it measures; they are not where a user looks for one.
+    verbs = [other for other in SETTINGS if not other.startswith("bench")]
+    if verbs := [other for other in verbs if name in SETTINGS[other].model_fields]:
         raise UserError(f"{source} is a setting of {', '.join(verbs)}, not of {verb}; take it out")
     dashes = "--" if source.startswith("--") else ""
     hint = did_you_mean(name, SETTINGS[verb].model_fields, prefix=dashes)

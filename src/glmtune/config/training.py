@@ -64,6 +64,24 @@ class TrainingDataSettings(Settings):
         False, description="accepted as the original command has it; no effect here"
     )
 
+    @model_validator(mode="after")
+    def one_layout(self) -> Self:
+        """Packs and batches of so many rows exclude each other."""
+        if self.packing and self.exact_batch:
+            raise conflict(
+                "packing and exact_batch are both true: packing puts as many rows into a step as "
+                "fit, exact_batch as many as the recipe says; choose one",
+                "packing",
+                "exact_batch",
+            )
+        if self.tokens_per_step and (self.packing is False or self.exact_batch):
+            raise conflict(
+                "tokens_per_step is the length of packs, but packing is off: leave one of them out",
+                "tokens_per_step",
+                "packing" if self.packing is False else "exact_batch",
+            )
+        return self
+
 
 class LoraSettings(Settings):
     """The adapter."""

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from glmtune.ops.rotary import rotate
 
+_GROUPS = 4  # of rows of like length, see `PaddedRows`
+
 
 def prefix_lm_mask(
     prefix_end_B: Tensor, valid_BK: Tensor, num_queries: int | None = None
@@ -72,24 +74,39 @@ def dense_mask(start_T: Tensor, prefix_end_T: Tensor) -> Tensor:
 
 
 class PaddedRows(NamedTuple):
-    """A pack spread over padded rows for the time of an attention, where there are no kernels."""
+    """A pack spread over padded rows for the time of an attention, where there are no kernels.
 
-    place_BS: Tensor
-    """Place in the pack of each token of each row; padding points to the row's first token."""
-    mask_B1SS: Tensor
+    Rows of like length are padded together: among rows of sixty tokens one of three hundred would
+    make five times the work.
+    """
+
+    groups: tuple["PaddedGroup", ...]
     back_T: Tensor
-    """For each place of the pack its token's index in the flattened padded rows."""
+    """For each place of the pack its token's index in all groups' padded rows, end to end."""
 
     @classmethod
     def of(cls, start_T: Tensor, prefix_end_T: Tensor, end_T: Tensor) -> "PaddedRows":
-        """Lay the rows of a pack beside each other, padded at the right to the longest."""
-        is_first_T = torch.arange(len(start_T), device=start_T.device) == start_T
-        start_B, lengths_B = start_T[is_first_T], (end_T - start_T)[is_first_T]
-        column_S = torch.arange(int(lengths_B.max()), device=start_T.device)
-        valid_BS = column_S < lengths_B[:, None]
-        place_BS = start_B[:, None] + column_S * valid_BS
-        mask_B1SS = prefix_lm_mask((prefix_end_T - start_T)[is_first_T], valid_BS)
-        return cls(place_BS, mask_B1SS, valid_BS.flatten().nonzero()[:, 0])
+        """Lay the rows of a pack beside each other, padded at the right to the longest of a group.
+
+        Args:
+            start_T: place in the pack of the first token of each token's row.
+            prefix_end_T: place of the first answer token of that row.
+            end_T: place after its last token.
+        """
+        place_T = torch.arange(len(start_T), device=start_T.device)
+        start_R = start_T[place_T == start_T]
+        length_R, prefix_R = (end_T - start_T)[start_R], (prefix_end_T - start_T)[start_R]
+        groups, back_T, num_before = [], torch.empty_like(place_T), 0
+        for rows_B in length_R.argsort().chunk(_GROUPS):
+            column_S = torch.arange(int(length_R[rows_B].max()), device=start_T.device)
+            valid_BS = column_S < length_R[rows_B][:, None]
+            # Padding points to the row's first token.
+            place_BS = start_R[rows_B][:, None] + column_S * valid_BS
+            mask_B1SS = prefix_lm_mask(prefix_R[rows_B], valid_BS)
+            groups.append(PaddedGroup(place_BS, mask_B1SS))
+            back_T[place_BS[valid_BS]] = num_before + valid_BS.flatten().nonzero()[:, 0]
+            num_before += valid_BS.numel()
+        return cls(tuple(groups), back_T)
 
     def attend(
         self, y_TN3D: Tensor, update: tuple[Tensor, Tensor] | None, cos: Tensor, sin: Tensor
@@ -104,9 +121,18 @@ class PaddedRows(NamedTuple):
         """
         if update is not None:
             y_TN3D = y_TN3D + (update[0] @ update[1].T).view_as(y_TN3D)
-        spread_BNS3D = y_TN3D[self.place_BS].transpose(1, 2)
-        query, key, value = spread_BNS3D.chunk(3, dim=-1)
-        cos, sin = cos[self.place_BS], sin[self.place_BS]
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        context = F.scaled_dot_product_attention(query, key, value, attn_mask=self.mask_B1SS)
-        return context.transpose(1, 2).flatten(0, 1)[self.back_T]
+        query, key, value = y_TN3D.transpose(0, 1)[None].chunk(3, dim=-1)
+        qkv = rotate(query, cos[None], sin[None]), rotate(key, cos[None], sin[None]), value
+        contexts = []
+        for place_BS, mask_B1SS in self.groups:
+            query, key, value = (x[0, :, place_BS].transpose(0, 1) for x in qkv)
+            context_BNSD = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_B1SS)
+            contexts.append(context_BNSD.transpose(1, 2).flatten(0, 1))
+        return torch.cat(contexts)[self.back_T]
+
+
+class PaddedGroup(NamedTuple):
+    """Some rows of a pack: where each token lies in the pack, and what each sees."""
+
+    place_BS: Tensor
+    mask_B1SS: Tensor

@@ -14,16 +14,24 @@ PACK_LENGTH_ON_CPU = 2048
 _REST_GIB, _USABLE = 0.75, 0.93
 
 
-def pass_gib(config: ChatGLMConfig, num_tokens: int, dtype: torch.dtype, recompute: bool) -> float:
+def pass_gib(
+    config: ChatGLMConfig,
+    num_tokens: int,
+    dtype: torch.dtype,
+    *,
+    recompute: bool = False,
+    more_adapters: bool = False,
+) -> float:
     """GiB that a compiled pass over a pack takes beside the weights, where the memory peaks.
 
     Kept for the way back are, of each layer and token: what enters it and its second norm, queries,
     keys and values, the attention's output, the inner activation, and one bit in eight for dropout.
     With `recompute` it is what enters each layer, and all of one layer. The way back through a
-    layer holds three gradients of the inner activation.
+    layer holds three gradients of the inner activation. With `more_adapters` than those of the
+    fused projection the inputs of the other linears are kept as well (how much: as measured).
     """
     ratio = config.inner_hidden_size / config.hidden_size
-    layer = 6.5 + ratio
+    layer = 6.5 + ratio + 6.5 * more_adapters
     kept = config.num_layers + layer if recompute else config.num_layers * layer
     values = (kept + 3 * ratio) * config.hidden_size * num_tokens
     values += CHUNK * config.vocab_size + 4 * num_tokens * config.hidden_size
@@ -31,7 +39,12 @@ def pass_gib(config: ChatGLMConfig, num_tokens: int, dtype: torch.dtype, recompu
 
 
 def choose_pack(
-    config: ChatGLMConfig, free_gib: float, dtype: torch.dtype, recompute: bool | None
+    config: ChatGLMConfig,
+    free_gib: float,
+    dtype: torch.dtype,
+    *,
+    recompute: bool | None = None,
+    more_adapters: bool = False,
 ) -> tuple[int, bool]:
     """The longest packs that fit, and whether activations are to be recomputed for them.
 
@@ -43,12 +56,15 @@ def choose_pack(
         free_gib: the device's memory without the weights.
         dtype: the compute type.
         recompute: what the user wants, or None.
+        more_adapters: see `pass_gib`.
     """
     room = _USABLE * free_gib - _REST_GIB
     choices = [(length, False) for length in PACK_LENGTHS[:3]]
     choices += [(length, True) for length in PACK_LENGTHS]
     for length, does_recompute in choices:
-        length_fits = pass_gib(config, length, dtype, does_recompute) <= room
-        if recompute in (None, does_recompute) and length_fits:
+        needed = pass_gib(
+            config, length, dtype, recompute=does_recompute, more_adapters=more_adapters
+        )
+        if recompute in (None, does_recompute) and needed <= room:
             return length, does_recompute
     return PACK_LENGTHS[-1], recompute is not False

@@ -198,7 +198,13 @@ def pack_choice(config: TrainConfig, model: PeftModel, device: torch.device) -> 
         return PACK_LENGTH_ON_CPU, bool(wish)
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) / GIB
     base = base_of(model)
-    return choose_pack(base.config, total_memory_gib(device) - weights, base.dtype, wish)
+    return choose_pack(
+        base.config,
+        total_memory_gib(device) - weights,
+        base.dtype,
+        recompute=wish,
+        more_adapters=config.lora_target != ("query_key_value",),
+    )
 
 
 def pack_length(

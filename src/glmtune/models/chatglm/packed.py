@@ -299,11 +299,12 @@ def can_compile(device: torch.device, config: ChatGLMConfig) -> bool:
 
 
 def move(value: Any, device: torch.device) -> Any:
-    """Tensors, also within named tuples, on a device; from pinned memory, beside other work."""
+    """Tensors, also within tuples, on a device; from pinned memory, beside other work."""
     if isinstance(value, Tensor):
         pinned = value.pin_memory() if device.type == "cuda" else value
         return pinned.to(device, non_blocking=True)
-    return type(value)(*(move(part, device) for part in value))
+    parts = [move(part, device) for part in value]
+    return tuple(parts) if type(value) is tuple else type(value)(*parts)
 
 
 def base_of(model: PeftModel) -> ChatGLMForConditionalGeneration:

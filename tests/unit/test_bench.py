@@ -1,0 +1,63 @@
+"""The benchmark of a training step, run small on a CPU."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from glmtune.bench import limits
+from glmtune.bench.rows import random_rows
+from glmtune.bench.train import SHAPES
+from glmtune.cli import main
+from glmtune.models.chatglm.configuration import ChatGLMConfig
+
+
+def bench(tmp_path, *flags):
+    path = tmp_path / "bench.jsonl"
+    small = ["--shape", "small", "--use_cpu", "true", "--steps", "2", "--warmup", "0"]
+    assert main(["bench", "train", *small, "--json_path", str(path), *flags]) == 0
+    return json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+
+
+def test_a_record_has_all_figures(tmp_path, capsys):
+    flags = ["--packing", "true", "--tokens_per_step", "512", "--compare", "true"]
+    record = bench(tmp_path, *flags, "--kernel_table", str(tmp_path / "kernels.txt"))
+    assert record["layout"] == "packed"
+    assert 0.3 < record["supervised_tokens_per_second"] / record["real_tokens_per_second"] < 0.9
+    assert record["real_tokens_per_second"] < record["matmul_limit_tokens_per_second"]
+    assert 0 < record["share_of_limit"] < 1
+    assert record["plain"]["real_tokens_per_second"] > 0
+    assert record["glm_peft_real_tokens_per_second"] > 0
+    assert record["copy_bytes_per_second"] > 1e8
+    assert record["loss"] == pytest.approx(np.log(4096), abs=1)
+    assert "aten::" in (tmp_path / "kernels.txt").read_text(encoding="utf-8")
+    assert record["torch"] in torch.__version__
+    out = capsys.readouterr().out
+    assert "of the limit" in out
+    assert "padded rows" in out
+
+
+def test_lines_are_added_and_each_layout_has_its_own(tmp_path):
+    few = ["--limits", "false", "--plain", "false"]
+    assert bench(tmp_path, *few, "--exact_batch", "true")["layout"] == "exact"
+    assert bench(tmp_path, *few)["layout"] == "padded"
+    assert len((tmp_path / "bench.jsonl").read_text().splitlines()) == 2
+
+
+def test_float8_is_refused_on_a_cpu(tmp_path, capsys):
+    flags = ["--shape", "small", "--use_cpu", "true", "--base_dtype", "fp8"]
+    assert main(["bench", "train", *flags]) == 2
+    assert "error: base_dtype fp8: CPU" in capsys.readouterr().err
+
+
+def test_random_rows_are_as_long_as_real_ones():
+    rows = random_rows(SHAPES["small"], 5000)
+    rows.check(SHAPES["small"], "random")
+    assert np.median(rows.lengths_R) == pytest.approx(57, abs=2)
+    assert rows.lengths_R.mean() == pytest.approx(66, abs=2)
+    assert rows.lengths_R.max() <= 200
+
+
+def test_the_weights_that_a_token_meets():
+    assert limits.matmul_parameters(ChatGLMConfig()) == 6_171_787_264
