@@ -51,6 +51,12 @@ def test_float8_is_refused_on_a_cpu(tmp_path, capsys):
     assert "error: base_dtype fp8: CPU" in capsys.readouterr().err
 
 
+def test_a_device_too_small_for_the_weights(monkeypatch, capsys):
+    monkeypatch.setattr("glmtune.bench.train.total_memory_gib", lambda device: 16)
+    assert main(["bench", "train", "--use_cpu", "true"]) == 2
+    assert "error: --shape: the weights alone take 23.0 GiB" in capsys.readouterr().err
+
+
 def test_random_rows_are_as_long_as_real_ones():
     rows = random_rows(SHAPES["small"], 5000)
     rows.check(SHAPES["small"], "random")

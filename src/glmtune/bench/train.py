@@ -19,7 +19,8 @@ from glmtune.bench.timing import append_json, machine, times_ms
 from glmtune.config import BenchTrainConfig, TrainConfig
 from glmtune.data.dataset import load_dataset
 from glmtune.data.token_rows import TokenRows
-from glmtune.hardware import memory_gib
+from glmtune.errors import UserError
+from glmtune.hardware import GIB, device_name, memory_gib, total_memory_gib
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
 from glmtune.models.chatglm.packed import to_fp8
@@ -59,12 +60,14 @@ def bench_train(settings: BenchTrainConfig) -> dict[str, Any]:
     """Measure on random weights and print; the record is returned, and appended where asked for.
 
     Raises:
-        UserError: float8 on a device without it, or rows that do not fit into packs.
+        UserError: float8 on a device without it, a device too small for the weights, or rows that
+            do not fit into packs.
     """
     config = _train_config(settings)
     accelerator, dtype = start_accelerator(config)
     device = accelerator.device
     shape = SHAPES[settings.shape]
+    _check_room(shape, device, dtype)
     if settings.base_dtype == "fp8":
         check_fp8(device)
     rows = _rows(settings, shape)
@@ -107,6 +110,16 @@ def _train_config(settings: BenchTrainConfig) -> TrainConfig:
     return TrainConfig(
         dataset_path=settings.dataset_path or "random rows", output_dir="none", **shared
     )
+
+
+def _check_room(shape: ChatGLMConfig, device: torch.device, dtype: torch.dtype) -> None:
+    needed = limits.matmul_parameters(shape) * dtype.itemsize / GIB
+    there = total_memory_gib(device)
+    if there and needed > 0.9 * there:
+        raise UserError(
+            f"--shape: the weights alone take {needed:,.1f} GiB and {device_name(device)} has "
+            f"{there:,.1f} GiB; take --shape small"
+        )
 
 
 def _rows(settings: BenchTrainConfig, shape: ChatGLMConfig) -> TokenRows:
