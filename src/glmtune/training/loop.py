@@ -101,7 +101,8 @@ def train(config: TrainConfig) -> TrainResult:
         return fit(config, accelerator, peft_model, rows, base_name(base), resume)
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"the GPU's memory is too small for this: halve {_size_setting(config, accelerator.device)} and double "
+            "the GPU's memory is too small for this: halve "
+            f"{_size_setting(config, accelerator.device)} and double "
             f"gradient_accumulation_steps ({config.gradient_accumulation_steps}), or set "
             "gradient_checkpointing true"
         ) from error
