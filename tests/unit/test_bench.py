@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from glmtune.bench import limits
+from glmtune.bench.random_model import SHAPES
 from glmtune.bench.rows import random_rows
-from glmtune.bench.train import SHAPES
 from glmtune.cli import main
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 
@@ -49,6 +49,12 @@ def test_float8_is_refused_on_a_cpu(tmp_path, capsys):
     flags = ["--shape", "small", "--use_cpu", "true", "--base_dtype", "fp8"]
     assert main(["bench", "train", *flags]) == 2
     assert "error: base_dtype fp8: CPU" in capsys.readouterr().err
+
+
+def test_a_device_too_small_for_the_weights(monkeypatch, capsys):
+    monkeypatch.setattr("glmtune.bench.random_model.total_memory_gib", lambda device: 16)
+    assert main(["bench", "train", "--use_cpu", "true"]) == 2
+    assert "error: shape 6b: the weights alone take 23.0 GiB" in capsys.readouterr().err
 
 
 def test_random_rows_are_as_long_as_real_ones():

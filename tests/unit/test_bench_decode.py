@@ -80,7 +80,7 @@ def test_mistakes_are_told_before_the_work(run, tmp_path, monkeypatch, capsys):
         run(prompt_length=2000, max_new_tokens=49)
     with pytest.raises(UserError, match=r"json_path .*: cannot be written"):
         run(json_path=str(tmp_path / "no" / "folder.jsonl"))
-    monkeypatch.setattr(room, "total_memory_gib", lambda _: 8.0)
+    monkeypatch.setattr("glmtune.bench.random_model.total_memory_gib", lambda _: 8.0)
     with pytest.raises(UserError, match=r"shape 6b: .* 23.0 GiB .* --shape small"):
         run(shape="6b")
     assert main(["bench", "decode", "--decode_bits", "5"]) == 2

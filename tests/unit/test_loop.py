@@ -564,6 +564,10 @@ class TestRefusals:
         monkeypatch.setattr(loop, "train_step", full)
         with pytest.raises(UserError, match=r"halve per_device_train_batch_size \(3\)"):
             loop.train(config())
+        with pytest.raises(UserError, match=r"halve tokens_per_step \(64\)"):
+            loop.train(
+                config(packing=True, tokens_per_step=64, output_dir=config().output_dir + "2")
+            )
 
 
 class TestPacking:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from glmtune.bench.limits import copy_rate
-from glmtune.bench.random_model import SHAPES, random_model
+from glmtune.bench.random_model import SHAPES, check_room, random_model
 from glmtune.bench.timing import append_json, check_appendable, machine
 from glmtune.config import BenchDecodeConfig
 from glmtune.errors import UserError
@@ -21,13 +21,11 @@ from glmtune.generation import Decoder, EncodedPrompt, GenerationSettings
 from glmtune.generation.reference import generate_ids
 from glmtune.generation.weights import num_bytes
 from glmtune.hardware import (
-    GIB,
     check_decoding,
     device_name,
     memory_gib,
     pick_device,
     pick_dtype,
-    total_memory_gib,
 )
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
@@ -165,16 +163,7 @@ def _check(
             f"prompt_length {config.prompt_length} with max_new_tokens {config.max_new_tokens} is "
             f"more than the model's {limit} positions; lower one"
         )
-    with torch.device("meta"):
-        model = ChatGLMForConditionalGeneration(shape)
-    needed = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize / GIB
-    total = total_memory_gib(device)
-    if total and needed > total:
-        raise UserError(
-            f"shape {config.shape}: its weights take {needed:.1f} GiB in "
-            f"{str(dtype).removeprefix('torch.')}, and {device_name(device)} has {total:.1f}; pass "
-            "--shape small"
-        )
+    check_room(config.shape, device, dtype)
 
 
 def _random_prompts(shape: ChatGLMConfig, num_prompts: int, length: int) -> list[EncodedPrompt]:

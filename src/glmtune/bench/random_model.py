@@ -2,6 +2,9 @@
 
 import torch
 
+from glmtune.bench.limits import matmul_parameters
+from glmtune.errors import UserError
+from glmtune.hardware import GIB, device_name, total_memory_gib
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
 
@@ -16,6 +19,21 @@ SHAPES = {
     ),
 }  # fmt: skip
 """Of a token, `wide` spends its time on reading weights, and `small` on all that surrounds them."""
+
+
+def check_room(name: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Make sure that a device has room for the weights of a shape.
+
+    Raises:
+        UserError: it has not.
+    """
+    needed, total = matmul_parameters(SHAPES[name]) * dtype.itemsize / GIB, total_memory_gib(device)
+    if total and needed > 0.9 * total:
+        raise UserError(
+            f"shape {name}: the weights alone take {needed:,.1f} GiB in "
+            f"{str(dtype).removeprefix('torch.')}, and {device_name(device)} has {total:,.1f} GiB; "
+            "pass --shape small"
+        )
 
 
 def random_model(

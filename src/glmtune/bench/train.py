@@ -14,7 +14,7 @@ from peft import PeftModel
 from glmtune.adapters import attach_lora
 from glmtune.bench import limits
 from glmtune.bench.glm_peft import time_glm_peft
-from glmtune.bench.random_model import SHAPES, random_model
+from glmtune.bench.random_model import SHAPES, check_room, random_model
 from glmtune.bench.rows import random_rows
 from glmtune.bench.timing import append_json, check_appendable, machine, times_ms
 from glmtune.config import BenchTrainConfig, TrainConfig
@@ -52,14 +52,15 @@ def bench_train(settings: BenchTrainConfig) -> dict[str, Any]:
     """Measure on random weights and print; the record is returned, and appended where asked for.
 
     Raises:
-        UserError: float8 on a device without it, rows that do not fit into packs, or a JSON file
-            that cannot be written.
+        UserError: float8 on a device without it, a device too small for the weights, rows that do
+            not fit into packs, or a JSON file that cannot be written.
     """
     check_appendable(settings.json_path)
     config = _train_config(settings)
     accelerator, dtype = start_accelerator(config)
     device = accelerator.device
     shape = SHAPES[settings.shape]
+    check_room(settings.shape, device, dtype)
     if settings.base_dtype == "fp8":
         check_fp8(device)
     rows = _rows(settings, shape)

@@ -169,6 +169,9 @@ def training_config(config: DemoConfig, dataset_path: str, output_dir: str) -> T
         seed=config.seed,
         use_cpu=config.use_cpu,
         save_total_limit=1,
+        # The recipe's steps are of so many rows, and for a model this small not worth compiling.
+        packing=False,
+        exact_batch=False,
     )
 
 

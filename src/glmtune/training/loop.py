@@ -37,7 +37,14 @@ from glmtune.training.checkpoints import RECIPE_FILE, STATE_FILE, TrainingState
 from glmtune.training.console import Pace, print_banner, print_summary
 from glmtune.training.interrupt import StopRequest
 from glmtune.training.passes import PaddedPass, Pass
-from glmtune.training.run import Run, build_pass, build_state, check_fp8, start_accelerator
+from glmtune.training.run import (
+    Run,
+    build_pass,
+    build_state,
+    check_fp8,
+    choose_layout,
+    start_accelerator,
+)
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,8 @@ def train(config: TrainConfig) -> TrainResult:
         return fit(config, accelerator, peft_model, rows, base_name(base), resume)
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"the GPU's memory is too small for this: halve {_size_setting(config)} and double "
+            "the GPU's memory is too small for this: halve "
+            f"{_size_setting(config, accelerator.device)} and double "
             f"gradient_accumulation_steps ({config.gradient_accumulation_steps}), or set "
             "gradient_checkpointing true"
         ) from error
@@ -282,9 +290,9 @@ def open_log(run: Run, state: TrainingState, history: list[dict[str, Any]]) -> R
     )
 
 
-def _size_setting(config: TrainConfig) -> str:
-    if config.tokens_per_step:
-        return f"tokens_per_step ({config.tokens_per_step})"
+def _size_setting(config: TrainConfig, device: torch.device) -> str:
+    if choose_layout(config, device) == "packed":
+        return f"tokens_per_step ({config.tokens_per_step or 'now chosen by the card'})"
     return f"per_device_train_batch_size ({config.per_device_train_batch_size})"
 
 
