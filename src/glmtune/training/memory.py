@@ -1,5 +1,7 @@
 """What a packed pass takes in memory, and how many tokens of it a device has room for."""
 
+from dataclasses import dataclass
+
 import torch
 
 from glmtune.hardware import GIB
@@ -38,33 +40,41 @@ def pass_gib(
     return values * dtype.itemsize / GIB
 
 
-def choose_pack(
-    config: ChatGLMConfig,
-    free_gib: float,
-    dtype: torch.dtype,
-    *,
-    recompute: bool | None = None,
-    more_adapters: bool = False,
-) -> tuple[int, bool]:
-    """The longest packs that fit, and whether activations are to be recomputed for them.
+@dataclass(frozen=True)
+class Room:
+    """A device's memory for passes of a model."""
 
-    Recomputing costs a third of the speed, so it is chosen only where otherwise not even packs of
-    2,048 tokens fit.
+    config: ChatGLMConfig
+    free_gib: float
+    """What the device has beside the weights."""
+    dtype: torch.dtype
+    more_adapters: bool = False
+    """See `pass_gib`."""
 
-    Args:
-        config: the model.
-        free_gib: the device's memory without the weights.
-        dtype: the compute type.
-        recompute: what the user wants, or None.
-        more_adapters: see `pass_gib`.
-    """
-    room = _USABLE * free_gib - _REST_GIB
-    choices = [(length, False) for length in PACK_LENGTHS[:3]]
-    choices += [(length, True) for length in PACK_LENGTHS]
-    for length, does_recompute in choices:
+    def holds(self, num_tokens: int, *, recompute: bool) -> bool:
+        """Whether a pass over so many tokens fits."""
         needed = pass_gib(
-            config, length, dtype, recompute=does_recompute, more_adapters=more_adapters
+            self.config,
+            num_tokens,
+            self.dtype,
+            recompute=recompute,
+            more_adapters=self.more_adapters,
         )
-        if recompute in (None, does_recompute) and needed <= room:
-            return length, does_recompute
-    return PACK_LENGTHS[-1], recompute is not False
+        return needed <= _USABLE * self.free_gib - _REST_GIB
+
+    def longest_pack(self, recompute: bool | None = None) -> int:
+        """Tokens of the longest pack that fits.
+
+        Recomputing activations costs a third of the speed, so it is counted on only where otherwise
+        not even packs of 2,048 tokens fit.
+
+        Args:
+            recompute: what the user wants, or None.
+        """
+        choices = [(length, False) for length in PACK_LENGTHS[:3]]
+        choices += [(length, True) for length in PACK_LENGTHS]
+        for length, does_recompute in choices:
+            wanted = recompute in (None, does_recompute)
+            if wanted and self.holds(length, recompute=does_recompute):
+                return length
+        return PACK_LENGTHS[-1]

@@ -21,7 +21,7 @@ from glmtune.errors import UserError
 from glmtune.hardware import GIB, device_name, pick_device, pick_dtype, total_memory_gib
 from glmtune.models.chatglm.packed import PackedModel, base_of, can_compile
 from glmtune.training.checkpoints import TrainingState
-from glmtune.training.memory import PACK_LENGTH_ON_CPU, choose_pack
+from glmtune.training.memory import PACK_LENGTH_ON_CPU, Room
 from glmtune.training.passes import CapturedPass, PackedPass, PaddedPass, Pass
 from glmtune.training.plan import PackPlan, Plan, RowPlan, split_rows
 
@@ -120,10 +120,15 @@ class Run:
 
     def recompute(self, model: PeftModel) -> bool:
         """Whether activations are computed again on the way back."""
-        device = self.accelerator.device
-        if self.layout == "packed" and not self.config.tokens_per_step:
-            return pack_choice(self.config, model, device)[1]
-        return wants_recompute(self.config, device)
+        wish, device = self.config.gradient_checkpointing, self.accelerator.device
+        if wish != "auto" or self.layout == "padded" or device.type != "cuda":
+            return wants_recompute(self.config, device)
+        if isinstance(self.plan, PackPlan):
+            num_tokens = self.plan.pack_length
+        else:
+            longest = int(self.rows.lengths_R[self.plan.row_ids].max())
+            num_tokens = self.config.per_device_train_batch_size * longest
+        return not room_for(self.config, model, device).holds(num_tokens, recompute=False)
 
     def eval_parts(self) -> list[np.ndarray]:
         """Row numbers of each evaluation pass."""
@@ -191,20 +196,12 @@ def wants_recompute(config: TrainConfig, device: torch.device) -> bool:
     return config.gradient_checkpointing
 
 
-def pack_choice(config: TrainConfig, model: PeftModel, device: torch.device) -> tuple[int, bool]:
-    """Length of packs and whether to recompute activations, as far as memory decides it."""
-    wish = None if config.gradient_checkpointing == "auto" else config.gradient_checkpointing
-    if device.type != "cuda":
-        return PACK_LENGTH_ON_CPU, bool(wish)
+def room_for(config: TrainConfig, model: PeftModel, device: torch.device) -> Room:
+    """What the device's memory leaves to passes of this model."""
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) / GIB
     base = base_of(model)
-    return choose_pack(
-        base.config,
-        total_memory_gib(device) - weights,
-        base.dtype,
-        recompute=wish,
-        more_adapters=config.lora_target != ("query_key_value",),
-    )
+    more_adapters = config.lora_target != ("query_key_value",)
+    return Room(base.config, total_memory_gib(device) - weights, base.dtype, more_adapters)
 
 
 def pack_length(
@@ -213,8 +210,11 @@ def pack_length(
     """Tokens of a pack: what is asked for, or what memory holds, and then at least one row."""
     if config.tokens_per_step:
         return config.tokens_per_step
-    longest = int(rows.lengths_R.max())
-    return max(pack_choice(config, model, device)[0], 64 * -(-longest // 64))
+    wish = None if config.gradient_checkpointing == "auto" else config.gradient_checkpointing
+    length = PACK_LENGTH_ON_CPU
+    if device.type == "cuda":
+        length = room_for(config, model, device).longest_pack(wish)
+    return max(length, 64 * -(-int(rows.lengths_R.max()) // 64))
 
 
 def check_fp8(device: torch.device) -> None:
