@@ -110,7 +110,7 @@ def test_a_captured_pass_is_the_pass(rows, dtype):
         assert (grad - wanted).norm() / wanted.norm() < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
-@pytest.mark.parametrize(("head_dim", "rank"), itertools.product([16, 64, 128, 256], [0, 8]))
+@pytest.mark.parametrize(("head_dim", "rank"), itertools.product([64, 128], [0, 8]))
 def test_the_attention_kernels(head_dim, rank):
     """Rows of one token, prefixes of one, answers of none, rows that no block holds whole."""
     from glmtune.ops.attention_kernels import RowSpans

@@ -18,7 +18,6 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2_E = 1.4426950408889634
-MIN_HEAD_DIM = 16  # the least that the matrix units multiply
 
 
 @triton.jit

@@ -291,11 +291,13 @@ def _let_vary(*tensors_T: Tensor) -> None:
 
 
 def can_compile(device: torch.device, config: ChatGLMConfig) -> bool:
-    """Whether the kernels run here: a GPU of the Ampere generation or newer, with Triton."""
+    """Whether the kernels run here: a GPU of the Ampere generation or newer, with Triton.
+
+    And heads of 64 or 128, as models of this family have them.
+    """
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return False
-    is_power_of_two = config.head_dim & (config.head_dim - 1) == 0
-    return find_spec("triton") is not None and config.head_dim >= 16 and is_power_of_two
+    return find_spec("triton") is not None and config.head_dim in (64, 128)
 
 
 def move(value: Any, device: torch.device) -> Any:
