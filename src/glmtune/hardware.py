@@ -10,6 +10,12 @@ if TYPE_CHECKING:
     import torch
 
 GIB = 1024**3
+# Dense bfloat16 TFLOP/s (float16 where a card has no bfloat16) by the vendor's datasheets; of two
+# names that fit a card the first one counts.
+RATED_TFLOPS = {
+    "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "A10": 125, "A6000": 155,
+    "RTX 4090": 165, "RTX 3090": 71, "T4": 65, "V100": 125,
+}  # fmt: skip
 
 
 def pick_device(use_cpu: bool = False) -> "torch.device":
@@ -99,6 +105,14 @@ def device_name(device: "torch.device") -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} thread(s)"
+
+
+def rated_tflops(device: "torch.device") -> float | None:
+    """Dense 16-bit TFLOP/s of a GPU by its datasheet; None where it is not known here."""
+    if device.type != "cuda":
+        return None
+    name = device_name(device)
+    return next((rate for card, rate in RATED_TFLOPS.items() if card in name), None)
 
 
 def memory_gib(device: "torch.device") -> float:

@@ -100,3 +100,13 @@ def test_a_card_that_is_too_old_is_named(capability, wish, refused, monkeypatch)
         return
     with pytest.raises(UserError, match=refused):
         hardware.check_decoding(torch.device("cuda"), **wish)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("NVIDIA H200", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA GeForce RTX 3090", 71), ("X", None)],
+)
+def test_what_a_card_is_rated(monkeypatch, name, expected):
+    monkeypatch.setattr("glmtune.hardware.device_name", lambda device: name)
+    assert hardware.rated_tflops(torch.device("cuda")) == expected
+    assert hardware.rated_tflops(torch.device("cpu")) is None

@@ -20,7 +20,7 @@ from glmtune.bench.timing import append_json, check_appendable, machine, times_m
 from glmtune.config import BenchTrainConfig, TrainConfig
 from glmtune.data.dataset import load_dataset
 from glmtune.data.token_rows import TokenRows
-from glmtune.hardware import memory_gib
+from glmtune.hardware import memory_gib, rated_tflops
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.packed import to_fp8
 from glmtune.runlog import print_pairs
@@ -78,6 +78,8 @@ def bench_train(settings: BenchTrainConfig) -> dict[str, Any]:
     record |= speed.__dict__
     flops = 4 * limits.matmul_parameters(shape) * speed.real_tokens_per_second
     record["model_tflops_4n"] = flops / 1e12
+    rated = rated_tflops(device)
+    record["mfu_4n"] = None if rated is None else flops / 1e12 / rated
     if settings.kernel_table:
         _write_kernel_table(run, model, settings.kernel_table)
     if settings.plain:
@@ -239,6 +241,9 @@ def _print(record: dict[str, Any]) -> None:
     def per_second(key: str) -> str:
         return f"{record[key]:,.0f} tokens/s"
 
+    mfu = ""
+    if record["mfu_4n"] is not None:
+        mfu = f", {record['mfu_4n']:.1%} of what the card is rated in 16 bits"
     pairs = {
         "device": record["device"],
         "real": per_second("real_tokens_per_second"),
@@ -246,7 +251,7 @@ def _print(record: dict[str, Any]) -> None:
         "a step": f"{record['ms']:,.1f} ms",
         "first step": f"{record['first_step_seconds']:.1f} s, compilation included",
         "memory": f"{record['peak_gib']:.2f} GiB at most",
-        "4N FLOPs": f"{record['model_tflops_4n']:,.1f} TFLOP/s",
+        "4N FLOPs": f"{record['model_tflops_4n']:,.1f} TFLOP/s{mfu}",
     }
     if "share_of_limit" in record:
         pairs["limit"] = per_second("matmul_limit_tokens_per_second") + " by matrix products alone"
