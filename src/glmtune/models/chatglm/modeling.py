@@ -10,6 +10,7 @@ V vocabulary.
 import math
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,9 @@ from glmtune.ops.rotary import rotary_angles, rotate
 
 # The published code scales every residual as if the model had 28 layers, whatever config.json says.
 RESIDUAL_SCALE = math.sqrt(2 * 28)
+# transformers 5.24 calls "cache" what was "past_key_values" before; both are understood here.
+CACHE_NAMES = ("cache", "past_key_values")
+CACHE_FIELD = next(name for name in CACHE_NAMES if name in BaseModelOutputWithPast.__annotations__)
 
 
 def eager_attention(
@@ -135,7 +139,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _input_embed_layer = "word_embeddings"
     supports_gradient_checkpointing = True
     _no_split_modules = ["ChatGLMBlock"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = list(CACHE_NAMES)  # noqa: RUF012
     _supports_sdpa = True
     _can_compile_fullgraph = True
     _can_record_outputs = {  # noqa: RUF012
@@ -178,7 +182,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             attention_mask: ``(B, K)``, 1 for real tokens, or a ready boolean ``(B, 1, S, K)``;
                 by default every id but ``<pad>`` is real.
             position_ids: both streams, ``(B, 2, S)``; by default read off the ids of whole rows.
-            past_key_values: one of transformers' caches.
+            past_key_values: one of transformers' caches; `cache` will do as well.
             inputs_embeds: ``(B, S, H)`` in the place of ids; needs a ready mask and positions.
             use_cache: make a cache where none was given.
 
@@ -186,6 +190,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             ValueError: positions or mask cannot be derived, because a row lacks its special ids
                 or because `input_ids` continue a cache.
         """
+        if past_key_values is None:
+            past_key_values = kwargs.pop("cache", None)
         if inputs_embeds is None:
             # A packed embedding cannot know the compute type.
             inputs_embeds = self.word_embeddings(input_ids).to(self.final_layernorm.weight.dtype)
@@ -211,9 +217,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             hidden_BSH = layer(
                 hidden_BSH, attention_mask, cos, sin, past_key_values=past_key_values
             )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.final_layernorm(hidden_BSH), past_key_values=past_key_values
-        )
+        kept: dict[str, Any] = {CACHE_FIELD: past_key_values}
+        return BaseModelOutputWithPast(self.final_layernorm(hidden_BSH), **kept)
 
 
 class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
@@ -315,12 +320,12 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits_BSV,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_FIELD: outputs.get(CACHE_FIELD)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
+    def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
@@ -329,6 +334,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         **kwargs,
     ) -> dict:
         """One step's inputs: the new ids, and their mask and positions read off the whole rows."""
+        if past_key_values is None:
+            past_key_values = kwargs.get("cache")
         layout = read_layout(input_ids, self.config, attention_mask)
         num_new = next_sequence_length or input_ids.shape[1]
         mask_B1SK = prefix_lm_mask(layout.prefix_end_B, layout.valid_BS, num_new)
