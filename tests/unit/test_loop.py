@@ -24,7 +24,7 @@ from glmtune.errors import UserError
 from glmtune.models.checkpoints import load_base_model
 from glmtune.training import loop, passes
 from glmtune.training.plan import split_rows
-from glmtune.training.run import wants_recompute
+from glmtune.training.run import choose_layout, wants_recompute
 
 GMASK, SOP, EOP, VOCAB_SIZE = 1001, 1004, 1005, 1024
 # The tiny model has no vocabulary file; training asks nothing else of a tokenizer.
@@ -192,7 +192,8 @@ class TestRunFolder:
         config, folder, _ = run
         assert (folder / "training_loss.png").read_bytes().startswith(b"\x89PNG")
         assert list(folder.glob("runs/events.out.tfevents.*"))
-        assert read_config(TrainConfig, "train", str(folder / "recipe.yaml"), {}) == config
+        as_run = config.model_copy(update={"packing": False, "exact_batch": False})
+        assert read_config(TrainConfig, "train", str(folder / "recipe.yaml"), {}) == as_run
 
     def test_nothing_half_written_is_left(self, run):
         _, folder, _ = run
@@ -659,6 +660,40 @@ class TestPacking:
         with pytest.raises(UserError, match=r"loss off by 1\.0"):
             loop.train(config(**self.PACKED))
         assert not list(Path(config().output_dir).glob("checkpoint-*"))
+
+    def test_the_recipe_as_run_says_what_the_card_chose(self, config, tmp_path):
+        loop.train(config(max_steps=2, **{**self.PACKED, "tokens_per_step": None}))
+        as_run = read_config(TrainConfig, "train", str(tmp_path / "run" / "recipe.yaml"), {})
+        assert (as_run.packing, as_run.exact_batch, as_run.tokens_per_step) == (True, False, 2048)
+
+    @pytest.mark.parametrize(
+        ("kind", "settings", "expected"),
+        [
+            ("cpu", {}, "padded"),
+            ("cpu", {"packing": True}, "packed"),
+            ("cpu", {"exact_batch": True}, "exact"),
+            ("cuda", {}, "packed"),
+            ("cuda", {"max_steps": 100}, "packed"),
+            ("cuda", {"max_steps": 100, "per_device_train_batch_size": 6}, "exact"),
+            (
+                "cuda",
+                {"max_steps": 9, "per_device_train_batch_size": 6, "tokens_per_step": 64},
+                "packed",
+            ),
+            (
+                "cuda",
+                {"max_steps": 100, "per_device_train_batch_size": 6, "packing": True},
+                "packed",
+            ),
+            ("cuda", {"packing": False}, "exact"),
+            ("cuda", {"exact_batch": True}, "exact"),
+            ("cuda", {"packing": False, "exact_batch": False}, "padded"),
+        ],
+    )
+    def test_the_layout(self, kind, settings, expected):
+        """The original's command, which says how many rows and steps, keeps both on a GPU."""
+        config = TrainConfig(dataset_path="rows", output_dir="run", **settings)
+        assert choose_layout(config, torch.device(kind)) == expected
 
     def test_float8_needs_a_card_that_has_it(self, config):
         with pytest.raises(UserError, match="base_dtype fp8: CPU"):

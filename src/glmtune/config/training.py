@@ -28,7 +28,7 @@ class TrainingDataSettings(Settings):
     packing: bool | None = Field(
         None,
         description="lay rows end to end in packs of tokens_per_step tokens, many rows a step "
-        "(default: on a GPU)",
+        "(default: on a GPU, unless both per_device_train_batch_size and max_steps are given)",
     )
     tokens_per_step: int | None = Field(
         None,

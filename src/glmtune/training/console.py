@@ -71,6 +71,8 @@ def describe_step(run: Run) -> dict[str, str]:
             f"{config.per_device_train_batch_size} a pass, as per_device_train_batch_size says",
         }
     how = "padded to the longest" if run.layout == "padded" else "end to end"
+    if run.layout == "exact" and config.packing is None and config.exact_batch is None:
+        how += "; --packing true would take as many as fit into a pack"
     size = config.per_device_train_batch_size
     return {"rows a step": f"{plan.step_size:,} = {size} a pass x {passes}, {how}"}
 

@@ -43,6 +43,7 @@ from glmtune.training.run import (
     build_state,
     check_fp8,
     choose_layout,
+    layout_as_run,
     start_accelerator,
 )
 
@@ -95,6 +96,7 @@ def train(config: TrainConfig) -> TrainResult:
             "chatglm_path": base,
             "resume_from_checkpoint": None,
             "overwrite_output_dir": False,
+            **layout_as_run(config, peft_model, accelerator.device, rows),
         }
         write_recipe(config.model_copy(update=as_run), str(output_dir / RECIPE_FILE))
     try:

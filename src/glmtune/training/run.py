@@ -181,9 +181,17 @@ def enable_recompute(model: PreTrainedModel) -> None:
 
 
 def choose_layout(config: TrainConfig, device: torch.device) -> Layout:
-    """How the rows of a pass lie; on a GPU, where nothing else is said, in packs."""
+    """How the rows of a pass lie; on a GPU, where nothing else is said, in packs.
+
+    Who gives both the rows of a pass and the number of steps, as the original's command does, has
+    chosen them for each other: packs would go through the data twenty times as often.
+    """
     on_gpu = device.type == "cuda"
-    if config.packing or (config.packing is None and on_gpu and not config.exact_batch):
+    packing = config.packing
+    if packing is None:
+        chosen = {"per_device_train_batch_size", "max_steps"} <= config.model_fields_set
+        packing = on_gpu and not config.exact_batch and (not chosen or bool(config.tokens_per_step))
+    if packing:
         return "packed"
     exact = on_gpu if config.exact_batch is None else config.exact_batch
     return "exact" if exact else "padded"
@@ -215,6 +223,19 @@ def pack_length(
     if device.type == "cuda":
         length = room_for(config, model, device).longest_pack(wish)
     return max(length, 64 * -(-int(rows.lengths_R.max()) // 64))
+
+
+def layout_as_run(
+    config: TrainConfig, model: PeftModel, device: torch.device, rows: TokenRows
+) -> dict[str, Any]:
+    """The settings of the layout as they came out: a run goes on with them on any other card."""
+    layout = choose_layout(config, device)
+    length = pack_length(config, model, device, rows) if layout == "packed" else None
+    return {
+        "packing": layout == "packed",
+        "exact_batch": layout == "exact",
+        "tokens_per_step": length,
+    }
 
 
 def check_fp8(device: torch.device) -> None:
