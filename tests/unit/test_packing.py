@@ -11,6 +11,7 @@ from glmtune.errors import UserError
 from glmtune.models.chatglm.configuration import VOCAB_SIZE_V1_0, ChatGLMConfig
 from glmtune.models.chatglm.layout import read_layout
 from glmtune.ops.loss import IGNORED
+from glmtune.training import plan as plan_module
 from glmtune.training.batches import collate
 from glmtune.training.plan import PackPlan
 
@@ -126,6 +127,18 @@ class TestPackPlan:
         straight, back = self.plan(), self.plan()
         parts = [straight.parts(step, 1)[0].tolist() for step in range(60)]
         assert [back.parts(step, 1)[0].tolist() for step in reversed(range(60))] == parts[::-1]
+
+    def test_how_many_steps_an_epoch_has_is_learned_once(self, monkeypatch):
+        """Packing a million rows takes seconds: a run's banner must not do it for each number."""
+        packed = []
+        original = plan_module.plan_packs
+        monkeypatch.setattr(
+            plan_module, "plan_packs", lambda *args: (packed.append(1), original(*args))[1]
+        )
+        plan = self.plan()
+        steps = plan.num_steps(3)
+        assert (plan.epoch(steps), plan.num_steps(3)) == (3, steps)
+        assert len(packed) == 3
 
     def test_without_shuffling_all_epochs_are_alike(self):
         plan = self.plan(shuffle=False)

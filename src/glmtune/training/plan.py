@@ -87,14 +87,14 @@ class Plan(ABC):
 
     def num_steps(self, num_epochs: float) -> int:
         """Steps of so many epochs, the last of which may be cut short."""
-        whole = int(num_epochs)
-        steps = sum(self.steps_in(epoch) for epoch in range(whole))
-        return steps + int(np.ceil((num_epochs - whole) * self.steps_in(whole)))
+        whole, share = divmod(num_epochs, 1)
+        steps = sum(self.steps_in(epoch) for epoch in range(int(whole)))
+        return steps + int(np.ceil(share * self.steps_in(int(whole)))) if share else steps
 
     def epoch(self, step: int) -> float:
         """How often the rows have been gone through after so many steps."""
         epoch, place = self.locate(step)
-        return epoch + place / self.steps_in(epoch)
+        return epoch + (place / self.steps_in(epoch) if place else 0)
 
 
 @dataclass(frozen=True)
@@ -143,8 +143,8 @@ class PackPlan(Plan):
     pack_length: int
     packs_per_step: int
     """Packs of one step, over all processes and accumulated passes."""
-    _first_steps: list[int] = field(default_factory=lambda: [0])
-    """Of each epoch so far, and of the next: their numbers of packs may differ by one or two."""
+    _num_steps: dict[int, int] = field(default_factory=dict)
+    """Of each epoch packed so far: their numbers of packs may differ by one or two."""
     _packs: dict[int, list[np.ndarray]] = field(default_factory=dict)
 
     @property
@@ -160,17 +160,18 @@ class PackPlan(Plan):
         return self._packs[epoch]
 
     def steps_in(self, epoch: int) -> int:
-        """See `Plan`."""
-        return -(-len(self.packs(epoch)) // self.packs_per_step)
+        """See `Plan`; an epoch is packed but once to learn it."""
+        if epoch not in self._num_steps:
+            self._num_steps[epoch] = -(-len(self.packs(epoch)) // self.packs_per_step)
+        return self._num_steps[epoch]
 
     def locate(self, step: int) -> tuple[int, int]:
         """See `Plan`."""
-        while self._first_steps[-1] <= step:
-            self._first_steps.append(
-                self._first_steps[-1] + self.steps_in(len(self._first_steps) - 1)
-            )
-        epoch = int(np.searchsorted(self._first_steps, step, side="right")) - 1
-        return epoch, step - self._first_steps[epoch]
+        epoch = 0
+        while step and step >= self.steps_in(epoch):
+            step -= self.steps_in(epoch)
+            epoch += 1
+        return epoch, step
 
     def parts(self, step: int, num_processes: int) -> list[np.ndarray]:
         """See `Plan`."""
