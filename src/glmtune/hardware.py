@@ -2,12 +2,16 @@
 
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from glmtune.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
+
+T = TypeVar("T")
 
 GIB = 1024**3
 # Dense bfloat16 TFLOP/s (float16 where a card has no bfloat16) by the vendor's datasheets; of two
@@ -113,6 +117,37 @@ def rated_tflops(device: "torch.device") -> float | None:
         return None
     name = device_name(device)
     return next((rate for card, rate in RATED_TFLOPS.items() if card in name), None)
+
+
+def capture_graph(
+    warm_up: "Callable[[], object]", times: int, work: "Callable[[], T]", pool: Any = None
+) -> "tuple[torch.cuda.CUDAGraph, T]":
+    """Record what `work` does on the current GPU as one CUDA graph.
+
+    Args:
+        warm_up: like `work`, so that what libraries set up and compile at first use is not
+            recorded; runs so many times before, on a stream of its own.
+        times: how often.
+        work: is recorded, not done. It must not wait for the device.
+        pool: memory of another graph that never runs at the same time, to be shared.
+
+    Returns:
+        The graph, and what `work` returned: tensors that each replay fills again.
+
+    Source: PyTorch's notes on CUDA graphs.
+    """
+    import torch
+
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(times):
+            warm_up()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        result = work()
+    return graph, result
 
 
 def memory_gib(device: "torch.device") -> float:

@@ -26,7 +26,8 @@ def test_a_record_has_all_figures(tmp_path, capsys):
     assert record["layout"] == "packed"
     assert 0.3 < record["supervised_tokens_per_second"] / record["real_tokens_per_second"] < 0.9
     assert record["real_tokens_per_second"] < record["matmul_limit_tokens_per_second"]
-    assert 0 < record["share_of_limit"] < 1
+    limit = record["matmul_limit_tokens_per_second"]
+    assert record["share_of_limit"] == record["real_tokens_per_second"] / limit
     assert record["plain"]["real_tokens_per_second"] > 0
     assert record["glm_peft_real_tokens_per_second"] > 0
     assert record["copy_bytes_per_second"] > 1e8
@@ -44,6 +45,11 @@ def test_lines_are_added_and_each_layout_has_its_own(tmp_path):
     assert bench(tmp_path, *few, "--exact_batch", "true")["layout"] == "exact"
     assert bench(tmp_path, *few)["layout"] == "padded"
     assert len((tmp_path / "bench.jsonl").read_text().splitlines()) == 2
+
+
+def test_settings_that_exclude_each_other_are_refused_in_one_line(capsys):
+    assert main(["bench", "train", "--packing", "true", "--exact_batch", "true"]) == 2
+    assert "error: packing and exact_batch are both true" in capsys.readouterr().err
 
 
 def test_float8_is_refused_on_a_cpu(tmp_path, capsys):

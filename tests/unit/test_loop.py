@@ -587,6 +587,19 @@ class TestPacking:
         assert losses(exact, "eval_loss") == pytest.approx(losses(padded, "eval_loss"), abs=1e-5)
         assert losses(exact, "grad_norm") == pytest.approx(losses(padded, "grad_norm"), rel=1e-4)
 
+    def test_evaluation_in_packs_sees_every_row_held_out(self, config, tmp_path):
+        same = {"lora_dropout": 0, "learning_rate": 1e-12, "eval_ratio": 0.4, "max_steps": 1}
+        padded = loop.train(config(**same))
+        packed = loop.train(config(output_dir=str(tmp_path / "packed"), **same, **self.PACKED))
+        assert losses(packed, "eval_loss") == pytest.approx(losses(padded, "eval_loss"), abs=1e-5)
+
+    def test_every_pass_drops_other_inputs(self):
+        seeds = {
+            loop.pass_seed(seed, step, number)
+            for seed in range(3) for step in range(5) for number in range(4)
+        }  # fmt: skip
+        assert len(seeds) == 60
+
     def test_a_run_of_packs(self, config, capsys):
         settings = {"max_steps": -1, "num_train_epochs": 12, "learning_rate": 1e-2}
         result = loop.train(config(eval_ratio=0.2, **settings, **self.PACKED))

@@ -97,6 +97,19 @@ def test_a_pack_with_nothing_to_learn_gives_no_gradient(make_rows):
     assert all((grad == 0).all() for grad in grads)
 
 
+@pytest.mark.parametrize(("recompute", "passes"), [(False, 1), (True, 2)])
+def test_recomputing_computes_all_but_the_last_layer_twice(
+    make_rows, monkeypatch, recompute, passes
+):
+    model, rows = make_model(V1_1), make_rows([(4, 6)])
+    packed, calls = PackedModel(model, compiled=False, recompute=recompute), []
+    block = packed.block
+    monkeypatch.setattr(packed, "block", lambda *args: (calls.append(1), block(*args))[1])
+    fast = PackedPass(Accelerator(cpu=True), packed, rows, 0.0, 16)
+    fast.gradients(np.array([0]), trained(model))
+    assert len(calls) == passes * (model.config.num_layers - 1)
+
+
 class TestDropout:
     @pytest.fixture(autouse=True)
     def rows(self, make_rows):

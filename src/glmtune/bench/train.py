@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 
-from glmtune.adapters import attach_lora
 from glmtune.bench import limits
 from glmtune.bench.glm_peft import time_glm_peft
 from glmtune.bench.random_model import SHAPES, check_room, random_model
@@ -22,12 +21,11 @@ from glmtune.data.dataset import load_dataset
 from glmtune.data.token_rows import TokenRows
 from glmtune.hardware import memory_gib, rated_tflops
 from glmtune.models.chatglm.configuration import ChatGLMConfig
-from glmtune.models.chatglm.packed import to_fp8
 from glmtune.runlog import print_pairs
 from glmtune.training.loop import train_step
 from glmtune.training.passes import PaddedPass, Pass
 from glmtune.training.plan import RowPlan
-from glmtune.training.run import Run, build_pass, build_state, check_fp8, start_accelerator
+from glmtune.training.run import Run, adapt, build_pass, build_state, check_fp8, start_accelerator
 
 _NUM_ROWS = 20_000
 _ORIGINAL_ROWS = 6
@@ -71,7 +69,7 @@ def bench_train(settings: BenchTrainConfig) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
     }
 
-    model = _adapted_model(config, shape, device, dtype)
+    model = adapt(random_model(shape, device, dtype), config)
     run = Run.of(config, accelerator, rows, model, settings.shape)
     record["layout"] = run.layout
     speed, tokens, learned = _measure(run, model, settings)
@@ -113,21 +111,6 @@ def _rows(settings: BenchTrainConfig, shape: ChatGLMConfig) -> TokenRows:
     rows = TokenRows.from_dataset(load_dataset(settings.dataset_path)[0])
     rows.check(shape, settings.dataset_path)
     return rows
-
-
-def _adapted_model(
-    config: TrainConfig, shape: ChatGLMConfig, device: torch.device, dtype: torch.dtype
-) -> PeftModel:
-    model = attach_lora(
-        random_model(shape, device, dtype),
-        rank=config.lora_rank,
-        alpha=config.lora_alpha,
-        dropout=config.lora_dropout,
-        targets=config.lora_target,
-    )
-    if config.base_dtype == "fp8":
-        to_fp8(model)
-    return model
 
 
 def _measure(run: Run, model: PeftModel, settings: BenchTrainConfig) -> tuple[Speed, int, int]:

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from glmtune.config.groups import DecodingSettings, DeviceSettings, PathText, Settings
-from glmtune.config.training import LoraSettings, TrainingDeviceSettings
+from glmtune.config.training import LayoutSettings, LoraSettings, TrainingDeviceSettings
 
 
 class BenchSettings(Settings):
@@ -21,7 +21,7 @@ class BenchSettings(Settings):
     json_path: PathText | None = Field(None, description="JSON lines file to add the record to")
 
 
-class BenchTrainConfig(BenchSettings, LoraSettings, TrainingDeviceSettings):
+class BenchTrainConfig(BenchSettings, LayoutSettings, LoraSettings, TrainingDeviceSettings):
     """Settings of `glmtune bench train`."""
 
     group: ClassVar[str] = "benchmark"
@@ -29,10 +29,6 @@ class BenchTrainConfig(BenchSettings, LoraSettings, TrainingDeviceSettings):
         None,
         description="tokenised rows (default: random ones, as long as Chinese alpaca rows are)",
     )
-    packing: bool | None = Field(None, description="as in train")
-    tokens_per_step: int | None = Field(None, ge=64, multiple_of=64, description="as in train")
-    exact_batch: bool | None = Field(None, description="as in train")
-    per_device_train_batch_size: int = Field(6, ge=1, description="as in train")
     steps: int = Field(10, ge=1, description="steps to time")
     warmup: int = Field(3, ge=0, description="steps before them, after the first")
     limits: bool = Field(True, description="time the matrix products alone, too")

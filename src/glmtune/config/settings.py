@@ -111,7 +111,7 @@ class RecordSettings(BadRowSettings):
     )
 
 
-class InferConfig(
+class AnsweringSettings(
     RecordSettings,
     BatchSettings,
     AnswerSettings,
@@ -119,6 +119,12 @@ class InferConfig(
     BaseModelSettings,
     DeviceSettings,
 ):
+    """All that the verbs that answer records have in common."""
+
+    group: ClassVar[str] = "data"
+
+
+class InferConfig(AnsweringSettings):
     """Settings of `glmtune infer`."""
 
     group: ClassVar[str] = "data"
@@ -133,14 +139,7 @@ class InferConfig(
     limit: int | None = Field(None, ge=1, description="answer this many records (default: all)")
 
 
-class CompareConfig(
-    RecordSettings,
-    BatchSettings,
-    AnswerSettings,
-    DecodingSettings,
-    BaseModelSettings,
-    DeviceSettings,
-):
+class CompareConfig(AnsweringSettings):
     """Settings of `glmtune compare`."""
 
     group: ClassVar[str] = "data"

@@ -16,15 +16,11 @@ ALL_LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 """Every linear inside a ChatGLM-6B layer: what `lora_target: all` stands for."""
 
 
-class TrainingDataSettings(Settings):
-    """What is trained on, and how much of it."""
+class LayoutSettings(Settings):
+    """How many rows a pass takes, and how they lie in it."""
 
-    group: ClassVar[str] = "data"
-    dataset_path: PathText = Field(
-        description="tokenised rows: the folder that `glmtune tokenize` wrote"
-    )
+    group: ClassVar[str] = "rows of a step"
     per_device_train_batch_size: int = Field(6, ge=1, description="rows per device and pass")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="passes per optimiser step")
     packing: bool | None = Field(
         None,
         description="lay rows end to end in packs of tokens_per_step tokens, many rows a step "
@@ -42,6 +38,34 @@ class TrainingDataSettings(Settings):
         description="per_device_train_batch_size rows a pass as the recipe says, laid end to end "
         "without padding (default: on a GPU, where packing is false)",
     )
+
+    @model_validator(mode="after")
+    def one_layout(self) -> Self:
+        """Packs and batches of so many rows exclude each other."""
+        if self.packing and self.exact_batch:
+            raise conflict(
+                "packing and exact_batch are both true: packing puts as many rows into a step as "
+                "fit, exact_batch as many as the recipe says; choose one",
+                "packing",
+                "exact_batch",
+            )
+        if self.tokens_per_step and (self.packing is False or self.exact_batch):
+            raise conflict(
+                "tokens_per_step is the length of packs, but packing is off: leave one of them out",
+                "tokens_per_step",
+                "packing" if self.packing is False else "exact_batch",
+            )
+        return self
+
+
+class TrainingDataSettings(Settings):
+    """What is trained on, and how much of it."""
+
+    group: ClassVar[str] = "data"
+    dataset_path: PathText = Field(
+        description="tokenised rows: the folder that `glmtune tokenize` wrote"
+    )
+    gradient_accumulation_steps: int = Field(1, ge=1, description="passes per optimiser step")
     max_steps: int = Field(
         -1, ge=-1, description="optimiser steps; when above 0, num_train_epochs does not count"
     )
@@ -63,24 +87,6 @@ class TrainingDataSettings(Settings):
     remove_unused_columns: bool = Field(
         False, description="accepted as the original command has it; no effect here"
     )
-
-    @model_validator(mode="after")
-    def one_layout(self) -> Self:
-        """Packs and batches of so many rows exclude each other."""
-        if self.packing and self.exact_batch:
-            raise conflict(
-                "packing and exact_batch are both true: packing puts as many rows into a step as "
-                "fit, exact_batch as many as the recipe says; choose one",
-                "packing",
-                "exact_batch",
-            )
-        if self.tokens_per_step and (self.packing is False or self.exact_batch):
-            raise conflict(
-                "tokens_per_step is the length of packs, but packing is off: leave one of them out",
-                "tokens_per_step",
-                "packing" if self.packing is False else "exact_batch",
-            )
-        return self
 
 
 class LoraSettings(Settings):
@@ -183,6 +189,7 @@ class TrainingDeviceSettings(DeviceSettings):
 
 class TrainConfig(
     TrainingDataSettings,
+    LayoutSettings,
     LoraSettings,
     OptimiserSettings,
     RunFolderSettings,

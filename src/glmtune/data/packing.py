@@ -2,7 +2,7 @@
 
 A pack is what one pass computes on. Which rows share a pack changes nothing but speed: each token
 keeps the positions that it has in its row alone, and `start_T` and `prefix_end_T` say which
-tokens it sees (`ops.attention.sees`).
+tokens it sees (`ops.attention.dense_mask`).
 
 Shapes: R rows of a data set, D rows of a pack (its documents), T tokens of a pack, L learned
 tokens.

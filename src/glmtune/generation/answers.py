@@ -98,7 +98,7 @@ def answer_batch(
     """
     stop_ids = find_stop_ids(model)
     try:
-        if settings.num_beams > 1 or is_for_generate(model.device, settings):
+        if is_for_generate(model.device, settings):
             rows = generate_ids(model, prompts, settings, stop_ids)
         else:
             decoder = decoder or Decoder.of(model, settings)
@@ -113,12 +113,13 @@ def answer_batch(
 
 
 def is_for_generate(device: torch.device, settings: GenerationSettings) -> bool:
-    """Whether transformers' `generate` answers, although the decoder could.
+    """Whether transformers' `generate` answers: in beams, and on a GPU where it can.
 
     So far the decoder has been measured and held against recorded answers on CPUs alone. On a GPU
     it answers where it is asked for by what only it can do.
     """
-    return device.type == "cuda" and settings.decode_bits == 16 and not settings.decode_compile
+    only_decoder_can = settings.decode_bits != 16 or settings.decode_compile
+    return settings.num_beams > 1 or (device.type == "cuda" and not only_decoder_can)
 
 
 def _decode(

@@ -11,6 +11,7 @@ V vocabulary.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from glmtune.generation.reference import NOT_FINITE, left_padded
 from glmtune.generation.sampling import choose, random_numbers
 from glmtune.generation.settings import EncodedPrompt, GenerationSettings
 from glmtune.generation.weights import can_be_captured, read_weights
-from glmtune.hardware import check_decoding
+from glmtune.hardware import capture_graph, check_decoding
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.decoding import (
     Angles,
@@ -258,20 +259,10 @@ class Decoder:
         return self._buffers
 
     def _capture(self, buffers: Buffers) -> Callable[[], None]:
-        """The step over all columns as a CUDA graph. What the buffers hold meanwhile is nonsense.
-
-        Source: PyTorch's notes on CUDA graphs: warm up on a side stream, then capture.
-        """
+        """The step over all columns as a CUDA graph. Buffers hold nonsense meanwhile."""
+        step = partial(self._step, buffers)
         with torch.cuda.device(self.device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UP_STEPS):
-                    self._step(buffers)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._step(buffers)
+            graph, _ = capture_graph(step, WARM_UP_STEPS, step)
         return graph.replay
 
     def _step(self, buffers: Buffers, num_columns: int | None = None) -> None:

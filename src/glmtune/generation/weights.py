@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from glmtune.adapters.lora import Update, split_lora
 from glmtune.errors import UserError
-from glmtune.models.chatglm.decoding import Block, Norm, Projection, Weights
+from glmtune.models.chatglm.decoding import Block, Projection, Weights
+from glmtune.ops.norm import Norm
 
 GROUP_SIZE = 128
 """Inputs that share a scale in 4 bits."""
@@ -158,10 +159,10 @@ def read_weights(model: Any, *, bits: int = 16, merge: bool = False) -> Weights:
 
     blocks = [
         Block(
-            input_norm=_read_norm(layer.input_layernorm),
+            input_norm=Norm.of(layer.input_layernorm),
             query_key_value=read(layer.attention.query_key_value),
             dense=read(layer.attention.dense),
-            post_attention_norm=_read_norm(layer.post_attention_layernorm),
+            post_attention_norm=Norm.of(layer.post_attention_layernorm),
             dense_h_to_4h=read(layer.mlp.dense_h_to_4h),
             dense_4h_to_h=read(layer.mlp.dense_4h_to_h),
         )
@@ -170,7 +171,7 @@ def read_weights(model: Any, *, bits: int = 16, merge: bool = False) -> Weights:
     return Weights(
         embed=_read_embedding(body.word_embeddings, body.final_layernorm.weight.dtype),
         blocks=blocks,
-        final_norm=_read_norm(body.final_layernorm),
+        final_norm=Norm.of(body.final_layernorm),
         head=read(plain.lm_head),
     )
 
@@ -209,10 +210,6 @@ def _read_embedding(embedding: nn.Embedding, dtype: torch.dtype) -> Callable[[Te
     if type(embedding) is nn.Embedding:
         return partial(F.embedding, weight=embedding.weight)
     return lambda ids: embedding(ids).to(dtype)
-
-
-def _read_norm(norm: nn.LayerNorm) -> Norm:
-    return Norm(norm.weight, norm.bias, norm.eps)
 
 
 def _read_projection(linear: nn.Module, bits: int, merge: bool) -> Projection:

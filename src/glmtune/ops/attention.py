@@ -3,7 +3,6 @@
 Shapes: B rows of a batch, S query tokens, K key tokens; T tokens of a pack, N heads, D head size.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -49,28 +48,23 @@ def prefix_lm_mask(
     return seen_BSK[:, None]
 
 
-def sees(start_T: Tensor, prefix_end_T: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+def dense_mask(start_T: Tensor, prefix_end_T: Tensor) -> Tensor:
     """The same rule for rows that lie end to end in a pack: each sees nothing of another.
+
+    For every pair of tokens, which no fast path does: the reference of `PaddedRows` and of
+    `ops.attention_kernels`.
 
     Args:
         start_T: place in the pack of the first token of each token's row.
         prefix_end_T: place of the first answer token of each token's row.
 
     Returns:
-        A function of places of queries and of keys, which broadcast: true where seen.
+        Boolean ``(T, T)``, queries down, true where the query sees the key.
     """
-
-    def rule(query: Tensor, key: Tensor) -> Tensor:
-        in_same_row = start_T[query] == start_T[key]
-        return in_same_row & ((key <= query) | (key < prefix_end_T[query]))
-
-    return rule
-
-
-def dense_mask(start_T: Tensor, prefix_end_T: Tensor) -> Tensor:
-    """`sees` for every pair: boolean ``(T, T)``, queries down. The reference of the fast paths."""
-    place_T = torch.arange(len(start_T), device=start_T.device)
-    return sees(start_T, prefix_end_T)(place_T[:, None], place_T)
+    key_T = torch.arange(len(start_T), device=start_T.device)
+    query_T1 = key_T[:, None]
+    in_same_row_TT = start_T[:, None] == start_T
+    return in_same_row_TT & ((key_T <= query_T1) | (key_T < prefix_end_T[:, None]))
 
 
 class PaddedRows(NamedTuple):

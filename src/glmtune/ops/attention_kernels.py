@@ -68,8 +68,28 @@ def _turn(
 
 @triton.jit
 def _seen(query, first_q, prefix_q, key, first_k):
-    """The rule of `ops.attention.sees`; the arguments broadcast."""
+    """The rule of `ops.attention.dense_mask`; the arguments broadcast."""
     return (first_k == first_q) & ((key <= query) | (key < prefix_q))
+
+
+@triton.jit
+def _stretch(start, prefix_end, query, is_query, T):
+    """First token and prefix end of each query's row, and the stretch of keys that all see."""
+    first = tl.load(start + query, is_query, T)
+    prefix = tl.load(prefix_end + query, is_query, 0)
+    low = tl.min(first, 0)
+    high = tl.minimum(tl.max(tl.maximum(prefix, query + 1), 0), T)
+    return first, prefix, low, high
+
+
+@triton.jit
+def _meet(x, stride, q, query, first, prefix, start, key, is_key, scale_log2, D: tl.constexpr):
+    """A block of keys, its scores with a block of queries, and which of them each query sees."""
+    k = tl.load(x + D + key[:, None] * stride, is_key[:, None], 0.0)
+    first_k = tl.load(start + key, is_key, -1)
+    score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+    seen = _seen(query[:, None], first[:, None], prefix[:, None], key[None, :], first_k[None, :])
+    return k, score, seen
 
 
 @triton.jit
@@ -81,10 +101,7 @@ def _forward(
     stride: tl.constexpr = 3 * N * D
     query = tl.program_id(0) * M + tl.arange(0, M)
     is_query = query < T
-    first = tl.load(start + query, is_query, T)
-    prefix = tl.load(prefix_end + query, is_query, 0)
-    low = tl.min(first, 0)
-    high = tl.minimum(tl.max(tl.maximum(prefix, query + 1), 0), T)
+    first, prefix, low, high = _stretch(start, prefix_end, query, is_query, T)
     column = tl.arange(0, D)
     x = qkv + head * 3 * D + column[None, :]
     q = tl.load(x + query[:, None] * stride, is_query[:, None], 0.0)
@@ -94,11 +111,8 @@ def _forward(
     for place in range(low, high, K):
         key = place + tl.arange(0, K)
         is_key = key < high
-        k = tl.load(x + D + key[:, None] * stride, is_key[:, None], 0.0)
-        first_k = tl.load(start + key, is_key, -1)
-        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-        seen = _seen(
-            query[:, None], first[:, None], prefix[:, None], key[None, :], first_k[None, :]
+        _, score, seen = _meet(
+            x, stride, q, query, first, prefix, start, key, is_key, scale_log2, D
         )
         score = tl.where(seen, score, -1e30)
         # A block in which a query sees nothing leaves sums that the next factor sets to zero:
@@ -124,10 +138,7 @@ def _backward_query(
     stride: tl.constexpr = 3 * N * D
     query = tl.program_id(0) * M + tl.arange(0, M)
     is_query = query < T
-    first = tl.load(start + query, is_query, T)
-    prefix = tl.load(prefix_end + query, is_query, 0)
-    low = tl.min(first, 0)
-    high = tl.minimum(tl.max(tl.maximum(prefix, query + 1), 0), T)
+    first, prefix, low, high = _stretch(start, prefix_end, query, is_query, T)
     column = tl.arange(0, D)
     x = qkv + head * 3 * D + column[None, :]
     q = tl.load(x + query[:, None] * stride, is_query[:, None], 0.0)
@@ -141,11 +152,8 @@ def _backward_query(
     for place in range(low, high, K):
         key = place + tl.arange(0, K)
         is_key = key < high
-        k = tl.load(x + D + key[:, None] * stride, is_key[:, None], 0.0)
-        first_k = tl.load(start + key, is_key, -1)
-        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-        seen = _seen(
-            query[:, None], first[:, None], prefix[:, None], key[None, :], first_k[None, :]
+        k, score, seen = _meet(
+            x, stride, q, query, first, prefix, start, key, is_key, scale_log2, D
         )
         weight = tl.where(seen, tl.exp2(score - lse_M[:, None]), 0.0)
         v = tl.load(x + 2 * D + key[:, None] * stride, is_key[:, None], 0.0)

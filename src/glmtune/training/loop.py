@@ -16,13 +16,12 @@ from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor, nn
 
-from glmtune.adapters import attach_lora, save_adapter
+from glmtune.adapters import save_adapter
 from glmtune.config import TrainConfig, write_recipe
 from glmtune.data.dataset import check_data_card, load_dataset
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError
 from glmtune.hardware import memory_gib
-from glmtune.models.chatglm.packed import to_fp8
 from glmtune.models.checkpoints import (
     base_name,
     check_pair,
@@ -39,6 +38,7 @@ from glmtune.training.interrupt import StopRequest
 from glmtune.training.passes import PaddedPass, Pass
 from glmtune.training.run import (
     Run,
+    adapt,
     build_pass,
     build_state,
     check_fp8,
@@ -80,15 +80,7 @@ def train(config: TrainConfig) -> TrainResult:
     check_pair(model.config, tokenizer)
     rows.check(model.config, config.dataset_path)
     torch.manual_seed(config.seed)
-    peft_model = attach_lora(
-        model,
-        rank=config.lora_rank,
-        alpha=config.lora_alpha,
-        dropout=config.lora_dropout,
-        targets=config.lora_target,
-    )
-    if config.base_dtype == "fp8":
-        to_fp8(peft_model)
+    peft_model = adapt(model, config)
     accelerator.wait_for_everyone()  # all have looked at the run folder before the first writes
     if accelerator.is_main_process:
         output_dir = checkpoints.claim_output_dir(config, resume)

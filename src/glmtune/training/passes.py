@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from glmtune.data.packing import Pack, lay_out
 from glmtune.data.token_rows import TokenRows
+from glmtune.hardware import capture_graph
 from glmtune.models.chatglm.packed import Dropouts, PackedModel, PackTensors, move
 from glmtune.training.batches import collate
 
@@ -199,17 +200,13 @@ class CapturedPass(PackedPass):
             scaled = loss if scaler is None else scaler.scale(loss)
             return loss.detach(), torch.autograd.grad(scaled, self.weights)
 
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # compiles, and lets every library set up what it needs
-            for _ in range(2):
-                run()
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        pool = next(iter(self._captures.values())).graph.pool() if self._captures else None
-        with torch.cuda.graph(graph, pool=pool):
+        def run_and_add() -> Tensor:
             loss, grads = run()
             torch._foreach_add_(self._grads, list(grads))
+            return loss
+
+        pool = next(iter(self._captures.values())).graph.pool() if self._captures else None
+        graph, loss = capture_graph(run, 2, run_and_add, pool)
         return _Capture(graph, pack, dropouts, divisor, loss)
 
 

@@ -14,12 +14,13 @@ from torch import nn
 from torch.optim import AdamW
 from transformers import PreTrainedModel, get_scheduler
 
+from glmtune.adapters import attach_lora
 from glmtune.config import TrainConfig
 from glmtune.data.packing import check_lengths, plan_packs
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError
 from glmtune.hardware import GIB, device_name, pick_device, pick_dtype, total_memory_gib
-from glmtune.models.chatglm.packed import PackedModel, base_of, can_compile
+from glmtune.models.chatglm.packed import PackedModel, base_of, can_compile, to_fp8
 from glmtune.training.checkpoints import TrainingState
 from glmtune.training.memory import PACK_LENGTH_ON_CPU, Room
 from glmtune.training.passes import CapturedPass, PackedPass, PaddedPass, Pass
@@ -51,7 +52,6 @@ class Run:
     """Row numbers held out for evaluation."""
     max_steps: int
     warmup_steps: int
-    pad_token_id: int
     dtype: torch.dtype
     """Compute type of the base model."""
     base_name: str
@@ -92,7 +92,6 @@ class Run:
             eval_rows,
             max_steps,
             warmup_steps=int(warmup) if warmup >= 1 else math.ceil(warmup * max_steps),
-            pad_token_id=model.config.pad_token_id,
             dtype=model.get_input_embeddings().weight.dtype,
             base_name=base_name,
             layout=layout,
@@ -178,6 +177,20 @@ def enable_recompute(model: PreTrainedModel) -> None:
     names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
     enable = next(getattr(model, name) for name in names if hasattr(model, name))
     enable({"use_reentrant": False})
+
+
+def adapt(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
+    """Put the run's adapter on a base, and the base into the numbers that are asked for."""
+    adapted = attach_lora(
+        model,
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        targets=config.lora_target,
+    )
+    if config.base_dtype == "fp8":
+        to_fp8(adapted)
+    return adapted
 
 
 def choose_layout(config: TrainConfig, device: torch.device) -> Layout:

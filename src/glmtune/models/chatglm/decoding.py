@@ -18,22 +18,11 @@ from torch.nn import functional as F
 
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.modeling import RESIDUAL_SCALE
+from glmtune.ops.norm import Norm
 from glmtune.ops.rotary import rotate
 
 Projection = Callable[[Tensor], Tensor]
 """A linear with all that belongs to it, ``(..., in)`` to ``(..., out)``."""
-
-
-class Norm(NamedTuple):
-    """A LayerNorm."""
-
-    weight: Tensor
-    bias: Tensor
-    epsilon: float
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Normalise over the last dimension."""
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
 
 
 class Block(NamedTuple):

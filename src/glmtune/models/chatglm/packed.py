@@ -32,6 +32,7 @@ from glmtune.ops.attention import PaddedRows
 from glmtune.ops.linear import Dense, Fp8Linear, Frozen, frozen_linear
 from glmtune.ops.lora import Adapter, Dropout, lora_factors, lora_linear
 from glmtune.ops.loss import IGNORED, SoftmaxLoss, head_loss
+from glmtune.ops.norm import Norm
 from glmtune.ops.rotary import rotary_angles
 
 # Whole rows at a time in registers, where that is faster: the norms, and float8's largest values.
@@ -42,20 +43,6 @@ _KEEP_LESS = (
     "ban_recompute_materialized_backward",
 )
 LEARNED_MULTIPLE = 64
-
-
-class Norm(NamedTuple):
-    """A LayerNorm's weights."""
-
-    weight_H: Tensor
-    bias_H: Tensor
-    epsilon: float
-
-    def __call__(self, hidden_TH: Tensor) -> Tensor:
-        """``(T, H)`` to ``(T, H)``."""
-        return F.layer_norm(
-            hidden_TH, self.weight_H.shape, self.weight_H, self.bias_H, self.epsilon
-        )
 
 
 class Linear(NamedTuple):
@@ -189,7 +176,7 @@ class PackedModel:
         self.blocks = [
             _weights_of(cast(ChatGLMBlock, layer)) for layer in chatglm.transformer.layers
         ]
-        self.final_layernorm = _norm_of(chatglm.transformer.final_layernorm)
+        self.final_layernorm = Norm.of(chatglm.transformer.final_layernorm)
         self.device = self.embedding.device
         self.recompute = recompute
         self.block: Callable = block
@@ -319,17 +306,13 @@ def base_of(model: PeftModel) -> ChatGLMForConditionalGeneration:
 def _weights_of(layer: ChatGLMBlock) -> BlockWeights:
     attention, mlp = layer.attention, layer.mlp
     return BlockWeights(
-        _norm_of(layer.input_layernorm),
+        Norm.of(layer.input_layernorm),
         _linear_of(attention.query_key_value),
         _linear_of(attention.dense),
-        _norm_of(layer.post_attention_layernorm),
+        Norm.of(layer.post_attention_layernorm),
         _linear_of(mlp.dense_h_to_4h),
         _linear_of(mlp.dense_4h_to_h),
     )
-
-
-def _norm_of(norm: nn.LayerNorm) -> Norm:
-    return Norm(norm.weight, norm.bias, norm.eps)
 
 
 def _linear_of(module: nn.Module) -> Linear:
