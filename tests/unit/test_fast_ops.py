@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from glmtune.ops import loss
-from glmtune.ops.linear import Dense, Fp8Linear, frozen_linear, quantise, quantise_rows
+from glmtune.ops.linear import FP8_MAX, Dense, Fp8Linear, frozen_linear, quantise, quantise_rows
 from glmtune.ops.lora import Adapter, Dropout, hash_int32, lora_linear
 from glmtune.ops.loss import IGNORED, head_loss
 
@@ -69,6 +69,7 @@ class TestFloat8:
         x = torch.randn(20, 300) * torch.logspace(-6, 6, 20)[:, None]
         numbers, scales = quantise_rows(x)
         back = numbers.float() * scales
+        assert (numbers.float().abs().amax(1) == FP8_MAX).all()  # all of the format is used
         large = x.abs() > x.abs().amax(1, keepdim=True) / 1000
         assert ((back - x).abs() / x.abs())[large].max() < 2**-4
         torch.testing.assert_close(back.abs().amax(1), x.abs().amax(1))

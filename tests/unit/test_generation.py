@@ -225,6 +225,7 @@ def test_a_stop_string_that_cannot_occur_is_refused(answer):
     ("device", "settings", "expected"),
     [
         ("cpu", {}, False),
+        ("cpu", {"num_beams": 2}, True),
         ("cuda", {}, True),
         ("cuda", {"decode_bits": 8}, False),
         ("cuda", {"decode_compile": True}, False),

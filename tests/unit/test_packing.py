@@ -139,6 +139,7 @@ class TestPackPlan:
         steps = plan.num_steps(3)
         assert (plan.epoch(steps), plan.num_steps(3)) == (3, steps)
         assert len(packed) == 3
+        assert len(plan._packs) == 1, "one epoch's packs are held at a time"
 
     def test_without_shuffling_all_epochs_are_alike(self):
         plan = self.plan(shuffle=False)
