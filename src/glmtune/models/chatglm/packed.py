@@ -36,7 +36,9 @@ from glmtune.ops.norm import Norm
 from glmtune.ops.rotary import rotary_angles
 
 # Whole rows at a time in registers, where that is faster: the norms, and float8's largest values.
-COMPILE_OPTIONS: dict[str, Any] = {"triton.multi_kernel": 1}
+# Kernels of that kind cannot be read back from the compiler's cache (torch 2.11 raises a TypeError
+# at the second run on a machine), so that what is compiled is not put there.
+COMPILE_OPTIONS: dict[str, Any] = {"triton.multi_kernel": 1, "fx_graph_cache": False}
 _KEEP_LESS = (
     "ban_recompute_used_far_apart",
     "ban_recompute_long_fusible_chains",
