@@ -14,11 +14,13 @@ from glmtune.adapters import attach_lora
 from glmtune.errors import UserError
 from glmtune.generation import Decoder, EncodedPrompt, GenerationSettings, find_stop_ids
 from glmtune.generation import decoder as room
+from glmtune.generation.linears import Int4, Int8, Plain
 from glmtune.generation.reference import generate_ids
-from glmtune.generation.weights import GROUP_SIZE, Int4, Int8, Plain, can_be_captured, read_weights
+from glmtune.generation.weights import can_be_captured, read_weights
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
 from glmtune.models.checkpoints import load_base_model
+from glmtune.ops.words import GROUP_SIZE
 
 GREEDY = GenerationSettings(max_new_tokens=24)
 DRAWN = GenerationSettings(max_new_tokens=12, do_sample=True, temperature=0.9, top_p=0.95)
