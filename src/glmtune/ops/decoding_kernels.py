@@ -55,10 +55,10 @@ def _scale_and_middle(scales, BITS: tl.constexpr):
 
 @triton.jit
 def _project(
-    x, weight, scales, bias, low, up, residual, y, num_rows, low_scale, alpha,
-    NUM_OUTPUTS: tl.constexpr, NUM_INPUTS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    HAS_BIAS: tl.constexpr, R: tl.constexpr, R_PADDED: tl.constexpr, GELU: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
+    x, weight, scales, bias, low, up, residual, y, NUM_OUTPUTS, num_rows, low_scale, alpha,
+    NUM_INPUTS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr,
+    R: tl.constexpr, R_PADDED: tl.constexpr, GELU: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """``gelu(x @ weight.T + bias + low @ up.T) + alpha * residual`` for a few outputs."""
     output = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -142,7 +142,7 @@ def project(
     block_o, block_i, warps = _blocks(num_outputs, num_inputs, bits)
     _project[(triton.cdiv(num_outputs, block_o),)](
         x, matrix, scales, bias_O, update and update.low_BR, update and update.up_OR, residual, y,
-        num_rows, update.scale if update else 0.0, alpha, num_outputs, num_inputs, bits,
+        num_outputs, num_rows, update.scale if update else 0.0, alpha, num_inputs, bits,
         GROUP_SIZE, bias_O is not None,
         rank, triton.next_power_of_2(rank) if rank else 0, gelu, residual is not None,
         triton.next_power_of_2(num_rows), block_o, block_i, num_warps=warps,
