@@ -118,7 +118,7 @@ class Packed:
         """Round the weights.
 
         Raises:
-            UserError: a width that cannot be had in groups, or in words of one group each.
+            UserError: a width that cannot be had in groups.
         """
         _check_width(weight_OI, bits)
         words = Words.pack(weight_OI, bits)
@@ -158,7 +158,7 @@ class Adapted:
         """The same of a few rows, by one update, and what else the base takes along."""
         kernels = _kernels()
         ((a_RI, b_OR, scale),) = self.updates
-        low_BR = kernels.project(x, a_RI, dtype=torch.float32).flatten(0, -2)
+        low_BR = kernels.project(x, a_RI).flatten(0, -2)
         return self.base.fused(x, update=kernels.LowRank(low_BR, b_OR, scale), **more)
 
 
@@ -178,10 +178,8 @@ def _kernels() -> ModuleType:
 
 def _check_width(weight_OI: Tensor, bits: int) -> None:
     num_outputs, num_inputs = weight_OI.shape
-    # On a GPU the inputs that are packed into words next to each other must share their scales.
-    multiple = 32 // bits * GROUP_SIZE if weight_OI.is_cuda else GROUP_SIZE
-    if num_inputs % multiple or num_outputs % 16:
+    if num_inputs % GROUP_SIZE or num_outputs % 16:
         raise UserError(
             f"{bits} bits: a linear of {num_inputs} inputs and {num_outputs} outputs cannot be "
-            f"packed, which goes by {multiple} and 16; choose 16 bits"
+            f"packed, which goes by {GROUP_SIZE} and 16; choose 16 bits"
         )

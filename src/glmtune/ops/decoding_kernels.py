@@ -5,6 +5,8 @@ enough reads are under way at any time and little else is between them. So each 
 what follows it (bias, adapter, GELU, residual), each block of it reads a few whole rows of the
 matrix, and numbers of 8 or 4 bits become floats by putting them into a float's fraction.
 
+What lies between the kernels is float32.
+
 Shapes: B rows of a batch, I inputs, O outputs, R rank of an adapter, N heads, D head size,
 K columns of the cache; W and G as in `ops.words`.
 """
@@ -20,7 +22,7 @@ from torch import Tensor
 from glmtune.ops.norm import Norm
 from glmtune.ops.words import GROUP_SIZE, Words
 
-_SPLITS, _BLOCK_K = 8, 32
+_SPLITS, _BLOCK_K = 16, 32
 
 
 class LowRank(NamedTuple):
@@ -44,63 +46,89 @@ def _number(words, N: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def _scale_and_middle(scales, BITS: tl.constexpr):
-    """Of each row, from two bfloat16 in one word; the middle is that of `_number`'s floats."""
-    OFFSET: tl.constexpr = 384.0 if BITS == 8 else 136.0
-    pair = tl.load(scales)
-    scale = (pair << 16).to(tl.float32, bitcast=True)
-    middle = (pair & -65536).to(tl.float32, bitcast=True)
-    return scale[:, None], (middle - OFFSET * scale)[:, None]
+def _finish(
+    sums, output, row, bias, low, up, residual, y, low_scale, alpha, NUM_OUTPUTS,
+    HAS_BIAS: tl.constexpr, R: tl.constexpr, R_PADDED: tl.constexpr, GELU: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """What follows a product, for some outputs of one row."""
+    is_output = output < NUM_OUTPUTS
+    if HAS_BIAS:
+        sums += tl.load(bias + output, is_output, 0.0).to(tl.float32)
+    if R > 0:
+        inner = tl.arange(0, R_PADDED)
+        low_R = tl.load(low + row * R + inner, inner < R, 0.0).to(tl.float32)
+        is_up = is_output[:, None] & (inner < R)[None, :]
+        up_OR = tl.load(up + output[:, None] * R + inner[None, :], is_up, 0.0).to(tl.float32)
+        sums += low_scale * tl.sum(low_R[None, :] * up_OR, 1)
+    if GELU:
+        sums *= tl.sigmoid(1.5957691216057308 * (sums + 0.044715 * sums * sums * sums))
+    at = row * NUM_OUTPUTS + output
+    if HAS_RESIDUAL:
+        sums += alpha * tl.load(residual + at, is_output, 0.0).to(tl.float32)
+    tl.store(y + at, sums.to(y.dtype.element_ty), is_output)
 
 
 @triton.jit
 def _project(
-    x, weight, scales, bias, low, up, residual, y, NUM_OUTPUTS, num_rows, low_scale, alpha,
-    NUM_INPUTS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr,
-    R: tl.constexpr, R_PADDED: tl.constexpr, GELU: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
+    x, weight, bias, low, up, residual, y, low_scale, alpha, NUM_OUTPUTS,
+    HAS_BIAS: tl.constexpr, R: tl.constexpr, R_PADDED: tl.constexpr, GELU: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, NUM_INPUTS: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """``gelu(x @ weight.T + bias + low @ up.T) + alpha * residual`` for a few outputs."""
-    output = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    is_output, row = output < NUM_OUTPUTS, tl.arange(0, ROWS)
-    is_row, column = row < num_rows, tl.arange(0, BLOCK_I)
-    total = tl.zeros([ROWS, BLOCK_O, BLOCK_I], tl.float32)
-    at_x = x + row[:, None] * NUM_INPUTS + column[None, :]
-    PER_WORD: tl.constexpr = 1 if BITS == 16 else 32 // BITS
-    W: tl.constexpr = NUM_INPUTS // PER_WORD
-    at_weight = weight + output.to(tl.int64)[:, None] * W + column[None, :]
-    for start in range(0, W, BLOCK_I):
-        is_weight = is_output[:, None] & (start + column < W)[None, :]
-        words = tl.load(at_weight + start, is_weight, 0, eviction_policy="evict_first")
-        if BITS == 16:
-            is_x = is_row[:, None] & (start + column < W)[None, :]
-            value = tl.load(at_x + start, is_x, 0.0).to(tl.float32)
-            total += value[:, None, :] * words.to(tl.float32)[None, :, :]
-        else:
-            for n in tl.static_range(PER_WORD):
-                group = output * (NUM_INPUTS // GROUP) + (n * W + start) // GROUP
-                scale, middle = _scale_and_middle(scales + group, BITS)
-                number = _number(words, n, BITS) * scale + middle
-                value = tl.load(at_x + n * W + start, is_row[:, None], 0.0).to(tl.float32)
-                total += value[:, None, :] * number[None, :, :]
-    sums = tl.sum(total, 2)
-    if HAS_BIAS:
-        sums += tl.load(bias + output, is_output, 0.0).to(tl.float32)[None, :]
-    if R > 0:
-        inner = tl.arange(0, R_PADDED)
-        is_inner = (inner < R)[None, :]
-        low_BR = tl.load(low + row[:, None] * R + inner[None, :], is_row[:, None] & is_inner, 0.0)
-        is_up = is_output[:, None] & is_inner
-        up_OR = tl.load(up + output[:, None] * R + inner[None, :], is_up, 0.0)
-        product = low_BR.to(tl.float32)[:, None, :] * up_OR.to(tl.float32)[None, :, :]
-        sums += low_scale * tl.sum(product, 2)
-    if GELU:
-        sums *= tl.sigmoid(1.5957691216057308 * (sums + 0.044715 * sums * sums * sums))
-    at = row[:, None] * NUM_OUTPUTS + output[None, :]
-    is_real = is_row[:, None] & is_output[None, :]
-    if HAS_RESIDUAL:
-        sums += alpha * tl.load(residual + at, is_real, 0.0).to(tl.float32)
-    tl.store(y + at, sums.to(y.dtype.element_ty), is_real)
+    output, row = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O), tl.program_id(1)
+    column = tl.arange(0, BLOCK_I)
+    total = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
+    at_weight = weight + output.to(tl.int64)[:, None] * NUM_INPUTS + column[None, :]
+    for start in range(0, NUM_INPUTS, BLOCK_I):
+        inside = (start + column < NUM_INPUTS)[None, :]
+        is_weight = (output < NUM_OUTPUTS)[:, None] & inside
+        value = tl.load(at_weight + start, is_weight, 0.0, eviction_policy="evict_first")
+        at_x = x + row * NUM_INPUTS + start + column[None, :]
+        total += tl.load(at_x, inside, 0.0).to(tl.float32) * value.to(tl.float32)
+    _finish(
+        tl.sum(total, 1), output, row, bias, low, up, residual, y, low_scale, alpha, NUM_OUTPUTS,
+        HAS_BIAS, R, R_PADDED, GELU, HAS_RESIDUAL,
+    )  # fmt: skip
+
+
+@triton.jit
+def _project_words(
+    x, words, scales, bias, low, up, residual, y, low_scale, alpha, NUM_OUTPUTS,
+    HAS_BIAS: tl.constexpr, R: tl.constexpr, R_PADDED: tl.constexpr, GELU: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, NUM_INPUTS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """As `_project`. Words and inputs, of four bytes each, then lie in threads alike."""
+    output, row = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O), tl.program_id(1)
+    column = tl.arange(0, BLOCK_W)
+    W: tl.constexpr = NUM_INPUTS * BITS // 32
+    OFFSET: tl.constexpr = 384.0 if BITS == 8 else 136.0  # of `_number`'s floats, and the half
+    total = tl.zeros([BLOCK_O, BLOCK_W], tl.float32)
+    at_words = words + output.to(tl.int64)[:, None] * W + column[None, :]
+    at_scales = scales + output[:, None] * (NUM_INPUTS // GROUP)
+    for start in range(0, W, BLOCK_W):
+        inside = (start + column < W)[None, :]
+        is_word = (output < NUM_OUTPUTS)[:, None] & inside
+        packed = tl.load(at_words + start, is_word, 0, eviction_policy="evict_first")
+        group = (start + column[None, :]) // (GROUP * BITS // 32)
+        pair = tl.load(at_scales + group, is_word, 0)  # two bfloat16
+        scale = (pair << 16).to(tl.float32, bitcast=True)
+        middle = (pair & -65536).to(tl.float32, bitcast=True)
+        of_word, inputs = (
+            tl.zeros([BLOCK_O, BLOCK_W], tl.float32),
+            tl.zeros([1, BLOCK_W], tl.float32),
+        )
+        for n in tl.static_range(32 // BITS):
+            at_x = x + row * NUM_INPUTS + n * W + start + column[None, :]
+            value = tl.load(at_x, inside, 0.0).to(tl.float32)
+            of_word += _number(packed, n, BITS) * value
+            inputs += value
+        total += of_word * scale + inputs * (middle - OFFSET * scale)
+    _finish(
+        tl.sum(total, 1), output, row, bias, low, up, residual, y, low_scale, alpha, NUM_OUTPUTS,
+        HAS_BIAS, R, R_PADDED, GELU, HAS_RESIDUAL,
+    )  # fmt: skip
 
 
 def project(
@@ -112,80 +140,83 @@ def project(
     gelu: bool = False,
     residual: Tensor | None = None,
     alpha: float = 1.0,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """``gelu(x @ weight.T + bias + update) + alpha * residual``, in float32 until it is stored.
 
     Args:
-        x: ``(..., I)`` of a few rows, contiguous.
+        x: ``(..., I)`` of a few rows, contiguous; packed weights are fastest with float32.
         weight: ``(O, I)``, floats or packed.
         bias_O: is added.
         update: of an adapter, is added.
         gelu: whether to apply GELU, in its tanh form.
         residual: ``(..., O)``, contiguous.
         alpha: is multiplied with the residual.
-        dtype: of the result; by default that of x.
+        dtype: of the result.
 
     Returns:
         ``(..., O)``.
     """
-    packed = weight if isinstance(weight, Words) else None
     matrix = weight.words_OW if isinstance(weight, Words) else weight
-    bits = packed.bits if packed else 16
     num_outputs, num_inputs = len(matrix), x.shape[-1]
-    num_rows = x.numel() // num_inputs
     assert x.is_contiguous()
     assert matrix.is_contiguous()
     y = x.new_empty(*x.shape[:-1], num_outputs, dtype=dtype)
-    scales = packed.scale_middle_OG2.view(torch.int32) if packed else None
-    rank = update.low_BR.shape[-1] if update else 0
-    block_o, block_i, warps = _blocks(num_outputs, num_inputs, bits)
-    _project[(triton.cdiv(num_outputs, block_o),)](
-        x, matrix, scales, bias_O, update and update.low_BR, update and update.up_OR, residual, y,
-        num_outputs, num_rows, update.scale if update else 0.0, alpha, num_inputs, bits,
-        GROUP_SIZE, bias_O is not None,
-        rank, triton.next_power_of_2(rank) if rank else 0, gelu, residual is not None,
-        triton.next_power_of_2(num_rows), block_o, block_i, num_warps=warps,
+    low, up, low_scale = update or (None, None, 0.0)
+    rank = 0 if low is None else low.shape[-1]
+    block_o, block_i, warps = _blocks(num_outputs, num_inputs, weight)
+    grid = triton.cdiv(num_outputs, block_o), x.numel() // num_inputs
+    after = (
+        bias_O, low, up, residual, y, low_scale, alpha, num_outputs,
+        bias_O is not None, rank, triton.next_power_of_2(rank) if rank else 0, gelu,
+        residual is not None, num_inputs,
     )  # fmt: skip
+    if isinstance(weight, Words):
+        scales, shape = weight.scale_middle_OG2.view(torch.int32), (block_o, block_i)
+        _project_words[grid](
+            x, matrix, scales, *after, weight.bits, GROUP_SIZE, *shape, num_warps=warps
+        )
+    else:
+        _project[grid](x, matrix, *after, block_o, block_i, num_warps=warps)
     return y
 
 
-def _blocks(num_outputs: int, num_inputs: int, bits: int) -> tuple[int, int, int]:
+def _blocks(num_outputs: int, num_inputs: int, weight: Tensor | Words) -> tuple[int, int, int]:
     """Outputs and inputs (or words) of a block, and warps that work on it."""
-    if bits < 16:
-        return 8, GROUP_SIZE, 4
-    return 4, min(512, triton.next_power_of_2(num_inputs)), 4
+    if isinstance(weight, Words):
+        warps = 4
+        return 8, 128 * warps, warps
+    return 4, min(512, triton.next_power_of_2(num_inputs)), 1
 
 
 @triton.jit
-def _unpack(words, scales, y, NUM_INPUTS: tl.constexpr, BITS: tl.constexpr,
-            GROUP: tl.constexpr, BLOCK_O: tl.constexpr):  # fmt: skip
-    """The weights of one group of words of some rows, with the inputs that far apart."""
+def _unpack(words, scales, y, NUM_INPUTS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+            BLOCK: tl.constexpr):  # fmt: skip
+    """The weights of some words of one output."""
     W: tl.constexpr = NUM_INPUTS * BITS // 32
-    output, start = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O), tl.program_id(1) * GROUP
-    column = start + tl.arange(0, GROUP)
-    packed = tl.load(words + output.to(tl.int64)[:, None] * W + column[None, :])
+    OFFSET: tl.constexpr = 384.0 if BITS == 8 else 136.0
+    output, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < W
+    packed = tl.load(words + output * W + column, inside, 0)
+    group = output * (NUM_INPUTS // GROUP) + column // (GROUP * BITS // 32)
+    pair = tl.load(scales + group, inside, 0)
+    scale = (pair << 16).to(tl.float32, bitcast=True)
+    middle = (pair & -65536).to(tl.float32, bitcast=True)
     for n in tl.static_range(32 // BITS):
-        scale, middle = _scale_and_middle(
-            scales + output * (NUM_INPUTS // GROUP) + (n * W + start) // GROUP, BITS
-        )
-        at = output.to(tl.int64)[:, None] * NUM_INPUTS + n * W + column[None, :]
-        number = _number(packed, n, BITS) * scale + middle
-        tl.store(y + at, number.to(y.dtype.element_ty))
+        value = (_number(packed, n, BITS) - OFFSET) * scale + middle
+        at = output * NUM_INPUTS + n * W + column
+        tl.store(y + at, value.to(y.dtype.element_ty), inside)
 
 
 def unpack(weight: Words, dtype: torch.dtype) -> Tensor:
-    """What `Words.unpack` does, in one kernel; outputs must be a multiple of 16."""
+    """What `Words.unpack` does, in one kernel."""
     num_outputs, num_words = weight.words_OW.shape
-    num_inputs = num_words * 32 // weight.bits
+    num_inputs, block = num_words * 32 // weight.bits, 512
     y = weight.words_OW.new_empty(num_outputs, num_inputs, dtype=dtype)
-    block_o = 16
-    assert num_outputs % block_o == 0
-    assert num_words % GROUP_SIZE == 0
-    _unpack[(num_outputs // block_o, num_words // GROUP_SIZE)](
-        weight.words_OW, weight.scale_middle_OG2.view(torch.int32), y,
-        num_inputs, weight.bits, GROUP_SIZE, block_o,
-    )  # fmt: skip
+    scales = weight.scale_middle_OG2.view(torch.int32)
+    _unpack[(num_outputs, triton.cdiv(num_words, block))](
+        weight.words_OW, scales, y, num_inputs, weight.bits, GROUP_SIZE, block
+    )
     return y
 
 
@@ -203,8 +234,8 @@ def _normalise(x, weight, bias, y, epsilon, H, BLOCK: tl.constexpr):
 
 
 def normalise(x: Tensor, norm: Norm) -> Tensor:
-    """What `Norm` does, ``(..., H)``, for a few rows."""
-    y = torch.empty_like(x)
+    """What `Norm` does, ``(..., H)``, for a few rows; the result is float32."""
+    y = torch.empty_like(x, dtype=torch.float32)
     width = x.shape[-1]
     block = triton.next_power_of_2(width)
     _normalise[(x.numel() // width,)](
@@ -237,7 +268,7 @@ def _attend(
     largest, total, sums = -1e30, 0.0, tl.zeros([D], tl.float32)
     if split == 0:
         key = tl.load(at + D + d).to(tl.float32) * c + tl.load(at + D + partner).to(tl.float32) * s
-        key, value = key.to(kind), tl.load(at + 2 * D + d)
+        key, value = key.to(kind), tl.load(at + 2 * D + d).to(kind)
         tl.store(keys + cache + newest * stride_k + d, key)
         tl.store(values + cache + newest * stride_k + d, value)
         largest, total = tl.sum(query * key.to(tl.float32), 0), 1.0
@@ -272,7 +303,7 @@ def _attend(
         sums_SD = tl.load(part[:, None] + d[None, :], cache_modifier=".cg")
         weight_S = tl.exp(largest_S - tl.max(largest_S, 0))
         sums = tl.sum(sums_SD * weight_S[:, None], 0) / tl.sum(total_S * weight_S, 0)
-        tl.store(y + at_head * D + d, sums.to(kind))
+        tl.store(y + at_head * D + d, sums)
         tl.store(counts + at_head, 0)
 
 
@@ -303,12 +334,12 @@ def attend(
         sin: likewise.
 
     Returns:
-        ``(B, 1, N D)``.
+        ``(B, 1, N D)``, float32.
     """
     num_rows, num_heads, _, head_dim = keys_BNKD.shape
     assert keys_BNKD.stride() == values_BNKD.stride()
     assert keys_BNKD.stride(-1) == 1
-    y = mixed.new_empty(num_rows, 1, num_heads * head_dim)
+    y = mixed.new_empty(num_rows, 1, num_heads * head_dim, dtype=torch.float32)
     partial = mixed.new_empty(num_rows * num_heads, _SPLITS, head_dim + 2, dtype=torch.float32)
     counts = _counts(num_rows * num_heads, mixed.device)
     _attend[(num_rows * num_heads, _SPLITS)](

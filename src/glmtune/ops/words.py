@@ -2,7 +2,8 @@
 
 A 32-bit word holds P = 32 / bits weights of a row that lie W = I / P inputs apart: number n of word
 j belongs to input ``n W + j``. Words next to each other are then multiplied by inputs next to each
-other, whichever number of them is at hand.
+other, whichever number of them is at hand. The numbers of 128 / P words next to each other are a
+group, so that a scale belongs to whole words.
 
 Shapes: O outputs, I inputs, W words of a row, G groups of inputs that share a scale and a middle.
 """
@@ -32,23 +33,25 @@ class Words(NamedTuple):
         The inputs must be a multiple of `GROUP_SIZE`.
         """
         assert weight_OI.shape[1] % GROUP_SIZE == 0
-        most, half = 2**bits - 1, 2 ** (bits - 1)
-        groups_OGI = weight_OI.float().unflatten(1, (-1, GROUP_SIZE))
-        low, high = groups_OGI.amin(-1), groups_OGI.amax(-1)
+        most, half, per_word = 2**bits - 1, 2 ** (bits - 1), 32 // bits
+        # ``(O, P, G, words of a group)``
+        grouped = weight_OI.float().unflatten(1, (per_word, -1, GROUP_SIZE // per_word))
+        low, high = grouped.amin((1, 3), keepdim=True), grouped.amax((1, 3), keepdim=True)
         scale = ((high - low).clamp(min=1e-6) / most).bfloat16()
         middle = (low + half * scale).bfloat16()
         # By what is stored, not by what was computed: the rounding of a scale then costs nothing.
-        steps = (groups_OGI - middle.float()[..., None]) / scale.float()[..., None]
-        numbers_OI = (steps.round() + half).clamp(0, most).flatten(1).to(torch.int32)
-        words_OW = torch.zeros_like(numbers_OI[:, : numbers_OI.shape[1] * bits // 32])
-        for n, numbers_OW in enumerate(numbers_OI.chunk(32 // bits, 1)):
-            words_OW |= numbers_OW << (n * bits)
-        return cls(words_OW, torch.stack((scale, middle), -1), bits)
+        steps = (grouped - middle.float()) / scale.float()
+        numbers = (steps.round() + half).clamp(0, most).to(torch.int32)
+        words_OW = torch.zeros_like(numbers[:, 0].flatten(1))
+        for n in range(per_word):
+            words_OW |= numbers[:, n].flatten(1) << (n * bits)
+        return cls(words_OW, torch.stack((scale, middle), -1)[:, 0, :, 0].contiguous(), bits)
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """The weights that the numbers stand for, ``(O, I)``."""
         mask, half = 2**self.bits - 1, 2 ** (self.bits - 1)
         numbers = [self.words_OW >> shift & mask for shift in range(0, 32, self.bits)]
-        steps_OGI = (torch.cat(numbers, 1) - half).float().unflatten(1, (-1, GROUP_SIZE))
-        scale, middle = self.scale_middle_OG2.float().unsqueeze(-2).unbind(-1)
-        return (steps_OGI * scale + middle).flatten(1).to(dtype)
+        words_of_group = GROUP_SIZE * self.bits // 32
+        steps = (torch.stack(numbers, 1) - half).float().unflatten(2, (-1, words_of_group))
+        scale, middle = self.scale_middle_OG2.float()[:, None, :, None].unbind(-1)
+        return (steps * scale + middle).flatten(1).to(dtype)

@@ -137,7 +137,8 @@ def run_head_in_few_kernels(hidden_B1H: Tensor, final_norm: Norm, head: Any) -> 
     """`run_head` of a few rows."""
     from glmtune.ops import decoding_kernels as kernels
 
-    return head.fused(kernels.normalise(hidden_B1H, final_norm)).squeeze(1)
+    normed = kernels.normalise(hidden_B1H, final_norm)
+    return head.fused(normed, dtype=final_norm.weight.dtype).squeeze(1)
 
 
 def run_head(hidden_B1H: Tensor, final_norm: Norm, head: Projection) -> Tensor:
