@@ -22,7 +22,7 @@ from glmtune.errors import UserError
 from glmtune.generation.reference import NOT_FINITE, left_padded
 from glmtune.generation.sampling import choose, random_numbers
 from glmtune.generation.settings import EncodedPrompt, GenerationSettings
-from glmtune.generation.weights import can_be_captured, has_kernels, read_weights
+from glmtune.generation.weights import can_be_captured, most_rows_for_kernels, read_weights
 from glmtune.hardware import capture_graph, check_decoding
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.decoding import (
@@ -43,8 +43,6 @@ TOKENS_PER_LOOK = 8
 """Steps that a GPU is given before the host looks at what came out."""
 COLUMNS_PER_GROWTH = 128
 """Buffers have a multiple of so many columns: few sizes, so that few steps are captured."""
-MOST_ROWS = 4
-"""Of a batch whose steps go through `ops.decoding_kernels`; more are work for matrix units."""
 WARM_UP_STEPS = 3
 """Before a capture, so that what libraries set up at first use is not captured."""
 
@@ -148,7 +146,7 @@ class Decoder:
         with torch.inference_mode():
             self.weights = read_weights(model, bits=bits, merge=merge)
         self.captures = self.device.type == "cuda" and can_be_captured(self.weights)
-        self.has_kernels = has_kernels(self.weights, self.config)
+        self._most_rows_for_kernels = most_rows_for_kernels(self.weights, self.config)
         self._stop_ids = torch.tensor(stop_ids, device=self.device)
         self._buffers: Buffers | None = None
         self._block: Callable[..., Tensor] = run_block
@@ -277,7 +275,7 @@ class Decoder:
         """
         column_1 = buffers.column_1
         functions = self._block, self._head
-        if self.has_kernels and len(buffers.tokens_BK) <= MOST_ROWS:
+        if len(buffers.tokens_BK) <= self._most_rows_for_kernels:
             functions = run_block_in_few_kernels, run_head_in_few_kernels
         seen_BK = buffers.valid_BK & (buffers.column_K <= column_1)
         logits_BV = decode(

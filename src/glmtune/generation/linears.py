@@ -42,6 +42,11 @@ class Plain:
             )
         return F.linear(x, self.weight_OI, self.bias_O)
 
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """What `fused` is best given."""
+        return self.weight_OI.dtype
+
     def fused(self, x: Tensor, **more: Any) -> Tensor:
         """The same of a few rows and what else `ops.decoding_kernels.project` takes along."""
         return _kernels().project(x, self.weight_OI, self.bias_O, **more)
@@ -134,6 +139,11 @@ class Packed:
         weight_OI = _kernels().unpack(self.weight, x.dtype)
         return F.linear(x, weight_OI, self.bias_O)
 
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """What `fused` is best given."""
+        return torch.float32
+
     def fused(self, x: Tensor, **more: Any) -> Tensor:
         """The same of a few rows and what else `ops.decoding_kernels.project` takes along."""
         return _kernels().project(x, self.weight, self.bias_O, **more)
@@ -154,11 +164,16 @@ class Adapted:
             total = total + F.linear(F.linear(x.to(a_RI.dtype), a_RI), b_OR) * scale
         return total.to(y.dtype)
 
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """What `fused` is best given."""
+        return self.base.input_dtype
+
     def fused(self, x: Tensor, **more: Any) -> Tensor:
         """The same of a few rows, by one update, and what else the base takes along."""
         kernels = _kernels()
         ((a_RI, b_OR, scale),) = self.updates
-        low_BR = kernels.project(x, a_RI).flatten(0, -2)
+        low_BR = kernels.project(x, a_RI, dtype=torch.float32).flatten(0, -2)
         return self.base.fused(x, update=kernels.LowRank(low_BR, b_OR, scale), **more)
 
 

@@ -63,13 +63,20 @@ def can_be_captured(weights: Weights) -> bool:
     return all(isinstance(linear, kinds) for linear in _linears(weights))
 
 
-def has_kernels(weights: Weights, config: ChatGLMConfig) -> bool:
-    """Whether a token of a few rows can go through `ops.decoding_kernels`."""
+def most_rows_for_kernels(weights: Weights, config: ChatGLMConfig) -> int:
+    """Up to how many rows of a batch go through `ops.decoding_kernels`, a token at a time.
+
+    Each row reads the weights anew. Where they are packed, that costs less than to unpack them for
+    a product of matrices; where they are not, nothing is gained with a second row.
+    """
     on_gpu = weights.final_norm.weight.is_cuda
     power_of_two = config.head_dim & (config.head_dim - 1) == 0
+    linears = _linears(weights)
     if not on_gpu or not power_of_two or find_spec("triton") is None:
-        return False
-    return all(can_be_fused(linear) for linear in _linears(weights))
+        return 0
+    if not all(can_be_fused(linear) for linear in linears):
+        return 0
+    return 4 if any(isinstance(linear, Packed) for linear in linears) else 1
 
 
 def num_bytes(weights: Weights) -> int:

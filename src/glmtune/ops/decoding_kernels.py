@@ -5,8 +5,6 @@ enough reads are under way at any time and little else is between them. So each 
 what follows it (bias, adapter, GELU, residual), each block of it reads a few whole rows of the
 matrix, and numbers of 8 or 4 bits become floats by putting them into a float's fraction.
 
-What lies between the kernels is float32.
-
 Shapes: B rows of a batch, I inputs, O outputs, R rank of an adapter, N heads, D head size,
 K columns of the cache; W and G as in `ops.words`.
 """
@@ -35,14 +33,22 @@ class LowRank(NamedTuple):
 
 @triton.jit
 def _number(words, N: tl.constexpr, BITS: tl.constexpr):
-    """Number N of each word, as a float that is larger by 2^BITS (8 bits) or 2^7 (4 bits)."""
-    # 256 + q has q at bit 15 of its float, 128 + q has it at bit 16.
-    PLACE: tl.constexpr = 15 if BITS == 8 else 16
-    ONE: tl.constexpr = 0x43800000 if BITS == 8 else 0x43000000
+    """Number q of each word as the float ``q * 2^(_place - 149)``, below the normal ones."""
+    PLACE: tl.constexpr = _place(N, BITS)
     MASK: tl.constexpr = ((1 << BITS) - 1) << PLACE
-    UP: tl.constexpr = PLACE - N * BITS
-    moved = words << UP if UP >= 0 else words >> -UP
-    return ((moved & MASK) | ONE).to(tl.float32, bitcast=True)
+    return ((words >> (N * BITS - PLACE)) & MASK).to(tl.float32, bitcast=True)
+
+
+@triton.constexpr_function
+def _place(n: int, bits: int) -> int:
+    """The bit of a float's fraction that number n of a word begins at, so that few are shifted."""
+    return n * bits if (n + 1) * bits <= 20 else n * bits - (12 if bits == 4 else 16)
+
+
+@triton.constexpr_function
+def _power(n: int, bits: int) -> float:
+    """What an input is multiplied with, so that its product with `_number` is ``q x 2^-69``."""
+    return 2.0 ** (80 - _place(n, bits))
 
 
 @triton.jit
@@ -99,32 +105,31 @@ def _project_words(
     HAS_RESIDUAL: tl.constexpr, NUM_INPUTS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """As `_project`. Words and inputs, of four bytes each, then lie in threads alike."""
+    """As `_project`. Words and inputs, of four bytes each, lie in threads alike: four in each."""
     output, row = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O), tl.program_id(1)
-    column = tl.arange(0, BLOCK_W)
+    column, four = tl.arange(0, BLOCK_W), 4 * tl.arange(0, BLOCK_W // 4)
     W: tl.constexpr = NUM_INPUTS * BITS // 32
-    OFFSET: tl.constexpr = 384.0 if BITS == 8 else 136.0  # of `_number`'s floats, and the half
-    total = tl.zeros([BLOCK_O, BLOCK_W], tl.float32)
+    HALF: tl.constexpr = 2.0 ** (BITS - 1)
+    total = tl.zeros([BLOCK_O, BLOCK_W // 4], tl.float32)
     at_words = words + output.to(tl.int64)[:, None] * W + column[None, :]
     at_scales = scales + output[:, None] * (NUM_INPUTS // GROUP)
+    is_output = (output < NUM_OUTPUTS)[:, None]
     for start in range(0, W, BLOCK_W):
         inside = (start + column < W)[None, :]
-        is_word = (output < NUM_OUTPUTS)[:, None] & inside
-        packed = tl.load(at_words + start, is_word, 0, eviction_policy="evict_first")
-        group = (start + column[None, :]) // (GROUP * BITS // 32)
-        pair = tl.load(at_scales + group, is_word, 0)  # two bfloat16
-        scale = (pair << 16).to(tl.float32, bitcast=True)
+        packed = tl.load(at_words + start, is_output & inside, 0, eviction_policy="evict_first")
+        group = (start + four[None, :]) // (GROUP * BITS // 32)
+        pair = tl.load(at_scales + group, is_output & (start + four < W)[None, :], 0)
+        scale = (pair << 16).to(tl.float32, bitcast=True)  # two bfloat16
         middle = (pair & -65536).to(tl.float32, bitcast=True)
-        of_word, inputs = (
-            tl.zeros([BLOCK_O, BLOCK_W], tl.float32),
-            tl.zeros([1, BLOCK_W], tl.float32),
-        )
+        products, inputs = tl.zeros_like(packed).to(tl.float32), tl.zeros([1, BLOCK_W], tl.float32)
         for n in tl.static_range(32 // BITS):
             at_x = x + row * NUM_INPUTS + n * W + start + column[None, :]
             value = tl.load(at_x, inside, 0.0).to(tl.float32)
-            of_word += _number(packed, n, BITS) * value
+            products += _number(packed, n, BITS) * (value * _power(n, BITS))
             inputs += value
-        total += of_word * scale + inputs * (middle - OFFSET * scale)
+        products = tl.sum(tl.reshape(products, [BLOCK_O, BLOCK_W // 4, 4]), 2)
+        inputs = tl.sum(tl.reshape(inputs, [1, BLOCK_W // 4, 4]), 2)
+        total += products * (scale * 2.0**69) + inputs * (middle - HALF * scale)
     _finish(
         tl.sum(total, 1), output, row, bias, low, up, residual, y, low_scale, alpha, NUM_OUTPUTS,
         HAS_BIAS, R, R_PADDED, GELU, HAS_RESIDUAL,
@@ -140,19 +145,20 @@ def project(
     gelu: bool = False,
     residual: Tensor | None = None,
     alpha: float = 1.0,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``gelu(x @ weight.T + bias + update) + alpha * residual``, in float32 until it is stored.
 
     Args:
-        x: ``(..., I)`` of a few rows, contiguous; packed weights are fastest with float32.
+        x: ``(..., I)`` of a few rows, contiguous; best in float32 where weights are
+            packed and in their type where not: threads then hold both alike.
         weight: ``(O, I)``, floats or packed.
         bias_O: is added.
         update: of an adapter, is added.
         gelu: whether to apply GELU, in its tanh form.
         residual: ``(..., O)``, contiguous.
         alpha: is multiplied with the residual.
-        dtype: of the result.
+        dtype: of the result; by default that of x.
 
     Returns:
         ``(..., O)``.
@@ -194,7 +200,7 @@ def _unpack(words, scales, y, NUM_INPUTS: tl.constexpr, BITS: tl.constexpr, GROU
             BLOCK: tl.constexpr):  # fmt: skip
     """The weights of some words of one output."""
     W: tl.constexpr = NUM_INPUTS * BITS // 32
-    OFFSET: tl.constexpr = 384.0 if BITS == 8 else 136.0
+    HALF: tl.constexpr = 2.0 ** (BITS - 1)
     output, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < W
     packed = tl.load(words + output * W + column, inside, 0)
@@ -203,7 +209,8 @@ def _unpack(words, scales, y, NUM_INPUTS: tl.constexpr, BITS: tl.constexpr, GROU
     scale = (pair << 16).to(tl.float32, bitcast=True)
     middle = (pair & -65536).to(tl.float32, bitcast=True)
     for n in tl.static_range(32 // BITS):
-        value = (_number(packed, n, BITS) - OFFSET) * scale + middle
+        number = _number(packed, n, BITS) * _power(n, BITS) * 2.0**69
+        value = (number - HALF) * scale + middle
         at = output * NUM_INPUTS + n * W + column
         tl.store(y + at, value.to(y.dtype.element_ty), inside)
 
@@ -233,9 +240,9 @@ def _normalise(x, weight, bias, y, epsilon, H, BLOCK: tl.constexpr):
     tl.store(y + row * H + column, result.to(y.dtype.element_ty), inside)
 
 
-def normalise(x: Tensor, norm: Norm) -> Tensor:
-    """What `Norm` does, ``(..., H)``, for a few rows; the result is float32."""
-    y = torch.empty_like(x, dtype=torch.float32)
+def normalise(x: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
+    """What `Norm` does, ``(..., H)``, for a few rows."""
+    y = torch.empty_like(x, dtype=dtype)
     width = x.shape[-1]
     block = triton.next_power_of_2(width)
     _normalise[(x.numel() // width,)](
@@ -303,7 +310,7 @@ def _attend(
         sums_SD = tl.load(part[:, None] + d[None, :], cache_modifier=".cg")
         weight_S = tl.exp(largest_S - tl.max(largest_S, 0))
         sums = tl.sum(sums_SD * weight_S[:, None], 0) / tl.sum(total_S * weight_S, 0)
-        tl.store(y + at_head * D + d, sums)
+        tl.store(y + at_head * D + d, sums.to(y.dtype.element_ty))
         tl.store(counts + at_head, 0)
 
 
@@ -334,12 +341,12 @@ def attend(
         sin: likewise.
 
     Returns:
-        ``(B, 1, N D)``, float32.
+        ``(B, 1, N D)``, of the type of `mixed`.
     """
     num_rows, num_heads, _, head_dim = keys_BNKD.shape
     assert keys_BNKD.stride() == values_BNKD.stride()
     assert keys_BNKD.stride(-1) == 1
-    y = mixed.new_empty(num_rows, 1, num_heads * head_dim, dtype=torch.float32)
+    y = mixed.new_empty(num_rows, 1, num_heads * head_dim)
     partial = mixed.new_empty(num_rows * num_heads, _SPLITS, head_dim + 2, dtype=torch.float32)
     counts = _counts(num_rows * num_heads, mixed.device)
     _attend[(num_rows * num_heads, _SPLITS)](

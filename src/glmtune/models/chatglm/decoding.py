@@ -123,21 +123,21 @@ def run_block_in_few_kernels(
     """`run_block` on one new token of a few rows, whose linears have kernels."""
     from glmtune.ops import decoding_kernels as kernels
 
-    normed = kernels.normalise(hidden_B1H, block.input_norm)
+    dtype = block.query_key_value.input_dtype  # of all that lies between the kernels
+    normed = kernels.normalise(hidden_B1H, block.input_norm, dtype)
     mixed = block.query_key_value.fused(normed)
-    cache = keys_BNKD, values_BNKD, column_1, mask_B11K
-    context = kernels.attend(mixed, *cache, *angles)
+    context = kernels.attend(mixed, keys_BNKD, values_BNKD, column_1, mask_B11K, *angles)
     hidden = block.dense.fused(context, residual=normed, alpha=RESIDUAL_SCALE)
-    normed = kernels.normalise(hidden, block.post_attention_norm)
+    normed = kernels.normalise(hidden, block.post_attention_norm, dtype)
     inner = block.dense_h_to_4h.fused(normed, gelu=True)
     return block.dense_4h_to_h.fused(inner, residual=normed, alpha=RESIDUAL_SCALE)
 
 
-def run_head_in_few_kernels(hidden_B1H: Tensor, final_norm: Norm, head: Any) -> Tensor:
+def run_head_in_few_kernels(hidden_B1H: Tensor, final_norm: Norm, head: Projection) -> Tensor:
     """`run_head` of a few rows."""
     from glmtune.ops import decoding_kernels as kernels
 
-    normed = kernels.normalise(hidden_B1H, final_norm)
+    normed = kernels.normalise(hidden_B1H, final_norm, head.input_dtype)
     return head.fused(normed, dtype=final_norm.weight.dtype).squeeze(1)
 
 
