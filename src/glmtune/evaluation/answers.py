@@ -60,7 +60,10 @@ class Subject:
     base: str
     adapter: Path | None
     device: torch.device
+    """Where it answers."""
     dtype: torch.dtype
+    loads_on: torch.device
+    """Where its weights are before they are rounded for answering, if they are."""
 
     @classmethod
     def of(cls, config: InferConfig | CompareConfig | ChatConfig) -> "Subject":
@@ -76,7 +79,9 @@ class Subject:
         dtype, caution = pick_dtype(device, config.bf16, config.fp16)
         if caution:
             print(f"notice: {caution}", file=sys.stderr)
-        return cls(base, adapter, device, dtype)
+        # A small card then has room for the rounded weights alone.
+        loads_on = device if config.decode_bits == "16" else torch.device("cpu")
+        return cls(base, adapter, device, dtype, loads_on)
 
     @property
     def adapter_name(self) -> str | None:
@@ -107,7 +112,7 @@ class Subject:
         with_adapter = f" with the adapter {self.adapter_name}" if self.adapter else ""
         print(f"loading {base_name(self.base)}{with_adapter}", file=sys.stderr)
         tokenizer = load_tokenizer(self.base)
-        model = load_base_model(self.base, dtype=self.dtype, device=self.device, keep_packed=True)
+        model = load_base_model(self.base, dtype=self.dtype, device=self.loads_on, keep_packed=True)
         check_pair(model.config, tokenizer)
         if self.adapter is not None:
             return load_adapter(model, self.adapter), tokenizer

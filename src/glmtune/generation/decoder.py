@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from glmtune.errors import UserError
 from glmtune.generation.reference import NOT_FINITE, left_padded
-from glmtune.generation.sampling import choose, random_numbers
+from glmtune.generation.sampling import choose, largest, random_numbers
 from glmtune.generation.settings import EncodedPrompt, GenerationSettings
 from glmtune.generation.weights import can_be_captured, most_rows_for_kernels, read_weights
 from glmtune.hardware import capture_graph, check_decoding
@@ -125,7 +125,10 @@ class Decoder:
         stop_ids: tokens at which an answer ends.
         bits: 8 or 4 round the linears for speed; see `read_weights`.
         merge: merge the adapter into copies of the weights; likewise.
-        compiled: compile the layers of the one-token step, which takes a minute and is faster.
+        compiled: compile the layers of the one-token step, which takes a minute and is faster for
+            more rows than the kernels are for.
+        device: where to answer; by default where the model is. A model that waits in CPU memory is
+            brought to a GPU a linear at a time, so that there it takes its rounded size.
 
     Raises:
         UserError: the weights cannot be had in so few bits, or the device lacks something.
@@ -139,12 +142,13 @@ class Decoder:
         bits: int = 16,
         merge: bool = False,
         compiled: bool = False,
+        device: torch.device | None = None,
     ):
         self.config: ChatGLMConfig = model.config
-        self.device: torch.device = model.device
+        self.device: torch.device = device or model.device
         check_decoding(self.device, bits, compiled)
         with torch.inference_mode():
-            self.weights = read_weights(model, bits=bits, merge=merge)
+            self.weights = read_weights(model, bits=bits, merge=merge, device=self.device)
         self.captures = self.device.type == "cuda" and can_be_captured(self.weights)
         self._most_rows_for_kernels = most_rows_for_kernels(self.weights, self.config)
         self._stop_ids = torch.tensor(stop_ids, device=self.device)
@@ -158,13 +162,16 @@ class Decoder:
             self._head = torch.compile(run_head, options=options)
 
     @classmethod
-    def of(cls, model: Any, settings: GenerationSettings) -> "Decoder":
+    def of(
+        cls, model: Any, settings: GenerationSettings, device: torch.device | None = None
+    ) -> "Decoder":
         """A decoder that ends answers where the model does, with the bits that are asked for."""
         return cls(
             model,
             find_stop_ids(model),
             bits=settings.decode_bits,
             compiled=settings.decode_compile,
+            device=device,
         )
 
     @torch.inference_mode()
@@ -292,7 +299,8 @@ class Decoder:
     def _choose(self, buffers: Buffers, logits_BV: Tensor) -> None:
         """Choose the next token of each row, which becomes its newest."""
         scores_BV = logits_BV.float()
-        buffers.finite.logical_and_(scores_BV.max().isfinite())  # NaN where any score is
+        top_B, _ = largest(scores_BV)
+        buffers.finite.logical_and_(top_B.isfinite().all())  # NaN where any score is
         buffers.column_1.add_(1)
         numbers_BK = buffers.numbers_BK
         draw_B1 = None if numbers_BK is None else numbers_BK.index_select(1, buffers.column_1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glmtune.adapters.lora import split_lora
+from glmtune.adapters.lora import Update, split_lora
 from glmtune.errors import UserError
 from glmtune.generation.linears import Adapted, Int4, Int8, Packed, Plain, can_be_fused
 from glmtune.models.chatglm.configuration import ChatGLMConfig
@@ -17,10 +17,13 @@ from glmtune.models.chatglm.decoding import Block, Projection, Weights
 from glmtune.ops.norm import Norm
 
 
-def read_weights(model: Any, *, bits: int = 16, merge: bool = False) -> Weights:
+def read_weights(
+    model: Any, *, bits: int = 16, merge: bool = False, device: torch.device | None = None
+) -> Weights:
     """The weights of a model as it stands: with its adapter, unless that is disabled.
 
-    In 16 bits they are the model's own tensors, not copies, in whatever type it has.
+    In 16 bits they are the model's own tensors, not copies, in whatever type it has, if they are on
+    that device.
 
     Args:
         model: a ChatGLM-6B, plain or in PEFT's wrapping. A linear of a kind unknown here (of a
@@ -28,31 +31,35 @@ def read_weights(model: Any, *, bits: int = 16, merge: bool = False) -> Weights:
         bits: 16; 8 or 4 round the linears, the head included, and keep copies of them.
         merge: add the adapter to copies of the weights it adapts, instead of applying it anew to
             each token; faster, and rounded to the weights' type.
+        device: where the weights are to be; by default where the model is.
 
     Raises:
         UserError: the weights cannot be had in so few bits.
     """
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    body = plain.transformer
+    body, device = plain.transformer, device or plain.device
 
     def read(linear: nn.Module) -> Projection:
-        return _read_projection(linear, bits, merge)
+        return _read_projection(linear, bits, merge, device)
+
+    def read_norm(norm: nn.LayerNorm) -> Norm:
+        return Norm(norm.weight.to(device), norm.bias.to(device), norm.eps)
 
     blocks = [
         Block(
-            input_norm=Norm.of(layer.input_layernorm),
+            input_norm=read_norm(layer.input_layernorm),
             query_key_value=read(layer.attention.query_key_value),
             dense=read(layer.attention.dense),
-            post_attention_norm=Norm.of(layer.post_attention_layernorm),
+            post_attention_norm=read_norm(layer.post_attention_layernorm),
             dense_h_to_4h=read(layer.mlp.dense_h_to_4h),
             dense_4h_to_h=read(layer.mlp.dense_4h_to_h),
         )
         for layer in body.layers
     ]
     return Weights(
-        embed=_read_embedding(body.word_embeddings, body.final_layernorm.weight.dtype),
+        embed=_read_embedding(body.word_embeddings, body.final_layernorm.weight.dtype, device),
         blocks=blocks,
-        final_norm=Norm.of(body.final_layernorm),
+        final_norm=read_norm(body.final_layernorm),
         head=read(plain.lm_head),
     )
 
@@ -104,13 +111,15 @@ def _linears(weights: Weights) -> list[Projection]:
     return projections + [linear.base for linear in projections if isinstance(linear, Adapted)]
 
 
-def _read_embedding(embedding: nn.Embedding, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def _read_embedding(
+    embedding: nn.Embedding, dtype: torch.dtype, device: torch.device
+) -> Callable[[Tensor], Tensor]:
     if type(embedding) is nn.Embedding:
-        return partial(F.embedding, weight=embedding.weight)
+        return partial(F.embedding, weight=embedding.weight.to(device))
     return lambda ids: embedding(ids).to(dtype)
 
 
-def _read_projection(linear: nn.Module, bits: int, merge: bool) -> Projection:
+def _read_projection(linear: nn.Module, bits: int, merge: bool, device: torch.device) -> Projection:
     base, updates = split_lora(linear)
     if type(base) is not nn.Linear:
         if bits != 16:
@@ -119,7 +128,9 @@ def _read_projection(linear: nn.Module, bits: int, merge: bool) -> Projection:
                 f"{type(linear).__name__}), which are not rounded again; leave the bits out"
             )
         return linear
-    weight, bias = base.weight.detach(), base.bias
+    weight = base.weight.detach().to(device)
+    bias = None if base.bias is None else base.bias.to(device)
+    updates = tuple(Update(a.to(device), b.to(device), scale) for a, b, scale in updates)
     if merge and updates:
         total = weight.float()
         for a_RI, b_OR, scale in updates:
