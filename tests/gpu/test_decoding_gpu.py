@@ -8,8 +8,8 @@ import torch
 from glmtune.errors import UserError
 from glmtune.generation import Decoder, EncodedPrompt, GenerationSettings
 from glmtune.generation import decoder as room
-from glmtune.generation.reference import generate_ids
 from glmtune.generation.linears import Packed, Plain
+from glmtune.generation.reference import generate_ids
 from glmtune.models.chatglm import decoding
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
