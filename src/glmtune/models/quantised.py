@@ -17,6 +17,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
+from transformers.quantizers import AutoHfQuantizer
 
 from glmtune.errors import UserError
 from glmtune.hardware import device_name
@@ -72,6 +73,50 @@ def quantising(bits: int, dtype: torch.dtype | None) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+@torch.no_grad()
+def quantise(model: Any, layers: nn.Module, bits: int) -> None:
+    """Quantise the linears of a model that is in memory already, in place, one by one.
+
+    Args:
+        model: of transformers.
+        layers: the part of it whose linears are meant, in floats or packed.
+        bits: 8 or 4; see `quantising`.
+    """
+    for parent in layers.modules():
+        for name, linear in list(parent.named_children()):
+            if isinstance(linear, nn.Linear):
+                setattr(parent, name, _quantised(linear, bits, model.dtype))
+    model.hf_quantizer = AutoHfQuantizer.from_config(
+        quantising(bits, model.dtype), pre_quantized=False
+    )
+    model.hf_quantizer.postprocess_model(model)  # says so in the places where PEFT looks
+    settle(model, model.dtype)
+
+
+def _quantised(linear: nn.Linear, bits: int, dtype: torch.dtype) -> nn.Module:
+    from bitsandbytes import nn as bnb
+
+    weight, device = linear.weight.data, linear.weight.device
+    if isinstance(linear, PackedLinear):
+        weight = linear.unpacked(dtype)
+    sizes, biased = (linear.in_features, linear.out_features), linear.bias is not None
+    quantised: Any
+    with torch.device("meta"):
+        if bits == 8:
+            quantised = bnb.Linear8bitLt(*sizes, biased, has_fp16_weights=False, threshold=6.0)
+        else:
+            quantised = bnb.Linear4bit(*sizes, biased, quant_type="nf4")
+    if bits == 8:
+        # bitsandbytes rounds what comes to a device from the CPU.
+        quantised.weight = bnb.Int8Params(weight.cpu(), requires_grad=False).to(device)
+    else:
+        quantised.weight = bnb.Params4bit(
+            weight, requires_grad=False, quant_type="nf4", module=quantised
+        ).to(device)
+    quantised.bias = linear.bias
+    return quantised.requires_grad_(False)
 
 
 def bits_of(config: Any) -> int | None:
