@@ -116,7 +116,7 @@ def _quantised(linear: nn.Linear, bits: int, dtype: torch.dtype) -> nn.Module:
             weight, requires_grad=False, quant_type="nf4", module=quantised
         ).to(device)
     quantised.bias = linear.bias
-    return quantised.requires_grad_(False)
+    return quantised.requires_grad_(False).train(linear.training)
 
 
 def bits_of(config: Any) -> int | None:
@@ -158,7 +158,11 @@ def as_floats(found: Mapping[str, Tensor], model: nn.Module) -> Outline:
 
 
 def settle(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let bitsandbytes' modules compute in a model's type, and never repack their weights."""
+    """Let bitsandbytes' modules compute in a type, all else be of it, and no weight be repacked."""
+    for parameter in model.parameters():
+        # Of a folder in few bits transformers leaves some in the type that it was saved in.
+        if parameter.is_floating_point() and type(parameter) is nn.Parameter:
+            parameter.data = parameter.data.to(dtype)
     linears: Iterator[Any] = model.modules()
     for linear in linears:
         if _is(linear, "Linear4bit"):
