@@ -278,7 +278,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             # Of a packed head transformers ties the integers, a parameter, but no buffer.
             setattr(model.lm_head, SCALE, getattr(model.transformer.word_embeddings, SCALE))
         if bits_of(model.config):
-            settle(model, model.dtype if kwargs["dtype"] == "auto" else kwargs["dtype"])
+            dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+            settle(model, dtype if isinstance(dtype, torch.dtype) else model.dtype)
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         return loaded
 
