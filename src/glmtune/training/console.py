@@ -5,6 +5,8 @@ import time
 from typing import Any
 
 from glmtune.hardware import device_name, memory_gib, total_memory_gib
+from glmtune.models.chatglm.packed import base_of
+from glmtune.models.quantised import bits_of
 from glmtune.runlog import PLOT_FILE, format_seconds, print_pairs
 from glmtune.training.checkpoints import RECIPE_FILE, TrainingState
 from glmtune.training.plan import PackPlan
