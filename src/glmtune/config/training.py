@@ -8,6 +8,7 @@ from glmtune.config.groups import (
     BaseModelSettings,
     DeviceSettings,
     PathText,
+    QuantisingSettings,
     Settings,
     conflict,
 )
@@ -174,7 +175,7 @@ class RunFolderSettings(Settings):
         return {"true": "true", "false": None}.get(word, value)
 
 
-class TrainingDeviceSettings(DeviceSettings):
+class TrainingDeviceSettings(DeviceSettings, QuantisingSettings):
     """Where to compute, and how to fit there."""
 
     base_dtype: Literal["auto", "fp8"] = Field(
@@ -185,6 +186,18 @@ class TrainingDeviceSettings(DeviceSettings):
     gradient_checkpointing: Literal["auto"] | bool = Field(
         "auto", description="recompute activations to save memory; auto: when memory asks for it"
     )
+
+    @model_validator(mode="after")
+    def round_once(self) -> Self:
+        """float8 and bitsandbytes' bits exclude each other."""
+        if self.base_dtype == "fp8" and self.quantization_bit:
+            raise conflict(
+                f"base_dtype fp8 and quantization_bit {self.quantization_bit} are two ways of "
+                "holding the same weights: choose one",
+                "base_dtype",
+                "quantization_bit",
+            )
+        return self
 
 
 class TrainConfig(

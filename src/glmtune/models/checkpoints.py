@@ -5,6 +5,7 @@ import sys
 from functools import cache
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import torch
 import yaml
@@ -18,6 +19,7 @@ from glmtune.models import weights
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
 from glmtune.models.chatglm.tokenization import ChatGLMTokenizer
+from glmtune.models.quantised import bits_of, check_quantising, quantising
 
 ENVIRONMENT_VARIABLE = "GLMTUNE_MODEL"
 # The publisher renamed itself; the hub cache of a long-time user has the older name.
@@ -153,10 +155,12 @@ def load_base_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     keep_packed: bool = False,
+    bits: int | None = None,
+    quantize_head: bool = False,
 ) -> ChatGLMForConditionalGeneration:
     """The base model, in evaluation mode.
 
-    What becomes of packed integer weights is printed as a note on stderr.
+    What becomes of weights that the folder holds quantised is printed as a note on stderr.
 
     Args:
         base: a folder or a hub id, as `resolve_base` gives it.
@@ -164,22 +168,51 @@ def load_base_model(
         device: by default the CPU.
         keep_packed: leave the weights of a published int8 or int4 folder packed, as is enough to
             answer with them; else they are dequantised to `dtype`, to train on or to merge into.
+        bits: 8 or 4 to quantise the layers' linears with bitsandbytes, one by one while they load;
+            those of a published int8 or int4 folder are requantised.
+        quantize_head: round embedding and head to 8 bits.
 
     Raises:
-        UserError: no model there, of another family, or weights that do not fit.
+        UserError: no model there, of another family, weights that do not fit, or a wish for bits
+            that folder or device cannot grant.
     """
     folder = _fetch(base)
-    _read_config(base, folder)
-    placement = {} if device is None else {"device_map": str(device)}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **placement)
+    config = _read_config(base, folder)
+    has, packed = bits_of(config), config.quantization_bit
+    if bits and has:
+        raise _quantised_already(f"quantization_bit {bits}", base, has)
+    if quantize_head and packed and keep_packed and not bits:
+        raise _quantised_already("quantize_head true", base, packed)
+    loading: dict[str, Any] = {"dtype": dtype}
+    if bits or has:
+        wish = f"quantization_bit {bits}" if bits else f"{base_name(base)}, which is in {has} bits"
+        check_quantising(wish, bits or has or 0, device)
+        device = device or "cpu"  # left to itself, transformers would take a GPU
+    if device:
+        loading["device_map"] = str(device)
+    if bits and not packed:
+        loading["quantization_config"] = quantising(bits, dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, **loading)
     model.name_or_path = model.config.name_or_path = base
-    if bits := model.config.quantization_bit:
-        if not keep_packed:
+    if has or packed:
+        done = "stay packed"
+        if packed and bits:
+            model.quantize(bits)
+            done = f"are requantised to {'LLM.int8' if bits == 8 else 'NF4'}"
+        elif packed and not keep_packed:
             model.dequantize()
-        dtype_name = str(model.dtype).removeprefix("torch.")
-        done = "stay packed" if keep_packed else f"are dequantised to {dtype_name}"
-        print(f"note: the int{bits} weights of {base_name(base)} {done}", file=sys.stderr)
+            done = f"are dequantised to {str(model.dtype).removeprefix('torch.')}"
+        print(f"note: the int{has or packed} weights of {base_name(base)} {done}", file=sys.stderr)
+    if quantize_head and not model.config.quantization_embeddings:
+        model.quantize_head()
     return model.eval()
+
+
+def _quantised_already(wish: str, base: str, bits: int) -> UserError:
+    return UserError(
+        f"{wish}: {base_name(base)} is in {bits} bits already; leave {wish.split()[0]} out, or "
+        "pass ChatGLM-6B in float16"
+    )
 
 
 def _read_config(base: str, folder: Path) -> ChatGLMConfig:

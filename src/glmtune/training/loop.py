@@ -76,7 +76,13 @@ def train(config: TrainConfig) -> TrainResult:
     check_data_card(card, tokenizer, config.dataset_path)
     rows = TokenRows.from_dataset(dataset)
 
-    model = load_base_model(base, dtype=dtype, device=accelerator.device)
+    model = load_base_model(
+        base,
+        dtype=dtype,
+        device=accelerator.device,
+        bits=config.bits,
+        quantize_head=config.quantize_head,
+    )
     check_pair(model.config, tokenizer)
     rows.check(model.config, config.dataset_path)
     torch.manual_seed(config.seed)
