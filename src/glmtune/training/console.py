@@ -6,6 +6,7 @@ from typing import Any
 
 from glmtune.hardware import device_name, memory_gib, total_memory_gib
 from glmtune.runlog import PLOT_FILE, format_seconds, print_pairs
+from glmtune.training.advice import recompute_words
 from glmtune.training.checkpoints import RECIPE_FILE, TrainingState
 from glmtune.training.plan import PackPlan
 from glmtune.training.run import Run
@@ -52,7 +53,7 @@ def print_banner(run: Run, state: TrainingState) -> None:
             "trainable": f"{trainable:,} of {total:,} parameters ({trainable / total:.3%})",
             "device": f"{device_name(device)}, {total_memory_gib(device):.0f} GiB, "
             f"{run.identity['dtype']}{eight}",
-            "recompute": "on" if run.recompute(model) else "off",
+            "recompute": recompute_words(run.forecast),
             "run folder": config.output_dir,
         },
     )
