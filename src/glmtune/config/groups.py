@@ -126,6 +126,25 @@ class DecodingSettings(Settings):
     )
 
 
+class AnsweringWeightSettings(DecodingSettings, QuantisingSettings):
+    """How weights that answer are held, and how they are read."""
+
+    group: ClassVar[str] = "decoding"
+
+    @model_validator(mode="after")
+    def round_once(self) -> Self:
+        """What is quantised already is not rounded again."""
+        wish = "quantization_bit" if self.quantization_bit else "quantize_head"
+        if self.decode_bits != "16" and (self.quantization_bit or self.quantize_head):
+            raise conflict(
+                f"{wish} and decode_bits {self.decode_bits} would both round the weights: choose "
+                "one",
+                wish,
+                "decode_bits",
+            )
+        return self
+
+
 class AnswerSettings(Settings):
     """How an answer is generated."""
 

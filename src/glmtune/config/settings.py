@@ -13,11 +13,11 @@ from pydantic import Field, field_validator, model_validator
 
 from glmtune.config.benchmarks import BenchDecodeConfig, BenchMemoryConfig, BenchTrainConfig
 from glmtune.config.groups import (
+    AnsweringWeightSettings,
     AnswerSettings,
     BadRowSettings,
     BaseModelSettings,
     BatchSettings,
-    DecodingSettings,
     DeviceSettings,
     PathText,
     Settings,
@@ -115,7 +115,7 @@ class AnsweringSettings(
     RecordSettings,
     BatchSettings,
     AnswerSettings,
-    DecodingSettings,
+    AnsweringWeightSettings,
     BaseModelSettings,
     DeviceSettings,
 ):
@@ -154,7 +154,7 @@ class CompareConfig(AnsweringSettings):
 # --- chat ---
 
 
-class ChatConfig(AnswerSettings, DecodingSettings, BaseModelSettings, DeviceSettings):
+class ChatConfig(AnswerSettings, AnsweringWeightSettings, BaseModelSettings, DeviceSettings):
     """Settings of `glmtune chat`; those of the draw are the published code's."""
 
     group: ClassVar[str] = "chat"

@@ -189,6 +189,18 @@ class TrainingDeviceSettings(DeviceSettings, QuantisingSettings):
         "for",
     )
 
+    @model_validator(mode="after")
+    def round_once(self) -> Self:
+        """float8 and bitsandbytes' bits exclude each other."""
+        if self.base_dtype == "fp8" and self.quantization_bit:
+            raise conflict(
+                f"base_dtype fp8 and quantization_bit {self.quantization_bit} are two ways of "
+                "holding the same weights: choose one",
+                "base_dtype",
+                "quantization_bit",
+            )
+        return self
+
 
 class TrainConfig(
     TrainingDataSettings,

@@ -5,6 +5,7 @@ import sys
 from functools import cache
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import torch
 import yaml
@@ -18,6 +19,7 @@ from glmtune.models import weights
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
 from glmtune.models.chatglm.tokenization import ChatGLMTokenizer
+from glmtune.models.quantised import bits_of, check_quantising, quantising
 
 ENVIRONMENT_VARIABLE = "GLMTUNE_MODEL"
 # The publisher renamed itself; the hub cache of a long-time user has the older name.
@@ -157,10 +159,12 @@ def load_base_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     keep_packed: bool = False,
+    bits: int | None = None,
+    quantize_head: bool = False,
 ) -> ChatGLMForConditionalGeneration:
     """The base model, in evaluation mode.
 
-    What becomes of packed integer weights is printed as a note on stderr.
+    What becomes of weights that the folder holds quantised is printed as a note on stderr.
 
     Args:
         base: a folder or a hub id, as `resolve_base` gives it.
@@ -168,22 +172,50 @@ def load_base_model(
         device: by default the CPU.
         keep_packed: leave the weights of a published int8 or int4 folder packed, as is enough to
             answer with them; else they are dequantised to `dtype`, to train on or to merge into.
+        bits: 8 or 4 to quantise the layers' linears with bitsandbytes, one by one while they load.
+        quantize_head: round embedding and head to 8 bits.
 
     Raises:
-        UserError: no model there, of another family, or weights that do not fit.
+        UserError: no model there, of another family, weights that do not fit, or a wish for bits
+            that folder or device cannot grant.
     """
     folder = _fetch(base)
-    _read_config(base, folder)
-    placement = {} if device is None else {"device_map": str(device)}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **placement)
+    config = _read_config(base, folder)
+    has, packed = bits_of(config), config.quantization_bit
+    _check_wish(base, has or packed, bits, quantize_head and keep_packed and bool(packed))
+    loading: dict[str, Any] = {"dtype": dtype}
+    if bits or has:
+        wish = f"quantization_bit {bits}" if bits else f"{base_name(base)}, which is in {has} bits"
+        check_quantising(wish, bits or has or 0, device)
+        device = device or "cpu"  # left to itself, transformers would take a GPU
+    if device:
+        loading["device_map"] = str(device)
+    if bits:
+        loading["quantization_config"] = quantising(bits, dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, **loading)
     model.name_or_path = model.config.name_or_path = base
-    if bits := model.config.quantization_bit:
-        if not keep_packed:
-            model.dequantize()
+    if packed and not keep_packed:
+        model.dequantize()
+    if has or packed:
         dtype_name = str(model.dtype).removeprefix("torch.")
-        done = "stay packed" if keep_packed else f"are dequantised to {dtype_name}"
-        print(f"note: the int{bits} weights of {base_name(base)} {done}", file=sys.stderr)
+        done = "stay packed" if has or keep_packed else f"are dequantised to {dtype_name}"
+        print(f"note: the int{has or packed} weights of {base_name(base)} {done}", file=sys.stderr)
+    if quantize_head and not model.config.quantization_embeddings:
+        model.quantize_head()
     return model.eval()
+
+
+def _check_wish(base: str, found: int, bits: int | None, rounds_packed: bool) -> None:
+    """Raise UserError where weights that are quantised already are to be quantised."""
+    for is_wished, wish in (
+        (bits, f"quantization_bit {bits}"),
+        (rounds_packed, "quantize_head true"),
+    ):
+        if found and is_wished:
+            raise UserError(
+                f"{wish}: {base_name(base)} is in {found} bits already; leave {wish.split()[0]} "
+                "out, or pass ChatGLM-6B in float16"
+            )
 
 
 def _read_config(base: str, folder: Path) -> ChatGLMConfig:

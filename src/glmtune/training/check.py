@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from glmtune.errors import UserError
+from glmtune.models.quantised import unrounded_inputs
 from glmtune.training.checkpoints import TrainingState
 from glmtune.training.forecast import rows_of_reference
 from glmtune.training.passes import PaddedPass, Pass
@@ -93,10 +94,11 @@ def check_agreement(
     """
     loss, grads = fast.gradients(row_ids, weights)
     wanted_loss, wanted = torch.zeros_like(loss), [torch.zeros_like(weight) for weight in weights]
-    for part in np.array_split(row_ids, -(-len(row_ids) // rows_at_once)):
-        part_loss, part_grads = plain.gradients(part, weights)
-        wanted_loss += part_loss
-        torch._foreach_add_(wanted, list(part_grads))
+    with unrounded_inputs(plain.model):  # or else it would be LLM.int8's rounding that is seen
+        for part in np.array_split(row_ids, -(-len(row_ids) // rows_at_once)):
+            part_loss, part_grads = plain.gradients(part, weights)
+            wanted_loss += part_loss
+            torch._foreach_add_(wanted, list(part_grads))
     torch._foreach_sub_(wanted, list(grads))
     difference = torch.nn.utils.get_total_norm(wanted)
     torch._foreach_add_(wanted, list(grads))

@@ -17,6 +17,7 @@ from glmtune.config import TrainConfig
 from glmtune.hardware import GIB, Card
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.packed import COMPILED_HEADS
+from glmtune.models.quantised import bits_of
 from glmtune.training.layout import Layout, choose_layout, count_steps, make_plan
 from glmtune.training.memory import Batch, Estimate, Setup, Way, estimate
 from glmtune.training.passes import CAPTURED_LENGTHS, captured_learned
@@ -143,7 +144,7 @@ def forecast(
         choose_way(layout, card, shape),
         on_gpu=card.on_gpu,
         is_hopper=card.is_hopper,
-        bits=config.bits,
+        bits=config.bits or bits_of(shape),
         quantize_head=config.quantize_head,
         is_fp8=config.base_dtype == "fp8",
         rank=config.lora_rank,

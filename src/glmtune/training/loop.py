@@ -84,7 +84,13 @@ def train(config: TrainConfig) -> TrainResult:
         print_forecast(foreseen, config, base_name(base))
     check_fit(foreseen, config, foresee)
 
-    model = load_base_model(base, dtype=dtype, device=accelerator.device)
+    model = load_base_model(
+        base,
+        dtype=dtype,
+        device=accelerator.device,
+        bits=config.bits,
+        quantize_head=config.quantize_head,
+    )
     check_pair(model.config, tokenizer)
     rows.check(model.config, config.dataset_path)
     torch.manual_seed(config.seed)

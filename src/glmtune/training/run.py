@@ -21,6 +21,7 @@ from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError
 from glmtune.hardware import device_name, pick_device, pick_dtype
 from glmtune.models.chatglm.packed import PackedModel, base_of, can_compile, to_fp8
+from glmtune.models.quantised import bits_of
 from glmtune.training.checkpoints import TrainingState
 from glmtune.training.forecast import Forecast, foresee_on
 from glmtune.training.layout import Layout, count_steps, make_plan
@@ -30,8 +31,9 @@ from glmtune.training.plan import PackPlan, Plan, split_rows
 # Settings that change a run's numbers as they stand; `Run.identity` adds those that depend on more.
 _NUMERIC_SETTINGS = (
     "seed", "eval_ratio", "train_sampling_strategy", "lora_rank", "lora_alpha", "lora_dropout",
-    "lora_target", "base_dtype", "learning_rate", "lr_scheduler_type", "weight_decay", "adam_beta1",
-    "adam_beta2", "adam_epsilon", "max_grad_norm",
+    "lora_target", "base_dtype", "quantization_bit", "quantize_head", "learning_rate",
+    "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "max_grad_norm",
 )  # fmt: skip
 
 
@@ -78,7 +80,7 @@ class Run:
             eval_rows,
             max_steps,
             warmup_steps=int(warmup) if warmup >= 1 else math.ceil(warmup * max_steps),
-            dtype=model.get_input_embeddings().weight.dtype,
+            dtype=base_of(model).dtype,
             base_name=base_name,
             forecast=forecast,
         )
@@ -166,6 +168,10 @@ def adapt(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
         targets=config.lora_target,
     )
     if config.base_dtype == "fp8":
+        if bits := bits_of(model.config):
+            raise UserError(
+                f"base_dtype fp8: the base is in {bits} bits already; leave base_dtype out"
+            )
         to_fp8(adapted)
     return adapted
 

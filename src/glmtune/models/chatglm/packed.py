@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch._functorch.config as functorch_config
 from peft import PeftModel
-from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -28,11 +28,13 @@ from glmtune.models.chatglm.modeling import (
     ChatGLMBlock,
     ChatGLMForConditionalGeneration,
 )
+from glmtune.models.quantised import frozen_of
 from glmtune.ops.attention import PaddedRows
 from glmtune.ops.linear import Dense, Fp8Linear, Frozen, frozen_linear
 from glmtune.ops.lora import Adapter, Dropout, lora_factors, lora_linear
 from glmtune.ops.loss import IGNORED, SoftmaxLoss, head_loss
 from glmtune.ops.norm import Norm
+from glmtune.ops.quantised import Quantised
 from glmtune.ops.rotary import rotary_angles
 
 # Whole rows at a time in registers, where that is faster: the norms, and float8's largest values.
@@ -173,13 +175,16 @@ class PackedModel:
         """
         chatglm = base_of(model)
         self.config = chatglm.config
-        self.embedding = chatglm.transformer.word_embeddings.weight
-        self.head = chatglm.lm_head.weight
+        self.embedding = chatglm.transformer.word_embeddings
+        head = frozen_of(chatglm.lm_head)
+        assert isinstance(head, Dense | Quantised)
+        self.head = head.weight_NK if isinstance(head, Dense) else head
+        self.dtype = chatglm.dtype
         self.blocks = [
             _weights_of(cast(ChatGLMBlock, layer)) for layer in chatglm.transformer.layers
         ]
         self.final_layernorm = Norm.of(chatglm.transformer.final_layernorm)
-        self.device = self.embedding.device
+        self.device = chatglm.device
         assert 0 <= recompute < len(self.blocks)
         self.recompute = recompute
         self.block: Callable = block
@@ -249,7 +254,7 @@ class PackedModel:
             pack: see `to_tensors`.
             dropouts: None for none. At rate 0 they change nothing, and need not be compiled anew.
         """
-        hidden_TH = F.embedding(pack.input_ids_T, self.embedding)
+        hidden_TH = self.embedding(pack.input_ids_T).to(self.dtype)
         angles = rotary_angles(pack.position_ids_2T[None], self.config.head_dim)
         cos, sin = (part[0].contiguous() for part in angles)
         if self.compiled:
@@ -321,15 +326,12 @@ def _weights_of(layer: ChatGLMBlock) -> BlockWeights:
 
 def _linear_of(module: nn.Module) -> Linear:
     adapter = None
-    if isinstance(module, LoraLinear):
+    if isinstance(module, LoraLayer):
         (name,) = module.active_adapters
         a, b = cast(nn.Linear, module.lora_A[name]), cast(nn.Linear, module.lora_B[name])
         adapter = Adapter(a.weight, b.weight, module.scaling[name])
         module = module.base_layer
-    if isinstance(module, Fp8Linear):
-        return Linear(module.frozen, adapter)
-    assert isinstance(module, nn.Linear)
-    return Linear(Dense(module.weight, module.bias), adapter)
+    return Linear(frozen_of(module), adapter)
 
 
 def to_fp8(model: PeftModel) -> None:
@@ -338,7 +340,7 @@ def to_fp8(model: PeftModel) -> None:
         layer = cast(ChatGLMBlock, module)
         for parent in (layer.attention, layer.mlp):
             for name, linear in list(parent.named_children()):
-                if isinstance(linear, LoraLinear):
+                if isinstance(linear, LoraLayer):
                     linear.base_layer = Fp8Linear(cast(nn.Linear, linear.base_layer))
                 elif isinstance(linear, nn.Linear):
                     setattr(parent, name, Fp8Linear(linear))
