@@ -55,7 +55,8 @@ def _try(config: TrainConfig, change: dict[str, Any], foresee: Foresee) -> Remed
     if all(getattr(config, name) == value for name, value in change.items()):
         return None
     changed = foresee(config.model_copy(update=change))
-    return Remedy(change, changed.needed_gib) if changed.fits else None
+    helps = changed.fits and changed.needed_gib < foresee(config).needed_gib
+    return Remedy(change, changed.needed_gib) if helps else None
 
 
 def _smaller_steps(config: TrainConfig, foresee: Foresee) -> list[dict[str, Any]]:
@@ -85,8 +86,7 @@ def print_forecast(forecast: Forecast, config: TrainConfig, base: str) -> None:
     lying = {"padded": "padded rows", "exact": "rows end to end", "packed": "packs"}
     targets = ", ".join(config.lora_target)
     print_pairs(
-        f"Memory for LoRA of rank {config.lora_rank} on {targets} of {base}, in "
-        f"{lying[forecast.layout]}",
+        f"Memory for {base} with rank {config.lora_rank} on {targets}, in {lying[forecast.layout]}",
         describe(forecast),
     )
 
@@ -98,21 +98,21 @@ def describe(forecast: Forecast) -> dict[str, str]:
     held = f"{setup.bits} bits" if setup.bits else "float8" if setup.is_fp8 else dtype
     held += ", embedding and head in 8 bits" if setup.quantize_head else ""
     pairs = {
-        "weights": _gib(parts.weights, held),
-        "adapter": _gib(parts.adapter, f"{setup.parameters():,} parameters and their gradients"),
-        "optimiser": _gib(parts.optimiser, "two moments of each"),
-        "activations": _gib(
+        "weights": _size(parts.weights, held),
+        "adapter": _size(parts.adapter, f"{setup.parameters():,} parameters and their gradients"),
+        "optimiser": _size(parts.optimiser, "two moments of each"),
+        "activations": _size(
             parts.activations,
             f"{forecast.batch.num_tokens:,} tokens a pass, {recompute_words(forecast)}",
         ),
-        "logits": _gib(parts.logits, f"{setup.config.vocab_size:,} ids"),
+        "logits": _size(parts.logits, f"{setup.config.vocab_size:,} ids"),
     }
     if parts.way_back >= 0.005 * GIB:
-        pairs["way back"] = _gib(parts.way_back, "gradients within a layer, beyond the logits")
+        pairs["way back"] = _size(parts.way_back, "gradients within a layer, beyond the logits")
     if parts.buffers:
         weight = ", one weight as floats" if setup.bits else ""
-        pairs["buffers"] = _gib(parts.buffers, f"workspaces of the libraries{weight}")
-    pairs["at most"] = _gib(parts.allocated, "allocated")
+        pairs["buffers"] = _size(parts.buffers, f"workspaces of the libraries{weight}")
+    pairs["at most"] = _size(parts.allocated, "allocated")
     pairs["on the card" if setup.on_gpu else "in all"] = verdict(forecast)
     return pairs
 
@@ -161,5 +161,7 @@ def _spell(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _gib(size: float, what: str) -> str:
-    return f"{size / GIB:6.2f} GiB  {what}"
+def _size(size: float, what: str) -> str:
+    in_gib = size >= 0.1 * GIB
+    number, unit = (size / GIB, "GiB") if in_gib else (size / 2**20, "MiB")
+    return f"{number:7.2f} {unit}  {what}"

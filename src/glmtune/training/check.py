@@ -57,7 +57,7 @@ def rehearse(step_pass: Pass, row_ids: np.ndarray, weights: Sequence[nn.Paramete
         torch.OutOfMemoryError: it does not fit.
     """
     with _same_random_numbers(weights[0].device):
-        step_pass.run(row_ids, 1, seed=0)
+        step_pass.run(row_ids, 1, 0)
     for weight in weights:
         weight.grad = None
 

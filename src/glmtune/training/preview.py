@@ -64,7 +64,11 @@ def _rows(settings: PlanConfig) -> Lengths:
     """The data set's, or, where it is not there yet, as many equal ones as a step takes."""
     if Path(settings.dataset_path).is_dir():
         return TokenRows.from_dataset(load_dataset(settings.dataset_path)[0])
-    print(f"note: {settings.dataset_path}: not there, so every row counts as "
-          f"{settings.row_length} tokens; say --row_length N for another", flush=True)  # fmt: skip
+    missing = "dataset_path" in settings.model_fields_set
+    print(
+        f"note: {f'{settings.dataset_path} is not there' if missing else 'no dataset_path'}, so "
+        f"every row counts as {settings.row_length} tokens, all learned (--row_length)",
+        flush=True,
+    )
     num_rows = 2 * settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     return EqualRows(np.full(num_rows, settings.row_length))
