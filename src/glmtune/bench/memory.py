@@ -108,13 +108,13 @@ def measure(name: str, settings: BenchMemoryConfig, folder: str) -> Peak:
     config = train_config(name, settings)
     accelerator, dtype = start_accelerator(config)
     device, shape = accelerator.device, SHAPES[settings.shape]
-    before = 0.0 if device.type == "cuda" else memory_gib(device)
+    before = 0.0 if device.type == "cuda" else _peak_gib(device)
     base = load_base_model(
         folder, dtype=dtype, device=device, bits=config.bits, quantize_head=config.quantize_head
     )
     model = adapt(base, config)
     gc.collect()
-    loading = memory_gib(device) - before
+    loading = _peak_gib(device) - before
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -132,7 +132,7 @@ def measure(name: str, settings: BenchMemoryConfig, folder: str) -> Peak:
     )
     steps = [np.concatenate(run.plan.parts(first + i, 1)) for i in range(settings.steps)]
     num_tokens = sum(int(rows.lengths_R[row_ids].sum()) for row_ids in steps)
-    allocated, estimate = memory_gib(device) - before, run.forecast.estimate.allocated / GIB
+    allocated, estimate = _peak_gib(device) - before, run.forecast.estimate.allocated / GIB
     on_gpu = device.type == "cuda"
     return Peak(
         allocated_gib=allocated,
@@ -144,6 +144,15 @@ def measure(name: str, settings: BenchMemoryConfig, folder: str) -> Peak:
         ms=float(np.median(times)),
         forecast=run.forecast.as_record(),
     )
+
+
+def _peak_gib(device: torch.device) -> float:
+    """As `memory_gib`; of a CPU by Linux's own mark, as that of getrusage is handed down to it."""
+    status = Path("/proc/self/status")
+    if device.type == "cuda" or not status.is_file():
+        return memory_gib(device)
+    lines = dict(line.split(":", 1) for line in status.read_text(encoding="ascii").splitlines())
+    return int(lines["VmHWM"].split()[0]) * 1024 / GIB
 
 
 def train_config(name: str, settings: BenchMemoryConfig) -> TrainConfig:
