@@ -15,9 +15,10 @@ from glmtune.bench import limits
 from glmtune.bench.glm_peft import glm_peft_rate
 from glmtune.bench.random_model import SHAPES, check_room, random_model
 from glmtune.bench.rows import random_rows
-from glmtune.bench.timing import append_json, check_appendable, machine, times_ms
+from glmtune.bench.timing import machine, times_ms
 from glmtune.config import BenchTrainConfig, TrainConfig
 from glmtune.data.dataset import load_dataset
+from glmtune.data.jsonlines import append_json, check_appendable
 from glmtune.data.token_rows import TokenRows
 from glmtune.hardware import memory_gib, rated_tflops
 from glmtune.models.chatglm.configuration import ChatGLMConfig

@@ -9,6 +9,7 @@ from glmtune.config.reading import change_setting, read_config, write_recipe
 from glmtune.config.settings import (
     SETTINGS,
     BenchDecodeConfig,
+    BenchMemoryConfig,
     BenchTrainConfig,
     ChatConfig,
     CompareConfig,
@@ -18,6 +19,7 @@ from glmtune.config.settings import (
     InferConfig,
     MergeConfig,
     NewModelConfig,
+    PlanConfig,
     TokenizeConfig,
     TrainConfig,
     ValidateConfig,
@@ -26,6 +28,7 @@ from glmtune.config.settings import (
 __all__ = [
     "SETTINGS",
     "BenchDecodeConfig",
+    "BenchMemoryConfig",
     "BenchTrainConfig",
     "ChatConfig",
     "CompareConfig",
@@ -35,6 +38,7 @@ __all__ = [
     "InferConfig",
     "MergeConfig",
     "NewModelConfig",
+    "PlanConfig",
     "TokenizeConfig",
     "TrainConfig",
     "ValidateConfig",

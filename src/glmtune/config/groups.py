@@ -26,7 +26,8 @@ class Settings(BaseModel):
     """What all groups share.
 
     `group` is the heading of a class's fields in `--help`, `bare_words` names what a command line
-    may give without a flag, `reads_and_writes` the two path settings that must differ.
+    may give without a flag, `reads_and_writes` the two path settings that must differ, and
+    `reads_section_of` the verb whose section of a recipe counts as well.
     """
 
     model_config = ConfigDict(
@@ -35,6 +36,7 @@ class Settings(BaseModel):
     group: ClassVar[str] = ""
     bare_words: ClassVar[tuple[str, ...]] = ("recipe",)
     reads_and_writes: ClassVar[tuple[str, str] | None] = None
+    reads_section_of: ClassVar[str | None] = None
 
     @model_validator(mode="after")
     def keep_source(self) -> Self:

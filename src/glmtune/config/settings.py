@@ -11,7 +11,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from glmtune.config.benchmarks import BenchDecodeConfig, BenchTrainConfig
+from glmtune.config.benchmarks import BenchDecodeConfig, BenchMemoryConfig, BenchTrainConfig
 from glmtune.config.groups import (
     AnsweringWeightSettings,
     AnswerSettings,
@@ -23,7 +23,7 @@ from glmtune.config.groups import (
     Settings,
     conflict,
 )
-from glmtune.config.training import TrainConfig
+from glmtune.config.training import PlanConfig, TrainConfig
 
 # --- validate ---
 
@@ -259,6 +259,7 @@ SETTINGS: dict[str, type[Settings]] = {
     "convert": ConvertConfig,
     "tokenize": TokenizeConfig,
     "train": TrainConfig,
+    "plan": PlanConfig,
     "infer": InferConfig,
     "compare": CompareConfig,
     "merge": MergeConfig,
@@ -267,6 +268,7 @@ SETTINGS: dict[str, type[Settings]] = {
     "new-model": NewModelConfig,
     "bench train": BenchTrainConfig,
     "bench decode": BenchDecodeConfig,
+    "bench memory": BenchMemoryConfig,
     "chat": ChatConfig,
 }
 """Verb -> its settings."""

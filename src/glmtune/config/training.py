@@ -184,7 +184,9 @@ class TrainingDeviceSettings(DeviceSettings, QuantisingSettings):
         "auto: in the compute type",
     )
     gradient_checkpointing: Literal["auto"] | bool = Field(
-        "auto", description="recompute activations to save memory; auto: when memory asks for it"
+        "auto",
+        description="recompute activations to save memory; auto: of as few layers as memory asks "
+        "for",
     )
 
     @model_validator(mode="after")
@@ -212,3 +214,31 @@ class TrainConfig(
     """Settings of `glmtune train`."""
 
     reads_and_writes = ("dataset_path", "output_dir")
+
+
+class PlanConfig(TrainConfig):
+    """Settings of `glmtune plan`: those of the run, and for which card."""
+
+    group: ClassVar[str] = "plan"
+    reads_section_of: ClassVar[str | None] = "train"
+    memory_gib: float | None = Field(
+        None, gt=0, description="plan for a card of so much memory instead of this machine's"
+    )
+    card: PathText | None = Field(
+        None, description="plan for a card by its name, such as T4, A10, 4090 or H100"
+    )
+    row_length: int = Field(
+        200, ge=4, description="tokens of every row, as long as dataset_path is not there yet"
+    )
+    json_path: PathText | None = Field(None, description="JSON lines file to add the plan to")
+    dataset_path: PathText = Field(
+        "no rows yet", description="tokenised rows, of which the lengths are read"
+    )
+    output_dir: PathText = Field("nowhere", description="accepted as a recipe has it")
+
+    @model_validator(mode="after")
+    def one_card(self) -> Self:
+        """A card has the memory it has."""
+        if self.memory_gib and self.card:
+            raise conflict("memory_gib and card both name a card: choose one", "memory_gib", "card")
+        return self

@@ -141,12 +141,16 @@ def load_tokenizer(base: str) -> ChatGLMTokenizer:
 
 
 def load_config(base: str) -> ChatGLMConfig:
-    """The configuration of a base model, as it lies there.
+    """The configuration of a base model, as it lies there; no weights are fetched for it.
+
+    That of the published model is known, and is not asked for at the hub.
 
     Raises:
         UserError: no model there, or one of another family.
     """
-    return _read_config(base, _fetch(base))
+    if base in HUB_IDS and not isinstance(try_to_load_from_cache(base, "config.json"), str):
+        return ChatGLMConfig()
+    return _read_config(base, _fetch(base, only="config.json"))
 
 
 def load_base_model(
@@ -225,9 +229,9 @@ def _read_config(base: str, folder: Path) -> ChatGLMConfig:
     return ChatGLMConfig.from_pretrained(folder)
 
 
-def _fetch(base: str) -> Path:
+def _fetch(base: str, only: str | None = None) -> Path:
     try:
-        folder = weights.fetch(base)
+        folder = weights.fetch(base, only)
     except _HUB_ERRORS as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(

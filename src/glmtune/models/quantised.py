@@ -110,11 +110,10 @@ def _quantised(linear: nn.Linear, bits: int, dtype: torch.dtype) -> nn.Module:
             quantised = bnb.Linear4bit(*sizes, biased, quant_type="nf4")
     if bits == 8:
         # bitsandbytes rounds what comes to a device from the CPU.
-        quantised.weight = bnb.Int8Params(weight.cpu(), requires_grad=False).to(device)
+        rounded: Any = bnb.Int8Params(weight.cpu(), requires_grad=False)
     else:
-        quantised.weight = bnb.Params4bit(
-            weight, requires_grad=False, quant_type="nf4", module=quantised
-        ).to(device)
+        rounded = bnb.Params4bit(weight, requires_grad=False, quant_type="nf4", module=quantised)
+    quantised.weight = rounded.to(device)
     quantised.bias = linear.bias
     return quantised.requires_grad_(False).train(linear.training)
 

@@ -8,6 +8,7 @@ from glmtune.hardware import device_name, memory_gib, total_memory_gib
 from glmtune.models.chatglm.packed import base_of
 from glmtune.models.quantised import bits_of
 from glmtune.runlog import PLOT_FILE, format_seconds, print_pairs
+from glmtune.training.advice import recompute_words
 from glmtune.training.checkpoints import RECIPE_FILE, TrainingState
 from glmtune.training.plan import PackPlan
 from glmtune.training.run import Run
@@ -59,7 +60,7 @@ def print_banner(run: Run, state: TrainingState) -> None:
             "trainable": f"{trainable:,} of {total:,} parameters ({trainable / total:.3%})",
             "device": f"{device_name(device)}, {total_memory_gib(device):.0f} GiB, "
             f"{run.identity['dtype']}{special}",
-            "recompute": "on" if run.recompute(model) else "off",
+            "recompute": recompute_words(run.forecast),
             "run folder": config.output_dir,
         },
     )

@@ -47,6 +47,7 @@ _KEEP_LESS = (
     "ban_recompute_materialized_backward",
 )
 LEARNED_MULTIPLE = 64
+COMPILED_HEADS = 64, 128  # sizes of a head that models of this family have
 
 
 class Linear(NamedTuple):
@@ -163,7 +164,7 @@ class PackedModel:
         *,
         compiled: bool,
         any_length: bool = False,
-        recompute: bool = False,
+        recompute: int = 0,
     ):
         """Look at a model that `attach_lora` returned.
 
@@ -171,7 +172,8 @@ class PackedModel:
             model: its weights are shared, not copied.
             compiled: compile the block and use the kernels, which takes a GPU; see `can_compile`.
             any_length: compile once for packs of any length, instead of once for each length.
-            recompute: keep each block's input alone, and compute the rest again on the way back.
+            recompute: of so many blocks, the first ones, keep the input alone, and compute the rest
+                again on the way back; at most of all but the last, whose way back begins at once.
         """
         chatglm = base_of(model)
         self.config = chatglm.config
@@ -185,6 +187,7 @@ class PackedModel:
         ]
         self.final_layernorm = Norm.of(chatglm.transformer.final_layernorm)
         self.device = chatglm.device
+        assert 0 <= recompute < len(self.blocks)
         self.recompute = recompute
         self.block: Callable = block
         self.last_block: Callable = block
@@ -264,8 +267,12 @@ class PackedModel:
                 _let_vary(hidden_TH, cos, sin, *pack.attention)
             drop = dropouts.of(layer) if dropouts else None
             arguments = hidden_TH, self.blocks[layer], pack.attention, cos, sin, drop
-            if self.recompute and torch.is_grad_enabled():
-                hidden_TH = checkpoint(self.block, *arguments, use_reentrant=False)
+            if layer < self.recompute and torch.is_grad_enabled():
+                # Dropout is a function of its seed: there is no random state to keep, and none to
+                # ask for while a graph is captured.
+                hidden_TH = checkpoint(
+                    self.block, *arguments, use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 hidden_TH = self.block(*arguments)
         if self.any_length:
@@ -285,13 +292,10 @@ def _let_vary(*tensors_T: Tensor) -> None:
 
 
 def can_compile(device: torch.device, config: ChatGLMConfig) -> bool:
-    """Whether the kernels run here: a GPU of the Ampere generation or newer, with Triton.
-
-    And heads of 64 or 128, as models of this family have them.
-    """
+    """Whether the kernels run here: a GPU of the Ampere generation or newer, with Triton."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return False
-    return find_spec("triton") is not None and config.head_dim in (64, 128)
+    return find_spec("triton") is not None and config.head_dim in COMPILED_HEADS
 
 
 def move(value: Any, device: torch.device) -> Any:
