@@ -172,7 +172,8 @@ def load_base_model(
         device: by default the CPU.
         keep_packed: leave the weights of a published int8 or int4 folder packed, as is enough to
             answer with them; else they are dequantised to `dtype`, to train on or to merge into.
-        bits: 8 or 4 to quantise the layers' linears with bitsandbytes, one by one while they load.
+        bits: 8 or 4 to quantise the layers' linears with bitsandbytes, one by one while they load;
+            those of a published int8 or int4 folder are requantised.
         quantize_head: round embedding and head to 8 bits.
 
     Raises:
@@ -182,7 +183,10 @@ def load_base_model(
     folder = _fetch(base)
     config = _read_config(base, folder)
     has, packed = bits_of(config), config.quantization_bit
-    _check_wish(base, has or packed, bits, quantize_head and keep_packed and bool(packed))
+    if bits and has:
+        raise _quantised_already(f"quantization_bit {bits}", base, has)
+    if quantize_head and packed and keep_packed and not bits:
+        raise _quantised_already("quantize_head true", base, packed)
     loading: dict[str, Any] = {"dtype": dtype}
     if bits or has:
         wish = f"quantization_bit {bits}" if bits else f"{base_name(base)}, which is in {has} bits"
@@ -190,32 +194,29 @@ def load_base_model(
         device = device or "cpu"  # left to itself, transformers would take a GPU
     if device:
         loading["device_map"] = str(device)
-    if bits:
+    if bits and not packed:
         loading["quantization_config"] = quantising(bits, dtype)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, **loading)
     model.name_or_path = model.config.name_or_path = base
-    if packed and not keep_packed:
-        model.dequantize()
     if has or packed:
-        dtype_name = str(model.dtype).removeprefix("torch.")
-        done = "stay packed" if has or keep_packed else f"are dequantised to {dtype_name}"
+        done = "stay packed"
+        if packed and bits:
+            model.quantize(bits)
+            done = f"are requantised to {'LLM.int8' if bits == 8 else 'NF4'}"
+        elif packed and not keep_packed:
+            model.dequantize()
+            done = f"are dequantised to {str(model.dtype).removeprefix('torch.')}"
         print(f"note: the int{has or packed} weights of {base_name(base)} {done}", file=sys.stderr)
     if quantize_head and not model.config.quantization_embeddings:
         model.quantize_head()
     return model.eval()
 
 
-def _check_wish(base: str, found: int, bits: int | None, rounds_packed: bool) -> None:
-    """Raise UserError where weights that are quantised already are to be quantised."""
-    for is_wished, wish in (
-        (bits, f"quantization_bit {bits}"),
-        (rounds_packed, "quantize_head true"),
-    ):
-        if found and is_wished:
-            raise UserError(
-                f"{wish}: {base_name(base)} is in {found} bits already; leave {wish.split()[0]} "
-                "out, or pass ChatGLM-6B in float16"
-            )
+def _quantised_already(wish: str, base: str, bits: int) -> UserError:
+    return UserError(
+        f"{wish}: {base_name(base)} is in {bits} bits already; leave {wish.split()[0]} out, or "
+        "pass ChatGLM-6B in float16"
+    )
 
 
 def _read_config(base: str, folder: Path) -> ChatGLMConfig:

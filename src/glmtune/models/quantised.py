@@ -17,6 +17,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
+from transformers.quantizers import AutoHfQuantizer
 
 from glmtune.errors import UserError
 from glmtune.hardware import device_name
@@ -74,6 +75,50 @@ def quantising(bits: int, dtype: torch.dtype | None) -> BitsAndBytesConfig:
     )
 
 
+@torch.no_grad()
+def quantise(model: Any, layers: nn.Module, bits: int) -> None:
+    """Quantise the linears of a model that is in memory already, in place, one by one.
+
+    Args:
+        model: of transformers.
+        layers: the part of it whose linears are meant, in floats or packed.
+        bits: 8 or 4; see `quantising`.
+    """
+    for parent in layers.modules():
+        for name, linear in list(parent.named_children()):
+            if isinstance(linear, nn.Linear):
+                setattr(parent, name, _quantised(linear, bits, model.dtype))
+    model.hf_quantizer = AutoHfQuantizer.from_config(
+        quantising(bits, model.dtype), pre_quantized=False
+    )
+    model.hf_quantizer.postprocess_model(model)  # says so in the places where PEFT looks
+    settle(model, model.dtype)
+
+
+def _quantised(linear: nn.Linear, bits: int, dtype: torch.dtype) -> nn.Module:
+    from bitsandbytes import nn as bnb
+
+    weight, device = linear.weight.data, linear.weight.device
+    if isinstance(linear, PackedLinear):
+        weight = linear.unpacked(dtype)
+    sizes, biased = (linear.in_features, linear.out_features), linear.bias is not None
+    quantised: Any
+    with torch.device("meta"):
+        if bits == 8:
+            quantised = bnb.Linear8bitLt(*sizes, biased, has_fp16_weights=False, threshold=6.0)
+        else:
+            quantised = bnb.Linear4bit(*sizes, biased, quant_type="nf4")
+    if bits == 8:
+        # bitsandbytes rounds what comes to a device from the CPU.
+        quantised.weight = bnb.Int8Params(weight.cpu(), requires_grad=False).to(device)
+    else:
+        quantised.weight = bnb.Params4bit(
+            weight, requires_grad=False, quant_type="nf4", module=quantised
+        ).to(device)
+    quantised.bias = linear.bias
+    return quantised.requires_grad_(False).train(linear.training)
+
+
 def bits_of(config: Any) -> int | None:
     """In how many bits bitsandbytes has the linears of a model of this configuration, if it has."""
     settings = getattr(config, "quantization_config", None)
@@ -113,7 +158,11 @@ def as_floats(found: Mapping[str, Tensor], model: nn.Module) -> Outline:
 
 
 def settle(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let bitsandbytes' modules compute in a model's type, and never repack their weights."""
+    """Let bitsandbytes' modules compute in a type, all else be of it, and no weight be repacked."""
+    for parameter in model.parameters():
+        # Of a folder in few bits transformers leaves some in the type that it was saved in.
+        if parameter.is_floating_point() and type(parameter) is nn.Parameter:
+            parameter.data = parameter.data.to(dtype)
     linears: Iterator[Any] = model.modules()
     for linear in linears:
         if _is(linear, "Linear4bit"):

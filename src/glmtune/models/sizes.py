@@ -36,7 +36,9 @@ def weight_bytes(
         vectors += outputs  # a bias
         matrices += linear_bytes(outputs, inputs, dtype, bits)
     layer = matrices + vectors * dtype.itemsize
-    table = linear_bytes(config.vocab_size, config.hidden_size, dtype, 8 if quantize_head else None)
+    table = config.vocab_size * config.hidden_size * dtype.itemsize
+    if quantize_head:  # and a float16 scale a row
+        table = config.vocab_size * (config.hidden_size + 2)
     tables = table if config.tie_word_embeddings else 2 * table
     return config.num_layers * layer + tables + 2 * config.hidden_size * dtype.itemsize
 

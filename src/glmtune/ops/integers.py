@@ -12,7 +12,7 @@ from torch import Tensor
 
 PACKED_BITS = (8, 4)
 # Rows that are rounded at a time.
-_PIECE = 8192
+_PIECE = 2048
 # No scale is smaller: a float16 above 0.
 _SMALLEST = 2.0**-24
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glmtune.ops.quantised import Quantised, QuantisedProduct
+from glmtune.ops.quantised import Quantised, quantised_linear
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
@@ -93,7 +93,8 @@ def frozen_linear(x_TK: Tensor, linear: Frozen) -> Tensor:
     if isinstance(linear, Dense):
         return F.linear(x_TK, linear.weight_NK, linear.bias_N)
     if isinstance(linear, Quantised):
-        return QuantisedProduct.apply(x_TK, linear.bias_N, linear.kind, linear.block, *linear.parts)
+        parts, kind, block, _, bias_N = linear
+        return quantised_linear(x_TK, list(parts), kind, block, bias_N)
     return _Fp8Linear.apply(x_TK, *linear)
 
 

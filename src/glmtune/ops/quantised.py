@@ -69,7 +69,7 @@ class Quantised(NamedTuple):
 def quantised_linear(
     x_TK: Tensor, parts: Sequence[Tensor], kind: str, block: int, bias_N: Tensor | None
 ) -> Tensor:
-    """``x @ W^T + bias``: ``(T, N)`` in x's type."""
+    """``x @ W^T + bias``: ``(T, N)`` in x's type; see `Quantised`. The input gets a gradient."""
     linear = Quantised(tuple(parts), kind, block, x_TK.shape[1], bias_N)
     products = [
         F.linear(x_TK, weight, None if bias_N is None else bias_N[rows])
@@ -105,19 +105,17 @@ def _(grad_TN, parts, kind, block, num_inputs):
     return grad_TN.new_empty(grad_TN.shape[0], num_inputs)
 
 
-class QuantisedProduct(torch.autograd.Function):
-    """`quantised_linear` with a gradient of its input."""
+def _remember(ctx, inputs, output):
+    x_TK, parts, ctx.kind, ctx.block, _ = inputs
+    ctx.num_inputs = x_TK.shape[1]
+    ctx.save_for_backward(*parts)
 
-    @staticmethod
-    def forward(ctx, x_TK, bias_N, kind, block, *parts):
-        """Arguments as those of `Quantised`, the parts last."""
-        ctx.save_for_backward(*parts)
-        ctx.kind, ctx.block, ctx.num_inputs = kind, block, x_TK.shape[1]
-        return quantised_linear(x_TK, parts, kind, block, bias_N)
 
-    @staticmethod
-    def backward(ctx, grad_TN):
-        """Of the input alone: all else is frozen."""
-        return quantised_linear_back(
-            grad_TN, ctx.saved_tensors, ctx.kind, ctx.block, ctx.num_inputs
-        ), *(None,) * (3 + len(ctx.saved_tensors))
+def _back(ctx, grad_TN):
+    """The gradient of the input alone: all else is frozen."""
+    parts = list(ctx.saved_tensors)
+    grad_TK = quantised_linear_back(grad_TN, parts, ctx.kind, ctx.block, ctx.num_inputs)
+    return grad_TK, [None] * len(parts), None, None, None
+
+
+quantised_linear.register_autograd(_back, setup_context=_remember)

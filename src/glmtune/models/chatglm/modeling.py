@@ -42,7 +42,7 @@ from glmtune.models.integer_weights import (
     pack_modules,
     quantise_tables,
 )
-from glmtune.models.quantised import bits_of, check_quantising, settle
+from glmtune.models.quantised import bits_of, check_quantising, quantise, settle
 from glmtune.ops.attention import prefix_lm_mask
 from glmtune.ops.loss import next_token_loss
 from glmtune.ops.rotary import rotary_angles, rotate
@@ -278,7 +278,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             # Of a packed head transformers ties the integers, a parameter, but no buffer.
             setattr(model.lm_head, SCALE, getattr(model.transformer.word_embeddings, SCALE))
         if bits_of(model.config):
-            settle(model, model.dtype)
+            dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+            settle(model, dtype if isinstance(dtype, torch.dtype) else model.dtype)
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         return loaded
 
@@ -287,6 +288,20 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         body = self.transformer
         body.word_embeddings, self.lm_head = quantise_tables(body.word_embeddings, self.lm_head)
         self.config.quantization_embeddings = True
+
+    def quantize(self, bits: int) -> None:
+        """Quantise the layers' linears with bitsandbytes, in place, to 8 or 4 bits.
+
+        Of a published int8 or int4 folder they are requantised; its packed embedding and head, if
+        it has such, become floats.
+        """
+        quantise(self, self.transformer.layers, bits)
+        self._unpack(self.dtype)
+
+    def _unpack(self, dtype: torch.dtype) -> None:
+        dequantise_modules(self, dtype)
+        self.config.quantization_bit, self.config.quantization_embeddings = 0, False
+        self.tie_weights()
 
     def dequantize(self, dtype: torch.dtype | None = None) -> "ChatGLMForConditionalGeneration":
         """Turn packed and bitsandbytes' weights into floats, in place; floats stay as they are.
@@ -297,9 +312,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         dtype = dtype or self.dtype
         if bits_of(self.config):
             super().dequantize(dtype)
-        dequantise_modules(self, dtype)
-        self.config.quantization_bit, self.config.quantization_embeddings = 0, False
-        self.tie_weights()
+        self._unpack(dtype)
         return nn.Module.to(self, dtype)
 
     def forward(
