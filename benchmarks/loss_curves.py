@@ -77,6 +77,7 @@ def main() -> None:
     for name, settings in BASES.items():
         curves[name] = curve(common | settings, rows, given.shape, given.steps)
         Path(given.json_path).write_text(json.dumps(curves) + "\n", encoding="utf-8")
+        torch.compiler.reset()  # or each base counts as one more recompilation of one block
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -248,8 +248,9 @@ def normalise(x: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
     y = torch.empty_like(x, dtype=dtype)
     width = x.shape[-1]
     block = triton.next_power_of_2(width)
+    warps = 8 if block > 1024 else 2
     _normalise[(x.numel() // width,)](
-        x, norm.weight, norm.bias, y, norm.epsilon, width, block, num_warps=min(8, block // 256 + 1)
+        x, norm.weight, norm.bias, y, norm.epsilon, width, block, num_warps=warps
     )
     return y
 
