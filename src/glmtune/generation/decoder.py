@@ -299,12 +299,13 @@ class Decoder:
     def _choose(self, buffers: Buffers, logits_BV: Tensor) -> None:
         """Choose the next token of each row, which becomes its newest."""
         scores_BV = logits_BV.float()
-        top_B, _ = largest(scores_BV)
+        top_B, token_B = largest(scores_BV)
         buffers.finite.logical_and_(top_B.isfinite().all())  # NaN where any score is
         buffers.column_1.add_(1)
-        numbers_BK = buffers.numbers_BK
-        draw_B1 = None if numbers_BK is None else numbers_BK.index_select(1, buffers.column_1)
-        token_B = choose(scores_BV, buffers.settings, buffers.seen_BV, draw_B1)
+        settings, numbers_BK = buffers.settings, buffers.numbers_BK
+        if settings.do_sample or settings.repetition_penalty is not None:
+            draw_B1 = None if numbers_BK is None else numbers_BK.index_select(1, buffers.column_1)
+            token_B = choose(scores_BV, settings, buffers.seen_BV, draw_B1)
         token_B1 = token_B.masked_fill(buffers.finished_B, self.config.pad_token_id)[:, None]
         buffers.tokens_BK.index_copy_(1, buffers.column_1, token_B1)
         buffers.finished_B.logical_or_((token_B1 == self._stop_ids).any(-1))
