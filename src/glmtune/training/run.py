@@ -1,6 +1,7 @@
 """What stays fixed while a run trains, and how its moving parts are built."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -21,10 +22,10 @@ from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError
 from glmtune.hardware import GIB, device_name, pick_device, pick_dtype, total_memory_gib
 from glmtune.models.chatglm.packed import PackedModel, base_of, can_compile, to_fp8
-from glmtune.training.checkpoints import TrainingState
 from glmtune.training.memory import PACK_LENGTH_ON_CPU, Room
 from glmtune.training.passes import CapturedPass, PackedPass, PaddedPass, Pass
 from glmtune.training.plan import PackPlan, Plan, RowPlan, split_rows
+from glmtune.training.state import TrainingState
 
 # Below this a card is short of memory for activations at the original's batch size.
 RECOMPUTE_BELOW_GIB = 40
@@ -56,6 +57,8 @@ class Run:
     """Compute type of the base model."""
     base_name: str
     layout: Layout
+    sources: Mapping[str, Any]
+    """What the rows and the base were made of, by which a resumed run knows them again."""
 
     @classmethod
     def of(
@@ -65,6 +68,7 @@ class Run:
         rows: TokenRows,
         model: PeftModel,
         base_name: str,
+        sources: Mapping[str, Any] | None = None,
     ) -> "Run":
         """Work out the numbers of a run: its split, its global batch, its steps."""
         train_rows, eval_rows = split_rows(len(rows), config.eval_ratio, config.seed)
@@ -95,6 +99,7 @@ class Run:
             dtype=model.get_input_embeddings().weight.dtype,
             base_name=base_name,
             layout=layout,
+            sources=sources or {},
         )
 
     @cached_property
@@ -107,11 +112,13 @@ class Run:
         has_end = self.config.lr_scheduler_type in ("linear", "cosine")
         return {
             "base model": self.base_name,
+            **self.sources,
             "dtype": str(self.dtype).removeprefix("torch."),
             "data sha256": self.rows.digest()[:16],
             "data_seed": self.plan.seed,
             "layout": self.layout,
             f"{self.plan.unit} per step": self.plan.step_size,
+            "pack length": self.plan.pack_length if isinstance(self.plan, PackPlan) else "any",
             "steps of the schedule": self.max_steps if has_end else "any",
             "warmup_steps": self.warmup_steps,
             **{name: getattr(self.config, name) for name in _NUMERIC_SETTINGS},
