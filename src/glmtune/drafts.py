@@ -30,9 +30,9 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
     try:
         yield draft
         if draft.exists():
-            _flush(draft)
+            _settle(draft, final.parent)
             os.replace(draft, final)
-            _flush(final.parent)
+            _settle(final.parent, final.parent)
     finally:
         draft.unlink(missing_ok=True)
 
@@ -45,10 +45,12 @@ def replacing_files(folder: Path) -> Iterator[Path]:
     """
     with _draft_folder(folder / _SEVERAL) as draft:
         yield draft
-        _flush_all(draft)
-        for file in draft.iterdir():
+        files = list(draft.iterdir())
+        for file in files:
+            _settle(file, folder)
+        for file in files:
             os.replace(file, folder / file.name)
-        _flush(folder)
+        _settle(folder, folder)
 
 
 @contextmanager
@@ -61,7 +63,10 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     final = Path(os.path.realpath(path))
     with _draft_folder(final) as draft:
         yield draft
-        _flush_all(draft)
+        for place, _, files in os.walk(draft):
+            for file in files:
+                _flush(Path(place, file))
+            _flush(Path(place))
         earlier = _set_aside(final) if final.exists() else None
         try:
             draft.rename(final)
@@ -126,11 +131,10 @@ def _set_aside(path: Path) -> Path:
     return aside
 
 
-def _flush_all(folder: Path) -> None:
-    for place, _, files in os.walk(folder):
-        for file in files:
-            _flush(Path(place, file))
-        _flush(Path(place))
+def _settle(place: Path, home: Path) -> None:
+    """Flush a place, unless its home is in a draft, all of which is flushed in the end."""
+    if not any(map(_DRAFT.fullmatch, home.parts)):
+        _flush(place)
 
 
 def _flush(path: Path) -> None:
