@@ -103,24 +103,27 @@ def toy_rows(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def short_run():
+    """Settings of a run of a few steps, each of two passes."""
+    return {
+        "per_device_train_batch_size": 3,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_steps": 1000,
+        "report_to": "none",
+        "use_cpu": True,
+    }
+
+
 @pytest.fixture
-def toy_run(toy_rows, tmp_path):
+def toy_run(toy_rows, short_run, tmp_path):
     """Make the settings of a short run of glm-tiny, in the folder `run` unless told otherwise."""
 
     def make(**settings):
-        defaults = {
-            "dataset_path": toy_rows,
-            "output_dir": str(tmp_path / "run"),
-            "chatglm_path": GLM_TINY,
-            "per_device_train_batch_size": 3,
-            "gradient_accumulation_steps": 2,
-            "max_steps": 4,
-            "learning_rate": 1e-3,
-            "logging_steps": 1,
-            "save_steps": 1000,
-            "report_to": "none",
-            "use_cpu": True,
-        }
+        paths = {"dataset_path": toy_rows, "output_dir": str(tmp_path / "run")}
+        defaults = short_run | paths | {"chatglm_path": GLM_TINY, "max_steps": 4}
         return TrainConfig(**defaults | settings)
 
     return make

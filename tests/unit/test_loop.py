@@ -63,23 +63,12 @@ def write_rows(path, seed, change=lambda rows: rows):
 
 
 @pytest.fixture
-def config(dataset_path, tiny_folder, tmp_path):
+def config(dataset_path, tiny_folder, short_run, tmp_path):
     """Make settings: those of a short run unless told otherwise."""
 
     def make(**settings):
-        defaults = {
-            "dataset_path": dataset_path,
-            "output_dir": str(tmp_path / "run"),
-            "chatglm_path": str(tiny_folder),
-            "per_device_train_batch_size": 3,
-            "gradient_accumulation_steps": 2,
-            "max_steps": 6,
-            "learning_rate": 1e-3,
-            "logging_steps": 1,
-            "save_steps": 1000,
-            "report_to": "none",
-            "use_cpu": True,
-        }
+        paths = {"dataset_path": dataset_path, "output_dir": str(tmp_path / "run")}
+        defaults = short_run | paths | {"chatglm_path": str(tiny_folder), "max_steps": 6}
         return TrainConfig(**defaults | settings)
 
     return make
