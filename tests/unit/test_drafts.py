@@ -85,9 +85,14 @@ def test_a_block_that_fails_leaves_what_was_there(tmp_path, writing):
     else:
         target.mkdir()
         (target / "old").write_text("")
-    with pytest.raises(KeyboardInterrupt), writing(target) as draft:
-        (draft / "x" if draft.is_dir() else draft).write_text("new")
-        raise KeyboardInterrupt
+
+    def fail():
+        with writing(target) as draft:
+            (draft / "x" if draft.is_dir() else draft).write_text("new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
     assert names(tmp_path) == ["target"]
     assert target.read_text() == "old" if target.is_file() else names(target) == ["old"]
 
