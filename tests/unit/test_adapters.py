@@ -415,7 +415,7 @@ def test_a_save_that_fails_leaves_nothing(today, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     adapter = read_adapter(today)
-    monkeypatch.setattr("glmtune.adapters.formats.save_file", full)
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
     for folder in (tmp_path / "new", today):
         before = sorted(tmp_path.rglob("*"))
         with fails("No space left"):

@@ -16,6 +16,7 @@ import glmtune
 PACKAGE = Path(glmtune.__file__).parent
 FLOORS = [
     {"errors"},
+    {"drafts"},
     {"config", "hardware", "runlog"},
     {"data", "ops"},
     {"models"},

@@ -65,23 +65,12 @@ def write_rows(path, seed, change=lambda rows: rows):
 
 
 @pytest.fixture
-def config(dataset_path, tiny_folder, tmp_path):
+def config(dataset_path, tiny_folder, short_run, tmp_path):
     """Make settings: those of a short run unless told otherwise."""
 
     def make(**settings):
-        defaults = {
-            "dataset_path": dataset_path,
-            "output_dir": str(tmp_path / "run"),
-            "chatglm_path": str(tiny_folder),
-            "per_device_train_batch_size": 3,
-            "gradient_accumulation_steps": 2,
-            "max_steps": 6,
-            "learning_rate": 1e-3,
-            "logging_steps": 1,
-            "save_steps": 1000,
-            "report_to": "none",
-            "use_cpu": True,
-        }
+        paths = {"dataset_path": dataset_path, "output_dir": str(tmp_path / "run")}
+        defaults = short_run | paths | {"chatglm_path": str(tiny_folder), "max_steps": 6}
         return TrainConfig(**defaults | settings)
 
     return make
@@ -108,10 +97,10 @@ def stop_at(step, monkeypatch, number=signal.SIGINT):
     """Send this process a signal while it computes a step."""
     train_step = loop.train_step
 
-    def interrupted_step(run, state, step_pass):
+    def interrupted_step(run, state, *how):
         if state.global_step == step - 1:
             os.kill(os.getpid(), number)
-        return train_step(run, state, step_pass)
+        return train_step(run, state, *how)
 
     monkeypatch.setattr(loop, "train_step", interrupted_step)
     return lambda: monkeypatch.setattr(loop, "train_step", train_step)
@@ -168,6 +157,7 @@ class TestRunFolder:
             "scheduler.pt",
             "rng_state_0.pth",
             "trainer_state.json",
+            "manifest.json",
         }
 
     def test_transformers_reads_the_trainer_state(self, run):
@@ -246,7 +236,7 @@ class TestStep:
     def test_the_base_stays_and_the_adapter_is_float32(self, config, monkeypatch, tiny_folder):
         seen = []
         fit = loop.fit
-        monkeypatch.setattr(loop, "fit", lambda *args: (seen.append(args[2]), fit(*args))[1])
+        monkeypatch.setattr(loop, "fit", lambda *args: (seen.append(args[1]), fit(*args))[1])
         loop.train(config(bf16=True, lora_target="all"))
         (model,) = seen
         weights = dict(model.named_parameters())
@@ -363,7 +353,7 @@ class TestEvaluation:
             "collate",
             lambda rows, ids, pad: (seen.update(ids.tolist()), collate(rows, ids, pad))[1],
         )
-        monkeypatch.setattr(loop, "evaluate", lambda run, step_pass: 0.0)
+        monkeypatch.setattr(loop, "evaluate", lambda *_: 0.0)
         loop.train(config(eval_ratio=0.3, max_steps=-1, num_train_epochs=2))
         train, held_out = split_rows(NUM_ROWS, 0.3, 42)
         assert seen == set(train)
@@ -403,15 +393,15 @@ class TestResume:
         assert states[0]["num_input_tokens_seen"] == states[1]["num_input_tokens_seen"]
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl+C", "SIGTERM"])
-    def test_a_signal_stops_after_the_step_with_a_checkpoint(
+    def test_a_signal_stops_between_two_passes_with_a_checkpoint(
         self, config, unbroken, tmp_path, monkeypatch, capsys, number
     ):
         go_on = stop_at(7, monkeypatch, number)
         handler = signal.getsignal(number)
         stopped = loop.train(config(**self.SETTINGS))
         assert signal.getsignal(number) == handler
-        assert (stopped.interrupted, stopped.global_step) == (True, 7)
-        checkpoint = tmp_path / "run" / "checkpoint-7"
+        assert (stopped.interrupted, stopped.global_step) == (True, 6)  # one pass of 7 is undone
+        checkpoint = tmp_path / "run" / "checkpoint-6"
         assert checkpoint.is_dir()
         out = capsys.readouterr().out
         recipe = tmp_path / "run" / "recipe.yaml"
@@ -426,7 +416,7 @@ class TestResume:
         assert [json.loads(line)["step"] for line in lines] == [1, 3, 4, 6, 8, 9, 9]
 
     def test_a_second_ctrl_c_does_not_wait(self, config, monkeypatch):
-        def step(run, state, step_pass):
+        def step(*_):
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -561,10 +551,10 @@ class TestRefusals:
             assert all(weight.isfinite().all() for weight in adapter(checkpoint).values())
 
     def test_a_gpu_that_is_too_small(self, config, monkeypatch):
-        def full(run, state, step_pass):
+        def full(*_):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-        monkeypatch.setattr(loop, "train_step", full)
+        monkeypatch.setattr(loop, "build_pass", full)
         with pytest.raises(UserError, match="too small for this: per_device_train_batch_size 1"):
             loop.train(config())
         with pytest.raises(UserError, match="too small for this: gradient_checkpointing true"):

@@ -10,22 +10,21 @@ Today: `adapter_config.json` beside `adapter_model.safetensors`, as PEFT writes 
 """
 
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, fields
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from peft import LoraConfig
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from glmtune.data.files import new_folder, read_text
+from glmtune.drafts import replacing_files, write_errors
 from glmtune.errors import UserError
 from glmtune.models.weights import is_lfs_pointer, load_bin
 
@@ -145,21 +144,17 @@ def write_adapter(
     config.inference_mode = True
     tensors = {key: tensor.detach().float().cpu().contiguous() for key, tensor in weights.items()}
     folder = Path(folder)
-    try:
-        if not folder.exists():
-            with new_folder(str(folder)) as draft:
-                _write_files(config, tensors, draft)
-            return
-        with TemporaryDirectory(dir=folder, prefix=".adapter-") as draft:
-            _write_files(config, tensors, Path(draft))
-            for name in (WEIGHTS_FILE, CONFIG_FILE):
-                os.replace(Path(draft, name), folder / name)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: the adapter cannot be written there ({error})") from error
+    if not folder.exists():
+        with new_folder(str(folder)) as draft:
+            _write_files(config, tensors, draft)
+        return
+    with write_errors(folder), replacing_files(folder) as draft:
+        _write_files(config, tensors, draft)
 
 
 def _write_files(config: LoraConfig, tensors: dict[str, Tensor], folder: Path) -> None:
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    # By way of memory: a disk that is full is then an OSError, as with every other file.
+    (folder / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
     config.save_pretrained(str(folder))
 
 

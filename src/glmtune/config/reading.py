@@ -6,7 +6,6 @@ scalars are taken as the text they were written as, exactly like flags, and only
 read meaning into them: no YAML tag builds an object, `1e-4` is a number, `no` and dates stay text.
 """
 
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from glmtune import __version__
 from glmtune.config.flags import fields_by_group, kind_of
 from glmtune.config.names import Given, check_name, did_you_mean, knows, with_todays_names
 from glmtune.config.settings import SETTINGS, Settings
+from glmtune.drafts import replacing_file
 from glmtune.errors import UserError
 
 Config = TypeVar("Config", bound=Settings)
@@ -192,9 +192,8 @@ def write_recipe(config: Settings, path: str) -> None:
         readable = not any(mark in str(value) for value in values.values() for mark in _LINE_BREAKS)
         text += f"\n# {heading}\n"
         text += yaml.safe_dump(values, allow_unicode=readable, sort_keys=False, width=sys.maxsize)
-    unfinished = f"{path}.unfinished"
     try:
-        Path(unfinished).write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
+        with replacing_file(path) as draft:
+            draft.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot write the recipe: {error.strerror}") from None

@@ -2,12 +2,12 @@
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
+from glmtune.drafts import replacing_file, replacing_folder, write_errors
 from glmtune.errors import UserError
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -106,17 +106,16 @@ def new_file(path: str) -> Iterator[TextIO]:
     Missing parent folders are made. On any error nothing is left behind, and a file that was
     there before stays as it was. Raises UserError where the path cannot be written.
     """
-    final, draft = _final_and_draft(path)
-    with _write_errors(path):
+    final = Path(os.path.realpath(path))
+    with write_errors(path):
         if final.exists() and not final.is_file():
             raise UserError(f"{path}: exists and is not a file; choose another path")
         final.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(draft, "w", encoding="utf-8", newline="\n") as file:
-                yield file
-            os.replace(draft, final)
-        finally:
-            draft.unlink(missing_ok=True)
+        with (
+            replacing_file(final) as draft,
+            open(draft, "w", encoding="utf-8", newline="\n") as file,
+        ):
+            yield file
 
 
 @contextmanager
@@ -127,38 +126,7 @@ def new_folder(path: str) -> Iterator[Path]:
     error nothing is left behind, and the earlier folder stays. Raises UserError where the path
     cannot be written.
     """
-    final, draft = _final_and_draft(path)
-    earlier = draft.with_suffix(".old")
-    with _write_errors(path):
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        try:
+    with write_errors(path):
+        Path(os.path.realpath(path)).parent.mkdir(parents=True, exist_ok=True)
+        with replacing_folder(path) as draft:
             yield draft
-            if final.exists():
-                final.rename(earlier)
-            try:
-                draft.rename(final)
-            except OSError:
-                if earlier.exists():
-                    earlier.rename(final)
-                raise
-            shutil.rmtree(earlier, ignore_errors=True)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-
-
-def _final_and_draft(path: str) -> tuple[Path, Path]:
-    # A symbolic link keeps pointing: what it points at is replaced, not the link.
-    final = Path(os.path.realpath(path))
-    return final, final.with_name(f".{final.name}.{os.getpid()}.tmp")
-
-
-@contextmanager
-def _write_errors(path: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); "
-            "check the path, its permissions and the free space"
-        ) from error

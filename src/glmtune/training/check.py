@@ -9,10 +9,10 @@ from torch import nn
 
 from glmtune.errors import UserError
 from glmtune.models.quantised import unrounded_inputs
-from glmtune.training.checkpoints import TrainingState
 from glmtune.training.forecast import rows_of_reference
 from glmtune.training.passes import PaddedPass, Pass
 from glmtune.training.run import Run
+from glmtune.training.state import TrainingState
 
 # Largest difference of the loss and of the gradient, relative to their size. 16-bit numbers are
 # rounded at other places in the two ways; a row that saw another's tokens would differ far more.
