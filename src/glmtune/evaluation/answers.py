@@ -108,7 +108,7 @@ class Subject:
         print(f"loading {base_name(self.base)}{with_adapter}", file=sys.stderr)
         tokenizer = load_tokenizer(self.base)
         model = load_base_model(self.base, dtype=self.dtype, device=self.device, keep_packed=True)
-        check_pair(model.config, tokenizer)
+        check_pair(model, tokenizer)
         if self.adapter is not None:
             return load_adapter(model, self.adapter), tokenizer
         return model, tokenizer

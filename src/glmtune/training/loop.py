@@ -74,10 +74,12 @@ def train(config: TrainConfig) -> TrainResult:
     tokenizer = load_tokenizer(base)
     dataset, card = load_dataset(config.dataset_path)
     check_data_card(card, tokenizer, config.dataset_path)
+    if (lost := card.describe_loss()) and accelerator.is_main_process:
+        print(f"note: {config.dataset_path}: {lost}")
     rows = TokenRows.from_dataset(dataset)
 
     model = load_base_model(base, dtype=dtype, device=accelerator.device)
-    check_pair(model.config, tokenizer)
+    check_pair(model, tokenizer)
     rows.check(model.config, config.dataset_path)
     torch.manual_seed(config.seed)
     peft_model = adapt(model, config)
