@@ -179,6 +179,18 @@ class ChatConfig(AnswerSettings, DecodingSettings, BaseModelSettings, DeviceSett
         return self
 
 
+# --- replay, check ---
+
+
+class ReplayConfig(BaseModelSettings):
+    """Settings of `glmtune replay`."""
+
+    group: ClassVar[str] = "bundle"
+    bare_words = ("bundle",)
+    bundle: PathText = Field(description="crash-N folder that a run left")
+    use_cpu: bool = Field(False, description="leave the GPU alone")
+
+
 # --- merge, adapters convert ---
 
 
@@ -268,5 +280,6 @@ SETTINGS: dict[str, type[Settings]] = {
     "bench train": BenchTrainConfig,
     "bench decode": BenchDecodeConfig,
     "chat": ChatConfig,
+    "replay": ReplayConfig,
 }
 """Verb -> its settings."""

@@ -31,6 +31,7 @@ from glmtune.config import TrainConfig
 from glmtune.data.files import new_file, new_folder
 from glmtune.errors import UserError
 from glmtune.runlog import METRICS_FILE, PLOT_FILE, TENSORBOARD_FOLDER
+from glmtune.training.watch import Watch
 
 STATE_FILE = "trainer_state.json"
 RECIPE_FILE = "recipe.yaml"
@@ -53,6 +54,7 @@ class TrainingState:
     scheduler: LRScheduler
     loss_sum: Tensor
     """This process's share of the losses since the last record, summed over steps."""
+    watch: Watch
     scaler: Any = None
     """The gradient scaler of float16, or None."""
     global_step: int = 0
@@ -276,7 +278,8 @@ def _find_run(output_dir: Path) -> list[Path]:
     checkpoints = [output_dir / f"checkpoint-{step}" for step in sorted(_steps(output_dir))]
     files = [output_dir / name for name in _RUN_FILES]
     events = output_dir.glob(f"{TENSORBOARD_FOLDER}/events.out.tfevents.*")
-    return [entry for entry in (*checkpoints, *files, *events) if entry.exists()]
+    crashes = sorted(output_dir.glob("crash-*"))
+    return [entry for entry in (*checkpoints, *files, *events, *crashes) if entry.exists()]
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -6,6 +6,7 @@ tokens over the number of its label tokens, however the rows are dealt out to pa
 """
 
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,10 @@ from glmtune.training import checkpoints
 from glmtune.training.check import check_agreement
 from glmtune.training.checkpoints import RECIPE_FILE, STATE_FILE, TrainingState
 from glmtune.training.console import Pace, print_banner, print_summary
+from glmtune.training.crash import bundle_on_fault
 from glmtune.training.interrupt import StopRequest
 from glmtune.training.passes import PaddedPass, Pass
+from glmtune.training.plan import pass_seed
 from glmtune.training.run import (
     Run,
     adapt,
@@ -46,6 +49,7 @@ from glmtune.training.run import (
     layout_as_run,
     start_accelerator,
 )
+from glmtune.training.watch import judge_course
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,8 @@ def fit(
                   f"gradient differ by {off[0]:.1e} and {off[1]:.1e}", flush=True)  # fmt: skip
 
     interrupted = False
-    with open_log(run, state, history) as log, StopRequest(accelerator) as stop:
+    on_fault = bundle_on_fault(run, state, plain)
+    with on_fault, open_log(run, state, history) as log, StopRequest(accelerator) as stop:
         pace, since_start = Pace(state), Pace(state)
         if state.global_step >= run.max_steps:  # nothing to do but to leave a whole run folder
             save(run, state, log)
@@ -163,6 +168,7 @@ def fit(
                     "memory_gib": memory_gib(accelerator.device),
                 }
                 log.log(step, record)
+                check_course(run, state, log)
                 pace = Pace(state)
             if len(run.eval_rows) and (step % run.eval_steps == 0 or is_last):
                 log.log(
@@ -182,17 +188,25 @@ def train_step(run: Run, state: TrainingState, step_pass: Pass) -> Tensor:
 
     Returns:
         The norm of the gradient before clipping, on the device.
+
+    Raises:
+        NotFiniteError: the step, or one shortly before it, was not made; see `watch`.
     """
+    largest_weight = state.watch.begin(state.global_step)
     config, accelerator = run.config, run.accelerator
     parts = run.plan.parts(state.global_step, accelerator.num_processes)
     row_ids = np.concatenate(parts)
     num_labels = int(run.rows.num_labels_R[row_ids].sum())
+    loss = torch.zeros_like(state.loss_sum)
     for number, part in enumerate(parts):
         if number % accelerator.num_processes == accelerator.process_index and len(part):
             seed = pass_seed(config.seed, state.global_step, number)
-            state.loss_sum += step_pass.run(part, num_labels, seed)
-    sum_gradients(state.weights, accelerator)
+            loss += step_pass.run(part, num_labels, seed)
+    state.loss_sum += loss
+    sums = sum_gradients(state.weights, torch.stack([loss, largest_weight]), accelerator)
+    state.watch.see_loss(*sums)
     grad_norm = accelerator.clip_grad_norm_(state.weights, config.max_grad_norm or math.inf)
+    state.watch.see_gradient(grad_norm)
     state.optimizer.step()
     if not accelerator.optimizer_step_was_skipped:  # float16: the scale was too large this time
         state.scheduler.step()
@@ -203,34 +217,63 @@ def train_step(run: Run, state: TrainingState, step_pass: Pass) -> Tensor:
     return grad_norm
 
 
-def pass_seed(seed: int, step: int, number: int) -> int:
-    """What a pass draws its dropout from: the same in every run of these three numbers."""
-    return int(np.random.SeedSequence([seed, step, number]).generate_state(1)[0])
+def sum_gradients(weights: list[nn.Parameter], numbers: Tensor, accelerator: Accelerator) -> Tensor:
+    """Give every process the sum of all processes' gradients, as a loss over all rows asks for.
 
-
-def sum_gradients(weights: list[nn.Parameter], accelerator: Accelerator) -> None:
-    """Give every process the sum of all processes' gradients, as a loss over all rows asks for."""
+    Returns:
+        The sums of some more numbers, which go along.
+    """
     if accelerator.num_processes == 1:
-        return
+        return numbers
     grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
-    flat = accelerator.reduce(torch.cat([grad.flatten() for grad in grads]), reduction="sum")
-    for weight, grad in zip(weights, flat.split([w.numel() for w in weights]), strict=True):
+    parts = [*(grad.flatten() for grad in grads), numbers]
+    flat = accelerator.reduce(torch.cat(parts), reduction="sum")
+    *summed, numbers = flat.split([part.numel() for part in parts])
+    for weight, grad in zip(weights, summed, strict=True):
         weight.grad = grad.view_as(weight)
+    return numbers
 
 
 def take_loss(run: Run, state: TrainingState) -> float:
     """The mean loss of the steps since it was last taken, over all processes.
 
     Raises:
-        UserError: it is not finite.
+        NotFiniteError: one of these steps was not made.
     """
+    state.watch.settle()
     total = run.accelerator.reduce(state.loss_sum, reduction="sum").item()
     loss = total / state.num_loss_steps
-    if not math.isfinite(loss):
-        raise _diverged(run, state, f"the loss is {loss}")
     state.loss_sum.zero_()
     state.num_loss_steps = 0
     return loss
+
+
+def check_course(run: Run, state: TrainingState, log: RunLog) -> None:
+    """After a reading of the loss: say what has gone wrong, and stop where it does not pass.
+
+    Raises:
+        UserError: the loss explodes or stands at 0, or nothing that trains had a gradient.
+    """
+    step, is_main = state.global_step, run.accelerator.is_main_process
+    if unmoved := state.watch.unmoved():
+        names = [name for name, weight in state.model.named_parameters() if weight.requires_grad]
+        words = (
+            f"step {step}: the gradient was exactly 0 in all of the first steps for {len(unmoved)} "
+            f"of {len(names)} weights, first {names[unmoved[0]]}: they learn nothing"
+        )
+        if len(unmoved) == len(names):
+            raise UserError(f"{words}; look at the rows' answers and, in float16, set bf16 true")
+        if is_main:
+            print(f"warning: {words}; leave their linears out of lora_target", file=sys.stderr)
+    losses = [record["loss"] for record in log.history if record.get("loss") is not None]
+    if (course := judge_course(losses)) is None:
+        return
+    if course.stops:
+        if not course.is_spoilt:
+            save(run, state, log)
+        raise UserError(f"step {step}: {course.words}; checkpoints are as they were")
+    if is_main:
+        print(f"warning: step {step}: {course.words}", file=sys.stderr)
 
 
 def evaluate(run: Run, step_pass: Pass) -> float:
@@ -247,11 +290,16 @@ def save(run: Run, state: TrainingState, log: RunLog) -> None:
     """Write a checkpoint, and at the root of the run folder its adapter, state and curve.
 
     Raises:
+        NotFiniteError: a step before was not made; nothing is written.
         UserError: the weights are not finite (nothing is written), or the folder cannot be.
     """
     config, accelerator, output_dir = run.config, run.accelerator, Path(run.config.output_dir)
+    state.watch.settle()
     if not all(bool(weight.isfinite().all()) for weight in state.weights):
-        raise _diverged(run, state, "the weights are no longer finite")
+        raise UserError(
+            f"step {state.global_step}: its update leaves weights that are not finite; lower "
+            f"learning_rate ({config.learning_rate}); earlier checkpoints are as they were"
+        )
     trainer_state = checkpoints.describe(
         state,
         log.history,
@@ -290,10 +338,3 @@ def _size_setting(config: TrainConfig, device: torch.device) -> str:
     if choose_layout(config, device) == "packed":
         return f"tokens_per_step ({config.tokens_per_step or 'now chosen by the card'})"
     return f"per_device_train_batch_size ({config.per_device_train_batch_size})"
-
-
-def _diverged(run: Run, state: TrainingState, what: str) -> UserError:
-    return UserError(
-        f"step {state.global_step}: {what}; lower learning_rate ({run.config.learning_rate}) or "
-        "lengthen warmup_steps, and leave fp16 out; earlier checkpoints are as they were"
-    )
