@@ -1,5 +1,6 @@
 """Before the first step: the fast pass and the plain one must agree on the user's own model."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,7 +37,8 @@ def check_agreement(
         dtype: the compute type, which sets what may differ.
 
     Returns:
-        How much loss and gradient differ, relative to their size.
+        How much loss and gradient differ, relative to their size; NaN where the reference itself is
+        not finite.
 
     Raises:
         UserError: they differ by more than the rounding of the compute type explains.
@@ -51,6 +53,8 @@ def check_agreement(
     difference = torch.nn.utils.get_total_norm(wanted)
     torch._foreach_add_(wanted, list(grads))
     size = torch.nn.utils.get_total_norm(wanted)
+    if not (wanted_loss + size).isfinite():
+        return math.nan, math.nan  # the first step will stop, and say where this comes from
     off_loss = ((loss - wanted_loss).abs() / wanted_loss.abs().clamp(min=1e-6)).item()
     off_grad = (difference / size.clamp(min=1e-12)).item()
     most_loss, most_grad = TOLERANCES[dtype]

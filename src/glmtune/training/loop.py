@@ -6,6 +6,7 @@ tokens over the number of its label tokens, however the rows are dealt out to pa
 """
 
 import math
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor, nn
 
-from glmtune.adapters import save_adapter
+from glmtune.adapters import save_adapter, verify_saved
 from glmtune.config import TrainConfig, write_recipe
 from glmtune.data.dataset import check_data_card, load_dataset
 from glmtune.data.token_rows import TokenRows
@@ -142,7 +143,7 @@ def fit(
     if run.layout != "padded":
         first = run.plan.parts(state.global_step, accelerator.num_processes)[0]
         off = check_agreement(step_pass, plain, first, state.weights, run.dtype)
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and math.isfinite(off[0]):
             print(f"checked: a pass over {len(first)} rows, {run.layout} and row by row: loss and "
                   f"gradient differ by {off[0]:.1e} and {off[1]:.1e}", flush=True)  # fmt: skip
 
@@ -312,12 +313,29 @@ def save(run: Run, state: TrainingState, log: RunLog) -> None:
         eval_steps=run.eval_steps,
         save_steps=config.save_steps,
     )
-    checkpoints.save_checkpoint(output_dir, state, trainer_state, accelerator, run.base_name)
+    saved = checkpoints.save_checkpoint(
+        output_dir, state, trainer_state, accelerator, run.base_name
+    )
     if accelerator.is_main_process:
+        keep_if_sound(state, saved)
         checkpoints.rotate_checkpoints(output_dir, config.save_total_limit, state.global_step)
         save_adapter(state.model, output_dir, run.base_name)
+        verify_saved(state.model, output_dir)
         checkpoints.write_json(trainer_state, output_dir / STATE_FILE)
         log.plot_loss(output_dir / PLOT_FILE)
+
+
+def keep_if_sound(state: TrainingState, checkpoint: Path) -> None:
+    """Take a checkpoint away again whose adapter is not the one in training.
+
+    Raises:
+        UserError: it was; earlier checkpoints are still there.
+    """
+    try:
+        verify_saved(state.model, checkpoint)
+    except UserError:
+        shutil.rmtree(checkpoint)
+        raise
 
 
 def open_log(run: Run, state: TrainingState, history: list[dict[str, Any]]) -> RunLog:
