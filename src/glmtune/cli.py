@@ -43,9 +43,10 @@ def tokenize(settings: config.TokenizeConfig) -> None:
 
 def train(settings: config.TrainConfig) -> None:
     """Train a LoRA adapter on token rows."""
+    from glmtune.evaluation.checkup import check_after_training
     from glmtune.training.loop import train
 
-    if train(settings).interrupted:
+    if train(settings, at_end=check_after_training).interrupted:
         raise KeyboardInterrupt
 
 
@@ -119,6 +120,13 @@ def replay(settings: config.ReplayConfig) -> int:
     return 0 if replay(settings) else 1
 
 
+def check(settings: config.CheckConfig) -> int:
+    """Say whether an adapter changes nothing, too much, or what it should."""
+    from glmtune.evaluation.checkup import check
+
+    return 0 if check(settings).is_fine else 1
+
+
 VERBS: dict[str, Callable[[Any], int | None]] = {
     "validate": validate,
     "convert": convert,
@@ -134,6 +142,7 @@ VERBS: dict[str, Callable[[Any], int | None]] = {
     "bench decode": bench_decode,
     "chat": chat,
     "replay": replay,
+    "check": check,
 }
 
 

@@ -191,6 +191,27 @@ class ReplayConfig(BaseModelSettings):
     use_cpu: bool = Field(False, description="leave the GPU alone")
 
 
+class CheckConfig(DecodingSettings, BaseModelSettings, DeviceSettings):
+    """Settings of `glmtune check`."""
+
+    group: ClassVar[str] = "check-up"
+    bare_words = ("adapter",)
+    adapter: PathText = Field(description="run folder or adapter to look over")
+    data_path: PathText | None = Field(
+        None,
+        description="alpaca records to ask (default: rows that the run held out, else a few "
+        "questions of our own)",
+    )
+    limit: int = Field(16, ge=1, description="ask so many at most")
+    max_new_tokens: int = Field(150, ge=1, description="longest answer, in tokens")
+    json_path: PathText | None = Field(None, description="JSON file to write all figures into")
+
+    @property
+    def model_path(self) -> str:
+        """The adapter, by the name it has in other verbs."""
+        return self.adapter
+
+
 # --- merge, adapters convert ---
 
 
@@ -281,5 +302,6 @@ SETTINGS: dict[str, type[Settings]] = {
     "bench decode": BenchDecodeConfig,
     "chat": ChatConfig,
     "replay": ReplayConfig,
+    "check": CheckConfig,
 }
 """Verb -> its settings."""

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import torch
 
 from glmtune.adapters import find_adapter, load_adapter
-from glmtune.config import ChatConfig, CompareConfig, InferConfig
+from glmtune.config import ChatConfig, CheckConfig, CompareConfig, InferConfig
 from glmtune.data.files import new_file, read_text
 from glmtune.data.records import Record, list_bad_rows, read_alpaca
 from glmtune.data.templates import alpaca
@@ -63,7 +63,7 @@ class Subject:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, config: InferConfig | CompareConfig | ChatConfig) -> "Subject":
+    def of(cls, config: InferConfig | CompareConfig | ChatConfig | CheckConfig) -> "Subject":
         """What a config means here.
 
         Raises:

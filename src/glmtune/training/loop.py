@@ -8,6 +8,7 @@ tokens over the number of its label tokens, however the rows are dealt out to pa
 import math
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from glmtune.training.console import Pace, print_banner, print_summary
 from glmtune.training.crash import bundle_on_fault
 from glmtune.training.interrupt import StopRequest
 from glmtune.training.passes import PaddedPass, Pass
-from glmtune.training.plan import pass_seed
+from glmtune.training.plan import pass_seed, split_rows
 from glmtune.training.run import (
     Run,
     adapt,
@@ -64,8 +65,16 @@ class TrainResult:
     """Stopped by Ctrl+C or SIGTERM before the last step; `checkpoint-N` of that step goes on."""
 
 
-def train(config: TrainConfig) -> TrainResult:
+AtEnd = Callable[[PeftModel, Any, TokenRows, np.ndarray], object]
+"""Takes the trained model, its tokenizer, the rows, and which of them were held out."""
+
+
+def train(config: TrainConfig, at_end: AtEnd | None = None) -> TrainResult:
     """Train a LoRA adapter on tokenised rows, as the settings say, into a run folder.
+
+    Args:
+        config: the settings.
+        at_end: is called by the first process when all steps are done and saved.
 
     Raises:
         UserError: run folder, data, base model or checkpoint do not fit the settings, the device's
@@ -99,7 +108,7 @@ def train(config: TrainConfig) -> TrainResult:
         }
         write_recipe(config.model_copy(update=as_run), str(output_dir / RECIPE_FILE))
     try:
-        return fit(config, accelerator, peft_model, rows, base_name(base), resume)
+        result = fit(config, accelerator, peft_model, rows, base_name(base), resume)
     except torch.OutOfMemoryError as error:
         raise UserError(
             "the GPU's memory is too small for this: halve "
@@ -107,6 +116,10 @@ def train(config: TrainConfig) -> TrainResult:
             f"gradient_accumulation_steps ({config.gradient_accumulation_steps}), or set "
             "gradient_checkpointing true"
         ) from error
+    if at_end is not None and accelerator.is_main_process and not result.interrupted:
+        _, held_out = split_rows(len(rows), config.eval_ratio, config.seed)
+        at_end(peft_model, tokenizer, rows, held_out)
+    return result
 
 
 def fit(
