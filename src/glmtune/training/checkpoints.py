@@ -55,6 +55,7 @@ class TrainingState:
     loss_sum: Tensor
     """This process's share of the losses since the last record, summed over steps."""
     watch: Watch
+    """Looks at each step before it is made."""
     scaler: Any = None
     """The gradient scaler of float16, or None."""
     global_step: int = 0

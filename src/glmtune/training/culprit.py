@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from glmtune.training.passes import PaddedPass
 from glmtune.training.watch import RandomState
 
-ROWS_AT_A_TIME = 6
 _PREFIX, _MODEL = "base_model.model.", "the model"
 
 
@@ -79,7 +78,8 @@ def compute_again(
         passes: of the step, in order.
         num_labels: label tokens of the step.
         random_states: of each process before the step.
-        whole_passes: take a pass's rows at once, as padded passes do; else a few at a time.
+        whole_passes: take a pass's rows at once, as padded passes do; else one by one, since a pack
+            of them would take more memory when padded.
     """
     device = plain.accelerator.device
     loss = torch.zeros((), device=device)
@@ -88,8 +88,7 @@ def compute_again(
         for rank, random_state in enumerate(random_states):
             random_state.restore(device)
             for row_ids in [p.row_ids for p in passes if p.rank == rank]:
-                num_parts = 1 if whole_passes else -(-len(row_ids) // ROWS_AT_A_TIME)
-                for part in np.array_split(row_ids, num_parts):
+                for part in np.split(row_ids, 1 if whole_passes else len(row_ids)):
                     loss += plain.run(part, num_labels, seed=0)
     scaler = plain.accelerator.scaler
     scale = 1.0 if scaler is None else scaler.get_scale()

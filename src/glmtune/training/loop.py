@@ -283,9 +283,11 @@ def check_course(run: Run, state: TrainingState, log: RunLog) -> None:
     if (course := judge_course(losses)) is None:
         return
     if course.stops:
+        kept = "earlier checkpoints are as they were"
         if not course.is_spoilt:
             save(run, state, log)
-        raise UserError(f"step {step}: {course.words}; checkpoints are as they were")
+            kept = f"checkpoint-{step} has what was learned"
+        raise UserError(f"step {step}: {course.words}; {kept}")
     if is_main:
         print(f"warning: step {step}: {course.words}", file=sys.stderr)
 
