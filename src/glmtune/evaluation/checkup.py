@@ -168,7 +168,7 @@ def check(config: CheckConfig) -> Checkup:
     else:
         model, tokenizer = subject.load()
         asked = choose_probes(config, subject.adapter, tokenizer)
-        settings = GenerationSettings(max_new_tokens=config.max_new_tokens)
+        settings = GenerationSettings.from_config(config)
         found = examine(model, tokenizer, asked, settings, with_base=True)
     report(found, f"Check-up of {subject.adapter_name}")
     if config.json_path:
