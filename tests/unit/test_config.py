@@ -44,6 +44,8 @@ REQUIRED = {
     "bench decode": {},
     "bench memory": {},
     "chat": {},
+    "replay": {"bundle": "crash-1"},
+    "check": {"adapter": "output"},
 }
 
 
@@ -228,7 +230,7 @@ def test_none_undoes_a_recipe(recipe):
         ("lora_rnk", "did you mean --lora_rank?"),
         ("lr_sheduler_type", "did you mean --lr_scheduler_type?"),
         ("no_such_flag", "`glmtune train --help`"),
-        ("max_new_tokens", "a setting of infer, compare, chat, not of train"),
+        ("max_new_tokens", "a setting of infer, compare, chat, check, not of train"),
     ],
 )
 def test_unknown_name(name, hint):

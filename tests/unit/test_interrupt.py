@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from glmtune import runlog
 from glmtune.config import TrainConfig
 from glmtune.errors import UserError
 from glmtune.models.checkpoints import GLM_TINY
@@ -330,8 +331,8 @@ class TestDisk:
             def __getattr__(self, name):
                 return getattr(self.file, name)
 
-        rewrite = loop.RunLog.__init__.__globals__["_rewrite_metrics"]
-        monkeypatch.setattr("glmtune.runlog._rewrite_metrics", lambda *args: Full(rewrite(*args)))
+        rewrite = runlog._rewrite_metrics
+        monkeypatch.setattr(runlog, "_rewrite_metrics", lambda *args: Full(rewrite(*args)))
         told = kept.look("metrics.jsonl: cannot be written (No space left on device)")
         assert told
 

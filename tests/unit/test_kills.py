@@ -1,7 +1,7 @@
 """Kill -9 while a run saves: every checkpoint is whole or absent, and the last good one loads.
 
 A server process imports and builds everything once; each kill meets a child forked from it, which
-resumes as a run does and then saves in a loop, with `loop.save` and all that lies beneath.
+resumes as a run does and then saves in a loop, with `saving.save` and all that lies beneath.
 """
 
 import json
@@ -79,7 +79,7 @@ class Server:
         """What a run does between loading its model and being killed."""
         import torch
 
-        from glmtune.training import checkpoints, loop, run_folder
+        from glmtune.training import checkpoints, run_folder, saving
 
         state = self.state
         if list(self.folder.glob("checkpoint-*")):
@@ -94,7 +94,7 @@ class Server:
                 for weight in state.weights:
                     weight.fill_(state.global_step)
                     state.optimizer.state[weight]["exp_avg"].fill_(state.global_step)
-            loop.save(self.run, state, self.log)
+            saving.save(self.run, state, self.log)
 
     def fork(self, num_saves, before=lambda: None):
         child = os.fork()

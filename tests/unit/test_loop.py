@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import TrainerState
 
 from glmtune.adapters import load_adapter
@@ -24,9 +24,9 @@ from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError
 from glmtune.hardware import Card
 from glmtune.models.checkpoints import load_base_model
-from glmtune.training import loop, passes
+from glmtune.training import checkpoints, held_out, loop, passes
 from glmtune.training.layout import choose_layout
-from glmtune.training.plan import split_rows
+from glmtune.training.plan import pass_seed, split_rows
 
 GMASK, SOP, EOP, VOCAB_SIZE = 1001, 1004, 1005, 1024
 # The tiny model has no vocabulary file; training asks nothing else of a tokenizer.
@@ -353,11 +353,11 @@ class TestEvaluation:
             "collate",
             lambda rows, ids, pad: (seen.update(ids.tolist()), collate(rows, ids, pad))[1],
         )
-        monkeypatch.setattr(loop, "evaluate", lambda *_: 0.0)
+        monkeypatch.setattr(held_out, "evaluate", lambda *_: 0.0)
         loop.train(config(eval_ratio=0.3, max_steps=-1, num_train_epochs=2))
-        train, held_out = split_rows(NUM_ROWS, 0.3, 42)
+        train, kept_back = split_rows(NUM_ROWS, 0.3, 42)
         assert seen == set(train)
-        assert not seen & set(held_out)
+        assert not seen & set(kept_back)
 
 
 class TestResume:
@@ -545,10 +545,64 @@ class TestRefusals:
 
     def test_a_diverged_run_stops_and_spoils_no_checkpoint(self, config, tmp_path):
         settings = {"learning_rate": 1e30, "lr_scheduler_type": "constant", "max_grad_norm": 0}
-        with pytest.raises(UserError, match=r"step \d: .*learning_rate \(1e\+30\)"):
+        with pytest.raises(UserError, match=r"logits are not finite, so it is not kept"):
             loop.train(config(save_steps=1, logging_steps=100, max_steps=50, **settings))
+        with pytest.raises(UserError, match=r"step 2: .*learning_rate \(1e\+30\)"):
+            loop.train(config(max_steps=50, overwrite_output_dir=True, **settings))
         for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
             assert all(weight.isfinite().all() for weight in adapter(checkpoint).values())
+
+    def test_a_checkpoint_that_is_not_what_was_trained_goes(self, config, tmp_path, monkeypatch):
+        save = checkpoints.save_adapter
+
+        def save_less(model, folder, base):
+            save(model, folder, base)
+            if "checkpoint-4" in str(folder):
+                tensors = load_file(folder / "adapter_model.safetensors")
+                tensors.pop(max(tensors))
+                save_file(tensors, folder / "adapter_model.safetensors")
+
+        monkeypatch.setattr(checkpoints, "save_adapter", save_less)
+        with pytest.raises(UserError, match=r"checkpoint-4.*not what was trained.*is missing"):
+            loop.train(config(save_steps=2, save_total_limit=1))
+        assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+
+    def test_weights_that_learn_nothing(self, config, monkeypatch, capsys):
+        """A gradient of zero on one of them is told, on all of them it ends the run."""
+        run_pass = passes.PaddedPass.run
+        silenced = ["layers.2.attention.query_key_value.lora_A"]
+
+        def run(self, *args):
+            loss = run_pass(self, *args)
+            for name, weight in self.model.named_parameters():
+                if weight.requires_grad and any(part in name for part in silenced):
+                    weight.grad.zero_()
+            return loss
+
+        monkeypatch.setattr(passes.PaddedPass, "run", run)
+        loop.train(config())
+        told = capsys.readouterr().err
+        assert told.count("they learn nothing") == 1
+        assert "step 4: the gradient was exactly 0 in all of the first steps for 1 of 8" in told
+        assert "layers.2.attention.query_key_value.lora_A" in told
+        silenced[:] = [""]
+        with pytest.raises(UserError, match="for 8 of 8 weights"):
+            loop.train(config(overwrite_output_dir=True))
+
+    def test_a_loss_that_explodes(self, config, monkeypatch, capsys):
+        readings = iter([5.0, 4.0, 30.0, 40.0, 50.0, 60.0])
+        take_loss = loop.take_loss
+        monkeypatch.setattr(loop, "take_loss", lambda *args: take_loss(*args) * 0 + next(readings))
+        with pytest.raises(UserError, match=r"step 5: the loss explodes: 50, .*learning_rate"):
+            loop.train(config())
+        assert capsys.readouterr().err.count("warning: step") == 2
+
+    def test_a_loss_of_zero_keeps_what_was_learned(self, config, monkeypatch, tmp_path):
+        readings = iter([5.0, 0.0, 0.0, 0.0])
+        monkeypatch.setattr(loop, "take_loss", lambda *args: next(readings))
+        with pytest.raises(UserError, match="step 4: the loss is exactly 0"):
+            loop.train(config())
+        assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-4"]
 
     def test_a_gpu_that_is_too_small(self, config, monkeypatch):
         def full(*_):
@@ -587,7 +641,7 @@ class TestPacking:
 
     def test_every_pass_drops_other_inputs(self):
         seeds = {
-            loop.pass_seed(seed, step, number)
+            pass_seed(seed, step, number)
             for seed in range(3) for step in range(5) for number in range(4)
         }  # fmt: skip
         assert len(seeds) == 60

@@ -81,7 +81,7 @@ def save_adapter(peft_model: PeftModel, folder: str | Path, base_name: str) -> N
     """
     config = peft_model.peft_config["default"]
     assert isinstance(config, LoraConfig)
-    write_adapter(config, _adapter_weights(peft_model), folder, base_name)
+    write_adapter(config, adapter_weights(peft_model), folder, base_name)
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
@@ -190,7 +190,8 @@ def _wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         raise UserError(f"the adapter cannot be put on this model: {error}") from error
 
 
-def _adapter_weights(peft_model: PeftModel) -> dict[str, torch.Tensor]:
+def adapter_weights(peft_model: PeftModel) -> dict[str, torch.Tensor]:
+    """The attached adapter's tensors under the keys of today's files; not copies."""
     # The default, "auto", looks for the base's config on the hub.
     return get_peft_model_state_dict(peft_model, save_embedding_layers=False)
 
@@ -198,7 +199,7 @@ def _adapter_weights(peft_model: PeftModel) -> dict[str, torch.Tensor]:
 def _fill(peft_model: PeftModel, adapter: Adapter) -> None:
     """Copy weights into the attached adapter once every name and shape is seen to agree."""
     shapes = {key: list(tensor.shape) for key, tensor in adapter.weights.items()}
-    wanted = {key: list(tensor.shape) for key, tensor in _adapter_weights(peft_model).items()}
+    wanted = {key: list(tensor.shape) for key, tensor in adapter_weights(peft_model).items()}
     for key in wanted:
         if key in shapes and shapes[key] != wanted[key]:
             raise UserError(

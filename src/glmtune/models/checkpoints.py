@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from glmtune.errors import UserError
 from glmtune.models import weights
@@ -243,15 +243,34 @@ def _fetch(base: str, only: str | None = None) -> Path:
     return folder
 
 
-def check_pair(config: PreTrainedConfig, tokenizer: ChatGLMTokenizer) -> None:
+def check_pair(model: PreTrainedModel, tokenizer: ChatGLMTokenizer) -> None:
     """Make sure that a model and a tokenizer name the same ids.
+
+    Answers end where generation_config.json or else config.json says, and rows teach the end that
+    the tokenizer knows: were they not one, answers would never stop, or stop at once.
+
+    Raises:
+        UserError: they are of different revisions, or disagree on a special id.
+    """
+    check_ids(model.config, tokenizer)
+    ends = model.generation_config.eos_token_id if model.generation_config else None
+    if _as_set(ends) not in (set(), {tokenizer.eos_token_id}):
+        raise UserError(
+            f"generation_config.json: eos_token_id says {ends}, but answers are taught to end with "
+            f"the tokenizer's {tokenizer.eos_token_id} (<eop>); set it to that in the model's "
+            "folder, or remove the file"
+        )
+
+
+def check_ids(config: PreTrainedConfig, tokenizer: ChatGLMTokenizer) -> None:
+    """Make sure that a config.json and a tokenizer name the same ids.
 
     Raises:
         UserError: they are of different revisions, or disagree on a special id.
     """
     for name in ("bos_token_id", "eos_token_id", "gmask_token_id", "mask_token_id", "pad_token_id"):
         of_model, of_tokenizer = getattr(config, name), getattr(tokenizer, name)
-        if of_model != of_tokenizer:
+        if _as_set(of_model) != {of_tokenizer}:
             raise UserError(
                 f"{name}: the model says {of_model}, the tokenizer {of_tokenizer}; they are of "
                 "different revisions of ChatGLM-6B, take both from the same download"
@@ -261,3 +280,7 @@ def check_pair(config: PreTrainedConfig, tokenizer: ChatGLMTokenizer) -> None:
             f"vocab_size: the tokenizer has {tokenizer.vocab_size} ids, the model only "
             f"{config.vocab_size} rows; take both from the same download"
         )
+
+
+def _as_set(ids: int | list[int] | None) -> set[int]:
+    return set(ids) if isinstance(ids, list) else set() if ids is None else {ids}

@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from glmtune.adapters import restore_adapter, save_adapter
+from glmtune.adapters import restore_adapter, save_adapter, verify_saved
 from glmtune.data.files import new_file, new_folder
 from glmtune.drafts import remove_folder, write_errors
 from glmtune.errors import UserError
@@ -61,7 +61,8 @@ def save_checkpoint(
         base_name: what the adapter calls its base.
 
     Raises:
-        UserError: the folder cannot be written, is no longer there, or has too little room.
+        UserError: the folder cannot be written, is no longer there, or has too little room, or what
+            was written is not what was trained.
     """
     folder = output_dir / f"checkpoint-{state.global_step}"
     if state.last_good and state.last_good.resolve() == folder.resolve():
@@ -77,6 +78,7 @@ def save_checkpoint(
         check_room(folder, needed, "the checkpoint takes", "free some space there")
         with new_folder(str(folder)) as draft:
             save_adapter(state.model, draft, base_name)
+            verify_saved(state.model, draft)
             _save(state.optimizer.state_dict(), draft / "optimizer.pt")
             _save(state.scheduler.state_dict(), draft / "scheduler.pt")
             if state.scaler is not None:

@@ -104,12 +104,17 @@ class CutShort(Exception):
 
 
 @contextmanager
-def undone_when_cut_short(state: TrainingState) -> Iterator[None]:
+def undone_when_cut_short(state: TrainingState, accelerator: Accelerator) -> Iterator[None]:
     """Take back what passes moved when they do not come to their end.
+
+    Not where other processes wait for that end.
 
     Raises:
         CutShort: as the block raises it, or instead of torch.OutOfMemoryError.
     """
+    if accelerator.num_processes > 1:
+        yield
+        return
     before = own_state(state)
     try:
         yield

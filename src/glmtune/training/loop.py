@@ -7,7 +7,6 @@ tokens over the number of its label tokens, however the rows are dealt out to pa
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor, nn
 
-from glmtune.adapters import save_adapter
 from glmtune.adapters.formats import tell
 from glmtune.config import TrainConfig
 from glmtune.data.dataset import check_data_card, load_dataset
@@ -34,7 +32,6 @@ from glmtune.models.checkpoints import (
     resolve_base,
 )
 from glmtune.models.fingerprint import fingerprint
-from glmtune.runlog import PLOT_FILE, RunLog
 from glmtune.training import checkpoints, run_folder
 from glmtune.training.advice import check_fit, print_forecast
 from glmtune.training.check import prove
@@ -45,10 +42,13 @@ from glmtune.training.console import (
     print_summary,
     what_is_kept,
 )
+from glmtune.training.course import check_course
+from glmtune.training.crash import bundle_on_fault
 from glmtune.training.forecast import foresee_on
+from glmtune.training.held_out import evaluate_if_due, is_evaluation_due
 from glmtune.training.interrupt import CutShort, StopRequest, undone_when_cut_short
-from glmtune.training.manifest import STATE_FILE
 from glmtune.training.passes import Pass
+from glmtune.training.plan import pass_seed
 from glmtune.training.run import (
     Run,
     adapt,
@@ -58,6 +58,7 @@ from glmtune.training.run import (
     layout_as_run,
     start_accelerator,
 )
+from glmtune.training.saving import open_log, save
 from glmtune.training.state import TrainingState
 from glmtune.training.together import on_main
 
@@ -73,10 +74,18 @@ class TrainResult:
     """Stopped by Ctrl+C or SIGTERM before it was done; `checkpoint-N` of that step goes on."""
 
 
-def train(config: TrainConfig) -> TrainResult:
+AtEnd = Callable[[PeftModel, Any, TokenRows, np.ndarray], object]
+"""Takes the trained model, its tokenizer, the rows, and which of them were held out."""
+
+
+def train(config: TrainConfig, at_end: AtEnd | None = None) -> TrainResult:
     """Train a LoRA adapter on tokenised rows, as the settings say, into a run folder.
 
     Nothing is written before all that can be checked beforehand has been.
+
+    Args:
+        config: the settings.
+        at_end: is called by the first process when all steps are done and saved.
 
     Raises:
         UserError: run folder, data, base model or checkpoint do not fit the settings, the device's
@@ -92,6 +101,8 @@ def train(config: TrainConfig) -> TrainResult:
         tokenizer = load_tokenizer(base)
         dataset, card = load_dataset(config.dataset_path)
         check_data_card(card, tokenizer, config.dataset_path)
+        if (lost := card.describe_loss()) and accelerator.is_main_process:
+            print(f"note: {config.dataset_path}: {lost}")
         rows = TokenRows.from_dataset(dataset)
 
         foresee = foresee_on(accelerator, load_config(base), dtype, rows)
@@ -107,7 +118,7 @@ def train(config: TrainConfig) -> TrainResult:
             bits=config.bits,
             quantize_head=config.quantize_head,
         )
-        check_pair(model.config, tokenizer)
+        check_pair(model, tokenizer)
         rows.check(model.config, config.dataset_path)
         sources = {
             "base weights": fingerprint(model)[:16],
@@ -135,9 +146,13 @@ def train(config: TrainConfig) -> TrainResult:
 
         on_main(accelerator, claim)
         try:
-            return fit(run, peft_model, stop, resume)
+            result = fit(run, peft_model, stop, resume)
         except torch.OutOfMemoryError as error:
             raise UserError(f"{memory_advice(run)}; checkpoints are as they were") from error
+    is_done = result.global_step >= run.max_steps and not result.interrupted
+    if at_end is not None and accelerator.is_main_process and is_done:
+        at_end(peft_model, tokenizer, rows, run.eval_rows)
+    return result
 
 
 def fit(run: Run, model: PeftModel, stop: StopRequest, resume: Path | None = None) -> TrainResult:
@@ -165,7 +180,7 @@ def fit(run: Run, model: PeftModel, stop: StopRequest, resume: Path | None = Non
         print_banner(run, state)
     prove(run, state, step_pass)
 
-    with open_log(run, state, history) as log:
+    with bundle_on_fault(run, state), open_log(run, state, history) as log:
         stop.begin()
         pace, since_start = Pace(state), Pace(state)
         try:
@@ -189,6 +204,7 @@ def fit(run: Run, model: PeftModel, stop: StopRequest, resume: Path | None = Non
                         "memory_gib": memory_gib(accelerator.device),
                     }
                     log.log(step, record)
+                    check_course(run, state, log)
                     pace = Pace(state)
                 if evaluate_if_due(run, state, step_pass, log, stop):
                     pace = Pace(state)
@@ -226,20 +242,26 @@ def train_step(
         CutShort: by a wish to stop between two passes, or by memory that is too small; nothing has
             moved. One of several processes, for which the others would wait, goes through with the
             step, and ends with torch.OutOfMemoryError.
+        NotFiniteError: the step, or one shortly before it, was not made; see `watch`.
     """
     config, accelerator = run.config, run.accelerator
     parts = run.plan.parts(state.global_step, accelerator.num_processes)
     row_ids = np.concatenate(parts)
     num_labels = int(run.rows.num_labels_R[row_ids].sum())
-    with guard(run, state):
+    largest_weight = state.watch.begin(state.global_step)
+    loss = torch.zeros_like(state.loss_sum)
+    with undone_when_cut_short(state, accelerator):
         for number, part in enumerate(parts):
             if number and accelerator.num_processes == 1 and wants_stop():
                 raise CutShort
             if number % accelerator.num_processes == accelerator.process_index and len(part):
                 seed = pass_seed(config.seed, state.global_step, number)
-                state.loss_sum += step_pass.run(part, num_labels, seed)
-    sum_gradients(state.weights, accelerator)
+                loss += step_pass.run(part, num_labels, seed)
+    state.loss_sum += loss
+    sums = sum_gradients(state.weights, torch.stack([loss, largest_weight]), accelerator)
+    state.watch.see_loss(*sums)
     grad_norm = accelerator.clip_grad_norm_(state.weights, config.max_grad_norm or math.inf)
+    state.watch.see_gradient(grad_norm)
     state.optimizer.step()
     if not accelerator.optimizer_step_was_skipped:  # float16: the scale was too large this time
         state.scheduler.step()
@@ -250,142 +272,32 @@ def train_step(
     return grad_norm
 
 
-def pass_seed(seed: int, step: int, number: int) -> int:
-    """What a pass draws its dropout from: the same in every run of these three numbers."""
-    return int(np.random.SeedSequence([seed, step, number]).generate_state(1)[0])
+def sum_gradients(weights: list[nn.Parameter], numbers: Tensor, accelerator: Accelerator) -> Tensor:
+    """Give every process the sum of all processes' gradients, as a loss over all rows asks for.
 
-
-def sum_gradients(weights: list[nn.Parameter], accelerator: Accelerator) -> None:
-    """Give every process the sum of all processes' gradients, as a loss over all rows asks for."""
+    Returns:
+        The sums of some more numbers, which go along.
+    """
     if accelerator.num_processes == 1:
-        return
+        return numbers
     grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
-    flat = accelerator.reduce(torch.cat([grad.flatten() for grad in grads]), reduction="sum")
-    for weight, grad in zip(weights, flat.split([w.numel() for w in weights]), strict=True):
+    parts = [*(grad.flatten() for grad in grads), numbers]
+    flat = accelerator.reduce(torch.cat(parts), reduction="sum")
+    *summed, numbers = flat.split([part.numel() for part in parts])
+    for weight, grad in zip(weights, summed, strict=True):
         weight.grad = grad.view_as(weight)
+    return numbers
 
 
 def take_loss(run: Run, state: TrainingState) -> float:
     """The mean loss of the steps since it was last taken, over all processes.
 
     Raises:
-        UserError: it is not finite.
+        NotFiniteError: one of these steps was not made.
     """
+    state.watch.settle()
     total = run.accelerator.reduce(state.loss_sum, reduction="sum").item()
     loss = total / state.num_loss_steps
-    if not math.isfinite(loss):
-        raise _diverged(run, state, f"the loss is {loss}")
     state.loss_sum.zero_()
     state.num_loss_steps = 0
     return loss
-
-
-def is_evaluation_due(run: Run, state: TrainingState, log: RunLog) -> bool:
-    """Whether the rows held out are to be looked at after this step, and have not been yet."""
-    step = state.global_step
-    falls_due = step > 0 and (step % run.eval_steps == 0 or step == run.max_steps)
-    is_done = any("eval_loss" in r and r["step"] == step for r in reversed(log.history))
-    return bool(len(run.eval_rows)) and falls_due and not is_done
-
-
-def evaluate_if_due(
-    run: Run, state: TrainingState, step_pass: Pass, log: RunLog, stop: StopRequest
-) -> bool:
-    """Evaluate after a step that asks for it, and say whether this was one.
-
-    Raises:
-        CutShort: see `evaluate`; or memory is too small for it.
-    """
-    if not is_evaluation_due(run, state, log):
-        return False
-    with guard(run, state):
-        eval_loss = evaluate(run, step_pass, stop.is_wanted)
-    epoch = run.plan.epoch(state.global_step)
-    log.log(state.global_step, {"eval_loss": eval_loss, "epoch": epoch})
-    return True
-
-
-def evaluate(run: Run, step_pass: Pass, wants_stop: Callable[[], bool]) -> float:
-    """Mean loss per label token over the held-out rows, which the processes share.
-
-    Raises:
-        CutShort: a process wished to stop before the end; then all raise it.
-    """
-    accelerator = run.accelerator
-    total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    is_cut = False
-    for part in run.eval_parts()[accelerator.process_index :: accelerator.num_processes]:
-        if is_cut := wants_stop():
-            break
-        total += step_pass.loss(part)
-    num_labels = run.rows.num_labels_R[run.eval_rows].sum()
-    sums = torch.stack((total, torch.full_like(total, float(is_cut))))
-    loss_sum, num_cut = accelerator.reduce(sums, reduction="sum").tolist()
-    if num_cut:
-        raise CutShort
-    return loss_sum / int(num_labels)
-
-
-def guard(run: Run, state: TrainingState) -> AbstractContextManager[None]:
-    """What is cut short in this block leaves no trace, unless other processes wait for its end."""
-    is_alone = run.accelerator.num_processes == 1
-    return undone_when_cut_short(state) if is_alone else nullcontext()
-
-
-def save(run: Run, state: TrainingState, log: RunLog) -> None:
-    """Write a checkpoint, and at the root of the run folder its adapter, state and curve.
-
-    Raises:
-        UserError: the weights are not finite (nothing is written), or the folder cannot be; the
-            message names the newest good checkpoint.
-    """
-    config, accelerator, output_dir = run.config, run.accelerator, Path(run.config.output_dir)
-    if not all(bool(weight.isfinite().all()) for weight in state.weights):
-        raise _diverged(run, state, "the weights are no longer finite")
-    trainer_state = checkpoints.describe(
-        state,
-        log.history,
-        run.identity,
-        epoch=run.plan.epoch(state.global_step),
-        max_steps=run.max_steps,
-        num_train_epochs=math.ceil(run.plan.epoch(run.max_steps)),
-        train_batch_size=config.per_device_train_batch_size,
-        logging_steps=config.logging_steps,
-        eval_steps=run.eval_steps,
-        save_steps=config.save_steps,
-    )
-
-    def write_the_rest() -> None:
-        checkpoints.rotate_checkpoints(output_dir, config.save_total_limit, state.global_step)
-        save_adapter(state.model, output_dir, run.base_name)
-        checkpoints.write_json(trainer_state, output_dir / STATE_FILE)
-        log.plot_loss(output_dir / PLOT_FILE)
-
-    try:
-        checkpoints.save_checkpoint(
-            output_dir, state, trainer_state, run.identity, accelerator, run.base_name
-        )
-        on_main(accelerator, write_the_rest)
-    except UserError as error:
-        raise UserError(f"{error}; {what_is_kept(run, state)}") from error
-
-
-def open_log(run: Run, state: TrainingState, history: list[dict[str, Any]]) -> RunLog:
-    """The run's log, going on after the records of earlier steps."""
-    config = run.config
-    return RunLog(
-        config.output_dir,
-        run.max_steps,
-        report_to=config.report_to,
-        disable_tqdm=config.disable_tqdm,
-        first_step=state.global_step,
-        history=history,
-        enabled=run.accelerator.is_main_process,
-    )
-
-
-def _diverged(run: Run, state: TrainingState, what: str) -> UserError:
-    return UserError(
-        f"step {state.global_step}: {what}; lower learning_rate ({run.config.learning_rate}) or "
-        "lengthen warmup_steps, and leave fp16 out; earlier checkpoints are as they were"
-    )

@@ -28,6 +28,7 @@ from glmtune.training.layout import Layout, count_steps, make_plan
 from glmtune.training.passes import CapturedPass, PackedPass, PaddedPass, Pass
 from glmtune.training.plan import PackPlan, Plan, split_rows
 from glmtune.training.state import TrainingState
+from glmtune.training.watch import Watch
 
 # Settings that change a run's numbers as they stand; `Run.identity` adds those that depend on more.
 _NUMERIC_SETTINGS = (
@@ -227,8 +228,9 @@ def build_pass(run: Run, model: PeftModel, weights: list[nn.Parameter]) -> Pass:
 def build_state(run: Run, model: PeftModel) -> TrainingState:
     """Optimiser and schedule for the adapter's weights, all of it handed to Accelerate."""
     config, accelerator = run.config, run.accelerator
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = AdamW(
-        [weight for weight in model.parameters() if weight.requires_grad],
+        weights,
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
@@ -241,11 +243,12 @@ def build_state(run: Run, model: PeftModel) -> TrainingState:
         num_warmup_steps=run.warmup_steps,
         num_training_steps=run.max_steps,
     )
-    optimizer = accelerator.prepare(optimizer)
+    scaler, device = accelerator.scaler, accelerator.device
     return TrainingState(
         model,
-        optimizer,
+        accelerator.prepare(optimizer),
         scheduler,
-        scaler=accelerator.scaler,
-        loss_sum=torch.zeros((), device=accelerator.device),
+        scaler=scaler,
+        loss_sum=torch.zeros((), device=device),
+        watch=Watch(weights, optimizer, scaler, device, accelerator.num_processes),
     )

@@ -122,7 +122,8 @@ def _find_run(output_dir: Path) -> list[Path]:
     checkpoints = [output_dir / f"checkpoint-{step}" for step in sorted(saved_steps(output_dir))]
     files = [output_dir / name for name in _RUN_FILES]
     events = output_dir.glob(f"{TENSORBOARD_FOLDER}/events.out.tfevents.*")
-    return [entry for entry in (*checkpoints, *files, *events) if entry.exists()]
+    crashes = sorted(output_dir.glob("crash-*"))
+    return [entry for entry in (*checkpoints, *files, *events, *crashes) if entry.exists()]
 
 
 def find_checkpoint(path: Path) -> tuple[Path, list[str]]:

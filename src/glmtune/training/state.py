@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from glmtune.training.watch import RandomState, Watch
 
 
 @dataclass
@@ -22,6 +23,8 @@ class TrainingState:
     scheduler: LambdaLR
     loss_sum: Tensor
     """This process's share of the losses since the last record, summed over steps."""
+    watch: Watch
+    """Looks at each step before it is made."""
     scaler: Any = None
     """The gradient scaler of float16, or None."""
     global_step: int = 0
@@ -44,11 +47,8 @@ def own_state(state: TrainingState) -> dict[str, Any]:
     Dropout draws from torch's generators; nothing that trains uses those of Python or numpy.
     Nothing here waits for the device.
     """
-    device = state.loss_sum.device
-    on_gpu = device.type == "cuda"
     return {
-        "cpu": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if on_gpu else None,
+        **RandomState.of(state.loss_sum.device)._asdict(),
         "loss_sum": state.loss_sum.clone(),
         "num_loss_steps": state.num_loss_steps,
     }
@@ -56,9 +56,6 @@ def own_state(state: TrainingState) -> dict[str, Any]:
 
 def restore_own_state(own: Mapping[str, Any], state: TrainingState) -> None:
     """Put back what `own_state` gave."""
-    device = state.loss_sum.device
-    torch.set_rng_state(own["cpu"])
-    if own["cuda"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(own["cuda"], device)
+    RandomState(own["cpu"], own["cuda"]).restore(state.loss_sum.device)
     state.loss_sum.copy_(own["loss_sum"])
     state.num_loss_steps = own["num_loss_steps"]
