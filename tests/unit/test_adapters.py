@@ -244,10 +244,10 @@ class Trap:
 def test_a_pickle_with_code_is_refused_and_not_run(fused, tmp_path):
     trap = Trap(tmp_path / "sprung")
     (fused / BIN).write_bytes(pickle.dumps({f"{STEM}.lora_A.weight": trap}, 2))
-    with fails(rf"{BIN}: cannot be read as plain tensors"):
+    with fails(rf"{BIN}: has code in it \(posix\.mkdir\)"):
         read_adapter(fused)
     torch.save({f"{STEM}.lora_A.weight": trap}, fused / BIN)
-    with fails(rf"{BIN}: cannot be read as plain tensors"):
+    with fails(rf"{BIN}: has code in it \(posix\.mkdir\)"):
         read_adapter(fused)
     assert not (tmp_path / "sprung").exists()
 
@@ -355,7 +355,7 @@ def test_an_adapter_that_does_not_fit_is_refused_and_leaves_the_base_free(
 
 def test_a_rank_that_the_config_does_not_have_is_refused(base, today):
     edit_config(today, r=4)
-    with fails(r"shape \[2, 64\], but \[4, 64\] is wanted"):
+    with fails(r"lora_A has 2 rows.*says rank \[4\]"):
         load_adapter(base, today)
 
 

@@ -186,7 +186,9 @@ def _wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
             # PEFT reads an attribute that transformers renamed, and is told so on every call.
             warnings.simplefilter("ignore", FutureWarning)
             return get_peft_model(model, config)
-    except ValueError as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # PEFT refuses settings in many kinds
         raise UserError(f"the adapter cannot be put on this model: {error}") from error
 
 

@@ -5,7 +5,7 @@
 command line and prints its help, `reading` turns recipe and flags into a checked config.
 """
 
-from glmtune.config.reading import change_setting, read_config, write_recipe
+from glmtune.config.reading import change_setting, read_config, shared_setting, write_recipe
 from glmtune.config.settings import (
     SETTINGS,
     BenchDecodeConfig,
@@ -40,5 +40,6 @@ __all__ = [
     "ValidateConfig",
     "change_setting",
     "read_config",
+    "shared_setting",
     "write_recipe",
 ]

@@ -28,8 +28,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from glmtune.adapters import restore_adapter, save_adapter
 from glmtune.adapters.formats import CONFIG_FILE, WEIGHTS_FILE
 from glmtune.config import TrainConfig
-from glmtune.data.files import new_file, new_folder
+from glmtune.data.files import new_file, new_folder, read_json_object
 from glmtune.errors import UserError
+from glmtune.models.torch_files import read_torch_file
 from glmtune.runlog import METRICS_FILE, PLOT_FILE, TENSORBOARD_FOLDER
 
 STATE_FILE = "trainer_state.json"
@@ -148,28 +149,47 @@ def load_checkpoint(
     trainer_state = read_trainer_state(folder)
     _check_identity(folder, trainer_state, identity)
     restore_adapter(state.model, folder)
-    state.optimizer.load_state_dict(_load(folder / "optimizer.pt"))
-    state.scheduler.load_state_dict(_load(folder / "scheduler.pt"))
+    _restore(state.optimizer, folder / "optimizer.pt")
+    _check_moments(state.optimizer, folder / "optimizer.pt")
+    _restore(state.scheduler, folder / "scheduler.pt")
     if state.scaler is not None and (folder / _SCALER_FILE).is_file():
-        state.scaler.load_state_dict(_load(folder / _SCALER_FILE))
+        _restore(state.scaler, folder / _SCALER_FILE)
     state.global_step = trainer_state["global_step"]
     state.num_tokens = trainer_state["num_input_tokens_seen"]
     rank = accelerator.process_index
     file = folder / f"rng_state_{rank}.pth"
     if file.is_file():
-        _restore_own_state(_load(file), state)
+        try:
+            _restore_own_state(read_torch_file(file), state)
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise _foreign_state(file, error) from error
     else:
         print(f"note: {file} is not there: process {rank} draws its dropout anew", file=sys.stderr)
     return trainer_state["log_history"]
 
 
-def _load(path: Path) -> Any:
+def _restore(target: Any, path: Path) -> None:
+    """Hand a file's content to the optimiser, schedule or scaler that it should be the state of."""
+    content = read_torch_file(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damage shows in many kinds of exception
-        raise UserError(
-            f"{path}: cannot be read ({str(error).splitlines()[0]}); resume from another checkpoint"
-        ) from error
+        target.load_state_dict(content)
+    except Exception as error:  # each kind of state complains in its own way, or not at all
+        raise _foreign_state(path, error) from error
+
+
+def _check_moments(optimizer: Optimizer, path: Path) -> None:
+    """Make sure that each weight's moments have its shape, which torch notices only in a step."""
+    for weight in optimizer.param_groups[0]["params"]:
+        moments = optimizer.state.get(weight, {})
+        for name in ("exp_avg", "exp_avg_sq") if moments else ():
+            if getattr(moments.get(name), "shape", None) != weight.shape:
+                raise _foreign_state(path, f"{name} has not its weight's shape")
+
+
+def _foreign_state(path: Path, why: object) -> UserError:
+    return UserError(
+        f"{path}: is not this run's state ({why!s:.200}); resume from another checkpoint"
+    )
 
 
 def describe(
@@ -202,7 +222,7 @@ def write_json(content: Mapping[str, Any], path: Path) -> None:
 
 def read_trainer_state(folder: Path) -> dict[str, Any]:
     """The content of a checkpoint's `trainer_state.json`."""
-    return json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    return read_json_object(folder / STATE_FILE)
 
 
 def _check_identity(
