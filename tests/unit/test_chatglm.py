@@ -287,7 +287,7 @@ def test_a_missing_shard_and_an_index_that_points_elsewhere(model, tmp_path):
     stolen = dict.fromkeys(weight_map, "../secret.bin")
     index = json.dumps({"weight_map": stolen})
     (tmp_path / "pytorch_model.bin.index.json").write_text(index)
-    with pytest.raises(UserError, match="no .bin file inside the folder"):
+    with pytest.raises(UserError, match=r"no \.bin file inside the folder"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 

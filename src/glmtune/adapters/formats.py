@@ -256,8 +256,9 @@ def _canonical_keys(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]
     """Today's keys: with PEFT's prefix, without an adapter's name; float32 values."""
     weights: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise UserError(f"{path}: {key} holds {tensor.dtype}, no floats; pass another adapter")
+        if not tensor.is_floating_point() or not tensor.ndim:
+            what = f"{list(tensor.shape)} of {tensor.dtype}"
+            raise UserError(f"{path}: {key} is {what}, no weights; pass another adapter")
         name = key.removeprefix("module.").removeprefix(_KEY_PREFIX)
         name = re.sub(r"\.(lora_[AB])\.[^.]+\.weight$", r".\1.weight", _KEY_PREFIX + name)
         if name in weights:

@@ -43,6 +43,8 @@ def read_settings(folder: Path) -> tuple[dict | None, list[str]]:
         value = settings.get(key)
         if not isinstance(value, kinds) or not 0 < value < math.inf:
             raise UserError(f"{path}: {key} is {value!r}, not above 0; correct it")
+    if not isinstance(name := settings.get("base_model_name_or_path") or "", str):
+        raise UserError(f"{path}: base_model_name_or_path is {name!r}, no name; correct it")
     _refuse_code(settings, path)
     unknown = sorted(key for key in settings.keys() - _KNOWN_SETTINGS if settings[key])
     if unknown:
@@ -64,7 +66,8 @@ def _refuse_code(settings: dict, path: Path) -> None:
     patterns = []
     for key in ("rank_pattern", "alpha_pattern", "exclude_modules", "layers_pattern"):
         value = settings.get(key) or ()
-        patterns += [(key, item) for item in ([value] if isinstance(value, str) else value)]
+        listed = value if isinstance(value, list | tuple | dict) else [value]
+        patterns += [(key, item) for item in listed]
     for key, pattern in patterns:
         if not isinstance(pattern, str) or not re.fullmatch(r"\^?(\w|\\?\.)+\$?", pattern):
             raise UserError(

@@ -7,6 +7,7 @@ file holds plain data and is read with weights_only.
 """
 
 import json
+import math
 import re
 import shutil
 import sys
@@ -147,6 +148,7 @@ def load_checkpoint(
         UserError: it belongs to another recipe, or a file is damaged.
     """
     trainer_state = read_trainer_state(folder)
+    _check_trainer_state(trainer_state, folder / STATE_FILE)
     _check_identity(folder, trainer_state, identity)
     restore_adapter(state.model, folder)
     _restore(state.optimizer, folder / "optimizer.pt")
@@ -170,20 +172,40 @@ def load_checkpoint(
 
 def _restore(target: Any, path: Path) -> None:
     """Hand a file's content to the optimiser, schedule or scaler that it should be the state of."""
-    content = read_torch_file(path)
+    fresh, content = target.state_dict(), read_torch_file(path)
     try:
         target.load_state_dict(content)
-    except Exception as error:  # each kind of state complains in its own way, or not at all
+        if not _is_alike(fresh, target.state_dict()):
+            raise ValueError("its values are of other kinds")
+    except Exception as error:  # each kind of state complains in its own way
         raise _foreign_state(path, error) from error
+
+
+def _is_alike(ours: Any, theirs: Any) -> bool:
+    """Whether nested values have the keys of ours, and values of the same kinds."""
+    if isinstance(ours, dict):
+        return isinstance(theirs, dict) and all(
+            key in theirs and _is_alike(value, theirs[key]) for key, value in ours.items()
+        )
+    if isinstance(ours, list | tuple):
+        pairs = zip(ours, theirs, strict=True) if type(ours) is type(theirs) else [(0, None)]
+        return all(_is_alike(*pair) for pair in pairs)
+    if isinstance(ours, int | float) and not isinstance(ours, bool):
+        return isinstance(theirs, int | float) and math.isfinite(theirs)
+    return type(ours) is type(theirs)
 
 
 def _check_moments(optimizer: Optimizer, path: Path) -> None:
     """Make sure that each weight's moments have its shape, which torch notices only in a step."""
     for weight in optimizer.param_groups[0]["params"]:
         moments = optimizer.state.get(weight, {})
-        for name in ("exp_avg", "exp_avg_sq") if moments else ():
-            if getattr(moments.get(name), "shape", None) != weight.shape:
-                raise _foreign_state(path, f"{name} has not its weight's shape")
+        shapes = {"step": torch.Size([]), "exp_avg": weight.shape, "exp_avg_sq": weight.shape}
+        for name, shape in shapes.items() if moments else ():
+            found = moments.get(name)
+            if not (
+                isinstance(found, Tensor) and found.shape == shape and found.dtype.is_floating_point
+            ):
+                raise _foreign_state(path, f"{name} of a weight of shape {list(weight.shape)}")
 
 
 def _foreign_state(path: Path, why: object) -> UserError:
@@ -221,8 +243,25 @@ def write_json(content: Mapping[str, Any], path: Path) -> None:
 
 
 def read_trainer_state(folder: Path) -> dict[str, Any]:
-    """The content of a checkpoint's `trainer_state.json`."""
+    """The content of a checkpoint's `trainer_state.json`; UserError where it is no JSON."""
     return read_json_object(folder / STATE_FILE)
+
+
+def _check_trainer_state(content: Mapping[str, Any], path: Path) -> None:
+    place, name = _OURS
+    ours, history = content.get(place), content.get("log_history")
+    numbers = [content.get("global_step"), content.get("num_input_tokens_seen")]
+    records = history if isinstance(history, list) else [None]
+    if (
+        not all(type(number) is int and number >= 0 for number in numbers)
+        or not (isinstance(ours, dict) and isinstance(ours.get(name), dict))
+        or not all(
+            isinstance(record, dict) and type(record.get("step")) is int for record in records
+        )
+    ):
+        raise UserError(
+            f"{path}: is damaged, or of another program; resume from another checkpoint"
+        )
 
 
 def _check_identity(
