@@ -77,6 +77,13 @@ def convert_adapter(settings: config.ConvertAdapterConfig) -> None:
     convert_adapter(settings.old, settings.new)
 
 
+def doctor(settings: config.DoctorConfig) -> int:
+    """Look for what would stop a run, or explain an error message."""
+    from glmtune.doctor.run import doctor
+
+    return doctor(settings)
+
+
 def demo(settings: config.DemoConfig) -> None:
     """Teach the tiny model in the package to answer, and show it on a page."""
     from glmtune.demo.run import demo
@@ -112,7 +119,7 @@ def chat(settings: config.ChatConfig) -> None:
     chat(settings)
 
 
-VERBS: dict[str, Callable[[Any], None]] = {
+VERBS: dict[str, Callable[[Any], int | None]] = {
     "validate": validate,
     "convert": convert,
     "tokenize": tokenize,
@@ -121,6 +128,7 @@ VERBS: dict[str, Callable[[Any], None]] = {
     "compare": compare,
     "merge": merge,
     "adapters convert": convert_adapter,
+    "doctor": doctor,
     "demo": demo,
     "new-model": new_model,
     "bench train": bench_train,
@@ -133,7 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line, by default the process's own, and return its exit code.
 
     Returns:
-        0; 2 for a user's mistake, told in one line on stderr; 130 after Ctrl+C.
+        0; 1 where `doctor` found a problem; 2 for a user's mistake, told in one line on stderr; 130
+        after Ctrl+C.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that lacks a letter (a Chinese one in ASCII) must not stop a run.
@@ -144,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # as torch is loaded.
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
-        run(list(sys.argv[1:] if argv is None else argv))
+        code = run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -156,7 +165,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _reader_is_gone():
             raise
         return 141
-    return 0
+    except Exception as error:
+        _advise(error)
+        raise
+    return code
+
+
+def _advise(error: Exception) -> None:
+    """Say what mends an unexpected error that is one of the best-known, before its traceback."""
+    from glmtune.doctor.explain import explain, find_known
+
+    for known in find_known(f"{type(error).__name__}: {error}"):
+        print(explain(known), file=sys.stderr)
 
 
 def _reader_is_gone() -> bool:
@@ -169,18 +189,18 @@ def _reader_is_gone() -> bool:
     return False
 
 
-def run(arguments: list[str]) -> None:
-    """Find the verb, read its settings and do it.
+def run(arguments: list[str]) -> int:
+    """Find the verb, read its settings and do it; its exit code.
 
     Raises:
         UserError: an unknown verb, and whatever the settings or the verb itself refuse.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
         print(overview())
-        return
+        return 0
     if arguments[0] == "--version":
         print(f"glmtune {__version__}")
-        return
+        return 0
     # Only from here on: pydantic alone takes a tenth of a second.
     from glmtune.config import SETTINGS, read_config
     from glmtune.config.flags import split_arguments, verb_help
@@ -194,9 +214,9 @@ def run(arguments: list[str]) -> None:
     arguments = arguments[len(verb.split()) :]
     if "-h" in arguments or "--help" in arguments:
         print(verb_help(verb, summary(verb)))
-        return
+        return 0
     recipe, flags = split_arguments(verb, arguments)
-    VERBS[verb](read_config(SETTINGS[verb], verb, recipe, flags))
+    return VERBS[verb](read_config(SETTINGS[verb], verb, recipe, flags)) or 0
 
 
 def summary(verb: str) -> str:

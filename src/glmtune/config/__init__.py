@@ -5,7 +5,13 @@
 command line and prints its help, `reading` turns recipe and flags into a checked config.
 """
 
-from glmtune.config.reading import change_setting, read_config, shared_setting, write_recipe
+from glmtune.config.reading import (
+    change_setting,
+    read_config,
+    recipe_verbs,
+    shared_setting,
+    write_recipe,
+)
 from glmtune.config.settings import (
     SETTINGS,
     BenchDecodeConfig,
@@ -15,6 +21,7 @@ from glmtune.config.settings import (
     ConvertAdapterConfig,
     ConvertConfig,
     DemoConfig,
+    DoctorConfig,
     InferConfig,
     MergeConfig,
     NewModelConfig,
@@ -32,6 +39,7 @@ __all__ = [
     "ConvertAdapterConfig",
     "ConvertConfig",
     "DemoConfig",
+    "DoctorConfig",
     "InferConfig",
     "MergeConfig",
     "NewModelConfig",
@@ -40,6 +48,7 @@ __all__ = [
     "ValidateConfig",
     "change_setting",
     "read_config",
+    "recipe_verbs",
     "shared_setting",
     "write_recipe",
 ]

@@ -118,6 +118,20 @@ def recipe_settings(verb: str, path: str) -> dict[str, Given]:
     return with_todays_names(verb, for_verb) | with_todays_names(verb, sections.get(verb, {}))
 
 
+def recipe_verbs(path: str) -> list[str]:
+    """Return the verbs that a recipe has settings for, by its sections or by its names.
+
+    A recipe without sections is for the verb that knows most of its names.
+
+    Raises:
+        UserError: the file is no recipe.
+    """
+    shared, sections = _read_yaml(path)
+    if sections:
+        return list(sections)
+    return [max(SETTINGS, key=lambda verb: sum(knows(verb, name) for name in shared))]
+
+
 def shared_setting(path: str, name: str) -> str | None:
     """Return the text of one setting beside the sections of a recipe, None where there is none.
 

@@ -27,12 +27,16 @@ T = TypeVar("T")
 PUBLISHER = "https://huggingface.co"
 PUBLISHER_TIMEOUT_SECONDS = 10.0
 KNOWN_SHA256 = {
-    "ice_text.model": "5e974d9a69c242ce014c88c2b26089270f6198f3c0b700a887666cd3e816f17e",
+    "ice_text.model": {
+        "5e974d9a69c242ce014c88c2b26089270f6198f3c0b700a887666cd3e816f17e",  # since mid-2023
+        "99871e0c85db81ad7af1028854fd091cd5778c8414ae9d94bbbc10d02c831c21",  # March 2023
+    }
 }
-"""File of the publisher's ChatGLM-6B, as it is since mid-2023, to its sha256."""
+"""File of the publisher's ChatGLM-6B to the sha256 of each revision that there is."""
 _KNOWN_REPOSITORIES = re.compile(r"(zai-org|THUDM)/chatglm-6b(-int8|-int4|-int4-qe)?")
 _CHECKED_FILE = "glmtune-checked.json"
-_SHA1, _SHA256 = 40, 64  # hexadecimal digits
+_SHA256_DIGITS = 64
+_DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 def in_time(ask: Callable[[], T], seconds: float) -> T | None:
@@ -84,27 +88,25 @@ def check_download(hub_id: str, snapshot: Path) -> None:
     print(f"checking {len(unchecked)} files of {hub_id} ({gigabytes:.1f} GB)", file=sys.stderr)
     published = _ask_publisher(hub_id, snapshot.name)
     for path in unchecked:
-        wanted = [path.resolve().name, published.get(path.name)]
-        if _KNOWN_REPOSITORIES.fullmatch(hub_id):
-            wanted.append(KNOWN_SHA256.get(path.name))
-        _check_file(path, [digest for digest in wanted if digest])
+        # Without links, as on Windows, a file of the cache is not named by its hash.
+        stated = {path.resolve().name, published.get(path.name, "")}
+        for digest in filter(_DIGEST.fullmatch, stated):
+            _check_file(path, {digest})
+        if path.name in KNOWN_SHA256 and _KNOWN_REPOSITORIES.fullmatch(hub_id):
+            _check_file(path, KNOWN_SHA256[path.name])
     with suppress(OSError):  # a cache that others own is checked again the next time
         record.write_text(json.dumps(checked | states), encoding="utf-8")
 
 
-def _check_file(path: Path, wanted: list[str]) -> None:
-    digests: dict[int, str] = {}
-    for digest in wanted:
-        if not re.fullmatch(r"[0-9a-f]+", digest) or len(digest) not in (_SHA1, _SHA256):
-            continue  # without links, as on Windows, the file has no hash for a name
-        if len(digest) not in digests:
-            digests[len(digest)] = _sha256(path) if len(digest) == _SHA256 else _git_sha1(path)
-        if (found := digests[len(digest)]) != digest:
-            raise UserError(
-                f"{path}: is not the published file (hash {found[:12]}..., published "
-                f"{digest[:12]}...): damaged on its way, or changed by a mirror; delete "
-                f"{path.resolve()} and download it again, from {PUBLISHER} if you can"
-            )
+def _check_file(path: Path, allowed: set[str]) -> None:
+    digest = next(iter(allowed))
+    found = _sha256(path) if len(digest) == _SHA256_DIGITS else _git_sha1(path)
+    if found not in allowed:
+        raise UserError(
+            f"{path}: is not the published file (hash {found[:12]}..., published "
+            f"{digest[:12]}...): damaged on its way, or changed by a mirror; delete "
+            f"{path.resolve()} and download it again, from {PUBLISHER} if you can"
+        )
 
 
 def _ask_publisher(hub_id: str, commit: str) -> dict[str, str]:

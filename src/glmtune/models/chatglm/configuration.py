@@ -21,6 +21,13 @@ _MAX_SIZE = 2**24
 _LATER_FAMILY_KEYS = ("padded_vocab_size", "multi_query_attention", "kv_channels")
 
 
+def _no_value(name: str, value: object) -> UserError:
+    return UserError(
+        f"config.json: {name} is {value!r:.99}, which no model has; take config.json from the "
+        "published folder"
+    )
+
+
 class ChatGLMConfig(PreTrainedConfig):
     """Shape and special ids of a ChatGLM-6B checkpoint, read from its published `config.json`.
 
@@ -79,13 +86,15 @@ class ChatGLMConfig(PreTrainedConfig):
                 f"config.json: quantization_bit {self.quantization_bit!r} is not known, only the 8 "
                 "and 4 of the published folders; pass one of those, or ChatGLM-6B in float16"
             )
+        stops = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        if not all(stop is None or type(stop) is int for stop in stops):
+            raise _no_value("eos_token_id", self.eos_token_id)
+        if not isinstance(self.layernorm_epsilon, float):
+            raise _no_value("layernorm_epsilon", self.layernorm_epsilon)
         for name in _SIZES:
             size = getattr(self, name)
-            if not isinstance(size, int) or isinstance(size, bool) or not 0 < size <= _MAX_SIZE:
-                raise UserError(
-                    f"config.json: {name} is {size!r}, no size of a model; take config.json from "
-                    "the published folder"
-                )
+            if type(size) is not int or not 0 < size <= _MAX_SIZE:
+                raise _no_value(name, size)
         if not self.position_encoding_2d:
             raise UserError(
                 "config.json: position_encoding_2d false is GLM-10B's layout, not ChatGLM-6B's; "
@@ -96,11 +105,8 @@ class ChatGLMConfig(PreTrainedConfig):
                 f"config.json: hidden_size {self.hidden_size} cannot be cut into "
                 f"{self.num_attention_heads} heads (num_attention_heads) of a multiple of 4"
             )
-        if not isinstance(self.bos_token_id, int):
-            raise UserError(
-                f"config.json: bos_token_id is {self.bos_token_id!r}, not the id of <sop>; take "
-                "config.json from the published folder"
-            )
+        if type(self.bos_token_id) is not int:
+            raise _no_value("bos_token_id", self.bos_token_id)
         if self.mask_token_id is None:
             self.mask_token_id = self.bos_token_id - 4
         if self.gmask_token_id is None:
