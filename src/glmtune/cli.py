@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -141,7 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line, by default the process's own, and return its exit code.
 
     Returns:
-        0; 1 where `doctor` found a problem; 2 for a user's mistake, told in one line on stderr; 130
+        0; 1 where `doctor` found a problem, or for an error that is none of the user's but known,
+        which is told with what mends it; 2 for a user's mistake, told in one line on stderr; 130
         after Ctrl+C.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -166,17 +168,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return 141
     except Exception as error:
-        _advise(error)
-        raise
+        from glmtune.doctor.explain import explain, find_known
+
+        if not (known := find_known(f"{type(error).__name__}: {error}")):
+            raise
+        traceback.print_exc()
+        print("", *map(explain, known), sep="\n", file=sys.stderr)
+        return 1
     return code
-
-
-def _advise(error: Exception) -> None:
-    """Say what mends an unexpected error that is one of the best-known, before its traceback."""
-    from glmtune.doctor.explain import explain, find_known
-
-    for known in find_known(f"{type(error).__name__}: {error}"):
-        print(explain(known), file=sys.stderr)
 
 
 def _reader_is_gone() -> bool:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 import glmtune
+from glmtune import cli
 from glmtune.adapters import convert_adapter, load_adapter
 from glmtune.config import SETTINGS, read_config
 from glmtune.data.dataset import load_dataset
@@ -153,6 +154,28 @@ def test_code_in_any_file_of_torch(tmp_path, trap, content):
     refused(r"optimizer\.pt: has code in it \(posix\.mkdir\)", read_torch_file, path)
     torch.save(content(trap), path, _use_new_zipfile_serialization=False)
     refused(r"optimizer\.pt: has code in it \(posix\.mkdir\)", read_torch_file, path)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A run of two steps on glm-tiny, each of which left a checkpoint."""
+    folder = tmp_path_factory.mktemp("run")
+    row = json.dumps({"context": "Who is it?", "target": "Nobody."})
+    (folder / "x.jsonl").write_text(f"{row}\n" * 2)
+    tokenize = f"tokenize --jsonl_path {folder}/x.jsonl --save_path {folder}/rows"
+    train = f"train --dataset_path {folder}/rows --output_dir {folder}/out --max_steps 2"
+    for line in (tokenize, f"{train} --save_steps 1 --use_cpu --disable_tqdm"):
+        assert cli.main([*line.split(), "--chatglm_path", "glm-tiny"]) == 0
+    return folder / "out"
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state_0.pth"])
+def test_code_in_a_checkpoint(run_folder, tmp_path, trap, name, capsys):
+    folder = shutil.copytree(run_folder, tmp_path / "out")
+    torch.save({"state": trap}, folder / "checkpoint-2" / name)
+    flags = ["--output_dir", str(folder), "--resume_from_checkpoint", "true"]
+    cli.main(["train", str(folder / "recipe.yaml"), *flags])
+    assert f"checkpoint-2/{name}" in capsys.readouterr().err
 
 
 def test_a_compressed_archive(tmp_path):

@@ -1,7 +1,6 @@
 """Checks of the machine: Python, libraries, card, and what lies in the hub's cache."""
 
 import importlib
-import json
 import os
 import platform
 import shutil
@@ -15,6 +14,7 @@ from packaging.version import Version
 
 from glmtune.doctor.explain import find_known
 from glmtune.doctor.findings import OK, PROBLEM, WARNING, Told
+from glmtune.errors import UserError
 from glmtune.hardware import GIB, device_name, pick_device, pick_dtype
 
 OLDEST_PYTHON = (3, 11)
@@ -147,10 +147,10 @@ def check_card(use_cpu: bool, bf16: bool | None, fp16: bool) -> Iterator[Told]:
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
     build = f"torch {torch.__version__} with {cuda}"
     has_card = shutil.which("nvidia-smi") is not None or Path("/proc/driver/nvidia").exists()
-    use_cpu = use_cpu or not torch.cuda.is_available()
-    if not use_cpu:
+    sees_card = torch.cuda.is_available()
+    if sees_card and not use_cpu:
         yield from _check_gpu(build)
-    elif has_card and not torch.cuda.is_available():
+    elif has_card and not use_cpu:
         why = "this build has no CUDA"
         if torch.version.cuda:
             why = "the driver is too old for it, or CUDA_VISIBLE_DEVICES hides the card"
@@ -159,7 +159,7 @@ def check_card(use_cpu: bool, bf16: bool | None, fp16: bool) -> Iterator[Told]:
     else:
         name = device_name(torch.device("cpu"))
         yield WARNING, f"{build}, on the {name}: enough for glm-tiny; 6B needs a card"
-    dtype, caution = pick_dtype(pick_device(use_cpu), bf16, fp16)
+    dtype, caution = pick_dtype(pick_device(use_cpu or not sees_card), bf16, fp16)
     yield (WARNING, caution) if caution else (OK, f"computes in {str(dtype)[6:]}")
 
 
@@ -186,7 +186,7 @@ def check_hub_cache(hub_ids: tuple[str, ...]) -> Iterator[Told]:
     """Copies of ChatGLM-6B in the hub's cache that are not whole, and old remote code."""
     from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
 
-    from glmtune.models.weights import is_lfs_pointer
+    from glmtune.models.weights import is_lfs_pointer, weight_files
 
     modules = Path(os.environ.get("HF_MODULES_CACHE", Path(HF_HOME, "modules")))
     if code := list(modules.rglob("modeling_chatglm.py")):
@@ -206,23 +206,18 @@ def check_hub_cache(hub_ids: tuple[str, ...]) -> Iterator[Told]:
                 f"{path.name} is a Git-LFS pointer" for path in there
                 if path.is_file() and is_lfs_pointer(path)
             ]  # fmt: skip
-            faults += [f"{name} is missing" for name in _missing_shards(snapshot)]
+            try:
+                weight_files(snapshot)
+            except UserError as error:
+                faults.append(str(error))
         if faults:
             more = " ..." if faults[3:] else ""
             told = f"{folder}: {', '.join(faults[:3])}{more}"
-            yield PROBLEM, f"{told}; hf download {hub_id} completes it"
+            yield WARNING, f"{told}; hf download {hub_id} completes it"
         else:
             yield OK, f"{hub_id} lies whole in {HF_HUB_CACHE}"
     if not found:
         yield OK, f"no ChatGLM-6B in {HF_HUB_CACHE}"
-
-
-def _missing_shards(snapshot: Path) -> list[str]:
-    index = snapshot / "pytorch_model.bin.index.json"
-    if not index.is_file():
-        return []
-    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    return sorted({name for name in shards if not (snapshot / name).exists()})
 
 
 def check_hub() -> Iterator[Told]:
