@@ -138,9 +138,15 @@ def test_what_a_card_lacks(monkeypatch, card, status, words):
     assert re.search(words, told(environment.check_card(False, None, False), status))
 
 
-def test_a_kernel_of_the_same_generation_serves(monkeypatch):
-    with_card(monkeypatch, capability=(8, 9), free=79, archs=("sm_80", "sm_90"))
-    assert told(environment.check_card(False, None, False), PROBLEM) == ""
+@pytest.mark.parametrize(
+    "kernel, card, serves",
+    [
+        *[("sm_80", 89, True), ("sm_90a", 90, True), ("sm_80", 90, False), ("sm_89", 80, False)],
+        *[("compute_90", 120, True), ("compute_120", 90, False)],
+    ],
+)
+def test_kernels(kernel, card, serves):
+    assert environment._serves(kernel, card) == serves
 
 
 @pytest.mark.parametrize("cuda, words", [(None, "this build has no CUDA"), ("13.0", "the driver")])

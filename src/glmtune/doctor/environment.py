@@ -3,6 +3,7 @@
 import importlib
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -52,8 +53,8 @@ BAD_VERSIONS = (
         "zai-org/ChatGLM-6B#1505, zai-org/ChatGLM3#1324, zai-org/GLM-4#715",
     ),
     BadVersion(
-        "peft", "0", "0.21",
-        "up to 0.2 it wrote adapters with enable_lora, which no later one reads",
+        "peft", "0", "0.3",
+        "writes adapters with enable_lora, which no later one reads",
         "hiyouga/LlamaFactory#5348",
     ),
     BadVersion(
@@ -66,8 +67,8 @@ BAD_VERSIONS = (
 # What is imported on the way to a first step, and what PEFT and transformers import where it is
 # installed, whether it is needed or not.
 _NEEDED = ("numpy", "torch", "transformers", "peft", "accelerate", "datasets", "sentencepiece")
-_FREE_SHARE = 0.9  # of a card's memory, less of which says that another program is on it
 _IMPORTED_IF_THERE = ("bitsandbytes", "torchvision")
+_FREE_SHARE = 0.9  # of a card's memory, less of which says that another program is on it
 
 
 def installed(package: str) -> str | None:
@@ -105,7 +106,7 @@ def check_packages() -> Iterator[Told]:
         ]  # fmt: skip
         for entry in bad:
             harm = f"{package} {found} {entry.reason} ({entry.source})"
-            yield PROBLEM, f"{harm}: pip install '{package}>={entry.fixed}'"
+            yield PROBLEM, f"{harm}: pip install '{package}>={oldest or entry.fixed}'"
         if not bad and oldest and number < Version(oldest):
             yield PROBLEM, f"{package} {found} is too old: pip install '{package}>={oldest}'"
         elif newest and number.release[:2] > Version(newest).release:
@@ -170,8 +171,7 @@ def _check_gpu(build: str) -> Iterator[Told]:
     name = device_name(device)
     major, minor = torch.cuda.get_device_capability(device)
     kernels = torch.cuda.get_arch_list()
-    numbers = [int(kernel[3:]) for kernel in kernels if kernel[3:].isdigit()]
-    if numbers and not any(major * 10 <= number <= major * 10 + minor for number in numbers):
+    if kernels and not any(_serves(kernel, 10 * major + minor) for kernel in kernels):
         lack = f"{build} has no kernels for {name}, sm_{major}{minor} ({', '.join(kernels)})"
         yield PROBLEM, f"{lack}: install a build that has"
     free, total = (size / GIB for size in torch.cuda.mem_get_info(device))
@@ -180,6 +180,15 @@ def _check_gpu(build: str) -> Iterator[Told]:
         yield WARNING, f"{text}; only {free:.0f} GiB are free: nvidia-smi shows who has the rest"
     else:
         yield OK, text
+
+
+def _serves(kernel: str, card: int) -> bool:
+    """Whether a card runs what was built as sm_80 or compute_80, for example.
+
+    Machine code serves its own generation from that card on, an intermediate form all later ones.
+    """
+    number = int(re.sub(r"\D", "", kernel))
+    return number <= card and (kernel.startswith("compute") or number // 10 == card // 10)
 
 
 def check_hub_cache(hub_ids: tuple[str, ...]) -> Iterator[Told]:

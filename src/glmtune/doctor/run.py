@@ -103,8 +103,8 @@ def _examine_run(config: DoctorConfig) -> Iterator[Finding]:
     found: list[Path | str] = []
 
     def base_model() -> Iterator[Told]:
-        wanted = next((p for plan in plans.values() if (p := _base_of(plan))), None)
-        found.append(model.find_base(config.chatglm_path or wanted))
+        named = [getattr(plan, "chatglm_path", None) for plan in plans.values()]
+        found.append(model.find_base(config.chatglm_path or next(filter(None, named), None)))
         yield from model.check_base(found[0], device.use_cpu)
 
     yield from carry_out("base model", base_model)
@@ -120,7 +120,3 @@ def _examine_run(config: DoctorConfig) -> Iterator[Finding]:
         checks["run folder"] = partial(recipe.check_run_folder, train, base)
     for name, check in checks.items():
         yield from carry_out(name, check)
-
-
-def _base_of(plan: object) -> str | None:
-    return getattr(plan, "chatglm_path", None)

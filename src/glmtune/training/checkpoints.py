@@ -7,7 +7,6 @@ file holds plain data and is read with weights_only.
 """
 
 import json
-import math
 import re
 import shutil
 import sys
@@ -33,6 +32,7 @@ from glmtune.data.files import new_file, new_folder, read_json_object
 from glmtune.errors import UserError
 from glmtune.models.torch_files import read_torch_file
 from glmtune.runlog import METRICS_FILE, PLOT_FILE, TENSORBOARD_FOLDER
+from glmtune.training.restore import check_moments, foreign_state, restore
 
 STATE_FILE = "trainer_state.json"
 RECIPE_FILE = "recipe.yaml"
@@ -151,11 +151,11 @@ def load_checkpoint(
     _check_trainer_state(trainer_state, folder / STATE_FILE)
     _check_identity(folder, trainer_state, identity)
     restore_adapter(state.model, folder)
-    _restore(state.optimizer, folder / "optimizer.pt")
-    _check_moments(state.optimizer, folder / "optimizer.pt")
-    _restore(state.scheduler, folder / "scheduler.pt")
+    restore(state.optimizer, folder / "optimizer.pt")
+    check_moments(state.optimizer, folder / "optimizer.pt")
+    restore(state.scheduler, folder / "scheduler.pt")
     if state.scaler is not None and (folder / _SCALER_FILE).is_file():
-        _restore(state.scaler, folder / _SCALER_FILE)
+        restore(state.scaler, folder / _SCALER_FILE)
     state.global_step = trainer_state["global_step"]
     state.num_tokens = trainer_state["num_input_tokens_seen"]
     rank = accelerator.process_index
@@ -164,54 +164,10 @@ def load_checkpoint(
         try:
             _restore_own_state(read_torch_file(file), state)
         except (KeyError, TypeError, RuntimeError) as error:
-            raise _foreign_state(file, error) from error
+            raise foreign_state(file, error) from error
     else:
         print(f"note: {file} is not there: process {rank} draws its dropout anew", file=sys.stderr)
     return trainer_state["log_history"]
-
-
-def _restore(target: Any, path: Path) -> None:
-    """Hand a file's content to the optimiser, schedule or scaler that it should be the state of."""
-    fresh, content = target.state_dict(), read_torch_file(path)
-    try:
-        target.load_state_dict(content)
-        if not _is_alike(fresh, target.state_dict()):
-            raise ValueError("its values are of other kinds")
-    except Exception as error:  # each kind of state complains in its own way
-        raise _foreign_state(path, error) from error
-
-
-def _is_alike(ours: Any, theirs: Any) -> bool:
-    """Whether nested values have the keys of ours, and values of the same kinds."""
-    if isinstance(ours, dict):
-        return isinstance(theirs, dict) and all(
-            key in theirs and _is_alike(value, theirs[key]) for key, value in ours.items()
-        )
-    if isinstance(ours, list | tuple):
-        pairs = zip(ours, theirs, strict=True) if type(ours) is type(theirs) else [(0, None)]
-        return all(_is_alike(*pair) for pair in pairs)
-    if isinstance(ours, int | float) and not isinstance(ours, bool):
-        return isinstance(theirs, int | float) and math.isfinite(theirs)
-    return type(ours) is type(theirs)
-
-
-def _check_moments(optimizer: Optimizer, path: Path) -> None:
-    """Make sure that each weight's moments have its shape, which torch notices only in a step."""
-    for weight in optimizer.param_groups[0]["params"]:
-        moments = optimizer.state.get(weight, {})
-        shapes = {"step": torch.Size([]), "exp_avg": weight.shape, "exp_avg_sq": weight.shape}
-        for name, shape in shapes.items() if moments else ():
-            found = moments.get(name)
-            if not (
-                isinstance(found, Tensor) and found.shape == shape and found.dtype.is_floating_point
-            ):
-                raise _foreign_state(path, f"{name} of a weight of shape {list(weight.shape)}")
-
-
-def _foreign_state(path: Path, why: object) -> UserError:
-    return UserError(
-        f"{path}: is not this run's state ({why!s:.200}); resume from another checkpoint"
-    )
 
 
 def describe(
