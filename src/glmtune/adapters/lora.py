@@ -189,7 +189,7 @@ def _wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # PEFT refuses settings in many kinds
-        raise UserError(f"the adapter cannot be put on this model: {error}") from error
+        raise UserError(f"the adapter cannot be put on this model: {error!s:.300}") from error
 
 
 def _adapter_weights(peft_model: PeftModel) -> dict[str, torch.Tensor]:

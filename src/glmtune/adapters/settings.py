@@ -38,13 +38,15 @@ def read_settings(folder: Path) -> tuple[dict | None, list[str]]:
     settings = read_json_object(path)
     kind = settings.get("peft_type")
     if kind != "LORA":
-        raise UserError(f"{path}: peft_type is {kind!r}; only LoRA adapters (LORA) can be loaded")
+        raise UserError(
+            f"{path}: peft_type is {kind!r:.99}; only LoRA adapters (LORA) can be loaded"
+        )
     for key, kinds in (("r", int), ("lora_alpha", int | float)):
         value = settings.get(key)
         if not isinstance(value, kinds) or not 0 < value < math.inf:
-            raise UserError(f"{path}: {key} is {value!r}, not above 0; correct it")
+            raise UserError(f"{path}: {key} is {value!r:.99}, not above 0; correct it")
     if not isinstance(name := settings.get("base_model_name_or_path") or "", str):
-        raise UserError(f"{path}: base_model_name_or_path is {name!r}, no name; correct it")
+        raise UserError(f"{path}: base_model_name_or_path is {name!r:.99}, no name; correct it")
     _refuse_code(settings, path)
     unknown = sorted(key for key in settings.keys() - _KNOWN_SETTINGS if settings[key])
     if unknown:
@@ -60,7 +62,7 @@ def _refuse_code(settings: dict, path: Path) -> None:
     if settings.get("megatron_config"):
         module = settings.get("megatron_core")
         raise UserError(
-            f"{path}: megatron_config makes PEFT import {module!r}, which is not done here; "
+            f"{path}: megatron_config makes PEFT import {module!r:.99}, which is not done here; "
             "take it out"
         )
     patterns = []
@@ -71,7 +73,7 @@ def _refuse_code(settings: dict, path: Path) -> None:
     for key, pattern in patterns:
         if not isinstance(pattern, str) or not re.fullmatch(r"\^?(\w|\\?\.)+\$?", pattern):
             raise UserError(
-                f"{path}: {key} has the expression {pattern!r}, which is not tried here; write "
+                f"{path}: {key} has the expression {pattern!r:.99}, which is not tried here; write "
                 "out the modules' names"
             )
 
@@ -82,7 +84,7 @@ def enabled_parts(settings: dict, path: Path) -> Sequence[bool] | None:
     if not enabled:
         return None
     if not isinstance(enabled, list) or not all(isinstance(part, bool) for part in enabled):
-        raise UserError(f"{path}: enable_lora is {enabled!r}, no list of true and false")
+        raise UserError(f"{path}: enable_lora is {enabled!r:.99}, no list of true and false")
     return enabled if any(enabled) else None
 
 
@@ -93,7 +95,7 @@ def lora_config(settings: dict, path: Path) -> LoraConfig:
     try:
         config = LoraConfig(**{key: settings[key] for key in _LORA_SETTINGS & settings.keys()})
     except Exception as error:  # PEFT says so in many kinds
-        raise UserError(f"{path}: PEFT does not take these settings ({error})") from error
+        raise UserError(f"{path}: PEFT does not take these settings ({error!s:.200})") from error
     name = config.base_model_name_or_path
     config.base_model_name_or_path = public_name(name) if name else None
     return config
