@@ -309,8 +309,8 @@ def _check_rank(settings: dict, weights: dict[str, Tensor], path: Path) -> None:
     found = max((len(weights[a]) for a in weights if a.endswith(_SUFFIX_A)), default=0)
     if any(not isinstance(rank, int) or rank > found for rank in ranks):
         raise UserError(
-            f"{path}: its lora_A has {found} rows, {CONFIG_FILE} says rank {ranks!s:.99}; the config is "
-            "of another adapter"
+            f"{path}: its lora_A has {found} rows, {CONFIG_FILE} says rank {ranks!s:.99}; the "
+            "config is of another adapter"
         )
 
 
