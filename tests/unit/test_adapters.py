@@ -359,6 +359,17 @@ def test_a_rank_that_the_config_does_not_have_is_refused(base, today):
         load_adapter(base, today)
 
 
+def test_an_adapter_that_fails_half_way_leaves_the_base_as_it_was(base, today):
+    names = [name for name, _ in base.named_modules()]
+    good = json.loads((today / "adapter_config.json").read_text())
+    edit_config(today, rank_pattern={"layers.3.attention.query_key_value": -1})
+    with fails("the adapter cannot be put on this model"):
+        load_adapter(base, today)
+    assert [name for name, _ in base.named_modules()] == names
+    (today / "adapter_config.json").write_text(json.dumps(good))
+    load_adapter(base, today).unload()
+
+
 def test_restore_goes_on_from_weights_that_changed_nothing_yet(tiny_folder, tmp_path):
     models = [attach_lora(load_base_model(str(tiny_folder), dtype=torch.float32)) for _ in "ab"]
     save_adapter(models[0], tmp_path / "checkpoint-1", "chatglm-6b")
