@@ -359,10 +359,18 @@ def test_a_rank_that_the_config_does_not_have_is_refused(base, today):
         load_adapter(base, today)
 
 
-def test_an_adapter_that_fails_half_way_leaves_the_base_as_it_was(base, today):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rank_pattern": {"layers.3.attention.query_key_value": -1}},
+        {"modules_to_save": ["transformer", "layers"]},
+        {"modules_to_save": ["", "layers"]},
+    ],
+)
+def test_an_adapter_that_fails_half_way_leaves_the_base_as_it_was(base, today, settings):
     names = [name for name, _ in base.named_modules()]
     good = json.loads((today / "adapter_config.json").read_text())
-    edit_config(today, rank_pattern={"layers.3.attention.query_key_value": -1})
+    edit_config(today, **settings)
     with fails("the adapter cannot be put on this model"):
         load_adapter(base, today)
     assert [name for name, _ in base.named_modules()] == names

@@ -10,7 +10,6 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -182,6 +181,7 @@ def _wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         raise UserError(
             "the model has an adapter on it already; unload() it, or load the base anew"
         )
+    before = [(module, dict(module.named_children())) for module in model.modules()]
     try:
         with warnings.catch_warnings():
             # PEFT reads an attribute that transformers renamed, and is told so on every call.
@@ -190,21 +190,12 @@ def _wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # PEFT refuses settings in many kinds
-        _strip(model)
+        for module, children in before:  # it may have stopped half way
+            for name in dict(module.named_children()).keys() - children.keys():
+                delattr(module, name)
+            for name, child in children.items():
+                setattr(module, name, child)
         raise UserError(f"the adapter cannot be put on this model: {error!s:.300}") from error
-
-
-def _strip(model: PreTrainedModel) -> None:
-    """Take off what PEFT had put on a model, in place, when it stopped half way."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            below = module.get_base_layer()
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            below = module.original_module
-        else:
-            continue
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, below)
 
 
 def _adapter_weights(peft_model: PeftModel) -> dict[str, torch.Tensor]:
