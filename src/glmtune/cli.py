@@ -50,6 +50,13 @@ def train(settings: config.TrainConfig) -> None:
         raise KeyboardInterrupt
 
 
+def plan(settings: config.PlanConfig) -> None:
+    """Tell what training takes in memory, and which settings make it fit."""
+    from glmtune.training.preview import plan
+
+    plan(settings)
+
+
 def infer(settings: config.InferConfig) -> None:
     """Answer alpaca records, with the tuned weights or the base's."""
     from glmtune.evaluation.infer import infer
@@ -113,6 +120,13 @@ def bench_decode(settings: config.BenchDecodeConfig) -> None:
     bench_decode(settings)
 
 
+def bench_memory(settings: config.BenchMemoryConfig) -> None:
+    """Measure what training takes in memory, beside what `plan` says of it."""
+    from glmtune.bench.memory import bench_memory
+
+    bench_memory(settings)
+
+
 def chat(settings: config.ChatConfig) -> None:
     """Talk to base or tuned weights in the terminal."""
     from glmtune.evaluation.chat import chat
@@ -125,6 +139,7 @@ VERBS: dict[str, Callable[[Any], int | None]] = {
     "convert": convert,
     "tokenize": tokenize,
     "train": train,
+    "plan": plan,
     "infer": infer,
     "compare": compare,
     "merge": merge,
@@ -134,6 +149,7 @@ VERBS: dict[str, Callable[[Any], int | None]] = {
     "new-model": new_model,
     "bench train": bench_train,
     "bench decode": bench_decode,
+    "bench memory": bench_memory,
     "chat": chat,
 }
 

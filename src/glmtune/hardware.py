@@ -2,6 +2,8 @@
 
 import os
 import sys
+from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from glmtune.errors import UserError
@@ -20,6 +22,73 @@ RATED_TFLOPS = {
     "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "A10": 125, "A6000": 155,
     "RTX 4090": 165, "RTX 3090": 71, "T4": 65, "V100": 125,
 }  # fmt: skip
+# GiB as torch reports them (H100 and H200 as measured; of others the rated size less what drivers
+# keep, some percent) and compute capability, by names in which every word must be met. Only plans
+# for a card that is not here rest on them.
+CARDS = {
+    "H200": (139.8, (9, 0)), "H100": (79.1, (9, 0)), "A100 80GB": (79.1, (8, 0)),
+    "A100": (39.4, (8, 0)), "L40S": (44.4, (8, 9)), "L40": (44.4, (8, 9)), "L4": (22.0, (8, 9)),
+    "A6000": (47.5, (8, 6)), "A10": (22.1, (8, 6)), "RTX 5090": (31.4, (12, 0)),
+    "RTX 4090": (23.6, (8, 9)), "RTX 4080": (15.7, (8, 9)), "RTX 4060": (7.8, (8, 9)),
+    "RTX 3090": (23.7, (8, 6)), "RTX 3080": (9.8, (8, 6)), "RTX 3060": (11.8, (8, 6)),
+    "RTX 2080": (10.8, (7, 5)), "V100 32GB": (31.7, (7, 0)), "V100": (15.8, (7, 0)),
+    "T4": (14.6, (7, 5)), "P100": (15.9, (6, 0)),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Card:
+    """A device as far as a plan must know it: the one that is here, or any other."""
+
+    name: str
+    gib: float
+    """All of its memory; 0 where that is unknown."""
+    free_gib: float
+    """What other programs leave of it."""
+    capability: tuple[int, int] | None
+    """Compute capability of a GPU; None of a CPU."""
+
+    @classmethod
+    def of(cls, device: "torch.device") -> "Card":
+        """The device of a run."""
+        import torch
+
+        gib = free_gib = total_memory_gib(device)
+        capability = None
+        if device.type == "cuda":
+            capability = torch.cuda.get_device_capability(device)
+            free_gib = torch.cuda.mem_get_info(device)[0] / GIB
+        return cls(device_name(device), gib, free_gib, capability)
+
+    @classmethod
+    def sized(cls, gib: float) -> "Card":
+        """A GPU of so much memory, of a generation that computes in bfloat16."""
+        return cls(f"a card of {gib:g} GiB", gib, gib, (8, 0))
+
+    @classmethod
+    def named(cls, name: str) -> "Card":
+        """A GPU by its name, or by the part of it that tells it from others.
+
+        Raises:
+            UserError: none is known by it.
+        """
+        words = set(name.upper().replace("-", " ").split()) - {"NVIDIA", "GEFORCE", "TESLA"}
+        for card, (gib, capability) in sorted(CARDS.items(), key=lambda item: len(item[0])):
+            if words and words <= set(card.split()):
+                return cls(card, gib, gib, capability)
+        raise UserError(
+            f"card {name!r} is not known ({', '.join(CARDS)}); give its memory as --memory_gib"
+        )
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it is a GPU."""
+        return self.capability is not None
+
+    @property
+    def is_hopper(self) -> bool:
+        """For which cuBLAS asks for larger workspaces."""
+        return self.capability == (9, 0)
 
 
 def pick_device(use_cpu: bool = False) -> "torch.device":
@@ -126,7 +195,7 @@ def capture_graph(
 
     Args:
         warm_up: like `work`, so that what libraries set up and compile at first use is not
-            recorded; runs so many times before, on a stream of its own.
+            recorded; runs so many times before, on the stream that is recorded.
         times: how often.
         work: is recorded, not done. It must not wait for the device.
         pool: memory of another graph that never runs at the same time, to be shared.
@@ -138,16 +207,24 @@ def capture_graph(
     """
     import torch
 
-    aside = torch.cuda.Stream()
+    aside = _capture_stream(torch.cuda.current_device())
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
         for _ in range(times):
             warm_up()
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.graph(graph, pool=pool, stream=aside):
         result = work()
     return graph, result
+
+
+@cache
+def _capture_stream(index: int) -> "torch.cuda.Stream":
+    """One for all graphs of a GPU: for each stream, cuBLAS holds on to 32 MiB a thread."""
+    import torch
+
+    return torch.cuda.Stream(index)
 
 
 def memory_gib(device: "torch.device") -> float:

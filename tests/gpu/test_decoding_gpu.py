@@ -8,11 +8,15 @@ import torch
 from glmtune.errors import UserError
 from glmtune.generation import Decoder, EncodedPrompt, GenerationSettings
 from glmtune.generation import decoder as room
+from glmtune.generation.linears import Packed, Plain
 from glmtune.generation.reference import generate_ids
-from glmtune.generation.weights import Int4, Int8
+from glmtune.models.chatglm import decoding
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
 from glmtune.models.checkpoints import load_base_model
+
+if torch.cuda.is_available():
+    from glmtune.ops import decoding_kernels as kernels
 
 pytestmark = [
     pytest.mark.gpu,
@@ -104,23 +108,73 @@ def test_logits_that_are_not_finite_are_told(tiny_folder, prompts, settings):
     torch.cuda.synchronize()  # the device is still there
 
 
-@pytest.mark.parametrize("kind, tolerance", [(Int8, 0.02), (Int4, 0.2)])
-@pytest.mark.parametrize("num_rows", [1, 5])
+@pytest.mark.parametrize("bits, tolerance", [(8, 0.02), (4, 0.2)])
 @torch.inference_mode()
-def test_fewer_bits_give_nearly_the_same_product(kind, tolerance, num_rows):
+def test_fewer_bits_give_nearly_the_same_product(bits, tolerance):
     torch.manual_seed(0)
-    weight = torch.randn(1024, 512, device="cuda", dtype=torch.bfloat16)
-    bias = torch.randn(1024, device="cuda", dtype=torch.bfloat16)
-    x = torch.randn(num_rows, 1, 512, device="cuda", dtype=torch.bfloat16)
+    weight, bias, x = draw(1024, 512), draw(1024), draw(5, 1, 512)
     exact = torch.nn.functional.linear(x, weight, bias).float()
-    rounded = kind.of(weight, bias)(x).float()
-    assert rounded.shape == exact.shape
+    rounded = Packed.of(weight, bias, bits)(x).float()
     assert 0 < (exact - rounded).norm() / exact.norm() < tolerance
+
+
+def draw(*shape, dtype=torch.bfloat16):
+    return torch.randn(shape, device="cuda", dtype=dtype)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("shape", [(48, 512), (8208, 1024), (4096, 16384)])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@torch.inference_mode()
+def test_a_product_in_one_kernel_is_what_its_parts_are(bits, shape, num_rows):
+    """With bias, adapter, GELU and residual, and without; in float32, whose rounding is known."""
+    torch.manual_seed(0)
+    (num_outputs, num_inputs), kind = shape, torch.float32
+    weight, bias = 0.02 * draw(*shape, dtype=kind), draw(num_outputs, dtype=kind)
+    linear = Plain(weight, bias) if bits == 16 else Packed.of(weight, bias, bits)
+    if bits < 16:
+        plain = linear.weight.unpack(kind)
+        assert torch.allclose(kernels.unpack(linear.weight, kind), plain, rtol=1e-6, atol=1e-7)
+        weight = plain
+    x = draw(num_rows, 1, num_inputs, dtype=kind)
+    product = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    assert torch.allclose(linear.fused(x).double(), product, atol=1e-4)
+    low, up = draw(num_rows, 6, dtype=kind), draw(num_outputs, 6, dtype=kind)
+    residual = draw(num_rows, 1, num_outputs, dtype=kind)
+    expected = torch.nn.functional.gelu(product + 0.5 * (low @ up.T)[:, None], approximate="tanh")
+    found = linear.fused(
+        x, update=kernels.LowRank(low, up, 0.5), gelu=True, residual=residual, alpha=7.5
+    )
+    assert torch.allclose(found.double(), expected + 7.5 * residual, atol=1e-4)
+
+
+@pytest.mark.parametrize("column", [0, 70, 600])
+@torch.inference_mode()
+def test_attention_in_one_kernel_is_what_its_parts_are(column):
+    torch.manual_seed(0)
+    rows, heads, size, columns, kind = 2, 3, 64, 704, torch.float32
+    mixed = draw(rows, 1, heads * 3 * size, dtype=kind)
+    cache = [draw(rows, heads, columns, size, dtype=kind) for _ in range(2)]
+    cos, sin = (draw(rows, 1, 2, size // 4, dtype=kind) for _ in range(2))
+    place = torch.tensor([column], device="cuda")
+    seen = torch.rand(rows, 1, 1, columns, device="cuda") > 0.3
+    seen &= torch.arange(columns, device="cuda") <= column
+    seen[..., column] = True
+    parts = mixed.unflatten(-1, (heads, 3, size)).movedim(1, 3)
+    turned = decoding.rotate(parts[:, :, :2], cos[:, None], sin[:, None])
+    filled = [tensor.clone() for tensor in cache]
+    filled[0].index_copy_(2, place, turned[:, :, 1])
+    filled[1].index_copy_(2, place, parts[:, :, 2])
+    expected = decoding.attend(turned[:, :, 0], *filled, seen)
+    for _ in range(3):  # what is counted must be set back
+        found = kernels.attend(mixed, *cache, place, seen, cos, sin)
+        assert torch.allclose(found, expected, atol=1e-5)
+    assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(cache, filled, strict=True))
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("bits", [16, 8, 4])
-@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("num_rows", [1, 3, 5])
 def test_every_kind_of_weights_is_captured(wide, bits, compiled, num_rows):
     config = wide.config
     specials = [config.gmask_token_id, config.bos_token_id]
@@ -130,3 +184,19 @@ def test_every_kind_of_weights_is_captured(wide, bits, compiled, num_rows):
     assert decoder._buffers.replay is not None
     assert [len(row) for row in rows] == [24] * num_rows
     assert all(0 <= i < config.vocab_size for row in rows for i in row)
+
+
+def test_a_model_in_cpu_memory_answers_on_the_gpu_in_its_rounded_size(wide):
+    """The same answer as from one that is on the GPU, which holds none of its full weights."""
+    config = wide.config
+    prompts = [EncodedPrompt([5, 6, 7, config.gmask_token_id, config.bos_token_id], 0)]
+    expected = decode(Decoder(wide, [], bits=4), prompts)
+    waiting = ChatGLMForConditionalGeneration._from_config(config, dtype=torch.bfloat16).eval()
+    waiting.load_state_dict(wide.state_dict())
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    decoder = Decoder(waiting, [], bits=4, device=torch.device("cuda"))
+    embedding = waiting.get_input_embeddings().weight.nbytes
+    held = torch.cuda.memory_allocated() - before - embedding
+    assert held < 0.3 * (sum(p.nbytes for p in waiting.parameters()) - embedding)
+    assert decode(decoder, prompts) == expected

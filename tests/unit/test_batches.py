@@ -114,7 +114,8 @@ class TestSplit:
 
 
 def row_plan(row_ids, size, seed=1, shuffle=True):
-    return RowPlan(row_ids, seed, shuffle, global_batch_size=size, batch_size=size)
+    lengths_R = np.ones(row_ids.max() + 1, dtype=int)
+    return RowPlan(row_ids, seed, shuffle, lengths_R, global_batch_size=size, batch_size=size)
 
 
 class TestRowPlan:
@@ -150,7 +151,7 @@ class TestRowPlan:
 
     @given(st.integers(1, 60), st.integers(1, 7), st.integers(1, 4))
     def test_rows_are_dealt_out_once_and_evenly(self, num_rows, batch_size, num_processes):
-        plan = RowPlan(np.arange(num_rows), 1, False, num_rows, batch_size)
+        plan = RowPlan(np.arange(num_rows), 1, False, np.ones(num_rows), num_rows, batch_size)
         parts = plan.parts(0, num_processes)
         assert len(parts) % num_processes == 0, "processes would wait for each other"
         assert np.concatenate(parts).tolist() == list(range(num_rows))
@@ -159,7 +160,7 @@ class TestRowPlan:
         assert max(sizes) - min(sizes) <= 1
 
     def test_no_pass_is_empty_in_a_single_process(self):
-        plan = RowPlan(np.arange(7), 1, False, 7, 3)
+        plan = RowPlan(np.arange(7), 1, False, np.ones(7), 7, 3)
         assert [len(part) for part in plan.parts(0, 1)] == [3, 2, 2]
 
 

@@ -40,6 +40,17 @@ def test_a_record_has_all_figures(tmp_path, capsys):
     assert "padded rows" in out
 
 
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_a_quantised_base_beside_bitsandbytes_own_modules(tmp_path, packing):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: make test does it")
+    bits = ["--quantization_bit", "4", "--quantize_head", "true", "--packing", packing]
+    record = bench(tmp_path, *bits, "--limits", "false", "--plain", "false", "--compare", "true")
+    assert record["settings"]["quantization_bit"] == "4"
+    assert record["real_tokens_per_second"] > 0
+    assert record["glm_peft_real_tokens_per_second"] > 0
+    assert record["loss"] == pytest.approx(np.log(4096), abs=1)
+
+
 def test_lines_are_added_and_each_layout_has_its_own(tmp_path):
     few = ["--limits", "false", "--plain", "false"]
     assert bench(tmp_path, *few, "--exact_batch", "true")["layout"] == "exact"

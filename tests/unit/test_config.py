@@ -35,6 +35,7 @@ REQUIRED = {
     "convert": {"data_path": "a.json", "save_path": "a.jsonl"},
     "tokenize": {"jsonl_path": "a.jsonl", "save_path": "tokens"},
     "train": TRAIN,
+    "plan": {},
     "infer": {"data_path": "a.json"},
     "compare": {"data_path": "a.json", "model_path": "output"},
     "merge": {"model_path": "output", "save_path": "merged"},
@@ -44,6 +45,7 @@ REQUIRED = {
     "new-model": {"folder": "new", "like": "glm-tiny"},
     "bench train": {},
     "bench decode": {},
+    "bench memory": {},
     "chat": {},
 }
 

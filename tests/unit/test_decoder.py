@@ -14,11 +14,13 @@ from glmtune.adapters import attach_lora
 from glmtune.errors import UserError
 from glmtune.generation import Decoder, EncodedPrompt, GenerationSettings, find_stop_ids
 from glmtune.generation import decoder as room
+from glmtune.generation.linears import Int4, Int8, Plain
 from glmtune.generation.reference import generate_ids
-from glmtune.generation.weights import GROUP_SIZE, Int4, Int8, Plain, can_be_captured, read_weights
+from glmtune.generation.weights import can_be_captured, read_weights
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
 from glmtune.models.checkpoints import load_base_model
+from glmtune.ops.words import GROUP_SIZE
 
 GREEDY = GenerationSettings(max_new_tokens=24)
 DRAWN = GenerationSettings(max_new_tokens=12, do_sample=True, temperature=0.9, top_p=0.95)
@@ -334,3 +336,15 @@ def test_layers_share_one_compiled_step(model, prompts, monkeypatch):
     as_captured(decoder, monkeypatch)
     assert decode(decoder, prompts) == decode(Decoder(model, []), prompts)
     assert len(compiled) == 2, "one graph for the layers, one for the head"
+
+
+def test_base_and_tuned_weights_share_what_is_rounded(adapted, prompts):
+    """And answer as decoders do that have all of their own."""
+    tuned = Decoder(adapted, [], bits=8)
+    with adapted.disable_adapter():
+        base, alone = Decoder(adapted, [], bits=8, beside=tuned), Decoder(adapted, [], bits=8)
+    shared, changed = base.weights.blocks[0].query_key_value, tuned.weights.blocks[0]
+    assert changed.query_key_value.base is shared
+    assert changed.dense_h_to_4h is base.weights.blocks[0].dense_h_to_4h
+    assert base.weights.head is tuned.weights.head is not alone.weights.head
+    assert decode(base, prompts) == decode(alone, prompts) != decode(tuned, prompts)

@@ -8,9 +8,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from glmtune.ops import loss
+from glmtune.ops import quantised as quantised_ops
+from glmtune.ops.integers import quantise_int8
 from glmtune.ops.linear import FP8_MAX, Dense, Fp8Linear, frozen_linear, quantise, quantise_rows
 from glmtune.ops.lora import Adapter, Dropout, hash_int32, lora_linear
 from glmtune.ops.loss import IGNORED, head_loss
+from glmtune.ops.quantised import Quantised, quantised_linear
 
 
 def dropout(rate, seed=5):
@@ -125,3 +128,64 @@ class TestHeadLoss:
             assert not head_loss(
                 torch.randn(3, 6), torch.randn(11, 6), torch.arange(3)
             ).requires_grad
+
+    def test_a_head_in_8_bits_is_never_whole_as_floats(self, monkeypatch):
+        torch.manual_seed(0)
+        head, hidden = int8(11, 6), torch.randn(5, 6, requires_grad=True)
+        targets = torch.tensor([0, 10, IGNORED, 3, 4])
+        wanted = head_loss(hidden, head.weight(torch.float32), targets)
+        monkeypatch.setattr(quantised_ops, "PIECE", 4)
+        assert [len(weight) for _, weight in head.pieces(torch.float32)] == [4, 4, 3]
+        total = head_loss(hidden, head, targets)
+        torch.testing.assert_close(total, wanted)
+        grads = (torch.autograd.grad(each, hidden)[0] for each in (total, wanted))
+        torch.testing.assert_close(*grads)
+
+
+def int8(num_outputs, num_inputs, bias=None):
+    parts = quantise_int8(torch.randn(num_outputs, num_inputs))
+    return Quantised(parts, "int8", 0, num_inputs, bias)
+
+
+def four_bits(kind, nested):
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    weight, state = bitsandbytes.functional.quantize_4bit(
+        torch.randn(96, 64), quant_type=kind, compress_statistics=nested
+    )
+    parts = weight, state.absmax
+    if nested:
+        parts += state.state2.absmax, state.state2.code, state.offset
+    wanted = bitsandbytes.functional.dequantize_4bit(weight, state)
+    return Quantised(parts, kind, state.blocksize, 64, torch.randn(96)), wanted
+
+
+class TestQuantised:
+    def check(self, linear, compiled=False):
+        x = torch.randn(5, linear.num_inputs, requires_grad=True)
+        wanted = F.linear(x, linear.weight(torch.float32), linear.bias_N)
+        call = torch.compile(frozen_linear, fullgraph=True, backend="aot_eager")
+        result = (call if compiled else frozen_linear)(x, linear)
+        torch.testing.assert_close(result, wanted)
+        upstream = torch.randn_like(wanted)
+        grads = (torch.autograd.grad(y, x, upstream)[0] for y in (result, wanted))
+        torch.testing.assert_close(*grads)
+
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_int8(self, compiled):
+        self.check(int8(12, 6, torch.randn(12)), compiled)
+        self.check(int8(12, 6), compiled)
+
+    @pytest.mark.parametrize("kind", ["nf4", "fp4"])
+    @pytest.mark.parametrize("nested", [True, False])
+    def test_4_bits_are_bitsandbytes_own(self, kind, nested):
+        linear, wanted = four_bits(kind, nested)
+        assert torch.equal(linear.weight(torch.float32), wanted)
+        self.check(linear)
+        self.check(linear, compiled=True)
+
+    def test_what_a_compiler_is_told_of_the_operator_is_so(self):
+        linear, _ = four_bits("nf4", True)
+        x = torch.randn(5, 64, requires_grad=True)
+        torch.library.opcheck(
+            quantised_linear, (x, list(linear.parts), linear.kind, linear.block, linear.bias_N)
+        )

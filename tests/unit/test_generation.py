@@ -17,7 +17,6 @@ from glmtune.generation import (
     find_stop_ids,
     generate_answers,
 )
-from glmtune.generation.answers import is_for_generate
 from glmtune.generation.weights import read_weights
 from glmtune.models.checkpoints import load_base_model
 
@@ -219,17 +218,3 @@ def test_a_stop_string_that_cannot_occur_is_refused(answer):
     settings = GenerationSettings(max_new_tokens=24, stop_strings=(" 5 ", ""))
     with pytest.raises(UserError, match="stop string ''"):
         answer([[5, 6]], settings)
-
-
-@pytest.mark.parametrize(
-    ("device", "settings", "expected"),
-    [
-        ("cpu", {}, False),
-        ("cpu", {"num_beams": 2}, True),
-        ("cuda", {}, True),
-        ("cuda", {"decode_bits": 8}, False),
-        ("cuda", {"decode_compile": True}, False),
-    ],
-)
-def test_generate_answers_on_a_gpu_unless_the_decoder_is_asked_for(device, settings, expected):
-    assert is_for_generate(torch.device(device), GenerationSettings(**settings)) is expected

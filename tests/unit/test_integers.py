@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glmtune.ops.integers import dequantise, unpack_int4
+from glmtune.ops.integers import dequantise, quantise_int8, unpack_int4
 
 
 @given(st.lists(st.tuples(st.integers(-8, 7), st.integers(-8, 7)), min_size=1, max_size=20))
@@ -39,3 +39,18 @@ def test_a_batch_of_rows():
     packed = torch.tensor([[[1, 2]], [[3, 4]]], dtype=torch.int8)
     scale = torch.tensor([[1.0], [0.5]], dtype=torch.float16)
     assert dequantise(packed, scale, 8, torch.float32).tolist() == [[[1, 2]], [[1.5, 2]]]
+
+
+def test_rounding_to_8_bits(monkeypatch):
+    """Within half a step of each row's own; a row of zeros stays one; by pieces as at once."""
+    torch.manual_seed(0)
+    weight = torch.randn(7, 50) * torch.tensor([1e-7, 1e-3, 1e-2, 0.0, 1, 10, 100])[:, None]
+    packed, scale = quantise_int8(weight)
+    assert packed.dtype == torch.int8
+    assert packed.abs().max() == 127
+    off = (dequantise(packed, scale, 8, torch.float32) - weight).abs().amax(1)
+    assert (off <= 0.51 * scale.float() + 1e-3 * weight.abs().amax(1)).all()
+    assert not packed[3].any()
+    monkeypatch.setattr("glmtune.ops.integers._PIECE", 3)
+    for whole, pieces in zip((packed, scale), quantise_int8(weight), strict=True):
+        assert torch.equal(whole, pieces)

@@ -20,11 +20,13 @@ from transformers import TrainerState
 
 from glmtune.adapters import load_adapter
 from glmtune.config import TrainConfig, read_config
+from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError
+from glmtune.hardware import Card
 from glmtune.models.checkpoints import load_base_model
 from glmtune.training import loop, passes
+from glmtune.training.layout import choose_layout
 from glmtune.training.plan import split_rows
-from glmtune.training.run import choose_layout, wants_recompute
 
 GMASK, SOP, EOP, VOCAB_SIZE = 1001, 1004, 1005, 1024
 # The tiny model has no vocabulary file; training asks nothing else of a tokenizer.
@@ -563,9 +565,9 @@ class TestRefusals:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
         monkeypatch.setattr(loop, "train_step", full)
-        with pytest.raises(UserError, match=r"halve per_device_train_batch_size \(3\)"):
+        with pytest.raises(UserError, match="too small for this: per_device_train_batch_size 1"):
             loop.train(config())
-        with pytest.raises(UserError, match=r"halve tokens_per_step \(64\)"):
+        with pytest.raises(UserError, match="too small for this: gradient_checkpointing true"):
             loop.train(
                 config(packing=True, tokens_per_step=64, output_dir=config().output_dir + "2")
             )
@@ -618,6 +620,7 @@ class TestPacking:
     def test_each_row_is_trained_on_once_an_epoch(self, config, monkeypatch):
         seen = []
         run = passes.PackedPass.run
+        monkeypatch.setattr(loop, "prove", lambda *args: None)
         monkeypatch.setattr(
             passes.PackedPass,
             "run",
@@ -713,19 +716,91 @@ class TestPacking:
             loop.train(config(base_dtype="fp8"))
 
 
-@pytest.mark.parametrize(
-    ("wish", "kind", "gib", "expected"),
-    [
-        ("auto", "cuda", 24, True),
-        ("auto", "cuda", 80, False),
-        ("auto", "cpu", 24, False),
-        (True, "cuda", 80, True),
-        (False, "cuda", 24, False),
-    ],
-)
-def test_recomputing_is_for_small_gpus(config, monkeypatch, wish, kind, gib, expected):
-    monkeypatch.setattr("glmtune.training.run.total_memory_gib", lambda device: gib)
-    assert wants_recompute(config(gradient_checkpointing=wish), torch.device(kind)) is expected
+class TestMemory:
+    @pytest.fixture(params=["padded", "exact", "packed"])
+    def layout(self, request):
+        """Settings of each layout."""
+        return {
+            "padded": {},
+            "exact": {"exact_batch": True},
+            "packed": {"packing": True, "tokens_per_step": 64},
+        }[request.param]
+
+    def test_the_forecast_is_the_first_that_a_run_says(self, config, capsys, monkeypatch):
+        load, said = loop.load_base_model, []
+        monkeypatch.setattr(
+            loop,
+            "load_base_model",
+            lambda *a, **k: (said.append(capsys.readouterr().out), load(*a, **k))[1],
+        )
+        loop.train(config(max_steps=1))
+        first, *lines = said[0].splitlines()
+        assert first.startswith("Memory for chatglm-6b-tiny with rank 8")
+        assert [line.split()[0] for line in lines[:5]] == [
+            "weights", "adapter", "optimiser", "activations", "logits",
+        ]  # fmt: skip
+        assert "fits" in lines[-1]
+
+    def test_what_cannot_fit_is_refused_before_the_weights_are_loaded(self, config, monkeypatch):
+        tiny = Card("a tiny card", 0.5, 0.5, (8, 0))
+        monkeypatch.setattr(Card, "of", lambda device: tiny)
+        monkeypatch.setattr(loop, "load_base_model", lambda *a, **k: pytest.fail("loaded"))
+        with pytest.raises(UserError, match=r"memory: 0\.\d GiB of 0\.5 .a tiny card.: does not"):
+            loop.train(config(max_steps=1))
+        assert not Path(config().output_dir).exists()
+
+    def test_the_heaviest_pass_of_the_run_comes_first(self, config, layout, monkeypatch):
+        """And changes none of its numbers, dropout's random ones among them."""
+        asked = config(max_steps=8, lora_dropout=0.3, **layout)
+        seen, check = [], loop.prove
+
+        def spy(run, state, step_pass):
+            cls = type(step_pass)
+            passed = cls.run
+            monkeypatch.setattr(
+                cls,
+                "run",
+                lambda self, ids, *rest, **named: (
+                    seen.append(ids),
+                    passed(self, ids, *rest, **named),
+                )[1],
+            )
+            check(run, state, step_pass)
+            assert all(weight.grad is None for weight in state.weights)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "prove", lambda *args: None)
+            wanted = losses(loop.train(asked))
+        monkeypatch.setattr(loop, "prove", spy)
+        asked = asked.model_copy(update={"overwrite_output_dir": True})
+        assert losses(loop.train(asked)) == wanted
+        rehearsed, *others = seen
+        lengths = token_rows(asked.dataset_path).lengths_R
+
+        def weight(ids):
+            if layout or not len(ids):
+                return lengths[ids].sum()
+            return lengths[ids].max() * len(ids)
+
+        assert len(others) > 8
+        assert weight(rehearsed) == max(map(weight, others))
+
+    def test_what_does_not_fit_is_told_with_advice_before_the_first_step(
+        self, config, layout, monkeypatch
+    ):
+        monkeypatch.setattr(loop, "train_step", lambda *args: pytest.fail("a step was taken"))
+        for cls in (passes.PaddedPass, passes.PackedPass):
+            monkeypatch.setattr(cls, "run", no_memory)
+        with pytest.raises(UserError, match=r"memory is too small for this: .* GiB"):
+            loop.train(config(**layout))
+
+
+def no_memory(*args, **settings):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def token_rows(path):
+    return TokenRows.from_dataset(datasets.load_from_disk(path))
 
 
 class TestTwoProcesses:

@@ -11,7 +11,7 @@ from glmtune.adapters import attach_lora
 from glmtune.data.packing import plan_packs
 from glmtune.errors import UserError
 from glmtune.models.chatglm.configuration import VOCAB_SIZE_V1_0, ChatGLMConfig
-from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
+from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration, ChatGLMMLP
 from glmtune.models.chatglm.packed import PackedModel, gelu, to_fp8
 from glmtune.ops.attention import PaddedRows, dense_mask
 from glmtune.training.check import check_agreement
@@ -23,11 +23,11 @@ SHAPES = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, m
 PACK_LENGTH = 32  # the longest row of SHAPES has 20 tokens
 
 
-def make_model(like, targets="all", dropout=0.0):
-    """Two narrow layers with an adapter that does something."""
+def make_model(like, targets="all", dropout=0.0, num_layers=2):
+    """A few narrow layers with an adapter that does something."""
     torch.manual_seed(0)
     config = ChatGLMConfig(
-        vocab_size=like.vocab_size, hidden_size=16, num_layers=2, num_attention_heads=2,
+        vocab_size=like.vocab_size, hidden_size=16, num_layers=num_layers, num_attention_heads=2,
         inner_hidden_size=32, bos_token_id=like.bos_token_id, eos_token_id=like.eos_token_id,
         initializer_range=0.1,
     )  # fmt: skip
@@ -60,7 +60,7 @@ def differences(fast, plain, row_ids, weights):
 
 
 @settings(deadline=None, max_examples=40)
-@given(shapes=SHAPES, revision=st.sampled_from(["v1.1", "v1.0"]), recompute=st.booleans())
+@given(shapes=SHAPES, revision=st.sampled_from(["v1.1", "v1.0"]), recompute=st.integers(0, 1))
 def test_packs_equal_padded_rows(models, make_rows, shapes, revision, recompute):
     """Loss and the gradient of every adapter tensor, whatever lies beside a row in its pack.
 
@@ -97,17 +97,40 @@ def test_a_pack_with_nothing_to_learn_gives_no_gradient(make_rows):
     assert all((grad == 0).all() for grad in grads)
 
 
-@pytest.mark.parametrize(("recompute", "passes"), [(False, 1), (True, 2)])
-def test_recomputing_computes_all_but_the_last_layer_twice(
-    make_rows, monkeypatch, recompute, passes
-):
-    model, rows = make_model(V1_1), make_rows([(4, 6)])
+@pytest.mark.parametrize("recompute", [0, 1, 2, 4])
+def test_so_many_layers_are_computed_twice_and_give_the_same(make_rows, monkeypatch, recompute):
+    """The last one never is: its way back begins as soon as it is done."""
+    model, rows = make_model(V1_1, num_layers=5), make_rows([(4, 6), (0, 3)])
     packed, calls = PackedModel(model, compiled=False, recompute=recompute), []
     block = packed.block
     monkeypatch.setattr(packed, "block", lambda *args: (calls.append(1), block(*args))[1])
-    fast = PackedPass(Accelerator(cpu=True), packed, rows, 0.0, 16)
-    fast.gradients(np.array([0]), trained(model))
-    assert len(calls) == passes * (model.config.num_layers - 1)
+    fast = PackedPass(Accelerator(cpu=True), packed, rows, 0.0, 32)
+    _, grads = fast.gradients(np.arange(2), trained(model))
+    assert len(calls) == 4 + recompute
+    keeping = PackedPass(Accelerator(cpu=True), PackedModel(model, compiled=False), rows, 0.0, 32)
+    _, wanted = keeping.gradients(np.arange(2), trained(model))
+    assert all(torch.equal(a, b) for a, b in zip(grads, wanted, strict=True))
+
+
+@pytest.mark.parametrize("recompute", [1, 4])
+def test_so_does_the_plain_way(make_rows, monkeypatch, recompute):
+    model, rows, calls = make_model(V1_1, dropout=0.1, num_layers=5), make_rows([(4, 6)]), []
+    forward = ChatGLMMLP.forward
+    monkeypatch.setattr(ChatGLMMLP, "forward", lambda *args: (calls.append(1), forward(*args))[1])
+    row_ids, weights = np.array([0]), trained(model)
+    results = []
+    for count in (recompute, 0):
+        plain = PaddedPass(Accelerator(cpu=True), model, rows, count)
+        results.append(plain.gradients(row_ids, weights)[1])  # without dropout
+        assert len(calls) == 5 + count
+        torch.manual_seed(0)
+        plain.run(row_ids, 1, seed=0)  # with it
+        assert len(calls) == 2 * (5 + count)
+        results[-1] += tuple(weight.grad for weight in weights)
+        for weight in weights:
+            weight.grad = None
+        calls.clear()
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 class TestDropout:
@@ -115,7 +138,7 @@ class TestDropout:
     def rows(self, make_rows):
         self.rows = make_rows([(4, 6), (0, 3), (9, 9)])
 
-    def run(self, rate, seed, recompute=False):
+    def run(self, rate, seed, recompute=0):
         model, rows = make_model(V1_1, dropout=rate), self.rows
         packed = PackedModel(model, compiled=False, recompute=recompute)
         fast = PackedPass(Accelerator(cpu=True), packed, rows, rate, 64)
@@ -131,7 +154,7 @@ class TestDropout:
 
     def test_recomputing_drops_the_same(self):
         loss, grad = self.run(0.2, seed=1)
-        again, grad_again = self.run(0.2, seed=1, recompute=True)
+        again, grad_again = self.run(0.2, seed=1, recompute=1)
         assert loss == again
         torch.testing.assert_close(grad, grad_again)
 

@@ -12,7 +12,7 @@ from transformers.generation import (
 
 from glmtune.generation import GenerationSettings
 from glmtune.generation import sampling as room
-from glmtune.generation.sampling import choose, draw, penalise
+from glmtune.generation.sampling import choose, draw, largest, penalise
 
 NUM_TOKENS = 500
 
@@ -38,6 +38,16 @@ def seen_of(said):
 def test_the_repetition_penalty_is_that_of_transformers(scores, said, penalty):
     expected = RepetitionPenaltyLogitsProcessor(penalty)(said, scores.clone())
     assert torch.equal(penalise(scores, seen_of(said), penalty), expected)
+
+
+@pytest.mark.parametrize("num_tokens", [500, 512, 499])
+def test_the_largest_is_the_first_of_equal_ones(num_tokens):
+    scores = torch.randint(6, (64, num_tokens), generator=torch.Generator().manual_seed(0)).float()
+    value, token = largest(scores)
+    assert torch.equal(value, scores.max(-1).values)
+    assert torch.equal(token, scores.argmax(-1))
+    scores[3, 7] = torch.nan
+    assert largest(scores)[0].isnan().nonzero().tolist() == [[3]]
 
 
 @pytest.mark.parametrize("top_k", [None, 7])

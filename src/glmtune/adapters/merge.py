@@ -15,6 +15,7 @@ from glmtune.config import MergeConfig
 from glmtune.data.files import new_folder
 from glmtune.errors import UserError
 from glmtune.models.checkpoints import load_base_model, load_config, resolve_base
+from glmtune.models.quantised import bits_of
 from glmtune.models.weights import fetch
 
 TOKENIZER_FILES = ("*.model", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json")
@@ -45,8 +46,12 @@ def merge_adapter(config: MergeConfig) -> float:
     print(f"loading {base} with the adapter of {adapter_folder}")
     base_config = load_config(base)
     # Dequantised weights are rounded as they will be stored, so that the logits are held to that.
-    dtype = torch.float16 if base_config.quantization_bit else torch.float32
-    peft_model = load_adapter(load_base_model(base, dtype=dtype).float(), adapter_folder)
+    is_quantised = base_config.quantization_bit or bits_of(base_config)
+    dtype = torch.float16 if is_quantised else torch.float32
+    model = load_base_model(base, dtype=dtype).dequantize()
+    if bits_of(base_config):
+        tell([f"they are dequantised to {str(dtype).removeprefix('torch.')} for the merge"])
+    peft_model = load_adapter(model.float(), adapter_folder)
     num_modules = len(peft_model.targeted_module_names)
     expected = probe(peft_model)
     with peft_model.disable_adapter():

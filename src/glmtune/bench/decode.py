@@ -14,8 +14,9 @@ import torch
 
 from glmtune.bench.limits import copy_rate
 from glmtune.bench.random_model import SHAPES, check_room, random_model
-from glmtune.bench.timing import append_json, check_appendable, machine
+from glmtune.bench.timing import machine
 from glmtune.config import BenchDecodeConfig
+from glmtune.data.jsonlines import append_json, check_appendable
 from glmtune.errors import UserError
 from glmtune.generation import Decoder, EncodedPrompt, GenerationSettings
 from glmtune.generation.reference import generate_ids

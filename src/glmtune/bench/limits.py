@@ -9,17 +9,12 @@ from torch import Tensor
 
 from glmtune.bench.timing import median_ms
 from glmtune.models.chatglm.configuration import ChatGLMConfig
+from glmtune.models.sizes import block_shapes
 from glmtune.ops.linear import quantise, quantise_rows
 from glmtune.ops.loss import CHUNK
 
 # So many layers' weights are there, so that none waits in a cache from one layer to the next.
 _LAYERS_HELD = 4
-
-
-def block_shapes(config: ChatGLMConfig) -> list[tuple[int, int]]:
-    """Outputs and inputs of the four linears of a layer."""
-    hidden, inner = config.hidden_size, config.inner_hidden_size
-    return [(3 * hidden, hidden), (hidden, hidden), (inner, hidden), (hidden, inner)]
 
 
 def matmul_parameters(config: ChatGLMConfig) -> int:

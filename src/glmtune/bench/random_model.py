@@ -1,5 +1,7 @@
 """The models that are measured: shapes by name, filled with random weights."""
 
+from copy import copy
+
 import torch
 
 from glmtune.bench.limits import matmul_parameters
@@ -7,6 +9,7 @@ from glmtune.errors import UserError
 from glmtune.hardware import GIB, device_name, total_memory_gib
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
+from glmtune.models.quantised import check_quantising
 
 SHAPES = {
     "6b": ChatGLMConfig(),
@@ -37,9 +40,25 @@ def check_room(name: str, device: torch.device, dtype: torch.dtype) -> None:
 
 
 def random_model(
-    shape: ChatGLMConfig, device: torch.device, dtype: torch.dtype
+    shape: ChatGLMConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    bits: int | None = None,
+    quantize_head: bool = False,
 ) -> ChatGLMForConditionalGeneration:
-    """A model of a shape, the same weights each time, made where it will be."""
+    """A model of a shape, made where it will be; quantised or not, from the same weights each time.
+
+    Raises:
+        UserError: bits that the device or the installation does not have.
+    """
+    if bits:
+        check_quantising(f"quantization_bit {bits}", bits, device)
     torch.manual_seed(0)
     with torch.device(device):
-        return ChatGLMForConditionalGeneration._from_config(shape, dtype=dtype)
+        model = ChatGLMForConditionalGeneration._from_config(copy(shape), dtype=dtype)
+    if bits:
+        model.quantize(bits)
+    if quantize_head:
+        model.quantize_head()
+    return model

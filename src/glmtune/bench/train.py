@@ -12,12 +12,13 @@ from accelerate import Accelerator
 from peft import PeftModel
 
 from glmtune.bench import limits
-from glmtune.bench.glm_peft import time_glm_peft
+from glmtune.bench.glm_peft import glm_peft_rate
 from glmtune.bench.random_model import SHAPES, check_room, random_model
 from glmtune.bench.rows import random_rows
-from glmtune.bench.timing import append_json, check_appendable, machine, times_ms
+from glmtune.bench.timing import machine, times_ms
 from glmtune.config import BenchTrainConfig, TrainConfig
 from glmtune.data.dataset import load_dataset
+from glmtune.data.jsonlines import append_json, check_appendable
 from glmtune.data.token_rows import TokenRows
 from glmtune.hardware import memory_gib, rated_tflops
 from glmtune.models.chatglm.configuration import ChatGLMConfig
@@ -69,7 +70,10 @@ def bench_train(settings: BenchTrainConfig) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
     }
 
-    model = adapt(random_model(shape, device, dtype), config)
+    base = random_model(
+        shape, device, dtype, bits=settings.bits, quantize_head=settings.quantize_head
+    )
+    model = adapt(base, config)
     run = Run.of(config, accelerator, rows, model, settings.shape)
     record["layout"] = run.layout
     speed, tokens, learned = _measure(run, model, settings)
@@ -82,15 +86,22 @@ def bench_train(settings: BenchTrainConfig) -> dict[str, Any]:
         _write_kernel_table(run, model, settings.kernel_table)
     if settings.plain:
         record["plain"] = _measure_plain(config, accelerator, model, rows, settings).__dict__
-    del model, run
+    batches = [run.plan.parts(step, 1)[0] for step in range(settings.steps)]
+    lengths = [rows.lengths_R[part].tolist() for part in batches]
+    layout = run.layout
+    del model, base, run
     _free()
     if settings.limits:
         _measure_limits(record, shape, tokens, learned, device, dtype)
     if settings.compare:
         _free()
-        small = settings.shape != "6b"
-        times = time_glm_peft(tokens, device, dtype, steps=settings.steps, small=small)
-        record["glm_peft_real_tokens_per_second"] = tokens / float(np.median(times)) * 1e3
+        record["glm_peft_real_tokens_per_second"] = glm_peft_rate(
+            [[tokens]] * settings.steps if layout == "packed" else lengths,
+            device,
+            dtype,
+            small=settings.shape != "6b",
+            bits=settings.bits,
+        )
     _print(record)
     if settings.json_path:
         append_json(record, settings.json_path)

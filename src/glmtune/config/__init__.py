@@ -15,6 +15,7 @@ from glmtune.config.reading import (
 from glmtune.config.settings import (
     SETTINGS,
     BenchDecodeConfig,
+    BenchMemoryConfig,
     BenchTrainConfig,
     ChatConfig,
     CompareConfig,
@@ -25,6 +26,7 @@ from glmtune.config.settings import (
     InferConfig,
     MergeConfig,
     NewModelConfig,
+    PlanConfig,
     TokenizeConfig,
     TrainConfig,
     ValidateConfig,
@@ -33,6 +35,7 @@ from glmtune.config.settings import (
 __all__ = [
     "SETTINGS",
     "BenchDecodeConfig",
+    "BenchMemoryConfig",
     "BenchTrainConfig",
     "ChatConfig",
     "CompareConfig",
@@ -43,6 +46,7 @@ __all__ = [
     "InferConfig",
     "MergeConfig",
     "NewModelConfig",
+    "PlanConfig",
     "TokenizeConfig",
     "TrainConfig",
     "ValidateConfig",

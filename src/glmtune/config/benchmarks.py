@@ -2,7 +2,7 @@
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from glmtune.config.groups import DecodingSettings, DeviceSettings, PathText, Settings
 from glmtune.config.training import LayoutSettings, LoraSettings, TrainingDeviceSettings
@@ -45,3 +45,20 @@ class BenchDecodeConfig(BenchSettings, DecodingSettings, DeviceSettings):
     max_new_tokens: int = Field(256, ge=2, description="tokens of each answer")
     batch_size: int = Field(1, ge=1, description="prompts answered at a time")
     compare: bool = Field(False, description="time transformers' generate, too")
+
+
+class BenchMemoryConfig(BenchSettings, LoraSettings, DeviceSettings):
+    """Settings of `glmtune bench memory`."""
+
+    group: ClassVar[str] = "benchmark"
+    steps: int = Field(10, ge=1, description="steps to take and time in each setting")
+    warmup: int = Field(3, ge=0, description="steps before them")
+    only: tuple[str, ...] | None = Field(
+        None, description="settings to measure, of 4bit,8bit,recompute,packed (default: all)"
+    )
+
+    @field_validator("only", mode="before")
+    @classmethod
+    def split_settings(cls, value: object) -> object:
+        """Accept "a,b" for ["a", "b"]."""
+        return tuple(value.split(",")) if isinstance(value, str) else value

@@ -26,7 +26,8 @@ class Settings(BaseModel):
     """What all groups share.
 
     `group` is the heading of a class's fields in `--help`, `bare_words` names what a command line
-    may give without a flag, `reads_and_writes` the two path settings that must differ.
+    may give without a flag, `reads_and_writes` the two path settings that must differ, and
+    `reads_section_of` the verb whose section of a recipe counts as well.
     """
 
     model_config = ConfigDict(
@@ -35,6 +36,7 @@ class Settings(BaseModel):
     group: ClassVar[str] = ""
     bare_words: ClassVar[tuple[str, ...]] = ("recipe",)
     reads_and_writes: ClassVar[tuple[str, str] | None] = None
+    reads_section_of: ClassVar[str | None] = None
 
     @model_validator(mode="after")
     def keep_source(self) -> Self:
@@ -56,6 +58,31 @@ class BaseModelSettings(Settings):
         description="folder or hub id of ChatGLM-6B (default: the environment's GLMTUNE_MODEL, "
         "else what the run folder names, else the hub's, else glm-tiny, which is in the package)",
     )
+
+
+class QuantisingSettings(Settings):
+    """In how many bits the base's weights are held."""
+
+    group: ClassVar[str] = "model"
+    quantization_bit: Literal["8", "4"] | None = Field(
+        None,
+        description="quantise the base's linears while it loads, with bitsandbytes: 8 is LLM.int8, "
+        "4 is NF4 with double quantisation",
+    )
+    quantize_head: bool = Field(
+        False, description="hold embedding and head in 8 bits, which takes half a GiB off"
+    )
+
+    @field_validator("quantization_bit", mode="before")
+    @classmethod
+    def spell_number(cls, value: object) -> object:
+        """Accept 8 for "8"."""
+        return str(value) if isinstance(value, int) else value
+
+    @property
+    def bits(self) -> int | None:
+        """`quantization_bit` as a number."""
+        return None if self.quantization_bit is None else int(self.quantization_bit)
 
 
 class BadRowSettings(Settings):
@@ -97,6 +124,25 @@ class DecodingSettings(Settings):
     decode_compile: bool = Field(
         False, description="compile the layers first, which takes a minute and needs a GPU"
     )
+
+
+class AnsweringWeightSettings(DecodingSettings, QuantisingSettings):
+    """How weights that answer are held, and how they are read."""
+
+    group: ClassVar[str] = "decoding"
+
+    @model_validator(mode="after")
+    def round_once(self) -> Self:
+        """What is quantised already is not rounded again."""
+        wish = "quantization_bit" if self.quantization_bit else "quantize_head"
+        if self.decode_bits != "16" and (self.quantization_bit or self.quantize_head):
+            raise conflict(
+                f"{wish} and decode_bits {self.decode_bits} would both round the weights: choose "
+                "one",
+                wish,
+                "decode_bits",
+            )
+        return self
 
 
 class AnswerSettings(Settings):

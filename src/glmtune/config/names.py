@@ -57,6 +57,7 @@ _OLD_ANSWER_NAMES = {
 }
 OLD_NAMES: dict[str, dict[str, OldName]] = {
     "train": _OLD_TRAINING_NAMES,
+    "plan": _OLD_TRAINING_NAMES,
     "infer": _OLD_ANSWER_NAMES,
     "compare": _OLD_ANSWER_NAMES,
 }
@@ -104,13 +105,13 @@ def check_name(verb: str, name: str, source: str) -> None:
     """Raise UserError, with the likeliest fix, for a name that `verb` does not know."""
     if knows(verb, name):
         return
-    if verb == "train" and name in NOT_OFFERED:
+    if verb in ("train", "plan") and name in NOT_OFFERED:
         raise UserError(
             f"{source}: transformers' TrainingArguments know this setting, glmtune does not offer "
             "it; take it out"
         )
-    # A benchmark borrows the settings of what it measures; they are not where a user looks for one.
-    verbs = [other for other in SETTINGS if not other.startswith("bench")]
+    # Benchmarks and plans borrow settings of what they measure; none is where a user looks for one.
+    verbs = [other for other in SETTINGS if not other.startswith(("bench", "plan"))]
     if verbs := [other for other in verbs if name in SETTINGS[other].model_fields]:
         raise UserError(f"{source} is a setting of {', '.join(verbs)}, not of {verb}; take it out")
     dashes = "--" if source.startswith("--") else ""

@@ -101,7 +101,8 @@ def _explain(error: ValidationError, cls: type[Settings], given: Mapping[str, Gi
 def recipe_settings(verb: str, path: str) -> dict[str, Given]:
     """Return what a recipe sets for `verb`: its section over what stands beside the sections.
 
-    Names are checked in every section, so that a slip shows before the verb that it concerns.
+    Names are checked in every section, so that a slip shows before the verb that it concerns. A
+    plan takes the section of training, and its own over that.
     """
     shared, sections = _read_yaml(path)
     if not sections:
@@ -115,7 +116,10 @@ def recipe_settings(verb: str, path: str) -> dict[str, Given]:
             for_verb[name] = setting
         elif not any(knows(other, name) for other in SETTINGS):
             check_name(verb, name, setting.source)
-    return with_todays_names(verb, for_verb) | with_todays_names(verb, sections.get(verb, {}))
+    settings = with_todays_names(verb, for_verb)
+    for other in filter(None, (SETTINGS[verb].reads_section_of, verb)):
+        settings |= with_todays_names(verb, sections.get(other, {}))
+    return settings
 
 
 def recipe_verbs(path: str) -> list[str]:

@@ -11,19 +11,19 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from glmtune.config.benchmarks import BenchDecodeConfig, BenchTrainConfig
+from glmtune.config.benchmarks import BenchDecodeConfig, BenchMemoryConfig, BenchTrainConfig
 from glmtune.config.groups import (
+    AnsweringWeightSettings,
     AnswerSettings,
     BadRowSettings,
     BaseModelSettings,
     BatchSettings,
-    DecodingSettings,
     DeviceSettings,
     PathText,
     Settings,
     conflict,
 )
-from glmtune.config.training import TrainConfig
+from glmtune.config.training import PlanConfig, TrainConfig
 
 # --- validate ---
 
@@ -115,7 +115,7 @@ class AnsweringSettings(
     RecordSettings,
     BatchSettings,
     AnswerSettings,
-    DecodingSettings,
+    AnsweringWeightSettings,
     BaseModelSettings,
     DeviceSettings,
 ):
@@ -154,7 +154,7 @@ class CompareConfig(AnsweringSettings):
 # --- chat ---
 
 
-class ChatConfig(AnswerSettings, DecodingSettings, BaseModelSettings, DeviceSettings):
+class ChatConfig(AnswerSettings, AnsweringWeightSettings, BaseModelSettings, DeviceSettings):
     """Settings of `glmtune chat`; those of the draw are the published code's."""
 
     group: ClassVar[str] = "chat"
@@ -279,6 +279,7 @@ SETTINGS: dict[str, type[Settings]] = {
     "convert": ConvertConfig,
     "tokenize": TokenizeConfig,
     "train": TrainConfig,
+    "plan": PlanConfig,
     "infer": InferConfig,
     "compare": CompareConfig,
     "merge": MergeConfig,
@@ -288,6 +289,7 @@ SETTINGS: dict[str, type[Settings]] = {
     "new-model": NewModelConfig,
     "bench train": BenchTrainConfig,
     "bench decode": BenchDecodeConfig,
+    "bench memory": BenchMemoryConfig,
     "chat": ChatConfig,
 }
 """Verb -> its settings."""

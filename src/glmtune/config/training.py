@@ -8,6 +8,7 @@ from glmtune.config.groups import (
     BaseModelSettings,
     DeviceSettings,
     PathText,
+    QuantisingSettings,
     Settings,
     conflict,
 )
@@ -174,7 +175,7 @@ class RunFolderSettings(Settings):
         return {"true": "true", "false": None}.get(word, value)
 
 
-class TrainingDeviceSettings(DeviceSettings):
+class TrainingDeviceSettings(DeviceSettings, QuantisingSettings):
     """Where to compute, and how to fit there."""
 
     base_dtype: Literal["auto", "fp8"] = Field(
@@ -183,8 +184,22 @@ class TrainingDeviceSettings(DeviceSettings):
         "auto: in the compute type",
     )
     gradient_checkpointing: Literal["auto"] | bool = Field(
-        "auto", description="recompute activations to save memory; auto: when memory asks for it"
+        "auto",
+        description="recompute activations to save memory; auto: of as few layers as memory asks "
+        "for",
     )
+
+    @model_validator(mode="after")
+    def round_once(self) -> Self:
+        """float8 and bitsandbytes' bits exclude each other."""
+        if self.base_dtype == "fp8" and self.quantization_bit:
+            raise conflict(
+                f"base_dtype fp8 and quantization_bit {self.quantization_bit} are two ways of "
+                "holding the same weights: choose one",
+                "base_dtype",
+                "quantization_bit",
+            )
+        return self
 
 
 class TrainConfig(
@@ -199,3 +214,31 @@ class TrainConfig(
     """Settings of `glmtune train`."""
 
     reads_and_writes = ("dataset_path", "output_dir")
+
+
+class PlanConfig(TrainConfig):
+    """Settings of `glmtune plan`: those of the run, and for which card."""
+
+    group: ClassVar[str] = "plan"
+    reads_section_of: ClassVar[str | None] = "train"
+    memory_gib: float | None = Field(
+        None, gt=0, description="plan for a card of so much memory instead of this machine's"
+    )
+    card: PathText | None = Field(
+        None, description="plan for a card by its name, such as T4, A10, 4090 or H100"
+    )
+    row_length: int = Field(
+        200, ge=4, description="tokens of every row, as long as dataset_path is not there yet"
+    )
+    json_path: PathText | None = Field(None, description="JSON lines file to add the plan to")
+    dataset_path: PathText = Field(
+        "no rows yet", description="tokenised rows, of which the lengths are read"
+    )
+    output_dir: PathText = Field("nowhere", description="accepted as a recipe has it")
+
+    @model_validator(mode="after")
+    def one_card(self) -> Self:
+        """A card has the memory it has."""
+        if self.memory_gib and self.card:
+            raise conflict("memory_gib and card both name a card: choose one", "memory_gib", "card")
+        return self

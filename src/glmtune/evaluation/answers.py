@@ -60,7 +60,13 @@ class Subject:
     base: str
     adapter: Path | None
     device: torch.device
+    """Where it answers."""
     dtype: torch.dtype
+    loads_on: torch.device
+    """Where its weights are before they are rounded for answering, if they are."""
+    bits: int | None
+    """See `--quantization_bit`."""
+    quantize_head: bool
 
     @classmethod
     def of(cls, config: InferConfig | CompareConfig | ChatConfig) -> "Subject":
@@ -76,7 +82,9 @@ class Subject:
         dtype, caution = pick_dtype(device, config.bf16, config.fp16)
         if caution:
             print(f"notice: {caution}", file=sys.stderr)
-        return cls(base, adapter, device, dtype)
+        # A small card then has room for the rounded weights alone.
+        loads_on = device if config.decode_bits == "16" else torch.device("cpu")
+        return cls(base, adapter, device, dtype, loads_on, config.bits, config.quantize_head)
 
     @property
     def adapter_name(self) -> str | None:
@@ -86,13 +94,20 @@ class Subject:
         path = self.adapter.resolve()
         return "/".join(path.parts[-2:]) if path.name.startswith("checkpoint-") else path.name
 
-    def identity(self) -> dict[str, str]:
+    def identity(self) -> dict[str, Any]:
         """What tells this model from another whose answers would differ.
 
         Raises:
             UserError: a file of the adapter cannot be read.
         """
-        identity = {"base": base_name(self.base), "dtype": str(self.dtype).removeprefix("torch.")}
+        identity: dict[str, Any] = {
+            "base": base_name(self.base),
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+        if self.bits:
+            identity["quantization_bit"] = self.bits
+        if self.quantize_head:
+            identity["quantize_head"] = True
         if self.adapter is not None:
             identity["adapter"] = str(self.adapter_name)
             identity["adapter_sha256"] = _digest(self.adapter)
@@ -107,7 +122,14 @@ class Subject:
         with_adapter = f" with the adapter {self.adapter_name}" if self.adapter else ""
         print(f"loading {base_name(self.base)}{with_adapter}", file=sys.stderr)
         tokenizer = load_tokenizer(self.base)
-        model = load_base_model(self.base, dtype=self.dtype, device=self.device, keep_packed=True)
+        model = load_base_model(
+            self.base,
+            dtype=self.dtype,
+            device=self.loads_on,
+            keep_packed=True,
+            bits=self.bits,
+            quantize_head=self.quantize_head,
+        )
         check_pair(model.config, tokenizer)
         if self.adapter is not None:
             return load_adapter(model, self.adapter), tokenizer

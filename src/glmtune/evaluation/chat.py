@@ -67,11 +67,13 @@ class Chat:
         settings = GenerationSettings.from_config(config)
         self.decoders: dict[str, Decoder] = {}
         if subject.adapter is None:
-            self.decoders[BASE] = Decoder.of(model, settings)
+            self.decoders[BASE] = Decoder.of(model, settings, subject.device)
         else:
-            self.decoders[TUNED] = Decoder.of(model, settings)
+            self.decoders[TUNED] = Decoder.of(model, settings, subject.device)
             with model.disable_adapter():
-                self.decoders[BASE] = Decoder.of(model, settings)
+                self.decoders[BASE] = Decoder.of(
+                    model, settings, subject.device, beside=self.decoders[TUNED]
+                )
         self.sides: tuple[str, ...] = (next(iter(self.decoders)),)
         self.commands: dict[str, tuple[Callable[[str], None], str]] = {
             "/new": (self._new, "forget what was said"),

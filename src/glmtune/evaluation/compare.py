@@ -41,9 +41,9 @@ def compare(config: CompareConfig) -> Comparison:
         prompts = [prompt_of(record) for record in todo]
         encoded = encode_prompts(model, tokenizer, prompts, settings.max_new_tokens)
         check_stop_strings(settings.stop_strings or (), tokenizer)
-        tuned = Decoder.of(model, settings)
+        tuned = Decoder.of(model, settings, subject.device)
         with model.disable_adapter():
-            base = Decoder.of(model, settings)
+            base = Decoder.of(model, settings, subject.device, beside=tuned)
         size, num_all = config.per_device_eval_batch_size, len(file.lines) + len(todo)
         bar = tqdm(
             total=num_all,

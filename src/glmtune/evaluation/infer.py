@@ -59,7 +59,7 @@ def infer(config: InferConfig) -> InferSummary:
         model, tokenizer = subject.load()
         prompts = [prompt_of(record) for record in todo]
         batch_size = config.per_device_eval_batch_size
-        stream = generate_answers(model, tokenizer, prompts, settings, batch_size)
+        stream = generate_answers(model, tokenizer, prompts, settings, batch_size, subject.device)
         start = time.perf_counter()
         with file:
             for record, answer in zip(todo, stream, strict=True):

@@ -22,6 +22,7 @@ def generate_answers(
     prompts: Sequence[Prompt],
     settings: GenerationSettings,
     batch_size: int,
+    device: torch.device | None = None,
 ) -> Iterator[Answer]:
     """Answer prompts in left-padded batches, and deliver the answers in order as batches finish.
 
@@ -34,13 +35,14 @@ def generate_answers(
         prompts: all are checked before the first is answered.
         settings: how to generate.
         batch_size: prompts answered at a time.
+        device: see `Decoder`.
 
     Raises:
         UserError: see `encode_prompts` and `answer_batch`.
     """
     check_stop_strings(settings.stop_strings or (), tokenizer)
     encoded = encode_prompts(model, tokenizer, prompts, settings.max_new_tokens)
-    decoder = Decoder.of(model, settings)
+    decoder = Decoder.of(model, settings, device)
     return (
         answer
         for start in range(0, len(encoded), batch_size)
@@ -87,7 +89,7 @@ def answer_batch(
     """Answer one batch of encoded prompts.
 
     Args:
-        model: answers beam searches, and on a GPU most else, through transformers' `generate`.
+        model: answers beam searches, through transformers' `generate`.
         tokenizer: as in `generate_answers`.
         prompts: one batch.
         settings: how to generate.
@@ -98,7 +100,7 @@ def answer_batch(
     """
     stop_ids = find_stop_ids(model)
     try:
-        if is_for_generate(model.device, settings):
+        if settings.num_beams > 1:
             rows = generate_ids(model, prompts, settings, stop_ids)
         else:
             decoder = decoder or Decoder.of(model, settings)
@@ -110,16 +112,6 @@ def answer_batch(
             f"of up to {longest} tokens and {settings.max_new_tokens} new ones; lower it"
         ) from error
     return [_read_answer(row, stop_ids, settings, tokenizer) for row in rows]
-
-
-def is_for_generate(device: torch.device, settings: GenerationSettings) -> bool:
-    """Whether transformers' `generate` answers: in beams, and on a GPU where it can.
-
-    So far the decoder has been measured and held against recorded answers on CPUs alone. On a GPU
-    it answers where it is asked for by what only it can do.
-    """
-    only_decoder_can = settings.decode_bits != 16 or settings.decode_compile
-    return settings.num_beams > 1 or (device.type == "cuda" and not only_decoder_can)
 
 
 def _decode(

@@ -15,23 +15,26 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from glmtune.errors import UserError
 from glmtune.generation.reference import NOT_FINITE, left_padded
-from glmtune.generation.sampling import choose, random_numbers
+from glmtune.generation.sampling import choose, largest, random_numbers
 from glmtune.generation.settings import EncodedPrompt, GenerationSettings
-from glmtune.generation.weights import can_be_captured, read_weights
+from glmtune.generation.weights import can_be_captured, most_rows_for_kernels, read_weights
 from glmtune.hardware import capture_graph, check_decoding
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.decoding import (
     Angles,
     KeyValueCache,
+    Projection,
     decode,
     prefill,
     run_block,
+    run_block_in_few_kernels,
     run_head,
+    run_head_in_few_kernels,
 )
 from glmtune.models.chatglm.layout import read_layout
 from glmtune.ops.attention import prefix_lm_mask
@@ -123,7 +126,11 @@ class Decoder:
         stop_ids: tokens at which an answer ends.
         bits: 8 or 4 round the linears for speed; see `read_weights`.
         merge: merge the adapter into copies of the weights; likewise.
-        compiled: compile the layers of the one-token step, which takes a minute and is faster.
+        compiled: compile the layers of the one-token step, which takes a minute and is faster for
+            more rows than the kernels are for.
+        device: where to answer; by default where the model is. A model that waits in CPU memory is
+            brought to a GPU a linear at a time, so that there it takes its rounded size.
+        beside: a decoder of the same model with the same settings; what both read alike is shared.
 
     Raises:
         UserError: the weights cannot be had in so few bits, or the device lacks something.
@@ -137,13 +144,19 @@ class Decoder:
         bits: int = 16,
         merge: bool = False,
         compiled: bool = False,
+        device: torch.device | None = None,
+        beside: "Decoder | None" = None,
     ):
         self.config: ChatGLMConfig = model.config
-        self.device: torch.device = model.device
+        self.device: torch.device = device or model.device
         check_decoding(self.device, bits, compiled)
+        self._linears: dict[nn.Module, Projection] = beside._linears if beside else {}
         with torch.inference_mode():
-            self.weights = read_weights(model, bits=bits, merge=merge)
+            self.weights = read_weights(
+                model, bits=bits, merge=merge, device=self.device, known=self._linears
+            )
         self.captures = self.device.type == "cuda" and can_be_captured(self.weights)
+        self._most_rows_for_kernels = most_rows_for_kernels(self.weights, self.config)
         self._stop_ids = torch.tensor(stop_ids, device=self.device)
         self._buffers: Buffers | None = None
         self._block: Callable[..., Tensor] = run_block
@@ -155,13 +168,21 @@ class Decoder:
             self._head = torch.compile(run_head, options=options)
 
     @classmethod
-    def of(cls, model: Any, settings: GenerationSettings) -> "Decoder":
+    def of(
+        cls,
+        model: Any,
+        settings: GenerationSettings,
+        device: torch.device | None = None,
+        beside: "Decoder | None" = None,
+    ) -> "Decoder":
         """A decoder that ends answers where the model does, with the bits that are asked for."""
         return cls(
             model,
             find_stop_ids(model),
             bits=settings.decode_bits,
             compiled=settings.decode_compile,
+            device=device,
+            beside=beside,
         )
 
     @torch.inference_mode()
@@ -271,6 +292,9 @@ class Decoder:
         Nothing here may depend on a tensor's value on the host.
         """
         column_1 = buffers.column_1
+        functions = self._block, self._head
+        if len(buffers.tokens_BK) <= self._most_rows_for_kernels:
+            functions = run_block_in_few_kernels, run_head_in_few_kernels
         seen_BK = buffers.valid_BK & (buffers.column_K <= column_1)
         logits_BV = decode(
             self.weights,
@@ -279,19 +303,20 @@ class Decoder:
             seen_BK[:, None, None, :num_columns],
             Angles(*(angle.index_select(1, column_1) for angle in buffers.angles)),
             buffers.cache,
-            self._block,
-            self._head,
+            *functions,
         )
         self._choose(buffers, logits_BV)
 
     def _choose(self, buffers: Buffers, logits_BV: Tensor) -> None:
         """Choose the next token of each row, which becomes its newest."""
         scores_BV = logits_BV.float()
-        buffers.finite.logical_and_(scores_BV.max().isfinite())  # NaN where any score is
+        top_B, token_B = largest(scores_BV)
+        buffers.finite.logical_and_(top_B.isfinite().all())  # NaN where any score is
         buffers.column_1.add_(1)
-        numbers_BK = buffers.numbers_BK
-        draw_B1 = None if numbers_BK is None else numbers_BK.index_select(1, buffers.column_1)
-        token_B = choose(scores_BV, buffers.settings, buffers.seen_BV, draw_B1)
+        settings, numbers_BK = buffers.settings, buffers.numbers_BK
+        if settings.do_sample or settings.repetition_penalty is not None:
+            draw_B1 = None if numbers_BK is None else numbers_BK.index_select(1, buffers.column_1)
+            token_B = choose(scores_BV, settings, buffers.seen_BV, draw_B1)
         token_B1 = token_B.masked_fill(buffers.finished_B, self.config.pad_token_id)[:, None]
         buffers.tokens_BK.index_copy_(1, buffers.column_1, token_B1)
         buffers.finished_B.logical_or_((token_B1 == self._stop_ids).any(-1))

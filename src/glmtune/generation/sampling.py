@@ -3,6 +3,7 @@
 Shapes: B rows of a batch, T tokens of the longest answer, V vocabulary.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy
@@ -16,6 +17,18 @@ from transformers.generation import (
 )
 
 from glmtune.generation.settings import EncodedPrompt, GenerationSettings
+
+
+def largest(scores_BV: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest score of each row, and the first token that has it; NaN where any score is.
+
+    It is looked for in parts at first, as a GPU gives each row of a maximum to one block.
+    """
+    num_parts = math.gcd(scores_BV.shape[-1], 32)
+    of_part = scores_BV.unflatten(-1, (num_parts, -1)).max(-1)
+    value_B, part_B = of_part.values.max(-1)
+    within_B = of_part.indices.gather(-1, part_B[:, None]).squeeze(-1)
+    return value_B, part_B * (scores_BV.shape[-1] // num_parts) + within_B
 
 
 def choose(
@@ -36,7 +49,7 @@ def choose(
         assert seen_BV is not None
         scores_BV = penalise(scores_BV, seen_BV, settings.repetition_penalty)
     if not settings.do_sample:
-        return scores_BV.argmax(-1)
+        return largest(scores_BV)[1]
     assert draw_B1 is not None
     for keep in filters(settings):
         scores_BV = keep(None, scores_BV)

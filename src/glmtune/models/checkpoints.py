@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
@@ -21,6 +21,7 @@ from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
 from glmtune.models.chatglm.tokenization import ChatGLMTokenizer
 from glmtune.models.downloads import in_time
+from glmtune.models.quantised import bits_of, check_quantising, quantising
 
 T = TypeVar("T")
 
@@ -133,12 +134,16 @@ def load_tokenizer(base: str) -> ChatGLMTokenizer:
 
 
 def load_config(base: str) -> ChatGLMConfig:
-    """The configuration of a base model, as it lies there.
+    """The configuration of a base model, as it lies there; no weights are fetched for it.
+
+    That of the published model is known, and is not asked for at the hub.
 
     Raises:
         UserError: no model there, or one of another family.
     """
-    return _read_config(base, _fetch(base))
+    if base in HUB_IDS and not isinstance(try_to_load_from_cache(base, "config.json"), str):
+        return ChatGLMConfig()
+    return _read_config(base, _fetch(base, only="config.json"))
 
 
 def load_base_model(
@@ -147,10 +152,12 @@ def load_base_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     keep_packed: bool = False,
+    bits: int | None = None,
+    quantize_head: bool = False,
 ) -> ChatGLMForConditionalGeneration:
     """The base model, in evaluation mode.
 
-    What becomes of packed integer weights is printed as a note on stderr.
+    What becomes of weights that the folder holds quantised is printed as a note on stderr.
 
     Args:
         base: a folder or a hub id, as `resolve_base` gives it.
@@ -158,27 +165,54 @@ def load_base_model(
         device: by default the CPU.
         keep_packed: leave the weights of a published int8 or int4 folder packed, as is enough to
             answer with them; else they are dequantised to `dtype`, to train on or to merge into.
+        bits: 8 or 4 to quantise the layers' linears with bitsandbytes, one by one while they load;
+            those of a published int8 or int4 folder are requantised.
+        quantize_head: round embedding and head to 8 bits.
 
     Raises:
-        UserError: no model there, of another family, or weights that do not fit.
+        UserError: no model there, of another family, weights that do not fit, or a wish for bits
+            that folder or device cannot grant.
     """
     folder = _fetch(base)
     config = _read_config(base, folder)
-    placement = {} if device is None else {"device_map": str(device)}
-    model = _built(
+    has, packed = bits_of(config), config.quantization_bit
+    if bits and has:
+        raise _quantised_already(f"quantization_bit {bits}", base, has)
+    if quantize_head and packed and keep_packed and not bits:
+        raise _quantised_already("quantize_head true", base, packed)
+    loading: dict[str, Any] = {"dtype": dtype}
+    if bits or has:
+        wish = f"quantization_bit {bits}" if bits else f"{base_name(base)}, which is in {has} bits"
+        check_quantising(wish, bits or has or 0, device)
+        device = device or "cpu"  # left to itself, transformers would take a GPU
+    if device:
+        loading["device_map"] = str(device)
+    if bits and not packed:
+        loading["quantization_config"] = quantising(bits, dtype)
+    model: Any = _built(
         folder,
-        lambda: ChatGLMForConditionalGeneration.from_pretrained(
-            folder, config=config, dtype=dtype, **placement
-        ),
+        lambda: ChatGLMForConditionalGeneration.from_pretrained(folder, config=config, **loading),
     )
     model.name_or_path = model.config.name_or_path = base
-    if bits := model.config.quantization_bit:
-        if not keep_packed:
+    if has or packed:
+        done = "stay packed"
+        if packed and bits:
+            model.quantize(bits)
+            done = f"are requantised to {'LLM.int8' if bits == 8 else 'NF4'}"
+        elif packed and not keep_packed:
             model.dequantize()
-        dtype_name = str(model.dtype).removeprefix("torch.")
-        done = "stay packed" if keep_packed else f"are dequantised to {dtype_name}"
-        print(f"note: the int{bits} weights of {base_name(base)} {done}", file=sys.stderr)
+            done = f"are dequantised to {str(model.dtype).removeprefix('torch.')}"
+        print(f"note: the int{has or packed} weights of {base_name(base)} {done}", file=sys.stderr)
+    if quantize_head and not model.config.quantization_embeddings:
+        model.quantize_head()
     return model.eval()
+
+
+def _quantised_already(wish: str, base: str, bits: int) -> UserError:
+    return UserError(
+        f"{wish}: {base_name(base)} is in {bits} bits already; leave {wish.split()[0]} out, or "
+        "pass ChatGLM-6B in float16"
+    )
 
 
 def _read_config(base: str, folder: Path) -> ChatGLMConfig:
@@ -209,9 +243,9 @@ def _built(folder: Path, build: Callable[[], T]) -> T:
         ) from error
 
 
-def _fetch(base: str) -> Path:
+def _fetch(base: str, only: str | None = None) -> Path:
     try:
-        folder = weights.fetch(base)
+        folder = weights.fetch(base, only)
     except _HUB_ERRORS as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(

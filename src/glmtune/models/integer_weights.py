@@ -7,9 +7,10 @@ H hidden.
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from glmtune.ops.integers import dequantise
+from glmtune.ops.integers import dequantise, quantise_int8
+from glmtune.ops.linear import frozen_linear
+from glmtune.ops.quantised import Quantised
 
 SCALE = "weight_scale"
 
@@ -26,10 +27,14 @@ class Packed(nn.Module):
     def make_room(self, like: Tensor, bits: int) -> None:
         """Put zeros in the place of a float weight ``(R, C)``, for a folder's weights to fill."""
         num_rows, num_columns = like.shape
-        self.bits = bits
         packed = torch.zeros(num_rows, num_columns * bits // 8, dtype=torch.int8)
+        self.hold(packed, torch.zeros(num_rows, dtype=torch.float16), bits)
+
+    def hold(self, packed: Tensor, scale: Tensor, bits: int) -> None:
+        """Take these as the weight."""
+        self.bits = bits
         self.weight = nn.Parameter(packed, requires_grad=False)
-        self.register_buffer(SCALE, torch.zeros(num_rows, dtype=torch.float16))
+        self.register_buffer(SCALE, scale)
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """The weight as floats, ``(R, C)``."""
@@ -56,9 +61,16 @@ class PackedLinear(Packed, nn.Linear):
         self.bias = like.bias
         self.make_room(like.weight, bits)
 
+    @property
+    def frozen(self) -> Quantised:
+        """Its numbers, as `frozen_linear` takes them."""
+        parts = self.weight, self.weight_scale
+        return Quantised(parts, f"int{self.bits}", 0, self.in_features, self.bias)
+
     def forward(self, hidden: Tensor) -> Tensor:
         """``(..., C)`` to ``(..., R)``, in the type of the input."""
-        return F.linear(hidden, self.unpacked(hidden.dtype), self.bias)
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        return frozen_linear(rows, self.frozen).unflatten(0, hidden.shape[:-1])
 
     def dequantised(self, dtype: torch.dtype) -> nn.Linear:
         """The float linear that this one stands for."""
@@ -88,6 +100,21 @@ class PackedEmbedding(Packed, nn.Embedding):
         embedding = nn.Embedding(self.num_embeddings, self.embedding_dim, device="meta")
         embedding.weight = nn.Parameter(self.unpacked(dtype))
         return embedding
+
+
+def quantise_tables(
+    embedding: nn.Embedding, head: nn.Linear
+) -> tuple[PackedEmbedding, PackedLinear]:
+    """Embedding and head in 8 bits; where one tensor served both, one does so still."""
+    packed_embedding, packed_head = PackedEmbedding(embedding, 8), PackedLinear(head, 8)
+    packed_embedding.hold(*quantise_int8(embedding.weight), 8)
+    if head.weight is embedding.weight:
+        packed_head.bits = 8
+        packed_head.weight = packed_embedding.weight
+        packed_head.register_buffer(SCALE, packed_embedding.weight_scale)
+    else:
+        packed_head.hold(*quantise_int8(head.weight), 8)
+    return packed_embedding, packed_head
 
 
 def pack_modules(model: nn.Module, bits: int) -> None:

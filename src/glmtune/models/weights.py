@@ -31,10 +31,11 @@ HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_do
 Outline = dict[str, Tensor]  # on the meta device: shapes and types, no numbers
 
 
-def fetch(name_or_path: str, **hub_arguments) -> Path:
+def fetch(name_or_path: str, only: str | None = None, **hub_arguments) -> Path:
     """The local folder of a checkpoint: the folder itself, or the hub's files in the hub cache.
 
-    Only data is fetched (JSON, vocabularies, weights), never code, and held against its hashes.
+    Only data is fetched (JSON, vocabularies, weights), never code, and held against its hashes; of
+    it, where that is enough, one file alone.
 
     Raises:
         UserError: a file is not what was published.
@@ -42,7 +43,7 @@ def fetch(name_or_path: str, **hub_arguments) -> Path:
     folder = Path(name_or_path)
     if folder.is_dir():
         return folder
-    patterns = ["*.json", "*.model", "*.safetensors", "*.bin"]
+    patterns = [only] if only else ["*.json", "*.model", "*.safetensors", "*.bin"]
     snapshot = Path(snapshot_download(name_or_path, allow_patterns=patterns, **hub_arguments))
     check_download(name_or_path, snapshot)
     return snapshot

@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 
 PACKED_BITS = (8, 4)
+# Rows that are rounded at a time.
+_PIECE = 2048
+# No scale is smaller: a float16 above 0.
+_SMALLEST = 2.0**-24
 
 
 def unpack_int4(packed: Tensor) -> Tensor:
@@ -40,3 +44,22 @@ def dequantise(packed: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> 
     # With `out` the float32 product is never stored, whatever the type of the result.
     out = torch.empty_like(values, dtype=dtype)
     return torch.mul(values, scale.float()[..., None], out=out)
+
+
+@torch.no_grad()
+def quantise_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each row of ``(R, C)`` to whole numbers up to 127 times a scale of its own.
+
+    Some rows at a time, so that next to nothing is held beside the result.
+
+    Returns:
+        int8 ``(R, C)`` and float16 scales ``(R,)``, for `dequantise`.
+    """
+    packed = torch.empty_like(weight, dtype=torch.int8)
+    scale = torch.empty_like(weight[:, 0], dtype=torch.float16)
+    for start in range(0, len(weight), _PIECE):
+        rows = slice(start, start + _PIECE)
+        piece = weight[rows].float()
+        scale[rows] = (piece.abs().amax(1) / 127).clamp(min=_SMALLEST)
+        packed[rows] = (piece / scale[rows, None]).round().clamp(-127, 127)
+    return packed, scale

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from glmtune.ops.quantised import Quantised, quantised_linear
+
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
 
@@ -37,7 +39,7 @@ class Fp8(NamedTuple):
     bias_N: Tensor | None
 
 
-Frozen = Dense | Fp8
+Frozen = Dense | Fp8 | Quantised
 
 
 def quantise_rows(x_MK: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,6 +92,9 @@ def frozen_linear(x_TK: Tensor, linear: Frozen) -> Tensor:
     """``x @ W^T + bias``: ``(T, N)`` in x's type."""
     if isinstance(linear, Dense):
         return F.linear(x_TK, linear.weight_NK, linear.bias_N)
+    if isinstance(linear, Quantised):
+        parts, kind, block, _, bias_N = linear
+        return quantised_linear(x_TK, list(parts), kind, block, bias_N)
     return _Fp8Linear.apply(x_TK, *linear)
 
 

@@ -3,11 +3,13 @@
 Shapes: B rows of a batch, S tokens, V vocabulary; L learned tokens, H hidden, C a chunk of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from glmtune.ops.quantised import Quantised
 
 IGNORED = -100  # a label that is not trained on: the prompt and the padding
 # Learned tokens whose logits are held at a time: 0.25 GiB in bfloat16 for ChatGLM-6B.
@@ -38,7 +40,10 @@ def next_token_loss(
 
 
 def head_loss(
-    hidden_LH: Tensor, head_VH: Tensor, targets_L: Tensor, softmax_loss: SoftmaxLoss | None = None
+    hidden_LH: Tensor,
+    head: Tensor | Quantised,
+    targets_L: Tensor,
+    softmax_loss: SoftmaxLoss | None = None,
 ) -> Tensor:
     """Summed cross entropy of a frozen head's logits, of which it never holds more than a chunk.
 
@@ -47,14 +52,14 @@ def head_loss(
 
     Args:
         hidden_LH: outputs of the last norm, of the learned tokens alone.
-        head_VH: the head's weight.
+        head: its weight ``(V, H)``, or the same in packed integers.
         targets_L: what follows each of them, or `IGNORED`.
         softmax_loss: does what `softmax_loss_` does, which is the default.
 
     Returns:
         A float32 scalar.
     """
-    return _HeadLoss.apply(hidden_LH, head_VH, targets_L, softmax_loss or softmax_loss_)
+    return _HeadLoss.apply(hidden_LH, head, targets_L, softmax_loss or softmax_loss_)
 
 
 def softmax_loss_(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
@@ -66,19 +71,29 @@ def softmax_loss_(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
     return total.detach()
 
 
+def _pieces(head: Tensor | Quantised, dtype: torch.dtype) -> Iterable[tuple[slice, Tensor]]:
+    return [(slice(None), head)] if isinstance(head, Tensor) else head.pieces(dtype)
+
+
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_LH, head_VH, targets_L, softmax_loss):
+    def forward(ctx, hidden_LH, head, targets_L, softmax_loss):
         total = torch.zeros((), device=hidden_LH.device)
         grad_LH = torch.empty_like(hidden_LH) if ctx.needs_input_grad[0] else None
-        logits_CV = hidden_LH.new_empty(min(CHUNK, len(targets_L)), len(head_VH))
+        num_ids = len(head if isinstance(head, Tensor) else head.parts[0])
+        logits_CV = hidden_LH.new_empty(min(CHUNK, len(targets_L)), num_ids)
         for start in range(0, len(targets_L), CHUNK):
             chunk = slice(start, start + CHUNK)
             logits = logits_CV[: len(targets_L[chunk])]
-            torch.mm(hidden_LH[chunk], head_VH.T, out=logits)
+            for ids, weight in _pieces(head, logits.dtype):
+                torch.mm(hidden_LH[chunk], weight.T, out=logits[:, ids])
             total += softmax_loss(logits, targets_L[chunk])
             if grad_LH is not None:
-                torch.mm(logits, head_VH, out=grad_LH[chunk])
+                grad = grad_LH[chunk]
+                for ids, weight in _pieces(head, logits.dtype):
+                    # At beta 0 it does not matter what the memory held before.
+                    beta = 1.0 if ids.start else 0.0
+                    torch.addmm(grad, logits[:, ids], weight, beta=beta, out=grad)
         ctx.save_for_backward(grad_LH)
         return total
 

@@ -5,7 +5,10 @@ import time
 from typing import Any
 
 from glmtune.hardware import device_name, memory_gib, total_memory_gib
+from glmtune.models.chatglm.packed import base_of
+from glmtune.models.quantised import bits_of
 from glmtune.runlog import PLOT_FILE, format_seconds, print_pairs
+from glmtune.training.advice import recompute_words
 from glmtune.training.checkpoints import RECIPE_FILE, TrainingState
 from glmtune.training.plan import PackPlan
 from glmtune.training.run import Run
@@ -39,7 +42,12 @@ def print_banner(run: Run, state: TrainingState) -> None:
     model = state.model
     trainable, total = model.get_nb_trainable_parameters()
     num_train, num_eval = len(run.plan.row_ids), len(run.eval_rows)
-    eight = ", frozen linears in float8" if config.base_dtype == "fp8" else ""
+    special = ", frozen linears in float8" if config.base_dtype == "fp8" else ""
+    base_config = base_of(model).config
+    if bits := bits_of(base_config):
+        special = f", frozen linears in {bits} bits"
+    if base_config.quantization_embeddings:
+        special += ", embedding and head in 8"
     done = f", {state.global_step:,} of them done" if state.global_step else ""
     print_pairs(
         f"LoRA of rank {config.lora_rank} on {', '.join(config.lora_target)} of {run.base_name}",
@@ -51,8 +59,8 @@ def print_banner(run: Run, state: TrainingState) -> None:
             **describe_step(run),
             "trainable": f"{trainable:,} of {total:,} parameters ({trainable / total:.3%})",
             "device": f"{device_name(device)}, {total_memory_gib(device):.0f} GiB, "
-            f"{run.identity['dtype']}{eight}",
-            "recompute": "on" if run.recompute(model) else "off",
+            f"{run.identity['dtype']}{special}",
+            "recompute": recompute_words(run.forecast),
             "run folder": config.output_dir,
         },
     )

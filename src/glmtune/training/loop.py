@@ -26,23 +26,25 @@ from glmtune.models.checkpoints import (
     base_name,
     check_pair,
     load_base_model,
+    load_config,
     load_tokenizer,
     resolve_base,
 )
 from glmtune.runlog import PLOT_FILE, RunLog
 from glmtune.training import checkpoints
-from glmtune.training.check import check_agreement
+from glmtune.training.advice import advise, check_fit, print_forecast
+from glmtune.training.check import prove
 from glmtune.training.checkpoints import RECIPE_FILE, STATE_FILE, TrainingState
 from glmtune.training.console import Pace, print_banner, print_summary
+from glmtune.training.forecast import foresee_on
 from glmtune.training.interrupt import StopRequest
-from glmtune.training.passes import PaddedPass, Pass
+from glmtune.training.passes import Pass
 from glmtune.training.run import (
     Run,
     adapt,
     build_pass,
     build_state,
     check_fp8,
-    choose_layout,
     layout_as_run,
     start_accelerator,
 )
@@ -76,7 +78,19 @@ def train(config: TrainConfig) -> TrainResult:
     check_data_card(card, tokenizer, config.dataset_path)
     rows = TokenRows.from_dataset(dataset)
 
-    model = load_base_model(base, dtype=dtype, device=accelerator.device)
+    foresee = foresee_on(accelerator, load_config(base), dtype, rows)
+    foreseen = foresee(config)
+    if accelerator.is_main_process:
+        print_forecast(foreseen, config, base_name(base))
+    check_fit(foreseen, config, foresee)
+
+    model = load_base_model(
+        base,
+        dtype=dtype,
+        device=accelerator.device,
+        bits=config.bits,
+        quantize_head=config.quantize_head,
+    )
     check_pair(model.config, tokenizer)
     rows.check(model.config, config.dataset_path)
     torch.manual_seed(config.seed)
@@ -88,17 +102,14 @@ def train(config: TrainConfig) -> TrainResult:
             "chatglm_path": base,
             "resume_from_checkpoint": None,
             "overwrite_output_dir": False,
-            **layout_as_run(config, peft_model, accelerator.device, rows),
+            **layout_as_run(foreseen),
         }
         write_recipe(config.model_copy(update=as_run), str(output_dir / RECIPE_FILE))
     try:
         return fit(config, accelerator, peft_model, rows, base_name(base), resume)
     except torch.OutOfMemoryError as error:
         raise UserError(
-            "the GPU's memory is too small for this: halve "
-            f"{_size_setting(config, accelerator.device)} and double "
-            f"gradient_accumulation_steps ({config.gradient_accumulation_steps}), or set "
-            "gradient_checkpointing true"
+            f"the device's memory is too small for this: {advise(config, foresee)}"
         ) from error
 
 
@@ -126,19 +137,13 @@ def fit(
     run = Run.of(config, accelerator, rows, model, base)
     state = build_state(run, model)
     step_pass = build_pass(run, model, state.weights)
-    plain = PaddedPass(accelerator, model, rows)
     torch.manual_seed(config.seed + accelerator.process_index)  # to each process its own dropout
     history: list[dict[str, Any]] = []
     if resume:
         history = checkpoints.load_checkpoint(resume, state, run.identity, accelerator)
     if accelerator.is_main_process:
         print_banner(run, state)
-    if run.layout != "padded":
-        first = run.plan.parts(state.global_step, accelerator.num_processes)[0]
-        off = check_agreement(step_pass, plain, first, state.weights, run.dtype)
-        if accelerator.is_main_process:
-            print(f"checked: a pass over {len(first)} rows, {run.layout} and row by row: loss and "
-                  f"gradient differ by {off[0]:.1e} and {off[1]:.1e}", flush=True)  # fmt: skip
+    prove(run, state, step_pass)
 
     interrupted = False
     with open_log(run, state, history) as log, StopRequest(accelerator) as stop:
@@ -282,12 +287,6 @@ def open_log(run: Run, state: TrainingState, history: list[dict[str, Any]]) -> R
         history=history,
         enabled=run.accelerator.is_main_process,
     )
-
-
-def _size_setting(config: TrainConfig, device: torch.device) -> str:
-    if choose_layout(config, device) == "packed":
-        return f"tokens_per_step ({config.tokens_per_step or 'now chosen by the card'})"
-    return f"per_device_train_batch_size ({config.per_device_train_batch_size})"
 
 
 def _diverged(run: Run, state: TrainingState, what: str) -> UserError:

@@ -1,80 +1,259 @@
-"""What a packed pass takes in memory, and how many tokens of it a device has room for."""
+"""What a pass takes in memory, summed up from what it must hold, before anything is loaded.
+
+Memory peaks at one of three moments: where the loss meets the vocabulary, on the way back through
+the last layer, or on the way back through a layer that is computed again. Until then each layer
+keeps what its way back needs. docs/memory.md derives the terms and holds them against measurements.
+
+Sizes of activations are counted in values a token: one is `hidden_size` numbers of the compute
+type. Shapes: B rows, S tokens of a padded row, T tokens of a pass, L learned tokens, V vocabulary.
+"""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-from glmtune.hardware import GIB
 from glmtune.models.chatglm.configuration import ChatGLMConfig
+from glmtune.models.sizes import block_shapes, weight_bytes
 from glmtune.ops.loss import CHUNK
 
-# Lengths to choose from. Beyond the first a GPU is busy anyway; below the last it is not.
-PACK_LENGTHS = (8192, 4096, 2048, 1024)
-PACK_LENGTH_ON_CPU = 2048
-# What the library, the allocator and everything of no great size take, and the share of a device
-# that other programs leave.
-_REST_GIB, _USABLE = 0.75, 0.93
+# How a pass is computed: see `training.passes`. "packed" is without a compiler.
+Way = Literal["padded", "packed", "compiled", "captured"]
 
-
-def pass_gib(
-    config: ChatGLMConfig,
-    num_tokens: int,
-    dtype: torch.dtype,
-    *,
-    recompute: bool = False,
-    more_adapters: bool = False,
-) -> float:
-    """GiB that a compiled pass over a pack takes beside the weights, where the memory peaks.
-
-    Kept for the way back are, of each layer and token: what enters it and its second norm, queries,
-    keys and values, the attention's output, the inner activation, and one bit in eight for dropout.
-    With `recompute` it is what enters each layer, and all of one layer. The way back through a
-    layer holds three gradients of the inner activation. With `more_adapters` than those of the
-    fused projection the inputs of the other linears are kept as well (how much: as measured).
-    """
-    ratio = config.inner_hidden_size / config.hidden_size
-    layer = 6.5 + ratio + 6.5 * more_adapters
-    kept = config.num_layers + layer if recompute else config.num_layers * layer
-    values = (kept + 3 * ratio) * config.hidden_size * num_tokens
-    values += CHUNK * config.vocab_size + 4 * num_tokens * config.hidden_size
-    return values * dtype.itemsize / GIB
+FUSED = "query_key_value"
+LINEARS = (FUSED, "dense", "dense_h_to_4h", "dense_4h_to_h")  # in the order of `block_shapes`
+# What cuBLAS asks for, for each stream and each of two threads: forward has one, backward another.
+_WORKSPACE = {True: 32 << 20, False: 8320 << 10}
+"""By whether the card is a Hopper."""
+_THREADS = 2
 
 
 @dataclass(frozen=True)
-class Room:
-    """A device's memory for passes of a model."""
+class Setup:
+    """What is trained, in which numbers, and how a pass is computed."""
 
     config: ChatGLMConfig
-    free_gib: float
-    """What the device has beside the weights."""
     dtype: torch.dtype
-    more_adapters: bool = False
-    """See `pass_gib`."""
+    way: Way
+    on_gpu: bool = True
+    is_hopper: bool = False
+    bits: int | None = None
+    """8 or 4 where the frozen linears are quantised."""
+    quantize_head: bool = False
+    is_fp8: bool = False
+    rank: int = 8
+    targets: tuple[str, ...] = (FUSED,)
+    has_dropout: bool = True
 
-    def holds(self, num_tokens: int, *, recompute: bool) -> bool:
-        """Whether a pass over so many tokens fits."""
-        needed = pass_gib(
-            self.config,
-            num_tokens,
-            self.dtype,
-            recompute=recompute,
-            more_adapters=self.more_adapters,
-        )
-        return needed <= _USABLE * self.free_gib - _REST_GIB
+    @property
+    def ratio(self) -> float:
+        """Width inside the MLP, in values."""
+        return self.config.inner_hidden_size / self.config.hidden_size
 
-    def longest_pack(self, recompute: bool | None = None) -> int:
-        """Tokens of the longest pack that fits.
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of a value: one token's."""
+        return self.config.hidden_size * self.dtype.itemsize
 
-        Recomputing activations costs a third of the speed, so it is counted on only where otherwise
-        not even packs of 2,048 tokens fit.
+    def parameters(self) -> int:
+        """Of the adapter."""
+        shapes = dict(zip(LINEARS, block_shapes(self.config), strict=True))
+        layer = sum(self.rank * sum(shapes[name]) for name in self.targets)
+        return self.config.num_layers * layer
 
-        Args:
-            recompute: what the user wants, or None.
-        """
-        choices = [(length, False) for length in PACK_LENGTHS[:3]]
-        choices += [(length, True) for length in PACK_LENGTHS]
-        for length, does_recompute in choices:
-            wanted = recompute in (None, does_recompute)
-            if wanted and self.holds(length, recompute=does_recompute):
-                return length
-        return PACK_LENGTHS[-1]
+    def input_width(self, linear: str) -> float:
+        """Of a linear, in values."""
+        return self.ratio if linear == "dense_4h_to_h" else 1.0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The size of a pass."""
+
+    num_tokens: int
+    """Filler and padding among them."""
+    num_learned: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes at the peak of training, part by part."""
+
+    weights: float
+    """Of the base."""
+    adapter: float
+    """Its weights and gradients, in float32."""
+    optimiser: float
+    """Two moments of each of the adapter's weights."""
+    activations: float
+    """What the layers keep for the way back."""
+    logits: float
+    """And the gradient of the last hidden states, which the head computes at once."""
+    way_back: float
+    """By how much memory peaks higher within a layer than at the logits."""
+    buffers: float
+    """The libraries' workspaces, and a quantised weight as floats, one at a time."""
+    outside: float
+    """Not counted by the allocator: CUDA itself, what is reserved and not in use."""
+
+    @property
+    def allocated(self) -> float:
+        """At the peak, as `torch.cuda.max_memory_allocated` counts."""
+        fixed = self.weights + self.adapter + self.optimiser + self.buffers
+        return fixed + self.of_the_pass
+
+    @property
+    def of_the_pass(self) -> float:
+        """What is there only while a pass is computed."""
+        return self.activations + self.logits + self.way_back
+
+    @property
+    def needed(self) -> float:
+        """What the device must have."""
+        return self.allocated + self.outside
+
+
+def estimate(setup: Setup, batch: Batch, recompute: int = 0) -> Estimate:
+    """The memory that a run of such passes takes.
+
+    Args:
+        setup: what is trained, and how.
+        batch: its largest pass.
+        recompute: the first so many layers keep their input alone, at most all but the last.
+    """
+    num_layers, token_bytes = setup.config.num_layers, setup.value_bytes * batch.num_tokens
+    layer, last = kept_by_layer(setup), kept_by_layer(setup, learned_share(setup, batch))
+    kept = recompute + (num_layers - 1 - recompute) * layer + last + kept_once(setup)
+    logits = logit_bytes(setup, batch)
+    moments = [logits, way_back(setup, learned_share(setup, batch)) * token_bytes]
+    if recompute:
+        again = recompute - 1 + layer + kept_once(setup) + way_back(setup)
+        moments.append((again - kept) * token_bytes)
+    activations = kept * token_bytes
+    of_the_pass = activations + max(moments)
+    parameters = setup.parameters()
+    # A captured pass writes its gradients beside those to which it adds them.
+    copies = 3 if setup.way == "captured" else 2
+    return Estimate(
+        weights=base_bytes(setup),
+        adapter=4 * copies * parameters,
+        optimiser=8 * parameters,
+        activations=activations,
+        logits=logits,
+        way_back=of_the_pass - activations - logits,
+        buffers=buffer_bytes(setup),
+        outside=outside_bytes(setup, of_the_pass),
+    )
+
+
+def learned_share(setup: Setup, batch: Batch) -> float:
+    """Share of the tokens that leave the last layer: packed passes want the learned ones alone."""
+    return 1.0 if setup.way == "padded" else batch.num_learned / batch.num_tokens
+
+
+def kept_by_layer(setup: Setup, share: float = 1.0) -> float:
+    """What a layer keeps for the way back, in values a token.
+
+    The inputs of both norms, queries, keys and values, the attention's output with a float32 a head
+    for its softmax, and the input of GELU. All else is computed again from these, where a compiler
+    sees to it, or is not needed, as the weights are frozen.
+
+    Args:
+        setup: what is trained, and how.
+        share: of the tokens that go on after the attention.
+    """
+    config, itemsize = setup.config, setup.dtype.itemsize
+    softmax = 4 * config.num_attention_heads / setup.value_bytes
+    before, after = 1 + 3 + 1 + softmax, 1 + setup.ratio
+    if setup.way == "padded":
+        before += 2  # turned queries and keys lie beside the projection that the values lie in
+    if setup.way in ("padded", "packed") and itemsize < 4:
+        before += 2 * config.head_dim / config.hidden_size  # cosines and sines in the compute type
+    before += kept_by_adapter(setup, FUSED)
+    after += sum(kept_by_adapter(setup, name) for name in LINEARS[1:])
+    return before + share * after
+
+
+def kept_by_adapter(setup: Setup, linear: str) -> float:
+    """What one linear's adapter keeps for the way back, in values a token: its input, dropped."""
+    if linear not in setup.targets:
+        return 0.0
+    width, itemsize = setup.input_width(linear), setup.dtype.itemsize
+    mask = width / itemsize if setup.has_dropout else 0.0  # a byte a number
+    if setup.way == "padded":
+        in_float32 = 4 / itemsize * width
+        if setup.has_dropout and not setup.on_gpu:
+            mask = in_float32  # the CPU's dropout keeps factors
+        return in_float32 + mask + 4 * setup.rank / setup.value_bytes
+    if setup.way == "packed":
+        return width + mask
+    # The compiler keeps the mask alone where the fused projection is all that is adapted, and what
+    # is left after dropout where other linears are, too (as measured, not as it would have to).
+    return mask if setup.targets == (FUSED,) else width + mask * (linear == FUSED)
+
+
+def kept_once(setup: Setup) -> float:
+    """Cosines and sines in float32, in values a token."""
+    return 4 * setup.config.head_dim / setup.value_bytes
+
+
+def logit_bytes(setup: Setup, batch: Batch) -> float:
+    """What the loss takes at its peak.
+
+    The plain way holds logarithms of all probabilities, and two gradients of that size, in float32.
+    The others take the learned tokens in chunks, the compiled ones in the place of the logits.
+    """
+    vocab_size, itemsize = setup.config.vocab_size, setup.dtype.itemsize
+    if setup.way == "padded":
+        return batch.num_tokens * (12 * vocab_size + setup.value_bytes)
+    each = itemsize
+    if setup.way == "packed":
+        each += 16 if itemsize < 4 else 12
+    # What enters the last norm, what leaves it, and the gradient of that.
+    hidden = 3 * batch.num_learned * setup.value_bytes
+    return hidden + min(CHUNK, batch.num_learned) * vocab_size * each
+
+
+def way_back(setup: Setup, share: float = 1.0) -> float:
+    """Gradients that are there at once within a layer, in values a token.
+
+    That of the output and that of the inner activation, which the compiler turns in place into that
+    of GELU's input; others write a second one, and add the two of the residual.
+    """
+    if setup.way in ("compiled", "captured"):
+        return share * (1 + setup.ratio)
+    return share * (2 + 2 * setup.ratio)
+
+
+def base_bytes(setup: Setup) -> int:
+    """Weights of the base; float8 keeps each linear in two layouts, with a float32 a line."""
+    size = weight_bytes(setup.config, setup.dtype, setup.bits, quantize_head=setup.quantize_head)
+    if setup.is_fp8:
+        for shape in block_shapes(setup.config):
+            outputs, inputs = shape
+            each = (2 - setup.dtype.itemsize) * outputs * inputs + 4 * (outputs + inputs)
+            size += setup.config.num_layers * each
+    return size
+
+
+def buffer_bytes(setup: Setup) -> float:
+    """Workspaces of each stream, of which captured passes have two; and one weight as floats."""
+    size = 0.0
+    if setup.on_gpu:
+        streams = 2 if setup.way == "captured" else 1
+        size += streams * _THREADS * _WORKSPACE[setup.is_hopper]
+    if setup.bits:
+        largest = max(outputs * inputs for outputs, inputs in block_shapes(setup.config))
+        # Integers are turned into floats, and those scaled.
+        size += largest * setup.dtype.itemsize * (2 if setup.bits == 8 else 1)
+    return size
+
+
+def outside_bytes(setup: Setup, of_the_pass: float) -> float:
+    """CUDA with its kernels and the allocator's gaps; and what captured passes hold back.
+
+    Captured passes have memory of their own, beside that in which a new length is tried first.
+    """
+    if not setup.on_gpu:
+        return 0.0
+    return (0.75 * 2**30) + (of_the_pass if setup.way == "captured" else 0.0)

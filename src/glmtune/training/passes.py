@@ -14,16 +14,18 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from glmtune.data.packing import Pack, lay_out
 from glmtune.data.token_rows import TokenRows
 from glmtune.hardware import capture_graph
-from glmtune.models.chatglm.packed import Dropouts, PackedModel, PackTensors, move
+from glmtune.models.chatglm.packed import Dropouts, PackedModel, PackTensors, base_of, move
 from glmtune.training.batches import collate
 
 # A captured pass serves every pack of so many tokens or a few less, and as for its learned tokens,
 # every share of them up to the next of so many.
-_CAPTURED_LENGTHS, _CAPTURED_SHARES = 64, 4
+CAPTURED_LENGTHS, _CAPTURED_SHARES = 64, 4
 
 LossAndGradients = tuple[Tensor, Sequence[Tensor]]
 
@@ -60,6 +62,11 @@ class PaddedPass(Pass):
     accelerator: Accelerator
     model: PeftModel
     rows: TokenRows
+    recompute: int = 0
+    """The first so many layers keep their input alone, and are computed again on the way back."""
+
+    def __post_init__(self) -> None:
+        enable_recompute(base_of(self.model), self.recompute)
 
     def run(self, row_ids: np.ndarray, num_labels: int, seed: int) -> Tensor:
         """See `Pass`; dropout draws from torch's generator, which runs on from pass to pass."""
@@ -77,6 +84,9 @@ class PaddedPass(Pass):
     def gradients(self, row_ids: np.ndarray, weights: Sequence[nn.Parameter]) -> LossAndGradients:
         """See `Pass`."""
         self.model.eval()
+        for layer in base_of(self.model).transformer.layers:
+            # Of itself alone, not of what is in it, as dropout: transformers recomputes no other.
+            layer.training = True
         loss = self._forward(row_ids, 1)
         return loss.detach(), torch.autograd.grad(loss, weights)
 
@@ -85,6 +95,18 @@ class PaddedPass(Pass):
         batch = {name: move(tensor, self.accelerator.device) for name, tensor in batch.items()}
         with self.accelerator.autocast():
             return self.model(**batch, num_items_in_batch=num_labels).loss
+
+
+def enable_recompute(model: PreTrainedModel, num_layers: int) -> None:
+    """Compute the first so many layers again on the way back, instead of keeping all of them."""
+    if num_layers:
+        # transformers 5.23 names it after the activations, and warns of the name that 5.17 has.
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+        enable = next(getattr(model, name) for name in names if hasattr(model, name))
+        enable({"use_reentrant": False})
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for layer in layers[num_layers:]:
+        layer.gradient_checkpointing = False
 
 
 @dataclass(frozen=True)
@@ -162,8 +184,7 @@ class CapturedPass(PackedPass):
         """See `Pass`."""
         pack = self.pack(row_ids)
         length = len(pack.input_ids_T)
-        share = length // _CAPTURED_SHARES
-        num_learned = share * -(-len(pack.targets_L) // share)
+        num_learned = captured_learned(length, len(pack.targets_L))
         tensors = self.model.to_tensors(pack, num_learned)
         dropouts = self.dropouts(self.dropout_rate, seed)
         self._attach_grads()
@@ -180,7 +201,7 @@ class CapturedPass(PackedPass):
 
     def length(self, row_ids: np.ndarray) -> int:
         """See `PackedPass`."""
-        return _CAPTURED_LENGTHS * -(-super().length(row_ids) // _CAPTURED_LENGTHS)
+        return CAPTURED_LENGTHS * -(-super().length(row_ids) // CAPTURED_LENGTHS)
 
     def _attach_grads(self) -> None:
         """Let the weights' gradients lie where the graphs add to them."""
@@ -208,6 +229,12 @@ class CapturedPass(PackedPass):
         pool = next(iter(self._captures.values())).graph.pool() if self._captures else None
         graph, loss = capture_graph(run, 2, run_and_add, pool)
         return _Capture(graph, pack, dropouts, divisor, loss)
+
+
+def captured_learned(num_tokens: int, num_learned: int) -> int:
+    """Learned tokens of the graph that serves a pass of so many tokens."""
+    share = num_tokens // _CAPTURED_SHARES
+    return share * -(-num_learned // share)
 
 
 def _copy(source: tuple, target: tuple) -> None:

@@ -85,6 +85,16 @@ class Plan(ABC):
         there may be fewer parts for one process than for another.
         """
 
+    @abstractmethod
+    def heaviest(self, num_steps: int, num_processes: int, padded: bool) -> np.ndarray:
+        """Row numbers of the pass that computes on most tokens, among the first so many steps.
+
+        Args:
+            num_steps: at least one.
+            num_processes: as in `parts`.
+            padded: whether filler up to a pass's longest row counts as well.
+        """
+
     def num_steps(self, num_epochs: float) -> int:
         """Steps of so many epochs, the last of which may be cut short."""
         whole, share = divmod(num_epochs, 1)
@@ -102,6 +112,8 @@ class RowPlan(Plan):
     """Steps of a fixed number of rows; the last one of an epoch may have fewer."""
 
     unit = "rows"
+    lengths_R: np.ndarray
+    """Tokens of every row of the data set."""
     global_batch_size: int
     """Rows of one step, over all processes and accumulated passes."""
     batch_size: int
@@ -131,6 +143,24 @@ class RowPlan(Plan):
         rows = self.global_batch(step)
         num_passes = -(-len(rows) // (self.batch_size * num_processes))
         return np.array_split(rows, num_passes * num_processes)
+
+    def heaviest(self, num_steps: int, num_processes: int, padded: bool) -> np.ndarray:
+        """See `Plan`; all epochs are gone through, most passes at once as an array."""
+        best, most = np.arange(0), 0
+        for first in range(0, num_steps if self.shuffle else 1, self.steps_in()):
+            last = min(first + self.steps_in(), num_steps) - 1
+            rows = self.order(first // self.steps_in())
+            whole_PB = rows[: (last - first) * self.global_batch_size].reshape(-1, self.batch_size)
+            for passes_PB in (whole_PB, *(part[None] for part in self.parts(last, num_processes))):
+                lengths_PB = self.lengths_R[passes_PB]
+                if not lengths_PB.size:
+                    continue
+                weight_P = lengths_PB.sum(1)
+                if padded:
+                    weight_P = lengths_PB.max(1) * lengths_PB.shape[1]
+                if weight_P.max() > most:
+                    best, most = passes_PB[weight_P.argmax()], weight_P.max()
+        return best
 
 
 @dataclass(frozen=True)
@@ -178,3 +208,8 @@ class PackPlan(Plan):
         epoch, place = self.locate(step)
         first = place * self.packs_per_step
         return self.packs(epoch)[first : first + self.packs_per_step]
+
+    def heaviest(self, num_steps: int, num_processes: int, padded: bool) -> np.ndarray:
+        """See `Plan`; packs are full but for the last of an epoch, so one epoch tells of all."""
+        packs = self.packs(0)[: num_steps * self.packs_per_step]
+        return max(packs, key=lambda rows: self.lengths_R[rows].sum())

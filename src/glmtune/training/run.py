@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,24 +19,21 @@ from glmtune.config import TrainConfig
 from glmtune.data.packing import check_lengths, plan_packs
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError
-from glmtune.hardware import GIB, device_name, pick_device, pick_dtype, total_memory_gib
+from glmtune.hardware import device_name, pick_device, pick_dtype
 from glmtune.models.chatglm.packed import PackedModel, base_of, can_compile, to_fp8
+from glmtune.models.quantised import bits_of
 from glmtune.training.checkpoints import TrainingState
-from glmtune.training.memory import PACK_LENGTH_ON_CPU, Room
+from glmtune.training.forecast import Forecast, foresee_on
+from glmtune.training.layout import Layout, count_steps, make_plan
 from glmtune.training.passes import CapturedPass, PackedPass, PaddedPass, Pass
-from glmtune.training.plan import PackPlan, Plan, RowPlan, split_rows
-
-# Below this a card is short of memory for activations at the original's batch size.
-RECOMPUTE_BELOW_GIB = 40
-
-# How the rows of a pass lie: padded to the longest, end to end, or so in packs of one length.
-Layout = Literal["padded", "exact", "packed"]
+from glmtune.training.plan import PackPlan, Plan, split_rows
 
 # Settings that change a run's numbers as they stand; `Run.identity` adds those that depend on more.
 _NUMERIC_SETTINGS = (
     "seed", "eval_ratio", "train_sampling_strategy", "lora_rank", "lora_alpha", "lora_dropout",
-    "lora_target", "base_dtype", "learning_rate", "lr_scheduler_type", "weight_decay", "adam_beta1",
-    "adam_beta2", "adam_epsilon", "max_grad_norm",
+    "lora_target", "base_dtype", "quantization_bit", "quantize_head", "learning_rate",
+    "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "max_grad_norm",
 )  # fmt: skip
 
 
@@ -55,7 +52,7 @@ class Run:
     dtype: torch.dtype
     """Compute type of the base model."""
     base_name: str
-    layout: Layout
+    forecast: Forecast
 
     @classmethod
     def of(
@@ -67,22 +64,13 @@ class Run:
         base_name: str,
     ) -> "Run":
         """Work out the numbers of a run: its split, its global batch, its steps."""
-        train_rows, eval_rows = split_rows(len(rows), config.eval_ratio, config.seed)
-        layout = choose_layout(config, accelerator.device)
-        seed = config.seed if config.data_seed is None else config.data_seed
-        shuffle = config.train_sampling_strategy == "random"
-        passes = accelerator.num_processes * config.gradient_accumulation_steps
-        plan: Plan
-        if layout == "packed":
-            length = pack_length(config, model, accelerator.device, rows)
+        base = base_of(model)
+        forecast = foresee_on(accelerator, base.config, base.dtype, rows)(config)
+        _, eval_rows = split_rows(len(rows), config.eval_ratio, config.seed)
+        if length := forecast.pack_length:
             check_lengths(rows, np.arange(len(rows)), length, config.dataset_path)
-            plan = PackPlan(train_rows, seed, shuffle, rows.lengths_R, length, passes)
-        else:
-            batch_size = config.per_device_train_batch_size
-            plan = RowPlan(train_rows, seed, shuffle, batch_size * passes, batch_size)
-        max_steps = config.max_steps
-        if max_steps <= 0:
-            max_steps = plan.num_steps(config.num_train_epochs)
+        plan = make_plan(config, rows.lengths_R, forecast.pack_length, accelerator.num_processes)
+        max_steps = count_steps(config, plan)
         warmup = config.warmup_steps
         return cls(
             config,
@@ -92,9 +80,20 @@ class Run:
             eval_rows,
             max_steps,
             warmup_steps=int(warmup) if warmup >= 1 else math.ceil(warmup * max_steps),
-            dtype=model.get_input_embeddings().weight.dtype,
+            dtype=base_of(model).dtype,
             base_name=base_name,
-            layout=layout,
+            forecast=forecast,
+        )
+
+    @property
+    def layout(self) -> Layout:
+        """How the rows of a pass lie."""
+        return self.forecast.layout
+
+    def heaviest_part(self) -> np.ndarray:
+        """Row numbers of the pass that takes most memory."""
+        return self.plan.heaviest(
+            self.max_steps, self.accelerator.num_processes, self.layout == "padded"
         )
 
     @cached_property
@@ -116,18 +115,6 @@ class Run:
             "warmup_steps": self.warmup_steps,
             **{name: getattr(self.config, name) for name in _NUMERIC_SETTINGS},
         }
-
-    def recompute(self, model: PeftModel) -> bool:
-        """Whether activations are computed again on the way back."""
-        wish, device = self.config.gradient_checkpointing, self.accelerator.device
-        if wish != "auto" or self.layout == "padded" or device.type != "cuda":
-            return wants_recompute(self.config, device)
-        if isinstance(self.plan, PackPlan):
-            num_tokens = self.plan.pack_length
-        else:
-            longest = int(self.rows.lengths_R[self.plan.row_ids].max())
-            num_tokens = self.config.per_device_train_batch_size * longest
-        return not room_for(self.config, model, device).holds(num_tokens, recompute=False)
 
     def eval_parts(self) -> list[np.ndarray]:
         """Row numbers of each evaluation pass."""
@@ -171,14 +158,6 @@ def start_accelerator(config: TrainConfig) -> tuple[Accelerator, torch.dtype]:
     return accelerator, dtype
 
 
-def enable_recompute(model: PreTrainedModel) -> None:
-    """Compute activations again on the way back instead of keeping them."""
-    # transformers 5.23 calls it after the activations, and warns of the name that 5.17 has alone.
-    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-    enable = next(getattr(model, name) for name in names if hasattr(model, name))
-    enable({"use_reentrant": False})
-
-
 def adapt(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
     """Put the run's adapter on a base, and the base into the numbers that are asked for."""
     adapted = attach_lora(
@@ -189,65 +168,20 @@ def adapt(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
         targets=config.lora_target,
     )
     if config.base_dtype == "fp8":
+        if bits := bits_of(model.config):
+            raise UserError(
+                f"base_dtype fp8: the base is in {bits} bits already; leave base_dtype out"
+            )
         to_fp8(adapted)
     return adapted
 
 
-def choose_layout(config: TrainConfig, device: torch.device) -> Layout:
-    """How the rows of a pass lie; on a GPU, where nothing else is said, in packs.
-
-    Who gives both the rows of a pass and the number of steps, as the original's command does, has
-    chosen them for each other: packs would go through the data twenty times as often.
-    """
-    on_gpu = device.type == "cuda"
-    packing = config.packing
-    if packing is None:
-        chosen = {"per_device_train_batch_size", "max_steps"} <= config.model_fields_set
-        packing = on_gpu and not config.exact_batch and (not chosen or bool(config.tokens_per_step))
-    if packing:
-        return "packed"
-    exact = on_gpu if config.exact_batch is None else config.exact_batch
-    return "exact" if exact else "padded"
-
-
-def wants_recompute(config: TrainConfig, device: torch.device) -> bool:
-    """Whether to recompute activations; "auto" does so on small GPUs only, as it costs a third."""
-    if config.gradient_checkpointing == "auto":
-        return device.type == "cuda" and total_memory_gib(device) < RECOMPUTE_BELOW_GIB
-    return config.gradient_checkpointing
-
-
-def room_for(config: TrainConfig, model: PeftModel, device: torch.device) -> Room:
-    """What the device's memory leaves to passes of this model."""
-    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) / GIB
-    base = base_of(model)
-    more_adapters = config.lora_target != ("query_key_value",)
-    return Room(base.config, total_memory_gib(device) - weights, base.dtype, more_adapters)
-
-
-def pack_length(
-    config: TrainConfig, model: PeftModel, device: torch.device, rows: TokenRows
-) -> int:
-    """Tokens of a pack: what is asked for, or what memory holds, and then at least one row."""
-    if config.tokens_per_step:
-        return config.tokens_per_step
-    wish = None if config.gradient_checkpointing == "auto" else config.gradient_checkpointing
-    length = PACK_LENGTH_ON_CPU
-    if device.type == "cuda":
-        length = room_for(config, model, device).longest_pack(wish)
-    return max(length, 64 * -(-int(rows.lengths_R.max()) // 64))
-
-
-def layout_as_run(
-    config: TrainConfig, model: PeftModel, device: torch.device, rows: TokenRows
-) -> dict[str, Any]:
+def layout_as_run(forecast: Forecast) -> dict[str, Any]:
     """The settings of the layout as they came out: a run goes on with them on any other card."""
-    layout = choose_layout(config, device)
-    length = pack_length(config, model, device, rows) if layout == "packed" else None
     return {
-        "packing": layout == "packed",
-        "exact_batch": layout == "exact",
-        "tokens_per_step": length,
+        "packing": forecast.layout == "packed",
+        "exact_batch": forecast.layout == "exact",
+        "tokens_per_step": forecast.pack_length,
     }
 
 
@@ -263,12 +197,10 @@ def check_fp8(device: torch.device) -> None:
 def build_pass(run: Run, model: PeftModel, weights: list[nn.Parameter]) -> Pass:
     """The pass of this run's layout."""
     config, device = run.config, run.accelerator.device
+    recompute = run.forecast.recompute
     if run.layout == "padded":
-        if wants_recompute(config, device):
-            enable_recompute(base_of(model))
-        return PaddedPass(run.accelerator, model, run.rows)
+        return PaddedPass(run.accelerator, model, run.rows, recompute)
     compiled = can_compile(device, base_of(model).config)
-    recompute = run.recompute(model)
     packed = PackedModel(
         model, compiled=compiled, any_length=run.layout == "exact", recompute=recompute
     )

@@ -28,6 +28,28 @@ def _no_value(name: str, value: object) -> UserError:
     )
 
 
+def _check_quantization(settings: dict) -> None:
+    """Make sure that a folder's `quantization_config` is one of bitsandbytes that is known here.
+
+    Raises:
+        UserError: it is not.
+    """
+    method = settings.get("quant_method") or "of no named method"
+    in_8_bits, in_4_bits = (bool(settings.get(f"load_in_{bits}bit")) for bits in (8, 4))
+    kind = settings.get("bnb_4bit_quant_type")
+    is_known = method == "bitsandbytes" and in_8_bits != in_4_bits
+    if is_known and in_4_bits and kind not in ("nf4", "fp4"):
+        is_known, method = False, f"bitsandbytes' {kind}"
+    if is_known and settings.get("llm_int8_has_fp16_weight"):
+        is_known, method = False, "bitsandbytes' llm_int8_has_fp16_weight"
+    if not is_known:
+        raise UserError(
+            f"config.json: quantization_config ({method}) is a way of quantising that is not known "
+            "here, only bitsandbytes' 8 and 4 bits are; pass ChatGLM-6B in float16 with "
+            "quantization_bit 8 or 4, or its published -int8, -int4 or -int4-qe folder"
+        )
+
+
 class ChatGLMConfig(PreTrainedConfig):
     """Shape and special ids of a ChatGLM-6B checkpoint, read from its published `config.json`.
 
@@ -60,7 +82,7 @@ class ChatGLMConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
     use_cache: bool = True
     quantization_bit: int = 0  # 8 or 4: packed integers in the layers' linears
-    quantization_embeddings: bool = False  # and in the embedding and the head
+    quantization_embeddings: bool = False  # and in embedding and head; alone, those in 8 bits
     bos_token_id: int | None = 130004
     eos_token_id: int | list[int] | None = 130005
     mask_token_id: int = None  # type: ignore[assignment]  # filled in from bos_token_id
@@ -73,13 +95,8 @@ class ChatGLMConfig(PreTrainedConfig):
                 f'config.json: model_type "chatglm" with {found[0]} is ChatGLM2-6B or ChatGLM3-6B, '
                 "which this version does not load; pass a ChatGLM-6B folder"
             )
-        if other := kwargs.get("quantization_config"):
-            method = other.get("quant_method") if isinstance(other, dict) else None
-            raise UserError(
-                f"config.json: quantization_config ({method or 'of no named method'}) is a way of "
-                "quantising that is not known here; pass ChatGLM-6B in float16, or its published "
-                "-int8, -int4 or -int4-qe folder"
-            )
+        if settings := kwargs.get("quantization_config"):
+            _check_quantization(settings if isinstance(settings, dict) else settings.to_dict())
         self.quantization_bit = self.quantization_bit or 0
         if self.quantization_bit not in (0, *PACKED_BITS):
             raise UserError(

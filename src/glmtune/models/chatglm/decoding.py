@@ -10,7 +10,7 @@ V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ from glmtune.models.chatglm.modeling import RESIDUAL_SCALE
 from glmtune.ops.norm import Norm
 from glmtune.ops.rotary import rotate
 
-Projection = Callable[[Tensor], Tensor]
-"""A linear with all that belongs to it, ``(..., in)`` to ``(..., out)``."""
+Projection = Any
+"""A linear with all that belongs to it, to be called: ``(..., in)`` to ``(..., out)``."""
 
 
 class Block(NamedTuple):
@@ -109,6 +109,36 @@ def attend(query_BNSD: Tensor, keys_BNKD: Tensor, values_BNKD: Tensor, mask_B1SK
         seen = scores.masked_fill(~mask_B1SK, -torch.inf).softmax(-1).to(values_BNKD.dtype)
         context = seen @ values_BNKD
     return context.transpose(1, 2).flatten(2)
+
+
+def run_block_in_few_kernels(
+    hidden_B1H: Tensor,
+    block: Block,
+    keys_BNKD: Tensor,
+    values_BNKD: Tensor,
+    column_1: Tensor,
+    mask_B11K: Tensor,
+    angles: Angles,
+) -> Tensor:
+    """`run_block` on one new token of a few rows, whose linears have kernels."""
+    from glmtune.ops import decoding_kernels as kernels
+
+    dtype = block.query_key_value.input_dtype  # of all that lies between the kernels
+    normed = kernels.normalise(hidden_B1H, block.input_norm, dtype)
+    mixed = block.query_key_value.fused(normed)
+    context = kernels.attend(mixed, keys_BNKD, values_BNKD, column_1, mask_B11K, *angles)
+    hidden = block.dense.fused(context, residual=normed, alpha=RESIDUAL_SCALE)
+    normed = kernels.normalise(hidden, block.post_attention_norm, dtype)
+    inner = block.dense_h_to_4h.fused(normed, gelu=True)
+    return block.dense_4h_to_h.fused(inner, residual=normed, alpha=RESIDUAL_SCALE)
+
+
+def run_head_in_few_kernels(hidden_B1H: Tensor, final_norm: Norm, head: Projection) -> Tensor:
+    """`run_head` of a few rows."""
+    from glmtune.ops import decoding_kernels as kernels
+
+    normed = kernels.normalise(hidden_B1H, final_norm, head.input_dtype)
+    return head.fused(normed, dtype=final_norm.weight.dtype).squeeze(1)
 
 
 def run_head(hidden_B1H: Tensor, final_norm: Norm, head: Projection) -> Tensor:

@@ -15,6 +15,7 @@ from glmtune.models.chatglm.configuration import (
 )
 from glmtune.models.chatglm.tokenization import VOCAB_FILE, check_revision
 from glmtune.models.integer_weights import SCALE, Packed
+from glmtune.models.quantised import as_floats, bits_of
 
 EMBEDDING, HEAD = "transformer.word_embeddings.weight", "lm_head.weight"
 EMBEDDING_SCALE, HEAD_SCALE = f"transformer.word_embeddings.{SCALE}", f"lm_head.{SCALE}"
@@ -60,6 +61,8 @@ def check_folder(folder: Path, config: ChatGLMConfig, model_class: type[PreTrain
     config.tie_word_embeddings = not any(weights.tensors_differ(files, *pair) for pair in pairs)
     with torch.device("meta"):
         model = model_class(config)
+    if bits_of(config):
+        found = as_floats(found, model)
     weights.check_outline(
         {name: tensor for name, tensor in found.items() if not re.search(ROTARY_BUFFER, name)},
         model.state_dict(),

@@ -33,7 +33,16 @@ from glmtune.models.chatglm.folder import (
     check_folder,
 )
 from glmtune.models.chatglm.layout import read_layout
-from glmtune.models.integer_weights import SCALE, Packed, dequantise_modules, pack_modules
+from glmtune.models.integer_weights import (
+    SCALE,
+    Packed,
+    PackedEmbedding,
+    PackedLinear,
+    dequantise_modules,
+    pack_modules,
+    quantise_tables,
+)
+from glmtune.models.quantised import bits_of, check_quantising, quantise, settle
 from glmtune.ops.attention import prefix_lm_mask
 from glmtune.ops.loss import next_token_loss
 from glmtune.ops.rotary import rotary_angles, rotate
@@ -234,6 +243,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         if config.quantization_bit:
             part = self if config.quantization_embeddings else self.transformer.layers
             pack_modules(part, config.quantization_bit)
+        elif config.quantization_embeddings:
+            self.transformer.word_embeddings = PackedEmbedding(self.transformer.word_embeddings, 8)
+            self.lm_head = PackedLinear(self.lm_head, 8)
         self.post_init()
 
     @classmethod
@@ -243,7 +255,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         As transformers', but strict (every tensor is there, none is extra, all have their shapes)
         and in the compute type of the machine: bfloat16 on a GPU that has it, float32 on a CPU.
         `dtype="auto"` keeps the type of the files. The weights of a published int8 or int4 folder
-        stay packed, see `dequantize`.
+        stay packed, see `dequantize`. With transformers' `quantization_config` for bitsandbytes a
+        float folder is quantised while it loads; one that was saved after that loads as it is.
 
         Raises:
             UserError: one line that names what does not fit.
@@ -252,6 +265,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         folder = weights.fetch(pretrained_model_name_or_path, **hub)
         if not isinstance(config, ChatGLMConfig):
             config = ChatGLMConfig.from_pretrained(folder)
+        if bits := bits_of(config):
+            check_quantising(f"{folder}: its quantization_config", bits, None)
         check_folder(folder, config, cls)
         if kwargs.get("dtype", kwargs.get("torch_dtype")) is None:
             kwargs["dtype"], caution = pick_dtype(pick_device(), bf16=None, fp16=False)
@@ -262,19 +277,43 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         if isinstance(model.lm_head, Packed) and config.tie_word_embeddings:
             # Of a packed head transformers ties the integers, a parameter, but no buffer.
             setattr(model.lm_head, SCALE, getattr(model.transformer.word_embeddings, SCALE))
+        if bits_of(model.config):
+            dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+            settle(model, dtype if isinstance(dtype, torch.dtype) else model.dtype)
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         return loaded
 
+    def quantize_head(self) -> None:
+        """Round embedding and head to 8 bits, in place; a tensor that served both does so still."""
+        body = self.transformer
+        body.word_embeddings, self.lm_head = quantise_tables(body.word_embeddings, self.lm_head)
+        self.config.quantization_embeddings = True
+
+    def quantize(self, bits: int) -> None:
+        """Quantise the layers' linears with bitsandbytes, in place, to 8 or 4 bits.
+
+        Of a published int8 or int4 folder they are requantised; its packed embedding and head, if
+        it has such, become floats.
+        """
+        quantise(self, self.transformer.layers, bits)
+        self._unpack(self.dtype)
+
+    def _unpack(self, dtype: torch.dtype) -> None:
+        dequantise_modules(self, dtype)
+        self.config.quantization_bit, self.config.quantization_embeddings = 0, False
+        self.tie_weights()
+
     def dequantize(self, dtype: torch.dtype | None = None) -> "ChatGLMForConditionalGeneration":
-        """Turn packed weights into floats, in place; what has none stays as it is.
+        """Turn packed and bitsandbytes' weights into floats, in place; floats stay as they are.
 
         Args:
             dtype: of the whole model from here on; by default the compute type it has.
         """
         dtype = dtype or self.dtype
-        dequantise_modules(self, dtype)
-        self.config.quantization_bit, self.config.quantization_embeddings = 0, False
-        self.tie_weights()
+        if bits_of(self.config):
+            super().dequantize(dtype)
+            self._weight_conversions = None  # what loading remembers for saving in few bits again
+        self._unpack(dtype)
         return nn.Module.to(self, dtype)
 
     def forward(

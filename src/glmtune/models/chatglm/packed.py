@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch._functorch.config as functorch_config
 from peft import PeftModel
-from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -28,21 +28,26 @@ from glmtune.models.chatglm.modeling import (
     ChatGLMBlock,
     ChatGLMForConditionalGeneration,
 )
+from glmtune.models.quantised import frozen_of
 from glmtune.ops.attention import PaddedRows
 from glmtune.ops.linear import Dense, Fp8Linear, Frozen, frozen_linear
 from glmtune.ops.lora import Adapter, Dropout, lora_factors, lora_linear
 from glmtune.ops.loss import IGNORED, SoftmaxLoss, head_loss
 from glmtune.ops.norm import Norm
+from glmtune.ops.quantised import Quantised
 from glmtune.ops.rotary import rotary_angles
 
 # Whole rows at a time in registers, where that is faster: the norms, and float8's largest values.
-COMPILE_OPTIONS: dict[str, Any] = {"triton.multi_kernel": 1}
+# Kernels of that kind cannot be read back from the compiler's cache (torch 2.11 raises a TypeError
+# at the second run on a machine), so that what is compiled is not put there.
+COMPILE_OPTIONS: dict[str, Any] = {"triton.multi_kernel": 1, "fx_graph_cache": False}
 _KEEP_LESS = (
     "ban_recompute_used_far_apart",
     "ban_recompute_long_fusible_chains",
     "ban_recompute_materialized_backward",
 )
 LEARNED_MULTIPLE = 64
+COMPILED_HEADS = 64, 128  # sizes of a head that models of this family have
 
 
 class Linear(NamedTuple):
@@ -159,7 +164,7 @@ class PackedModel:
         *,
         compiled: bool,
         any_length: bool = False,
-        recompute: bool = False,
+        recompute: int = 0,
     ):
         """Look at a model that `attach_lora` returned.
 
@@ -167,17 +172,22 @@ class PackedModel:
             model: its weights are shared, not copied.
             compiled: compile the block and use the kernels, which takes a GPU; see `can_compile`.
             any_length: compile once for packs of any length, instead of once for each length.
-            recompute: keep each block's input alone, and compute the rest again on the way back.
+            recompute: of so many blocks, the first ones, keep the input alone, and compute the rest
+                again on the way back; at most of all but the last, whose way back begins at once.
         """
         chatglm = base_of(model)
         self.config = chatglm.config
-        self.embedding = chatglm.transformer.word_embeddings.weight
-        self.head = chatglm.lm_head.weight
+        self.embedding = chatglm.transformer.word_embeddings
+        head = frozen_of(chatglm.lm_head)
+        assert isinstance(head, Dense | Quantised)
+        self.head = head.weight_NK if isinstance(head, Dense) else head
+        self.dtype = chatglm.dtype
         self.blocks = [
             _weights_of(cast(ChatGLMBlock, layer)) for layer in chatglm.transformer.layers
         ]
         self.final_layernorm = Norm.of(chatglm.transformer.final_layernorm)
-        self.device = self.embedding.device
+        self.device = chatglm.device
+        assert 0 <= recompute < len(self.blocks)
         self.recompute = recompute
         self.block: Callable = block
         self.last_block: Callable = block
@@ -246,7 +256,7 @@ class PackedModel:
             pack: see `to_tensors`.
             dropouts: None for none. At rate 0 they change nothing, and need not be compiled anew.
         """
-        hidden_TH = F.embedding(pack.input_ids_T, self.embedding)
+        hidden_TH = self.embedding(pack.input_ids_T).to(self.dtype)
         angles = rotary_angles(pack.position_ids_2T[None], self.config.head_dim)
         cos, sin = (part[0].contiguous() for part in angles)
         if self.compiled:
@@ -257,8 +267,12 @@ class PackedModel:
                 _let_vary(hidden_TH, cos, sin, *pack.attention)
             drop = dropouts.of(layer) if dropouts else None
             arguments = hidden_TH, self.blocks[layer], pack.attention, cos, sin, drop
-            if self.recompute and torch.is_grad_enabled():
-                hidden_TH = checkpoint(self.block, *arguments, use_reentrant=False)
+            if layer < self.recompute and torch.is_grad_enabled():
+                # Dropout is a function of its seed: there is no random state to keep, and none to
+                # ask for while a graph is captured.
+                hidden_TH = checkpoint(
+                    self.block, *arguments, use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 hidden_TH = self.block(*arguments)
         if self.any_length:
@@ -278,13 +292,10 @@ def _let_vary(*tensors_T: Tensor) -> None:
 
 
 def can_compile(device: torch.device, config: ChatGLMConfig) -> bool:
-    """Whether the kernels run here: a GPU of the Ampere generation or newer, with Triton.
-
-    And heads of 64 or 128, as models of this family have them.
-    """
+    """Whether the kernels run here: a GPU of the Ampere generation or newer, with Triton."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return False
-    return find_spec("triton") is not None and config.head_dim in (64, 128)
+    return find_spec("triton") is not None and config.head_dim in COMPILED_HEADS
 
 
 def move(value: Any, device: torch.device) -> Any:
@@ -317,15 +328,12 @@ def _weights_of(layer: ChatGLMBlock) -> BlockWeights:
 
 def _linear_of(module: nn.Module) -> Linear:
     adapter = None
-    if isinstance(module, LoraLinear):
+    if isinstance(module, LoraLayer):
         (name,) = module.active_adapters
         a, b = cast(nn.Linear, module.lora_A[name]), cast(nn.Linear, module.lora_B[name])
         adapter = Adapter(a.weight, b.weight, module.scaling[name])
         module = module.base_layer
-    if isinstance(module, Fp8Linear):
-        return Linear(module.frozen, adapter)
-    assert isinstance(module, nn.Linear)
-    return Linear(Dense(module.weight, module.bias), adapter)
+    return Linear(frozen_of(module), adapter)
 
 
 def to_fp8(model: PeftModel) -> None:
@@ -334,7 +342,7 @@ def to_fp8(model: PeftModel) -> None:
         layer = cast(ChatGLMBlock, module)
         for parent in (layer.attention, layer.mlp):
             for name, linear in list(parent.named_children()):
-                if isinstance(linear, LoraLinear):
+                if isinstance(linear, LoraLayer):
                     linear.base_layer = Fp8Linear(cast(nn.Linear, linear.base_layer))
                 elif isinstance(linear, nn.Linear):
                     setattr(parent, name, Fp8Linear(linear))

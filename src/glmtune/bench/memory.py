@@ -1,0 +1,192 @@
+"""`glmtune bench memory`: what training takes in memory, beside what `glmtune plan` says of it.
+
+Each setting is a run of its own in a process of its own, from a folder of random weights to some
+steps: a peak knows nothing of what was there before, and what one run lacks the next still has.
+"""
+
+import gc
+import shutil
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from glmtune.bench.limits import copy_rate
+from glmtune.bench.random_model import SHAPES, check_room
+from glmtune.bench.rows import random_rows
+from glmtune.bench.timing import machine, times_ms
+from glmtune.config import BenchMemoryConfig, TrainConfig
+from glmtune.data.jsonlines import append_json, check_appendable
+from glmtune.errors import UserError
+from glmtune.hardware import GIB, memory_gib, pick_device, pick_dtype
+from glmtune.models.checkpoints import load_base_model
+from glmtune.models.random_init import write_random_model
+from glmtune.models.sizes import weight_bytes
+from glmtune.runlog import print_pairs
+from glmtune.training.check import prove
+from glmtune.training.loop import train_step
+from glmtune.training.run import Run, adapt, build_pass, build_state, start_accelerator
+
+_SIX_ROWS: dict[str, Any] = {"exact_batch": True, "per_device_train_batch_size": 6}
+CASES: dict[str, dict[str, Any]] = {
+    "4bit": {**_SIX_ROWS, "quantization_bit": "4", "gradient_checkpointing": True},
+    "8bit": {**_SIX_ROWS, "quantization_bit": "8", "gradient_checkpointing": True},
+    "recompute": {**_SIX_ROWS, "gradient_checkpointing": True},
+    "packed": {"packing": True, "gradient_checkpointing": False},
+}
+"""Settings of `glmtune train`, by what they are called here."""
+_NUM_ROWS = 20_000
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What a run of one setting took, in GiB, and how fast it was."""
+
+    allocated_gib: float
+    """Tensors at the peak; on a CPU all that the process grew by since its imports."""
+    reserved_gib: float | None
+    """What the allocator held for them; None on a CPU."""
+    loading_gib: float
+    """As `allocated_gib`, while the weights were loaded."""
+    estimate_gib: float
+    ratio: float
+    """Estimate over what was measured."""
+    real_tokens_per_second: float
+    ms: float
+    """A median step."""
+    forecast: dict[str, Any]
+
+
+def bench_memory(settings: BenchMemoryConfig) -> dict[str, Any]:
+    """Measure and print; the record is returned, and appended where asked for.
+
+    Raises:
+        UserError: a setting that is not known, a device or a disk too small for the weights, or a
+            JSON file that cannot be written.
+    """
+    check_appendable(settings.json_path)
+    names = settings.only or tuple(CASES)
+    if unknown := [name for name in names if name not in CASES]:
+        raise UserError(f"only {unknown[0]!r}: is none of {', '.join(CASES)}")
+    device = pick_device(settings.use_cpu)
+    dtype, _ = pick_dtype(device, settings.bf16, settings.fp16)
+    check_room(settings.shape, device, dtype)
+    record: dict[str, Any] = {
+        **machine(device),
+        "settings": settings.model_dump(exclude_defaults=True),
+        "shape": settings.shape,
+        "copy_bytes_per_second": _in_a_process(copy_rate, device),
+    }
+    with tempfile.TemporaryDirectory(prefix="glmtune-") as folder:
+        _check_disk(settings, folder)
+        print(f"writing random weights ({settings.shape})", flush=True)
+        _in_a_process(write_random_model, Path(folder), SHAPES[settings.shape], device=str(device))
+        for name in names:
+            print(f"measuring {name}", flush=True)
+            try:
+                record[name] = asdict(_in_a_process(measure, name, settings, folder))
+            except (UserError, BrokenProcessPool, torch.OutOfMemoryError) as error:
+                record[name] = {"not_measured": str(error).splitlines()[0]}
+            print(f"  {_words(record[name])}", flush=True)  # minutes of work: not only at the end
+    copied = f"{record['copy_bytes_per_second'] / 1e9:,.0f} GB/s read and written"
+    pairs = {"copy": copied} | {name: _words(record[name]) for name in names}
+    print_pairs(f"memory of training, {record['shape']}, {record['device']}", pairs)
+    if settings.json_path:
+        append_json(record, settings.json_path)
+    return record
+
+
+def measure(name: str, settings: BenchMemoryConfig, folder: str) -> Peak:
+    """One setting, from loading to its last step; to be called in a process of its own.
+
+    Raises:
+        UserError: the machine cannot do it.
+    """
+    config = train_config(name, settings)
+    accelerator, dtype = start_accelerator(config)
+    device, shape = accelerator.device, SHAPES[settings.shape]
+    before = 0.0 if device.type == "cuda" else _peak_gib(device)
+    base = load_base_model(
+        folder, dtype=dtype, device=device, bits=config.bits, quantize_head=config.quantize_head
+    )
+    model = adapt(base, config)
+    gc.collect()
+    loading = _peak_gib(device) - before
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    rows = random_rows(shape, _NUM_ROWS)
+    run = Run.of(config, accelerator, rows, model, settings.shape)
+    state = build_state(run, model)
+    step_pass = build_pass(run, model, state.weights)
+    prove(run, state, step_pass)
+    first = state.global_step + settings.warmup
+    times = times_ms(
+        lambda: train_step(run, state, step_pass),
+        device,
+        warmup=settings.warmup,
+        repeats=settings.steps,
+    )
+    steps = [np.concatenate(run.plan.parts(first + i, 1)) for i in range(settings.steps)]
+    num_tokens = sum(int(rows.lengths_R[row_ids].sum()) for row_ids in steps)
+    allocated, estimate = _peak_gib(device) - before, run.forecast.estimate.allocated / GIB
+    on_gpu = device.type == "cuda"
+    return Peak(
+        allocated_gib=allocated,
+        reserved_gib=torch.cuda.max_memory_reserved(device) / GIB if on_gpu else None,
+        loading_gib=loading,
+        estimate_gib=estimate,
+        ratio=estimate / allocated,
+        real_tokens_per_second=num_tokens / (sum(times) / 1e3),
+        ms=float(np.median(times)),
+        forecast=run.forecast.as_record(),
+    )
+
+
+def _peak_gib(device: torch.device) -> float:
+    """As `memory_gib`; of a CPU by Linux's own mark, as that of getrusage is handed down to it."""
+    status = Path("/proc/self/status")
+    if device.type == "cuda" or not status.is_file():
+        return memory_gib(device)
+    lines = dict(line.split(":", 1) for line in status.read_text(encoding="ascii").splitlines())
+    return int(lines["VmHWM"].split()[0]) * 1024 / GIB
+
+
+def train_config(name: str, settings: BenchMemoryConfig) -> TrainConfig:
+    """The settings of a run of this kind; it has neither data nor a folder."""
+    shared = settings.model_dump(include=set(TrainConfig.model_fields))
+    return TrainConfig(dataset_path="random rows", output_dir="none", **shared, **CASES[name])
+
+
+def _in_a_process(work: Any, *arguments: Any, **named: Any) -> Any:
+    """Call a function in a new process, and return what it returns or raise what it raises."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(work, *arguments, **named).result()
+
+
+def _check_disk(settings: BenchMemoryConfig, folder: str) -> None:
+    needed = weight_bytes(SHAPES[settings.shape], torch.float16)
+    free = shutil.disk_usage(folder).free
+    if needed > 0.95 * free:
+        raise UserError(
+            f"{folder}: {needed / GIB:.1f} GiB of random weights do not fit, {free / GIB:.1f} are "
+            "free; set TMPDIR to a folder on another disk, or pass --shape small"
+        )
+
+
+def _words(peak: dict[str, Any]) -> str:
+    if "not_measured" in peak:
+        return f"not measured: {peak['not_measured']}"
+    reserved = peak["reserved_gib"]
+    held = "" if reserved is None else f", {reserved:.2f} reserved"
+    return (
+        f"{peak['allocated_gib']:.2f} GiB{held}, estimated {peak['estimate_gib']:.2f} "
+        f"({peak['ratio']:.2f}), loading {peak['loading_gib']:.2f}; "
+        f"{peak['real_tokens_per_second']:,.0f} tokens/s, {peak['ms']:,.1f} ms a step"
+    )

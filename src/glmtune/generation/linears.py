@@ -1,0 +1,200 @@
+"""The linears of decoding: as they stand, in 8 or 4 bits, with an adapter beside them.
+
+Each is called with any number of rows; those that have kernels for one token of a few rows
+(`ops.decoding_kernels`) have them as `fused`.
+
+Shapes: O output rows of a linear, I inputs, R rank of an adapter, G groups of inputs.
+"""
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from glmtune.adapters.lora import Update
+from glmtune.errors import UserError
+from glmtune.models.chatglm.decoding import Projection
+from glmtune.ops.words import GROUP_SIZE, Words
+
+
+def _goes_through_onednn(x: Tensor) -> bool:
+    # For a few rows MKL, which `F.linear` takes on a CPU, uses one thread, oneDNN all of them.
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32:
+        return False
+    return torch.backends.mkldnn.is_available() and torch.get_num_threads() > 1
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A linear as it stands."""
+
+    weight_OI: Tensor
+    bias_O: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``(..., I)`` to ``(..., O)``."""
+        if _goes_through_onednn(x):
+            return torch.ops.mkldnn._linear_pointwise(
+                x, self.weight_OI, self.bias_O, "none", [], ""
+            )
+        return F.linear(x, self.weight_OI, self.bias_O)
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """What `fused` is best given."""
+        return self.weight_OI.dtype
+
+    def fused(self, x: Tensor, **more: Any) -> Tensor:
+        """The same of a few rows and what else `ops.decoding_kernels.project` takes along."""
+        return _kernels().project(x, self.weight_OI, self.bias_O, **more)
+
+
+@dataclass(frozen=True)
+class Int8:
+    """A linear on a CPU whose rows are whole numbers up to 127, times a scale a row."""
+
+    weight_OI: Tensor
+    scale_O: Tensor
+    bias_O: Tensor | None
+
+    @classmethod
+    def of(cls, weight_OI: Tensor, bias_O: Tensor | None) -> "Int8":
+        """Round each row to 255 steps between its largest element and the opposite of it."""
+        scale_O1 = weight_OI.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / 127
+        rounded = (weight_OI / scale_O1).round().to(torch.int8)
+        return cls(rounded, scale_O1.flatten().to(weight_OI.dtype), bias_O)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``(..., I)`` to ``(..., O)``."""
+        y = F.linear(x, self.weight_OI.to(x.dtype)) * self.scale_O
+        return y if self.bias_O is None else y + self.bias_O
+
+
+@dataclass(frozen=True)
+class Int4:
+    """A linear of 4-bit groups on a CPU, each with a scale and a middle, by torch's own product.
+
+    An element q of 0..15 means ``(q - 8) * scale + middle``.
+    """
+
+    packed: Tensor
+    scale_middle_GO2: Tensor
+    bias_O: Tensor | None
+
+    @classmethod
+    def of(cls, weight_OI: Tensor, bias_O: Tensor | None) -> "Int4":
+        """Round each group of inputs to 16 steps between its smallest and largest element.
+
+        Raises:
+            UserError: a width that the packed product does not take.
+        """
+        _check_width(weight_OI, 4)
+        groups_OGI = weight_OI.float().unflatten(1, (-1, GROUP_SIZE))
+        low, high = groups_OGI.amin(-1), groups_OGI.amax(-1)
+        scale_OG = (high - low).clamp(min=1e-6) / 15
+        steps = ((groups_OGI - low[..., None]) / scale_OG[..., None]).round().clamp(0, 15)
+        quantised_OI = steps.flatten(1).to(torch.int32)
+        scale_middle = torch.stack((scale_OG, low + 8 * scale_OG), -1).transpose(0, 1)
+        packed = torch._convert_weight_to_int4pack_for_cpu(quantised_OI, 1)
+        return cls(packed, scale_middle.to(weight_OI.dtype).contiguous(), bias_O)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``(..., I)`` to ``(..., O)``."""
+        rows = x.flatten(0, -2)
+        y = torch._weight_int4pack_mm_for_cpu(rows, self.packed, GROUP_SIZE, self.scale_middle_GO2)
+        y = y.unflatten(0, x.shape[:-1])
+        return y if self.bias_O is None else y + self.bias_O
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A linear of 8 or 4 bits on a GPU, in groups of inputs; see `ops.words`."""
+
+    words_OW: Tensor
+    scale_middle_OG2: Tensor
+    bias_O: Tensor | None
+    bits: int
+
+    @classmethod
+    def of(cls, weight_OI: Tensor, bias_O: Tensor | None, bits: int) -> "Packed":
+        """Round the weights.
+
+        Raises:
+            UserError: a width that cannot be had in groups.
+        """
+        _check_width(weight_OI, bits)
+        words = Words.pack(weight_OI, bits)
+        return cls(words.words_OW, words.scale_middle_OG2, bias_O, bits)
+
+    @property
+    def weight(self) -> Words:
+        """Numbers, scales and middles."""
+        return Words(self.words_OW, self.scale_middle_OG2, self.bits)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``(..., I)`` to ``(..., O)``: many rows go through the weights as floats."""
+        weight_OI = _kernels().unpack(self.weight, x.dtype)
+        return F.linear(x, weight_OI, self.bias_O)
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """What `fused` is best given."""
+        return torch.float32
+
+    def fused(self, x: Tensor, **more: Any) -> Tensor:
+        """The same of a few rows and what else `ops.decoding_kernels.project` takes along."""
+        return _kernels().project(x, self.weight, self.bias_O, **more)
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A linear with low-rank updates beside it, computed in their own type as PEFT does."""
+
+    base: Projection
+    updates: tuple[Update, ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``(..., I)`` to ``(..., O)``."""
+        y = self.base(x)
+        total = y
+        for a_RI, b_OR, scale in self.updates:
+            total = total + F.linear(F.linear(x.to(a_RI.dtype), a_RI), b_OR) * scale
+        return total.to(y.dtype)
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """What `fused` is best given."""
+        return self.base.input_dtype
+
+    def fused(self, x: Tensor, **more: Any) -> Tensor:
+        """The same of a few rows, by one update, and what else the base takes along."""
+        kernels = _kernels()
+        ((a_RI, b_OR, scale),) = self.updates
+        low_BR = kernels.project(x, a_RI, dtype=torch.float32).flatten(0, -2)
+        return self.base.fused(x, update=kernels.LowRank(low_BR, b_OR, scale), **more)
+
+
+def can_be_fused(linear: Projection) -> bool:
+    """Whether a linear has kernels for one token of a few rows."""
+    if isinstance(linear, Adapted):
+        return len(linear.updates) == 1 and can_be_fused(linear.base)
+    return isinstance(linear, (Plain, Packed))
+
+
+def _kernels() -> ModuleType:
+    # Cannot be imported without Triton, which is there only with a GPU.
+    from glmtune.ops import decoding_kernels
+
+    return decoding_kernels
+
+
+def _check_width(weight_OI: Tensor, bits: int) -> None:
+    num_outputs, num_inputs = weight_OI.shape
+    if num_inputs % GROUP_SIZE or num_outputs % 16:
+        raise UserError(
+            f"{bits} bits: a linear of {num_inputs} inputs and {num_outputs} outputs cannot be "
+            f"packed, which goes by {GROUP_SIZE} and 16; choose 16 bits"
+        )

@@ -1,0 +1,227 @@
+"""A base whose linears are in 8 or 4 bits by bitsandbytes: LLM.int8, or NF4 with double scales.
+
+transformers quantises while it loads, tensor by tensor, and bitsandbytes' modules compute, so that
+PEFT and others know what they meet. Here is what lies around that: whether it can be done, what a
+folder of such weights holds, and the same numbers as `ops.quantised` takes them.
+"""
+
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from packaging.version import Version
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
+from transformers.quantizers import AutoHfQuantizer
+
+from glmtune.errors import UserError
+from glmtune.hardware import device_name
+from glmtune.models.integer_weights import PackedLinear
+from glmtune.models.weights import Outline
+from glmtune.ops.linear import Dense, Fp8Linear, Frozen
+from glmtune.ops.quantised import Quantised
+
+INSTALL = "pip install -U bitsandbytes"
+# Before it, a folder of 8 bits that is loaded to a CPU is rounded a second time, to nonsense.
+OLDEST_VERSION = "0.49.0"
+# The oldest cards that bitsandbytes' kernels run on: int8 matrix units came with Turing.
+OLDEST_CARD = {8: (7, 5), 4: (6, 0)}
+# What a folder holds of a linear beside its weight and bias.
+_BESIDE_INT8 = ("SCB", "weight_format")
+_BESIDE_4BIT = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+_STATES = ("quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4")
+# With LLM.int8's threshold here, what is rounded of an input is below float16's smallest number.
+_NOTHING = 2.0**-24
+
+
+def check_quantising(what: str, bits: int, device: torch.device | str | None) -> None:
+    """Make sure that bitsandbytes is there and runs on a device.
+
+    Args:
+        what: the wish, as the message is to name it.
+        bits: 8 or 4.
+        device: where.
+
+    Raises:
+        UserError: it is not, or does not.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise UserError(f"{what}: needs bitsandbytes, which is not installed: {INSTALL}")
+    if Version(found := version("bitsandbytes")) < Version(OLDEST_VERSION):
+        raise UserError(f"{what}: bitsandbytes {found} is too old for it: {INSTALL}")
+    device = torch.device(device or "cpu")
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST_CARD[bits]:
+        of_card, needed = torch.cuda.get_device_capability(device), OLDEST_CARD[bits]
+        raise UserError(
+            f"{what}: {device_name(device)} is of compute capability {of_card[0]}.{of_card[1]}, "
+            f"and {needed[0]}.{needed[1]} is needed; take another number of bits, or a newer card"
+        )
+
+
+def quantising(bits: int, dtype: torch.dtype | None) -> BitsAndBytesConfig:
+    """LLM.int8, or NF4 with double quantisation, as transformers takes it."""
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+@torch.no_grad()
+def quantise(model: Any, layers: nn.Module, bits: int) -> None:
+    """Quantise the linears of a model that is in memory already, in place, one by one.
+
+    Args:
+        model: of transformers.
+        layers: the part of it whose linears are meant, in floats or packed.
+        bits: 8 or 4; see `quantising`.
+    """
+    for parent in layers.modules():
+        for name, linear in list(parent.named_children()):
+            if isinstance(linear, nn.Linear):
+                setattr(parent, name, _quantised(linear, bits, model.dtype))
+    model.hf_quantizer = AutoHfQuantizer.from_config(
+        quantising(bits, model.dtype), pre_quantized=False
+    )
+    model.hf_quantizer.postprocess_model(model)  # says so in the places where PEFT looks
+    settle(model, model.dtype)
+
+
+def _quantised(linear: nn.Linear, bits: int, dtype: torch.dtype) -> nn.Module:
+    import bitsandbytes
+
+    bnb: Any = bitsandbytes.nn
+    weight, device = linear.weight.data, linear.weight.device
+    if isinstance(linear, PackedLinear):
+        weight = linear.unpacked(dtype)
+    sizes, biased = (linear.in_features, linear.out_features), linear.bias is not None
+    with torch.device("meta"):
+        if bits == 8:
+            quantised = bnb.Linear8bitLt(*sizes, biased, has_fp16_weights=False, threshold=6.0)
+        else:
+            quantised = bnb.Linear4bit(*sizes, biased, quant_type="nf4")
+    if bits == 8:
+        # bitsandbytes rounds what comes to a device from the CPU.
+        rounded: Any = bnb.Int8Params(weight.cpu(), requires_grad=False)
+    else:
+        rounded = bnb.Params4bit(weight, requires_grad=False, quant_type="nf4", module=quantised)
+    quantised.weight = rounded.to(device)
+    quantised.bias = linear.bias
+    return quantised.requires_grad_(False).train(linear.training)
+
+
+def bits_of(config: Any) -> int | None:
+    """In how many bits bitsandbytes has the linears of a model of this configuration, if it has."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    return 8 if settings.get("load_in_8bit") else 4
+
+
+def as_floats(found: Mapping[str, Tensor], model: nn.Module) -> Outline:
+    """What a folder of bitsandbytes' weights holds, as if its linears were floats.
+
+    A linear in another shape than the model's, or without its scales, is left as it stands.
+
+    Args:
+        found: of the folder.
+        model: of its configuration, in floats.
+    """
+    outline = dict(found)
+    for name, linear in model.named_modules():
+        weight = found.get(f"{name}.weight")
+        if not isinstance(linear, nn.Linear) or weight is None or weight.is_floating_point():
+            continue
+        beside = {f"{name}.{key}" for key in _BESIDE_INT8}
+        beside |= {f"{name}.weight.{key}" for key in (*_BESIDE_4BIT, *_STATES)}
+        present = beside & found.keys()
+        shape, num_values = linear.weight.shape, 2 * weight.nbytes
+        is_int8 = weight.dtype == torch.int8 and weight.shape == shape
+        is_4bit = num_values == linear.weight.numel() and any(
+            f"{name}.weight.{state}" in present for state in _STATES
+        )
+        if (is_int8 and f"{name}.SCB" in present) or is_4bit:
+            outline[f"{name}.weight"] = torch.empty_like(linear.weight, device="meta")
+            for key in present:
+                del outline[key]
+    return outline
+
+
+def settle(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let bitsandbytes' modules compute in a type, all else be of it, and no weight be repacked."""
+    for parameter in model.parameters():
+        # Of a folder in few bits transformers leaves some in the type that it was saved in.
+        if parameter.is_floating_point() and type(parameter) is nn.Parameter:
+            parameter.data = parameter.data.to(dtype)
+    linears: Iterator[Any] = model.modules()
+    for linear in linears:
+        if _is(linear, "Linear4bit"):
+            linear.compute_dtype, linear.compute_type_is_set = dtype, True
+            # For answers on a CPU with AVX512-BF16 it would put the weights into another order, in
+            # which nothing else can read them.
+            linear.support_avx512bf16_for_cpu = False
+    # LLM.int8 warns in every product that inputs are not float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
+
+def frozen_of(linear: nn.Module) -> Frozen:
+    """The numbers of a linear of any kind, as `frozen_linear` takes them.
+
+    Of LLM.int8 they leave out its rounding of inputs: the product is of the weights that the
+    integers stand for.
+    """
+    if isinstance(linear, Fp8Linear | PackedLinear):
+        return linear.frozen
+    if _is(linear, "Linear8bitLt"):
+        return _frozen_int8(linear)
+    if _is(linear, "Linear4bit"):
+        return _frozen_4bit(linear)
+    assert isinstance(linear, nn.Linear)
+    return Dense(linear.weight, linear.bias)
+
+
+def _frozen_int8(linear: Any) -> Quantised:
+    if linear.weight.CB is not None:
+        linear.init_8bit_state()
+    parts = linear.state.CB, linear.state.SCB / 127
+    return Quantised(parts, "int8", 0, linear.in_features, linear.bias)
+
+
+def _frozen_4bit(linear: Any) -> Quantised:
+    state = linear.weight.quant_state
+    parts: tuple[Tensor, ...] = linear.weight.data, state.absmax
+    if state.nested:
+        parts += state.state2.absmax, state.state2.code, state.offset
+    return Quantised(parts, state.quant_type, state.blocksize, linear.in_features, linear.bias)
+
+
+@contextmanager
+def unrounded_inputs(model: nn.Module) -> Iterator[None]:
+    """For a while, let LLM.int8 take every column of its inputs for one with outliers.
+
+    These it does not round: the product is then that of the weights which the integers stand for.
+    """
+    states: list[Any] = [linear.state for linear in model.modules() if _is(linear, "Linear8bitLt")]
+    thresholds = [state.threshold for state in states]
+    try:
+        for state in states:
+            state.threshold = _NOTHING
+        yield
+    finally:
+        for state, threshold in zip(states, thresholds, strict=True):
+            state.threshold = threshold
+
+
+def _is(module: Any, name: str) -> bool:
+    """Whether a module is of a class of bitsandbytes, which need not be installed for that."""
+    bitsandbytes = sys.modules.get("bitsandbytes")
+    return bitsandbytes is not None and isinstance(module, getattr(bitsandbytes.nn, name))

@@ -1,0 +1,53 @@
+"""What a model's weights take in memory, told from its configuration alone."""
+
+import torch
+
+from glmtune.models.chatglm.configuration import ChatGLMConfig
+
+# NF4 with double quantisation: half a byte a value; a byte for each block of values, the block's
+# largest magnitude; and a float32 for each group of blocks, the group's.
+NF4_BLOCK, NF4_GROUP = 64, 256
+
+
+def block_shapes(config: ChatGLMConfig) -> list[tuple[int, int]]:
+    """Outputs and inputs of the four linears of a layer."""
+    hidden, inner = config.hidden_size, config.inner_hidden_size
+    return [(3 * hidden, hidden), (hidden, hidden), (inner, hidden), (hidden, inner)]
+
+
+def weight_bytes(
+    config: ChatGLMConfig,
+    dtype: torch.dtype,
+    bits: int | None = None,
+    *,
+    quantize_head: bool = False,
+) -> int:
+    """Bytes of a base model's weights, an adapter's not among them.
+
+    Args:
+        config: the model's shape, and whether its head is tied.
+        dtype: the compute type, which biases and norms always have.
+        bits: 8 or 4 where the layers' linears are quantised by bitsandbytes (`quantization_bit`).
+        quantize_head: whether embedding and head are int8 (`quantize_head`).
+    """
+    vectors = 4 * config.hidden_size  # two norms
+    matrices = 0
+    for outputs, inputs in block_shapes(config):
+        vectors += outputs  # a bias
+        matrices += linear_bytes(outputs, inputs, dtype, bits)
+    layer = matrices + vectors * dtype.itemsize
+    table = config.vocab_size * config.hidden_size * dtype.itemsize
+    if quantize_head:  # and a float16 scale a row
+        table = config.vocab_size * (config.hidden_size + 2)
+    tables = table if config.tie_word_embeddings else 2 * table
+    return config.num_layers * layer + tables + 2 * config.hidden_size * dtype.itemsize
+
+
+def linear_bytes(outputs: int, inputs: int, dtype: torch.dtype, bits: int | None) -> int:
+    """Bytes of a linear's weight in a float type, in int8 with a float32 scale a row, or in NF4."""
+    if bits is None:
+        return outputs * inputs * dtype.itemsize
+    if bits == 8:
+        return outputs * inputs + 4 * outputs
+    blocks = outputs * inputs // NF4_BLOCK
+    return outputs * inputs // 2 + blocks + 4 * -(-blocks // NF4_GROUP)

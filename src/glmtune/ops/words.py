@@ -1,0 +1,57 @@
+"""Weights of 8 or 4 bits, rounded in groups and packed for a matrix-vector product on a GPU.
+
+A 32-bit word holds P = 32 / bits weights of a row that lie W = I / P inputs apart: number n of word
+j belongs to input ``n W + j``. Words next to each other are then multiplied by inputs next to each
+other, whichever number of them is at hand. The numbers of 128 / P words next to each other are a
+group, so that a scale belongs to whole words.
+
+Shapes: O outputs, I inputs, W words of a row, G groups of inputs that share a scale and a middle.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+GROUP_SIZE = 128
+"""Inputs of a group."""
+
+
+class Words(NamedTuple):
+    """A packed matrix: q of 0 to 2^bits - 1 means ``(q - 2^(bits - 1)) * scale + middle``."""
+
+    words_OW: Tensor
+    """int32."""
+    scale_middle_OG2: Tensor
+    """bfloat16."""
+    bits: int
+
+    @classmethod
+    def pack(cls, weight_OI: Tensor, bits: int) -> "Words":
+        """Round each group of inputs to 2^bits steps between its smallest and largest element.
+
+        The inputs must be a multiple of `GROUP_SIZE`.
+        """
+        assert weight_OI.shape[1] % GROUP_SIZE == 0
+        most, half, per_word = 2**bits - 1, 2 ** (bits - 1), 32 // bits
+        # ``(O, P, G, words of a group)``
+        grouped = weight_OI.float().unflatten(1, (per_word, -1, GROUP_SIZE // per_word))
+        low, high = grouped.amin((1, 3), keepdim=True), grouped.amax((1, 3), keepdim=True)
+        scale = ((high - low).clamp(min=1e-6) / most).bfloat16()
+        middle = (low + half * scale).bfloat16()
+        # By what is stored, not by what was computed: the rounding of a scale then costs nothing.
+        steps = (grouped - middle.float()) / scale.float()
+        numbers = (steps.round() + half).clamp(0, most).to(torch.int32)
+        words_OW = torch.zeros_like(numbers[:, 0].flatten(1))
+        for n in range(per_word):
+            words_OW |= numbers[:, n].flatten(1) << (n * bits)
+        return cls(words_OW, torch.stack((scale, middle), -1)[:, 0, :, 0].contiguous(), bits)
+
+    def unpack(self, dtype: torch.dtype) -> Tensor:
+        """The weights that the numbers stand for, ``(O, I)``."""
+        mask, half = 2**self.bits - 1, 2 ** (self.bits - 1)
+        numbers = [self.words_OW >> shift & mask for shift in range(0, 32, self.bits)]
+        words_of_group = GROUP_SIZE * self.bits // 32
+        steps = (torch.stack(numbers, 1) - half).float().unflatten(2, (-1, words_of_group))
+        scale, middle = self.scale_middle_OG2.float()[:, None, :, None].unbind(-1)
+        return (steps * scale + middle).flatten(1).to(dtype)

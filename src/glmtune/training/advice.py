@@ -1,0 +1,167 @@
+"""What a forecast says in words: whether a run fits, and which settings would make it fit."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from glmtune.config import TrainConfig
+from glmtune.errors import UserError
+from glmtune.hardware import GIB
+from glmtune.runlog import print_pairs
+from glmtune.training.forecast import PACK_MULTIPLE, PACK_SPEEDS, Forecast, Foresee
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Settings that would make a run fit."""
+
+    settings: dict[str, Any]
+    needed_gib: float
+
+    def __str__(self) -> str:
+        """As a line of advice."""
+        names = ", ".join(f"{name} {_spell(value)}" for name, value in self.settings.items())
+        return f"{names} would take {self.needed_gib:.1f} GiB"
+
+
+def find_remedies(config: TrainConfig, foresee: Foresee) -> list[Remedy]:
+    """Changes of settings with which a run fits, those first that change least of it.
+
+    One setting at a time; and where none is enough, all that save memory together.
+    """
+    smaller = _smaller_steps(config, foresee)
+    singles = [*smaller, {"gradient_checkpointing": True}]
+    if foresee(config).layout == "padded" and foresee(config).card.on_gpu:
+        singles.insert(0, {"exact_batch": True, "packing": False})
+    bits: list[dict[str, Any]] = [
+        {"quantization_bit": "8"},
+        {"quantization_bit": "4"},
+        {"quantization_bit": "4", "quantize_head": True},
+    ]
+    if config.base_dtype == "auto":
+        singles += bits
+    remedies = [remedy for change in singles if (remedy := _try(config, change, foresee))]
+    if remedies:
+        return _without_repeats(remedies)
+    together: dict[str, Any] = {"gradient_checkpointing": True}
+    if config.base_dtype == "auto":
+        together |= bits[-1]
+    for step in ({}, *smaller):
+        if remedy := _try(config, together | step, foresee):
+            return [remedy]
+    return []
+
+
+def _try(config: TrainConfig, change: dict[str, Any], foresee: Foresee) -> Remedy | None:
+    if all(getattr(config, name) == value for name, value in change.items()):
+        return None
+    changed = foresee(config.model_copy(update=change))
+    helps = changed.fits and changed.needed_gib < foresee(config).needed_gib
+    return Remedy(change, changed.needed_gib) if helps else None
+
+
+def _smaller_steps(config: TrainConfig, foresee: Foresee) -> list[dict[str, Any]]:
+    """Fewer tokens or rows a pass, each time half of them, largest first."""
+    now = foresee(config)
+    if now.pack_length:
+        lengths = [*PACK_SPEEDS, 512, 256, 128, PACK_MULTIPLE]
+        return [{"tokens_per_step": length} for length in lengths if length < now.pack_length]
+    size, passes = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    sizes = [fewer for fewer in range(size - 1, 0, -1) if size % fewer == 0]
+    return [
+        {
+            "per_device_train_batch_size": fewer,
+            "gradient_accumulation_steps": passes * size // fewer,
+        }
+        for fewer in sizes
+    ]
+
+
+def _without_repeats(remedies: list[Remedy]) -> list[Remedy]:
+    """Of remedies that set the same settings, the first."""
+    return list({tuple(remedy.settings): remedy for remedy in reversed(remedies)}.values())[::-1]
+
+
+def print_forecast(forecast: Forecast, config: TrainConfig, base: str) -> None:
+    """Print what a run takes in memory, part by part, and whether that fits."""
+    lying = {"padded": "padded rows", "exact": "rows end to end", "packed": "packs"}
+    targets = ", ".join(config.lora_target)
+    print_pairs(
+        f"Memory for {base} with rank {config.lora_rank} on {targets}, in {lying[forecast.layout]}",
+        describe(forecast),
+    )
+
+
+def describe(forecast: Forecast) -> dict[str, str]:
+    """The parts of a forecast, for `print_pairs`."""
+    parts, setup = forecast.estimate, forecast.setup
+    dtype = str(setup.dtype).removeprefix("torch.")
+    held = f"{setup.bits} bits" if setup.bits else "float8" if setup.is_fp8 else dtype
+    held += ", embedding and head in 8 bits" if setup.quantize_head else ""
+    pairs = {
+        "weights": _size(parts.weights, held),
+        "adapter": _size(parts.adapter, f"{setup.parameters():,} parameters and their gradients"),
+        "optimiser": _size(parts.optimiser, "two moments of each"),
+        "activations": _size(
+            parts.activations,
+            f"{forecast.batch.num_tokens:,} tokens a pass, {recompute_words(forecast)}",
+        ),
+        "logits": _size(parts.logits, f"{setup.config.vocab_size:,} ids"),
+    }
+    if parts.way_back >= 0.005 * GIB:
+        pairs["way back"] = _size(parts.way_back, "gradients within a layer, beyond the logits")
+    if parts.buffers:
+        weight = ", one weight as floats" if setup.bits else ""
+        pairs["buffers"] = _size(parts.buffers, f"workspaces of the libraries{weight}")
+    pairs["at most"] = _size(parts.allocated, "allocated")
+    pairs["on the card" if setup.on_gpu else "in all"] = verdict(forecast)
+    return pairs
+
+
+def recompute_words(forecast: Forecast) -> str:
+    """How many layers are computed again."""
+    num_layers = forecast.setup.config.num_layers
+    if not forecast.recompute:
+        return "recomputing no layer"
+    return f"recomputing {forecast.recompute} of {num_layers} layers"
+
+
+def verdict(forecast: Forecast) -> str:
+    """Whether it fits, in a few words."""
+    card, needed = forecast.card, forecast.needed_gib
+    text = f"{needed:.1f} GiB"
+    if not card.gib:
+        return f"{text}; the memory of {card.name} is not known"
+    taken = card.gib - card.free_gib
+    others = f", {taken:.1f} taken by other programs" if taken > 0.05 * card.gib else ""
+    text += f" of {card.gib:.1f} ({card.name}{others}): "
+    if forecast.fits:
+        return text + "fits"
+    return text + ("does not fit" if forecast.cannot_fit else "may not fit")
+
+
+def check_fit(forecast: Forecast, config: TrainConfig, foresee: Foresee) -> None:
+    """Refuse a run that cannot fit even if the estimate is a tenth too high.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if forecast.cannot_fit:
+        raise UserError(f"memory: {verdict(forecast)}; {advise(config, foresee)}")
+
+
+def advise(config: TrainConfig, foresee: Foresee) -> str:
+    """What to change, in one line."""
+    remedies = find_remedies(config, foresee)
+    if not remedies:
+        return "no setting makes it fit: take a larger card, or a smaller base model"
+    return "; or ".join(map(str, remedies[:4]))
+
+
+def _spell(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _size(size: float, what: str) -> str:
+    in_gib = size >= 0.1 * GIB
+    number, unit = (size / GIB, "GiB") if in_gib else (size / 2**20, "MiB")
+    return f"{number:7.2f} {unit}  {what}"

@@ -1,0 +1,266 @@
+"""What a run will take in memory, told before anything is loaded, and what that decides.
+
+The length of packs and the number of layers that are computed again are chosen here, from the
+recipe, config.json, the lengths of the rows and the card.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from glmtune.config import TrainConfig
+from glmtune.hardware import GIB, Card
+from glmtune.models.chatglm.configuration import ChatGLMConfig
+from glmtune.models.chatglm.packed import COMPILED_HEADS
+from glmtune.models.quantised import bits_of
+from glmtune.training.layout import Layout, choose_layout, count_steps, make_plan
+from glmtune.training.memory import Batch, Estimate, Setup, Way, estimate
+from glmtune.training.passes import CAPTURED_LENGTHS, captured_learned
+
+# Lengths of packs to choose from, and how fast tokens pass in them on an H200 that recomputes
+# nothing (2,048 lies between its neighbours). Beyond the first a GPU is busy anyway.
+PACK_SPEEDS = {8192: 1.0, 4096: 0.98, 2048: 0.93, 1024: 0.87}
+PACK_LENGTH_ON_CPU, PACK_MULTIPLE = 2048, 64
+# Computing every layer again adds one forward pass to a forward and a backward.
+_RECOMPUTE_COST = 0.5
+# Share of a card that is counted on: a desktop or another program may hold the rest.
+_USABLE = 0.95
+# An estimate may be off by so much.
+ERROR = 0.1
+
+
+class Lengths(Protocol):
+    """What a forecast must know of the rows; `TokenRows` has it."""
+
+    @property
+    def lengths_R(self) -> np.ndarray:
+        """Tokens of each row."""
+
+    @property
+    def num_labels_R(self) -> np.ndarray:
+        """Tokens of each row that are learned."""
+
+
+class EqualRows(NamedTuple):
+    """Rows that are not there yet: all of one length, and all of it learned."""
+
+    lengths_R: np.ndarray
+
+    @property
+    def num_labels_R(self) -> np.ndarray:
+        """See `Lengths`."""
+        return self.lengths_R
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A run's passes, as the card allows them, and what they take."""
+
+    card: Card
+    layout: Layout
+    setup: Setup
+    batch: Batch
+    """The heaviest pass."""
+    pack_length: int | None
+    recompute: int
+    """The first so many layers are computed again on the way back."""
+    estimate: Estimate
+
+    @property
+    def needed_gib(self) -> float:
+        """What the card must have."""
+        return self.estimate.needed / GIB
+
+    @property
+    def room_gib(self) -> float:
+        """What the card has for it, after other programs."""
+        return min(_USABLE * self.card.gib, self.card.free_gib)
+
+    @property
+    def fits(self) -> bool:
+        """Whether it should fit."""
+        return not self.card.gib or self.needed_gib <= self.room_gib
+
+    @property
+    def cannot_fit(self) -> bool:
+        """Whether it is too much even if the estimate is too high by its error.
+
+        Memory of a CPU can be swapped: slow, but possible.
+        """
+        least = (self.estimate.needed - ERROR * self.estimate.allocated) / GIB
+        return self.card.on_gpu and least > min(self.card.gib, self.card.free_gib)
+
+    def as_record(self) -> dict[str, Any]:
+        """All of it as plain numbers, sizes in GiB."""
+        parts = {f"{name}_gib": size / GIB for name, size in asdict(self.estimate).items()}
+        return {
+            "card": self.card.name,
+            "card_gib": self.card.gib,
+            "layout": self.layout,
+            "dtype": str(self.setup.dtype).removeprefix("torch."),
+            "quantization_bit": self.setup.bits,
+            "quantize_head": self.setup.quantize_head,
+            "tokens_per_pass": self.batch.num_tokens,
+            "layers_recomputed": self.recompute,
+            "num_layers": self.setup.config.num_layers,
+            **parts,
+            "allocated_gib": self.estimate.allocated / GIB,
+            "needed_gib": self.needed_gib,
+            "fits": self.fits,
+        }
+
+
+Foresee = Callable[[TrainConfig], Forecast]
+"""The forecast of any settings on the same card, with the same base and rows."""
+
+
+def forecast(
+    config: TrainConfig,
+    shape: ChatGLMConfig,
+    dtype: torch.dtype,
+    card: Card,
+    rows: Lengths,
+    num_processes: int = 1,
+) -> Forecast:
+    """Choose length of packs and layers to recompute, and estimate what the run then takes.
+
+    Args:
+        config: the run's settings.
+        shape: of the base model.
+        dtype: the compute type.
+        card: what each process trains on.
+        rows: of the data set.
+        num_processes: that share a step.
+    """
+    layout = choose_layout(config, torch.device("cuda" if card.on_gpu else "cpu"))
+    setup = Setup(
+        shape,
+        dtype,
+        choose_way(layout, card, shape),
+        on_gpu=card.on_gpu,
+        is_hopper=card.is_hopper,
+        bits=config.bits or bits_of(shape),
+        quantize_head=config.quantize_head,
+        is_fp8=config.base_dtype == "fp8",
+        rank=config.lora_rank,
+        targets=config.lora_target,
+        has_dropout=config.lora_dropout > 0,
+    )
+    pack_length = None
+    if layout == "packed":
+        batch, recompute = _choose_pack(config, setup, card, rows)
+        pack_length = batch.num_tokens
+    else:
+        batch = _largest_batch(config, setup, rows, num_processes)
+        recompute = choose_recompute(config.gradient_checkpointing, setup, batch, card)
+    parts = estimate(setup, batch, recompute)
+    return Forecast(card, layout, setup, batch, pack_length, recompute, parts)
+
+
+def foresee_on(
+    accelerator: Accelerator, shape: ChatGLMConfig, dtype: torch.dtype, rows: Lengths
+) -> Foresee:
+    """What any settings would come to on a run's device, with its base and rows."""
+    card, num_processes = Card.of(accelerator.device), accelerator.num_processes
+    return lambda config: forecast(config, shape, dtype, card, rows, num_processes)
+
+
+def choose_way(layout: Layout, card: Card, shape: ChatGLMConfig) -> Way:
+    """How a pass is computed: what `build_pass` will make."""
+    if layout == "padded":
+        return "padded"
+    if not compiles(card, shape):
+        return "packed"
+    return "captured" if layout == "exact" else "compiled"
+
+
+def compiles(card: Card, shape: ChatGLMConfig) -> bool:
+    """Whether the kernels run on a card: the Ampere generation or newer, and heads of their sizes.
+
+    Of another card than the one here Triton is taken for granted.
+    """
+    if card.capability is None or card.capability < (8, 0):
+        return False
+    is_here = torch.cuda.is_available()
+    return shape.head_dim in COMPILED_HEADS and (not is_here or find_spec("triton") is not None)
+
+
+def choose_recompute(wish: bool | str, setup: Setup, batch: Batch, card: Card) -> int:
+    """The first so many layers to recompute: as few as fit, or as the user wishes all or none.
+
+    All are all but the last, whose way back begins as soon as it is done.
+    """
+    most = setup.config.num_layers - 1
+    if wish != "auto":
+        return most if wish else 0
+    if not card.on_gpu:
+        return 0
+    fitting = (k for k in range(most) if holds(card, setup, batch, k))
+    return next(fitting, most)
+
+
+def holds(card: Card, setup: Setup, batch: Batch, recompute: int) -> bool:
+    """Whether such passes fit into what is counted on of a card, whatever else runs there now."""
+    return estimate(setup, batch, recompute).needed <= _USABLE * card.gib * GIB
+
+
+def _choose_pack(config: TrainConfig, setup: Setup, card: Card, rows: Lengths) -> tuple[Batch, int]:
+    """The length of packs, and the layers to recompute, with which tokens pass fastest."""
+    wish = config.gradient_checkpointing
+    share = rows.num_labels_R.sum() / rows.lengths_R.sum()
+
+    def pack(length: int) -> Batch:
+        return Batch(length, max(1, round(share * length)))
+
+    longest = PACK_MULTIPLE * -(-int(rows.lengths_R.max()) // PACK_MULTIPLE)
+    if config.tokens_per_step or not card.on_gpu:
+        batch = pack(config.tokens_per_step or max(PACK_LENGTH_ON_CPU, longest))
+        return batch, choose_recompute(wish, setup, batch, card)
+    choices = []
+    for length, speed in PACK_SPEEDS.items():
+        batch = pack(max(length, longest))
+        recompute = choose_recompute(wish, setup, batch, card)
+        seconds = (1 + _RECOMPUTE_COST * recompute / setup.config.num_layers) / speed
+        choices.append((not holds(card, setup, batch, recompute), seconds, batch, recompute))
+    *_, shortest = choices
+    misfits, _, batch, recompute = min(choices, key=lambda choice: choice[:2])
+    return (shortest[2], shortest[3]) if misfits else (batch, recompute)
+
+
+def _largest_batch(config: TrainConfig, setup: Setup, rows: Lengths, num_processes: int) -> Batch:
+    plan = make_plan(config, rows.lengths_R, None, num_processes)
+    padded = setup.way == "padded"
+    part = plan.heaviest(count_steps(config, plan), num_processes, padded)
+    lengths_B = rows.lengths_R[part]
+    num_learned = int(rows.num_labels_R[part].sum())
+    if padded:
+        return Batch(len(part) * int(lengths_B.max()), num_learned)
+    num_tokens = int(lengths_B.sum())
+    if setup.way == "captured":
+        # Graphs are made for lengths that are multiples, and for each quarter of learned tokens.
+        num_tokens = CAPTURED_LENGTHS * -(-num_tokens // CAPTURED_LENGTHS)
+        num_learned = captured_learned(num_tokens, num_learned)
+    return Batch(num_tokens, num_learned)
+
+
+def rows_of_reference(forecast: Forecast, longest: int, most: int = 6) -> int:
+    """How many rows the plain way may compute at once without taking more than the run's passes.
+
+    Args:
+        forecast: of the run.
+        longest: tokens of the longest of those rows.
+        most: rows, where there is room.
+    """
+    plain = replace(forecast.setup, way="padded")
+    limit = forecast.estimate.of_the_pass
+
+    def fits(num_rows: int) -> bool:
+        batch = Batch(num_rows * longest, num_rows * longest)
+        return estimate(plain, batch, forecast.recompute).of_the_pass <= limit
+
+    return next((num_rows for num_rows in range(most, 1, -1) if fits(num_rows)), 1)

@@ -1,0 +1,74 @@
+"""`glmtune plan`: what a run would take in memory, here or on another card. Loads no weights."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from glmtune.config import PlanConfig, TrainConfig
+from glmtune.data.dataset import load_dataset
+from glmtune.data.jsonlines import append_json, check_appendable
+from glmtune.data.token_rows import TokenRows
+from glmtune.hardware import Card, pick_device, pick_dtype
+from glmtune.models.checkpoints import base_name, load_config, resolve_base
+from glmtune.training.advice import find_remedies, print_forecast
+from glmtune.training.forecast import EqualRows, Lengths, forecast
+
+
+def plan(settings: PlanConfig) -> dict[str, Any]:
+    """Estimate, print, and return the record, which is also appended where asked for.
+
+    Raises:
+        UserError: a card or a base model that is not known, or a JSON file that cannot be written.
+    """
+    check_appendable(settings.json_path)
+    card, dtype = _card_and_dtype(settings)
+    base = resolve_base(settings.chatglm_path)
+    shape, rows = load_config(base), _rows(settings)
+    foresee = partial(forecast, shape=shape, dtype=dtype, card=card, rows=rows)
+    config = train_config(settings)
+    now = foresee(config)
+    print_forecast(now, config, base_name(base))
+    record = now.as_record() | {"base": base_name(base)}
+    if not now.fits:
+        remedies = find_remedies(config, foresee)
+        print("\n".join(["Changes that make it fit:", *(f"  {remedy}" for remedy in remedies)])
+              if remedies else "No setting makes it fit: take a larger card.")  # fmt: skip
+        record["remedies"] = [vars(remedy) for remedy in remedies]
+    if settings.json_path:
+        append_json(record, settings.json_path)
+    return record
+
+
+def train_config(settings: PlanConfig) -> TrainConfig:
+    """The settings of the run that is planned: those given, so that the others are chosen alike."""
+    given = settings.model_fields_set & TrainConfig.model_fields.keys()
+    required = {"dataset_path", "output_dir"}
+    return TrainConfig(**settings.model_dump(include=given | required))
+
+
+def _card_and_dtype(settings: PlanConfig) -> tuple[Card, torch.dtype]:
+    if settings.card is None and settings.memory_gib is None:
+        device = pick_device(settings.use_cpu)
+        return Card.of(device), pick_dtype(device, settings.bf16, settings.fp16)[0]
+    card = Card.named(settings.card) if settings.card else Card.sized(settings.memory_gib or 0)
+    has_bf16 = card.capability is not None and card.capability >= (8, 0)
+    if settings.fp16 or (settings.bf16 is None and not has_bf16):
+        return card, torch.float16
+    return card, torch.float32 if settings.bf16 is False else torch.bfloat16
+
+
+def _rows(settings: PlanConfig) -> Lengths:
+    """The data set's, or, where it is not there yet, as many equal ones as a step takes."""
+    if Path(settings.dataset_path).is_dir():
+        return TokenRows.from_dataset(load_dataset(settings.dataset_path)[0])
+    missing = "dataset_path" in settings.model_fields_set
+    print(
+        f"note: {f'{settings.dataset_path} is not there' if missing else 'no dataset_path'}, so "
+        f"every row counts as {settings.row_length} tokens, all learned (--row_length)",
+        flush=True,
+    )
+    num_rows = 2 * settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    return EqualRows(np.full(num_rows, settings.row_length))

@@ -1,0 +1,247 @@
+"""What is chosen by a card's memory, and which settings are advised where it is too small."""
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from glmtune.bench.rows import random_rows
+from glmtune.cli import main
+from glmtune.config import TrainConfig
+from glmtune.errors import UserError
+from glmtune.hardware import CARDS, Card
+from glmtune.models.chatglm.configuration import ChatGLMConfig
+from glmtune.training.advice import advise, check_fit, find_remedies, verdict
+from glmtune.training.forecast import forecast, rows_of_reference
+from glmtune.training.plan import PackPlan, RowPlan
+
+CHATGLM_6B = ChatGLMConfig()
+ROWS = random_rows(CHATGLM_6B, 2000)
+SIX_ROWS = {"max_steps": 500, "per_device_train_batch_size": 6}
+
+
+def foresee(gib, **settings):
+    """The forecast of a run on a card of so much memory."""
+    return foresee_on(Card.sized(gib))(make_config(**settings))
+
+
+def foresee_on(card):
+    return lambda config: forecast(config, CHATGLM_6B, torch.bfloat16, card, ROWS)
+
+
+def make_config(**settings):
+    return TrainConfig(dataset_path="rows", output_dir="run", **settings)
+
+
+class TestChoice:
+    @pytest.mark.parametrize(
+        ("gib", "length", "recompute"),
+        [
+            (140, 8192, 0),
+            (48, 8192, 0),
+            (24, 4096, 0),
+            (20, 2048, 0),
+            (16, 1024, 0),
+            (12, 1024, 27),
+        ],
+    )
+    def test_packs_and_layers_to_recompute_are_chosen_together(self, gib, length, recompute):
+        result = foresee(gib)
+        assert (result.pack_length, result.recompute) == (length, recompute)
+        assert result.fits is (gib > 12)
+
+    def test_only_as_many_layers_are_recomputed_as_the_card_needs(self):
+        wished = {"tokens_per_step": 8192}
+        counts = [foresee(gib, **wished).recompute for gib in (33, 30, 26, 22, 18)]
+        assert counts == sorted(counts)
+        assert counts[0] == 0 < counts[1] < counts[-1] < 27
+        for gib, count in zip((30, 26, 22, 18), counts[1:], strict=True):
+            assert foresee(gib, **wished).fits
+            fewer = {"gradient_checkpointing": False, **wished}
+            assert not foresee(gib, **fewer).fits, count
+
+    def test_six_rows_need_no_more_than_their_heaviest_batch(self):
+        result = foresee(16, **SIX_ROWS)
+        assert result.layout == "exact"
+        sums = np.sort(ROWS.lengths_R)[-6:].sum()
+        assert 500 < result.batch.num_tokens < sums
+        assert result.recompute < foresee(14, **SIX_ROWS).recompute <= 27
+
+    def test_as_the_user_wishes(self):
+        assert foresee(24, gradient_checkpointing=True).pack_length == 8192
+        assert foresee(24, gradient_checkpointing=True).recompute == 27
+        assert foresee(13, gradient_checkpointing=False).recompute == 0
+
+    def test_a_cpu_recomputes_only_when_told(self):
+        cpu = Card("CPU", 4.0, 4.0, None)
+        result = foresee_on(cpu)(make_config())
+        assert (result.layout, result.recompute, result.fits) == ("padded", 0, False)
+        assert not result.cannot_fit  # there is the swap
+        assert foresee_on(cpu)(make_config(gradient_checkpointing=True)).recompute == 27
+
+    def test_the_plain_way_takes_no_more_than_the_run(self):
+        assert rows_of_reference(foresee(140), 200) == 6
+        assert rows_of_reference(foresee(140, gradient_checkpointing=True, **SIX_ROWS), 200) < 3
+
+
+class TestAdvice:
+    def test_each_remedy_fits_by_its_own_forecast(self):
+        on_card = foresee_on(Card.sized(17))
+        config = make_config(gradient_checkpointing=False, **SIX_ROWS, exact_batch=True)
+        config = config.model_copy(update={"per_device_train_batch_size": 12})
+        assert not on_card(config).fits
+        remedies = find_remedies(config, on_card)
+        assert [set(remedy.settings) for remedy in remedies] == [
+            {"per_device_train_batch_size", "gradient_accumulation_steps"},
+            {"gradient_checkpointing"},
+            {"quantization_bit"},
+            {"quantization_bit", "quantize_head"},
+        ]
+        for remedy in remedies:
+            result = on_card(config.model_copy(update=remedy.settings))
+            assert result.fits
+            assert result.needed_gib == remedy.needed_gib
+        first = remedies[0].settings
+        assert np.prod(list(first.values())) == 12
+
+    def test_an_eight_gib_card_is_told_to_take_four_bits(self):
+        config, on_card = make_config(), foresee_on(Card.sized(8))
+        with pytest.raises(UserError, match=r"12\.\d GiB of 8\.0 .* quantization_bit 4 would take"):
+            check_fit(on_card(config), config, on_card)
+
+    def test_settings_are_joined_where_one_is_not_enough(self):
+        config, on_card = make_config(gradient_checkpointing=False), foresee_on(Card.sized(5.5))
+        (remedy,) = find_remedies(config, on_card)
+        assert {"quantization_bit", "quantize_head", "gradient_checkpointing"} <= set(
+            remedy.settings
+        )
+
+    def test_a_card_beyond_help(self):
+        on_card = foresee_on(Card.sized(2))
+        assert advise(make_config(), on_card).startswith("no setting makes it fit")
+
+    def test_a_run_within_the_error_of_the_estimate_is_tried(self):
+        config, on_card = make_config(), foresee_on(Card.sized(12.6))
+        result = on_card(config)
+        assert "may not fit" in verdict(result)
+        check_fit(result, config, on_card)
+
+    def test_other_programs_count(self):
+        crowded = Card("a card", 24.0, 5.0, (8, 0))
+        result = foresee_on(crowded)(make_config())
+        assert result.cannot_fit
+        assert "19.0 taken by other programs" in verdict(result)
+
+
+class TestHeaviest:
+    LENGTHS = np.random.default_rng(0).integers(4, 200, 103)
+
+    @pytest.mark.parametrize("padded", [True, False])
+    @pytest.mark.parametrize(("num_steps", "num_processes"), [(1, 1), (5, 2), (30, 2), (40, 1)])
+    def test_it_is_the_heaviest_of_all_passes(self, padded, num_steps, num_processes):
+        plan = RowPlan(np.arange(103), 7, True, self.LENGTHS, 4 * num_processes * 2, 4)
+
+        def weight(part):
+            lengths = self.LENGTHS[part]
+            return len(part) * lengths.max() if padded else lengths.sum()
+
+        parts = [p for step in range(num_steps) for p in plan.parts(step, num_processes) if len(p)]
+        heaviest = plan.heaviest(num_steps, num_processes, padded)
+        assert weight(heaviest) == max(map(weight, parts))
+        assert any(np.array_equal(heaviest, part) for part in parts)
+
+    def test_the_fullest_pack(self):
+        plan = PackPlan(np.arange(103), 7, True, self.LENGTHS, 512, 1)
+        fullest = plan.heaviest(10, 1, False)
+        assert self.LENGTHS[fullest].sum() == max(self.LENGTHS[p].sum() for p in plan.packs(0)[:10])
+
+
+class TestCards:
+    @pytest.mark.parametrize(
+        ("name", "card"),
+        [("4090", "RTX 4090"), ("NVIDIA GeForce RTX 3090", "RTX 3090"), ("tesla-t4", "T4"),
+         ("a100", "A100"), ("A100-80GB", "A100 80GB")],
+    )  # fmt: skip
+    def test_names(self, name, card):
+        assert Card.named(name).name == card
+        assert Card.named(name).gib == CARDS[card][0]
+
+    @pytest.mark.parametrize("name", ["", "4", "banana", "NVIDIA"])
+    def test_unknown_names(self, name):
+        with pytest.raises(UserError, match=r"is not known .* --memory_gib"):
+            Card.named(name)
+
+
+class TestPlanVerb:
+    HUB = ("--chatglm_path", "zai-org/chatglm-6b")
+
+    def plan(self, tmp_path, *flags):
+        path = tmp_path / "plan.jsonl"
+        assert main(["plan", *flags, "--json_path", str(path)]) == 0
+        return json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+
+    def test_lines_and_record(self, tmp_path, capsys):
+        record = self.plan(tmp_path, "--memory_gib", "8", *self.HUB)
+        out = capsys.readouterr().out
+        for word in ("weights", "adapter", "optimiser", "activations", "logits", "does not fit"):
+            assert word in out
+        assert "quantization_bit 4 would take" in out
+        assert not record["fits"]
+        assert record["weights_gib"] == pytest.approx(11.50, abs=0.01)
+        assert record["remedies"][0]["settings"] == {"quantization_bit": "4"}
+        tops = ("weights", "adapter", "optimiser", "activations", "logits", "way_back", "buffers")
+        total = sum(record[f"{name}_gib"] for name in tops)
+        assert record["allocated_gib"] == pytest.approx(total)
+
+    def test_a_card_by_name_and_the_lengths_of_the_rows(self, tmp_path):
+        short = [{"input_ids": [5] * 20, "seq_len": 9}] * 12
+        datasets.Dataset.from_list(short).save_to_disk(tmp_path / "rows")
+        flags = ["--card", "3090", *self.HUB, "--packing", "false"]
+        record = self.plan(tmp_path, *flags, "--dataset_path", str(tmp_path / "rows"))
+        assert record["tokens_per_pass"] == 128  # six rows of 20 tokens, in whole 64s
+        assert record["card"] == "RTX 3090"
+        assert self.plan(tmp_path, *flags)["tokens_per_pass"] == 1216
+        assert self.plan(tmp_path, *flags, "--row_length", "50")["tokens_per_pass"] == 320
+
+    def test_a_recipe_with_sections_is_read_as_training_reads_it(self, tmp_path):
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(
+            "chatglm_path: zai-org/chatglm-6b\nconvert:\n  data_path: a.json\n  save_path: b\n"
+            "train:\n  tokens_per_step: 2048\n  lora_rank: 16\n  output_dir: out\n"
+            "plan:\n  memory_gib: 24\n",
+            encoding="utf-8",
+        )
+        record = self.plan(tmp_path, str(recipe))
+        assert (record["tokens_per_pass"], record["card_gib"]) == (2048, 24)
+        assert record["adapter_gib"] == pytest.approx(4 * 2 * 7_340_032 / 2**30)
+        assert (
+            self.plan(tmp_path, str(recipe), "--tokens_per_step", "1024")["tokens_per_pass"] == 1024
+        )
+
+    def test_a_base_on_disk_is_not_loaded(self, tmp_path, tiny_folder, monkeypatch):
+        (tmp_path / "base").mkdir()
+        config = (tiny_folder / "config.json").read_text(encoding="utf-8")
+        (tmp_path / "base" / "config.json").write_text(config, encoding="utf-8")
+        record = self.plan(tmp_path, "--chatglm_path", str(tmp_path / "base"), "--use_cpu", "true")
+        assert record["layout"] == "padded"
+        assert record["num_layers"] == 4
+
+    @pytest.mark.parametrize(
+        ("flags", "words"),
+        [
+            (["--card", "foo"], "card 'foo' is not known"),
+            (["--memory_gib", "0"], "--memory_gib '0' should be a number, above 0"),
+            (["--memory_gib", "8", "--card", "T4"], "memory_gib and card both name a card"),
+            (["--memori_gib", "8"], "did you mean --memory_gib"),
+            (["--deepspeed", "x"], "TrainingArguments know this setting"),
+            (["--json_path", "no/such/folder.jsonl"], "cannot be written"),
+        ],
+    )
+    def test_mistakes(self, flags, words, capsys):
+        assert main(["plan", *flags]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert words in error
+        assert error.count("\n") == 1
