@@ -58,10 +58,10 @@ BAD_VERSIONS = (
         "hiyouga/LlamaFactory#5348",
     ),
     BadVersion(
-        "bitsandbytes", "0", "0.43",
-        "looks for CUDA where it often is not (CUDA Setup failed), and then PEFT cannot put an "
-        "adapter on a model",
-        "bitsandbytes-foundation/bitsandbytes#966",
+        "bitsandbytes", "0", "0.49",
+        "rounds a saved 8-bit folder twice on a CPU, and before 0.43 looks for CUDA where it often "
+        "is not (CUDA Setup failed)",
+        "docs/log.md, bitsandbytes-foundation/bitsandbytes#966",
     ),
 )  # fmt: skip
 # What is imported on the way to a first step, and what PEFT and transformers import where it is
@@ -128,7 +128,7 @@ def check_imports() -> Iterator[Told]:
             failed = True
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             known = "".join(f" ({known.cause})" for known in find_known(str(error))[:1])
-            spare = "" if name in _NEEDED else f", or pip uninstall {name}: it is not needed here"
+            spare = "" if name in _NEEDED else f", or pip uninstall {name}: few settings need it"
             yield PROBLEM, f"import {name}: {reason[:200]}{known}; pip install -U {name}{spare}"
     torch = sys.modules.get("torch")
     if torch is not None and "numpy" in sys.modules:
