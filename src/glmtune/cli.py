@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +86,13 @@ def convert_adapter(settings: config.ConvertAdapterConfig) -> None:
     convert_adapter(settings.old, settings.new)
 
 
+def doctor(settings: config.DoctorConfig) -> int:
+    """Look for what would stop a run, or explain an error message."""
+    from glmtune.doctor.run import doctor
+
+    return doctor(settings)
+
+
 def demo(settings: config.DemoConfig) -> None:
     """Teach the tiny model in the package to answer, and show it on a page."""
     from glmtune.demo.run import demo
@@ -151,6 +159,7 @@ VERBS: dict[str, Callable[[Any], int | None]] = {
     "compare": compare,
     "merge": merge,
     "adapters convert": convert_adapter,
+    "doctor": doctor,
     "demo": demo,
     "new-model": new_model,
     "bench train": bench_train,
@@ -166,7 +175,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line, by default the process's own, and return its exit code.
 
     Returns:
-        0; 1 where a verb's finding is not a good one; 2 for a user's mistake, told in one line on
+        0; 1 where a verb's finding is not a good one, or for an error that is none of the user's
+        but known, which is told with what mends it; 2 for a user's mistake, told in one line on
         stderr; 130 after Ctrl+C.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -190,6 +200,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _reader_is_gone():
             raise
         return 141
+    except Exception as error:
+        from glmtune.doctor.explain import explain, find_known
+
+        if not (known := find_known(f"{type(error).__name__}: {error}")):
+            raise
+        traceback.print_exc()
+        print("", *map(explain, known), sep="\n", file=sys.stderr)
+        return 1
     return code
 
 

@@ -22,7 +22,9 @@ RATED_TFLOPS = {
     "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "A10": 125, "A6000": 155,
     "RTX 4090": 165, "RTX 3090": 71, "T4": 65, "V100": 125,
 }  # fmt: skip
-# GiB that drivers report, and compute capability, by names in which every word must be met.
+# GiB as torch reports them (H100 and H200 as measured; of others the rated size less what drivers
+# keep, some percent) and compute capability, by names in which every word must be met. Only plans
+# for a card that is not here rest on them.
 CARDS = {
     "H200": (139.8, (9, 0)), "H100": (79.1, (9, 0)), "A100 80GB": (79.1, (8, 0)),
     "A100": (39.4, (8, 0)), "L40S": (44.4, (8, 9)), "L40": (44.4, (8, 9)), "L4": (22.0, (8, 9)),

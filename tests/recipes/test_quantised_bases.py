@@ -1,11 +1,16 @@
 """The commands with a base that is quantised while it loads."""
 
 import json
+import shutil
 
 import pytest
+import torch
 import yaml
 
+from glmtune.adapters import load_adapter
+from glmtune.adapters.merge import probe
 from glmtune.cli import main
+from glmtune.models.checkpoints import GLM_TINY, load_base_model
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: make test does it")
 
@@ -58,6 +63,23 @@ def test_train_go_on_answer_compare_and_merge(rows, tmp_path, capsys, bits, pack
     run("merge --model_path run --save_path merged", capsys)
     settings = json.loads((tmp_path / "merged" / "config.json").read_text(encoding="utf-8"))
     assert "quantization_config" not in settings
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_train_on_and_merge_into_a_folder_that_was_saved_quantised(rows, tmp_path, capsys, bits):
+    base = load_base_model(GLM_TINY, dtype=torch.float32, bits=bits)
+    base.save_pretrained(tmp_path / "base")
+    for name in ("ice_text.model", "tokenizer_config.json"):
+        shutil.copy(f"{GLM_TINY}/{name}", tmp_path / "base")
+    settings = "--max_steps 2 --learning_rate 0.01 --packing true --use_cpu true"
+    run(f"train --chatglm_path base --dataset_path rows --output_dir run {settings}", capsys)
+    told = run("merge --chatglm_path base --model_path run --save_path merged", capsys)
+    assert "dequantised to float16" in told
+    settings = json.loads((tmp_path / "merged" / "config.json").read_text(encoding="utf-8"))
+    assert "quantization_config" not in settings
+    tuned = probe(load_adapter(load_base_model("base", dtype=torch.float32).dequantize(), "run"))
+    merged = probe(load_base_model("merged", dtype=torch.float32))
+    torch.testing.assert_close(merged, tuned, rtol=0, atol=1e-3 * tuned.abs().max().item())
 
 
 @pytest.mark.parametrize(

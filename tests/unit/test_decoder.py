@@ -336,3 +336,15 @@ def test_layers_share_one_compiled_step(model, prompts, monkeypatch):
     as_captured(decoder, monkeypatch)
     assert decode(decoder, prompts) == decode(Decoder(model, []), prompts)
     assert len(compiled) == 2, "one graph for the layers, one for the head"
+
+
+def test_base_and_tuned_weights_share_what_is_rounded(adapted, prompts):
+    """And answer as decoders do that have all of their own."""
+    tuned = Decoder(adapted, [], bits=8)
+    with adapted.disable_adapter():
+        base, alone = Decoder(adapted, [], bits=8, beside=tuned), Decoder(adapted, [], bits=8)
+    shared, changed = base.weights.blocks[0].query_key_value, tuned.weights.blocks[0]
+    assert changed.query_key_value.base is shared
+    assert changed.dense_h_to_4h is base.weights.blocks[0].dense_h_to_4h
+    assert base.weights.head is tuned.weights.head is not alone.weights.head
+    assert decode(base, prompts) == decode(alone, prompts) != decode(tuned, prompts)

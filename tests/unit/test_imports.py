@@ -23,7 +23,7 @@ FLOORS = [
     {"adapters"},
     {"training", "generation"},
     {"evaluation", "bench", "serving"},
-    {"demo"},
+    {"demo", "doctor"},
     {"cli"},
     {"__main__"},
 ]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -294,6 +295,8 @@ print(peak - before)
 @pytest.mark.parametrize(("bits", "form"), [(4, "bin"), (8, "safetensors")])
 def test_loading_holds_the_quantised_weights_and_one_more(bits, form, tmp_path):
     """In a process of its own: never a shard, let alone the model, as floats."""
+    if bits == 4 and Version(bnb.__version__) < Version("0.50"):
+        pytest.skip("this bitsandbytes takes 128 bytes a value to round a tensor on a CPU")
     config = ChatGLMConfig(
         vocab_size=4096, hidden_size=256, num_layers=24, num_attention_heads=4,
         inner_hidden_size=1024, bos_token_id=3572, eos_token_id=3573,

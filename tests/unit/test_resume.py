@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from glmtune import runlog
 from glmtune.config import TrainConfig
 from glmtune.errors import UserError
 from glmtune.models.checkpoints import GLM_TINY
@@ -139,7 +140,7 @@ class TestWorkers:
 def work(folder, rows):
     """What each of the two processes does."""
     rank, folder = os.environ["RANK"], Path(folder)
-    loop.RunLog.plot_loss = lambda *_: None
+    runlog.RunLog.plot_loss = lambda *_: None
 
     def settings(name, **changes):
         return TrainConfig(
@@ -300,7 +301,7 @@ class TestFallingBack:
         checkpoint = tmp_path / "run" / "checkpoint-2"
         (checkpoint / "manifest.json").unlink()
         torch.save(content, checkpoint / file)
-        with pytest.raises(UserError, match="does not hold what a checkpoint of this run holds"):
+        with pytest.raises(UserError, match="is not this run.s state"):
             loop.train(toy_run(resume_from_checkpoint="true", **settings | {"max_steps": 3}))
 
 

@@ -23,7 +23,12 @@ def make_checkpoint(run, step, manifest=True):
     torch.save({"rank": 0}, folder / "rng_state_0.pth")
     torch.save({"step": step}, folder / "optimizer.pt")
     torch.save({"step": step}, folder / "scheduler.pt")
-    state = {"global_step": step, "stateful_callbacks": {"glmtune": {}}}
+    state = {
+        "global_step": step,
+        "num_input_tokens_seen": 9,
+        "log_history": [],
+        "stateful_callbacks": {"glmtune": {}},
+    }
     (folder / "trainer_state.json").write_text(json.dumps(state))
     if manifest:
         write_manifest(folder, step, {"data sha256": "0"})

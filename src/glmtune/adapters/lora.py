@@ -181,13 +181,21 @@ def _wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         raise UserError(
             "the model has an adapter on it already; unload() it, or load the base anew"
         )
+    before = [(module, dict(module.named_children())) for module in model.modules()]
     try:
         with warnings.catch_warnings():
             # PEFT reads an attribute that transformers renamed, and is told so on every call.
             warnings.simplefilter("ignore", FutureWarning)
             return get_peft_model(model, config)
-    except ValueError as error:
-        raise UserError(f"the adapter cannot be put on this model: {error}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # PEFT refuses settings in many kinds
+        for module, children in before:  # it may have stopped half way
+            for name in dict(module.named_children()).keys() - children.keys():
+                delattr(module, name)
+            for name, child in children.items():
+                setattr(module, name, child)
+        raise UserError(f"the adapter cannot be put on this model: {error!s:.300}") from error
 
 
 def adapter_weights(peft_model: PeftModel) -> dict[str, torch.Tensor]:

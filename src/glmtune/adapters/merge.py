@@ -49,6 +49,8 @@ def merge_adapter(config: MergeConfig) -> float:
     is_quantised = base_config.quantization_bit or bits_of(base_config)
     dtype = torch.float16 if is_quantised else torch.float32
     model = load_base_model(base, dtype=dtype).dequantize()
+    if bits_of(base_config):
+        tell([f"they are dequantised to {str(dtype).removeprefix('torch.')} for the merge"])
     peft_model = load_adapter(model.float(), adapter_folder)
     num_modules = len(peft_model.targeted_module_names)
     expected = probe(peft_model)

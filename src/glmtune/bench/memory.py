@@ -93,7 +93,10 @@ def bench_memory(settings: BenchMemoryConfig) -> dict[str, Any]:
                 record[name] = asdict(_in_a_process(measure, name, settings, folder))
             except (UserError, BrokenProcessPool, torch.OutOfMemoryError) as error:
                 record[name] = {"not_measured": str(error).splitlines()[0]}
-    _print(record, names)
+            print(f"  {_words(record[name])}", flush=True)  # minutes of work: not only at the end
+    copied = f"{record['copy_bytes_per_second'] / 1e9:,.0f} GB/s read and written"
+    pairs = {"copy": copied} | {name: _words(record[name]) for name in names}
+    print_pairs(f"memory of training, {record['shape']}, {record['device']}", pairs)
     if settings.json_path:
         append_json(record, settings.json_path)
     return record
@@ -177,18 +180,13 @@ def _check_disk(settings: BenchMemoryConfig, folder: str) -> None:
         )
 
 
-def _print(record: dict[str, Any], names: tuple[str, ...]) -> None:
-    pairs = {"copy": f"{record['copy_bytes_per_second'] / 1e9:,.0f} GB/s read and written"}
-    for name in names:
-        peak = record[name]
-        if "not_measured" in peak:
-            pairs[name] = f"not measured: {peak['not_measured']}"
-            continue
-        reserved = peak["reserved_gib"]
-        held = "" if reserved is None else f", {reserved:.2f} reserved"
-        pairs[name] = (
-            f"{peak['allocated_gib']:.2f} GiB{held}, estimated {peak['estimate_gib']:.2f} "
-            f"({peak['ratio']:.2f}), loading {peak['loading_gib']:.2f}; "
-            f"{peak['real_tokens_per_second']:,.0f} tokens/s, {peak['ms']:,.1f} ms a step"
-        )
-    print_pairs(f"memory of training, {record['shape']}, {record['device']}", pairs)
+def _words(peak: dict[str, Any]) -> str:
+    if "not_measured" in peak:
+        return f"not measured: {peak['not_measured']}"
+    reserved = peak["reserved_gib"]
+    held = "" if reserved is None else f", {reserved:.2f} reserved"
+    return (
+        f"{peak['allocated_gib']:.2f} GiB{held}, estimated {peak['estimate_gib']:.2f} "
+        f"({peak['ratio']:.2f}), loading {peak['loading_gib']:.2f}; "
+        f"{peak['real_tokens_per_second']:,.0f} tokens/s, {peak['ms']:,.1f} ms a step"
+    )

@@ -5,7 +5,13 @@
 command line and prints its help, `reading` turns recipe and flags into a checked config.
 """
 
-from glmtune.config.reading import change_setting, read_config, write_recipe
+from glmtune.config.reading import (
+    change_setting,
+    read_config,
+    recipe_verbs,
+    shared_setting,
+    write_recipe,
+)
 from glmtune.config.settings import (
     SETTINGS,
     BenchDecodeConfig,
@@ -17,6 +23,7 @@ from glmtune.config.settings import (
     ConvertAdapterConfig,
     ConvertConfig,
     DemoConfig,
+    DoctorConfig,
     InferConfig,
     MergeConfig,
     NewModelConfig,
@@ -38,6 +45,7 @@ __all__ = [
     "ConvertAdapterConfig",
     "ConvertConfig",
     "DemoConfig",
+    "DoctorConfig",
     "InferConfig",
     "MergeConfig",
     "NewModelConfig",
@@ -48,5 +56,7 @@ __all__ = [
     "ValidateConfig",
     "change_setting",
     "read_config",
+    "recipe_verbs",
+    "shared_setting",
     "write_recipe",
 ]

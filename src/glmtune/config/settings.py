@@ -236,6 +236,26 @@ class ConvertAdapterConfig(Settings):
     new: PathText = Field(description="folder to write, in PEFT's form of today")
 
 
+# --- doctor ---
+
+
+class DoctorConfig(BaseModelSettings, DeviceSettings):
+    """Settings of `glmtune doctor`."""
+
+    group: ClassVar[str] = "doctor"
+    bare_words = ("recipe_path",)
+    recipe_path: PathText | None = Field(
+        None, description="recipe to examine with all that it names (default: the machine alone)"
+    )
+    json_path: PathText | None = Field(None, description="JSON file to write the findings into")
+    explain: PathText | None = Field(
+        None,
+        description="explain this error message in Chinese and English instead: its text, a file "
+        "that holds it, or - for what comes by stdin",
+    )
+    errors: bool = Field(False, description="list the twenty errors that are known, as Markdown")
+
+
 # --- demo, new-model ---
 
 
@@ -297,6 +317,7 @@ SETTINGS: dict[str, type[Settings]] = {
     "compare": CompareConfig,
     "merge": MergeConfig,
     "adapters convert": ConvertAdapterConfig,
+    "doctor": DoctorConfig,
     "demo": DemoConfig,
     "new-model": NewModelConfig,
     "bench train": BenchTrainConfig,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from glmtune.data.files import check_inside, read_json_object
 from glmtune.data.lengths import LengthStats
 from glmtune.errors import UserError
 
@@ -132,6 +133,7 @@ def load_dataset(path: str) -> tuple["datasets.Dataset", DataCard]:
     if not folder.is_dir():
         what = "a file" if folder.exists() else "no such folder"
         raise UserError(f"{path}: {what}; pass the folder that `glmtune tokenize` wrote")
+    _check_arrow_files(folder)
     try:
         dataset = datasets.load_from_disk(path)
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -160,6 +162,21 @@ def load_dataset(path: str) -> tuple["datasets.Dataset", DataCard]:
             "the folder was mixed up: run `glmtune tokenize` again"
         )
     return dataset, card
+
+
+def _check_arrow_files(folder: Path) -> None:
+    """Make sure that the Arrow files which state.json names lie in the folder, and no others."""
+    if not (folder / "state.json").is_file():
+        return  # for datasets to say what this folder is
+    entries = read_json_object(folder / "state.json").get("_data_files")
+    for entry in entries if isinstance(entries, list) else ():
+        name = entry.get("filename") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or Path(name).name != name:
+            raise UserError(
+                f"{folder / 'state.json'}: names {name!r}, no file in this folder; run `glmtune "
+                "tokenize` again"
+            )
+        check_inside(folder / name)
 
 
 def check_data_card(card: DataCard, tokenizer: RowTokenizer, path: str) -> None:

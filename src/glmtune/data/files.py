@@ -1,11 +1,13 @@
 """Read a user's text file; write results that appear under their final name only when whole."""
 
 import contextlib
+import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from glmtune.drafts import replacing_file, replacing_folder, write_errors
 from glmtune.errors import UserError
@@ -32,6 +34,48 @@ def read_text(path: str) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise _not_text(path, data, error.start) from error
+
+
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """Read a JSON file whose whole content is one object.
+
+    Raises UserError as `read_text` does, and where it is no JSON, no object, or nested so deeply
+    that no program meant it.
+    """
+    text = read_text(str(path))
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}:{error.lineno}: not JSON ({error.msg}); get the file again"
+        ) from error
+    except (RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits
+        fault = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise UserError(f"{path}: cannot be read as JSON ({fault}); get the file again") from None
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise UserError(f"{path}: holds a {kind}, not an object of settings; get the file again")
+    return content
+
+
+def sha256_of(path: str | Path) -> str:
+    """The sha256 of a file's content, read in pieces. Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_inside(path: Path) -> None:
+    """Raise UserError for a file that is a link out of its folder.
+
+    The links of the hub cache, from a snapshot into the blobs of the same model, may stand.
+    """
+    folder, target = path.parent.resolve(), path.resolve()
+    blobs = folder.parent.parent / "blobs"
+    in_hub_cache = folder.parent.name == "snapshots" and target.parent == blobs
+    if not (target.is_relative_to(folder) or in_hub_cache):
+        raise UserError(
+            f"{path}: is a link to {target}, outside its folder; put the file itself in its place"
+        )
 
 
 @contextmanager

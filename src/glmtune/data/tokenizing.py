@@ -1,6 +1,5 @@
 """Context and target to token rows on disk: encoded in batches, counted, drawn as a histogram."""
 
-import hashlib
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from glmtune.data.dataset import (
     check_replaceable,
     special_ids,
 )
-from glmtune.data.files import new_folder
+from glmtune.data.files import new_folder, sha256_of
 from glmtune.data.lengths import LengthStats, plot_lengths
 from glmtune.data.records import BadRow, Row, list_bad_rows, name_rows, read_rows
 from glmtune.data.templates import is_alpaca
@@ -180,8 +179,6 @@ def _card(
     encoded: EncodedRows,
 ) -> DataCard:
     num_tokens = len(encoded.input_ids)
-    with open(config.jsonl_path, "rb") as source:
-        source_sha256 = hashlib.file_digest(source, "sha256").hexdigest()
     return DataCard(
         glmtune_version=__version__,
         base_model=base_name,
@@ -193,7 +190,7 @@ def _card(
             include={"max_seq_length", "skip_overlength", "keep_empty", "on_bad_row"}
         ),
         source=Path(config.jsonl_path).name,
-        source_sha256=source_sha256,
+        source_sha256=sha256_of(config.jsonl_path),
         num_read=len(rows) + len(bad_rows),
         num_kept=len(encoded.seq_len),
         num_tokens=num_tokens,

@@ -71,7 +71,9 @@ class Chat:
         else:
             self.decoders[TUNED] = Decoder.of(model, settings, subject.device)
             with model.disable_adapter():
-                self.decoders[BASE] = Decoder.of(model, settings, subject.device)
+                self.decoders[BASE] = Decoder.of(
+                    model, settings, subject.device, beside=self.decoders[TUNED]
+                )
         self.sides: tuple[str, ...] = (next(iter(self.decoders)),)
         self.commands: dict[str, tuple[Callable[[str], None], str]] = {
             "/new": (self._new, "forget what was said"),

@@ -43,7 +43,7 @@ def compare(config: CompareConfig) -> Comparison:
         check_stop_strings(settings.stop_strings or (), tokenizer)
         tuned = Decoder.of(model, settings, subject.device)
         with model.disable_adapter():
-            base = Decoder.of(model, settings, subject.device)
+            base = Decoder.of(model, settings, subject.device, beside=tuned)
         size, num_all = config.per_device_eval_batch_size, len(file.lines) + len(todo)
         bar = tqdm(
             total=num_all,

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from glmtune.errors import UserError
@@ -28,6 +28,7 @@ from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.decoding import (
     Angles,
     KeyValueCache,
+    Projection,
     decode,
     prefill,
     run_block,
@@ -129,6 +130,7 @@ class Decoder:
             more rows than the kernels are for.
         device: where to answer; by default where the model is. A model that waits in CPU memory is
             brought to a GPU a linear at a time, so that there it takes its rounded size.
+        beside: a decoder of the same model with the same settings; what both read alike is shared.
 
     Raises:
         UserError: the weights cannot be had in so few bits, or the device lacks something.
@@ -143,12 +145,16 @@ class Decoder:
         merge: bool = False,
         compiled: bool = False,
         device: torch.device | None = None,
+        beside: "Decoder | None" = None,
     ):
         self.config: ChatGLMConfig = model.config
         self.device: torch.device = device or model.device
         check_decoding(self.device, bits, compiled)
+        self._linears: dict[nn.Module, Projection] = beside._linears if beside else {}
         with torch.inference_mode():
-            self.weights = read_weights(model, bits=bits, merge=merge, device=self.device)
+            self.weights = read_weights(
+                model, bits=bits, merge=merge, device=self.device, known=self._linears
+            )
         self.captures = self.device.type == "cuda" and can_be_captured(self.weights)
         self._most_rows_for_kernels = most_rows_for_kernels(self.weights, self.config)
         self._stop_ids = torch.tensor(stop_ids, device=self.device)
@@ -163,7 +169,11 @@ class Decoder:
 
     @classmethod
     def of(
-        cls, model: Any, settings: GenerationSettings, device: torch.device | None = None
+        cls,
+        model: Any,
+        settings: GenerationSettings,
+        device: torch.device | None = None,
+        beside: "Decoder | None" = None,
     ) -> "Decoder":
         """A decoder that ends answers where the model does, with the bits that are asked for."""
         return cls(
@@ -172,6 +182,7 @@ class Decoder:
             bits=settings.decode_bits,
             compiled=settings.decode_compile,
             device=device,
+            beside=beside,
         )
 
     @torch.inference_mode()
@@ -299,12 +310,13 @@ class Decoder:
     def _choose(self, buffers: Buffers, logits_BV: Tensor) -> None:
         """Choose the next token of each row, which becomes its newest."""
         scores_BV = logits_BV.float()
-        top_B, _ = largest(scores_BV)
+        top_B, token_B = largest(scores_BV)
         buffers.finite.logical_and_(top_B.isfinite().all())  # NaN where any score is
         buffers.column_1.add_(1)
-        numbers_BK = buffers.numbers_BK
-        draw_B1 = None if numbers_BK is None else numbers_BK.index_select(1, buffers.column_1)
-        token_B = choose(scores_BV, buffers.settings, buffers.seen_BV, draw_B1)
+        settings, numbers_BK = buffers.settings, buffers.numbers_BK
+        if settings.do_sample or settings.repetition_penalty is not None:
+            draw_B1 = None if numbers_BK is None else numbers_BK.index_select(1, buffers.column_1)
+            token_B = choose(scores_BV, settings, buffers.seen_BV, draw_B1)
         token_B1 = token_B.masked_fill(buffers.finished_B, self.config.pad_token_id)[:, None]
         buffers.tokens_BK.index_copy_(1, buffers.column_1, token_B1)
         buffers.finished_B.logical_or_((token_B1 == self._stop_ids).any(-1))

@@ -18,7 +18,12 @@ from glmtune.ops.norm import Norm
 
 
 def read_weights(
-    model: Any, *, bits: int = 16, merge: bool = False, device: torch.device | None = None
+    model: Any,
+    *,
+    bits: int = 16,
+    merge: bool = False,
+    device: torch.device | None = None,
+    known: dict[nn.Module, Projection] | None = None,
 ) -> Weights:
     """The weights of a model as it stands: with its adapter, unless that is disabled.
 
@@ -32,6 +37,8 @@ def read_weights(
         merge: add the adapter to copies of the weights it adapts, instead of applying it anew to
             each token; faster, and rounded to the weights' type.
         device: where the weights are to be; by default where the model is.
+        known: linears that were read before without their adapters, the same way; those that are
+            read now are added. So base and tuned weights are not rounded and held twice.
 
     Raises:
         UserError: the weights cannot be had in so few bits.
@@ -40,7 +47,7 @@ def read_weights(
     body, device = plain.transformer, device or plain.device
 
     def read(linear: nn.Module) -> Projection:
-        return _read_projection(linear, bits, merge, device)
+        return _read_projection(linear, bits, merge, device, {} if known is None else known)
 
     def read_norm(norm: nn.LayerNorm) -> Norm:
         return Norm(norm.weight.to(device), norm.bias.to(device), norm.eps)
@@ -119,7 +126,13 @@ def _read_embedding(
     return lambda ids: embedding(ids).to(dtype)
 
 
-def _read_projection(linear: nn.Module, bits: int, merge: bool, device: torch.device) -> Projection:
+def _read_projection(
+    linear: nn.Module,
+    bits: int,
+    merge: bool,
+    device: torch.device,
+    known: dict[nn.Module, Projection],
+) -> Projection:
     base, updates = split_lora(linear)
     if type(base) is not nn.Linear:
         if bits != 16:
@@ -135,9 +148,10 @@ def _read_projection(linear: nn.Module, bits: int, merge: bool, device: torch.de
         total = weight.float()
         for a_RI, b_OR, scale in updates:
             total = total + b_OR.float() @ a_RI.float() * scale
-        weight, updates = total.to(weight.dtype), ()
-    projection = _round(weight, bias, bits)
-    return Adapted(projection, updates) if updates else projection
+        return _round(total.to(weight.dtype), bias, bits)
+    if base not in known:
+        known[base] = _round(weight, bias, bits)
+    return Adapted(known[base], updates) if updates else known[base]
 
 
 def _round(weight: Tensor, bias: Tensor | None, bits: int) -> Projection:

@@ -96,13 +96,13 @@ def quantise(model: Any, layers: nn.Module, bits: int) -> None:
 
 
 def _quantised(linear: nn.Linear, bits: int, dtype: torch.dtype) -> nn.Module:
-    from bitsandbytes import nn as bnb
+    import bitsandbytes
 
+    bnb: Any = bitsandbytes.nn
     weight, device = linear.weight.data, linear.weight.device
     if isinstance(linear, PackedLinear):
         weight = linear.unpacked(dtype)
     sizes, biased = (linear.in_features, linear.out_features), linear.bias is not None
-    quantised: Any
     with torch.device("meta"):
         if bits == 8:
             quantised = bnb.Linear8bitLt(*sizes, biased, has_fp16_weights=False, threshold=6.0)

@@ -3,7 +3,8 @@
 Such a step reads every weight once and does next to nothing with it: it is as fast as memory, if
 enough reads are under way at any time and little else is between them. So each product takes along
 what follows it (bias, adapter, GELU, residual), each block of it reads a few whole rows of the
-matrix, and numbers of 8 or 4 bits become floats by putting them into a float's fraction.
+matrix, and numbers of 8 or 4 bits become floats by putting them into a float's fraction. On Hopper
+and newer GPUs a kernel is launched while the one before it ends, and waits for it by itself.
 
 Shapes: B rows of a batch, I inputs, O outputs, R rank of an adapter, N heads, D head size,
 K columns of the cache; W and G as in `ops.words`.
@@ -16,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from glmtune.ops.norm import Norm
 from glmtune.ops.words import GROUP_SIZE, Words
@@ -29,6 +31,19 @@ class LowRank(NamedTuple):
     low_BR: Tensor
     up_OR: Tensor
     scale: float
+
+
+@triton.jit
+def _begin(EARLY: tl.constexpr):
+    """Let the next kernel be launched, and wait until the one before has written all it writes."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@lru_cache(maxsize=8)
+def _early(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @triton.jit
@@ -79,9 +94,10 @@ def _finish(
 def _project(
     x, weight, bias, low, up, residual, y, low_scale, alpha, NUM_OUTPUTS,
     HAS_BIAS: tl.constexpr, R: tl.constexpr, R_PADDED: tl.constexpr, GELU: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, NUM_INPUTS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, NUM_INPUTS: tl.constexpr, EARLY: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
+    _begin(EARLY)
     output, row = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O), tl.program_id(1)
     column = tl.arange(0, BLOCK_I)
     total = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
@@ -102,10 +118,11 @@ def _project(
 def _project_words(
     x, words, scales, bias, low, up, residual, y, low_scale, alpha, NUM_OUTPUTS,
     HAS_BIAS: tl.constexpr, R: tl.constexpr, R_PADDED: tl.constexpr, GELU: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, NUM_INPUTS: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_W: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, NUM_INPUTS: tl.constexpr, EARLY: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """As `_project`. Words and inputs, of four bytes each, lie in threads alike: four in each."""
+    _begin(EARLY)
     output, row = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O), tl.program_id(1)
     column, four = tl.arange(0, BLOCK_W), 4 * tl.arange(0, BLOCK_W // 4)
     W: tl.constexpr = NUM_INPUTS * BITS // 32
@@ -175,15 +192,18 @@ def project(
     after = (
         bias_O, low, up, residual, y, low_scale, alpha, num_outputs,
         bias_O is not None, rank, triton.next_power_of_2(rank) if rank else 0, gelu,
-        residual is not None, num_inputs,
+        residual is not None, num_inputs, _early(x.device),
     )  # fmt: skip
     if isinstance(weight, Words):
         scales, shape = weight.scale_middle_OG2.view(torch.int32), (block_o, block_i)
         _project_words[grid](
-            x, matrix, scales, *after, weight.bits, GROUP_SIZE, *shape, num_warps=warps
-        )
+            x, matrix, scales, *after, weight.bits, GROUP_SIZE, *shape,
+            num_warps=warps, launch_pdl=_early(x.device),
+        )  # fmt: skip
     else:
-        _project[grid](x, matrix, *after, block_o, block_i, num_warps=warps)
+        _project[grid](
+            x, matrix, *after, block_o, block_i, num_warps=warps, launch_pdl=_early(x.device)
+        )
     return y
 
 
@@ -231,7 +251,8 @@ def unpack(weight: Words, dtype: torch.dtype) -> Tensor:
 
 
 @triton.jit
-def _normalise(x, weight, bias, y, epsilon, H, BLOCK: tl.constexpr):
+def _normalise(x, weight, bias, y, epsilon, H, EARLY: tl.constexpr, BLOCK: tl.constexpr):
+    _begin(EARLY)
     row, column = tl.program_id(0), tl.arange(0, BLOCK)
     inside = column < H
     value = tl.load(x + row * H + column, inside, 0.0).to(tl.float32)
@@ -250,8 +271,9 @@ def normalise(x: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
     block = triton.next_power_of_2(width)
     warps = 8 if block > 1024 else 2
     _normalise[(x.numel() // width,)](
-        x, norm.weight, norm.bias, y, norm.epsilon, width, block, num_warps=warps
-    )
+        x, norm.weight, norm.bias, y, norm.epsilon, width, _early(x.device), block,
+        num_warps=warps, launch_pdl=_early(x.device),
+    )  # fmt: skip
     return y
 
 
@@ -259,9 +281,11 @@ def normalise(x: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
 def _attend(
     qkv, cos, sin, keys, values, mask, column, partial, counts, y, scale,
     stride_b, stride_n, stride_k, stride_mask,
-    N: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr,
+    N: tl.constexpr, D: tl.constexpr, EARLY: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One head's share of the columns; the last share to be done adds all of them up."""
+    _begin(EARLY)
     at_head, split = tl.program_id(0), tl.program_id(1)
     row, head = at_head // N, at_head % N
     Q: tl.constexpr = D // 4
@@ -356,6 +380,7 @@ def attend(
     _attend[(num_rows * num_heads, _SPLITS)](
         mixed, cos, sin, keys_BNKD, values_BNKD, mask, column_1, partial, counts, y,
         head_dim**-0.5, *keys_BNKD.stride()[:3], mask.stride(0),
-        num_heads, head_dim, _SPLITS, _BLOCK_K,
+        num_heads, head_dim, _early(mixed.device), _SPLITS, _BLOCK_K,
+        launch_pdl=_early(mixed.device),
     )  # fmt: skip
     return y

@@ -22,6 +22,7 @@ from glmtune.adapters import restore_adapter, save_adapter, verify_saved
 from glmtune.data.files import new_file, new_folder
 from glmtune.drafts import remove_folder, write_errors
 from glmtune.errors import UserError
+from glmtune.models.torch_files import read_torch_file
 from glmtune.training.disk import check_room, checkpoint_bytes
 from glmtune.training.manifest import (
     CHECKPOINT,
@@ -32,6 +33,12 @@ from glmtune.training.manifest import (
     read_identity,
     read_trainer_state,
     write_manifest,
+)
+from glmtune.training.restore import (
+    foreign_state,
+    restore,
+    restore_optimizer,
+    restore_schedule,
 )
 from glmtune.training.state import TrainingState, own_state, restore_own_state
 from glmtune.training.together import on_main
@@ -163,56 +170,24 @@ def load_checkpoint(
     """
     trainer_state = read_trainer_state(folder)
     restore_adapter(state.model, folder)
+    restore_optimizer(state.optimizer, folder / "optimizer.pt")
+    restore_schedule(state.scheduler, folder / "scheduler.pt")
+    if state.scaler is not None and (folder / _SCALER_FILE).is_file():
+        restore(state.scaler, folder / _SCALER_FILE)
+    state.global_step = trainer_state["global_step"]
+    state.num_tokens = trainer_state["num_input_tokens_seen"]
     rank = accelerator.process_index
     own = folder / f"rng_state_{rank}.pth"
-    try:
-        _restore_optimizer(_load(folder / "optimizer.pt"), state)
-        _restore_schedule(_load(folder / "scheduler.pt"), state)
-        if state.scaler is not None and (folder / _SCALER_FILE).is_file():
-            state.scaler.load_state_dict(_load(folder / _SCALER_FILE))
-        state.global_step = int(trainer_state["global_step"])
-        state.num_tokens = int(trainer_state["num_input_tokens_seen"])
-        if own.is_file():
-            restore_own_state(_load(own), state)
-        history = [dict(record) for record in trainer_state["log_history"]]
-    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{folder}: does not hold what a checkpoint of this run holds ({error}); resume from "
-            "another"
-        ) from error
-    if not own.is_file():
+    if own.is_file():
+        content = read_torch_file(own)
+        try:
+            restore_own_state(content, state)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise foreign_state(own, error) from error
+    else:
         print(f"note: {own} is not there: process {rank} draws its dropout anew", file=sys.stderr)
     state.last_good = folder
-    return history
-
-
-def _restore_optimizer(saved: dict[str, Any], state: TrainingState) -> None:
-    groups = state.optimizer.state_dict()["param_groups"]
-    for number, moved in saved["state"].items():
-        shapes = {tensor.shape for tensor in moved.values() if tensor.ndim}
-        if shapes != {state.weights[number].shape}:
-            raise ValueError("optimizer.pt is of another adapter")
-    state.optimizer.load_state_dict(saved | {"param_groups": groups})
-
-
-def _restore_schedule(saved: dict[str, Any], state: TrainingState) -> None:
-    schedule = state.scheduler
-    schedule.load_state_dict(saved | {"base_lrs": schedule.base_lrs})
-    for group, base, share in zip(
-        state.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
-    ):
-        group["lr"] = base * share(schedule.last_epoch)
-
-
-def _load(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damage shows in many kinds of exception
-        raise UserError(
-            f"{path}: cannot be read ({str(error).splitlines()[0]}); resume from another checkpoint"
-        ) from error
+    return trainer_state["log_history"]
 
 
 def describe(

@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 
 from glmtune import __version__
 from glmtune.adapters.formats import CONFIG_FILE, WEIGHTS_FILE, WEIGHTS_FILE_2023
+from glmtune.data.files import read_json_object, sha256_of
+from glmtune.errors import UserError
 
 MANIFEST_FILE = "manifest.json"
 STATE_FILE = "trainer_state.json"
@@ -24,7 +26,7 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _NEEDED = (WEIGHTS_FILE, CONFIG_FILE, *TORCH_FILES, STATE_FILE)
 # The part of trainer_state.json that is ours: transformers keeps a place for others' state.
 _OURS = ("stateful_callbacks", "glmtune")
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
 def write_manifest(folder: Path, step: int, identity: Mapping[str, Any]) -> None:
@@ -43,7 +45,7 @@ def write_manifest(folder: Path, step: int, identity: Mapping[str, Any]) -> None
         "recipe_sha256": hashlib.sha256(recipe).hexdigest(),
         "data_sha256": identity["data sha256"],
         "files": {
-            path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files
+            path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in files
         },
     }
     text = json.dumps(content, indent=2) + "\n"
@@ -56,8 +58,28 @@ def has_manifest(checkpoint: Path) -> bool:
 
 
 def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """The content of a checkpoint's `trainer_state.json`."""
-    return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    """The content of a checkpoint's `trainer_state.json`.
+
+    Raises:
+        UserError: it is damaged, or not one of ours.
+    """
+    content = read_json_object(checkpoint / STATE_FILE)
+    place, name = _OURS
+    ours, history = content.get(place), content.get("log_history")
+    numbers = [content.get("global_step"), content.get("num_input_tokens_seen")]
+    records = history if isinstance(history, list) else [None]
+    if (
+        not all(type(number) is int and number >= 0 for number in numbers)
+        or not (isinstance(ours, dict) and isinstance(ours.get(name), dict))
+        or not all(
+            isinstance(record, dict) and type(record.get("step")) is int for record in records
+        )
+    ):
+        raise UserError(
+            f"{checkpoint / STATE_FILE}: is damaged, or of another program; resume from another "
+            "checkpoint"
+        )
+    return content
 
 
 def our_part(identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,7 +114,7 @@ def find_fault(checkpoint: Path) -> str | None:
 
 def _is_of_trainer(checkpoint: Path) -> bool:
     try:
-        others = _OURS[1] not in read_trainer_state(checkpoint).get(_OURS[0], {})
+        others = _OURS[1] not in read_json_object(checkpoint / STATE_FILE).get(_OURS[0], {})
     except _UNREADABLE:
         return False
     by_trainer = ("training_args.bin", WEIGHTS_FILE_2023, "rng_state.pth")
@@ -101,7 +123,7 @@ def _is_of_trainer(checkpoint: Path) -> bool:
 
 def _differs(checkpoint: Path) -> str | None:
     try:
-        content = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))
+        content = read_json_object(checkpoint / MANIFEST_FILE)
         step = content["step"]
         files = {
             str(name): (file["size"], file["sha256"]) for name, file in content["files"].items()
@@ -118,7 +140,7 @@ def _differs(checkpoint: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} is damaged: {path.stat().st_size:,} bytes, not {size:,} as saved"
-        if _sha256(path) != sha256:
+        if sha256_of(path) != sha256:
             return f"{name} is damaged: its sha256 is not the one saved"
     named = CHECKPOINT.fullmatch(checkpoint.name)
     if named and int(named[1]) != step:
@@ -136,13 +158,7 @@ def _looks_damaged(checkpoint: Path) -> str | None:
         if not zipfile.is_zipfile(checkpoint / name):  # its directory stands at the end
             return f"{name} is damaged"
     try:
-        read_identity(checkpoint).keys()
-        is_ours = isinstance(read_trainer_state(checkpoint)["global_step"], int)
-    except _UNREADABLE:
-        is_ours = False
-    return None if is_ours else f"{STATE_FILE} is damaged, or of another program"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        read_trainer_state(checkpoint)
+    except UserError:
+        return f"{STATE_FILE} is damaged, or of another program"
+    return None

@@ -312,6 +312,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         dtype = dtype or self.dtype
         if bits_of(self.config):
             super().dequantize(dtype)
+            self._weight_conversions = None  # what loading remembers for saving in few bits again
         self._unpack(dtype)
         return nn.Module.to(self, dtype)
 
