@@ -301,7 +301,7 @@ class TestFallingBack:
         checkpoint = tmp_path / "run" / "checkpoint-2"
         (checkpoint / "manifest.json").unlink()
         torch.save(content, checkpoint / file)
-        with pytest.raises(UserError, match="is not this run.s state"):
+        with pytest.raises(UserError, match="is not this run's state"):
             loop.train(toy_run(resume_from_checkpoint="true", **settings | {"max_steps": 3}))
 
 
