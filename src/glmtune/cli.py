@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -43,9 +44,10 @@ def tokenize(settings: config.TokenizeConfig) -> None:
 
 def train(settings: config.TrainConfig) -> None:
     """Train a LoRA adapter on token rows."""
+    from glmtune.evaluation.checkup import check_after_training
     from glmtune.training.loop import train
 
-    if train(settings).interrupted:
+    if train(settings, at_end=check_after_training).interrupted:
         raise KeyboardInterrupt
 
 
@@ -82,6 +84,13 @@ def convert_adapter(settings: config.ConvertAdapterConfig) -> None:
     from glmtune.adapters import convert_adapter
 
     convert_adapter(settings.old, settings.new)
+
+
+def doctor(settings: config.DoctorConfig) -> int:
+    """Look for what would stop a run, or explain an error message."""
+    from glmtune.doctor.run import doctor
+
+    return doctor(settings)
 
 
 def demo(settings: config.DemoConfig) -> None:
@@ -126,7 +135,21 @@ def chat(settings: config.ChatConfig) -> None:
     chat(settings)
 
 
-VERBS: dict[str, Callable[[Any], None]] = {
+def replay(settings: config.ReplayConfig) -> int:
+    """Compute again the step that stopped a run, from its crash-N folder."""
+    from glmtune.training.replay import replay
+
+    return 0 if replay(settings) else 1
+
+
+def check(settings: config.CheckConfig) -> int:
+    """Say whether an adapter changes nothing, too much, or what it should."""
+    from glmtune.evaluation.checkup import check
+
+    return 0 if check(settings).is_fine else 1
+
+
+VERBS: dict[str, Callable[[Any], int | None]] = {
     "validate": validate,
     "convert": convert,
     "tokenize": tokenize,
@@ -136,12 +159,15 @@ VERBS: dict[str, Callable[[Any], None]] = {
     "compare": compare,
     "merge": merge,
     "adapters convert": convert_adapter,
+    "doctor": doctor,
     "demo": demo,
     "new-model": new_model,
     "bench train": bench_train,
     "bench decode": bench_decode,
     "bench memory": bench_memory,
     "chat": chat,
+    "replay": replay,
+    "check": check,
 }
 
 
@@ -149,7 +175,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line, by default the process's own, and return its exit code.
 
     Returns:
-        0; 2 for a user's mistake, told in one line on stderr; 130 after Ctrl+C.
+        0; 1 where a verb's finding is not a good one, or for an error that is none of the user's
+        but known, which is told with what mends it; 2 for a user's mistake, told in one line on
+        stderr; 130 after Ctrl+C.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that lacks a letter (a Chinese one in ASCII) must not stop a run.
@@ -160,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # as torch is loaded.
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
-        run(list(sys.argv[1:] if argv is None else argv))
+        code = run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -172,7 +200,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _reader_is_gone():
             raise
         return 141
-    return 0
+    except Exception as error:
+        from glmtune.doctor.explain import explain, find_known
+
+        if not (known := find_known(f"{type(error).__name__}: {error}")):
+            raise
+        traceback.print_exc()
+        print("", *map(explain, known), sep="\n", file=sys.stderr)
+        return 1
+    return code
 
 
 def _reader_is_gone() -> bool:
@@ -185,18 +221,21 @@ def _reader_is_gone() -> bool:
     return False
 
 
-def run(arguments: list[str]) -> None:
+def run(arguments: list[str]) -> int:
     """Find the verb, read its settings and do it.
+
+    Returns:
+        0, or 1 where the verb has found what it warns of.
 
     Raises:
         UserError: an unknown verb, and whatever the settings or the verb itself refuse.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
         print(overview())
-        return
+        return 0
     if arguments[0] == "--version":
         print(f"glmtune {__version__}")
-        return
+        return 0
     # Only from here on: pydantic alone takes a tenth of a second.
     from glmtune.config import SETTINGS, read_config
     from glmtune.config.flags import split_arguments, verb_help
@@ -210,9 +249,9 @@ def run(arguments: list[str]) -> None:
     arguments = arguments[len(verb.split()) :]
     if "-h" in arguments or "--help" in arguments:
         print(verb_help(verb, summary(verb)))
-        return
+        return 0
     recipe, flags = split_arguments(verb, arguments)
-    VERBS[verb](read_config(SETTINGS[verb], verb, recipe, flags))
+    return VERBS[verb](read_config(SETTINGS[verb], verb, recipe, flags)) or 0
 
 
 def summary(verb: str) -> str:

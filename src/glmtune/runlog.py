@@ -6,7 +6,6 @@ A record is a dictionary of numbers at a step. Each goes to `metrics.jsonl` (a l
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from glmtune.drafts import replacing_file, write_errors
 
 METRICS_FILE = "metrics.jsonl"
 PLOT_FILE = "training_loss.png"
@@ -60,7 +61,9 @@ class RunLog:
         self._bar = None
         if not enabled:
             return
-        self._file = _rewrite_metrics(Path(output_dir) / METRICS_FILE, self.history)
+        self._path = Path(output_dir) / METRICS_FILE
+        with write_errors(self._path):
+            self._file = _rewrite_metrics(self._path, self.history)
         if report_to in ("tensorboard", "all"):
             from torch.utils.tensorboard import SummaryWriter
 
@@ -80,9 +83,10 @@ class RunLog:
         return self
 
     def __exit__(self, *_) -> None:
-        for part in (self._file, self._writer, self._bar):
+        for part in (self._bar, self._file, self._writer):
             if part is not None:
-                part.close()
+                with write_errors(self._path):
+                    part.close()
 
     def advance(self) -> None:
         """Move the bar by a step; this asks nothing of the device."""
@@ -90,7 +94,11 @@ class RunLog:
             self._bar.update()
 
     def log(self, step: int, record: Mapping[str, float]) -> None:
-        """Write a record everywhere. A number that is not finite becomes null, which JSON has."""
+        """Write a record everywhere. A number that is not finite becomes null, which JSON has.
+
+        Raises:
+            UserError: a file cannot be written.
+        """
         entry: Record = {
             key: value if math.isfinite(value) else None for key, value in record.items()
         }
@@ -99,12 +107,13 @@ class RunLog:
         if not self.enabled:
             return
         assert self._file is not None
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
-        if self._writer is not None:
-            for key, value in record.items():
-                group, name = ("eval", key[5:]) if key.startswith("eval_") else ("train", key)
-                self._writer.add_scalar(f"{group}/{name}", value, step)
+        with write_errors(self._path):
+            self._file.write(json.dumps(entry) + "\n")
+            self._file.flush()
+            if self._writer is not None:
+                for key, value in record.items():
+                    group, name = ("eval", key[5:]) if key.startswith("eval_") else ("train", key)
+                    self._writer.add_scalar(f"{group}/{name}", value, step)
         self._show(step, entry)
 
     def _show(self, step: int, entry: Record) -> None:
@@ -129,9 +138,8 @@ class RunLog:
         if not self.enabled or not loss:
             return
         figure = _draw(loss, _series(self.history, "eval_loss"))
-        draft = Path(path).with_name(f".{Path(path).name}.tmp")
-        figure.savefig(draft, format="png", dpi=160)
-        os.replace(draft, path)
+        with write_errors(path), replacing_file(path) as draft:
+            figure.savefig(draft, format="png", dpi=160)
 
 
 def print_pairs(title: str, pairs: Mapping[str, str]) -> None:
@@ -161,10 +169,9 @@ def format_seconds(seconds: float) -> str:
 
 def _rewrite_metrics(path: Path, history: Sequence[Record]):
     """Start the metrics file with the records of earlier steps, all at once."""
-    draft = path.with_name(f".{path.name}.tmp")
     lines = (json.dumps(record) + "\n" for record in history)
-    draft.write_text("".join(lines), encoding="utf-8")
-    os.replace(draft, path)
+    with replacing_file(path) as draft:
+        draft.write_text("".join(lines), encoding="utf-8")
     return path.open("a", encoding="utf-8")
 
 

@@ -12,8 +12,9 @@ from glmtune.adapters import attach_lora
 from glmtune.config import TrainConfig
 from glmtune.data.token_rows import TokenRows
 from glmtune.models.checkpoints import load_base_model
+from glmtune.training.interrupt import StopRequest
 from glmtune.training.loop import fit
-from glmtune.training.run import start_accelerator
+from glmtune.training.run import Run, start_accelerator
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,9 @@ def run(request, recorded, tiny_folder, tmp_path_factory):
         targets=lora["target_modules"],
     )
     set_peft_model_state_dict(model, load_file(tiny_folder / "lora_init.safetensors"))
-    result = fit(config, accelerator, model, token_rows(recorded["examples"]), "chatglm-6b-tiny")
+    rows = token_rows(recorded["examples"])
+    run = Run.of(config, accelerator, rows, model, "chatglm-6b-tiny")
+    result = fit(run, model, StopRequest(accelerator))
     return result, get_peft_model_state_dict(model, save_embedding_layers=False)
 
 

@@ -1,4 +1,7 @@
-"""Token rows equal those of the script of 2023: real tokenizer, whole path from records to disk."""
+"""Token rows equal those of the script of 2023: real tokenizer, whole path from records to disk.
+
+But for one thing: that script taught the end of an answer also where it had cut the answer.
+"""
 
 import json
 
@@ -34,11 +37,15 @@ def test_rows_are_those_of_the_original(shared, tokenizer, tmp_path, name, skip_
     )
     tokenize(config, tokenizer, "THUDM/chatglm-6b")
 
+    lengths = map(len, tokenizer.encode_batch([row["target"] for row in golden]))
+    is_cut = [length > max_seq_length for length in lengths]
     expected = [
-        {"input_ids": row["input_ids"], "seq_len": row["seq_len"]}
-        for row in golden
+        {"input_ids": row["input_ids"][:-1] if cut else row["input_ids"], "seq_len": row["seq_len"]}
+        for row, cut in zip(golden, is_cut, strict=True)
         if not skip_overlength or len(row["input_ids"]) <= max_seq_length
     ]
-    dataset, _ = load_dataset(folder)
+    dataset, card = load_dataset(folder)
     assert dataset.to_list() == expected
+    assert len(card.rows_cut["target"]) == (0 if skip_overlength else sum(is_cut))
+    assert sum(is_cut) == (6 if name == "tokenizer_alpaca.json" else 0)
     assert 30 < len(expected) <= len(golden) == 40

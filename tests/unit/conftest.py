@@ -8,8 +8,10 @@ import datasets
 import numpy as np
 import pytest
 
+from glmtune.config import TrainConfig
 from glmtune.data.token_rows import TokenRows
 from glmtune.models.chatglm.configuration import ChatGLMConfig
+from glmtune.models.checkpoints import GLM_TINY
 
 
 class WordTokenizer:
@@ -82,5 +84,46 @@ def make_rows():
             specials = [config.gmask_token_id, config.bos_token_id]
             rows.append({"input_ids": ids[:text] + specials + ids[text:], "seq_len": text + 2})
         return TokenRows.from_dataset(datasets.Dataset.from_list(rows))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def toy_rows(tmp_path_factory):
+    """A data set of 23 rows for glm-tiny, of very different lengths."""
+    base = ChatGLMConfig.from_pretrained(GLM_TINY)
+    random = np.random.default_rng(0)
+    rows = []
+    for _ in range(23):
+        prompt, answer = (random.integers(10, 900, random.integers(1, 12)).tolist() for _ in "ab")
+        ids = [*prompt, base.gmask_token_id, base.bos_token_id, *answer, base.eos_token_id]
+        rows.append({"input_ids": ids, "seq_len": len(prompt) + 2})
+    path = str(tmp_path_factory.mktemp("toy") / "rows")
+    datasets.Dataset.from_list(rows).save_to_disk(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def short_run():
+    """Settings of a run of a few steps, each of two passes."""
+    return {
+        "per_device_train_batch_size": 3,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_steps": 1000,
+        "report_to": "none",
+        "use_cpu": True,
+    }
+
+
+@pytest.fixture
+def toy_run(toy_rows, short_run, tmp_path):
+    """Make the settings of a short run of glm-tiny, in the folder `run` unless told otherwise."""
+
+    def make(**settings):
+        paths = {"dataset_path": toy_rows, "output_dir": str(tmp_path / "run")}
+        defaults = short_run | paths | {"chatglm_path": GLM_TINY, "max_steps": 4}
+        return TrainConfig(**defaults | settings)
 
     return make

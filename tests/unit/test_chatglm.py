@@ -263,7 +263,7 @@ def test_folders_that_hold_no_usable_weights(model, tmp_path):
     with pytest.raises(UserError, match="Git-LFS pointer"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03\x04 cut short")
-    with pytest.raises(UserError, match="cannot be read as plain tensors"):
+    with pytest.raises(UserError, match="is damaged"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
@@ -274,7 +274,7 @@ def test_a_pickle_with_code_in_it_is_not_run(model, tmp_path):
 
     model.config.save_pretrained(tmp_path)
     torch.save({"weight": Bomb()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match="cannot be read as plain tensors"):
+    with pytest.raises(UserError, match=r"has code in it \(io\.open\)"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     assert not (tmp_path / "ran").exists()
 
@@ -287,7 +287,7 @@ def test_a_missing_shard_and_an_index_that_points_elsewhere(model, tmp_path):
     stolen = dict.fromkeys(weight_map, "../secret.bin")
     index = json.dumps({"weight_map": stolen})
     (tmp_path / "pytorch_model.bin.index.json").write_text(index)
-    with pytest.raises(UserError, match="outside the folder"):
+    with pytest.raises(UserError, match=r"no \.bin file inside the folder"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 

@@ -50,7 +50,7 @@ def room(monkeypatch):
 
     def replace(module: str, **functions) -> list:
         def recorder(name, result):
-            return lambda *arguments: calls.append((name, *arguments)) or result
+            return lambda *arguments, **_: calls.append((name, *arguments)) or result
 
         fake = types.ModuleType(module)
         for name, result in functions.items():
@@ -109,6 +109,25 @@ def test_a_verb_hands_its_config_on(line, module, function, config, room):
     calls = room(module, **{function: FINISHED})
     assert cli.main(line.split()) == 0
     assert calls == [(function, config)]
+
+
+def test_training_ends_with_a_check_up(room, monkeypatch):
+    given = {}
+    fake = types.ModuleType("glmtune.training.loop")
+    fake.train = lambda config, **more: given.update(more) or FINISHED
+    monkeypatch.setitem(sys.modules, fake.__name__, fake)
+    room("glmtune.evaluation.checkup", check_after_training=None)
+    checkup = sys.modules["glmtune.evaluation.checkup"]
+    assert cli.main(["train", "--dataset_path", "a", "--output_dir", "b"]) == 0
+    assert given == {"at_end": checkup.check_after_training}
+
+
+@pytest.mark.parametrize("is_good", [True, False])
+def test_findings_are_exit_codes(room, is_good):
+    room("glmtune.evaluation.checkup", check=types.SimpleNamespace(is_fine=is_good))
+    room("glmtune.training.replay", replay=is_good)
+    for line in ("check a", "replay a"):
+        assert cli.main(line.split()) == (0 if is_good else 1)
 
 
 def test_tokenize_finds_model_and_tokenizer(room):

@@ -20,6 +20,8 @@ from glmtune.config import (
     TokenizeConfig,
     TrainConfig,
     read_config,
+    recipe_verbs,
+    shared_setting,
     write_recipe,
 )
 from glmtune.config.flags import fields_by_group, split_arguments, verb_help
@@ -38,12 +40,15 @@ REQUIRED = {
     "compare": {"data_path": "a.json", "model_path": "output"},
     "merge": {"model_path": "output", "save_path": "merged"},
     "adapters convert": {"old": "old", "new": "new"},
+    "doctor": {},
     "demo": {},
     "new-model": {"folder": "new", "like": "glm-tiny"},
     "bench train": {},
     "bench decode": {},
     "bench memory": {},
     "chat": {},
+    "replay": {"bundle": "crash-1"},
+    "check": {"adapter": "output"},
 }
 
 
@@ -228,7 +233,7 @@ def test_none_undoes_a_recipe(recipe):
         ("lora_rnk", "did you mean --lora_rank?"),
         ("lr_sheduler_type", "did you mean --lr_scheduler_type?"),
         ("no_such_flag", "`glmtune train --help`"),
-        ("max_new_tokens", "a setting of infer, compare, chat, not of train"),
+        ("max_new_tokens", "a setting of infer, compare, chat, check, not of train"),
     ],
 )
 def test_unknown_name(name, hint):
@@ -385,6 +390,24 @@ def test_a_tag_builds_nothing(recipe, tmp_path):
     ):
         assert refusal("train", recipe(text)).startswith("r.yaml:1: ")
     assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]
+
+
+@pytest.mark.parametrize(
+    "text, verbs",
+    [
+        ("convert:\n  data_path: a\nchatglm_path: b\ntrain:", ["convert", "train"]),
+        ("lora_rank: 8\nchatglm_path: b", ["train"]),
+        ("jsonl_path: a\nchatglm_path: b", ["tokenize"]),
+    ],
+)
+def test_whom_a_recipe_is_for(recipe, text, verbs):
+    assert recipe_verbs(recipe(text)) == verbs
+
+
+def test_one_setting_of_a_recipe(recipe):
+    path = recipe("chatglm_path: base\nseed: null\ntrain:\n  lora_rank: 8")
+    assert shared_setting(path, "chatglm_path") == "base"
+    assert shared_setting(path, "seed") is shared_setting(path, "lora_rank") is None
 
 
 def test_unreadable_recipe(tmp_path):

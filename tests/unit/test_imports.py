@@ -16,13 +16,14 @@ import glmtune
 PACKAGE = Path(glmtune.__file__).parent
 FLOORS = [
     {"errors"},
+    {"drafts"},
     {"config", "hardware", "runlog"},
     {"data", "ops"},
     {"models"},
     {"adapters"},
     {"training", "generation"},
     {"evaluation", "bench", "serving"},
-    {"demo"},
+    {"demo", "doctor"},
     {"cli"},
     {"__main__"},
 ]

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import TrainerState
 
 from glmtune.adapters import load_adapter
@@ -24,9 +24,9 @@ from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError
 from glmtune.hardware import Card
 from glmtune.models.checkpoints import load_base_model
-from glmtune.training import loop, passes
+from glmtune.training import checkpoints, held_out, loop, passes
 from glmtune.training.layout import choose_layout
-from glmtune.training.plan import split_rows
+from glmtune.training.plan import pass_seed, split_rows
 
 GMASK, SOP, EOP, VOCAB_SIZE = 1001, 1004, 1005, 1024
 # The tiny model has no vocabulary file; training asks nothing else of a tokenizer.
@@ -65,23 +65,12 @@ def write_rows(path, seed, change=lambda rows: rows):
 
 
 @pytest.fixture
-def config(dataset_path, tiny_folder, tmp_path):
+def config(dataset_path, tiny_folder, short_run, tmp_path):
     """Make settings: those of a short run unless told otherwise."""
 
     def make(**settings):
-        defaults = {
-            "dataset_path": dataset_path,
-            "output_dir": str(tmp_path / "run"),
-            "chatglm_path": str(tiny_folder),
-            "per_device_train_batch_size": 3,
-            "gradient_accumulation_steps": 2,
-            "max_steps": 6,
-            "learning_rate": 1e-3,
-            "logging_steps": 1,
-            "save_steps": 1000,
-            "report_to": "none",
-            "use_cpu": True,
-        }
+        paths = {"dataset_path": dataset_path, "output_dir": str(tmp_path / "run")}
+        defaults = short_run | paths | {"chatglm_path": str(tiny_folder), "max_steps": 6}
         return TrainConfig(**defaults | settings)
 
     return make
@@ -108,10 +97,10 @@ def stop_at(step, monkeypatch, number=signal.SIGINT):
     """Send this process a signal while it computes a step."""
     train_step = loop.train_step
 
-    def interrupted_step(run, state, step_pass):
+    def interrupted_step(run, state, *how):
         if state.global_step == step - 1:
             os.kill(os.getpid(), number)
-        return train_step(run, state, step_pass)
+        return train_step(run, state, *how)
 
     monkeypatch.setattr(loop, "train_step", interrupted_step)
     return lambda: monkeypatch.setattr(loop, "train_step", train_step)
@@ -168,6 +157,7 @@ class TestRunFolder:
             "scheduler.pt",
             "rng_state_0.pth",
             "trainer_state.json",
+            "manifest.json",
         }
 
     def test_transformers_reads_the_trainer_state(self, run):
@@ -246,7 +236,7 @@ class TestStep:
     def test_the_base_stays_and_the_adapter_is_float32(self, config, monkeypatch, tiny_folder):
         seen = []
         fit = loop.fit
-        monkeypatch.setattr(loop, "fit", lambda *args: (seen.append(args[2]), fit(*args))[1])
+        monkeypatch.setattr(loop, "fit", lambda *args: (seen.append(args[1]), fit(*args))[1])
         loop.train(config(bf16=True, lora_target="all"))
         (model,) = seen
         weights = dict(model.named_parameters())
@@ -363,11 +353,11 @@ class TestEvaluation:
             "collate",
             lambda rows, ids, pad: (seen.update(ids.tolist()), collate(rows, ids, pad))[1],
         )
-        monkeypatch.setattr(loop, "evaluate", lambda run, step_pass: 0.0)
+        monkeypatch.setattr(held_out, "evaluate", lambda *_: 0.0)
         loop.train(config(eval_ratio=0.3, max_steps=-1, num_train_epochs=2))
-        train, held_out = split_rows(NUM_ROWS, 0.3, 42)
+        train, kept_back = split_rows(NUM_ROWS, 0.3, 42)
         assert seen == set(train)
-        assert not seen & set(held_out)
+        assert not seen & set(kept_back)
 
 
 class TestResume:
@@ -403,15 +393,15 @@ class TestResume:
         assert states[0]["num_input_tokens_seen"] == states[1]["num_input_tokens_seen"]
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl+C", "SIGTERM"])
-    def test_a_signal_stops_after_the_step_with_a_checkpoint(
+    def test_a_signal_stops_between_two_passes_with_a_checkpoint(
         self, config, unbroken, tmp_path, monkeypatch, capsys, number
     ):
         go_on = stop_at(7, monkeypatch, number)
         handler = signal.getsignal(number)
         stopped = loop.train(config(**self.SETTINGS))
         assert signal.getsignal(number) == handler
-        assert (stopped.interrupted, stopped.global_step) == (True, 7)
-        checkpoint = tmp_path / "run" / "checkpoint-7"
+        assert (stopped.interrupted, stopped.global_step) == (True, 6)  # one pass of 7 is undone
+        checkpoint = tmp_path / "run" / "checkpoint-6"
         assert checkpoint.is_dir()
         out = capsys.readouterr().out
         recipe = tmp_path / "run" / "recipe.yaml"
@@ -426,7 +416,7 @@ class TestResume:
         assert [json.loads(line)["step"] for line in lines] == [1, 3, 4, 6, 8, 9, 9]
 
     def test_a_second_ctrl_c_does_not_wait(self, config, monkeypatch):
-        def step(run, state, step_pass):
+        def step(*_):
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -555,16 +545,70 @@ class TestRefusals:
 
     def test_a_diverged_run_stops_and_spoils_no_checkpoint(self, config, tmp_path):
         settings = {"learning_rate": 1e30, "lr_scheduler_type": "constant", "max_grad_norm": 0}
-        with pytest.raises(UserError, match=r"step \d: .*learning_rate \(1e\+30\)"):
+        with pytest.raises(UserError, match=r"logits are not finite, so it is not kept"):
             loop.train(config(save_steps=1, logging_steps=100, max_steps=50, **settings))
+        with pytest.raises(UserError, match=r"step 2: .*learning_rate \(1e\+30\)"):
+            loop.train(config(max_steps=50, overwrite_output_dir=True, **settings))
         for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
             assert all(weight.isfinite().all() for weight in adapter(checkpoint).values())
 
+    def test_a_checkpoint_that_is_not_what_was_trained_goes(self, config, tmp_path, monkeypatch):
+        save = checkpoints.save_adapter
+
+        def save_less(model, folder, base):
+            save(model, folder, base)
+            if "checkpoint-4" in str(folder):
+                tensors = load_file(folder / "adapter_model.safetensors")
+                tensors.pop(max(tensors))
+                save_file(tensors, folder / "adapter_model.safetensors")
+
+        monkeypatch.setattr(checkpoints, "save_adapter", save_less)
+        with pytest.raises(UserError, match=r"checkpoint-4.*not what was trained.*is missing"):
+            loop.train(config(save_steps=2, save_total_limit=1))
+        assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+
+    def test_weights_that_learn_nothing(self, config, monkeypatch, capsys):
+        """A gradient of zero on one of them is told, on all of them it ends the run."""
+        run_pass = passes.PaddedPass.run
+        silenced = ["layers.2.attention.query_key_value.lora_A"]
+
+        def run(self, *args):
+            loss = run_pass(self, *args)
+            for name, weight in self.model.named_parameters():
+                if weight.requires_grad and any(part in name for part in silenced):
+                    weight.grad.zero_()
+            return loss
+
+        monkeypatch.setattr(passes.PaddedPass, "run", run)
+        loop.train(config())
+        told = capsys.readouterr().err
+        assert told.count("they learn nothing") == 1
+        assert "step 4: the gradient was exactly 0 in all of the first steps for 1 of 8" in told
+        assert "layers.2.attention.query_key_value.lora_A" in told
+        silenced[:] = [""]
+        with pytest.raises(UserError, match="for 8 of 8 weights"):
+            loop.train(config(overwrite_output_dir=True))
+
+    def test_a_loss_that_explodes(self, config, monkeypatch, capsys):
+        readings = iter([5.0, 4.0, 30.0, 40.0, 50.0, 60.0])
+        take_loss = loop.take_loss
+        monkeypatch.setattr(loop, "take_loss", lambda *args: take_loss(*args) * 0 + next(readings))
+        with pytest.raises(UserError, match=r"step 5: the loss explodes: 50, .*learning_rate"):
+            loop.train(config())
+        assert capsys.readouterr().err.count("warning: step") == 2
+
+    def test_a_loss_of_zero_keeps_what_was_learned(self, config, monkeypatch, tmp_path):
+        readings = iter([5.0, 0.0, 0.0, 0.0])
+        monkeypatch.setattr(loop, "take_loss", lambda *args: next(readings))
+        with pytest.raises(UserError, match="step 4: the loss is exactly 0"):
+            loop.train(config())
+        assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-4"]
+
     def test_a_gpu_that_is_too_small(self, config, monkeypatch):
-        def full(run, state, step_pass):
+        def full(*_):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-        monkeypatch.setattr(loop, "train_step", full)
+        monkeypatch.setattr(loop, "build_pass", full)
         with pytest.raises(UserError, match="too small for this: per_device_train_batch_size 1"):
             loop.train(config())
         with pytest.raises(UserError, match="too small for this: gradient_checkpointing true"):
@@ -597,7 +641,7 @@ class TestPacking:
 
     def test_every_pass_drops_other_inputs(self):
         seeds = {
-            loop.pass_seed(seed, step, number)
+            pass_seed(seed, step, number)
             for seed in range(3) for step in range(5) for number in range(4)
         }  # fmt: skip
         assert len(seeds) == 60

@@ -1,6 +1,7 @@
 """Finding and naming the base model."""
 
 import json
+import shutil
 import threading
 import time
 from types import SimpleNamespace
@@ -131,20 +132,30 @@ def test_a_base_without_a_vocabulary(tiny_folder):
         load_tokenizer(str(tiny_folder))
 
 
+IDS = ("bos_token_id", "eos_token_id", "gmask_token_id", "mask_token_id", "pad_token_id")
+
+
 def test_a_model_and_a_tokenizer_that_disagree(tiny_folder):
-    config = load_base_model(str(tiny_folder)).config
-    ids = {
-        name: getattr(config, name)
-        for name in (
-            "bos_token_id",
-            "eos_token_id",
-            "gmask_token_id",
-            "mask_token_id",
-            "pad_token_id",
-        )
-    }
-    check_pair(config, SimpleNamespace(**ids, vocab_size=1000))
+    model = load_base_model(str(tiny_folder))
+    ids = {name: getattr(model.config, name) for name in IDS}
+    check_pair(model, SimpleNamespace(**ids, vocab_size=1000))
     with pytest.raises(UserError, match="eos_token_id: the model says 1005, the tokenizer 2"):
-        check_pair(config, SimpleNamespace(**ids | {"eos_token_id": 2}, vocab_size=1000))
+        check_pair(model, SimpleNamespace(**ids | {"eos_token_id": 2}, vocab_size=1000))
     with pytest.raises(UserError, match="vocab_size"):
-        check_pair(config, SimpleNamespace(**ids, vocab_size=5000))
+        check_pair(model, SimpleNamespace(**ids, vocab_size=5000))
+
+
+@pytest.mark.parametrize("ends", [2, [1005, 2], [2]])
+def test_a_generation_config_that_ends_answers_elsewhere(tiny_folder, tmp_path, ends):
+    folder = shutil.copytree(tiny_folder, tmp_path / "base")
+    written = folder / "generation_config.json"
+    for right in (None, 1005, [1005]):
+        written.write_text(json.dumps({"eos_token_id": right}))
+        model = load_base_model(str(folder))
+        tokenizer = SimpleNamespace(
+            **{name: getattr(model.config, name) for name in IDS}, vocab_size=1000
+        )
+        check_pair(model, tokenizer)
+    written.write_text(json.dumps({"eos_token_id": ends}))
+    with pytest.raises(UserError, match=r"generation_config.json: eos_token_id says .*1005"):
+        check_pair(load_base_model(str(folder)), tokenizer)

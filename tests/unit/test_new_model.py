@@ -28,7 +28,7 @@ def test_like_glm_tiny(tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.splitlines()[0].startswith(f"{folder}: {written.num_parameters:,} parameters")
     model, tokenizer = load_base_model(str(folder)), load_tokenizer(str(folder))
-    check_pair(model.config, tokenizer)
+    check_pair(model, tokenizer)
     assert model.num_parameters() == written.num_parameters
     assert (model.config.hidden_size, model.config.inner_hidden_size) == (32, 128)
     assert (model.config.num_layers, model.config.num_attention_heads) == (2, 4)
@@ -52,7 +52,7 @@ def test_a_vocabulary_of_ones_own_gives_the_special_ids(tmp_path):
     flags = {"vocab_file": f"{GLM_TINY}/{VOCAB_FILE}", "vocab_size": "3000"}
     folder = tmp_path / "new"
     new_model(settings(folder, "chatglm-6b", **flags, **SMALL))
-    check_pair(load_base_model(str(folder)).config, load_tokenizer(str(folder)))
+    check_pair(load_base_model(str(folder)), load_tokenizer(str(folder)))
 
 
 def test_the_same_seed_gives_the_same_weights(tmp_path):

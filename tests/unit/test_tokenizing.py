@@ -62,11 +62,41 @@ def test_a_row_is_context_specials_target_eos(monkeypatch):
 
 def test_context_and_target_are_cut_apart_and_told(capsys):
     summary, rows = run([("abcdefgh", "x"), ("a", "uvwxyz"), ("abcd", "uvw")], max_seq_length=5)
-    assert rows == [token_row("abc", "x"), token_row("a", "uvwxy"), token_row("abc", "uvw")]
+    cut = token_row("a", "uvwxy")
+    assert cut["input_ids"].pop() == EOS
+    assert rows == [token_row("abc", "x"), cut, token_row("abc", "uvw")]
     assert summary.card.rows_cut == {"context": [1, 3], "target": [2]}
     told = capsys.readouterr().out
     assert "2 kept, context cut to 5 tokens: rows 1, 3" in told
     assert "1 kept, target cut to 5 tokens: row 2" in told
+    assert summary.card.num_targets_lost == 2  # z, and the end, which a cut answer has not
+    assert "lost        2 target tokens (15.4%), cut off 1 answers" in told
+
+
+def test_a_target_as_long_as_may_be_keeps_its_end(capsys):
+    summary, rows = run([("a", "vwxyz")], max_seq_length=5)
+    assert rows == [token_row("a", "vwxyz")]
+    assert summary.card.num_targets_lost == 0
+    assert "lost" not in capsys.readouterr().out
+
+
+def test_cut_rows_of_an_older_version_taught_their_end():
+    run([("a", "uvwxyz")], max_seq_length=5)
+    change_card(num_targets_lost=None)
+    lost = load_dataset("tokens")[1].describe_loss()
+    assert "1 answers were cut to 5 tokens by a version that taught their end" in lost
+
+
+def test_each_row_knows_its_row_in_the_source():
+    summary, _ = run([("a", ""), ("b", "c"), ("d", ""), ("e", "f")])
+    assert summary.card.source_rows().tolist() == [2, 4]
+    assert summary.card.row_is_line
+    with open("b.jsonl", "w", encoding="utf-8") as file:
+        file.write('{"context": "a", "target": "b"}\n\n{"context": "c", "target": "b"}\n')
+    config = TokenizeConfig(jsonl_path="b.jsonl", save_path="tokens")
+    card = tokenize(config, CharTokenizer(), "base").card
+    assert card.source_rows().tolist() == [1, 2]
+    assert not card.row_is_line
 
 
 def test_overlong_rows_are_dropped_only_when_asked(capsys):
@@ -130,6 +160,8 @@ def test_the_card_tells_where_the_data_comes_from(capsys):
         glmtune_version=__version__,
         rows_out={"bad": [], "empty": [], "overlength": []},
         rows_cut={"context": [], "target": []},
+        num_targets_lost=0,
+        row_is_line=True,
     )
     assert "10.7% of them targets" in capsys.readouterr().out
     run([("问：q\n答：", "答")])

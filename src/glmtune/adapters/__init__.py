@@ -3,6 +3,7 @@
 from glmtune.adapters.formats import convert_adapter, find_adapter, read_adapter
 from glmtune.adapters.lora import attach_lora, load_adapter, restore_adapter, save_adapter
 from glmtune.adapters.merge import merge_adapter
+from glmtune.adapters.verify import verify_saved
 
 __all__ = [
     "attach_lora",
@@ -13,4 +14,5 @@ __all__ = [
     "read_adapter",
     "restore_adapter",
     "save_adapter",
+    "verify_saved",
 ]

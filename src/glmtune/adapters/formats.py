@@ -9,27 +9,32 @@ Today: `adapter_config.json` beside `adapter_model.safetensors`, as PEFT writes 
 - weights could be float16.
 """
 
-import json
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from peft import LoraConfig
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from glmtune.data.files import new_folder, read_text
+from glmtune.adapters.settings import (
+    CONFIG_FILE,
+    enabled_parts,
+    lora_config,
+    match_checkpoint,
+    public_name,
+    read_settings,
+)
+from glmtune.data.files import check_inside, new_folder
+from glmtune.drafts import replacing_files, write_errors
 from glmtune.errors import UserError
 from glmtune.models.weights import is_lfs_pointer, load_bin
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 WEIGHTS_FILE_2023 = "adapter_model.bin"
 
@@ -39,9 +44,6 @@ ENABLE_LORA_2023 = (True, False, True)
 
 _KEY_PREFIX = "base_model.model."
 _SUFFIX_A, _SUFFIX_B = ".lora_A.weight", ".lora_B.weight"
-_LORA_SETTINGS = {field.name for field in fields(LoraConfig)} - {"runtime_config"}
-# PEFT 0.2 had two more: enable_lora is dealt with here, merge_weights only said how to run.
-_KNOWN_SETTINGS = _LORA_SETTINGS | {"runtime_config", "enable_lora", "merge_weights"}
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def find_adapter(folder: str | Path) -> Path:
         raise UserError(f"{folder}: {fault} (an adapter is a folder with {WEIGHTS_FILE})")
     if _find_weights(folder):
         return folder
-    steps = [int(match[1]) for match in map(_match_checkpoint, folder.iterdir()) if match]
+    steps = [int(match[1]) for match in map(match_checkpoint, folder.iterdir()) if match]
     place = folder / f"checkpoint-{max(steps)}" if steps else folder
     if not _find_weights(place):
         found = ", ".join(sorted(entry.name for entry in place.iterdir())[:12]) or "nothing"
@@ -109,8 +111,8 @@ def read_adapter(folder: str | Path) -> Adapter:
     path = _find_weights(folder)
     assert path, "find_adapter found it"
     weights = _canonical_keys(_read_tensors(path), path)
-    settings, notices = _read_settings(folder)
-    enabled = (settings or {}).get("enable_lora")
+    settings, notices = read_settings(folder)
+    enabled = enabled_parts(settings or {}, path)
     if settings is None:
         settings, enabled = _guess_settings(weights, path)
         notices.append(
@@ -122,7 +124,11 @@ def read_adapter(folder: str | Path) -> Adapter:
         weights = _dense_weights(weights, enabled, settings["r"], path)
         settings["r"] *= sum(enabled)
         settings["lora_alpha"] *= sum(enabled)
-    return Adapter(_lora_config(settings, folder / CONFIG_FILE), weights, path, tuple(notices))
+    if isinstance(settings.get("target_modules"), str):
+        stems = [key.removesuffix(_SUFFIX_A) for key in weights if key.endswith(_SUFFIX_A)]
+        settings["target_modules"] = [stem.removeprefix(_KEY_PREFIX) for stem in stems]
+    _check_rank(settings, weights, path)
+    return Adapter(lora_config(settings, folder / CONFIG_FILE), weights, path, tuple(notices))
 
 
 def write_adapter(
@@ -141,25 +147,21 @@ def write_adapter(
     """
     assert weights, "an adapter without tensors"
     config = copy(config)
-    config.base_model_name_or_path = _public_name(base_name) if base_name else None
+    config.base_model_name_or_path = public_name(base_name) if base_name else None
     config.inference_mode = True
     tensors = {key: tensor.detach().float().cpu().contiguous() for key, tensor in weights.items()}
     folder = Path(folder)
-    try:
-        if not folder.exists():
-            with new_folder(str(folder)) as draft:
-                _write_files(config, tensors, draft)
-            return
-        with TemporaryDirectory(dir=folder, prefix=".adapter-") as draft:
-            _write_files(config, tensors, Path(draft))
-            for name in (WEIGHTS_FILE, CONFIG_FILE):
-                os.replace(Path(draft, name), folder / name)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: the adapter cannot be written there ({error})") from error
+    if not folder.exists():
+        with new_folder(str(folder)) as draft:
+            _write_files(config, tensors, draft)
+        return
+    with write_errors(folder), replacing_files(folder) as draft:
+        _write_files(config, tensors, draft)
 
 
 def _write_files(config: LoraConfig, tensors: dict[str, Tensor], folder: Path) -> None:
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    # By way of memory: a disk that is full is then an OSError, as with every other file.
+    (folder / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
     config.save_pretrained(str(folder))
 
 
@@ -225,10 +227,6 @@ def tell(notices: Sequence[str]) -> None:
         print(f"note: {notice}", file=sys.stderr)
 
 
-def _match_checkpoint(path: Path) -> re.Match | None:
-    return re.fullmatch(r"checkpoint-(\d+)", path.name) if path.is_dir() else None
-
-
 def _find_weights(folder: Path) -> Path | None:
     """The weights file of an adapter folder, today's before that of 2023."""
     files = (folder / name for name in (WEIGHTS_FILE, WEIGHTS_FILE_2023))
@@ -237,6 +235,7 @@ def _find_weights(folder: Path) -> Path | None:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     """Names to tensors; no code that a pickle holds is run."""
+    check_inside(path)
     try:
         if is_lfs_pointer(path):
             raise UserError(f"{path}: is a Git-LFS pointer, not weights; run `git lfs pull` there")
@@ -252,6 +251,9 @@ def _canonical_keys(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]
     """Today's keys: with PEFT's prefix, without an adapter's name; float32 values."""
     weights: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.ndim:
+            what = f"{list(tensor.shape)} of {tensor.dtype}"
+            raise UserError(f"{path}: {key} is {what}, no weights; pass another adapter")
         name = key.removeprefix("module.").removeprefix(_KEY_PREFIX)
         name = re.sub(r"\.(lora_[AB])\.[^.]+\.weight$", r".\1.weight", _KEY_PREFIX + name)
         if name in weights:
@@ -295,31 +297,16 @@ def _dense_weights(
     return dense
 
 
-def _read_settings(folder: Path) -> tuple[dict | None, list[str]]:
-    """adapter_config.json as a dict, with notices; None where there is no such file.
-
-    The recipe of 2023 wrote the file once, into the run folder, when training had ended.
-    """
-    path, notices = folder / CONFIG_FILE, []
-    if not path.is_file() and _match_checkpoint(folder):
-        path = folder.resolve().parent / CONFIG_FILE
-        notices = [f"{folder}: no {CONFIG_FILE}; that of the run folder above is taken"]
-    if not path.is_file():
-        return None, []
-    try:
-        settings = json.loads(read_text(str(path)))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg}); get it again") from error
-    kind = settings.get("peft_type") if isinstance(settings, dict) else settings
-    if kind != "LORA":
-        raise UserError(f"{path}: peft_type is {kind!r}; only LoRA adapters (LORA) can be loaded")
-    for key in ("r", "lora_alpha"):
-        if not isinstance(settings.get(key), int | float) or settings[key] <= 0:
-            raise UserError(f"{path}: {key} is {settings.get(key)!r}, not above 0; correct it")
-    unknown = sorted(key for key in settings.keys() - _KNOWN_SETTINGS if settings[key])
-    if unknown:
-        notices.append(f"{path}: this version of peft does not know {', '.join(unknown)}: ignored")
-    return settings, notices
+def _check_rank(settings: dict, weights: dict[str, Tensor], path: Path) -> None:
+    """Refuse a rank that no tensor has, before PEFT takes the memory for it."""
+    pattern = settings.get("rank_pattern") or {}
+    ranks = [settings["r"], *pattern.values()] if isinstance(pattern, dict) else [pattern]
+    found = max((len(weights[a]) for a in weights if a.endswith(_SUFFIX_A)), default=0)
+    if any(not isinstance(rank, int) or rank > found for rank in ranks):
+        raise UserError(
+            f"{path}: its lora_A has {found} rows, {CONFIG_FILE} says rank {ranks!s:.99}; the "
+            "config is of another adapter"
+        )
 
 
 def _guess_settings(weights: dict[str, Tensor], path: Path) -> tuple[dict, Sequence[bool] | None]:
@@ -340,22 +327,3 @@ def _guess_settings(weights: dict[str, Tensor], path: Path) -> tuple[dict, Seque
         "task_type": "CAUSAL_LM",
     }
     return settings, None if blocks == {1} else ENABLE_LORA_2023
-
-
-def _lora_config(settings: dict, path: Path) -> LoraConfig:
-    """Today's LoraConfig of settings of any age."""
-    # Every linear of the GLM family is an nn.Linear, for which PEFT has always ignored this one.
-    settings = settings | {"fan_in_fan_out": False}
-    try:
-        config = LoraConfig(**{key: settings[key] for key in _LORA_SETTINGS & settings.keys()})
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from error
-    name = config.base_model_name_or_path
-    config.base_model_name_or_path = _public_name(name) if name else None
-    return config
-
-
-def _public_name(name: str) -> str:
-    """A hub id (owner/name) or a bare name as it is; of any other path its last part alone."""
-    is_public = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)
-    return name if is_public else re.split(r"[\\/]", name.rstrip("\\/"))[-1]

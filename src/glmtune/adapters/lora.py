@@ -81,7 +81,7 @@ def save_adapter(peft_model: PeftModel, folder: str | Path, base_name: str) -> N
     """
     config = peft_model.peft_config["default"]
     assert isinstance(config, LoraConfig)
-    write_adapter(config, _adapter_weights(peft_model), folder, base_name)
+    write_adapter(config, adapter_weights(peft_model), folder, base_name)
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
@@ -181,16 +181,25 @@ def _wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         raise UserError(
             "the model has an adapter on it already; unload() it, or load the base anew"
         )
+    before = [(module, dict(module.named_children())) for module in model.modules()]
     try:
         with warnings.catch_warnings():
             # PEFT reads an attribute that transformers renamed, and is told so on every call.
             warnings.simplefilter("ignore", FutureWarning)
             return get_peft_model(model, config)
-    except ValueError as error:
-        raise UserError(f"the adapter cannot be put on this model: {error}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # PEFT refuses settings in many kinds
+        for module, children in before:  # it may have stopped half way
+            for name in dict(module.named_children()).keys() - children.keys():
+                delattr(module, name)
+            for name, child in children.items():
+                setattr(module, name, child)
+        raise UserError(f"the adapter cannot be put on this model: {error!s:.300}") from error
 
 
-def _adapter_weights(peft_model: PeftModel) -> dict[str, torch.Tensor]:
+def adapter_weights(peft_model: PeftModel) -> dict[str, torch.Tensor]:
+    """The attached adapter's tensors under the keys of today's files; not copies."""
     # The default, "auto", looks for the base's config on the hub.
     return get_peft_model_state_dict(peft_model, save_embedding_layers=False)
 
@@ -198,7 +207,7 @@ def _adapter_weights(peft_model: PeftModel) -> dict[str, torch.Tensor]:
 def _fill(peft_model: PeftModel, adapter: Adapter) -> None:
     """Copy weights into the attached adapter once every name and shape is seen to agree."""
     shapes = {key: list(tensor.shape) for key, tensor in adapter.weights.items()}
-    wanted = {key: list(tensor.shape) for key, tensor in _adapter_weights(peft_model).items()}
+    wanted = {key: list(tensor.shape) for key, tensor in adapter_weights(peft_model).items()}
     for key in wanted:
         if key in shapes and shapes[key] != wanted[key]:
             raise UserError(

@@ -82,7 +82,7 @@ def probe(model: PreTrainedModel | PeftModel) -> Tensor:
     text = torch.linspace(special.pad_token_id + 1, special.mask_token_id - 1, 18).long().tolist()
     ids = [*text[::2], special.gmask_token_id, special.bos_token_id, *text[1::2]]
     with torch.inference_mode():
-        return model(input_ids=torch.tensor([ids])).logits
+        return model(input_ids=torch.tensor([ids], device=model.device)).logits
 
 
 def shrink(model: PreTrainedModel, dtype: torch.dtype) -> None:

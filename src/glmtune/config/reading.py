@@ -20,6 +20,7 @@ from glmtune import __version__
 from glmtune.config.flags import fields_by_group, kind_of
 from glmtune.config.names import Given, check_name, did_you_mean, knows, with_todays_names
 from glmtune.config.settings import SETTINGS, Settings
+from glmtune.drafts import replacing_file
 from glmtune.errors import UserError
 
 Config = TypeVar("Config", bound=Settings)
@@ -29,6 +30,8 @@ _PLAIN_TAGS = {_TAG + kind for kind in ("bool", "float", "int", "null", "str", "
 
 
 _LINE_BREAKS = ("\x85", "\u2028", "\u2029")
+# A recipe has a few kilobytes; PyYAML reads some 100 kB a second.
+_MAX_BYTES = 100_000
 
 
 def read_config(
@@ -120,9 +123,35 @@ def recipe_settings(verb: str, path: str) -> dict[str, Given]:
     return settings
 
 
+def recipe_verbs(path: str) -> list[str]:
+    """Return the verbs that a recipe has settings for, by its sections or by its names.
+
+    A recipe without sections is for the verb that knows most of its names.
+
+    Raises:
+        UserError: the file is no recipe.
+    """
+    shared, sections = _read_yaml(path)
+    if sections:
+        return list(sections)
+    return [max(SETTINGS, key=lambda verb: sum(knows(verb, name) for name in shared))]
+
+
+def shared_setting(path: str, name: str) -> str | None:
+    """Return the text of one setting beside the sections of a recipe, None where there is none.
+
+    Raises:
+        UserError: the file is no recipe.
+    """
+    setting = _read_yaml(path)[0].get(name)
+    return setting.value if setting and isinstance(setting.value, str) else None
+
+
 def _read_yaml(path: str) -> tuple[dict[str, Given], dict[str, dict[str, Given]]]:
     """Return a recipe's top-level settings, and section -> its settings."""
     try:
+        if (size := os.path.getsize(path)) > _MAX_BYTES:
+            raise UserError(f"{path}: {size:,} bytes are no recipe; pass the YAML of a few lines")
         text = Path(path).read_text(encoding="utf-8-sig")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except UnicodeDecodeError as error:
@@ -192,9 +221,8 @@ def write_recipe(config: Settings, path: str) -> None:
         readable = not any(mark in str(value) for value in values.values() for mark in _LINE_BREAKS)
         text += f"\n# {heading}\n"
         text += yaml.safe_dump(values, allow_unicode=readable, sort_keys=False, width=sys.maxsize)
-    unfinished = f"{path}.unfinished"
     try:
-        Path(unfinished).write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
+        with replacing_file(path) as draft:
+            draft.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot write the recipe: {error.strerror}") from None

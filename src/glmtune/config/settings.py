@@ -179,6 +179,39 @@ class ChatConfig(AnswerSettings, AnsweringWeightSettings, BaseModelSettings, Dev
         return self
 
 
+# --- replay, check ---
+
+
+class ReplayConfig(BaseModelSettings):
+    """Settings of `glmtune replay`."""
+
+    group: ClassVar[str] = "bundle"
+    bare_words = ("bundle",)
+    bundle: PathText = Field(description="crash-N folder that a run left")
+    use_cpu: bool = Field(False, description="leave the GPU alone")
+
+
+class CheckConfig(AnsweringWeightSettings, BaseModelSettings, DeviceSettings):
+    """Settings of `glmtune check`."""
+
+    group: ClassVar[str] = "check-up"
+    bare_words = ("adapter",)
+    adapter: PathText = Field(description="run folder or adapter to look over")
+    data_path: PathText | None = Field(
+        None,
+        description="alpaca records to ask (default: rows that the run held out, else a few "
+        "questions of our own)",
+    )
+    limit: int = Field(16, ge=1, description="ask so many at most")
+    max_new_tokens: int = Field(150, ge=1, description="longest answer, in tokens")
+    json_path: PathText | None = Field(None, description="JSON file to write all figures into")
+
+    @property
+    def model_path(self) -> str:
+        """The adapter, by the name it has in other verbs."""
+        return self.adapter
+
+
 # --- merge, adapters convert ---
 
 
@@ -201,6 +234,26 @@ class ConvertAdapterConfig(Settings):
     reads_and_writes = ("old", "new")
     old: PathText = Field(description="folder of an adapter of 2023")
     new: PathText = Field(description="folder to write, in PEFT's form of today")
+
+
+# --- doctor ---
+
+
+class DoctorConfig(BaseModelSettings, DeviceSettings):
+    """Settings of `glmtune doctor`."""
+
+    group: ClassVar[str] = "doctor"
+    bare_words = ("recipe_path",)
+    recipe_path: PathText | None = Field(
+        None, description="recipe to examine with all that it names (default: the machine alone)"
+    )
+    json_path: PathText | None = Field(None, description="JSON file to write the findings into")
+    explain: PathText | None = Field(
+        None,
+        description="explain this error message in Chinese and English instead: its text, a file "
+        "that holds it, or - for what comes by stdin",
+    )
+    errors: bool = Field(False, description="list the twenty errors that are known, as Markdown")
 
 
 # --- demo, new-model ---
@@ -264,11 +317,14 @@ SETTINGS: dict[str, type[Settings]] = {
     "compare": CompareConfig,
     "merge": MergeConfig,
     "adapters convert": ConvertAdapterConfig,
+    "doctor": DoctorConfig,
     "demo": DemoConfig,
     "new-model": NewModelConfig,
     "bench train": BenchTrainConfig,
     "bench decode": BenchDecodeConfig,
     "bench memory": BenchMemoryConfig,
     "chat": ChatConfig,
+    "replay": ReplayConfig,
+    "check": CheckConfig,
 }
 """Verb -> its settings."""

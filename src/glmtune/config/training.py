@@ -157,6 +157,14 @@ class RunFolderSettings(Settings):
         None,
         description="go on from this checkpoint; true: from the newest in output_dir",
     )
+    resume_anyway: bool = Field(
+        False,
+        description="go on even where model, tokenizer, data or recipe are not those of the "
+        "checkpoint",
+    )
+    max_hours: float | None = Field(
+        None, gt=0, description="stop after so many hours, loading included, with a checkpoint"
+    )
     save_steps: int = Field(1000, ge=1, description="steps between checkpoints")
     save_total_limit: int | None = Field(
         None, ge=1, description="checkpoints kept, the newest ones (default: all)"

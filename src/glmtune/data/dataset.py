@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from glmtune.data.files import check_inside, read_json_object
 from glmtune.data.lengths import LengthStats
 from glmtune.errors import UserError
 
@@ -51,7 +52,8 @@ class DataCard:
 
     `rows_out` lists by reason the 1-based rows of the source that were dropped, `rows_cut` those
     of which a part was cut to max_seq_length. Target tokens are the ids after the prompt: the
-    answer and <eop>. `special_ids` has gmask, bos and eos. `source` is a bare file name.
+    answer and <eop>; `num_targets_lost` more were cut off. `special_ids` has gmask, bos and eos.
+    `source` is a bare file name; where `row_is_line`, its row n is line n.
     """
 
     num_kept: int
@@ -70,6 +72,32 @@ class DataCard:
     num_read: int | None = None
     rows_out: Mapping[str, list[int]] = field(default_factory=dict)
     rows_cut: Mapping[str, list[int]] = field(default_factory=dict)
+    num_targets_lost: int | None = None
+    row_is_line: bool | None = None
+
+    def describe_loss(self) -> str | None:
+        """Say in one line what cutting took from the answers, and what that means; or None."""
+        if not (rows := self.rows_cut.get("target")):
+            return None
+        num_rows, limit = len(rows), self.flags.get("max_seq_length")
+        if self.num_targets_lost is None:
+            return (
+                f"{num_rows:,} answers were cut to {limit} tokens by a version that taught their "
+                "end all the same; tokenize the data again"
+            )
+        share = self.num_targets_lost / (self.num_targets_lost + self.num_target_tokens)
+        return (
+            f"{self.num_targets_lost:,} target tokens ({share:.1%}), cut off {num_rows:,} answers, "
+            "whose end is not taught; a larger max_seq_length keeps them"
+        )
+
+    def source_rows(self) -> np.ndarray | None:
+        """The source's row number (from 1) of each row of the data set, where it is known."""
+        if self.source is None or self.num_read is None:
+            return None
+        dropped = [row for rows in self.rows_out.values() for row in rows]
+        kept = np.setdiff1d(np.arange(1, self.num_read + 1), dropped)
+        return kept if len(kept) == self.num_kept else None
 
     def write(self, folder: Path) -> None:
         """Write the card into a data set's folder, one line a field."""
@@ -105,6 +133,7 @@ def load_dataset(path: str) -> tuple["datasets.Dataset", DataCard]:
     if not folder.is_dir():
         what = "a file" if folder.exists() else "no such folder"
         raise UserError(f"{path}: {what}; pass the folder that `glmtune tokenize` wrote")
+    _check_arrow_files(folder)
     try:
         dataset = datasets.load_from_disk(path)
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -133,6 +162,21 @@ def load_dataset(path: str) -> tuple["datasets.Dataset", DataCard]:
             "the folder was mixed up: run `glmtune tokenize` again"
         )
     return dataset, card
+
+
+def _check_arrow_files(folder: Path) -> None:
+    """Make sure that the Arrow files which state.json names lie in the folder, and no others."""
+    if not (folder / "state.json").is_file():
+        return  # for datasets to say what this folder is
+    entries = read_json_object(folder / "state.json").get("_data_files")
+    for entry in entries if isinstance(entries, list) else ():
+        name = entry.get("filename") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or Path(name).name != name:
+            raise UserError(
+                f"{folder / 'state.json'}: names {name!r}, no file in this folder; run `glmtune "
+                "tokenize` again"
+            )
+        check_inside(folder / name)
 
 
 def check_data_card(card: DataCard, tokenizer: RowTokenizer, path: str) -> None:

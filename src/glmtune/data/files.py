@@ -1,13 +1,15 @@
 """Read a user's text file; write results that appear under their final name only when whole."""
 
 import contextlib
+import hashlib
+import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO
 
+from glmtune.drafts import replacing_file, replacing_folder, write_errors
 from glmtune.errors import UserError
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -32,6 +34,48 @@ def read_text(path: str) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise _not_text(path, data, error.start) from error
+
+
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """Read a JSON file whose whole content is one object.
+
+    Raises UserError as `read_text` does, and where it is no JSON, no object, or nested so deeply
+    that no program meant it.
+    """
+    text = read_text(str(path))
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}:{error.lineno}: not JSON ({error.msg}); get the file again"
+        ) from error
+    except (RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits
+        fault = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise UserError(f"{path}: cannot be read as JSON ({fault}); get the file again") from None
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise UserError(f"{path}: holds a {kind}, not an object of settings; get the file again")
+    return content
+
+
+def sha256_of(path: str | Path) -> str:
+    """The sha256 of a file's content, read in pieces. Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_inside(path: Path) -> None:
+    """Raise UserError for a file that is a link out of its folder.
+
+    The links of the hub cache, from a snapshot into the blobs of the same model, may stand.
+    """
+    folder, target = path.parent.resolve(), path.resolve()
+    blobs = folder.parent.parent / "blobs"
+    in_hub_cache = folder.parent.name == "snapshots" and target.parent == blobs
+    if not (target.is_relative_to(folder) or in_hub_cache):
+        raise UserError(
+            f"{path}: is a link to {target}, outside its folder; put the file itself in its place"
+        )
 
 
 @contextmanager
@@ -106,17 +150,16 @@ def new_file(path: str) -> Iterator[TextIO]:
     Missing parent folders are made. On any error nothing is left behind, and a file that was
     there before stays as it was. Raises UserError where the path cannot be written.
     """
-    final, draft = _final_and_draft(path)
-    with _write_errors(path):
+    final = Path(os.path.realpath(path))
+    with write_errors(path):
         if final.exists() and not final.is_file():
             raise UserError(f"{path}: exists and is not a file; choose another path")
         final.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(draft, "w", encoding="utf-8", newline="\n") as file:
-                yield file
-            os.replace(draft, final)
-        finally:
-            draft.unlink(missing_ok=True)
+        with (
+            replacing_file(final) as draft,
+            open(draft, "w", encoding="utf-8", newline="\n") as file,
+        ):
+            yield file
 
 
 @contextmanager
@@ -127,38 +170,7 @@ def new_folder(path: str) -> Iterator[Path]:
     error nothing is left behind, and the earlier folder stays. Raises UserError where the path
     cannot be written.
     """
-    final, draft = _final_and_draft(path)
-    earlier = draft.with_suffix(".old")
-    with _write_errors(path):
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        try:
+    with write_errors(path):
+        Path(os.path.realpath(path)).parent.mkdir(parents=True, exist_ok=True)
+        with replacing_folder(path) as draft:
             yield draft
-            if final.exists():
-                final.rename(earlier)
-            try:
-                draft.rename(final)
-            except OSError:
-                if earlier.exists():
-                    earlier.rename(final)
-                raise
-            shutil.rmtree(earlier, ignore_errors=True)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-
-
-def _final_and_draft(path: str) -> tuple[Path, Path]:
-    # A symbolic link keeps pointing: what it points at is replaced, not the link.
-    final = Path(os.path.realpath(path))
-    return final, final.with_name(f".{final.name}.{os.getpid()}.tmp")
-
-
-@contextmanager
-def _write_errors(path: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); "
-            "check the path, its permissions and the free space"
-        ) from error

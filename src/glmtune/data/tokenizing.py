@@ -1,6 +1,5 @@
 """Context and target to token rows on disk: encoded in batches, counted, drawn as a histogram."""
 
-import hashlib
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from glmtune.data.dataset import (
     check_replaceable,
     special_ids,
 )
-from glmtune.data.files import new_folder
+from glmtune.data.files import new_folder, sha256_of
 from glmtune.data.lengths import LengthStats, plot_lengths
 from glmtune.data.records import BadRow, Row, list_bad_rows, name_rows, read_rows
 from glmtune.data.templates import is_alpaca
@@ -60,6 +59,7 @@ class TokenizeSummary:
             f"  row length  {card.lengths} tokens",
             f"  tokens      {card.num_tokens:,}, "
             f"{card.num_target_tokens / card.num_tokens:.1%} of them targets",
+            *([f"  lost        {lost}"] if (lost := card.describe_loss()) else []),
             f"  beside it   {CARD_FILE} (with all these row numbers), {HISTOGRAM_FILE}",
         ]
         return "\n".join(lines)
@@ -71,6 +71,7 @@ class EncodedRows:
 
     `input_ids` holds all rows end to end as int32, `ends` where each ends, `seq_len` each prompt's
     length. The lists are row numbers, but `lengths_out`: the full lengths of overlong rows.
+    `num_targets_lost` counts the ids that were cut off targets, each one's <eop> among them.
     """
 
     input_ids: array = field(default_factory=lambda: array("i"))
@@ -81,6 +82,7 @@ class EncodedRows:
     lengths_out: list[int] = field(default_factory=list)
     cut_contexts: list[int] = field(default_factory=list)
     cut_targets: list[int] = field(default_factory=list)
+    num_targets_lost: int = 0
 
     @property
     def lengths(self) -> np.ndarray:
@@ -124,13 +126,18 @@ def encode_rows(rows: list[Row], tokenizer: RowTokenizer, config: TokenizeConfig
     Context (with its two special ids) and target are cut to max_seq_length each, so a row may hold
     twice that unless skip_overlength drops it. Rows with an empty target are left out unless
     keep_empty.
+
+    A target that is cut has no <eop> behind it, which that script put there: the model would learn
+    to end in the midst of an answer.
     """
     limit = config.max_seq_length
     specials = [tokenizer.gmask_token_id, tokenizer.bos_token_id]
     out = EncodedRows()
     for row, context, target in _encode_in_batches(rows, tokenizer, config.num_threads):
         prompt = context[: limit - len(specials)] + specials
-        input_ids = [*prompt, *target[:limit], tokenizer.eos_token_id]
+        answer = [*target, tokenizer.eos_token_id]
+        num_lost = len(answer) - limit if len(target) > limit else 0
+        input_ids = prompt + answer[: len(answer) - num_lost]
         if not config.keep_empty and not (target and row.target.strip()):
             out.empty.append(row.row)
         elif config.skip_overlength and len(input_ids) > limit:
@@ -142,8 +149,9 @@ def encode_rows(rows: list[Row], tokenizer: RowTokenizer, config: TokenizeConfig
             out.seq_len.append(len(prompt))
             if len(context) + len(specials) > limit:
                 out.cut_contexts.append(row.row)
-            if len(target) > limit:
+            if num_lost:
                 out.cut_targets.append(row.row)
+                out.num_targets_lost += num_lost
     return out
 
 
@@ -171,8 +179,6 @@ def _card(
     encoded: EncodedRows,
 ) -> DataCard:
     num_tokens = len(encoded.input_ids)
-    with open(config.jsonl_path, "rb") as source:
-        source_sha256 = hashlib.file_digest(source, "sha256").hexdigest()
     return DataCard(
         glmtune_version=__version__,
         base_model=base_name,
@@ -184,7 +190,7 @@ def _card(
             include={"max_seq_length", "skip_overlength", "keep_empty", "on_bad_row"}
         ),
         source=Path(config.jsonl_path).name,
-        source_sha256=source_sha256,
+        source_sha256=sha256_of(config.jsonl_path),
         num_read=len(rows) + len(bad_rows),
         num_kept=len(encoded.seq_len),
         num_tokens=num_tokens,
@@ -196,6 +202,8 @@ def _card(
             "overlength": encoded.overlength,
         },
         rows_cut={"context": encoded.cut_contexts, "target": encoded.cut_targets},
+        num_targets_lost=encoded.num_targets_lost,
+        row_is_line=all(row.row == row.line for row in (*rows, *bad_rows)),
     )
 
 

@@ -27,6 +27,7 @@ from glmtune.demo.questions import Asked, held_out_questions, num_right, trainin
 from glmtune.demo.recipe import RECIPE
 from glmtune.demo.world import LANGUAGES
 from glmtune.errors import UserError
+from glmtune.evaluation.checkup import check_after_training
 from glmtune.evaluation.compare import compare
 from glmtune.evaluation.page import html
 from glmtune.evaluation.report import Text
@@ -90,7 +91,8 @@ def demo(config: DemoConfig) -> DemoResult:
         rows = TokenizeConfig(jsonl_path=paths["train.jsonl"], save_path=paths["train"])
         tokenize(rows, load_tokenizer(GLM_TINY), base_name(GLM_TINY))
     with _stage(3, "train a LoRA adapter", seconds):
-        run = train(training_config(config, paths["train"], paths["run"]))
+        settings = training_config(config, paths["train"], paths["run"])
+        run = train(settings, at_end=check_after_training)
     if run.interrupted:
         raise KeyboardInterrupt
     with _stage(4, f"answer {len(asked)} questions that it never saw, before and after", seconds):

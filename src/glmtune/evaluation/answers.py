@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import torch
 
 from glmtune.adapters import find_adapter, load_adapter
-from glmtune.config import ChatConfig, CompareConfig, InferConfig
+from glmtune.config import ChatConfig, CheckConfig, CompareConfig, InferConfig
 from glmtune.data.files import new_file, read_text
 from glmtune.data.records import Record, list_bad_rows, read_alpaca
 from glmtune.data.templates import alpaca
@@ -69,7 +69,7 @@ class Subject:
     quantize_head: bool
 
     @classmethod
-    def of(cls, config: InferConfig | CompareConfig | ChatConfig) -> "Subject":
+    def of(cls, config: InferConfig | CompareConfig | ChatConfig | CheckConfig) -> "Subject":
         """What a config means here.
 
         Raises:
@@ -130,7 +130,7 @@ class Subject:
             bits=self.bits,
             quantize_head=self.quantize_head,
         )
-        check_pair(model.config, tokenizer)
+        check_pair(model, tokenizer)
         if self.adapter is not None:
             return load_adapter(model, self.adapter), tokenizer
         return model, tokenizer

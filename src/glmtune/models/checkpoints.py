@@ -2,24 +2,28 @@
 
 import os
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from threading import Thread
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-import yaml
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from glmtune.config import shared_setting
+from glmtune.data.files import read_json_object
 from glmtune.errors import UserError
 from glmtune.models import weights
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
 from glmtune.models.chatglm.tokenization import ChatGLMTokenizer
+from glmtune.models.downloads import in_time
 from glmtune.models.quantised import bits_of, check_quantising, quantising
+
+T = TypeVar("T")
 
 ENVIRONMENT_VARIABLE = "GLMTUNE_MODEL"
 # The publisher renamed itself; the hub cache of a long-time user has the older name.
@@ -27,6 +31,7 @@ HUB_IDS = ("zai-org/chatglm-6b", "THUDM/chatglm-6b")
 HUB_TIMEOUT_SECONDS = 5.0
 # The tiny model of `glmtune demo`, by its place: this room may not import that one.
 GLM_TINY = str(Path(__file__).resolve().parent.parent / "demo" / "glm-tiny")
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _HUB_ERRORS = (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError)
 
 
@@ -77,8 +82,7 @@ def _recipe_base(run_folder: str | None) -> str | None:
     candidates = [] if run_folder is None else [Path(run_folder), Path(run_folder).parent]
     for recipe in (folder / "recipe.yaml" for folder in candidates):
         if recipe.is_file():
-            settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-            return settings.get("chatglm_path") if isinstance(settings, dict) else None
+            return shared_setting(str(recipe), "chatglm_path")
     return None
 
 
@@ -99,19 +103,10 @@ def _folder_or_hub_id(value: str, source: str) -> str:
 
 @cache
 def _hub_has(hub_id: str) -> bool:
-    found = []
-
-    def ask() -> None:
-        try:
-            found.append(HfApi().model_info(hub_id, timeout=HUB_TIMEOUT_SECONDS))
-        except Exception:  # no network shows in many kinds of exception; each means "not there"
-            return
-
-    # The timeout does not cover the look-up of the hub's address, which may hang for long.
-    thread = Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(HUB_TIMEOUT_SECONDS)
-    return bool(found)
+    info = in_time(
+        lambda: HfApi().model_info(hub_id, timeout=HUB_TIMEOUT_SECONDS), HUB_TIMEOUT_SECONDS
+    )
+    return info is not None
 
 
 def base_name(base: str) -> str:
@@ -131,13 +126,11 @@ def load_tokenizer(base: str) -> ChatGLMTokenizer:
         UserError: no vocabulary there, or one of another family.
     """
     folder = _fetch(base)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if not isinstance(tokenizer, ChatGLMTokenizer):
-        raise UserError(
-            f"{base}: has a {type(tokenizer).__name__}, not the tokenizer of ChatGLM-6B; pass a "
-            "ChatGLM-6B folder"
-        )
-    return tokenizer
+    _read_config(base, folder)
+    for name in TOKENIZER_SETTINGS:
+        if (folder / name).is_file():
+            read_json_object(folder / name)
+    return _built(folder, lambda: ChatGLMTokenizer.from_pretrained(folder))
 
 
 def load_config(base: str) -> ChatGLMConfig:
@@ -196,7 +189,10 @@ def load_base_model(
         loading["device_map"] = str(device)
     if bits and not packed:
         loading["quantization_config"] = quantising(bits, dtype)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, **loading)
+    model: Any = _built(
+        folder,
+        lambda: ChatGLMForConditionalGeneration.from_pretrained(folder, config=config, **loading),
+    )
     model.name_or_path = model.config.name_or_path = base
     if has or packed:
         done = "stay packed"
@@ -220,13 +216,31 @@ def _quantised_already(wish: str, base: str, bits: int) -> UserError:
 
 
 def _read_config(base: str, folder: Path) -> ChatGLMConfig:
-    settings, _ = PreTrainedConfig.get_config_dict(folder)
+    settings = read_json_object(folder / "config.json")
     if settings.get("model_type") != "chatglm":
         raise UserError(
             f"{base}: config.json says model_type {settings.get('model_type')!r}, not 'chatglm'; "
             "pass a ChatGLM-6B folder"
         )
-    return ChatGLMConfig.from_pretrained(folder)
+    return _built(folder, lambda: ChatGLMConfig.from_pretrained(folder))
+
+
+def _built(folder: Path, build: Callable[[], T]) -> T:
+    """What transformers builds from a folder's files.
+
+    Raises:
+        UserError: it fails on what stands in them, which shows in many kinds of exception.
+    """
+    try:
+        return build()
+    except (UserError, torch.OutOfMemoryError, AssertionError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{folder}: cannot be loaded ({reason[:300]}); take its files from the published "
+            "ChatGLM-6B folder"
+        ) from error
 
 
 def _fetch(base: str, only: str | None = None) -> Path:
@@ -243,15 +257,43 @@ def _fetch(base: str, only: str | None = None) -> Path:
     return folder
 
 
-def check_pair(config: PreTrainedConfig, tokenizer: ChatGLMTokenizer) -> None:
+def check_pair(model: PreTrainedModel, tokenizer: ChatGLMTokenizer) -> None:
     """Make sure that a model and a tokenizer name the same ids.
+
+    Answers end where generation_config.json or else config.json says, and rows teach the end that
+    the tokenizer knows: were they not one, answers would never stop, or stop at once.
+
+    Raises:
+        UserError: they are of different revisions, or disagree on a special id.
+    """
+    check_ids(model.config, tokenizer)
+    if model.generation_config:
+        check_ends(model.generation_config.eos_token_id, tokenizer)
+
+
+def check_ends(ends: int | list[int] | None, tokenizer: ChatGLMTokenizer) -> None:
+    """Make sure that generation_config.json names the end that a tokenizer teaches, or none.
+
+    Raises:
+        UserError: it names another.
+    """
+    if _as_set(ends) not in (set(), {tokenizer.eos_token_id}):
+        raise UserError(
+            f"generation_config.json: eos_token_id says {ends}, but answers are taught to end with "
+            f"the tokenizer's {tokenizer.eos_token_id} (<eop>); set it to that in the model's "
+            "folder, or remove the file"
+        )
+
+
+def check_ids(config: PreTrainedConfig, tokenizer: ChatGLMTokenizer) -> None:
+    """Make sure that a config.json and a tokenizer name the same ids.
 
     Raises:
         UserError: they are of different revisions, or disagree on a special id.
     """
     for name in ("bos_token_id", "eos_token_id", "gmask_token_id", "mask_token_id", "pad_token_id"):
         of_model, of_tokenizer = getattr(config, name), getattr(tokenizer, name)
-        if of_model != of_tokenizer:
+        if _as_set(of_model) != {of_tokenizer}:
             raise UserError(
                 f"{name}: the model says {of_model}, the tokenizer {of_tokenizer}; they are of "
                 "different revisions of ChatGLM-6B, take both from the same download"
@@ -261,3 +303,7 @@ def check_pair(config: PreTrainedConfig, tokenizer: ChatGLMTokenizer) -> None:
             f"vocab_size: the tokenizer has {tokenizer.vocab_size} ids, the model only "
             f"{config.vocab_size} rows; take both from the same download"
         )
+
+
+def _as_set(ids: int | list[int] | None) -> set[int]:
+    return set(ids) if isinstance(ids, list) else set() if ids is None else {ids}

@@ -1,9 +1,13 @@
 """What a model's weights take in memory, told from its configuration alone."""
 
+from collections.abc import Iterable
+
 import torch
 
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 
+# In the order of `block_shapes`.
+LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 # NF4 with double quantisation: half a byte a value; a byte for each block of values, the block's
 # largest magnitude; and a float32 for each group of blocks, the group's.
 NF4_BLOCK, NF4_GROUP = 64, 256
@@ -13,6 +17,12 @@ def block_shapes(config: ChatGLMConfig) -> list[tuple[int, int]]:
     """Outputs and inputs of the four linears of a layer."""
     hidden, inner = config.hidden_size, config.inner_hidden_size
     return [(3 * hidden, hidden), (hidden, hidden), (inner, hidden), (hidden, inner)]
+
+
+def adapter_parameters(config: ChatGLMConfig, rank: int, targets: Iterable[str]) -> int:
+    """Numbers of a LoRA adapter on some of the four linears of each layer."""
+    shapes = dict(zip(LINEARS, block_shapes(config), strict=True))
+    return config.num_layers * sum(rank * sum(shapes[name]) for name in targets)
 
 
 def weight_bytes(

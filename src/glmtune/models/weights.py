@@ -1,10 +1,9 @@
 """Weight files on disk: which there are, what they hold, and whether that fits the model.
 
-Everything here reads headers only: tensors stay on disk, and no pickle is run beyond torch's own
-`weights_only` reader.
+Everything here reads headers only: tensors stay on disk, and no code in a file is run.
 """
 
-import json
+import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
@@ -14,10 +13,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.modeling_utils import str_to_torch_dtype
 
+from glmtune.data.files import check_inside, read_json_object
 from glmtune.errors import UserError
+from glmtune.models.downloads import check_download
+from glmtune.models.torch_files import read_torch_file
 
-INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+# In the order in which transformers looks for them: what is checked here is what it loads.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 MAX_NAMED = 3
 HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
@@ -27,42 +34,41 @@ Outline = dict[str, Tensor]  # on the meta device: shapes and types, no numbers
 def fetch(name_or_path: str, only: str | None = None, **hub_arguments) -> Path:
     """The local folder of a checkpoint: the folder itself, or the hub's files in the hub cache.
 
-    Only data is fetched (JSON, vocabularies, weights), never code; of it, where that is enough,
-    one file alone.
+    Only data is fetched (JSON, vocabularies, weights), never code, and held against its hashes; of
+    it, where that is enough, one file alone.
+
+    Raises:
+        UserError: a file is not what was published.
     """
     folder = Path(name_or_path)
     if folder.is_dir():
         return folder
     patterns = [only] if only else ["*.json", "*.model", "*.safetensors", "*.bin"]
-    return Path(snapshot_download(name_or_path, allow_patterns=patterns, **hub_arguments))
+    snapshot = Path(snapshot_download(name_or_path, allow_patterns=patterns, **hub_arguments))
+    check_download(name_or_path, snapshot)
+    return snapshot
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a checkpoint's weights, by its index or as one file.
+    """The files that hold a checkpoint's weights, as one file or by its index.
 
     Raises:
         UserError: no weights there, a shard that is missing, is a Git-LFS pointer or lies outside
             the folder.
     """
-    for index_name in INDEX_FILES:
-        if (folder / index_name).is_file():
-            names = _read_index(folder / index_name)
-            break
-    else:
-        names = [name for name in SINGLE_FILES if (folder / name).is_file()][:1]
-    if not names:
+    found = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if found is None:
         raise UserError(
-            f"{folder}: holds no weights (looked for {', '.join(INDEX_FILES + SINGLE_FILES)}); "
+            f"{folder}: holds no weights (looked for {', '.join(WEIGHT_FILES)}); "
             "pass the folder of a downloaded model"
         )
+    check_inside(folder / found)
+    names = _read_index(folder / found) if found.endswith(".json") else [found]
     for name in names:
         path = folder / name
-        if Path(name).name != name:
-            raise UserError(
-                f"{folder}: the index names {name!r} outside the folder; download it again"
-            )
         if not path.is_file():
             raise UserError(f"{path}: a shard that the index names is missing; download it again")
+        check_inside(path)
         if is_lfs_pointer(path):
             raise UserError(
                 f"{path}: is a Git-LFS pointer, not weights; run `git lfs pull` in that folder"
@@ -77,12 +83,18 @@ def is_lfs_pointer(path: Path) -> bool:
 
 
 def _read_index(path: Path) -> list[str]:
-    try:
-        return sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path}: is no index of weight shards ({error}); download it again"
-        ) from error
+    """The shards that an index names: files beside it, of the index's own kind."""
+    shards = read_json_object(path).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise UserError(f"{path}: is no index of weight shards; download it again")
+    suffix = Path(path.name.removesuffix(".index.json")).suffix
+    for name in shards.values():
+        if not isinstance(name, str) or not re.fullmatch(rf"\w[\w.-]{{0,200}}\{suffix}", name):
+            raise UserError(
+                f"{path}: names {str(name)[:200]!r}, no {suffix} file inside the folder; download "
+                "the index again"
+            )
+    return sorted(set(shards.values()))
 
 
 def read_outline(files: Iterable[Path]) -> Outline:
@@ -113,21 +125,17 @@ def _read_safetensors_outline(path: Path) -> Outline:
     return outline
 
 
-def load_bin(path: Path, device: str = "cpu") -> dict[str, Tensor]:
-    """The tensors of a `.bin` file, read with `weights_only`, so that no code in it can run.
+def load_bin(path: Path, device: str = "cpu", *, mmap: bool = False) -> dict[str, Tensor]:
+    """The tensors of a `.bin` file, so read that no code in it can run.
 
     Raises:
-        UserError: the file is damaged, or holds something else than named tensors.
+        UserError: as `read_torch_file`, or the file holds something else than named tensors.
     """
-    try:
-        tensors = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged or refused pickle
-        # torch's own message goes on to explain how to run the code in it: not repeated here.
-        raise UserError(
-            f"{path}: cannot be read as plain tensors ({type(error).__name__}): it is damaged or "
-            "has code in it; download it again, from a source you trust"
-        ) from error
-    if not isinstance(tensors, dict) or not all(torch.is_tensor(t) for t in tensors.values()):
+    tensors = read_torch_file(path, device, mmap=mmap)
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and torch.is_tensor(tensor) and tensor.layout == torch.strided
+        for name, tensor in tensors.items()
+    ):
         raise UserError(f"{path}: holds something else than named tensors; pass a file of weights")
     return tensors
 
@@ -141,14 +149,9 @@ def tensors_differ(files: Iterable[Path], first: str, second: str) -> bool:
                 names = {first, second} & set(file.keys())
                 found |= {name: file.get_tensor(name) for name in names}
         else:
-            mapped = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+            mapped = load_bin(path, mmap=True)
             found |= {name: mapped[name] for name in {first, second} & set(mapped)}
     return len(found) == 2 and not torch.equal(found[first], found[second])
-
-
-def _is_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(2) == b"PK"
 
 
 def check_outline(

@@ -1,5 +1,6 @@
 """Before the first step: the heaviest pass must fit, and the fast way agree with the plain one."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -9,10 +10,10 @@ from torch import nn
 
 from glmtune.errors import UserError
 from glmtune.models.quantised import unrounded_inputs
-from glmtune.training.checkpoints import TrainingState
 from glmtune.training.forecast import rows_of_reference
 from glmtune.training.passes import PaddedPass, Pass
 from glmtune.training.run import Run
+from glmtune.training.state import TrainingState
 
 # Largest difference of the loss and of the gradient, relative to their size. 16-bit numbers are
 # rounded at other places in the two ways; a row that saw another's tokens would differ far more.
@@ -42,7 +43,7 @@ def prove(run: Run, state: TrainingState, step_pass: Pass) -> None:
     first = run.plan.parts(state.global_step, accelerator.num_processes)[0]
     at_once = rows_of_reference(run.forecast, int(run.rows.lengths_R[first].max()))
     off = check_agreement(step_pass, plain, first, state.weights, run.dtype, at_once)
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and math.isfinite(off[0]):
         print(f"checked: a pass over {len(first)} rows, {run.layout} and row by row: loss and "
               f"gradient differ by {off[0]:.1e} and {off[1]:.1e}", flush=True)  # fmt: skip
 
@@ -91,7 +92,8 @@ def check_agreement(
         rows_at_once: of the reference, whose logits take most memory.
 
     Returns:
-        How much loss and gradient differ, relative to their size.
+        How much loss and gradient differ, relative to their size; NaN where the reference itself is
+        not finite.
 
     Raises:
         UserError: they differ by more than the rounding of the compute type explains.
@@ -107,6 +109,8 @@ def check_agreement(
     difference = torch.nn.utils.get_total_norm(wanted)
     torch._foreach_add_(wanted, list(grads))
     size = torch.nn.utils.get_total_norm(wanted)
+    if not (wanted_loss + size).isfinite():
+        return math.nan, math.nan  # the first step will stop, and say where this comes from
     least_loss = _LEAST_LOSS * plain.rows.num_labels_R[row_ids].sum()
     off_loss = ((loss - wanted_loss).abs() / wanted_loss.clamp(min=least_loss)).item()
     off_grad = (difference / size.clamp(min=1e-12)).item()

@@ -1,175 +1,193 @@
-"""The run folder's checkpoints: write one whole or not at all, find the newest, read it, keep few.
+"""The run folder's checkpoints: write one whole or not at all, read it back, keep few.
 
 `checkpoint-N/` is a complete PEFT adapter (`adapter_config.json`, `adapter_model.safetensors`) with
 what it takes to go on from step N as if nothing had happened: `optimizer.pt`, `scheduler.pt`,
-`rng_state_<rank>.pth` and `trainer_state.json`, whose shape is that of transformers'. Every torch
-file holds plain data and is read with weights_only.
+`rng_state_<rank>.pth` and `trainer_state.json`, whose shape is that of transformers'; and with a
+`manifest.json` to verify all of them by. Every torch file holds plain data and is read with
+weights_only.
 """
 
+import io
 import json
-import re
-import shutil
 import sys
-import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from peft import PeftModel
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
-from glmtune.adapters import restore_adapter, save_adapter
-from glmtune.adapters.formats import CONFIG_FILE, WEIGHTS_FILE
-from glmtune.config import TrainConfig
+from glmtune.adapters import restore_adapter, save_adapter, verify_saved
 from glmtune.data.files import new_file, new_folder
+from glmtune.drafts import remove_folder, write_errors
 from glmtune.errors import UserError
-from glmtune.runlog import METRICS_FILE, PLOT_FILE, TENSORBOARD_FOLDER
+from glmtune.models.torch_files import read_torch_file
+from glmtune.training.disk import check_room, checkpoint_bytes
+from glmtune.training.manifest import (
+    CHECKPOINT,
+    STATE_FILE,
+    find_fault,
+    has_manifest,
+    our_part,
+    read_identity,
+    read_trainer_state,
+    write_manifest,
+)
+from glmtune.training.restore import (
+    foreign_state,
+    restore,
+    restore_optimizer,
+    restore_schedule,
+)
+from glmtune.training.state import TrainingState, own_state, restore_own_state
+from glmtune.training.together import on_main
 
-STATE_FILE = "trainer_state.json"
 RECIPE_FILE = "recipe.yaml"
-_TORCH_FILES = ("optimizer.pt", "scheduler.pt")
 _SCALER_FILE = "scaler.pt"
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-# Files of a run at the root of its folder.
-_RUN_FILES = (RECIPE_FILE, METRICS_FILE, STATE_FILE, WEIGHTS_FILE, CONFIG_FILE, PLOT_FILE)
-# The part of trainer_state.json that is ours: transformers keeps a place for others' state.
-_OURS = ("stateful_callbacks", "glmtune")
-
-
-@dataclass
-class TrainingState:
-    """What moves while a model trains, and must come back for a resumed run to be the same run."""
-
-    model: PeftModel
-    """The model with its adapter."""
-    optimizer: Optimizer
-    scheduler: LRScheduler
-    loss_sum: Tensor
-    """This process's share of the losses since the last record, summed over steps."""
-    scaler: Any = None
-    """The gradient scaler of float16, or None."""
-    global_step: int = 0
-    num_loss_steps: int = 0
-    """Steps in `loss_sum`."""
-    num_tokens: int = 0
-    """Real tokens seen by all processes, padding not counted."""
-
-    @property
-    def weights(self) -> list[nn.Parameter]:
-        """What trains: the adapter's weights."""
-        return self.optimizer.param_groups[0]["params"]
 
 
 def save_checkpoint(
     output_dir: Path,
     state: TrainingState,
     trainer_state: Mapping[str, Any],
+    identity: Mapping[str, Any],
     accelerator: Accelerator,
     base_name: str,
 ) -> Path:
     """Write `checkpoint-N`, which appears under its name only when whole. Called by all processes.
 
+    Where the run has written it already, or was resumed from it, there is nothing to do.
+
     Args:
         output_dir: the run folder.
         state: what to save; N is its step.
         trainer_state: content of `trainer_state.json`, as `describe` makes it.
+        identity: every setting and fact that changes the run's numbers.
         accelerator: brings each process's random state to the first, which writes.
         base_name: what the adapter calls its base.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written, is no longer there, or has too little room, or what
+            was written is not what was trained.
     """
     folder = output_dir / f"checkpoint-{state.global_step}"
-    per_process = gather_object([_own_state(state)])
-    if accelerator.is_main_process:
+    if state.last_good and state.last_good.resolve() == folder.resolve():
+        return folder
+    per_process = gather_object([own_state(state)])
+
+    def write() -> None:
+        if not output_dir.is_dir():
+            raise UserError(f"{output_dir}: this run's folder is no longer there; put it back")
+        needed = checkpoint_bytes(
+            state.weights, len(per_process), len(trainer_state["log_history"])
+        )
+        check_room(folder, needed, "the checkpoint takes", "free some space there")
         with new_folder(str(folder)) as draft:
             save_adapter(state.model, draft, base_name)
-            torch.save(state.optimizer.state_dict(), draft / "optimizer.pt")
-            torch.save(state.scheduler.state_dict(), draft / "scheduler.pt")
+            verify_saved(state.model, draft)
+            _save(state.optimizer.state_dict(), draft / "optimizer.pt")
+            _save(state.scheduler.state_dict(), draft / "scheduler.pt")
             if state.scaler is not None:
-                torch.save(state.scaler.state_dict(), draft / _SCALER_FILE)
-            for rank, own_state in enumerate(per_process):
-                torch.save(own_state, draft / f"rng_state_{rank}.pth")
+                _save(state.scaler.state_dict(), draft / _SCALER_FILE)
+            for rank, own in enumerate(per_process):
+                _save(own | {"loss_sum": own["loss_sum"].cpu()}, draft / f"rng_state_{rank}.pth")
             write_json(trainer_state, draft / STATE_FILE)
-    accelerator.wait_for_everyone()
+            write_manifest(draft, state.global_step, identity)
+
+    on_main(accelerator, write)
+    state.last_good = folder
     return folder
 
 
-def _own_state(state: TrainingState) -> dict[str, Any]:
-    """What each process has for itself: its random numbers and its share of the running loss.
+def _save(content: Any, path: Path) -> None:
+    # By way of memory: torch tells of a full disk as an error of its own archive.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    path.write_bytes(buffer.getbuffer())
 
-    Dropout draws from torch's generators; nothing that trains uses those of Python or numpy.
+
+def check_same_run(
+    checkpoint: Path, identity: Mapping[str, Any], resume_anyway: bool = False
+) -> list[str]:
+    """Make sure that a run goes on with what it began with; nothing is written.
+
+    Args:
+        checkpoint: a whole one.
+        identity: every setting and fact that changes the numbers of the run that would go on.
+        resume_anyway: go on in spite of differences.
+
+    Returns:
+        What the user should know of, a line each.
+
+    Raises:
+        UserError: the checkpoint is of a run that differs; the message names what by, and how.
     """
-    device = state.loss_sum.device
-    on_gpu = device.type == "cuda"
-    return {
-        "cpu": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if on_gpu else None,
-        "loss_sum": state.loss_sum.cpu(),
-        "num_loss_steps": state.num_loss_steps,
-    }
-
-
-def _restore_own_state(own_state: Mapping[str, Any], state: TrainingState) -> None:
-    device = state.loss_sum.device
-    torch.set_rng_state(own_state["cpu"])
-    if own_state["cuda"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(own_state["cuda"], device)
-    state.loss_sum.copy_(own_state["loss_sum"])
-    state.num_loss_steps = own_state["num_loss_steps"]
+    theirs = read_identity(checkpoint)
+    ours = json.loads(json.dumps(identity))  # a tuple comes back from a file as a list
+    notes = []
+    if not has_manifest(checkpoint):
+        notes.append(
+            f"{checkpoint} is of an earlier version, without a manifest: its files cannot be "
+            "verified"
+        )
+    if unknown := [key for key in ours if key not in theirs]:
+        notes.append(f"{checkpoint} does not say its {', '.join(unknown)}: taken to be the same")
+    differences = [
+        f"{key} {theirs[key]} (now {ours.get(key)})"
+        for key in theirs
+        if theirs[key] != ours.get(key)
+    ]
+    if differences and not resume_anyway:
+        raise UserError(
+            f"{checkpoint}: belongs to another recipe: {', '.join(differences)}; resume with what "
+            f"{checkpoint.parent / RECIPE_FILE} says, start anew in another output_dir, or, if you "
+            "mean it, add --resume_anyway true"
+        )
+    if differences:
+        notes.append(f"{checkpoint} is gone on with although it differs: {', '.join(differences)}")
+    return notes
 
 
 def load_checkpoint(
-    folder: Path, state: TrainingState, identity: Mapping[str, Any], accelerator: Accelerator
+    folder: Path, state: TrainingState, accelerator: Accelerator
 ) -> list[dict[str, Any]]:
     """Put a checkpoint's content into a freshly built state. Called by all processes.
 
-    A process that the earlier run did not have keeps its fresh random numbers.
+    What has moved comes back; rates and the like are those of the present settings. A process that
+    the earlier run did not have keeps its fresh random numbers.
 
     Args:
-        folder: a whole checkpoint.
+        folder: a whole checkpoint of the same run, see `find_checkpoint` and `check_same_run`.
         state: is filled.
-        identity: every setting and fact that changes the numbers of the run that would go on.
         accelerator: tells which process this is.
 
     Returns:
         The records up to the checkpoint.
 
     Raises:
-        UserError: it belongs to another recipe, or a file is damaged.
+        UserError: a file is damaged, or is of another adapter.
     """
     trainer_state = read_trainer_state(folder)
-    _check_identity(folder, trainer_state, identity)
     restore_adapter(state.model, folder)
-    state.optimizer.load_state_dict(_load(folder / "optimizer.pt"))
-    state.scheduler.load_state_dict(_load(folder / "scheduler.pt"))
+    restore_optimizer(state.optimizer, folder / "optimizer.pt")
+    restore_schedule(state.scheduler, folder / "scheduler.pt")
     if state.scaler is not None and (folder / _SCALER_FILE).is_file():
-        state.scaler.load_state_dict(_load(folder / _SCALER_FILE))
+        restore(state.scaler, folder / _SCALER_FILE)
     state.global_step = trainer_state["global_step"]
     state.num_tokens = trainer_state["num_input_tokens_seen"]
     rank = accelerator.process_index
-    file = folder / f"rng_state_{rank}.pth"
-    if file.is_file():
-        _restore_own_state(_load(file), state)
+    own = folder / f"rng_state_{rank}.pth"
+    if own.is_file():
+        content = read_torch_file(own)
+        try:
+            restore_own_state(content, state)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise foreign_state(own, error) from error
     else:
-        print(f"note: {file} is not there: process {rank} draws its dropout anew", file=sys.stderr)
+        print(f"note: {own} is not there: process {rank} draws its dropout anew", file=sys.stderr)
+    state.last_good = folder
     return trainer_state["log_history"]
-
-
-def _load(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damage shows in many kinds of exception
-        raise UserError(
-            f"{path}: cannot be read ({str(error).splitlines()[0]}); resume from another checkpoint"
-        ) from error
 
 
 def describe(
@@ -180,16 +198,15 @@ def describe(
     Args:
         state: gives the step and the tokens.
         history: all records so far.
-        identity: what a checkpoint is known by when it is resumed from; see `load_checkpoint`.
+        identity: what a checkpoint is known by when it is resumed from; see `check_same_run`.
         numbers: further fields of TrainerState, e.g. epoch and max_steps.
     """
-    place, name = _OURS
     return {
         "global_step": state.global_step,
         "num_input_tokens_seen": state.num_tokens,
         **numbers,
         "log_history": history,
-        place: {name: dict(identity)},
+        **our_part(identity),
     }
 
 
@@ -200,144 +217,29 @@ def write_json(content: Mapping[str, Any], path: Path) -> None:
         file.write("\n")
 
 
-def read_trainer_state(folder: Path) -> dict[str, Any]:
-    """The content of a checkpoint's `trainer_state.json`."""
-    return json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-
-
-def _check_identity(
-    checkpoint: Path, trainer_state: Mapping[str, Any], identity: Mapping[str, Any]
-) -> None:
-    place, name = _OURS
-    theirs = trainer_state[place][name]
-    ours = json.loads(json.dumps(identity))  # a tuple comes back from a file as a list
-    differences = [
-        f"{key} {theirs.get(key)} (now {ours.get(key)})"
-        for key in dict.fromkeys([*ours, *theirs])
-        if theirs.get(key) != ours.get(key)
-    ]
-    if differences:
-        raise UserError(
-            f"{checkpoint}: belongs to another recipe: {', '.join(differences)}; resume with the "
-            f"settings of {checkpoint.parent / RECIPE_FILE}, or start anew in another output_dir"
-        )
-
-
-def resume_point(config: TrainConfig) -> Path | None:
-    """The checkpoint that the settings resume from, or None for a new run. Nothing is written.
-
-    Raises:
-        UserError: `resume_from_checkpoint` leads to no whole checkpoint, or `output_dir` holds
-            another run and is not to be overwritten.
-    """
-    output_dir, wanted = Path(config.output_dir), config.resume_from_checkpoint
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"output_dir: {output_dir} is a file; name a folder")
-    checkpoint = None
-    if wanted is not None:
-        checkpoint = find_checkpoint(output_dir if wanted == "true" else Path(wanted))
-    found = _find_run(output_dir)
-    if found and not config.overwrite_output_dir and not _is_inside(checkpoint, output_dir):
-        raise UserError(
-            f"output_dir: {output_dir} holds a run already ({found[0].name}); go on with it "
-            "(--resume_from_checkpoint true), start anew over it (--overwrite_output_dir true), or "
-            "name another folder"
-        )
-    return checkpoint
-
-
-def claim_output_dir(config: TrainConfig, checkpoint: Path | None) -> Path:
-    """Make the run folder; what another run left in it goes, and nothing else there.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    output_dir = Path(config.output_dir)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        stale = [] if _is_inside(checkpoint, output_dir) else _find_run(output_dir)
-        for entry in [*stale, *output_dir.glob(".checkpoint-*")]:  # hidden: drafts cut short
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    except OSError as error:
-        raise UserError(
-            f"output_dir: {output_dir} cannot be written ({error.strerror}); name another folder"
-        ) from error
-    return output_dir
-
-
-def _is_inside(checkpoint: Path | None, output_dir: Path) -> bool:
-    return checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve()
-
-
-def _find_run(output_dir: Path) -> list[Path]:
-    """What a run left at the root of its folder."""
-    if not output_dir.is_dir():
-        return []
-    checkpoints = [output_dir / f"checkpoint-{step}" for step in sorted(_steps(output_dir))]
-    files = [output_dir / name for name in _RUN_FILES]
-    events = output_dir.glob(f"{TENSORBOARD_FOLDER}/events.out.tfevents.*")
-    return [entry for entry in (*checkpoints, *files, *events) if entry.exists()]
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint to resume from: `path` itself, or the newest whole one in that run folder.
-
-    Raises:
-        UserError: nothing there to resume from, or the checkpoint named is not whole.
-    """
-    if not path.is_dir():
-        raise UserError(
-            f"resume_from_checkpoint: {path} is no folder; name a checkpoint-N or a run"
-        )
-    if _CHECKPOINT.fullmatch(path.name) or (path / "optimizer.pt").is_file():
-        if fault := find_fault(path):
-            raise UserError(f"{path}: {fault}; resume from another checkpoint")
-        return path
-    faults: list[str] = []
-    for step in sorted(_steps(path), reverse=True):
-        folder = path / f"checkpoint-{step}"
-        if not (fault := find_fault(folder)):
-            for line in faults:
-                print(f"note: passed over {line}", file=sys.stderr)
-            return folder
-        faults.append(f"{folder}: {fault}")
-    found = "; ".join(faults) or "there is no checkpoint-N"
-    raise UserError(f"{path}: nothing to resume from: {found}; leave resume_from_checkpoint out")
-
-
-def find_fault(checkpoint: Path) -> str | None:
-    """Say what keeps a checkpoint from being resumed from, or None when it is whole."""
-    for name in (WEIGHTS_FILE, CONFIG_FILE, *_TORCH_FILES, STATE_FILE):
-        if not (checkpoint / name).is_file():
-            kind = "without weights, " if name == WEIGHTS_FILE else ""
-            return f"{kind}{name} is missing"
-    try:
-        with safe_open(checkpoint / WEIGHTS_FILE, framework="pt"):
-            pass
-    except (SafetensorError, OSError):
-        return f"{WEIGHTS_FILE} is damaged"
-    for name in _TORCH_FILES:
-        if not zipfile.is_zipfile(checkpoint / name):  # its directory stands at the end
-            return f"{name} is damaged"
-    try:
-        trainer_state = read_trainer_state(checkpoint)
-        place, name = _OURS
-        is_ours = isinstance(trainer_state["global_step"], int) and name in trainer_state[place]
-    except (ValueError, KeyError, TypeError):
-        is_ours = False
-    return None if is_ours else f"{STATE_FILE} is damaged, or of another program"
-
-
 def rotate_checkpoints(output_dir: Path, limit: int | None, step: int) -> None:
     """Delete all but the newest `limit` checkpoints; the one of `step`, just saved, is the newest.
 
-    Those beyond it are from before the run was resumed at an earlier step: they go first.
+    Those beyond it are from before the run was resumed at an earlier step: they go first. None goes
+    before the newest has been read back from the disk and found whole.
+
+    Raises:
+        UserError: it is not whole, or a folder cannot be deleted.
     """
-    by_age = sorted(_steps(output_dir), key=lambda saved: (saved <= step, saved))
-    for old in by_age[: -limit if limit else 0]:
-        shutil.rmtree(output_dir / f"checkpoint-{old}")
+    by_age = sorted(saved_steps(output_dir), key=lambda saved: (saved <= step, saved))
+    too_many = by_age[: -limit if limit else 0]
+    newest = output_dir / f"checkpoint-{step}"
+    if too_many and (fault := find_fault(newest)):
+        raise UserError(
+            f"{newest}: was written, but read back {fault}; earlier checkpoints are kept: check "
+            "the disk"
+        )
+    for old in too_many:
+        with write_errors(output_dir):
+            remove_folder(output_dir / f"checkpoint-{old}")
 
 
-def _steps(folder: Path) -> list[int]:
-    names = (_CHECKPOINT.fullmatch(entry.name) for entry in folder.iterdir() if entry.is_dir())
+def saved_steps(folder: Path) -> list[int]:
+    """The N of each `checkpoint-N` in a folder."""
+    names = (CHECKPOINT.fullmatch(entry.name) for entry in folder.iterdir() if entry.is_dir())
     return [int(name[1]) for name in names if name]

@@ -2,16 +2,18 @@
 
 import shlex
 import time
+from pathlib import Path
 from typing import Any
 
 from glmtune.hardware import device_name, memory_gib, total_memory_gib
 from glmtune.models.chatglm.packed import base_of
 from glmtune.models.quantised import bits_of
 from glmtune.runlog import PLOT_FILE, format_seconds, print_pairs
-from glmtune.training.advice import recompute_words
-from glmtune.training.checkpoints import RECIPE_FILE, TrainingState
+from glmtune.training.advice import advise, recompute_words
+from glmtune.training.checkpoints import RECIPE_FILE
 from glmtune.training.plan import PackPlan
 from glmtune.training.run import Run
+from glmtune.training.state import TrainingState
 
 
 class Pace:
@@ -90,11 +92,11 @@ def print_summary(
     state: TrainingState,
     history: list[dict[str, Any]],
     since_start: Pace,
-    interrupted: bool,
+    is_done: bool,
 ) -> None:
     """Say what came of the run, where it lies, and what to do next."""
     folder = shlex.quote(run.config.output_dir)
-    how = f"Stopped after step {state.global_step:,} of" if interrupted else "Done: all"
+    how = "Done: all" if is_done else f"Stopped after step {state.global_step:,} of"
     pairs = {
         "trained on": f"{since_start.tokens:,} tokens in {format_seconds(since_start.seconds)}, "
         f"{since_start.tokens_per_second:,.0f} a second, "
@@ -104,18 +106,40 @@ def print_summary(
         if values := [record[key] for record in history if key in record]:
             pairs[name] = f"{values[0]:.4f} at first, {values[-1]:.4f} at last"
     pairs["adapter"] = f"{run.config.output_dir} (the curve: {PLOT_FILE})"
-    if interrupted:
-        pairs["go on with"] = resume_command(run, state)
+    if not is_done and state.last_good:
+        pairs["go on with"] = resume_command(run, state.last_good)
     pairs["answer with"] = f"glmtune infer --data_path RECORDS.json --model_path {folder}"
     print_pairs(f"{how} {run.max_steps:,} steps", pairs)
 
 
-def resume_command(run: Run, state: TrainingState) -> str:
-    """The command that goes on from the checkpoint of this step."""
-    folder = run.config.output_dir
-    recipe = shlex.quote(f"{folder}/{RECIPE_FILE}")
-    checkpoint = shlex.quote(f"{folder}/checkpoint-{state.global_step}")
+def resume_command(run: Run, checkpoint: Path) -> str:
+    """The command that goes on from a checkpoint."""
+    recipe = shlex.quote(f"{run.config.output_dir}/{RECIPE_FILE}")
     num_processes = run.accelerator.num_processes
     # On CPUs `accelerate launch` starts one process, whatever number it is given.
     launch = f"torchrun --nproc_per_node {num_processes} -m " if num_processes > 1 else ""
-    return f"{launch}glmtune train {recipe} --resume_from_checkpoint {checkpoint}"
+    where = shlex.quote(str(checkpoint))
+    return f"{launch}glmtune train {recipe} --resume_from_checkpoint {where}"
+
+
+def what_is_kept(run: Run, state: TrainingState) -> str:
+    """Say what is left of a run that ends with an error, and how it goes on."""
+    kept = state.last_good
+    if kept is None or not kept.is_dir():
+        return "there is no checkpoint of this run to go on from"
+    return f"{kept.name} is whole: go on with `{resume_command(run, kept)}`"
+
+
+def memory_advice(run: Run, evaluating: bool = False) -> str:
+    """Say that the device's memory is too small, and which settings need less of it.
+
+    Args:
+        run: gives the settings as they are.
+        evaluating: whether it was too small for an evaluation.
+    """
+    if evaluating and not isinstance(run.plan, PackPlan):
+        return (
+            "the device's memory is too small for an evaluation: halve per_device_eval_batch_size "
+            f"({run.config.per_device_eval_batch_size})"
+        )
+    return f"the device's memory is too small for this: {advise(run.config, run.foresee)}"

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from glmtune.config import TrainConfig
+from glmtune.config import PlanConfig, TrainConfig
 from glmtune.hardware import GIB, Card
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.packed import COMPILED_HEADS
@@ -50,6 +50,12 @@ class EqualRows(NamedTuple):
     """Rows that are not there yet: all of one length, and all of it learned."""
 
     lengths_R: np.ndarray
+
+    @classmethod
+    def of(cls, config: TrainConfig | PlanConfig, length: int) -> "EqualRows":
+        """As many as two steps take, of so many tokens each."""
+        num_rows = 2 * config.per_device_train_batch_size * config.gradient_accumulation_steps
+        return cls(np.full(num_rows, length))
 
     @property
     def num_labels_R(self) -> np.ndarray:

@@ -1,12 +1,22 @@
-"""Ctrl+C and a scheduler's SIGTERM: the step ends, a checkpoint is written, the run stops."""
+"""What ends a run before its last step: a signal, the clock, memory that is too small.
+
+Ctrl+C, a scheduler's SIGTERM and `max_hours` let the pass that runs end; then the run writes a
+checkpoint and stops. A step that does not come to its end leaves no trace.
+"""
 
 import signal
 import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+
+from glmtune.training.state import TrainingState, own_state, restore_own_state
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -14,13 +24,21 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopRequest:
     """Notices a wish to stop while its `with` lasts; a second Ctrl+C stops at once.
 
+    Before `begin` there is nothing to save yet: a signal ends the run with KeyboardInterrupt.
+
     Args:
         accelerator: brings the processes to one mind about the step after which they stop.
+        max_hours: how long after now the clock wishes to stop; None for never.
     """
 
-    def __init__(self, accelerator: Accelerator):
+    def __init__(self, accelerator: Accelerator, max_hours: float | None = None):
+        self.by_signal = False
+        """Whether a signal, and not the clock alone, has wished for the stop."""
         self._accelerator = accelerator
-        self._is_wanted = False
+        self._max_hours = max_hours
+        self._started = time.monotonic()
+        self._has_begun = False
+        self._is_told = False
         self._in_flight: torch.Tensor | None = None
         self._earlier: dict[signal.Signals, Any] = {}
 
@@ -33,12 +51,25 @@ class StopRequest:
         for number, handler in self._earlier.items():
             signal.signal(number, handler)
 
+    def begin(self) -> None:
+        """From here on a signal lets the run save what it has."""
+        self._has_begun = True
+
     def _note(self, number: int, _: FrameType | None) -> None:
-        if self._is_wanted and number == signal.SIGINT:
+        if not self._has_begun or (self.by_signal and number == signal.SIGINT):
             raise KeyboardInterrupt
-        self._is_wanted = True
-        if self._accelerator.is_main_process:
-            print("\nstopping after this step, with a checkpoint ...", flush=True)
+        self.by_signal = True
+
+    def is_wanted(self) -> bool:
+        """Whether this process has been asked to stop, by a signal or by the clock."""
+        hours = (time.monotonic() - self._started) / 3600
+        is_late = self._max_hours is not None and hours >= self._max_hours
+        is_wanted = self.by_signal or is_late
+        if is_wanted and not self._is_told and self._accelerator.is_main_process:
+            why = "" if self.by_signal else f"max_hours ({self._max_hours:g}) is reached: "
+            print(f"\n{why}stopping, with a checkpoint ...", flush=True)
+            self._is_told = True
+        return is_wanted
 
     def is_agreed(self) -> bool:
         """Say, once a step and in every process alike, whether to stop now.
@@ -46,9 +77,49 @@ class StopRequest:
         A signal may reach the processes in different steps. Each step sums their wishes and reads
         the sum of the step before, which is there by now, so that no process waits for the device.
         """
+        is_wanted = self.is_wanted()
         if self._accelerator.num_processes == 1:
-            return self._is_wanted
+            return is_wanted
         before = self._in_flight
-        wish = torch.tensor(float(self._is_wanted), device=self._accelerator.device)
-        self._in_flight = self._accelerator.reduce(wish, reduction="sum")
-        return before is not None and before.item() > 0
+        wishes = torch.tensor(
+            [float(is_wanted), float(self.by_signal)], device=self._accelerator.device
+        )
+        self._in_flight = self._accelerator.reduce(wishes, reduction="sum")
+        if before is None or not before[0]:
+            return False
+        self.by_signal = bool(before[1])
+        return True
+
+
+class CutShort(Exception):
+    """The run ends before its last step, with all as it was after the step before.
+
+    Args:
+        out_of_memory: memory that is too small is the cause, and not a wish to stop.
+    """
+
+    def __init__(self, out_of_memory: bool = False):
+        super().__init__()
+        self.out_of_memory = out_of_memory
+
+
+@contextmanager
+def undone_when_cut_short(state: TrainingState, accelerator: Accelerator) -> Iterator[None]:
+    """Take back what passes moved when they do not come to their end.
+
+    Not where other processes wait for that end.
+
+    Raises:
+        CutShort: as the block raises it, or instead of torch.OutOfMemoryError.
+    """
+    if accelerator.num_processes > 1:
+        yield
+        return
+    before = own_state(state)
+    try:
+        yield
+    except (CutShort, torch.OutOfMemoryError) as error:
+        traceback.clear_frames(error.__traceback__)  # they hold the activations
+        state.optimizer.zero_grad()
+        restore_own_state(before, state)
+        raise CutShort(isinstance(error, torch.OutOfMemoryError)) from None

@@ -6,6 +6,7 @@ tokens over the number of its label tokens, however the rows are dealt out to pa
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor, nn
 
-from glmtune.adapters import save_adapter
-from glmtune.config import TrainConfig, write_recipe
+from glmtune.adapters.formats import tell
+from glmtune.config import TrainConfig
 from glmtune.data.dataset import check_data_card, load_dataset
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError
@@ -30,15 +31,24 @@ from glmtune.models.checkpoints import (
     load_tokenizer,
     resolve_base,
 )
-from glmtune.runlog import PLOT_FILE, RunLog
-from glmtune.training import checkpoints
-from glmtune.training.advice import advise, check_fit, print_forecast
+from glmtune.models.fingerprint import fingerprint
+from glmtune.training import checkpoints, run_folder
+from glmtune.training.advice import check_fit, print_forecast
 from glmtune.training.check import prove
-from glmtune.training.checkpoints import RECIPE_FILE, STATE_FILE, TrainingState
-from glmtune.training.console import Pace, print_banner, print_summary
+from glmtune.training.console import (
+    Pace,
+    memory_advice,
+    print_banner,
+    print_summary,
+    what_is_kept,
+)
+from glmtune.training.course import check_course
+from glmtune.training.crash import bundle_on_fault
 from glmtune.training.forecast import foresee_on
-from glmtune.training.interrupt import StopRequest
+from glmtune.training.held_out import evaluate_if_due, is_evaluation_due
+from glmtune.training.interrupt import CutShort, StopRequest, undone_when_cut_short
 from glmtune.training.passes import Pass
+from glmtune.training.plan import pass_seed
 from glmtune.training.run import (
     Run,
     adapt,
@@ -48,6 +58,9 @@ from glmtune.training.run import (
     layout_as_run,
     start_accelerator,
 )
+from glmtune.training.saving import open_log, save
+from glmtune.training.state import TrainingState
+from glmtune.training.together import on_main
 
 
 @dataclass(frozen=True)
@@ -58,144 +71,197 @@ class TrainResult:
     global_step: int
     log_history: list[dict[str, Any]]
     interrupted: bool
-    """Stopped by Ctrl+C or SIGTERM before the last step; `checkpoint-N` of that step goes on."""
+    """Stopped by Ctrl+C or SIGTERM before it was done; `checkpoint-N` of that step goes on."""
 
 
-def train(config: TrainConfig) -> TrainResult:
+AtEnd = Callable[[PeftModel, Any, TokenRows, np.ndarray], object]
+"""Takes the trained model, its tokenizer, the rows, and which of them were held out."""
+
+
+def train(config: TrainConfig, at_end: AtEnd | None = None) -> TrainResult:
     """Train a LoRA adapter on tokenised rows, as the settings say, into a run folder.
+
+    Nothing is written before all that can be checked beforehand has been.
+
+    Args:
+        config: the settings.
+        at_end: is called by the first process when all steps are done and saved.
 
     Raises:
         UserError: run folder, data, base model or checkpoint do not fit the settings, the device's
-            memory is too small, or the loss is no longer finite.
+            memory or the disk is too small, or the loss is no longer finite.
+        KeyboardInterrupt: a signal came before the first step.
     """
     accelerator, dtype = start_accelerator(config)
-    if config.base_dtype == "fp8":
-        check_fp8(accelerator.device)
-    resume = checkpoints.resume_point(config)
-    base = resolve_base(config.chatglm_path, str(resume) if resume else None)
-    tokenizer = load_tokenizer(base)
-    dataset, card = load_dataset(config.dataset_path)
-    check_data_card(card, tokenizer, config.dataset_path)
-    rows = TokenRows.from_dataset(dataset)
+    with StopRequest(accelerator, config.max_hours) as stop:
+        if config.base_dtype == "fp8":
+            check_fp8(accelerator.device)
+        resume, notes = on_main(accelerator, lambda: run_folder.resume_point(config))
+        base = resolve_base(config.chatglm_path, str(resume) if resume else None)
+        tokenizer = load_tokenizer(base)
+        dataset, card = load_dataset(config.dataset_path)
+        check_data_card(card, tokenizer, config.dataset_path)
+        if (lost := card.describe_loss()) and accelerator.is_main_process:
+            print(f"note: {config.dataset_path}: {lost}")
+        rows = TokenRows.from_dataset(dataset)
 
-    foresee = foresee_on(accelerator, load_config(base), dtype, rows)
-    foreseen = foresee(config)
-    if accelerator.is_main_process:
-        print_forecast(foreseen, config, base_name(base))
-    check_fit(foreseen, config, foresee)
+        foresee = foresee_on(accelerator, load_config(base), dtype, rows)
+        foreseen = foresee(config)
+        if accelerator.is_main_process:
+            print_forecast(foreseen, config, base_name(base))
+        check_fit(foreseen, config, foresee)
 
-    model = load_base_model(
-        base,
-        dtype=dtype,
-        device=accelerator.device,
-        bits=config.bits,
-        quantize_head=config.quantize_head,
-    )
-    check_pair(model.config, tokenizer)
-    rows.check(model.config, config.dataset_path)
-    torch.manual_seed(config.seed)
-    peft_model = adapt(model, config)
-    accelerator.wait_for_everyone()  # all have looked at the run folder before the first writes
-    if accelerator.is_main_process:
-        output_dir = checkpoints.claim_output_dir(config, resume)
+        model = load_base_model(
+            base,
+            dtype=dtype,
+            device=accelerator.device,
+            bits=config.bits,
+            quantize_head=config.quantize_head,
+        )
+        check_pair(model, tokenizer)
+        rows.check(model.config, config.dataset_path)
+        sources = {
+            "base weights": fingerprint(model)[:16],
+            "tokenizer sha256": tokenizer.vocab_hash[:16],
+            "template": card.template,
+        }
+        torch.manual_seed(config.seed)
+        peft_model = adapt(model, config)
+        run = Run.of(config, accelerator, rows, peft_model, base_name(base), sources)
+        if resume:
+            notes += checkpoints.check_same_run(resume, run.identity, config.resume_anyway)
+        if accelerator.is_main_process:
+            tell(notes)
         as_run = {
             "chatglm_path": base,
             "resume_from_checkpoint": None,
+            "resume_anyway": False,
             "overwrite_output_dir": False,
-            **layout_as_run(foreseen),
+            **layout_as_run(run.forecast),
         }
-        write_recipe(config.model_copy(update=as_run), str(output_dir / RECIPE_FILE))
-    try:
-        return fit(config, accelerator, peft_model, rows, base_name(base), resume)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"the device's memory is too small for this: {advise(config, foresee)}"
-        ) from error
+
+        def claim() -> None:
+            run_folder.check_disk(run, peft_model, resume)
+            run_folder.claim_output_dir(config.model_copy(update=as_run), resume)
+
+        on_main(accelerator, claim)
+        try:
+            result = fit(run, peft_model, stop, resume)
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"{memory_advice(run)}; checkpoints are as they were") from error
+    is_done = result.global_step >= run.max_steps and not result.interrupted
+    if at_end is not None and accelerator.is_main_process and is_done:
+        at_end(peft_model, tokenizer, rows, run.eval_rows)
+    return result
 
 
-def fit(
-    config: TrainConfig,
-    accelerator: Accelerator,
-    model: PeftModel,
-    rows: TokenRows,
-    base: str,
-    resume: Path | None = None,
-) -> TrainResult:
+def fit(run: Run, model: PeftModel, stop: StopRequest, resume: Path | None = None) -> TrainResult:
     """The loop: step after step, with records, evaluations and checkpoints in between.
 
     Args:
-        config: the settings; `output_dir` exists.
-        accelerator: from `start_accelerator`.
-        model: the base with an adapter attached, on the accelerator's device.
-        rows: all rows, of which `eval_ratio` holds some out.
-        base: what the adapter calls its base.
-        resume: a whole checkpoint to go on from.
+        run: the settings, whose `output_dir` exists, and the data.
+        model: the base with an adapter attached, on the run's device.
+        stop: says when to stop before the last step.
+        resume: a whole checkpoint of the same run to go on from.
 
     Raises:
-        UserError: the checkpoint is of another recipe, or the loss is no longer finite.
+        UserError: the checkpoint does not fit, nothing can be written, the loss is no longer
+            finite, or the device's memory is too small for a step; what was done before that step
+            is saved.
     """
-    run = Run.of(config, accelerator, rows, model, base)
+    config, accelerator = run.config, run.accelerator
     state = build_state(run, model)
     step_pass = build_pass(run, model, state.weights)
     torch.manual_seed(config.seed + accelerator.process_index)  # to each process its own dropout
     history: list[dict[str, Any]] = []
     if resume:
-        history = checkpoints.load_checkpoint(resume, state, run.identity, accelerator)
+        history = checkpoints.load_checkpoint(resume, state, accelerator)
     if accelerator.is_main_process:
         print_banner(run, state)
     prove(run, state, step_pass)
 
-    interrupted = False
-    with open_log(run, state, history) as log, StopRequest(accelerator) as stop:
+    with bundle_on_fault(run, state), open_log(run, state, history) as log:
+        stop.begin()
         pace, since_start = Pace(state), Pace(state)
-        if state.global_step >= run.max_steps:  # nothing to do but to leave a whole run folder
-            save(run, state, log)
-        while state.global_step < run.max_steps and not interrupted:
-            learning_rate = state.optimizer.param_groups[0]["lr"]
-            grad_norm = train_step(run, state, step_pass)
-            log.advance()
-            step, is_last = state.global_step, state.global_step == run.max_steps
-            interrupted = stop.is_agreed() and not is_last
-            if step % config.logging_steps == 0 or step == 1 or is_last:
-                record = {
-                    "loss": take_loss(run, state),  # here the host waits for the device
-                    "grad_norm": float(grad_norm),
-                    "learning_rate": learning_rate,
-                    "epoch": run.plan.epoch(step),
-                    "tokens_per_second": pace.tokens_per_second,
-                    "memory_gib": memory_gib(accelerator.device),
-                }
-                log.log(step, record)
-                pace = Pace(state)
-            if len(run.eval_rows) and (step % run.eval_steps == 0 or is_last):
-                log.log(
-                    step, {"eval_loss": evaluate(run, step_pass), "epoch": run.plan.epoch(step)}
-                )
-                pace = Pace(state)
-            if step % config.save_steps == 0 or is_last or interrupted:
+        try:
+            evaluate_if_due(run, state, step_pass, log, stop)  # the run before was cut short in it
+            if state.global_step >= run.max_steps:  # nothing to do but to leave a whole run folder
                 save(run, state, log)
-                pace = Pace(state)
+            while state.global_step < run.max_steps:
+                if stop.is_agreed():
+                    raise CutShort
+                learning_rate = state.optimizer.param_groups[0]["lr"]
+                grad_norm = train_step(run, state, step_pass, stop.is_wanted)
+                log.advance()
+                step, is_last = state.global_step, state.global_step == run.max_steps
+                if step % config.logging_steps == 0 or step == 1 or is_last:
+                    record = {
+                        "loss": take_loss(run, state),  # here the host waits for the device
+                        "grad_norm": float(grad_norm),
+                        "learning_rate": learning_rate,
+                        "epoch": run.plan.epoch(step),
+                        "tokens_per_second": pace.tokens_per_second,
+                        "memory_gib": memory_gib(accelerator.device),
+                    }
+                    log.log(step, record)
+                    check_course(run, state, log)
+                    pace = Pace(state)
+                if evaluate_if_due(run, state, step_pass, log, stop):
+                    pace = Pace(state)
+                if step % config.save_steps == 0 or is_last:
+                    save(run, state, log)
+                    pace = Pace(state)
+        except CutShort as cut:  # all is as it was after the last whole step
+            save(run, state, log)
+            if cut.out_of_memory:
+                evaluating = is_evaluation_due(run, state, log)
+                advice = memory_advice(run, evaluating)
+                raise UserError(
+                    f"{advice}; {what_is_kept(run, state)}, with --resume_anyway true where packs, "
+                    "layout or bits are to be others"
+                ) from cut
+    is_done = state.global_step >= run.max_steps and not is_evaluation_due(run, state, log)
     if accelerator.is_main_process:
-        print_summary(run, state, log.history, since_start, interrupted)
+        print_summary(run, state, log.history, since_start, is_done)
+    interrupted = stop.by_signal and not is_done
     return TrainResult(Path(config.output_dir), state.global_step, log.history, interrupted)
 
 
-def train_step(run: Run, state: TrainingState, step_pass: Pass) -> Tensor:
+def train_step(
+    run: Run,
+    state: TrainingState,
+    step_pass: Pass,
+    wants_stop: Callable[[], bool] = lambda: False,
+) -> Tensor:
     """One optimiser step on one global batch, without waiting for the device.
 
     Returns:
         The norm of the gradient before clipping, on the device.
+
+    Raises:
+        CutShort: by a wish to stop between two passes, or by memory that is too small; nothing has
+            moved. One of several processes, for which the others would wait, goes through with the
+            step, and ends with torch.OutOfMemoryError.
+        NotFiniteError: the step, or one shortly before it, was not made; see `watch`.
     """
     config, accelerator = run.config, run.accelerator
     parts = run.plan.parts(state.global_step, accelerator.num_processes)
     row_ids = np.concatenate(parts)
     num_labels = int(run.rows.num_labels_R[row_ids].sum())
-    for number, part in enumerate(parts):
-        if number % accelerator.num_processes == accelerator.process_index and len(part):
-            seed = pass_seed(config.seed, state.global_step, number)
-            state.loss_sum += step_pass.run(part, num_labels, seed)
-    sum_gradients(state.weights, accelerator)
+    largest_weight = state.watch.begin(state.global_step)
+    loss = torch.zeros_like(state.loss_sum)
+    with undone_when_cut_short(state, accelerator):
+        for number, part in enumerate(parts):
+            if number and accelerator.num_processes == 1 and wants_stop():
+                raise CutShort
+            if number % accelerator.num_processes == accelerator.process_index and len(part):
+                seed = pass_seed(config.seed, state.global_step, number)
+                loss += step_pass.run(part, num_labels, seed)
+    state.loss_sum += loss
+    sums = sum_gradients(state.weights, torch.stack([loss, largest_weight]), accelerator)
+    state.watch.see_loss(*sums)
     grad_norm = accelerator.clip_grad_norm_(state.weights, config.max_grad_norm or math.inf)
+    state.watch.see_gradient(grad_norm)
     state.optimizer.step()
     if not accelerator.optimizer_step_was_skipped:  # float16: the scale was too large this time
         state.scheduler.step()
@@ -206,91 +272,32 @@ def train_step(run: Run, state: TrainingState, step_pass: Pass) -> Tensor:
     return grad_norm
 
 
-def pass_seed(seed: int, step: int, number: int) -> int:
-    """What a pass draws its dropout from: the same in every run of these three numbers."""
-    return int(np.random.SeedSequence([seed, step, number]).generate_state(1)[0])
+def sum_gradients(weights: list[nn.Parameter], numbers: Tensor, accelerator: Accelerator) -> Tensor:
+    """Give every process the sum of all processes' gradients, as a loss over all rows asks for.
 
-
-def sum_gradients(weights: list[nn.Parameter], accelerator: Accelerator) -> None:
-    """Give every process the sum of all processes' gradients, as a loss over all rows asks for."""
+    Returns:
+        The sums of some more numbers, which go along.
+    """
     if accelerator.num_processes == 1:
-        return
+        return numbers
     grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
-    flat = accelerator.reduce(torch.cat([grad.flatten() for grad in grads]), reduction="sum")
-    for weight, grad in zip(weights, flat.split([w.numel() for w in weights]), strict=True):
+    parts = [*(grad.flatten() for grad in grads), numbers]
+    flat = accelerator.reduce(torch.cat(parts), reduction="sum")
+    *summed, numbers = flat.split([part.numel() for part in parts])
+    for weight, grad in zip(weights, summed, strict=True):
         weight.grad = grad.view_as(weight)
+    return numbers
 
 
 def take_loss(run: Run, state: TrainingState) -> float:
     """The mean loss of the steps since it was last taken, over all processes.
 
     Raises:
-        UserError: it is not finite.
+        NotFiniteError: one of these steps was not made.
     """
+    state.watch.settle()
     total = run.accelerator.reduce(state.loss_sum, reduction="sum").item()
     loss = total / state.num_loss_steps
-    if not math.isfinite(loss):
-        raise _diverged(run, state, f"the loss is {loss}")
     state.loss_sum.zero_()
     state.num_loss_steps = 0
     return loss
-
-
-def evaluate(run: Run, step_pass: Pass) -> float:
-    """Mean loss per label token over the held-out rows, which the processes share."""
-    accelerator = run.accelerator
-    total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    for part in run.eval_parts()[accelerator.process_index :: accelerator.num_processes]:
-        total += step_pass.loss(part)
-    num_labels = run.rows.num_labels_R[run.eval_rows].sum()
-    return accelerator.reduce(total, reduction="sum").item() / int(num_labels)
-
-
-def save(run: Run, state: TrainingState, log: RunLog) -> None:
-    """Write a checkpoint, and at the root of the run folder its adapter, state and curve.
-
-    Raises:
-        UserError: the weights are not finite (nothing is written), or the folder cannot be.
-    """
-    config, accelerator, output_dir = run.config, run.accelerator, Path(run.config.output_dir)
-    if not all(bool(weight.isfinite().all()) for weight in state.weights):
-        raise _diverged(run, state, "the weights are no longer finite")
-    trainer_state = checkpoints.describe(
-        state,
-        log.history,
-        run.identity,
-        epoch=run.plan.epoch(state.global_step),
-        max_steps=run.max_steps,
-        num_train_epochs=math.ceil(run.plan.epoch(run.max_steps)),
-        train_batch_size=config.per_device_train_batch_size,
-        logging_steps=config.logging_steps,
-        eval_steps=run.eval_steps,
-        save_steps=config.save_steps,
-    )
-    checkpoints.save_checkpoint(output_dir, state, trainer_state, accelerator, run.base_name)
-    if accelerator.is_main_process:
-        checkpoints.rotate_checkpoints(output_dir, config.save_total_limit, state.global_step)
-        save_adapter(state.model, output_dir, run.base_name)
-        checkpoints.write_json(trainer_state, output_dir / STATE_FILE)
-        log.plot_loss(output_dir / PLOT_FILE)
-
-
-def open_log(run: Run, state: TrainingState, history: list[dict[str, Any]]) -> RunLog:
-    """The run's log, going on after the records of earlier steps."""
-    config = run.config
-    return RunLog(
-        config.output_dir,
-        run.max_steps,
-        report_to=config.report_to,
-        disable_tqdm=config.disable_tqdm,
-        first_step=state.global_step,
-        history=history,
-        enabled=run.accelerator.is_main_process,
-    )
-
-
-def _diverged(run: Run, state: TrainingState, what: str) -> UserError:
-    return UserError(
-        f"step {state.global_step}: {what}; lower learning_rate ({run.config.learning_rate}) or "
-        "lengthen warmup_steps, and leave fp16 out; earlier checkpoints are as they were"
-    )

@@ -14,14 +14,13 @@ from typing import Literal
 import torch
 
 from glmtune.models.chatglm.configuration import ChatGLMConfig
-from glmtune.models.sizes import block_shapes, weight_bytes
+from glmtune.models.sizes import LINEARS, adapter_parameters, block_shapes, weight_bytes
 from glmtune.ops.loss import CHUNK
 
 # How a pass is computed: see `training.passes`. "packed" is without a compiler.
 Way = Literal["padded", "packed", "compiled", "captured"]
 
-FUSED = "query_key_value"
-LINEARS = (FUSED, "dense", "dense_h_to_4h", "dense_4h_to_h")  # in the order of `block_shapes`
+FUSED = LINEARS[0]
 # What cuBLAS asks for, for each stream and each of two threads: forward has one, backward another.
 _WORKSPACE = {True: 32 << 20, False: 8320 << 10}
 """By whether the card is a Hopper."""
@@ -57,9 +56,7 @@ class Setup:
 
     def parameters(self) -> int:
         """Of the adapter."""
-        shapes = dict(zip(LINEARS, block_shapes(self.config), strict=True))
-        layer = sum(self.rank * sum(shapes[name]) for name in self.targets)
-        return self.config.num_layers * layer
+        return adapter_parameters(self.config, self.rank, self.targets)
 
     def input_width(self, linear: str) -> float:
         """Of a linear, in values."""

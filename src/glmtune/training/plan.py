@@ -46,6 +46,11 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
+def pass_seed(seed: int, step: int, number: int) -> int:
+    """What a pass draws its dropout from: the same in every run of these three numbers."""
+    return int(np.random.SeedSequence([seed, step, number]).generate_state(1)[0])
+
+
 @dataclass(frozen=True)
 class Plan(ABC):
     """Epoch after epoch, each of all rows once, in steps; no row is left out."""

@@ -4,7 +4,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from glmtune.config import PlanConfig, TrainConfig
@@ -70,5 +69,4 @@ def _rows(settings: PlanConfig) -> Lengths:
         f"every row counts as {settings.row_length} tokens, all learned (--row_length)",
         flush=True,
     )
-    num_rows = 2 * settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-    return EqualRows(np.full(num_rows, settings.row_length))
+    return EqualRows.of(settings, settings.row_length)

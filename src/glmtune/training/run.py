@@ -1,6 +1,7 @@
 """What stays fixed while a run trains, and how its moving parts are built."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,11 +23,12 @@ from glmtune.errors import UserError
 from glmtune.hardware import device_name, pick_device, pick_dtype
 from glmtune.models.chatglm.packed import PackedModel, base_of, can_compile, to_fp8
 from glmtune.models.quantised import bits_of
-from glmtune.training.checkpoints import TrainingState
-from glmtune.training.forecast import Forecast, foresee_on
+from glmtune.training.forecast import Forecast, Foresee, foresee_on
 from glmtune.training.layout import Layout, count_steps, make_plan
 from glmtune.training.passes import CapturedPass, PackedPass, PaddedPass, Pass
 from glmtune.training.plan import PackPlan, Plan, split_rows
+from glmtune.training.state import TrainingState
+from glmtune.training.watch import Watch
 
 # Settings that change a run's numbers as they stand; `Run.identity` adds those that depend on more.
 _NUMERIC_SETTINGS = (
@@ -53,6 +55,10 @@ class Run:
     """Compute type of the base model."""
     base_name: str
     forecast: Forecast
+    foresee: Foresee
+    """What other settings would come to."""
+    sources: Mapping[str, Any]
+    """What the rows and the base were made of, by which a resumed run knows them again."""
 
     @classmethod
     def of(
@@ -62,10 +68,12 @@ class Run:
         rows: TokenRows,
         model: PeftModel,
         base_name: str,
+        sources: Mapping[str, Any] | None = None,
     ) -> "Run":
         """Work out the numbers of a run: its split, its global batch, its steps."""
         base = base_of(model)
-        forecast = foresee_on(accelerator, base.config, base.dtype, rows)(config)
+        foresee = foresee_on(accelerator, base.config, base.dtype, rows)
+        forecast = foresee(config)
         _, eval_rows = split_rows(len(rows), config.eval_ratio, config.seed)
         if length := forecast.pack_length:
             check_lengths(rows, np.arange(len(rows)), length, config.dataset_path)
@@ -83,6 +91,8 @@ class Run:
             dtype=base_of(model).dtype,
             base_name=base_name,
             forecast=forecast,
+            foresee=foresee,
+            sources=sources or {},
         )
 
     @property
@@ -106,11 +116,13 @@ class Run:
         has_end = self.config.lr_scheduler_type in ("linear", "cosine")
         return {
             "base model": self.base_name,
+            **self.sources,
             "dtype": str(self.dtype).removeprefix("torch."),
             "data sha256": self.rows.digest()[:16],
             "data_seed": self.plan.seed,
             "layout": self.layout,
             f"{self.plan.unit} per step": self.plan.step_size,
+            "pack length": self.plan.pack_length if isinstance(self.plan, PackPlan) else "any",
             "steps of the schedule": self.max_steps if has_end else "any",
             "warmup_steps": self.warmup_steps,
             **{name: getattr(self.config, name) for name in _NUMERIC_SETTINGS},
@@ -216,8 +228,9 @@ def build_pass(run: Run, model: PeftModel, weights: list[nn.Parameter]) -> Pass:
 def build_state(run: Run, model: PeftModel) -> TrainingState:
     """Optimiser and schedule for the adapter's weights, all of it handed to Accelerate."""
     config, accelerator = run.config, run.accelerator
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = AdamW(
-        [weight for weight in model.parameters() if weight.requires_grad],
+        weights,
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
@@ -230,11 +243,12 @@ def build_state(run: Run, model: PeftModel) -> TrainingState:
         num_warmup_steps=run.warmup_steps,
         num_training_steps=run.max_steps,
     )
-    optimizer = accelerator.prepare(optimizer)
+    scaler, device = accelerator.scaler, accelerator.device
     return TrainingState(
         model,
-        optimizer,
+        accelerator.prepare(optimizer),
         scheduler,
-        scaler=accelerator.scaler,
-        loss_sum=torch.zeros((), device=accelerator.device),
+        scaler=scaler,
+        loss_sum=torch.zeros((), device=device),
+        watch=Watch(weights, optimizer, scaler, device, accelerator.num_processes),
     )

@@ -11,8 +11,21 @@ NUM_IMAGE_TOKENS = 20_000
 VOCAB_SIZE_V1_0 = 150_528
 VOCAB_SIZE_V1_1 = 130_528
 
+_SIZES = (
+    "vocab_size", "hidden_size", "num_layers", "num_attention_heads", "inner_hidden_size",
+    "max_sequence_length",
+)  # fmt: skip
+_MAX_SIZE = 2**24
+
 # Keys that only ChatGLM2-6B and ChatGLM3-6B have, which share the model_type "chatglm".
 _LATER_FAMILY_KEYS = ("padded_vocab_size", "multi_query_attention", "kv_channels")
+
+
+def _no_value(name: str, value: object) -> UserError:
+    return UserError(
+        f"config.json: {name} is {value!r:.99}, which no model has; take config.json from the "
+        "published folder"
+    )
 
 
 def _check_quantization(settings: dict) -> None:
@@ -45,8 +58,8 @@ class ChatGLMConfig(PreTrainedConfig):
 
     Raises:
         UserError: the file is of another family that calls itself "chatglm" too, tells of weights
-            quantised in a way that is not the published one, or asks for positions that this model
-            does not have.
+            quantised in a way that is not the published one, asks for positions that this model
+            does not have, or holds no possible size.
     """
 
     model_type = "chatglm"
@@ -90,6 +103,15 @@ class ChatGLMConfig(PreTrainedConfig):
                 f"config.json: quantization_bit {self.quantization_bit!r} is not known, only the 8 "
                 "and 4 of the published folders; pass one of those, or ChatGLM-6B in float16"
             )
+        stops = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        if not all(stop is None or type(stop) is int for stop in stops):
+            raise _no_value("eos_token_id", self.eos_token_id)
+        if not isinstance(self.layernorm_epsilon, float):
+            raise _no_value("layernorm_epsilon", self.layernorm_epsilon)
+        for name in _SIZES:
+            size = getattr(self, name)
+            if type(size) is not int or not 0 < size <= _MAX_SIZE:
+                raise _no_value(name, size)
         if not self.position_encoding_2d:
             raise UserError(
                 "config.json: position_encoding_2d false is GLM-10B's layout, not ChatGLM-6B's; "
@@ -100,7 +122,8 @@ class ChatGLMConfig(PreTrainedConfig):
                 f"config.json: hidden_size {self.hidden_size} cannot be cut into "
                 f"{self.num_attention_heads} heads (num_attention_heads) of a multiple of 4"
             )
-        assert self.bos_token_id is not None
+        if type(self.bos_token_id) is not int:
+            raise _no_value("bos_token_id", self.bos_token_id)
         if self.mask_token_id is None:
             self.mask_token_id = self.bos_token_id - 4
         if self.gmask_token_id is None:

@@ -19,6 +19,8 @@ from glmtune.models.quantised import as_floats, bits_of
 
 EMBEDDING, HEAD = "transformer.word_embeddings.weight", "lm_head.weight"
 EMBEDDING_SCALE, HEAD_SCALE = f"transformer.word_embeddings.{SCALE}", f"lm_head.{SCALE}"
+LAYER = re.compile(r"transformer\.layers\.(\d+)\.")
+ADAPTER_FILE = "adapter_config.json"
 # The published files carry these buffers, whose values the model computes.
 ROTARY_BUFFER = r"rotary_emb\.inv_freq$"
 
@@ -34,8 +36,20 @@ def check_folder(folder: Path, config: ChatGLMConfig, model_class: type[PreTrain
     Raises:
         UserError: one line that names what does not fit.
     """
+    if (folder / ADAPTER_FILE).is_file():
+        # transformers would load the base that this file names, wherever that lies.
+        raise UserError(
+            f"{folder / ADAPTER_FILE}: an adapter's file in a base model's folder; name the base "
+            "with --chatglm_path and the adapter apart, or take this file away"
+        )
     files = weights.weight_files(folder)
     found = weights.read_outline(files)
+    num_layers = len({name[1] for name in map(LAYER.match, found) if name})
+    if config.num_layers != num_layers:  # before so many layers are built
+        raise UserError(
+            f"{folder}: config.json says {config.num_layers} layers (num_layers), the weights have "
+            f"{num_layers}; take config.json and all weight files from the same download"
+        )
     num_rows = found[EMBEDDING].shape[0] if EMBEDDING in found else 0
     revisions = (VOCAB_SIZE_V1_0, VOCAB_SIZE_V1_1)
     if num_rows != config.vocab_size and {num_rows, config.vocab_size} == set(revisions):

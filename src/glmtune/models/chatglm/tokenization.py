@@ -6,13 +6,13 @@ sentencepiece, so no text can produce a special id. `encode` appends ``[gMASK] <
 """
 
 import hashlib
-import json
 import re
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 from transformers import PreTrainedTokenizer
 
+from glmtune.data.files import check_inside, read_json_object
 from glmtune.errors import UserError
 from glmtune.models.chatglm.configuration import (
     NUM_IMAGE_TOKENS,
@@ -74,7 +74,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         num_pieces = self.sp.get_piece_size()
         config_file = Path(str(vocab_file)).with_name("config.json")
         if config_file.is_file():
-            config = json.loads(config_file.read_text(encoding="utf-8"))
+            config = read_json_object(config_file)
             _compare_revisions(vocab_file, num_pieces, config.get("vocab_size"))
         is_v1_0 = num_pieces == NUM_PIECES_V1_0
         if is_v1_0:
@@ -208,6 +208,7 @@ def _read_vocab(vocab_file: str | Path | None) -> tuple[bytes, SentencePieceProc
             f"{vocab_file}: is a Git-LFS pointer, not the vocabulary; run `git lfs pull` in that "
             "folder or download the file itself"
         )
+    check_inside(Path(vocab_file))
     data = Path(vocab_file).read_bytes()
     try:
         return data, SentencePieceProcessor(model_proto=data)

@@ -1,0 +1,92 @@
+"""A look at an adapter that has just been written: does a fresh load give what the model gives?"""
+
+import math
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from glmtune.adapters.formats import WEIGHTS_FILE, read_adapter
+from glmtune.adapters.lora import adapter_weights
+from glmtune.adapters.merge import TOLERANCE, probe
+from glmtune.errors import UserError
+
+_RUNNING, _SAVED = "default", "as saved"
+
+
+def verify_saved(model: PeftModel, folder: str | Path) -> float:
+    """Read an adapter back and hold it against the one that the model carries.
+
+    Its tensors must be the same bit for bit. Then PEFT loads it anew, beside the running adapter
+    and on the same base, so that no second base is needed; on a short row both must give the same
+    logits. Nothing of the run is changed by it, its random numbers included.
+
+    Args:
+        model: the model in training, in whatever mode.
+        folder: where its adapter was written.
+
+    Returns:
+        The largest difference of a logit that was seen.
+
+    Raises:
+        UserError: the file cannot be read, or is another adapter (the message names the
+            difference), or its logits are not finite.
+    """
+    saved, running = read_adapter(folder).weights, adapter_weights(model)
+    path = Path(folder) / WEIGHTS_FILE
+    fault = _first_difference(saved, running)
+    if fault is None:
+        difference, largest = _compare_logits(model, folder)
+        if not math.isfinite(largest):
+            raise UserError(
+                f"{path}: with these weights the model's logits are not finite, so it is not kept; "
+                "lower learning_rate, and go on from an earlier checkpoint"
+            )
+        if difference <= TOLERANCE * largest:
+            return difference
+        fault = f"the logits of a fresh load differ by {difference:.1e}"
+    raise UserError(
+        f"{path}: what was saved is not what was trained: {fault}; check the disk, and go on from "
+        "an earlier checkpoint"
+    )
+
+
+def _first_difference(saved: dict[str, Tensor], running: dict[str, Tensor]) -> str | None:
+    """Name a tensor that only one side has, or that is another one."""
+    for missing, where in (
+        (running.keys() - saved.keys(), "is missing"),
+        (saved.keys() - running.keys(), "is there and should not be"),
+    ):
+        if missing:
+            return f"{min(missing)} {where}"
+    for key, tensor in running.items():
+        wanted = tensor.detach().float().cpu()
+        if saved[key].shape != wanted.shape:
+            return f"{key} has shape {list(saved[key].shape)} instead of {list(wanted.shape)}"
+        if not torch.equal(saved[key], wanted):
+            num_other = int((saved[key] != wanted).sum())
+            return f"{key} differs in {num_other} of {wanted.numel()} numbers"
+    return None
+
+
+def _compare_logits(model: PeftModel, folder: str | Path) -> tuple[float, float]:
+    """The largest difference of a logit, and the largest logit, of the running and the saved."""
+    devices = [model.device] if model.device.type == "cuda" else []
+    was_training = model.training
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    with torch.random.fork_rng(devices):
+        try:
+            model.eval()
+            wanted = probe(model)
+            model.load_adapter(str(folder), _SAVED)
+            model.to(model.device)  # beside linears without `weight`, as in float8, PEFT leaves it
+            model.set_adapter(_SAVED)
+            found = probe(model)
+        finally:
+            model.set_adapter(_RUNNING)
+            if _SAVED in model.peft_config:
+                model.delete_adapter(_SAVED)
+            model.train(was_training)
+    assert trained == {name for name, weight in model.named_parameters() if weight.requires_grad}
+    return (found - wanted).abs().max().item(), wanted.abs().max().item()

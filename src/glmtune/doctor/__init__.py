@@ -1,0 +1,1 @@
+"""`glmtune doctor`: a look at everything before a run, and known errors explained."""

@@ -1,0 +1,64 @@
+"""What is behind an error message: `glmtune doctor --explain` and `--errors`, and failed verbs."""
+
+import re
+from collections.abc import Iterator
+
+from glmtune.doctor.known_errors import KNOWN_ERRORS, KnownError
+
+_PAGE_HEAD = """\
+# The twenty best-known errors · 最常见的二十个错误
+
+What users of ChatGLM have met most, what is behind it, and the command that mends it. Explain one
+with `glmtune doctor --explain "ERROR TEXT"`. `glmtune doctor --errors` prints this page.
+
+ChatGLM 用户最常遇到的报错、原因以及解决命令。用 `glmtune doctor --explain "报错文字"`
+可查询单个错误。
+"""
+
+
+def find_known(text: str) -> list[KnownError]:
+    """The known errors whose messages stand in a text, a traceback or a log for example."""
+    # Terminals and log viewers break long messages wherever the line ends.
+    joined = re.sub(r"\s*\n\s*", " ", text)
+    return [
+        known
+        for known in KNOWN_ERRORS
+        if re.search(known.pattern, text) or re.search(known.pattern, joined)
+    ]
+
+
+def explain(known: KnownError) -> str:
+    """A known error for the terminal: its cause in both languages, and the command."""
+    return f"{known.message}\n\n  {known.cause}\n\n  {known.cause_zh}\n\n  $ {known.command}\n"
+
+
+def errors_page() -> str:
+    """All known errors as one Markdown page."""
+    return "\n".join([_PAGE_HEAD, *_entries()])
+
+
+def _entries() -> Iterator[str]:
+    for number, known in enumerate(KNOWN_ERRORS, 1):
+        threads = ", ".join(_link(thread) for thread in known.threads.split(", "))
+        yield f"""\
+## {number}
+
+```
+{known.message}
+```
+
+{known.cause}
+
+{known.cause_zh}
+
+```bash
+{known.command}
+```
+
+Seen in · 见于 {threads}
+"""
+
+
+def _link(thread: str) -> str:
+    repository, number = thread.split("#")
+    return f"[{thread}](https://github.com/{repository}/issues/{number})"

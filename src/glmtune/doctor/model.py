@@ -1,0 +1,95 @@
+"""Checks of the base model: is it whole, and do weights, config and vocabulary agree."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+
+from glmtune.config.groups import DeviceSettings
+from glmtune.data.files import read_json_object
+from glmtune.doctor.findings import OK, PROBLEM, WARNING, Told
+from glmtune.hardware import GIB, Card, pick_device, pick_dtype
+from glmtune.models.chatglm.configuration import ChatGLMConfig
+from glmtune.models.chatglm.folder import check_folder
+from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
+from glmtune.models.checkpoints import (
+    GLM_TINY,
+    base_name,
+    check_ends,
+    check_ids,
+    load_config,
+    load_tokenizer,
+    resolve_base,
+)
+from glmtune.models.quantised import bits_of
+from glmtune.models.sizes import weight_bytes
+
+PUBLISHED_GB = 13.4
+"""What the published float16 shards take on a disk."""
+
+
+def find_base(chatglm_path: str | None, run_folder: str | None = None) -> Path | str:
+    """The folder of the base that a run would use, or its hub id where it is not here yet.
+
+    Raises:
+        UserError: a path that does not exist.
+    """
+    base = resolve_base(chatglm_path, run_folder)
+    if Path(base).is_dir():
+        return Path(base)
+    config = try_to_load_from_cache(base, "config.json")
+    return Path(config).parent if isinstance(config, str) else base
+
+
+def check_base(base: Path | str) -> Iterator[Told]:
+    """Whether config and weights make up one model."""
+    if not isinstance(base, Path):
+        text = f"{base} would be downloaded first ({PUBLISHED_GB} GB)"
+        yield WARNING, f"{text}: hf download {base}, or name a folder with --chatglm_path"
+        return
+    config = load_config(str(base))
+    check_folder(base, config, ChatGLMForConditionalGeneration)
+    text = f"{base_name(str(base))}: {config.num_layers} layers, vocabulary {config.vocab_size}"
+    if str(base) == GLM_TINY:
+        text += " (the toy model: name the real one with --chatglm_path FOLDER)"
+    yield OK, text
+
+
+def check_memory(base: Path | str, device: DeviceSettings) -> Iterator[Told]:
+    """Whether a base's weights fit into memory as they are, for answering."""
+    config, card = config_of(base), Card.of(pick_device(device.use_cpu))
+    bits = bits_of(config)
+    dtype, _ = pick_dtype(pick_device(device.use_cpu), device.bf16, device.fp16)
+    needed = weight_bytes(config, dtype, bits) / GIB
+    held = f"{bits} bits" if bits else str(dtype).removeprefix("torch.")
+    text = f"the base's weights take {needed:.2f} GiB in {held}"
+    if card.gib and needed > card.gib:
+        yield PROBLEM, f"{text}, {card.name} has {card.gib:.1f}: take --quantization_bit 4 or 8"
+    else:
+        yield OK, text
+
+
+def check_tokenizer(base: Path | str) -> Iterator[Told]:
+    """Whether vocabulary and model are of one revision, and name the same ids."""
+    if not isinstance(base, Path):
+        return
+    config, tokenizer = load_config(str(base)), load_tokenizer(str(base))
+    check_ids(config, tokenizer)
+    specials = f"[gMASK] {tokenizer.gmask_token_id}, <sop> {tokenizer.bos_token_id}"
+    yield OK, f"revision {tokenizer.revision}, {tokenizer.vocab_size} ids, {specials}"
+
+
+def check_stop_ids(base: Path | str) -> Iterator[Told]:
+    """Whether all files of the base stop an answer at the same id."""
+    if not isinstance(base, Path):
+        return
+    tokenizer, generation = load_tokenizer(str(base)), base / "generation_config.json"
+    check_ids(load_config(str(base)), tokenizer)
+    if generation.is_file():
+        check_ends(read_json_object(generation).get("eos_token_id"), tokenizer)
+    yield OK, f"tokenizer and configs end an answer at {tokenizer.eos_token_id}"
+
+
+def config_of(base: Path | str) -> ChatGLMConfig:
+    """The config of a base; of one that is not here yet, the published one's."""
+    return load_config(str(base)) if isinstance(base, Path) else ChatGLMConfig()

@@ -1,0 +1,151 @@
+"""Checks of a recipe: its settings, the files it names, and whether training would start."""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+from glmtune.config import SETTINGS, TokenizeConfig, TrainConfig, read_config
+from glmtune.config.settings import Settings
+from glmtune.data.dataset import check_data_card, load_dataset
+from glmtune.data.token_rows import TokenRows
+from glmtune.doctor.findings import OK, PROBLEM, WARNING, Told
+from glmtune.doctor.model import config_of
+from glmtune.errors import UserError
+from glmtune.hardware import Card, pick_device, pick_dtype
+from glmtune.models.chatglm.configuration import ChatGLMConfig
+from glmtune.models.checkpoints import load_tokenizer
+from glmtune.models.sizes import LINEARS, adapter_parameters
+from glmtune.models.weights import is_lfs_pointer
+from glmtune.training.advice import advise, verdict
+from glmtune.training.forecast import EqualRows, Lengths, forecast
+from glmtune.training.run_folder import resume_point
+
+# What a verb reads, and the setting of another verb that writes that.
+_READS = (
+    ("convert", "data_path", None),
+    ("tokenize", "jsonl_path", ("convert", "save_path")),
+    ("infer", "data_path", None),
+    ("infer", "model_path", ("train", "output_dir")),
+    ("compare", "data_path", None),
+    ("compare", "model_path", ("train", "output_dir")),
+    ("merge", "model_path", ("train", "output_dir")),
+)
+_SHARE_CUT_TO_WARN_OF = 0.05
+
+
+Plans = dict[str, Settings]
+"""Verb to its settings, of those verbs whose settings can be read."""
+
+
+def check_settings(path: str, verbs: list[str], plans: Plans) -> Iterator[Told]:
+    """Read what a recipe sets for each verb into `plans`."""
+    for verb in verbs:
+        try:
+            plans[verb] = read_config(SETTINGS[verb], verb, path, {})
+        except UserError as error:
+            yield PROBLEM, str(error)
+    if plans:
+        yield OK, f"{path}: settings of {', '.join(plans)}"
+
+
+def check_paths(plans: Mapping[str, Settings]) -> Iterator[Told]:
+    """Whether what the verbs read is there, or will be by then."""
+    for verb, name, source in _READS:
+        given = getattr(plans[verb], name) if verb in plans else None
+        if given is None:
+            continue
+        path, writer = Path(given), plans.get(source[0]) if source else None
+        text = f"{verb}: {name} {path}"
+        if path.is_file() and is_lfs_pointer(path):
+            yield PROBLEM, f"{text} is a Git-LFS pointer: run `git lfs pull` there"
+        elif path.exists():
+            yield OK, text
+        elif source and writer and Path(getattr(writer, source[1])) == path:
+            yield OK, f"{text} is what {source[0]} will write"
+        else:
+            yield PROBLEM, f"{text} is not there: correct it"
+
+
+def check_data(
+    config: TrainConfig, plans: Mapping[str, Settings], base: Path | str
+) -> Iterator[Told]:
+    """The token rows: made by this base's tokenizer, not too long, and how much of them was cut."""
+    folder, tokenize = config.dataset_path, plans.get("tokenize")
+    if not Path(folder).exists() and tokenize and getattr(tokenize, "save_path", "") == folder:
+        yield OK, f"{folder} is what tokenize will write"
+        return
+    dataset, card = load_dataset(folder)
+    yield OK, f"{folder}: {card.num_kept:,} rows, tokens a row: {card.lengths}"
+    num_read = card.num_read or card.num_kept
+    for fate, rows in (("dropped", card.rows_out), ("cut to max_seq_length", card.rows_cut)):
+        count = len({row for listed in rows.values() for row in listed})
+        if count > _SHARE_CUT_TO_WARN_OF * num_read:
+            text = f"{count:,} of {num_read:,} rows were {fate} ({', '.join(rows)})"
+            yield WARNING, f"{text}: tokenize again with a longer max_seq_length, or mend them"
+    if isinstance(base, Path):
+        check_data_card(card, load_tokenizer(str(base)), folder)
+        TokenRows.from_dataset(dataset).check(config_of(base), folder)
+    if card.lengths.max > (limit := config_of(base).max_sequence_length):
+        yield WARNING, f"the longest row has {card.lengths.max} tokens, the model knows {limit}"
+
+
+def check_memory(
+    config: TrainConfig, plans: Mapping[str, Settings], base: Path | str
+) -> Iterator[Told]:
+    """Whether a run of these settings fits into this machine's memory.
+
+    Where its rows are not there yet, each counts as the longest that `tokenize` may write.
+    """
+    device = pick_device(config.use_cpu)
+    rows: Lengths
+    if Path(config.dataset_path).is_dir():
+        rows = TokenRows.from_dataset(load_dataset(config.dataset_path)[0])
+    else:
+        longest = TokenizeConfig.model_fields["max_seq_length"].default
+        tokenize = plans.get("tokenize")
+        rows = EqualRows.of(config, getattr(tokenize, "max_seq_length", longest))
+    foresee = partial(
+        forecast,
+        shape=config_of(base),
+        dtype=pick_dtype(device, config.bf16, config.fp16)[0],
+        card=Card.of(device),
+        rows=rows,
+    )
+    foreseen = foresee(config)
+    if foreseen.fits:
+        yield OK, verdict(foreseen)
+    else:
+        status = PROBLEM if foreseen.cannot_fit else WARNING
+        yield status, f"{verdict(foreseen)}; {advise(config, foresee)}"
+
+
+def check_run_folder(config: TrainConfig, base: Path | str) -> Iterator[Told]:
+    """Whether the run folder can be used, and whether its disk holds the checkpoints."""
+    checkpoint, notes = resume_point(config)
+    yield from ((WARNING, note) for note in notes)
+    output_dir = Path(config.output_dir).absolute()
+    place = next(parent for parent in (output_dir, *output_dir.parents) if parent.is_dir())
+    if not os.access(place, os.W_OK):
+        yield PROBLEM, f"output_dir: {place} cannot be written: name another folder"
+        return
+    size = checkpoint_bytes(config, config_of(base))
+    num_saved = -(-config.max_steps // config.save_steps) if config.max_steps > 0 else None
+    num_kept = min((n for n in (config.save_total_limit, num_saved) if n), default=None)
+    # One more is there while the next is written, and the adapter lies at the root as well.
+    needed, free = size * ((num_kept or 1) + 2), shutil.disk_usage(place).free
+    text = f"{output_dir}: a checkpoint takes {size / 1e6:,.1f} MB, {free / 1e9:,.1f} GB are free"
+    goes_on = f", goes on from {checkpoint.name}" if checkpoint else ""
+    if needed > free:
+        yield PROBLEM, f"{text}: {needed / 1e9:,.1f} GB are needed; set save_total_limit 1"
+    elif num_kept is None:
+        yield WARNING, f"{text}, and all are kept: set save_total_limit{goes_on}"
+    else:
+        yield OK, f"{text}, {num_kept} kept{goes_on}"
+
+
+def checkpoint_bytes(config: TrainConfig, model: ChatGLMConfig) -> int:
+    """Bytes of a checkpoint: an adapter in float32 and two moments of each of its weights."""
+    targets = [name for name in config.lora_target if name in LINEARS]
+    return 3 * 4 * adapter_parameters(model, config.lora_rank, targets)

@@ -1,0 +1,124 @@
+"""`glmtune doctor`: every check, a line each, before anything is spent on a run."""
+
+import json
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from glmtune import __version__
+from glmtune.config import DoctorConfig, TrainConfig, recipe_verbs
+from glmtune.data.files import new_file, read_text
+from glmtune.doctor import environment
+from glmtune.doctor.explain import errors_page, explain, find_known
+from glmtune.doctor.findings import OK, PROBLEM, WARNING, Check, Finding, Told, carry_out
+from glmtune.errors import UserError
+
+
+def doctor(config: DoctorConfig) -> int:
+    """Check everything a run needs, or explain an error message; print it.
+
+    Returns:
+        The exit code: 1 where a problem was found, else 0.
+
+    Raises:
+        UserError: an error text that is not known, a report that cannot be written.
+    """
+    if config.errors:
+        print(errors_page(), end="")
+        return 0
+    if config.explain is not None:
+        return _explain(config.explain)
+    findings = []
+    for finding in examine(config):
+        print(finding, flush=True)
+        findings.append(finding)
+    counts = {s: sum(f.status == s for f in findings) for s in (OK, WARNING, PROBLEM)}
+    verdict = "would not start" if counts[PROBLEM] else "would start"
+    recipe = f": {config.recipe_path} {verdict}" if config.recipe_path else ""
+    print(f"{counts[PROBLEM]} problem(s), {counts[WARNING]} warning(s){recipe}")
+    if config.json_path:
+        report = {
+            "findings": [finding._asdict() for finding in findings],
+            "counts": counts,
+            "glmtune_version": __version__,
+        }
+        with new_file(config.json_path) as file:
+            json.dump(report, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+    return 1 if counts[PROBLEM] else 0
+
+
+def _explain(text: str) -> int:
+    """Explain an error's text, which may stand in a file, or come by stdin where it is `-`."""
+    if text == "-":
+        text = sys.stdin.read()
+    elif len(text) < 256 and "\n" not in text and Path(text).is_file():
+        text = read_text(text)
+    known = find_known(text)
+    if not known:
+        raise UserError(
+            "explain: none of the twenty errors known here stands in this text; `glmtune doctor "
+            "--errors` lists them, `glmtune doctor` looks for what else may be wrong"
+        )
+    print("\n".join(map(explain, known)), end="")
+    return 0
+
+
+def examine(config: DoctorConfig) -> Iterator[Finding]:
+    """All checks that the settings ask for, in order; what one finds does not stop the next."""
+    yield from carry_out("python", environment.check_python)
+    yield from carry_out("packages", environment.check_packages)
+    imports = list(carry_out("imports", environment.check_imports))
+    yield from imports
+    if any(finding.status == PROBLEM for finding in imports):
+        yield Finding("other checks", WARNING, "left out until the libraries load")
+        return
+    yield from _examine_run(config)
+
+
+def _examine_run(config: DoctorConfig) -> Iterator[Finding]:
+    # Only here: these import torch and transformers, whose failing is a finding of its own.
+    from glmtune.doctor import model, recipe
+    from glmtune.models.checkpoints import HUB_IDS
+
+    plans: recipe.Plans = {}
+    if path := config.recipe_path:
+        verbs: list[str] = []
+
+        def settings() -> Iterator[Told]:
+            verbs.extend(recipe_verbs(path))
+            yield from recipe.check_settings(path, verbs, plans)
+
+        yield from carry_out("recipe", settings)
+        yield from carry_out("files", partial(recipe.check_paths, plans))
+    train = plans.get("train")
+    device = train if isinstance(train, TrainConfig) else config
+    yield from carry_out(
+        "card", partial(environment.check_card, device.use_cpu, device.bf16, device.fp16)
+    )
+    yield from carry_out("hub", environment.check_hub)
+    yield from carry_out("hub cache", partial(environment.check_hub_cache, HUB_IDS))
+
+    found: list[Path | str] = []
+
+    def base_model() -> Iterator[Told]:
+        named = [getattr(plan, "chatglm_path", None) for plan in plans.values()]
+        found.append(model.find_base(config.chatglm_path or next(filter(None, named), None)))
+        yield from model.check_base(found[0])
+
+    yield from carry_out("base model", base_model)
+    if not found:
+        return
+    base = found[0]
+    checks: dict[str, Check] = {
+        "tokenizer": partial(model.check_tokenizer, base),
+        "stop ids": partial(model.check_stop_ids, base),
+    }
+    checks["memory"] = partial(model.check_memory, base, device)
+    if isinstance(train, TrainConfig):
+        checks["data"] = partial(recipe.check_data, train, plans, base)
+        checks["memory"] = partial(recipe.check_memory, train, plans, base)
+        checks["run folder"] = partial(recipe.check_run_folder, train, base)
+    for name, check in checks.items():
+        yield from carry_out(name, check)

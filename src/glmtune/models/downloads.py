@@ -1,0 +1,160 @@
+"""What came from a hub or a mirror of it, held against the published hashes.
+
+The hub cache names each file's content by its hash (sha256 of large files, git's sha1 of small
+ones), but takes that name from whoever sent the file, and never reads the content again. Here each
+file is read once: its content must have the hash it is named by, the one that huggingface.co states
+for that file, and, for the vocabulary of ChatGLM-6B, the one that stands below.
+"""
+
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from threading import Thread
+from typing import TypeVar
+
+from huggingface_hub import HfApi
+from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
+from huggingface_hub.errors import RevisionNotFoundError
+
+from glmtune.data.files import sha256_of
+from glmtune.errors import UserError
+
+T = TypeVar("T")
+
+PUBLISHER = "https://huggingface.co"
+PUBLISHER_TIMEOUT_SECONDS = 10.0
+KNOWN_SHA256 = {
+    "ice_text.model": {
+        "5e974d9a69c242ce014c88c2b26089270f6198f3c0b700a887666cd3e816f17e",  # since mid-2023
+        "99871e0c85db81ad7af1028854fd091cd5778c8414ae9d94bbbc10d02c831c21",  # March 2023
+    }
+}
+"""File of the publisher's ChatGLM-6B to the sha256 of each revision that there is."""
+_KNOWN_REPOSITORIES = re.compile(r"(zai-org|THUDM)/chatglm-6b(-int8|-int4|-int4-qe)?")
+_CHECKED_FILE = "glmtune-checked.json"
+_SHA256_DIGITS = 64
+_DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+
+
+def in_time(ask: Callable[[], T], seconds: float) -> T | None:
+    """What a question to a server gives, or None where no answer comes within so many seconds.
+
+    Raises:
+        RevisionNotFoundError: the server answers that there is no such revision.
+    """
+    found: list[T] = []
+    unknown: list[RevisionNotFoundError] = []
+
+    def run() -> None:
+        try:
+            found.append(ask())
+        except RevisionNotFoundError as error:
+            unknown.append(error)
+        except Exception:  # no network shows in many kinds of exception; each means "no answer"
+            return
+
+    # A client's timeout does not cover the look-up of the server's address, which may hang for long
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if unknown:
+        raise unknown[0]
+    return found[0] if found else None
+
+
+def check_download(hub_id: str, snapshot: Path) -> None:
+    """Hold the files of a hub's snapshot against their hashes, each file once.
+
+    Which files were found good is noted beside the snapshots, by size and time of change.
+
+    Args:
+        hub_id: owner/name.
+        snapshot: the hub cache's folder of one commit.
+
+    Raises:
+        UserError: a file is not the published one, or the publisher knows no such commit.
+    """
+    record = snapshot.parent.parent / _CHECKED_FILE
+    checked = _read_record(record)
+    files = [path for path in sorted(snapshot.iterdir()) if path.is_file()]
+    states = {str(path.resolve()): _state(path) for path in files}
+    unchecked = [path for path in files if checked.get(key := str(path.resolve())) != states[key]]
+    if not unchecked:
+        return
+    gigabytes = sum(path.stat().st_size for path in unchecked) / 1e9
+    print(f"checking {len(unchecked)} files of {hub_id} ({gigabytes:.1f} GB)", file=sys.stderr)
+    published = _ask_publisher(hub_id, snapshot.name)
+    for path in unchecked:
+        # Without links, as on Windows, a file of the cache is not named by its hash.
+        stated = {path.resolve().name, published.get(path.name, "")}
+        for digest in filter(_DIGEST.fullmatch, stated):
+            _check_file(path, {digest})
+        if path.name in KNOWN_SHA256 and _KNOWN_REPOSITORIES.fullmatch(hub_id):
+            _check_file(path, KNOWN_SHA256[path.name])
+    with suppress(OSError):  # a cache that others own is checked again the next time
+        record.write_text(json.dumps(checked | states), encoding="utf-8")
+
+
+def _check_file(path: Path, allowed: set[str]) -> None:
+    digest = next(iter(allowed))
+    found = sha256_of(path) if len(digest) == _SHA256_DIGITS else _git_sha1(path)
+    if found not in allowed:
+        raise UserError(
+            f"{path}: is not the published file (hash {found[:12]}..., published "
+            f"{digest[:12]}...): damaged on its way, or changed by a mirror; delete "
+            f"{path.resolve()} and download it again, from {PUBLISHER} if you can"
+        )
+
+
+def _ask_publisher(hub_id: str, commit: str) -> dict[str, str]:
+    """File to the hash that the publisher's hub states; empty where that cannot be asked."""
+    if HF_HUB_OFFLINE:
+        return {}
+    try:
+        info = in_time(
+            lambda: HfApi(endpoint=PUBLISHER).model_info(
+                hub_id, revision=commit, files_metadata=True, timeout=PUBLISHER_TIMEOUT_SECONDS
+            ),
+            PUBLISHER_TIMEOUT_SECONDS,
+        )
+    except RevisionNotFoundError as error:
+        raise UserError(
+            f"{hub_id}: {PUBLISHER} knows no revision {commit[:12]} of it, so {ENDPOINT} made it "
+            "up; download it from elsewhere"
+        ) from error
+    if info is None:
+        print(
+            f"note: {PUBLISHER} does not answer; the files of {hub_id} are held against the hashes "
+            f"of {ENDPOINT} alone",
+            file=sys.stderr,
+        )
+        return {}
+    stated = {
+        file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id
+        for file in info.siblings or []
+    }
+    return {name: digest for name, digest in stated.items() if digest}
+
+
+def _read_record(path: Path) -> dict[str, list[int]]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _state(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _git_sha1(path: Path) -> str:
+    """What git calls a file's content. Source: git's documentation, Git Objects."""
+    digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: digest).hexdigest()

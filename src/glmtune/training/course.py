@@ -1,0 +1,91 @@
+"""What stops a run in time: a loss that explodes or stands at 0, weights that learn nothing."""
+
+import math
+import sys
+from collections.abc import Sequence
+from statistics import median
+from typing import NamedTuple
+
+from glmtune.errors import UserError
+from glmtune.runlog import RunLog
+from glmtune.training.console import what_is_kept
+from glmtune.training.run import Run
+from glmtune.training.saving import save
+from glmtune.training.state import TrainingState
+
+READINGS_IN_A_ROW = 3
+READINGS_BEFORE = 20
+EXPLODED = 3.0
+
+
+class Course(NamedTuple):
+    """What is to be said of a run's losses."""
+
+    words: str
+    stops: bool
+    is_spoilt: bool
+    """Whether the weights are worse than earlier ones."""
+
+
+def judge_course(losses: Sequence[float]) -> Course | None:
+    """Say whether a loss explodes or stands at exactly 0; three readings in a row stop the run.
+
+    It explodes where it is more than three times the median of the (at most 20) readings before,
+    and above the first one, which is the base's own loss: training has then undone more than it
+    has taught.
+
+    Args:
+        losses: all readings so far, means over `logging_steps` steps.
+    """
+    usual: list[float] = []
+    fault, in_a_row, middle = "", 0, math.inf
+    for loss in losses:
+        before = fault
+        middle = median(usual[-READINGS_BEFORE:]) if usual else math.inf
+        exploded = loss > max(EXPLODED * middle, losses[0])
+        fault = "zero" if loss == 0 else "exploded" if exploded else ""
+        in_a_row = in_a_row + 1 if fault == before else 1
+        if not fault:
+            usual.append(loss)
+    if not fault:
+        return None
+    stops = in_a_row >= READINGS_IN_A_ROW
+    if fault == "zero":
+        words = (
+            "the loss is exactly 0: either the rows are learned by heart, or no token of theirs is "
+            "taught; train on more rows or for fewer steps"
+        )
+        return Course(words, stops, is_spoilt=False)
+    words = (
+        f"the loss explodes: {losses[-1]:.4g}, after {middle:.4g} usually and {losses[0]:.4g} at "
+        "first; lower learning_rate or lengthen warmup_steps"
+    )
+    return Course(words, stops, is_spoilt=True)
+
+
+def check_course(run: Run, state: TrainingState, log: RunLog) -> None:
+    """After a reading of the loss: say what has gone wrong, and stop where it does not pass.
+
+    Raises:
+        UserError: the loss explodes or stands at 0, or nothing that trains had a gradient.
+    """
+    step, is_main = state.global_step, run.accelerator.is_main_process
+    if unmoved := state.watch.unmoved():
+        names = [name for name, weight in state.model.named_parameters() if weight.requires_grad]
+        words = (
+            f"step {step}: the gradient was exactly 0 in all of the first steps for {len(unmoved)} "
+            f"of {len(names)} weights, first {names[unmoved[0]]}: they learn nothing"
+        )
+        if len(unmoved) == len(names):
+            raise UserError(f"{words}; look at the rows' answers and, in float16, set bf16 true")
+        if is_main:
+            print(f"warning: {words}; leave their linears out of lora_target", file=sys.stderr)
+    losses = [record["loss"] for record in log.history if record.get("loss") is not None]
+    if (course := judge_course(losses)) is None:
+        return
+    if course.stops:
+        if not course.is_spoilt:
+            save(run, state, log)
+        raise UserError(f"step {step}: {course.words}; {what_is_kept(run, state)}")
+    if is_main:
+        print(f"warning: step {step}: {course.words}", file=sys.stderr)

@@ -1,0 +1,244 @@
+"""`crash-N/`: all it takes to compute step N again, which stopped a run; whole or not there.
+
+crash.json         what was not finite, where first, the rows with their places in the source, the
+                   settings of device and layout, versions
+step.safetensors   the rows' token ids, and the random state of each process before the step
+adapter_*          the adapter before the step, as PEFT writes it
+optimizer.pt       the optimiser before the step, where it is not large
+recipe.yaml        the settings
+"""
+
+import json
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from glmtune import __version__
+from glmtune.adapters import save_adapter
+from glmtune.config import write_recipe
+from glmtune.data.dataset import CARD_FILE, DataCard
+from glmtune.data.files import new_folder
+from glmtune.data.token_rows import TokenRows
+from glmtune.errors import UserError
+from glmtune.hardware import device_name
+from glmtune.models.chatglm.packed import base_of
+from glmtune.training.checkpoints import RECIPE_FILE, write_json
+from glmtune.training.console import what_is_kept
+from glmtune.training.culprit import Culprit, Outcome, PassOfStep, compute_again
+from glmtune.training.passes import PaddedPass
+from glmtune.training.plan import pass_seed
+from glmtune.training.run import Run
+from glmtune.training.state import TrainingState
+from glmtune.training.together import on_main
+from glmtune.training.watch import Fault, NotFiniteError, RandomState
+
+CRASH_FILE, STEP_FILE = "crash.json", "step.safetensors"
+LARGEST_OPTIMISER = 256 * 2**20
+_LIBRARIES = ("torch", "transformers", "peft", "accelerate")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What `crash-N/` tells, read back."""
+
+    folder: Path
+    told: dict[str, Any]
+    """crash.json."""
+    rows: TokenRows
+    passes: list[PassOfStep]
+    random_states: list[RandomState]
+    outcome: Outcome
+    """What the step came to when the run computed it again, the plain way."""
+
+
+@contextmanager
+def bundle_on_fault(run: Run, state: TrainingState) -> Iterator[None]:
+    """Where a step is not made because a number is not finite, leave a bundle and say what to do.
+
+    Called by all processes, which all meet the fault.
+
+    Raises:
+        UserError: in the place of NotFiniteError.
+    """
+    try:
+        yield
+    except NotFiniteError as error:
+        fault = error.fault
+        random_states = gather_object([fault.random_state])
+        told = on_main(run.accelerator, lambda: _leave_bundle(run, state, fault, random_states))
+        raise UserError(f"step {fault.step + 1}: {fault.words}{told}") from error
+
+
+def _leave_bundle(
+    run: Run,
+    state: TrainingState,
+    fault: Fault,
+    random_states: Sequence[RandomState],
+) -> str:
+    """Write the bundle; returns how the message about the fault goes on."""
+    output_dir, num_processes = Path(run.config.output_dir), run.accelerator.num_processes
+    parts = run.plan.parts(fault.step, num_processes)
+    passes = [
+        PassOfStep(number % num_processes, pass_seed(run.config.seed, fault.step, number), part)
+        for number, part in enumerate(parts)
+        if len(part)
+    ]
+    num_labels = int(run.rows.num_labels_R[np.concatenate(parts)].sum())
+    print(f"\nstep {fault.step + 1}: {fault.words}; looking for where it comes from", flush=True)
+    plain = PaddedPass(run.accelerator, state.model, run.rows, run.forecast.recompute)
+    outcome = compute_again(
+        plain, state.weights, passes, num_labels, random_states, run.layout == "padded"
+    )
+    folder = output_dir / f"crash-{fault.step + 1}"
+    base = base_of(state.model)
+    told = {
+        "step": fault.step + 1,
+        "what": fault.what,
+        "loss": str(fault.loss),
+        "grad_norm": str(fault.grad_norm),
+        "largest_weight": str(fault.largest_weight),
+        "again": {
+            "loss": str(outcome.loss),
+            "grad_norm": str(outcome.grad_norm),
+            "culprit": asdict(outcome.culprit) if outcome.culprit else None,
+        },
+        "num_labels": num_labels,
+        "scale": None if state.scaler is None else state.scaler.get_scale(),
+        "layout": run.layout,
+        "base": run.base_name,
+        "dataset": run.config.dataset_path,
+        "surroundings": surroundings(run.accelerator.device, run.dtype),
+        "rows": _places(run, passes),
+    }
+    settings = run.config.model_copy(
+        update={"chatglm_path": base.name_or_path or None, "resume_from_checkpoint": None}
+    )
+    with new_folder(str(folder)) as draft:
+        write_json(told, draft / CRASH_FILE)
+        save_file(_step_tensors(run.rows, passes, random_states), draft / STEP_FILE)
+        save_adapter(state.model, draft, run.base_name)
+        moments = state.optimizer.state_dict()
+        if _num_bytes(moments) <= LARGEST_OPTIMISER:
+            torch.save(moments, draft / "optimizer.pt")
+        write_recipe(settings, str(draft / RECIPE_FILE))
+    return (
+        f"{_locate(run, outcome)}; {_advise(run, fault, outcome)}; {what_is_kept(run, state)}; "
+        f"`glmtune replay {folder}` computes the step again"
+    )
+
+
+def surroundings(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """What may make the same step come to another result elsewhere."""
+    return {
+        "device": device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}",
+        "dtype": str(dtype).removeprefix("torch."),
+        "python": platform.python_version(),
+        "glmtune": __version__,
+        **{name: version(name) for name in _LIBRARIES},
+    }
+
+
+def read_bundle(folder: Path) -> Bundle:
+    """Read what a run left.
+
+    Raises:
+        UserError: it is no bundle, or damaged.
+    """
+    if not (folder / CRASH_FILE).is_file():
+        raise UserError(f"{folder}: has no {CRASH_FILE}; name a crash-N folder of a run")
+    try:
+        told = json.loads((folder / CRASH_FILE).read_text(encoding="utf-8"))
+        tensors = load_file(folder / STEP_FILE)
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        rows = TokenRows(arrays["ids_T"], arrays["starts_R1"], arrays["prompt_lengths_R"])
+        places = np.arange(len(rows))
+        passes = [
+            PassOfStep(int(rank), int(seed), places[arrays["pass_R"] == number])
+            for number, (rank, seed) in enumerate(arrays["rank_and_seed_P2"])
+        ]
+        random_states = [
+            RandomState(tensors[f"cpu_{rank}"], tensors.get(f"cuda_{rank}"))
+            for rank in range(sum(name.startswith("cpu_") for name in tensors))
+        ]
+        again = told["again"]
+        culprit = Culprit(**again["culprit"]) if again["culprit"] else None
+        outcome = Outcome(float(again["loss"]), float(again["grad_norm"]), culprit)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"{folder}: is damaged ({error}); take the run's crash-N anew") from error
+    return Bundle(folder, told, rows, passes, random_states, outcome)
+
+
+def _step_tensors(
+    rows: TokenRows, passes: Sequence[PassOfStep], random_states: Sequence[RandomState]
+) -> dict[str, Tensor]:
+    row_ids = np.concatenate([p.row_ids for p in passes])
+    lengths = rows.lengths_R[row_ids]
+    arrays = {
+        "ids_T": np.concatenate([rows[row] for row in row_ids]).astype(np.int32),
+        "starts_R1": np.concatenate(([0], np.cumsum(lengths))).astype(np.int64),
+        "prompt_lengths_R": rows.prompt_lengths_R[row_ids].astype(np.int64),
+        "pass_R": np.repeat(np.arange(len(passes)), [len(p.row_ids) for p in passes]),
+        "rank_and_seed_P2": np.array([(p.rank, p.seed) for p in passes], dtype=np.int64),
+    }
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
+    for rank, random_state in enumerate(random_states):
+        tensors[f"cpu_{rank}"] = random_state.cpu
+        if random_state.cuda is not None:
+            tensors[f"cuda_{rank}"] = random_state.cuda
+    return tensors
+
+
+def _places(run: Run, passes: Sequence[PassOfStep]) -> list[dict[str, Any]]:
+    """Each row of the step: its number in the data set, and where its source has it."""
+    file = Path(run.config.dataset_path) / CARD_FILE
+    card = DataCard.read(file) if file.is_file() else None
+    sources = card.source_rows() if card else None
+    places = []
+    for number, step_pass in enumerate(passes):
+        for row in map(int, step_pass.row_ids):
+            length = int(run.rows.lengths_R[row])
+            place: dict[str, Any] = {"pass": number + 1, "row": row + 1, "tokens": length}
+            if card is not None and sources is not None:
+                name, source_row = str(card.source), int(sources[row])
+                line = f":{source_row}" if card.row_is_line else ""
+                place |= {"source": f"{name}{line} (row {source_row})"}
+            places.append(place)
+    return places
+
+
+def _num_bytes(state: dict[str, Any]) -> int:
+    slots = (slot for of_weight in state["state"].values() for slot in of_weight.values())
+    return sum(slot.nbytes for slot in slots if isinstance(slot, Tensor))
+
+
+def _locate(run: Run, outcome: Outcome) -> str:
+    if outcome.culprit is not None:
+        return f", first the {outcome.culprit}"
+    if run.layout == "padded":
+        return ", which it is not when computed again"
+    return f", which it is not the plain way: the fault is in the pass ({run.layout})"
+
+
+def _advise(run: Run, fault: Fault, outcome: Outcome) -> str:
+    config, culprit = run.config, outcome.culprit
+    if culprit is None:
+        if run.layout == "padded":
+            return "the device may be at fault: run `glmtune replay` on another"
+        return "set packing and exact_batch false, and please report this"
+    if culprit.way == "forward" and culprit.detail.endswith("not finite"):
+        if "lora_" not in culprit.name:
+            return f"the base model {run.base_name} is damaged: download it again"
+        return "the adapter is damaged: resume from an earlier checkpoint"
+    fp16 = "leave fp16 out, " if run.dtype == torch.float16 else ""
+    return f"{fp16}lower learning_rate ({config.learning_rate}) or lengthen warmup_steps"

@@ -1,0 +1,57 @@
+"""The loss on rows that are held out, whenever it falls due."""
+
+from collections.abc import Callable
+
+import torch
+
+from glmtune.runlog import RunLog
+from glmtune.training.interrupt import CutShort, StopRequest, undone_when_cut_short
+from glmtune.training.passes import Pass
+from glmtune.training.run import Run
+from glmtune.training.state import TrainingState
+
+
+def is_evaluation_due(run: Run, state: TrainingState, log: RunLog) -> bool:
+    """Whether the rows held out are to be looked at after this step, and have not been yet."""
+    step = state.global_step
+    falls_due = step > 0 and (step % run.eval_steps == 0 or step == run.max_steps)
+    is_done = any("eval_loss" in r and r["step"] == step for r in reversed(log.history))
+    return bool(len(run.eval_rows)) and falls_due and not is_done
+
+
+def evaluate_if_due(
+    run: Run, state: TrainingState, step_pass: Pass, log: RunLog, stop: StopRequest
+) -> bool:
+    """Evaluate after a step that asks for it, and say whether this was one.
+
+    Raises:
+        CutShort: see `evaluate`; or memory is too small for it.
+    """
+    if not is_evaluation_due(run, state, log):
+        return False
+    with undone_when_cut_short(state, run.accelerator):
+        eval_loss = evaluate(run, step_pass, stop.is_wanted)
+    epoch = run.plan.epoch(state.global_step)
+    log.log(state.global_step, {"eval_loss": eval_loss, "epoch": epoch})
+    return True
+
+
+def evaluate(run: Run, step_pass: Pass, wants_stop: Callable[[], bool]) -> float:
+    """Mean loss per label token over the held-out rows, which the processes share.
+
+    Raises:
+        CutShort: a process wished to stop before the end; then all raise it.
+    """
+    accelerator = run.accelerator
+    total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    is_cut = False
+    for part in run.eval_parts()[accelerator.process_index :: accelerator.num_processes]:
+        if is_cut := wants_stop():
+            break
+        total += step_pass.loss(part)
+    num_labels = run.rows.num_labels_R[run.eval_rows].sum()
+    sums = torch.stack((total, torch.full_like(total, float(is_cut))))
+    loss_sum, num_cut = accelerator.reduce(sums, reduction="sum").tolist()
+    if num_cut:
+        raise CutShort
+    return loss_sum / int(num_labels)

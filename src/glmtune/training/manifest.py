@@ -1,0 +1,164 @@
+"""What a checkpoint is known by: its files with sizes and hashes, its step, its recipe and data.
+
+`manifest.json` is written last of all. A folder whose files are those of its manifest is as it was
+saved; anything else is told by `find_fault`, in words.
+"""
+
+import hashlib
+import json
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from glmtune import __version__
+from glmtune.adapters.formats import CONFIG_FILE, WEIGHTS_FILE, WEIGHTS_FILE_2023
+from glmtune.data.files import read_json_object, sha256_of
+from glmtune.errors import UserError
+
+MANIFEST_FILE = "manifest.json"
+STATE_FILE = "trainer_state.json"
+TORCH_FILES = ("optimizer.pt", "scheduler.pt")
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_NEEDED = (WEIGHTS_FILE, CONFIG_FILE, *TORCH_FILES, STATE_FILE)
+# The part of trainer_state.json that is ours: transformers keeps a place for others' state.
+_OURS = ("stateful_callbacks", "glmtune")
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
+
+
+def write_manifest(folder: Path, step: int, identity: Mapping[str, Any]) -> None:
+    """Write down what lies in a folder that is about to become a checkpoint. Raises OSError.
+
+    Args:
+        folder: holds all files but this one.
+        step: of the checkpoint.
+        identity: every setting and fact that changes the run's numbers.
+    """
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    recipe = json.dumps(identity, sort_keys=True).encode()
+    content = {
+        "glmtune_version": __version__,
+        "step": step,
+        "recipe_sha256": hashlib.sha256(recipe).hexdigest(),
+        "data_sha256": identity["data sha256"],
+        "files": {
+            path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in files
+        },
+    }
+    text = json.dumps(content, indent=2) + "\n"
+    (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
+
+
+def has_manifest(checkpoint: Path) -> bool:
+    """Whether a checkpoint can be verified; those of earlier versions cannot."""
+    return (checkpoint / MANIFEST_FILE).is_file()
+
+
+def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
+    """The content of a checkpoint's `trainer_state.json`.
+
+    Raises:
+        UserError: it is damaged, or not one of ours.
+    """
+    content = read_json_object(checkpoint / STATE_FILE)
+    place, name = _OURS
+    ours, history = content.get(place), content.get("log_history")
+    numbers = [content.get("global_step"), content.get("num_input_tokens_seen")]
+    records = history if isinstance(history, list) else [None]
+    if (
+        not all(type(number) is int and number >= 0 for number in numbers)
+        or not (isinstance(ours, dict) and isinstance(ours.get(name), dict))
+        or not all(
+            isinstance(record, dict) and type(record.get("step")) is int for record in records
+        )
+    ):
+        raise UserError(
+            f"{checkpoint / STATE_FILE}: is damaged, or of another program; resume from another "
+            "checkpoint"
+        )
+    return content
+
+
+def our_part(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The place in `trainer_state.json` of what a checkpoint is known by."""
+    place, name = _OURS
+    return {place: {name: dict(identity)}}
+
+
+def read_identity(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint is known by: the settings and facts that change its run's numbers."""
+    place, name = _OURS
+    return read_trainer_state(checkpoint)[place][name]
+
+
+def find_fault(checkpoint: Path) -> str | None:
+    """Say what keeps a checkpoint from being resumed from, or None when it is whole.
+
+    Every file is held against the size and the hash of the manifest. Where there is none, as in
+    checkpoints of glmtune 0.1, the files are looked at from outside.
+    """
+    if _is_of_trainer(checkpoint):
+        return (
+            "it is a checkpoint of another program (transformers' Trainer), whose training cannot "
+            "be gone on with, only its adapter be used"
+        )
+    for name in _NEEDED:
+        if not (checkpoint / name).is_file():
+            kind = "without weights, " if name == WEIGHTS_FILE else ""
+            return f"{kind}{name} is missing"
+    return _differs(checkpoint) if has_manifest(checkpoint) else _looks_damaged(checkpoint)
+
+
+def _is_of_trainer(checkpoint: Path) -> bool:
+    try:
+        others = _OURS[1] not in read_json_object(checkpoint / STATE_FILE).get(_OURS[0], {})
+    except _UNREADABLE:
+        return False
+    by_trainer = ("training_args.bin", WEIGHTS_FILE_2023, "rng_state.pth")
+    return others and any((checkpoint / name).is_file() for name in by_trainer)
+
+
+def _differs(checkpoint: Path) -> str | None:
+    try:
+        content = read_json_object(checkpoint / MANIFEST_FILE)
+        step = content["step"]
+        files = {
+            str(name): (file["size"], file["sha256"]) for name, file in content["files"].items()
+        }
+    except _UNREADABLE:
+        return f"{MANIFEST_FILE} is damaged"
+    if unlisted := [name for name in _NEEDED if name not in files]:
+        return f"{MANIFEST_FILE} does not list {unlisted[0]}"
+    for name, (size, sha256) in files.items():
+        path = checkpoint / name
+        if path.name != name:
+            return f"{MANIFEST_FILE} names {name!r}, which is no file of this folder"
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} is damaged: {path.stat().st_size:,} bytes, not {size:,} as saved"
+        if sha256_of(path) != sha256:
+            return f"{name} is damaged: its sha256 is not the one saved"
+    named = CHECKPOINT.fullmatch(checkpoint.name)
+    if named and int(named[1]) != step:
+        return f"it holds step {step}"
+    return None
+
+
+def _looks_damaged(checkpoint: Path) -> str | None:
+    try:
+        with safe_open(checkpoint / WEIGHTS_FILE, framework="pt"):
+            pass
+    except (SafetensorError, OSError):
+        return f"{WEIGHTS_FILE} is damaged"
+    for name in TORCH_FILES:
+        if not zipfile.is_zipfile(checkpoint / name):  # its directory stands at the end
+            return f"{name} is damaged"
+    try:
+        read_trainer_state(checkpoint)
+    except UserError:
+        return f"{STATE_FILE} is damaged, or of another program"
+    return None

@@ -1,0 +1,91 @@
+"""`glmtune replay BUNDLE`: compute again the step that stopped a run, and say whether it agrees."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import set_peft_model_state_dict
+from safetensors.torch import load_file
+
+from glmtune.adapters.formats import WEIGHTS_FILE
+from glmtune.config import ReplayConfig, TrainConfig, read_config
+from glmtune.models.checkpoints import load_base_model, resolve_base
+from glmtune.training.checkpoints import RECIPE_FILE
+from glmtune.training.crash import Bundle, read_bundle, surroundings
+from glmtune.training.culprit import Outcome, compute_again
+from glmtune.training.passes import PaddedPass
+from glmtune.training.run import adapt, start_accelerator
+
+
+def replay(config: ReplayConfig) -> bool:
+    """Compute the step of a crash bundle again, the plain way.
+
+    Returns:
+        Whether the first number that is not finite comes up at the recorded place.
+
+    Raises:
+        UserError: no bundle, one that is damaged, or its base model is not there.
+    """
+    bundle = read_bundle(Path(config.bundle))
+    recipe = read_config(TrainConfig, "train", str(bundle.folder / RECIPE_FILE), {})
+    then = bundle.told["surroundings"]
+    on_gpu = not config.use_cpu and torch.cuda.is_available()
+    settings: dict[str, Any] = {
+        "use_cpu": not on_gpu,
+        "bf16": then["dtype"] == "bfloat16",
+        "fp16": on_gpu and then["dtype"] == "float16",
+    }
+    recipe = recipe.model_copy(update=settings)
+    accelerator, dtype = start_accelerator(recipe)
+    if accelerator.scaler is not None and bundle.told["scale"]:
+        scale = float(bundle.told["scale"])
+        accelerator.scaler = torch.amp.GradScaler(accelerator.device.type, init_scale=scale)
+    base = resolve_base(config.chatglm_path or recipe.chatglm_path)
+    step = bundle.told["step"]
+    print(f"step {step} of {bundle.told['base']} on {len(bundle.rows)} rows", flush=True)
+    model = adapt(
+        load_base_model(
+            base,
+            dtype=dtype,
+            device=accelerator.device,
+            bits=recipe.bits,
+            quantize_head=recipe.quantize_head,
+        ),
+        recipe,
+    )
+    set_peft_model_state_dict(model, load_file(bundle.folder / WEIGHTS_FILE))
+    outcome = compute_again(
+        PaddedPass(accelerator, model, bundle.rows),
+        [weight for weight in model.parameters() if weight.requires_grad],
+        bundle.passes,
+        bundle.told["num_labels"],
+        bundle.random_states,
+        whole_passes=bundle.told["layout"] == "padded",
+    )
+    agrees = _is_like(outcome, bundle.outcome)
+    print(f"  then  {_describe(bundle.outcome)}\n  now   {_describe(outcome)}")
+    print("reproduced" if agrees else "not reproduced")
+    _print_differences(bundle, surroundings(accelerator.device, dtype))
+    return agrees
+
+
+def _is_like(now: Outcome, then: Outcome) -> bool:
+    if then.culprit is None or now.culprit is None:
+        return now.culprit is then.culprit
+    same_loss = math.isfinite(now.loss) == math.isfinite(then.loss)
+    return same_loss and now.culprit.is_like(then.culprit)
+
+
+def _describe(outcome: Outcome) -> str:
+    place = f"first {outcome.culprit}" if outcome.culprit else "all is finite"
+    return f"loss {outcome.loss:.6g}, gradient's norm {outcome.grad_norm:.6g}, {place}"
+
+
+def _print_differences(bundle: Bundle, now: dict[str, str]) -> None:
+    then = bundle.told["surroundings"]
+    names = [name for name in now if then.get(name) != now[name]]
+    for name in names:
+        print(f"  {name} then {then.get(name)}, now {now[name]}")
+    if not names:
+        print("  device, number format and versions are those of the run")

@@ -1,0 +1,165 @@
+"""The run folder before a run: is it free, which checkpoint in it is gone on from, what must go."""
+
+from pathlib import Path
+
+from peft import PeftModel
+
+from glmtune.adapters.formats import CONFIG_FILE, WEIGHTS_FILE
+from glmtune.config import TrainConfig, write_recipe
+from glmtune.drafts import clear_drafts, remove_folder
+from glmtune.errors import UserError
+from glmtune.runlog import METRICS_FILE, PLOT_FILE, TENSORBOARD_FOLDER
+from glmtune.training.checkpoints import RECIPE_FILE, saved_steps
+from glmtune.training.disk import MEGABYTE, check_room, checkpoint_bytes, most_new_checkpoints
+from glmtune.training.manifest import CHECKPOINT, STATE_FILE, find_fault, read_trainer_state
+from glmtune.training.run import Run
+
+# Files of a run at the root of its folder.
+_RUN_FILES = (RECIPE_FILE, METRICS_FILE, STATE_FILE, WEIGHTS_FILE, CONFIG_FILE, PLOT_FILE)
+
+
+def resume_point(config: TrainConfig) -> tuple[Path | None, list[str]]:
+    """The checkpoint that the settings resume from, or None for a new run. Nothing is written.
+
+    Returns:
+        It, and what was passed over on the way to it, a line each.
+
+    Raises:
+        UserError: `resume_from_checkpoint` leads to no whole checkpoint, or `output_dir` holds
+            another run and is not to be overwritten.
+    """
+    output_dir, wanted = Path(config.output_dir), config.resume_from_checkpoint
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"output_dir: {output_dir} is a file; name a folder")
+    checkpoint, notes = None, list[str]()
+    if wanted is not None:
+        checkpoint, notes = find_checkpoint(output_dir if wanted == "true" else Path(wanted))
+    found = _find_run(output_dir)
+    if found and not config.overwrite_output_dir and not _is_inside(checkpoint, output_dir):
+        raise UserError(
+            f"output_dir: {output_dir} holds a run already ({found[0].name}); go on with it "
+            "(--resume_from_checkpoint true), start anew over it (--overwrite_output_dir true), or "
+            "name another folder"
+        )
+    return checkpoint, notes
+
+
+def claim_output_dir(config: TrainConfig, checkpoint: Path | None) -> Path:
+    """Make the run folder and write the recipe; what another run left in it goes, and nothing else.
+
+    So do drafts of a run that was killed.
+
+    Args:
+        config: the settings as run.
+        checkpoint: what the run goes on from, if anything.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    output_dir = Path(config.output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        clear_drafts(output_dir, lambda name: CHECKPOINT.fullmatch(name) or name in _RUN_FILES)
+        stale = [] if _is_inside(checkpoint, output_dir) else _find_run(output_dir)
+        for entry in stale:
+            remove_folder(entry) if entry.is_dir() else entry.unlink()
+    except OSError as error:
+        raise UserError(
+            f"output_dir: {output_dir} cannot be written ({error.strerror}); name another folder"
+        ) from error
+    write_recipe(config, str(output_dir / RECIPE_FILE))
+    return output_dir
+
+
+def check_disk(run: Run, model: PeftModel, checkpoint: Path | None) -> None:
+    """Make sure, before anything is written, that all checkpoints to come have room.
+
+    Args:
+        run: says how many there will be.
+        model: says how large they are.
+        checkpoint: what the run goes on from, if anything.
+
+    Raises:
+        UserError: they have not.
+    """
+    config, output_dir = run.config, Path(run.config.output_dir)
+    first_step, num_there, freed = 0, 0, 0
+    if checkpoint:
+        first_step = int(read_trainer_state(checkpoint)["global_step"])
+    if _is_inside(checkpoint, output_dir):
+        num_there = len(saved_steps(output_dir))
+    else:
+        freed = sum(_size(entry) for entry in _find_run(output_dir))
+    num_saves = -(-run.max_steps // config.save_steps) - first_step // config.save_steps
+    count = most_new_checkpoints(max(0, num_saves), num_there, config.save_total_limit)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    num_records = run.max_steps // config.logging_steps + 2
+    if len(run.eval_rows):
+        num_records += run.max_steps // run.eval_steps + 1
+    size = checkpoint_bytes(weights, run.accelerator.num_processes, num_records)
+    check_room(
+        output_dir,
+        (count + 1) * size - freed,  # and what lies beside them
+        f"{count:,} checkpoint(s) of {size / MEGABYTE:,.1f} MB and the adapter take",
+        f"set save_total_limit (now {config.save_total_limit or 'all are kept'}) or a larger "
+        f"save_steps ({config.save_steps}), free some space, or name another output_dir",
+    )
+
+
+def _size(path: Path) -> int:
+    files = [path] if path.is_file() else path.rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _is_inside(checkpoint: Path | None, output_dir: Path) -> bool:
+    return checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve()
+
+
+def _find_run(output_dir: Path) -> list[Path]:
+    """What a run left at the root of its folder."""
+    if not output_dir.is_dir():
+        return []
+    checkpoints = [output_dir / f"checkpoint-{step}" for step in sorted(saved_steps(output_dir))]
+    files = [output_dir / name for name in _RUN_FILES]
+    events = output_dir.glob(f"{TENSORBOARD_FOLDER}/events.out.tfevents.*")
+    crashes = sorted(output_dir.glob("crash-*"))
+    return [entry for entry in (*checkpoints, *files, *events, *crashes) if entry.exists()]
+
+
+def find_checkpoint(path: Path) -> tuple[Path, list[str]]:
+    """The checkpoint to resume from: `path` itself, or the newest whole one in that run folder.
+
+    Where a checkpoint that is named is damaged, the newest whole one before it is taken: from there
+    the run comes by the same steps.
+
+    Returns:
+        It, and what is wrong with each that was passed over, a line each.
+
+    Raises:
+        UserError: nothing there to resume from.
+    """
+    if not path.is_dir():
+        raise UserError(
+            f"resume_from_checkpoint: {path} is no folder; name a checkpoint-N or a run"
+        )
+    if named := CHECKPOINT.fullmatch(path.name):
+        earlier = [step for step in saved_steps(path.parent) if step < int(named[1])]
+        candidates = [path, *_newest_first(path.parent, earlier)]
+    elif (path / "optimizer.pt").is_file():
+        candidates = [path]
+    else:
+        candidates = _newest_first(path, saved_steps(path))
+    notes: list[str] = []
+    for folder in candidates:
+        if not (fault := find_fault(folder)):
+            return folder, notes
+        notes.append(f"passed over {folder}: {fault}")
+    found = "; ".join(notes).replace("passed over ", "") or "there is no checkpoint-N"
+    raise UserError(
+        f"{path}: nothing to resume from: {found}; name another run, or leave "
+        "resume_from_checkpoint out"
+    )
+
+
+def _newest_first(folder: Path, steps: list[int]) -> list[Path]:
+    return [folder / f"checkpoint-{step}" for step in sorted(steps, reverse=True)]

@@ -1,0 +1,73 @@
+"""A run's files while it trains: its log, its checkpoints, and what lies beside them."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from glmtune.adapters import save_adapter, verify_saved
+from glmtune.errors import UserError
+from glmtune.runlog import PLOT_FILE, RunLog
+from glmtune.training import checkpoints
+from glmtune.training.console import what_is_kept
+from glmtune.training.manifest import STATE_FILE
+from glmtune.training.run import Run
+from glmtune.training.state import TrainingState
+from glmtune.training.together import on_main
+
+
+def open_log(run: Run, state: TrainingState, history: list[dict[str, Any]]) -> RunLog:
+    """The run's log, going on after the records of earlier steps."""
+    config = run.config
+    return RunLog(
+        config.output_dir,
+        run.max_steps,
+        report_to=config.report_to,
+        disable_tqdm=config.disable_tqdm,
+        first_step=state.global_step,
+        history=history,
+        enabled=run.accelerator.is_main_process,
+    )
+
+
+def save(run: Run, state: TrainingState, log: RunLog) -> None:
+    """Write a checkpoint, and at the root of the run folder its adapter, state and curve.
+
+    Raises:
+        NotFiniteError: a step before was not made; nothing is written.
+        UserError: the weights are not finite (nothing is written), the folder cannot be written, or
+            what was written is not what was trained; the message names the newest good checkpoint.
+    """
+    config, accelerator, output_dir = run.config, run.accelerator, Path(run.config.output_dir)
+    state.watch.settle()
+    if not all(bool(weight.isfinite().all()) for weight in state.weights):
+        raise UserError(
+            f"step {state.global_step}: its update leaves weights that are not finite; lower "
+            f"learning_rate ({config.learning_rate}); {what_is_kept(run, state)}"
+        )
+    trainer_state = checkpoints.describe(
+        state,
+        log.history,
+        run.identity,
+        epoch=run.plan.epoch(state.global_step),
+        max_steps=run.max_steps,
+        num_train_epochs=math.ceil(run.plan.epoch(run.max_steps)),
+        train_batch_size=config.per_device_train_batch_size,
+        logging_steps=config.logging_steps,
+        eval_steps=run.eval_steps,
+        save_steps=config.save_steps,
+    )
+
+    def write_the_rest() -> None:
+        checkpoints.rotate_checkpoints(output_dir, config.save_total_limit, state.global_step)
+        save_adapter(state.model, output_dir, run.base_name)
+        verify_saved(state.model, output_dir)
+        checkpoints.write_json(trainer_state, output_dir / STATE_FILE)
+        log.plot_loss(output_dir / PLOT_FILE)
+
+    try:
+        checkpoints.save_checkpoint(
+            output_dir, state, trainer_state, run.identity, accelerator, run.base_name
+        )
+        on_main(accelerator, write_the_rest)
+    except UserError as error:
+        raise UserError(f"{error}; {what_is_kept(run, state)}") from error

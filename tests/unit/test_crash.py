@@ -1,0 +1,254 @@
+"""The bundle of a step that stopped a run, and what `glmtune replay` makes of it."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from glmtune.config import ReplayConfig, TrainConfig
+from glmtune.errors import UserError
+from glmtune.training import loop, passes
+from glmtune.training.crash import read_bundle
+from glmtune.training.replay import replay
+
+TOKENIZER = SimpleNamespace(
+    vocab_size=1024, vocab_hash="0" * 64, revision="v1.1", pad_token_id=3, mask_token_id=1000,
+    gmask_token_id=1001, bos_token_id=1004, eos_token_id=1005,
+)  # fmt: skip
+BROKEN = "transformer.layers.2.mlp.dense_h_to_4h"
+
+
+@pytest.fixture(autouse=True)
+def tiny_tokenizer(monkeypatch):
+    monkeypatch.setattr(loop, "load_tokenizer", lambda base: TOKENIZER)
+
+
+@pytest.fixture(scope="module")
+def dataset_path(tmp_path_factory):
+    """Twenty rows, row n with the answer n."""
+    random = np.random.default_rng(0)
+    rows = []
+    for number in range(1, 21):
+        prompt = random.integers(100, 990, random.integers(2, 12)).tolist()
+        rows.append({"input_ids": [*prompt, 1001, 1004, number, 1005], "seq_len": len(prompt) + 2})
+    folder = tmp_path_factory.mktemp("data") / "rows"
+    datasets.Dataset.from_list(rows).save_to_disk(folder)
+    return str(folder)
+
+
+def settings(dataset_path, base, output_dir, **changes):
+    defaults = {
+        "per_device_train_batch_size": 3,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 6,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+    }
+    return TrainConfig(
+        dataset_path=dataset_path,
+        chatglm_path=str(base),
+        output_dir=str(output_dir),
+        **defaults | changes,
+    )
+
+
+@pytest.fixture
+def config(dataset_path, tiny_folder, tmp_path):
+    def make(base=tiny_folder, dataset_path=dataset_path, **changes):
+        return settings(dataset_path, base, tmp_path / "run", **changes)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def broken_base(tiny_folder, tmp_path_factory):
+    """The tiny model with one weight that is infinite."""
+    folder = shutil.copytree(tiny_folder, tmp_path_factory.mktemp("base") / "broken")
+    tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    tensors[f"{BROKEN}.weight"][0, 0] = math.inf
+    torch.save(tensors, folder / "pytorch_model.bin")
+    return folder
+
+
+def fail_at(step, monkeypatch, factor=math.nan, rank=0):
+    """Let the loss of a step's first pass in a process be multiplied by a number."""
+    run_pass, train_step, now = passes.PaddedPass.run, loop.train_step, {}
+
+    def counted(run, state, *how):
+        now["step"] = state.global_step + 1
+        return train_step(run, state, *how)
+
+    def run(self, *args, **kwargs):
+        loss = run_pass(self, *args, **kwargs)
+        is_here = self.accelerator.process_index == rank and now.pop("step", None) == step
+        return loss * (factor if is_here else 1)
+
+    monkeypatch.setattr(loop, "train_step", counted)
+    monkeypatch.setattr(passes.PaddedPass, "run", run)
+
+
+LAYOUTS = [{}, {"packing": True, "tokens_per_step": 64}, {"exact_batch": True}]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["padded", "packed", "exact"])
+def test_a_broken_base_is_found_and_found_again(config, broken_base, tmp_path, layout, capsys):
+    with pytest.raises(UserError) as error:
+        loop.train(config(broken_base, **layout))
+    told = str(error.value)
+    assert told.startswith("step 1: the loss is nan, first the output of " + BROKEN)
+    assert "its weight is not finite" in told
+    assert "the base model broken is damaged" in told
+    assert "there is no checkpoint of this run to go on from" in told
+    assert f"glmtune replay {tmp_path}/run/crash-1" in told
+    assert replay(ReplayConfig(bundle=str(tmp_path / "run" / "crash-1"), use_cpu=True))
+    assert "reproduced\n  device, number format and versions are those" in capsys.readouterr().out
+
+
+def test_a_mended_base_does_not_reproduce_it(config, broken_base, tiny_folder, tmp_path, capsys):
+    with pytest.raises(UserError):
+        loop.train(config(broken_base))
+    bundle = tmp_path / "run" / "crash-1"
+    told = json.loads((bundle / "crash.json").read_text())
+    told["surroundings"] |= {"device": "NVIDIA T4", "torch": "2.0"}
+    (bundle / "crash.json").write_text(json.dumps(told))
+    here = ReplayConfig(bundle=str(bundle), chatglm_path=str(tiny_folder), use_cpu=True)
+    assert not replay(here)
+    out = capsys.readouterr().out
+    assert "all is finite\nnot reproduced\n  device then NVIDIA T4, now CPU" in out
+    assert f"torch then 2.0, now {torch.__version__}" in out
+
+
+def test_a_bundle_holds_what_was_before_the_step(config, tmp_path, monkeypatch):
+    """The third step fails: adapter, moments and random state are those after the second."""
+    loop.train(config(max_steps=2, save_steps=2, lr_scheduler_type="constant"))
+    good = tmp_path / "run" / "checkpoint-2"
+    fail_at(3, monkeypatch)
+    with pytest.raises(UserError, match=r"step 3: the loss is nan, which it is not when computed"):
+        loop.train(config(lr_scheduler_type="constant", resume_from_checkpoint="true"))
+    crash = tmp_path / "run" / "crash-3"
+    assert {path.name for path in crash.iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "crash.json", "optimizer.pt",
+        "recipe.yaml", "step.safetensors",
+    }  # fmt: skip
+    before, kept = (load_file(f / "adapter_model.safetensors") for f in (good, crash))
+    assert all(torch.equal(kept[name], before[name]) for name in before)
+    moments = [torch.load(f / "optimizer.pt", weights_only=True)["state"] for f in (good, crash)]
+    for then, now in zip(*(states.values() for states in moments), strict=True):
+        assert all(torch.equal(now[name], then[name]) for name in then)
+    bundle = read_bundle(crash)
+    state = torch.load(good / "rng_state_0.pth", weights_only=True)["cpu"]
+    assert torch.equal(bundle.random_states[0].cpu, state)
+    assert sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-2"]
+
+
+def test_replay_computes_the_losses_of_the_run(config, tmp_path, monkeypatch, capsys):
+    """Dropout included: the bundle's third step has the loss that the run would have had."""
+    history = loop.train(config()).log_history
+    fail_at(3, monkeypatch)
+    with pytest.raises(UserError):
+        loop.train(config(overwrite_output_dir=True))
+    monkeypatch.undo()
+    bundle = tmp_path / "run" / "crash-3"
+    assert replay(ReplayConfig(bundle=str(bundle), use_cpu=True))
+    assert f"now   loss {history[2]['loss']:.6g}" in capsys.readouterr().out
+
+
+def test_rows_are_named_by_their_place_in_the_source(config, dataset_path, tmp_path, broken_base):
+    rows = shutil.copytree(dataset_path, tmp_path / "rows")
+    card = {
+        "num_kept": 20, "num_read": 21, "num_tokens": 220, "num_target_tokens": 40,
+        "lengths": {"min": 6, "median": 10, "p95": 15, "max": 15}, "special_ids": {},
+        "source": "a.jsonl", "rows_out": {"empty": [2]}, "row_is_line": True,
+    }  # fmt: skip
+    (rows / "glmtune_data.json").write_text(json.dumps(card))
+    settings = {"dataset_path": str(rows), "train_sampling_strategy": "sequential"}
+    with pytest.raises(UserError):
+        loop.train(config(broken_base, **settings))
+    told = json.loads((tmp_path / "run" / "crash-1" / "crash.json").read_text())["rows"]
+    assert [place["row"] for place in told] == [1, 2, 3, 4, 5, 6]
+    assert [place["pass"] for place in told] == [1, 1, 1, 2, 2, 2]
+    assert told[0]["source"] == "a.jsonl:1 (row 1)"
+    assert told[1]["source"] == "a.jsonl:3 (row 3)"
+    bundle = read_bundle(tmp_path / "run" / "crash-1")
+    answers = [bundle.rows[row][-2] for row in range(6)]
+    assert answers == [1, 2, 3, 4, 5, 6]
+    assert [p.row_ids.tolist() for p in bundle.passes] == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_a_fault_of_the_fast_pass_alone(config, tmp_path, monkeypatch):
+    run_pass = passes.PackedPass.run
+    monkeypatch.setattr(passes.PackedPass, "run", lambda *args: run_pass(*args) * math.inf)
+    with pytest.raises(UserError, match=r"is inf, which it is not the plain way: .*\(packed\)"):
+        loop.train(config(**LAYOUTS[1]))
+
+
+def test_overwriting_a_run_takes_its_bundles(config, tmp_path, broken_base):
+    with pytest.raises(UserError):
+        loop.train(config(broken_base))
+    loop.train(config(max_steps=1, overwrite_output_dir=True))
+    assert not (tmp_path / "run" / "crash-1").exists()
+
+
+@pytest.mark.parametrize("name", ["crash.json", "step.safetensors"])
+def test_a_damaged_bundle(config, tmp_path, broken_base, name):
+    with pytest.raises(UserError, match=r"has no crash\.json"):
+        read_bundle(tmp_path)
+    with pytest.raises(UserError):
+        loop.train(config(broken_base))
+    file = tmp_path / "run" / "crash-1" / name
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match="is damaged"):
+        read_bundle(file.parent)
+
+
+def test_a_full_disk_leaves_no_half_bundle(config, tmp_path, broken_base, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("glmtune.training.crash.save_file", full)
+    with pytest.raises(UserError, match="crash-1: cannot be written"):
+        loop.train(config(broken_base))
+    assert [p.name for p in (tmp_path / "run").iterdir() if "crash" in p.name] == []
+
+
+def test_two_processes_stop_at_the_same_step(dataset_path, tiny_folder, tmp_path):
+    """The fault is in the second one; both stop, and the first leaves the bundle."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run(
+        [*launch, __file__, str(tmp_path / "run"), dataset_path, str(tiny_folder)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    said = [(tmp_path / f"run.{rank}").read_text() for rank in (0, 1)]
+    assert all(text.startswith("step 2: the loss is nan") for text in said)
+    bundle = read_bundle(tmp_path / "run" / "crash-2")
+    assert [p.rank for p in bundle.passes] == [0, 1]
+    assert len(bundle.random_states) == 2
+
+
+def stop_in_one_of_two(folder, dataset_path, base):
+    """What each of two launched processes does."""
+    loop.load_tokenizer = lambda base: TOKENIZER
+    with pytest.MonkeyPatch.context() as patch:
+        fail_at(2, patch, rank=1)
+        with pytest.raises(UserError) as error:
+            loop.train(settings(dataset_path, base, folder, gradient_accumulation_steps=1))
+    Path(f"{folder}.{os.environ['RANK']}").write_text(str(error.value))
+
+
+if __name__ == "__main__":
+    stop_in_one_of_two(*sys.argv[1:])

@@ -1,0 +1,205 @@
+"""Kill -9 while a run saves: every checkpoint is whole or absent, and the last good one loads.
+
+A server process imports and builds everything once; each kill meets a child forked from it, which
+resumes as a run does and then saves in a loop, with `saving.save` and all that lies beneath.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+NUM_KILLS = 200
+
+
+def run_server(mode, folder, base):
+    done = subprocess.run(
+        [sys.executable, __file__, mode, str(folder), str(base)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, which this system cannot")
+class TestKills:
+    def test_at_random_instants(self, tmp_path, tiny_folder):
+        told = run_server("random", tmp_path / "run", tiny_folder)
+        assert told["kills"] == NUM_KILLS
+        assert told["in_a_save"] > NUM_KILLS / 4, told
+        assert told["last_step"] > NUM_KILLS / 10, told
+
+    def test_before_each_call_that_changes_the_disk(self, tmp_path, tiny_folder):
+        """Each fsync, rename and deletion of a save with its rotation, one after the other."""
+        told = run_server("each", tmp_path / "run", tiny_folder)
+        assert told["kills"] > 30, told
+        assert told["in_a_save"] > 20, told
+
+
+class Server:
+    """What a child inherits: a run on the tiny model, with one step's worth of optimiser state."""
+
+    def __init__(self, folder, base):
+        import torch
+
+        from glmtune.config import TrainConfig
+        from glmtune.training.run import Run, adapt, build_state, start_accelerator
+
+        torch.set_num_threads(1)
+        self.folder = Path(folder)
+        self.config = TrainConfig(
+            dataset_path="rows",
+            output_dir=str(folder),
+            save_total_limit=2,
+            max_steps=10**6,
+            use_cpu=True,
+        )
+        from glmtune.models.checkpoints import load_base_model
+
+        accelerator, dtype = start_accelerator(self.config)
+        model = adapt(load_base_model(base, dtype=dtype), self.config)
+        self.run = Run.of(self.config, accelerator, some_rows(), model, "chatglm-6b-tiny")
+        self.state = build_state(self.run, model)
+        for weight in self.state.weights:
+            weight.grad = torch.ones_like(weight)
+        self.state.optimizer.step()
+        self.log = SimpleNamespace(history=[], plot_loss=lambda path: None)
+
+    def child(self, num_saves):
+        """What a run does between loading its model and being killed."""
+        import torch
+
+        from glmtune.training import checkpoints, run_folder, saving
+
+        state = self.state
+        if list(self.folder.glob("checkpoint-*")):
+            found, _ = run_folder.find_checkpoint(self.folder)
+            run_folder.claim_output_dir(self.config, found)
+            checkpoints.load_checkpoint(found, state, self.run.accelerator)
+        else:
+            run_folder.claim_output_dir(self.config, None)
+        for _ in range(num_saves):
+            state.global_step += 1
+            with torch.no_grad():
+                for weight in state.weights:
+                    weight.fill_(state.global_step)
+                    state.optimizer.state[weight]["exp_avg"].fill_(state.global_step)
+            saving.save(self.run, state, self.log)
+
+    def fork(self, num_saves, before=lambda: None):
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                before()
+                self.child(num_saves)
+                code = 0
+            finally:
+                os._exit(code)
+        return child
+
+    def look(self, last_step, child=0):
+        """Check all that a killed child left; gives the newest step, and whether it was saving."""
+        from safetensors.torch import load_file
+
+        from glmtune.training import checkpoints, run_folder
+        from glmtune.training.manifest import find_fault
+
+        names = [entry.name for entry in self.folder.iterdir()]
+        steps = checkpoints.saved_steps(self.folder)
+        for step in steps:
+            checkpoint = self.folder / f"checkpoint-{step}"
+            assert find_fault(checkpoint) is None, find_fault(checkpoint)
+            weights = load_file(checkpoint / "adapter_model.safetensors")
+            assert all((weight == step).all() for weight in weights.values())
+        if not steps:
+            assert last_step == 0
+            return 0, False
+        found, notes = run_folder.find_checkpoint(self.folder)
+        assert notes == []
+        checkpoints.load_checkpoint(found, self.state, self.run.accelerator)
+        step = self.state.global_step
+        assert step == max(steps) >= last_step, (steps, last_step)
+        moments = self.state.optimizer.state_dict()["state"].values()
+        assert all((moment["exp_avg"] == step).all() for moment in moments)
+        for name in ("trainer_state.json", "adapter_config.json"):
+            if (self.folder / name).exists():
+                json.loads((self.folder / name).read_text())
+        if (self.folder / "adapter_model.safetensors").exists():
+            load_file(self.folder / "adapter_model.safetensors")
+        return step, any(f".{child}." in name for name in names)
+
+
+def some_rows():
+    import numpy as np
+
+    from glmtune.data.token_rows import TokenRows
+
+    return TokenRows(np.arange(6), np.array([0, 6]), np.array([4]))
+
+
+def kill_at_random(server):
+    randomly = random.Random(0)
+    start = time.monotonic()
+    assert os.waitpid(server.fork(10), 0)[1] == 0
+    seconds_a_save = (time.monotonic() - start) / 10
+    step, num_saving = server.look(10)[0], 0
+    for _ in range(NUM_KILLS):
+        child = server.fork(10**6)
+        time.sleep(randomly.uniform(0, 3 * seconds_a_save))
+        os.kill(child, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        step, is_saving = server.look(step, child)
+        num_saving += is_saving
+    return {
+        "kills": NUM_KILLS,
+        "in_a_save": num_saving,
+        "last_step": step,
+        "seconds_a_save": round(seconds_a_save, 4),
+        "seconds": round(time.monotonic() - start, 1),
+    }
+
+
+def kill_before_each_call(server):
+    def arm(number):
+        """Let this process die before its n-th call of those that change what a folder holds."""
+        calls = iter(range(1, 10**6))
+
+        def deadly(call):
+            def counted(*args, **how):
+                if next(calls) == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return call(*args, **how)
+
+            return counted
+
+        for name in ("fsync", "mkdir", "rename", "replace", "unlink", "rmdir"):
+            setattr(os, name, deadly(getattr(os, name)))
+
+    assert os.waitpid(server.fork(3), 0)[1] == 0
+    step, num_saving = server.look(3)[0], 0
+    for number in range(1, 1000):
+        child = server.fork(1, before=lambda number=number: arm(number))
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code == 0:
+            return {"kills": number - 1, "in_a_save": num_saving, "last_step": step}
+        assert code == -signal.SIGKILL
+        step, is_saving = server.look(step, child)
+        num_saving += is_saving
+    raise AssertionError("a save has no end")
+
+
+if __name__ == "__main__":
+    mode, *places = sys.argv[1:]
+    kill = kill_at_random if mode == "random" else kill_before_each_call
+    print(json.dumps(kill(Server(*places))))

@@ -1,0 +1,309 @@
+"""A resumed run ends with the very bits of the run that was never stopped; others are refused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from glmtune import runlog
+from glmtune.config import TrainConfig
+from glmtune.errors import UserError
+from glmtune.models.checkpoints import GLM_TINY
+from glmtune.training import loop
+
+# 23 rows, 4 held out: steps of 6 rows make four an epoch, the last of one row. Eight steps are two.
+SETTINGS = {
+    "max_steps": 9,
+    "save_steps": 1,
+    "logging_steps": 3,
+    "eval_ratio": 0.17,
+    "eval_steps": 4,
+    "lora_dropout": 0.1,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 3,
+}
+LAYOUTS = {
+    "padded": {},
+    "end to end": {"exact_batch": True},
+    "packed": {"packing": True, "tokens_per_step": 64},
+}
+# In the first epoch, on its end, after it, and on the next one's.
+STEPS = (3, 4, 5, 8)
+
+
+ONCE = {"save_steps": 1000}  # at the end; how often is no part of what a run computes
+
+
+@pytest.fixture(autouse=True)
+def no_curve(monkeypatch):
+    """Drawing takes longer than training these few rows."""
+    monkeypatch.setattr("glmtune.runlog.RunLog.plot_loss", lambda *_: None)
+
+
+def outcome(folder):
+    """What two runs must have the same: every tensor's bits, and every record but its speed."""
+    folder = Path(folder)
+    state = json.loads((folder / "trainer_state.json").read_text())
+    records = [
+        {
+            key: value
+            for key, value in record.items()
+            if key not in ("tokens_per_second", "memory_gib")
+        }
+        for record in state["log_history"]
+    ]
+    weights = load_file(folder / "adapter_model.safetensors")
+    bits = {name: weight.numpy().tobytes() for name, weight in weights.items()}
+    return bits, records, state["num_input_tokens_seen"]
+
+
+def keep_only(run, step, target):
+    """What a killed run has left: its folder, with checkpoint `step` as the newest."""
+    shutil.copytree(run, target)
+    for checkpoint in target.glob("checkpoint-*"):
+        if int(checkpoint.name.partition("-")[2]) > step:
+            shutil.rmtree(checkpoint)
+    return str(target)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_resumed_at_any_step_it_is_the_unbroken_run(toy_run, tmp_path, layout):
+    settings = SETTINGS | LAYOUTS[layout]
+    loop.train(toy_run(**settings))
+    unbroken = outcome(tmp_path / "run")
+    assert any("eval_loss" in record for record in unbroken[1])
+    for step in STEPS:
+        folder = keep_only(tmp_path / "run", step, tmp_path / str(step))
+        resumed = toy_run(output_dir=folder, resume_from_checkpoint="true", **settings | ONCE)
+        assert loop.train(resumed).global_step == 9
+        assert outcome(folder) == unbroken, step
+
+
+def test_resumed_again_and_again_it_is_the_unbroken_run(toy_run, tmp_path):
+    """Stopped after every second step by a clock that has run out, as under a scheduler."""
+    loop.train(toy_run(**SETTINGS | ONCE))
+    settings = SETTINGS | ONCE | {"output_dir": str(tmp_path / "again")}
+    with pytest.MonkeyPatch.context() as patch:
+        train_step, steps = loop.train_step, []
+
+        def stop_soon(run, state, *how):
+            steps.append(state.global_step)
+            if len(steps) % 2 == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return train_step(run, state, *how)
+
+        patch.setattr(loop, "train_step", stop_soon)
+        result = loop.train(toy_run(**settings))
+        while result.interrupted:
+            result = loop.train(toy_run(resume_from_checkpoint="true", **settings))
+    assert len(steps) > 9
+    assert outcome(tmp_path / "again") == outcome(tmp_path / "run")
+
+
+class TestWorkers:
+    """Two gloo processes, with dropout, padded and packed."""
+
+    @pytest.fixture(scope="class")
+    def folder(self, toy_rows, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("workers")
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
+        done = subprocess.run(
+            [sys.executable, *launch, str(folder), toy_rows],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return folder
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("step", [3, 4])
+    def test_resumed_they_are_the_unbroken_run(self, folder, layout, step):
+        assert outcome(folder / f"{layout} from {step}") == outcome(folder / layout)
+
+    def test_a_save_that_fails_ends_both_alike(self, folder):
+        for rank in (0, 1):
+            told = (folder / f"told by {rank}").read_text()
+            assert "cannot be written" in told
+            assert "checkpoint-2 is whole: go on with `torchrun --nproc_per_node 2" in told
+
+
+def work(folder, rows):
+    """What each of the two processes does."""
+    rank, folder = os.environ["RANK"], Path(folder)
+    runlog.RunLog.plot_loss = lambda *_: None
+
+    def settings(name, **changes):
+        return TrainConfig(
+            dataset_path=rows,
+            output_dir=str(folder / name),
+            chatglm_path=GLM_TINY,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            learning_rate=1e-3,
+            report_to="none",
+            use_cpu=True,
+            **SETTINGS | changes,
+        )
+
+    for name, layout in LAYOUTS.items():
+        loop.train(settings(name, **layout))
+        for step in (3, 4):
+            again = f"{name} from {step}"
+            if rank == "0":
+                keep_only(folder / name, step, folder / again)
+            torch.distributed.barrier()
+            loop.train(settings(again, resume_from_checkpoint="true", **layout | ONCE))
+    with pytest.MonkeyPatch.context() as patch:
+        save = loop.checkpoints._save
+
+        def full(content, path):
+            if "checkpoint-3" in str(path):
+                raise OSError(28, "No space left on device")
+            save(content, path)
+
+        patch.setattr(loop.checkpoints, "_save", full)
+        with pytest.raises(UserError) as error:
+            loop.train(settings("full"))
+    (folder / f"told by {rank}").write_text(str(error.value))
+
+
+class TestAnotherRun:
+    @pytest.fixture
+    def saved(self, toy_run):
+        loop.train(toy_run(max_steps=2, lr_scheduler_type="constant"))
+        return {"max_steps": 3, "lr_scheduler_type": "constant", "resume_from_checkpoint": "true"}
+
+    def refusal(self, config):
+        recipe = Path(config.output_dir, "recipe.yaml").read_text()
+        with pytest.raises(UserError) as error:
+            loop.train(config)
+        assert "--resume_anyway true" in str(error.value)
+        assert Path(config.output_dir, "recipe.yaml").read_text() == recipe
+        return str(error.value)
+
+    def test_another_base_of_the_same_name(self, toy_run, saved, tmp_path):
+        base = shutil.copytree(GLM_TINY, tmp_path / "glm-tiny")
+        tensors = load_file(base / "model.safetensors")
+        name = next(name for name in tensors if "query_key_value.weight" in name)
+        tensors[name] *= 1.01
+        save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+        told = self.refusal(toy_run(chatglm_path=str(base), **saved))
+        assert "base weights " in told
+        assert "base model" not in told
+
+    def test_another_tokenizer_and_template(self, toy_run, saved, tmp_path, monkeypatch):
+        from dataclasses import replace
+
+        load_tokenizer, load_dataset = loop.load_tokenizer, loop.load_dataset
+
+        class Other:
+            vocab_hash = "f" * 64
+
+            def __getattr__(self, name):
+                return getattr(load_tokenizer(GLM_TINY), name)
+
+        def other_template(path):
+            dataset, card = load_dataset(path)
+            return dataset, replace(card, template="vicuna")
+
+        monkeypatch.setattr(loop, "load_tokenizer", lambda base: Other())
+        monkeypatch.setattr(loop, "load_dataset", other_template)
+        told = self.refusal(toy_run(**saved))
+        assert "tokenizer sha256 " in told
+        assert "(now ffffffffffffffff)" in told
+        assert "template None (now vicuna)" in told
+
+    def test_another_pack_length_is_another_order(self, toy_run, tmp_path):
+        settings = {"lr_scheduler_type": "constant", "packing": True}
+        loop.train(toy_run(max_steps=2, tokens_per_step=128, **settings))
+        told = self.refusal(
+            toy_run(
+                max_steps=3,
+                tokens_per_step=64,
+                gradient_accumulation_steps=4,
+                resume_from_checkpoint="true",
+                **settings,
+            )
+        )
+        assert "pack length 128 (now 64)" in told
+        assert "tokens per step" not in told
+
+    def test_who_means_it_goes_on_with_the_new_settings(self, toy_run, saved, capsys):
+        result = loop.train(toy_run(learning_rate=5e-4, resume_anyway=True, **saved))
+        err = capsys.readouterr().err
+        assert "checkpoint-2 is gone on with although it differs: learning_rate 0.001 (now" in err
+        rates = [record["learning_rate"] for record in result.log_history]
+        assert rates == [1e-3, 1e-3, 5e-4]
+
+    def test_another_shape_is_refused_in_any_case(self, toy_run, saved):
+        with pytest.raises(UserError, match="has shape"):
+            loop.train(toy_run(lora_rank=4, resume_anyway=True, **saved))
+
+
+class TestFallingBack:
+    def test_a_flipped_bit_costs_some_steps_and_no_more(self, toy_run, tmp_path, capsys):
+        loop.train(toy_run(**SETTINGS))
+        unbroken = outcome(tmp_path / "run")
+        file = tmp_path / "run" / "checkpoint-9" / "optimizer.pt"
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+        for wanted in ("true", str(tmp_path / "run" / "checkpoint-9")):
+            capsys.readouterr()
+            loop.train(toy_run(resume_from_checkpoint=wanted, **SETTINGS))
+            assert outcome(tmp_path / "run") == unbroken
+            out, err = capsys.readouterr()
+            assert err.count("passed over") == 1 or wanted != "true"
+            assert "8 of them done" in out or wanted != "true"
+
+    def test_a_checkpoint_of_an_earlier_version_is_taken_with_a_word(
+        self, toy_run, tmp_path, capsys
+    ):
+        """It has no manifest, and says nothing of tokenizer, template and weights."""
+        loop.train(toy_run(**SETTINGS))
+        folder = keep_only(tmp_path / "run", 5, tmp_path / "old")
+        old = Path(folder, "checkpoint-5")
+        (old / "manifest.json").unlink()
+        state = json.loads((old / "trainer_state.json").read_text())
+        identity = state["stateful_callbacks"]["glmtune"]
+        for key in ("base weights", "tokenizer sha256", "template", "pack length"):
+            del identity[key]
+        (old / "trainer_state.json").write_text(json.dumps(state))
+        capsys.readouterr()
+        loop.train(toy_run(output_dir=folder, resume_from_checkpoint="true", **SETTINGS))
+        err = capsys.readouterr().err
+        assert "checkpoint-5 is of an earlier version, without a manifest" in err
+        assert "does not say its base weights, tokenizer sha256, template, pack length" in err
+        assert outcome(folder) == outcome(tmp_path / "run")
+
+    @pytest.mark.parametrize(
+        ("file", "content"),
+        [
+            ("optimizer.pt", {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": []}),
+            ("optimizer.pt", [1]),
+            ("scheduler.pt", {"last_epoch": "soon"}),
+            ("rng_state_0.pth", {"cpu": np.zeros(3).tolist()}),
+        ],
+    )
+    def test_an_unverified_one_that_holds_something_else(self, toy_run, tmp_path, file, content):
+        settings = {"max_steps": 2, "lr_scheduler_type": "constant"}
+        loop.train(toy_run(**settings))
+        checkpoint = tmp_path / "run" / "checkpoint-2"
+        (checkpoint / "manifest.json").unlink()
+        torch.save(content, checkpoint / file)
+        with pytest.raises(UserError, match="is not this run's state"):
+            loop.train(toy_run(resume_from_checkpoint="true", **settings | {"max_steps": 3}))
+
+
+if __name__ == "__main__":
+    work(*sys.argv[1:])

@@ -1,0 +1,202 @@
+"""What stops a run, by itself: the flag on the device, float16's scaler, the course of the loss."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from glmtune.training.course import judge_course
+from glmtune.training.watch import FIRST_STEPS, NotFiniteError, Watch
+
+CPU = torch.device("cpu")
+
+
+class Training:
+    """Two weights that are trained as the loop does it, with gradients of our choice.
+
+    A fused AdamW whose watch is not read at once is what runs on a GPU.
+    """
+
+    def __init__(self, at_once, scaler=None):
+        self.weights = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]
+        self.optimizer = torch.optim.AdamW(self.weights, lr=0.1, fused=not at_once)
+        self.scaler = scaler
+        self.watch = Watch(self.weights, self.optimizer, scaler, CPU, at_once=at_once)
+        self.num_steps = 0
+
+    def step(self, loss=1.0, grads=(1.0, 1.0)):
+        largest = self.watch.begin(self.num_steps)
+        scale = 1.0 if self.scaler is None else self.scaler.scale(torch.ones(())).item()
+        for weight, grad in zip(self.weights, grads, strict=True):
+            weight.grad = torch.full_like(weight, grad * scale)
+        self.watch.see_loss(torch.tensor(loss), largest)
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        self.watch.see_gradient(nn.utils.get_total_norm([w.grad for w in self.weights]))
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.num_steps += 1
+
+    def moving(self):
+        """A copy of all that a step changes."""
+        moments = self.optimizer.state_dict()["state"].values()
+        slots = [slot for of_weight in moments for slot in of_weight.values()]
+        return [tensor.clone() for tensor in (*[w.detach() for w in self.weights], *slots)]
+
+
+FAULTS = [
+    ({"loss": math.nan}, "loss", "the loss is nan"),
+    ({"loss": math.inf}, "loss", "the loss is inf"),
+    ({"grads": (math.nan, 1.0)}, "gradient", "the norm of the gradient is nan"),
+    ({"grads": (1.0, -math.inf)}, "gradient", "the norm of the gradient is inf"),
+]
+
+
+@pytest.mark.parametrize(("numbers", "what", "words"), FAULTS)
+def test_on_a_cpu_the_step_itself_stops(numbers, what, words):
+    training = Training(at_once=True)
+    training.step()
+    before = training.moving()
+    with pytest.raises(NotFiniteError, match=words) as stop:
+        training.step(**numbers)
+    assert (stop.value.fault.step, stop.value.fault.what) == (1, what)
+    assert all(map(torch.equal, training.moving(), before))
+
+
+@pytest.mark.parametrize(("numbers", "what", "words"), FAULTS)
+def test_on_a_gpu_no_step_changes_anything_until_the_host_comes_by(
+    numbers, what, words, monkeypatch
+):
+    training = Training(at_once=False)
+    monkeypatch.setattr(training.watch, "_look", lambda: None)  # the device is far behind
+    training.step()
+    training.step()
+    training.watch.settle()
+    before = training.moving()
+    training.step(**numbers)
+    training.step()  # launched in ignorance
+    training.step(loss=math.inf)
+    assert all(map(torch.equal, training.moving(), before))
+    with pytest.raises(NotFiniteError, match=words) as stop:
+        training.watch.settle()
+    assert (stop.value.fault.step, stop.value.fault.what) == (2, what)
+
+
+def test_on_a_gpu_the_next_step_knows():
+    training = Training(at_once=False)
+    training.step()
+    training.step(loss=math.nan)
+    with pytest.raises(NotFiniteError) as stop:
+        training.step()
+    assert stop.value.fault.step == 1
+
+
+def test_a_weight_is_named_before_what_it_spoils():
+    training = Training(at_once=True)
+    training.weights[1].data[0] = math.inf
+    with pytest.raises(NotFiniteError, match="a weight of the adapter is inf") as stop:
+        training.step(loss=math.nan)
+    assert stop.value.fault.what == "weight"
+
+
+def test_large_weights_are_no_fault():
+    training = Training(at_once=True)
+    training.weights[0].data.fill_(1e30)
+    training.step()
+
+
+def test_the_random_state_is_that_of_the_start_of_the_bad_step(monkeypatch):
+    training = Training(at_once=False)
+    monkeypatch.setattr(training.watch, "_look", lambda: None)
+    training.step()
+    torch.manual_seed(7)
+    wanted = torch.get_rng_state()
+    training.step(loss=math.nan)
+    torch.rand(3)
+    training.step()
+    with pytest.raises(NotFiniteError) as stop:
+        training.watch.settle()
+    assert torch.equal(stop.value.fault.random_state.cpu, wanted)
+
+
+def scaler(scale):
+    return torch.amp.GradScaler("cpu", init_scale=scale)
+
+
+def test_float16_skips_an_overflow_and_goes_on():
+    training = Training(at_once=False, scaler=scaler(2.0**16))
+    training.step()
+    before = [w.detach().clone() for w in training.weights]
+    training.step(grads=(math.inf, 1.0))
+    assert all(map(torch.equal, training.weights, before))
+    training.step()
+    training.watch.settle()
+    assert training.scaler.get_scale() == 2.0**15
+    assert not torch.equal(training.weights[0], before[0])
+
+
+def test_float16_stops_when_the_smallest_scale_overflows():
+    training = Training(at_once=True, scaler=scaler(4.0))
+    training.step(grads=(math.inf, 1.0))
+    training.step(grads=(math.inf, 1.0))
+    assert training.scaler.get_scale() == 1
+    with pytest.raises(NotFiniteError, match="gradient"):
+        training.step(grads=(math.inf, 1.0))
+
+
+def test_float16_stops_at_once_when_the_loss_itself_is_not_finite():
+    training = Training(at_once=False, scaler=scaler(2.0**16))
+    training.step()
+    before = [w.detach().clone() for w in training.weights]
+    training.step(loss=math.nan)
+    with pytest.raises(NotFiniteError, match="loss is nan"):
+        training.step()
+    assert all(map(torch.equal, training.weights, before))
+
+
+def test_weights_without_a_gradient_are_told_once():
+    training = Training(at_once=True)
+    training.step(grads=(0.0, 1.0))
+    assert training.watch.unmoved() == []  # lora_A has none before lora_B has moved
+    for _ in range(FIRST_STEPS - 1):
+        training.step(grads=(0.0, 1.0))
+    assert training.watch.unmoved() == [0]
+    assert training.watch.unmoved() == []
+
+
+def test_a_gradient_in_any_of_the_first_steps_is_enough():
+    training = Training(at_once=True)
+    for step in range(FIRST_STEPS):
+        training.step(grads=(1.0 * (step == 2), 0.5))
+    assert training.watch.unmoved() == []
+
+
+@pytest.mark.parametrize(
+    ("losses", "words", "stops"),
+    [
+        ([], None, False),
+        ([5.0], None, False),
+        ([5.0, 4.0, 3.0], None, False),
+        ([5.0, 4.0, 16.0], "explodes: 16, after 4.5 usually and 5 at first", False),
+        ([5.0, 4.0, 16.0, 30.0, 20.0], "explodes: 20, after 4.5 usually", True),
+        ([5.0, 16.0, 30.0, 20.0], "explodes", True),  # from the start
+        ([5.0, 4.0, 16.0, 30.0, 3.0], None, False),  # it came back
+        ([5.0, 0.01, 0.02, 0.9, 1.2, 1.1], None, False),  # noise below what the base had
+        ([5.0, 5.5, 7.0, 9.0, 11.0], None, False),  # bad, but within three times
+        ([5.0, 0.0], "exactly 0", False),
+        ([5.0, 0.0, 0.0, 0.0], "exactly 0", True),
+        ([5.0, 0.0, 0.0, 1e-6], None, False),
+        ([0.0, 0.0, 0.0], "exactly 0", True),
+        ([5.0, 0.0, 0.0, 20.0], "explodes", False),  # the rows of oddities are counted apart
+    ],
+)
+def test_the_course_of_the_loss(losses, words, stops):
+    course = judge_course(losses)
+    assert (course is None) == (words is None)
+    if course:
+        assert words in course.words
+        assert course.stops == stops
