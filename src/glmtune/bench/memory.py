@@ -81,12 +81,12 @@ def bench_memory(settings: BenchMemoryConfig) -> dict[str, Any]:
         **machine(device),
         "settings": settings.model_dump(exclude_defaults=True),
         "shape": settings.shape,
-        "copy_bytes_per_second": _in_a_process(copy_rate, device),
     }
     with tempfile.TemporaryDirectory(prefix="glmtune-") as folder:
         _check_disk(settings, folder)
         print(f"writing random weights ({settings.shape})", flush=True)
-        _in_a_process(write_random_model, Path(folder), SHAPES[settings.shape], device=str(device))
+        rate = _in_a_process(_prepare, Path(folder), settings.shape, device)
+        record["copy_bytes_per_second"] = rate
         for name in names:
             print(f"measuring {name}", flush=True)
             try:
@@ -100,6 +100,12 @@ def bench_memory(settings: BenchMemoryConfig) -> dict[str, Any]:
     if settings.json_path:
         append_json(record, settings.json_path)
     return record
+
+
+def _prepare(folder: Path, shape: str, device: torch.device) -> float:
+    """Write the weights, and measure the copy rate in bytes a second: one process for both."""
+    write_random_model(folder, SHAPES[shape], device=str(device))
+    return copy_rate(device)
 
 
 def measure(name: str, settings: BenchMemoryConfig, folder: str) -> Peak:
