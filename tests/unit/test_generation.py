@@ -172,7 +172,7 @@ def test_fewer_bits_are_used(answer, continuations, monkeypatch):
     asked = []
     monkeypatch.setattr(
         "glmtune.generation.decoder.read_weights",
-        lambda model, bits, merge: asked.append(bits) or read_weights(model, bits=16),
+        lambda model, bits, **_: asked.append(bits) or read_weights(model, bits=16),
     )
     answer([continuations[0][0]], replace(GREEDY, decode_bits=8))
     assert asked == [8]
