@@ -16,12 +16,15 @@ from types import SimpleNamespace
 
 import pytest
 
-NUM_KILLS = 200
+
+def few_or(number_of_all, few):
+    """A few in the ordinary tests, and all of them where slow ones are asked for."""
+    return [few, pytest.param(number_of_all, marks=pytest.mark.slow)]
 
 
-def run_server(mode, folder, base):
+def run_server(mode, number, folder, base):
     done = subprocess.run(
-        [sys.executable, __file__, mode, str(folder), str(base)],
+        [sys.executable, __file__, mode, str(number), str(folder), str(base)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -33,17 +36,19 @@ def run_server(mode, folder, base):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, which this system cannot")
 class TestKills:
-    def test_at_random_instants(self, tmp_path, tiny_folder):
-        told = run_server("random", tmp_path / "run", tiny_folder)
-        assert told["kills"] == NUM_KILLS
-        assert told["in_a_save"] > NUM_KILLS / 4, told
-        assert told["last_step"] > NUM_KILLS / 10, told
+    @pytest.mark.parametrize("num_kills", few_or(200, 20))
+    def test_at_random_instants(self, tmp_path, tiny_folder, num_kills):
+        told = run_server("random", num_kills, tmp_path / "run", tiny_folder)
+        assert told["kills"] == num_kills
+        assert told["in_a_save"] > num_kills / 4, told
+        assert told["last_step"] > num_kills / 10, told
 
-    def test_before_each_call_that_changes_the_disk(self, tmp_path, tiny_folder):
+    @pytest.mark.parametrize("every", few_or(1, 7))
+    def test_before_each_call_that_changes_the_disk(self, tmp_path, tiny_folder, every):
         """Each fsync, rename and deletion of a save with its rotation, one after the other."""
-        told = run_server("each", tmp_path / "run", tiny_folder)
-        assert told["kills"] > 30, told
-        assert told["in_a_save"] > 20, told
+        told = run_server("each", every, tmp_path / "run", tiny_folder)
+        assert told["kills"] > 30 // every, told
+        assert told["in_a_save"] > 20 // every, told
 
 
 class Server:
@@ -148,13 +153,13 @@ def some_rows():
     return TokenRows(np.arange(6), np.array([0, 6]), np.array([4]))
 
 
-def kill_at_random(server):
+def kill_at_random(server, num_kills):
     randomly = random.Random(0)
     start = time.monotonic()
     assert os.waitpid(server.fork(10), 0)[1] == 0
     seconds_a_save = (time.monotonic() - start) / 10
     step, num_saving = server.look(10)[0], 0
-    for _ in range(NUM_KILLS):
+    for _ in range(num_kills):
         child = server.fork(10**6)
         time.sleep(randomly.uniform(0, 3 * seconds_a_save))
         os.kill(child, signal.SIGKILL)
@@ -162,7 +167,7 @@ def kill_at_random(server):
         step, is_saving = server.look(step, child)
         num_saving += is_saving
     return {
-        "kills": NUM_KILLS,
+        "kills": num_kills,
         "in_a_save": num_saving,
         "last_step": step,
         "seconds_a_save": round(seconds_a_save, 4),
@@ -170,7 +175,7 @@ def kill_at_random(server):
     }
 
 
-def kill_before_each_call(server):
+def kill_before_each_call(server, every):
     def arm(number):
         """Let this process die before its n-th call of those that change what a folder holds."""
         calls = iter(range(1, 10**6))
@@ -188,11 +193,11 @@ def kill_before_each_call(server):
 
     assert os.waitpid(server.fork(3), 0)[1] == 0
     step, num_saving = server.look(3)[0], 0
-    for number in range(1, 1000):
+    for kills, number in enumerate(range(1, 1000, every)):
         child = server.fork(1, before=lambda number=number: arm(number))
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if code == 0:
-            return {"kills": number - 1, "in_a_save": num_saving, "last_step": step}
+            return {"kills": kills, "in_a_save": num_saving, "last_step": step}
         assert code == -signal.SIGKILL
         step, is_saving = server.look(step, child)
         num_saving += is_saving
@@ -200,6 +205,6 @@ def kill_before_each_call(server):
 
 
 if __name__ == "__main__":
-    mode, *places = sys.argv[1:]
+    mode, number, *places = sys.argv[1:]
     kill = kill_at_random if mode == "random" else kill_before_each_call
-    print(json.dumps(kill(Server(*places))))
+    print(json.dumps(kill(Server(*places), int(number))))

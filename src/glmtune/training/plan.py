@@ -150,9 +150,16 @@ class RowPlan(Plan):
         return np.array_split(rows, num_passes * num_processes)
 
     def heaviest(self, num_steps: int, num_processes: int, padded: bool) -> np.ndarray:
-        """See `Plan`; all epochs are gone through, most passes at once as an array."""
+        """See `Plan`; epochs are gone through until none can have a heavier one.
+
+        Most passes of an epoch are looked at at once, as an array.
+        """
         best, most = np.arange(0), 0
+        longest = np.sort(self.lengths_R[self.row_ids])[-self.batch_size :]
+        limit = longest[-1] * len(longest) if padded else longest.sum()
         for first in range(0, num_steps if self.shuffle else 1, self.steps_in()):
+            if most == limit:
+                break
             last = min(first + self.steps_in(), num_steps) - 1
             rows = self.order(first // self.steps_in())
             whole_PB = rows[: (last - first) * self.global_batch_size].reshape(-1, self.batch_size)
