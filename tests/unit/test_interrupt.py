@@ -71,10 +71,18 @@ class TestSignals:
         assert "Traceback" not in err
         return out + rest, err, child.returncode
 
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
     @pytest.mark.parametrize(
-        ("moment", "checkpoint"),
-        [("stepping", 3), ("evaluating", 2), ("saving", 2), ("accumulating", 2)],
+        ("moment", "checkpoint", "number"),
+        [
+            ("stepping", 3, signal.SIGTERM),
+            ("evaluating", 2, signal.SIGINT),
+            ("saving", 2, signal.SIGTERM),
+            ("accumulating", 2, signal.SIGINT),
+            pytest.param("stepping", 3, signal.SIGINT, marks=pytest.mark.slow),
+            pytest.param("evaluating", 2, signal.SIGTERM, marks=pytest.mark.slow),
+            pytest.param("saving", 2, signal.SIGINT, marks=pytest.mark.slow),
+            pytest.param("accumulating", 2, signal.SIGTERM, marks=pytest.mark.slow),
+        ],
     )
     def test_it_saves_and_ends(self, toy_rows, tmp_path, moment, checkpoint, number):
         folder = tmp_path / "run"
