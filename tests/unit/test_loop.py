@@ -785,6 +785,18 @@ class TestMemory:
         ]  # fmt: skip
         assert "fits" in lines[-1]
 
+    def test_what_the_card_has_free_is_asked_before_the_weights_are_on_it(
+        self, config, monkeypatch
+    ):
+        """And not again: advice would take the weights for another program's."""
+        card, asked, load = Card.of(torch.device("cpu")), [], loop.load_base_model
+        monkeypatch.setattr(Card, "of", lambda device: asked.append("card") or card)
+        monkeypatch.setattr(
+            loop, "load_base_model", lambda *a, **k: asked.append("weights") or load(*a, **k)
+        )
+        loop.train(config(max_steps=1))
+        assert asked == ["card", "weights"]
+
     def test_what_cannot_fit_is_refused_before_the_weights_are_loaded(self, config, monkeypatch):
         tiny = Card("a tiny card", 0.5, 0.5, (8, 0))
         monkeypatch.setattr(Card, "of", lambda device: tiny)

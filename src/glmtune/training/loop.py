@@ -127,7 +127,7 @@ def train(config: TrainConfig, at_end: AtEnd | None = None) -> TrainResult:
         }
         torch.manual_seed(config.seed)
         peft_model = adapt(model, config)
-        run = Run.of(config, accelerator, rows, peft_model, base_name(base), sources)
+        run = Run.of(config, accelerator, rows, peft_model, base_name(base), sources, foresee)
         if resume:
             notes += checkpoints.check_same_run(resume, run.identity, config.resume_anyway)
         if accelerator.is_main_process:

@@ -69,10 +69,14 @@ class Run:
         model: PeftModel,
         base_name: str,
         sources: Mapping[str, Any] | None = None,
+        foresee: Foresee | None = None,
     ) -> "Run":
-        """Work out the numbers of a run: its split, its global batch, its steps."""
+        """Work out the numbers of a run: its split, its global batch, its steps.
+
+        What the card has free must be asked before the weights are on it: `foresee` is then given.
+        """
         base = base_of(model)
-        foresee = foresee_on(accelerator, base.config, base.dtype, rows)
+        foresee = foresee or foresee_on(accelerator, base.config, base.dtype, rows)
         forecast = foresee(config)
         _, eval_rows = split_rows(len(rows), config.eval_ratio, config.seed)
         if length := forecast.pack_length:
@@ -88,7 +92,7 @@ class Run:
             eval_rows,
             max_steps,
             warmup_steps=int(warmup) if warmup >= 1 else math.ceil(warmup * max_steps),
-            dtype=base_of(model).dtype,
+            dtype=base.dtype,
             base_name=base_name,
             forecast=forecast,
             foresee=foresee,
