@@ -110,29 +110,21 @@ class Int4:
 
 
 @dataclass(frozen=True)
-class Packed:
+class InWords:
     """A linear of 8 or 4 bits on a GPU, in groups of inputs; see `ops.words`."""
 
-    words_OW: Tensor
-    scale_middle_OG2: Tensor
+    weight: Words
     bias_O: Tensor | None
-    bits: int
 
     @classmethod
-    def of(cls, weight_OI: Tensor, bias_O: Tensor | None, bits: int) -> "Packed":
+    def of(cls, weight_OI: Tensor, bias_O: Tensor | None, bits: int) -> "InWords":
         """Round the weights.
 
         Raises:
             UserError: a width that cannot be had in groups.
         """
         _check_width(weight_OI, bits)
-        words = Words.pack(weight_OI, bits)
-        return cls(words.words_OW, words.scale_middle_OG2, bias_O, bits)
-
-    @property
-    def weight(self) -> Words:
-        """Numbers, scales and middles."""
-        return Words(self.words_OW, self.scale_middle_OG2, self.bits)
+        return cls(Words.pack(weight_OI, bits), bias_O)
 
     def __call__(self, x: Tensor) -> Tensor:
         """``(..., I)`` to ``(..., O)``: many rows go through the weights as floats."""
@@ -181,7 +173,7 @@ def can_be_fused(linear: Projection) -> bool:
     """Whether a linear has kernels for one token of a few rows."""
     if isinstance(linear, Adapted):
         return len(linear.updates) == 1 and can_be_fused(linear.base)
-    return isinstance(linear, (Plain, Packed))
+    return isinstance(linear, (Plain, InWords))
 
 
 def _kernels() -> ModuleType:

@@ -1,6 +1,6 @@
 """A model's weights as decoding wants them: adapter applied or merged, in 16, 8 or 4 bits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from glmtune.adapters.lora import Update, split_lora
 from glmtune.errors import UserError
-from glmtune.generation.linears import Adapted, Int4, Int8, Packed, Plain, can_be_fused
+from glmtune.generation.linears import Adapted, Int4, Int8, InWords, Plain, can_be_fused
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.decoding import Block, Projection, Weights
 from glmtune.ops.norm import Norm
@@ -73,7 +73,7 @@ def read_weights(
 
 def can_be_captured(weights: Weights) -> bool:
     """Whether every linear is of a kind known here, and so waits for nothing but the GPU."""
-    kinds = Plain, Int8, Int4, Packed, Adapted
+    kinds = Plain, Int8, Int4, InWords, Adapted
     return all(isinstance(linear, kinds) for linear in _linears(weights))
 
 
@@ -90,19 +90,23 @@ def most_rows_for_kernels(weights: Weights, config: ChatGLMConfig) -> int:
         return 0
     if not all(can_be_fused(linear) for linear in linears):
         return 0
-    return 4 if any(isinstance(linear, Packed) for linear in linears) else 1
+    return 4 if any(isinstance(linear, InWords) for linear in linears) else 1
 
 
 def num_bytes(weights: Weights) -> int:
     """What one step reads of the weights. Of the embedding that is next to nothing."""
-    tensors = [*weights.final_norm[:2]]
-    for block in weights.blocks:
-        tensors += [*block.input_norm[:2], *block.post_attention_norm[:2]]
-    for linear in _linears(weights):
-        updates = linear.updates if isinstance(linear, Adapted) else ()
-        found = [*vars(linear).values(), *(tensor for update in updates for tensor in update)]
-        tensors += [tensor for tensor in found if isinstance(tensor, Tensor)]
-    return sum(tensor.nbytes for tensor in tensors)
+    norms = [norm for block in weights.blocks for norm in block if isinstance(norm, Norm)]
+    linears = [tuple(vars(linear).values()) for linear in _linears(weights)]
+    return sum(tensor.nbytes for tensor in _tensors((weights.final_norm, *norms, *linears)))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Those in nested tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _tensors(part)
 
 
 def _linears(weights: Weights) -> list[Projection]:
@@ -141,22 +145,22 @@ def _read_projection(
                 f"{type(linear).__name__}), which are not rounded again; leave the bits out"
             )
         return linear
-    weight = base.weight.detach().to(device)
-    bias = None if base.bias is None else base.bias.to(device)
     updates = tuple(Update(a.to(device), b.to(device), scale) for a, b, scale in updates)
     if merge and updates:
+        weight = base.weight.detach().to(device)
         total = weight.float()
         for a_RI, b_OR, scale in updates:
             total = total + b_OR.float() @ a_RI.float() * scale
-        return _round(total.to(weight.dtype), bias, bits)
-    if base not in known:
-        known[base] = _round(weight, bias, bits)
+        return _round(total.to(weight.dtype), base.bias, bits, device)
+    if base not in known:  # or else it would be brought to the device in vain
+        known[base] = _round(base.weight.detach(), base.bias, bits, device)
     return Adapted(known[base], updates) if updates else known[base]
 
 
-def _round(weight: Tensor, bias: Tensor | None, bits: int) -> Projection:
+def _round(weight: Tensor, bias: Tensor | None, bits: int, device: torch.device) -> Projection:
+    weight, bias = weight.to(device), None if bias is None else bias.to(device)
     if bits == 16:
         return Plain(weight, bias)
     if weight.is_cuda:
-        return Packed.of(weight, bias, bits)
+        return InWords.of(weight, bias, bits)
     return {8: Int8.of, 4: Int4.of}[bits](weight, bias)
