@@ -15,8 +15,9 @@ def is_evaluation_due(run: Run, state: TrainingState, log: RunLog) -> bool:
     """Whether the rows held out are to be looked at after this step, and have not been yet."""
     step = state.global_step
     falls_due = step > 0 and (step % run.eval_steps == 0 or step == run.max_steps)
-    is_done = any("eval_loss" in r and r["step"] == step for r in reversed(log.history))
-    return bool(len(run.eval_rows)) and falls_due and not is_done
+    if not falls_due or not len(run.eval_rows):  # asked in every step: records may be many
+        return False
+    return not any("eval_loss" in r and r["step"] == step for r in reversed(log.history))
 
 
 def evaluate_if_due(
