@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from glmtune.config import TrainConfig
+from glmtune.data.files import write_json
 from glmtune.errors import UserError
-from glmtune.training.checkpoints import rotate_checkpoints, write_json
+from glmtune.training.checkpoints import rotate_checkpoints
 from glmtune.training.manifest import find_fault, write_manifest
 from glmtune.training.run_folder import claim_output_dir, find_checkpoint, resume_point
 

@@ -18,9 +18,12 @@ _LORA_SETTINGS = {field.name for field in fields(LoraConfig)} - {"runtime_config
 _KNOWN_SETTINGS = _LORA_SETTINGS | {"runtime_config", "enable_lora", "merge_weights"}
 
 
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
 def match_checkpoint(path: Path) -> re.Match | None:
     """Whether a folder is a `checkpoint-N`, and which N."""
-    return re.fullmatch(r"checkpoint-(\d+)", path.name) if path.is_dir() else None
+    return CHECKPOINT.fullmatch(path.name) if path.is_dir() else None
 
 
 def read_settings(folder: Path) -> tuple[dict | None, list[str]]:

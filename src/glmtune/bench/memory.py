@@ -20,7 +20,8 @@ import torch
 from glmtune.bench.limits import copy_rate
 from glmtune.bench.random_model import SHAPES, check_room
 from glmtune.bench.rows import random_rows
-from glmtune.bench.timing import machine, times_ms
+from glmtune.bench.timing import machine
+from glmtune.bench.train import time_steps
 from glmtune.config import BenchMemoryConfig, TrainConfig
 from glmtune.data.jsonlines import append_json, check_appendable
 from glmtune.errors import UserError
@@ -30,7 +31,6 @@ from glmtune.models.random_init import write_random_model
 from glmtune.models.sizes import weight_bytes
 from glmtune.runlog import print_pairs
 from glmtune.training.check import prove
-from glmtune.training.loop import train_step
 from glmtune.training.run import Run, adapt, build_pass, build_state, start_accelerator
 
 _SIX_ROWS: dict[str, Any] = {"exact_batch": True, "per_device_train_batch_size": 6}
@@ -132,15 +132,8 @@ def measure(name: str, settings: BenchMemoryConfig, folder: str) -> Peak:
     state = build_state(run, model)
     step_pass = build_pass(run, model, state.weights)
     prove(run, state, step_pass)
-    first = state.global_step + settings.warmup
-    times = times_ms(
-        lambda: train_step(run, state, step_pass),
-        device,
-        warmup=settings.warmup,
-        repeats=settings.steps,
-    )
-    steps = [np.concatenate(run.plan.parts(first + i, 1)) for i in range(settings.steps)]
-    num_tokens = sum(int(rows.lengths_R[row_ids].sum()) for row_ids in steps)
+    times, row_ids = time_steps(run, state, step_pass, settings.warmup, settings.steps)
+    num_tokens = int(rows.lengths_R[row_ids].sum())
     allocated, estimate = _peak_gib(device) - before, run.forecast.estimate.allocated / GIB
     on_gpu = device.type == "cuda"
     return Peak(

@@ -27,6 +27,7 @@ from glmtune.training.loop import train_step
 from glmtune.training.passes import PaddedPass, Pass
 from glmtune.training.plan import RowPlan
 from glmtune.training.run import Run, adapt, build_pass, build_state, check_fp8, start_accelerator
+from glmtune.training.state import TrainingState
 
 _NUM_ROWS = 20_000
 _ORIGINAL_ROWS = 6
@@ -138,7 +139,7 @@ def _measure(run: Run, model: PeftModel, settings: BenchTrainConfig) -> tuple[Sp
 
 
 def _time_steps(
-    run: Run, state: Any, step_pass: Pass, settings: BenchTrainConfig, start: float
+    run: Run, state: TrainingState, step_pass: Pass, settings: BenchTrainConfig, start: float
 ) -> Speed:
     device = run.accelerator.device
     if device.type == "cuda":
@@ -146,26 +147,33 @@ def _time_steps(
     train_step(run, state, step_pass)
     state.loss_sum.item()  # waits for the device
     first = time.perf_counter() - start
-    first_step = state.global_step + settings.warmup
-    times = times_ms(
-        lambda: train_step(run, state, step_pass),
-        device,
-        warmup=settings.warmup,
-        repeats=settings.steps,
-    )
-    rows = [np.concatenate(run.plan.parts(first_step + i, 1)) for i in range(settings.steps)]
+    times, row_ids = time_steps(run, state, step_pass, settings.warmup, settings.steps)
     seconds = sum(times) / 1e3
     state.loss_sum.zero_()
     train_step(run, state, step_pass)
     return Speed(
         ms=float(np.median(times)),
-        real_tokens_per_second=sum(run.rows.lengths_R[ids].sum() for ids in rows) / seconds,
-        supervised_tokens_per_second=sum(run.rows.num_labels_R[ids].sum() for ids in rows)
-        / seconds,
+        real_tokens_per_second=run.rows.lengths_R[row_ids].sum() / seconds,
+        supervised_tokens_per_second=run.rows.num_labels_R[row_ids].sum() / seconds,
         first_step_seconds=first,
         peak_gib=memory_gib(device),
         loss=state.loss_sum.item(),
     )
+
+
+def time_steps(
+    run: Run, state: TrainingState, step_pass: Pass, warmup: int, steps: int
+) -> tuple[list[float], np.ndarray]:
+    """Milliseconds of each of some training steps after others, and the rows of all of them."""
+    first = state.global_step + warmup
+    times = times_ms(
+        lambda: train_step(run, state, step_pass),
+        run.accelerator.device,
+        warmup=warmup,
+        repeats=steps,
+    )
+    parts = [part for i in range(steps) for part in run.plan.parts(first + i, 1)]
+    return times, np.concatenate(parts)
 
 
 def _measure_plain(

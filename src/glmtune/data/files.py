@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -56,6 +56,13 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
         kind = type(content).__name__
         raise UserError(f"{path}: holds a {kind}, not an object of settings; get the file again")
     return content
+
+
+def write_json(content: Mapping[str, Any], path: str | Path) -> None:
+    """Write a JSON file that appears whole. Raises UserError as `new_file` does."""
+    with new_file(str(path)) as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+        file.write("\n")
 
 
 def sha256_of(path: str | Path) -> str:

@@ -19,6 +19,7 @@ from glmtune.models.checkpoints import load_tokenizer
 from glmtune.models.sizes import LINEARS, adapter_parameters
 from glmtune.models.weights import is_lfs_pointer
 from glmtune.training.advice import advise, verdict
+from glmtune.training.disk import BYTES_PER_WEIGHT
 from glmtune.training.forecast import EqualRows, Lengths, forecast
 from glmtune.training.run_folder import resume_point
 
@@ -148,4 +149,4 @@ def check_run_folder(config: TrainConfig, base: Path | str) -> Iterator[Told]:
 def checkpoint_bytes(config: TrainConfig, model: ChatGLMConfig) -> int:
     """Bytes of a checkpoint: an adapter in float32 and two moments of each of its weights."""
     targets = [name for name in config.lora_target if name in LINEARS]
-    return 3 * 4 * adapter_parameters(model, config.lora_rank, targets)
+    return BYTES_PER_WEIGHT * adapter_parameters(model, config.lora_rank, targets)

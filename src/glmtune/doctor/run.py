@@ -1,6 +1,5 @@
 """`glmtune doctor`: every check, a line each, before anything is spent on a run."""
 
-import json
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -8,7 +7,7 @@ from pathlib import Path
 
 from glmtune import __version__
 from glmtune.config import DoctorConfig, TrainConfig, recipe_verbs
-from glmtune.data.files import new_file, read_text
+from glmtune.data.files import read_text, write_json
 from glmtune.doctor import environment
 from glmtune.doctor.explain import errors_page, explain, find_known
 from glmtune.doctor.findings import OK, PROBLEM, WARNING, Check, Finding, Told, carry_out
@@ -43,9 +42,7 @@ def doctor(config: DoctorConfig) -> int:
             "counts": counts,
             "glmtune_version": __version__,
         }
-        with new_file(config.json_path) as file:
-            json.dump(report, file, indent=2, ensure_ascii=False)
-            file.write("\n")
+        write_json(report, config.json_path)
     return 1 if counts[PROBLEM] else 0
 
 

@@ -3,7 +3,6 @@
 Shapes: O output rows of a linear, I inputs, R rank; A tokens of an answer, V vocabulary.
 """
 
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from glmtune.adapters import read_adapter
 from glmtune.adapters.lora import Update, split_lora
 from glmtune.config import CheckConfig
 from glmtune.config.training import ALL_LINEARS
-from glmtune.data.files import new_file
+from glmtune.data.files import write_json
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError
 from glmtune.evaluation.answers import Subject
@@ -172,9 +171,7 @@ def check(config: CheckConfig) -> Checkup:
         found = examine(model, tokenizer, asked, settings, with_base=True)
     report(found, f"Check-up of {subject.adapter_name}")
     if config.json_path:
-        with new_file(config.json_path) as file:
-            json.dump(_without_nan(found.as_json()), file, indent=2, ensure_ascii=False)
-            file.write("\n")
+        write_json(_without_nan(found.as_json()), config.json_path)
     return found
 
 

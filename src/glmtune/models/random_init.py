@@ -1,11 +1,11 @@
 """Write a randomly initialised checkpoint in the published layout: for tests and benchmarks."""
 
-import json
 import shutil
 from pathlib import Path
 
 import torch
 
+from glmtune.data.files import write_json
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.modeling import EMBEDDING, HEAD, ChatGLMForConditionalGeneration
 from glmtune.models.chatglm.tokenization import VOCAB_FILE
@@ -89,19 +89,15 @@ def write_random_model(
         weight_map |= dict.fromkeys(shard, file)
         total += sum(tensor.nbytes for tensor in shard.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    _write_json(folder / "pytorch_model.bin.index.json", index)
+    write_json(index, folder / "pytorch_model.bin.index.json")
 
     shape = {key: getattr(config, key) for key in SHAPE_KEYS}
-    _write_json(folder / "config.json", PUBLISHED_CONFIG | shape)
+    write_json(PUBLISHED_CONFIG | shape, folder / "config.json")
     if vocab_file is not None:
         shutil.copyfile(vocab_file, folder / VOCAB_FILE)
-        _write_json(folder / "tokenizer_config.json", TOKENIZER_CONFIG)
+        write_json(TOKENIZER_CONFIG, folder / "tokenizer_config.json")
 
 
 def _layer_order(name: str) -> tuple[int, str]:
     parts = name.split(".")
     return (int(parts[2]) if parts[1] == "layers" else -1, name)
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

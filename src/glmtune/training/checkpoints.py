@@ -19,13 +19,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from glmtune.adapters import restore_adapter, save_adapter, verify_saved
-from glmtune.data.files import new_file, new_folder
+from glmtune.adapters.settings import CHECKPOINT
+from glmtune.data.files import new_folder, write_json
 from glmtune.drafts import remove_folder, write_errors
 from glmtune.errors import UserError
 from glmtune.models.torch_files import read_torch_file
 from glmtune.training.disk import check_room, checkpoint_bytes
 from glmtune.training.manifest import (
-    CHECKPOINT,
     STATE_FILE,
     find_fault,
     has_manifest,
@@ -208,13 +208,6 @@ def describe(
         "log_history": history,
         **our_part(identity),
     }
-
-
-def write_json(content: Mapping[str, Any], path: Path) -> None:
-    """Write a JSON file that appears whole."""
-    with new_file(str(path)) as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
 
 
 def rotate_checkpoints(output_dir: Path, limit: int | None, step: int) -> None:

@@ -8,7 +8,6 @@ optimizer.pt       the optimiser before the step, where it is not large
 recipe.yaml        the settings
 """
 
-import json
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,12 +27,12 @@ from glmtune import __version__
 from glmtune.adapters import save_adapter
 from glmtune.config import write_recipe
 from glmtune.data.dataset import CARD_FILE, DataCard
-from glmtune.data.files import new_folder
+from glmtune.data.files import new_folder, read_json_object, write_json
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError
 from glmtune.hardware import device_name
 from glmtune.models.chatglm.packed import base_of
-from glmtune.training.checkpoints import RECIPE_FILE, write_json
+from glmtune.training.checkpoints import RECIPE_FILE
 from glmtune.training.console import what_is_kept
 from glmtune.training.culprit import Culprit, Outcome, PassOfStep, compute_again
 from glmtune.training.passes import PaddedPass
@@ -158,7 +157,7 @@ def read_bundle(folder: Path) -> Bundle:
     if not (folder / CRASH_FILE).is_file():
         raise UserError(f"{folder}: has no {CRASH_FILE}; name a crash-N folder of a run")
     try:
-        told = json.loads((folder / CRASH_FILE).read_text(encoding="utf-8"))
+        told = read_json_object(folder / CRASH_FILE)
         tensors = load_file(folder / STEP_FILE)
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
         rows = TokenRows(arrays["ids_T"], arrays["starts_R1"], arrays["prompt_lengths_R"])

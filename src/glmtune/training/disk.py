@@ -10,7 +10,7 @@ from glmtune.errors import UserError
 
 MEGABYTE = 10**6
 # AdamW keeps two numbers beside each weight, all of them float32.
-_BYTES_PER_WEIGHT = 3 * 4
+BYTES_PER_WEIGHT = 3 * 4
 _BYTES_PER_TENSOR = 3 * 700  # names and headers, in each of the three places
 _BYTES_PER_PROCESS = 8_000  # its random state
 _BYTES_PER_RECORD = 400  # a record of trainer_state.json, with all its numbers
@@ -27,7 +27,7 @@ def checkpoint_bytes(weights: Iterable[Tensor], num_processes: int, num_records:
     """
     sizes = [weight.numel() for weight in weights]
     return (
-        _BYTES_PER_WEIGHT * sum(sizes)
+        BYTES_PER_WEIGHT * sum(sizes)
         + _BYTES_PER_TENSOR * len(sizes)
         + _BYTES_PER_PROCESS * num_processes
         + _BYTES_PER_RECORD * num_records

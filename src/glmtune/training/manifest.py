@@ -6,7 +6,6 @@ saved; anything else is told by `find_fault`, in words.
 
 import hashlib
 import json
-import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,13 +15,13 @@ from safetensors import SafetensorError, safe_open
 
 from glmtune import __version__
 from glmtune.adapters.formats import CONFIG_FILE, WEIGHTS_FILE, WEIGHTS_FILE_2023
+from glmtune.adapters.settings import CHECKPOINT
 from glmtune.data.files import read_json_object, sha256_of
 from glmtune.errors import UserError
 
 MANIFEST_FILE = "manifest.json"
 STATE_FILE = "trainer_state.json"
 TORCH_FILES = ("optimizer.pt", "scheduler.pt")
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _NEEDED = (WEIGHTS_FILE, CONFIG_FILE, *TORCH_FILES, STATE_FILE)
 # The part of trainer_state.json that is ours: transformers keeps a place for others' state.
 _OURS = ("stateful_callbacks", "glmtune")

@@ -5,13 +5,14 @@ from pathlib import Path
 from peft import PeftModel
 
 from glmtune.adapters.formats import CONFIG_FILE, WEIGHTS_FILE
+from glmtune.adapters.settings import CHECKPOINT
 from glmtune.config import TrainConfig, write_recipe
 from glmtune.drafts import clear_drafts, remove_folder
 from glmtune.errors import UserError
 from glmtune.runlog import METRICS_FILE, PLOT_FILE, TENSORBOARD_FOLDER
 from glmtune.training.checkpoints import RECIPE_FILE, saved_steps
 from glmtune.training.disk import MEGABYTE, check_room, checkpoint_bytes, most_new_checkpoints
-from glmtune.training.manifest import CHECKPOINT, STATE_FILE, find_fault, read_trainer_state
+from glmtune.training.manifest import STATE_FILE, find_fault, read_trainer_state
 from glmtune.training.run import Run
 
 # Files of a run at the root of its folder.

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from glmtune.adapters import save_adapter, verify_saved
+from glmtune.data.files import write_json
 from glmtune.errors import UserError
 from glmtune.runlog import PLOT_FILE, RunLog
 from glmtune.training import checkpoints
@@ -61,7 +62,7 @@ def save(run: Run, state: TrainingState, log: RunLog) -> None:
         checkpoints.rotate_checkpoints(output_dir, config.save_total_limit, state.global_step)
         save_adapter(state.model, output_dir, run.base_name)
         verify_saved(state.model, output_dir)
-        checkpoints.write_json(trainer_state, output_dir / STATE_FILE)
+        write_json(trainer_state, output_dir / STATE_FILE)
         log.plot_loss(output_dir / PLOT_FILE)
 
     try:
