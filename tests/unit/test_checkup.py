@@ -14,7 +14,8 @@ from glmtune.adapters import attach_lora, load_adapter, save_adapter
 from glmtune.cli import main
 from glmtune.config import TrainConfig, write_recipe
 from glmtune.data.token_rows import TokenRows
-from glmtune.evaluation import checkup
+from glmtune.errors import UserError
+from glmtune.evaluation import answers, checkup
 from glmtune.evaluation.checkup import Answers, Checkup, Divergence, LayerChange, repeated_share
 from glmtune.evaluation.probes import Probe, held_out_probes
 from glmtune.models.checkpoints import load_base_model
@@ -45,6 +46,36 @@ def test_packed_weights_have_a_norm_too(tiny_folder, write_quantised, tmp_path, 
     changes = checkup.measure_layers(load_adapter(packed, tiny_folder / "adapter_peft_0_2_plain"))
     for found, exact in zip(changes, checkup.measure_layers(tuned), strict=True):
         assert found.relative == pytest.approx(exact.relative, rel=0.02)
+
+
+@pytest.mark.parametrize("bits, tolerance", [(8, 0.02), (4, 0.05)])
+def test_so_have_those_of_bitsandbytes(tiny_folder, tuned, bits, tolerance):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    quantised = load_base_model(str(tiny_folder), dtype=torch.float32, bits=bits)
+    adapted = load_adapter(quantised, tiny_folder / "adapter_peft_0_2_plain")
+    changes = checkup.measure_layers(adapted)
+    for found, exact in zip(changes, checkup.measure_layers(tuned), strict=True):
+        assert found.relative == pytest.approx(exact.relative, rel=tolerance)
+
+
+@pytest.mark.parametrize("computes, place", [(False, "cpu"), (True, "cuda")])
+def test_a_model_that_computes_is_on_the_device_whatever_its_decoder_rounds(
+    monkeypatch, tiny_folder, computes, place
+):
+    """And one that waits for a decoder in few bits is not."""
+    asked = []
+
+    def load(base, *, device, **_):
+        asked.append(device.type)
+        raise UserError("seen")
+
+    monkeypatch.setattr(answers, "load_base_model", load)
+    monkeypatch.setattr(answers, "load_tokenizer", lambda base: None)
+    cuda = torch.device("cuda")
+    subject = answers.Subject(str(tiny_folder), None, cuda, torch.bfloat16, True, None, False)
+    with pytest.raises(UserError, match="seen"):
+        subject.load(computes)
+    assert asked == [place]
 
 
 def test_divergence_is_the_sum_over_the_answers_tokens(tuned):

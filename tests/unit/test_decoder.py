@@ -205,6 +205,28 @@ def test_an_adapter_is_applied_as_it_stands(adapted, prompts):
     assert decode(base, prompts) == of_base
 
 
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_so_it_is_on_a_quantised_base(tiny_folder, write_quantised, tmp_path, prompts, bits):
+    """Published integers, and bitsandbytes' bits: the base's answers stay without the adapter."""
+    if bits:
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+        base = load_base_model(str(tiny_folder), dtype=torch.float32, bits=bits)
+    else:
+        folder = write_quantised(tiny_folder, tmp_path / "int8", 8)
+        base = load_base_model(str(folder), dtype=torch.float32, keep_packed=True)
+    stops = find_stop_ids(base)
+    of_base = decode(Decoder(base, stops), prompts)
+    model = attach_lora(base, rank=4, alpha=32, targets="query_key_value,dense").eval()
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    with model.disable_adapter():
+        without = Decoder(model, stops)
+    assert decode(Decoder(model, stops), prompts) == generate_ids(model, prompts, GREEDY, stops)
+    assert decode(without, prompts) == of_base != generate_ids(model, prompts, GREEDY, stops)
+
+
 def test_a_merged_adapter_answers_alike_and_leaves_the_base(adapted, prompts):
     before = {name: tensor.clone() for name, tensor in adapted.state_dict().items()}
     merged = Decoder(adapted, [], merge=True)

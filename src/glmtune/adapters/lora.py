@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
@@ -147,10 +147,11 @@ class Update(NamedTuple):
 def split_lora(linear: nn.Module) -> tuple[nn.Module, tuple[Update, ...]]:
     """A linear without its adapter, and the updates that are in effect on it now.
 
-    None are where the adapter is disabled, or merged into the weight already. A linear with another
-    kind of adapter than plain LoRA is given back whole.
+    None are where the adapter is disabled, or merged into the weight already. The linear may be of
+    any kind, quantised ones too; one with another kind of adapter than plain LoRA is given back
+    whole.
     """
-    if not isinstance(linear, LoraLinear):
+    if not isinstance(linear, LoraLayer):
         return linear, ()
     if linear.merged or linear.disable_adapters:
         return linear.get_base_layer(), ()

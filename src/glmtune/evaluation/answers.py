@@ -62,8 +62,8 @@ class Subject:
     device: torch.device
     """Where it answers."""
     dtype: torch.dtype
-    loads_on: torch.device
-    """Where its weights are before they are rounded for answering, if they are."""
+    rounds: bool
+    """Whether a decoder answers with rounded copies of its weights."""
     bits: int | None
     """See `--quantization_bit`."""
     quantize_head: bool
@@ -82,9 +82,8 @@ class Subject:
         dtype, caution = pick_dtype(device, config.bf16, config.fp16)
         if caution:
             print(f"notice: {caution}", file=sys.stderr)
-        # A small card then has room for the rounded weights alone.
-        loads_on = device if config.decode_bits == "16" else torch.device("cpu")
-        return cls(base, adapter, device, dtype, loads_on, config.bits, config.quantize_head)
+        rounds = config.decode_bits != "16"
+        return cls(base, adapter, device, dtype, rounds, config.bits, config.quantize_head)
 
     @property
     def adapter_name(self) -> str | None:
@@ -113,8 +112,11 @@ class Subject:
             identity["adapter_sha256"] = _digest(self.adapter)
         return identity
 
-    def load(self) -> tuple[Any, Any]:
+    def load(self, computes: bool = False) -> tuple[Any, Any]:
         """The model in evaluation mode, with its adapter if it has one, and the tokenizer.
+
+        A model whose weights are rounded stays in CPU memory, so that a small card need hold no
+        more than the decoder's; unless it `computes` itself as well.
 
         Raises:
             UserError: base, tokenizer and adapter cannot be read or do not belong together.
@@ -122,10 +124,11 @@ class Subject:
         with_adapter = f" with the adapter {self.adapter_name}" if self.adapter else ""
         print(f"loading {base_name(self.base)}{with_adapter}", file=sys.stderr)
         tokenizer = load_tokenizer(self.base)
+        in_cpu_memory = self.rounds and not computes
         model = load_base_model(
             self.base,
             dtype=self.dtype,
-            device=self.loads_on,
+            device=torch.device("cpu") if in_cpu_memory else self.device,
             keep_packed=True,
             bits=self.bits,
             quantize_head=self.quantize_head,

@@ -31,7 +31,9 @@ from glmtune.evaluation.probes import (
     own_probes,
 )
 from glmtune.generation import Decoder, EncodedPrompt, GenerationSettings, answer_batch
-from glmtune.models.integer_weights import Packed
+from glmtune.models.quantised import frozen_of
+from glmtune.ops.linear import Dense
+from glmtune.ops.quantised import Quantised
 from glmtune.runlog import print_pairs
 
 NGRAM = 4
@@ -165,7 +167,7 @@ def check(config: CheckConfig) -> Checkup:
     if not _has_effect(subject):
         found = Checkup(layers=[], num_linears=0, divergence=None)
     else:
-        model, tokenizer = subject.load()
+        model, tokenizer = subject.load(computes=True)
         asked = choose_probes(config, subject.adapter, tokenizer)
         settings = GenerationSettings.from_config(config)
         found = examine(model, tokenizer, asked, settings, with_base=True)
@@ -332,12 +334,10 @@ def _norm_of(updates: Sequence[Update]) -> float:
 
 
 def _weight_norm(linear: nn.Module) -> float | None:
-    weight: Any = getattr(linear, "weight", None)
-    if isinstance(linear, Packed):
-        weight = linear.unpacked(torch.float32)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        return None
-    return weight.float().norm().item()
+    frozen = frozen_of(linear)
+    if isinstance(frozen, Dense):
+        return frozen.weight_NK.float().norm().item()
+    return frozen.weight(torch.float32).norm().item() if isinstance(frozen, Quantised) else None
 
 
 def _without_nan(value: Any) -> Any:

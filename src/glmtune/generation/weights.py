@@ -144,7 +144,7 @@ def _read_projection(
                 f"{bits} bits: the model has linears of another kind ({type(linear).__module__}."
                 f"{type(linear).__name__}), which are not rounded again; leave the bits out"
             )
-        return linear
+        return Adapted(base, updates) if updates else base
     updates = tuple(Update(a.to(device), b.to(device), scale) for a, b, scale in updates)
     if merge and updates:
         weight = base.weight.detach().to(device)
