@@ -9,7 +9,6 @@ from accelerate import Accelerator
 from torch.nn import functional as F
 
 from glmtune.adapters import attach_lora
-from glmtune.bench.rows import random_rows
 from glmtune.data.packing import plan_packs
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
@@ -27,17 +26,13 @@ CONFIG = ChatGLMConfig(
 )  # fmt: skip
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("fresh_compiler"),
     pytest.mark.skipif(
         not torch.cuda.is_available() or not can_compile(CUDA, CONFIG),
         reason="no CUDA device of the Ampere generation or newer here, or no Triton",
     ),
 ]
 LENGTH = 1024
-
-
-@pytest.fixture(scope="module")
-def rows():
-    return random_rows(CONFIG, 400)
 
 
 def make_model(dtype, targets="all", rank=8):
@@ -49,11 +44,6 @@ def make_model(dtype, targets="all", rank=8):
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.05)
     return model, [weight for weight in model.parameters() if weight.requires_grad]
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from accelerate import Accelerator
 
 from glmtune.adapters import attach_lora
 from glmtune.bench.random_model import random_model
-from glmtune.bench.rows import random_rows
 from glmtune.data.packing import plan_packs
 from glmtune.hardware import GIB
 from glmtune.models.chatglm.configuration import ChatGLMConfig
@@ -32,6 +31,7 @@ CONFIG = ChatGLMConfig(
 )  # fmt: skip
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("fresh_compiler"),
     pytest.mark.skipif(
         not torch.cuda.is_available() or not can_compile(CUDA, CONFIG),
         reason="no CUDA device of the Ampere generation or newer here, or no Triton",
@@ -39,16 +39,6 @@ pytestmark = [
 ]
 LENGTH = 1024
 BASES = [(8, False), (4, False), (4, True), (None, True)]
-
-
-@pytest.fixture(scope="module")
-def rows():
-    return random_rows(CONFIG, 400)
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
 
 
 def make_model(bits, quantize_head, dtype=torch.bfloat16, targets="all"):
