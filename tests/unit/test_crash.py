@@ -231,7 +231,7 @@ def test_two_processes_stop_at_the_same_step(dataset_path, tiny_folder, tmp_path
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=True,
         capture_output=True,
-        timeout=120,
+        timeout=300,
     )
     said = [(tmp_path / f"run.{rank}").read_text() for rank in (0, 1)]
     assert all(text.startswith("step 2: the loss is nan") for text in said)

@@ -889,7 +889,7 @@ class TestTwoProcesses:
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
         assert done.returncode == 0, done.stderr
         (folder / "stdout").write_text(done.stdout)

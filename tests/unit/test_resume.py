@@ -1,5 +1,6 @@
 """A resumed run ends with the very bits of the run that was never stopped; others are refused."""
 
+import atexit
 import json
 import os
 import shutil
@@ -136,10 +137,20 @@ class TestWorkers:
             assert "cannot be written" in told
             assert "checkpoint-2 is whole: go on with `torchrun --nproc_per_node 2" in told
 
+    def test_they_leave_their_group_before_python_ends(self, folder):
+        for rank in (0, 1):
+            assert (folder / f"group of {rank}").read_text() == "left"
+
 
 def work(folder, rows):
     """What each of the two processes does."""
     rank, folder = os.environ["RANK"], Path(folder)
+
+    def tell_of_the_group():
+        state = "kept" if torch.distributed.is_initialized() else "left"
+        (folder / f"group of {rank}").write_text(state)
+
+    atexit.register(tell_of_the_group)  # the first to be registered is the last to be called
     runlog.RunLog.plot_loss = lambda *_: None
 
     def settings(name, **changes):

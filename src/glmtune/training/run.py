@@ -28,6 +28,7 @@ from glmtune.training.layout import Layout, count_steps, make_plan
 from glmtune.training.passes import CapturedPass, PackedPass, PaddedPass, Pass
 from glmtune.training.plan import PackPlan, Plan, split_rows
 from glmtune.training.state import TrainingState
+from glmtune.training.together import leave_at_exit
 from glmtune.training.watch import Watch
 
 # Settings that change a run's numbers as they stand; `Run.identity` adds those that depend on more.
@@ -161,6 +162,7 @@ def start_accelerator(config: TrainConfig) -> tuple[Accelerator, torch.dtype]:
     accelerator = Accelerator(
         cpu=device.type == "cpu", mixed_precision="fp16" if dtype == torch.float16 else "no"
     )
+    leave_at_exit(accelerator)
     # The loop counts its passes itself; a launcher's environment must not divide the loss again.
     accelerator.gradient_accumulation_steps = 1
     kind = accelerator.distributed_type

@@ -1,9 +1,11 @@
-"""What one process does for all: it looks at the disk and writes there, and tells how it went."""
+"""What one process does for all, and how each takes its leave of the others."""
 
+import atexit
 from collections.abc import Callable
 from typing import TypeVar
 
 from accelerate import Accelerator
+from accelerate.state import PartialState
 from accelerate.utils import broadcast_object_list
 
 from glmtune.errors import UserError
@@ -29,3 +31,18 @@ def on_main(accelerator: Accelerator, task: Callable[[], Result]) -> Result:
     if fault is not None:
         raise UserError(fault)
     return result
+
+
+def leave_at_exit(accelerator: Accelerator) -> None:
+    """Have this process leave the others' group before Python ends, if it is in one.
+
+    The group's threads need Python to free what they hold: those that outlive it can abort a
+    process that has done all its work, and its launcher then reports a failure.
+    """
+    atexit.unregister(_leave)  # once, however many runs there are in this process
+    if accelerator.num_processes > 1:
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    PartialState().destroy_process_group()
