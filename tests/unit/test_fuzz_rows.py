@@ -130,8 +130,8 @@ def plain(value: object) -> str:
     return f"flaw: {value}" if isinstance(value, Flaw) else json.dumps(value)
 
 
-def by_json(text: bytes) -> object:
-    """The value that json gives, or NO_JSON for what is none, has a field twice or is no UTF-8."""
+def by_json(text: bytes, as_list: bool = False) -> object:
+    """The value that json gives, or NO_JSON: no UTF-8, a field twice, or nested too deeply."""
 
     def once(pairs):
         if len(dict(pairs)) < len(pairs):
@@ -139,9 +139,20 @@ def by_json(text: bytes) -> object:
         return dict(pairs)
 
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=once)
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=once)
+        rows = value if isinstance(value, list) and as_list else [value]
+        return NO_JSON if any(depth(row) > windows.MAX_DEPTH for row in rows) else value
     except (ValueError, RecursionError):
         return NO_JSON
+
+
+def depth(value: object) -> int:
+    """How many lists and objects lie in each other."""
+    level, found = [value], 0
+    while level := [one for one in level if isinstance(one, (dict, list))]:
+        found += 1
+        level = [i for one in level for i in (one.values() if isinstance(one, dict) else one)]
+    return found
 
 
 def examine(rng: random.Random, folder, monkeypatch) -> None:
@@ -170,7 +181,7 @@ def examine(rng: random.Random, folder, monkeypatch) -> None:
             row = plain(json.loads(parts[place]))
             assert row in values, (row, found, between)
         if is_list:
-            rows_by_json = by_json(content)
+            rows_by_json = by_json(content, as_list=True)
             if isinstance(rows_by_json, list) and "a [ stands" not in str(between):
                 assert values == list(map(plain, rows_by_json))
                 assert not between

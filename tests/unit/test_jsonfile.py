@@ -83,6 +83,30 @@ def test_flaws(read, row, kind, start, between, end):
     assert rows == [(1, json.loads(ROW)), (2, kind), (3, json.loads(ROW))]
 
 
+@pytest.mark.parametrize("start, between, end", [("", "\n", ""), ("[", ",\n", "]")])
+@pytest.mark.parametrize("once_twice", ["", ', "n": 1, "n": 1'])
+def test_how_deep_is_too_deep_is_no_matter_of_the_stack(read, once_twice, start, between, end):
+    def row(depth):
+        return f'{{"a": {"[" * (depth - 1)}"]"{"]" * (depth - 1)}{once_twice}}}'
+
+    deep = [row(256), row(257), row(900), '{"a": ' + "[" * 900 + "\x1b"]
+    text = start + between.join([*deep, ROW]) + end
+    rows, _ = read(text)
+    kinds = [value if isinstance(value, str) else "read" for _, value in rows]
+    assert kinds == ["repeated field" if once_twice else "read", *["nesting"] * 3, "read"]
+
+    def from_deeper(depth):
+        return from_deeper(depth - 1) if depth else read(text)
+
+    assert from_deeper(200)[0] == rows
+
+
+def test_a_number_of_too_many_digits(read):
+    rows, between = read(f'[{ROW}, {{"a": {"9" * 5000}}}, {ROW}]')
+    assert [value for _, value in rows] == [json.loads(ROW), "syntax", json.loads(ROW)]
+    assert not between
+
+
 def test_a_half_character_is_a_value_as_in_json(read):
     assert read('{"a": "\\ud83d"}\n{}')[0][0] == (1, {"a": "\ud83d"})
     assert read("[NaN]")[0][0][0] == 1

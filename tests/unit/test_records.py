@@ -139,7 +139,7 @@ def test_a_broken_json_line_is_a_bad_row(write):
         ("[" + GOOD, "a.json:1: the list ends early, the file is cut off"),
         ("[" + GOOD + "]\n[]", "a.json:2: not JSON (text follows the closing ]"),
         ("[" * 100_000, "a.json:1: not JSON (nested too deeply)"),
-        ("[" + "9" * 5000 + "]", "a.json:1: not JSON (a number too long)"),
+        ("[" + "9" * 5000 + "]", "a.json:1 (row 1): not JSON (a number too long)"),
         ("version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a.json:1: a Git-LFS poi"),
     ],
 )

@@ -1,6 +1,7 @@
 """Finding, judging, rotating and clearing checkpoints, on folders made by hand."""
 
 import json
+import math
 import os
 
 import pytest
@@ -92,6 +93,11 @@ def edit_manifest(change):
     return damage
 
 
+def change_size(content, size):
+    content["files"]["optimizer.pt"]["size"] = size
+    return content
+
+
 def add_file(content, name):
     content["files"][name] = {"size": 1, "sha256": "0"}
     return content
@@ -117,6 +123,11 @@ SILENT_DAMAGES = [
     (remove("rng_state_0.pth"), "rng_state_0.pth is missing"),
     (cut("manifest.json"), "manifest.json is damaged"),
     (rewrite("manifest.json", "[]"), "manifest.json is damaged"),
+    (edit_manifest(lambda content: content | {"step": None}), "manifest.json is damaged"),
+    (edit_manifest(lambda content: change_size(content, None)), "manifest.json is damaged"),
+    (edit_manifest(lambda content: change_size(content, math.inf)), "manifest.json is damaged"),
+    (edit_manifest(lambda content: add_file(content, "x" * 300)), "is missing"),
+    (edit_manifest(lambda content: add_file(content, "x\0")), "is missing"),
     (rewrite("manifest.json", "[" * 100_000), "manifest.json is damaged"),
     (rewrite("manifest.json", '{"step": 1000, "files": {}}'), "does not list adapter_model"),
     (edit_manifest(lambda content: content | {"step": 7}), "it holds step 7"),

@@ -23,18 +23,24 @@ class Flaw(Exception):
         self.field, self.breaks_list = field, breaks_list
 
 
-def no_json(error: Exception, place: str, breaks_list: bool = False) -> Flaw:
+def no_json(
+    error: json.JSONDecodeError | RecursionError, place: str, breaks_list: bool = False
+) -> Flaw:
     """The flaw of a row that json refused; `place` is where."""
-    kind, reason, fix = "syntax", "a number too long", "mend it"
-    if isinstance(error, RecursionError):
-        kind, reason, fix = "nesting", "nested too deeply", "flatten it"
-    elif isinstance(error, json.JSONDecodeError):
+    kind, reason, fix = "nesting", "nested too deeply", "flatten it"
+    if isinstance(error, json.JSONDecodeError):
+        kind, fix = "syntax", "mend it"
         found = error.doc[error.pos : error.pos + 1]
         reason = f"{error.msg} at {place}"
         if found and not found.isprintable():
             kind, reason = "control character", f"U+{ord(found):04X}, as it stands, at {place}"
             fix = "remove it, or write it as an escape"
     return Flaw(kind, f"not JSON ({reason})", fix, breaks_list=breaks_list)
+
+
+def long_number() -> Flaw:
+    """The flaw of a row with an integer of more digits than Python reads."""
+    return Flaw("syntax", "not JSON (a number too long)", "mend it")
 
 
 def broken_list(what: str) -> Flaw:

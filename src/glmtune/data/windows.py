@@ -11,19 +11,31 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, chain
+from itertools import accumulate, chain, repeat
 from typing import Literal
 
 import numpy as np
 import orjson
 
-from glmtune.data.flaws import Flaw, broken_list, cut_off, no_json, not_utf8, show, too_long
+from glmtune.data.flaws import (
+    Flaw,
+    broken_list,
+    cut_off,
+    long_number,
+    no_json,
+    not_utf8,
+    show,
+    too_long,
+)
 
 WINDOW_BYTES = 1 << 16  # what stays in a core's cache while it is read
 MAX_ROW_BYTES = 1 << 25
+# json's own limit is what its caller has left of Python's stack; this one lies below it anywhere.
+MAX_DEPTH = 256
 BLANK = b" \t\r\n"
 BETWEEN_ROWS = re.compile(rb"\}([ \t\r\n]*,[ \t\r\n]*)\{")
 
+_STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 _BLANKS = re.compile(r"[ \t\r\n]*")
 # Where another object begins, whether or not the one before it has an end.
 _NEXT_ROW = re.compile(r",[ \t\r\n]*(?=\{[ \t\r\n]*[\"}])")
@@ -87,7 +99,7 @@ class Lines:
             end = _skip_blank(text, end)
             if end < len(text):
                 raise json.JSONDecodeError("Extra data", text, end)
-        except (ValueError, RecursionError) as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             place = f"column {getattr(error, 'pos', 0) + 1}"
             return not_utf8(text) or no_json(error, place)
         return value
@@ -198,7 +210,7 @@ class List:
             if is_closed or end <= len(text) - _LONGEST_WORD or at_end:
                 self.expects = "comma"
                 return value, end
-        except (ValueError, RecursionError) as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             pos = getattr(error, "pos", at)
             is_cut = pos > len(text) - _LONGEST_WORD or str(error).startswith("Unterminated")
             if has_room or at_end or not is_cut:
@@ -241,13 +253,26 @@ class _Reference:
     """Reads one value with json, and sees what json passes over: fields twice, stray bytes."""
 
     def __init__(self) -> None:
-        self._decode = json.JSONDecoder(object_pairs_hook=self._object).raw_decode
+        decoder = json.JSONDecoder(object_pairs_hook=self._object, parse_int=self._int)
+        self._decode = decoder.raw_decode
         self._repeated: list[str] = []
+        self._has_long_number = False
 
     def parse(self, text: str, at: int) -> tuple[object, int]:
-        """Return the value at `at`, or its Flaw, and where it ends; ValueError, RecursionError."""
+        """Return the value at `at`, or its Flaw, and where it ends.
+
+        Raises JSONDecodeError, and RecursionError beyond `MAX_DEPTH`.
+        """
         self._repeated.clear()
-        value, end = self._decode(text, at)
+        self._has_long_number = False
+        try:
+            value, end = self._decode(text, at)
+        except json.JSONDecodeError as error:
+            _check_depth(text, at, error.pos)
+            raise
+        _check_depth(text, at, end)
+        if self._has_long_number:
+            return long_number(), end
         if flaw := not_utf8(text[at:end]):
             return flaw, end
         if self._repeated:
@@ -262,6 +287,24 @@ class _Reference:
             counts = Counter(name for name, _ in pairs)
             self._repeated.append(counts.most_common(1)[0][0])
         return fields
+
+    def _int(self, digits: str) -> int:
+        try:
+            return int(digits)
+        except ValueError:  # of thousands of digits
+            self._has_long_number = True
+            return 0
+
+
+def _check_depth(text: str, start: int, end: int) -> None:
+    """Raise RecursionError where JSON, or the start of some, is nested too deeply."""
+    if text.count("[", start, end) + text.count("{", start, end) <= MAX_DEPTH:
+        return
+    depth = 0
+    for match in _STRING_OR_BRACKET.finditer(text, start, end):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match[0], 0)
+        if depth > MAX_DEPTH:
+            raise RecursionError
 
 
 def _parse_at_once(rows: list[bytes], block: bytes) -> list | None:
@@ -291,12 +334,13 @@ def _count_strings(values: list) -> int:
     return sum(map(_count_strings_in, values))
 
 
-def _count_strings_in(value: object) -> int:
-    if type(value) is dict:
-        return len(value) + sum(map(_count_strings_in, value.values()))
-    if type(value) is list:
-        return sum(map(_count_strings_in, value))
-    return int(type(value) is str)
+def _count_strings_in(value: object, depth: int = 1) -> int:
+    if type(value) is not dict and type(value) is not list:
+        return int(type(value) is str)
+    if depth > MAX_DEPTH:
+        raise RecursionError
+    names, inner = (len(value), value.values()) if type(value) is dict else (0, value)
+    return names + sum(map(_count_strings_in, inner, repeat(depth + 1)))
 
 
 def _count_quotes(block: bytes) -> int:

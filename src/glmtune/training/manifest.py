@@ -124,9 +124,10 @@ def _differs(checkpoint: Path) -> str | None:
     try:
         content = read_json_object(checkpoint / MANIFEST_FILE)
         step = content["step"]
-        files = {
-            str(name): (file["size"], file["sha256"]) for name, file in content["files"].items()
-        }
+        files = {name: (file["size"], file["sha256"]) for name, file in content["files"].items()}
+        if not all(type(number) is int for number in (step, *(size for size, _ in files.values()))):
+            raise TypeError
+        there = {path.name for path in checkpoint.iterdir() if path.is_file()}
     except _UNREADABLE:
         return f"{MANIFEST_FILE} is damaged"
     if unlisted := [name for name in _NEEDED if name not in files]:
@@ -135,7 +136,7 @@ def _differs(checkpoint: Path) -> str | None:
         path = checkpoint / name
         if path.name != name:
             return f"{MANIFEST_FILE} names {name!r}, which is no file of this folder"
-        if not path.is_file():
+        if name not in there:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} is damaged: {path.stat().st_size:,} bytes, not {size:,} as saved"
