@@ -1,4 +1,6 @@
-"""The one exception that stands for a user's mistake."""
+"""What a user is told in a line: a mistake, which ends the command, or a note beside results."""
+
+import sys
 
 
 class UserError(ValueError):
@@ -7,3 +9,9 @@ class UserError(ValueError):
     The command line prints the line without a traceback and exits with code 2; from Python it is
     an ordinary ValueError.
     """
+
+
+def note(*lines: str) -> None:
+    """Tell, apart from the results, of what the user should know of."""
+    for line in lines:
+        print(f"note: {line}", file=sys.stderr, flush=True)

@@ -113,4 +113,4 @@ def test_cut_answers_are_told_by_training_too(folder, capsys):
     assert run("tokenize --jsonl_path long.jsonl --save_path cut --max_seq_length 4") == 0
     assert "lost        " in capsys.readouterr().out
     assert train("--dataset_path cut") == 0
-    assert "note: cut: " in capsys.readouterr().out
+    assert "note: cut: " in capsys.readouterr().err

@@ -229,7 +229,7 @@ def test_a_data_set_of_2023_is_read_with_a_notice(capsys):
         lengths=LengthStats(4, 6, 6, 6),
         special_ids={"gmask": GMASK, "bos": BOS, "eos": EOS},
     )
-    assert f"notice: old has no {CARD_FILE}" in capsys.readouterr().err
+    assert f"note: old has no {CARD_FILE}" in capsys.readouterr().err
     check_data_card(card, CharTokenizer(), "old")
     other = SimpleNamespace(gmask_token_id=29001, bos_token_id=29004, eos_token_id=29005)
     with pytest.raises(UserError, match=r"old: tokenised with another tokenizer \(its gmask id"):

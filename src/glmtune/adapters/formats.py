@@ -10,7 +10,6 @@ Today: `adapter_config.json` beside `adapter_model.safetensors`, as PEFT writes 
 """
 
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from glmtune.adapters.settings import (
 )
 from glmtune.data.files import check_inside, new_folder
 from glmtune.drafts import replacing_files, write_errors
-from glmtune.errors import UserError
+from glmtune.errors import UserError, note
 from glmtune.models.weights import is_lfs_pointer, load_bin
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -177,7 +176,7 @@ def convert_adapter(old: str | Path, new: str | Path) -> Path:
     refuse_existing(new)
     adapter = read_adapter(old)
     adapter.check_effect()
-    tell(adapter.notices)
+    note(*adapter.notices)
     write_adapter(adapter.config, adapter.weights, new, adapter.config.base_model_name_or_path)
     source = adapter.path.parent
     print(f"{source} -> {new}: {len(adapter.modules)} modules, rank {adapter.config.r}")
@@ -219,12 +218,6 @@ def refuse_existing(folder: str | Path) -> None:
     folder = Path(folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"{folder}: is there already and not empty; name a new folder or remove it")
-
-
-def tell(notices: Sequence[str]) -> None:
-    """Print lines that the user should know of, apart from the results."""
-    for notice in notices:
-        print(f"note: {notice}", file=sys.stderr)
 
 
 def _find_weights(folder: Path) -> Path | None:

@@ -17,10 +17,9 @@ from glmtune.adapters.formats import (
     CONFIG_FILE,
     Adapter,
     read_adapter,
-    tell,
     write_adapter,
 )
-from glmtune.errors import UserError
+from glmtune.errors import UserError, note
 
 ALL_LINEARS = "all"
 
@@ -103,7 +102,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     """
     adapter = read_adapter(folder)
     adapter.check_effect()
-    tell(adapter.notices)
+    note(*adapter.notices)
     present = dict(model.named_modules())
     if not any(name in present for name in adapter.modules):
         raise UserError(
@@ -132,7 +131,7 @@ def restore_adapter(peft_model: PeftModel, folder: str | Path) -> None:
         UserError: no adapter there, or not the tensors that the attached adapter has.
     """
     adapter = read_adapter(folder)
-    tell(adapter.notices)
+    note(*adapter.notices)
     _fill(peft_model, adapter)
 
 

@@ -9,11 +9,11 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from glmtune.adapters.formats import find_adapter, refuse_existing, tell
+from glmtune.adapters.formats import find_adapter, refuse_existing
 from glmtune.adapters.lora import load_adapter
 from glmtune.config import MergeConfig
 from glmtune.data.files import new_folder
-from glmtune.errors import UserError
+from glmtune.errors import UserError, note
 from glmtune.models.checkpoints import load_base_model, load_config, resolve_base
 from glmtune.models.quantised import bits_of
 from glmtune.models.weights import fetch
@@ -50,7 +50,7 @@ def merge_adapter(config: MergeConfig) -> float:
     dtype = torch.float16 if is_quantised else torch.float32
     model = load_base_model(base, dtype=dtype).dequantize()
     if bits_of(base_config):
-        tell([f"they are dequantised to {str(dtype).removeprefix('torch.')} for the merge"])
+        note(f"they are dequantised to {str(dtype).removeprefix('torch.')} for the merge")
     peft_model = load_adapter(model.float(), adapter_folder)
     num_modules = len(peft_model.targeted_module_names)
     expected = probe(peft_model)
@@ -67,7 +67,7 @@ def merge_adapter(config: MergeConfig) -> float:
         model.save_pretrained(folder)
         del model, peft_model  # one model in memory at a time
         if not copy_tokenizer(base_folder, folder):
-            tell([f"{base} has no tokenizer files to copy"])
+            note(f"{base} has no tokenizer files to copy")
         difference = _largest_difference(folder, expected)
     print(
         f"merged {num_modules} modules: the new folder's logits differ from those of base and "

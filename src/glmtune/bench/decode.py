@@ -4,7 +4,6 @@ Every token reads all weights and the cache once, so that a machine's copy rate,
 same run, gives the limit of any decoder on it.
 """
 
-import sys
 import time
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -17,7 +16,7 @@ from glmtune.bench.random_model import SHAPES, check_room, random_model
 from glmtune.bench.timing import machine
 from glmtune.config import BenchDecodeConfig
 from glmtune.data.jsonlines import append_json, check_appendable
-from glmtune.errors import UserError
+from glmtune.errors import UserError, note
 from glmtune.generation import Decoder, EncodedPrompt, GenerationSettings
 from glmtune.generation.reference import generate_ids
 from glmtune.generation.weights import num_bytes
@@ -82,7 +81,7 @@ def bench_decode(config: BenchDecodeConfig) -> DecodeFigures:
     device = pick_device(config.use_cpu)
     dtype, caution = pick_dtype(device, config.bf16, config.fp16)
     if caution:
-        print(f"notice: {caution}", file=sys.stderr)
+        note(caution)
     shape = SHAPES[config.shape]
     _check(config, shape, device, dtype)
     try:

@@ -6,12 +6,11 @@ setting works that does not; anything else gets a "did you mean".
 """
 
 import difflib
-import sys
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from glmtune.config.settings import SETTINGS
-from glmtune.errors import UserError
+from glmtune.errors import UserError, note
 
 
 class Given(NamedTuple):
@@ -131,7 +130,7 @@ def with_todays_names(verb: str, given: Mapping[str, Given]) -> dict[str, Given]
         check_name(verb, name, setting.source)
         if old := OLD_NAMES.get(verb, {}).get(name):
             now = f"is {old.today} today" if old.today else "has no effect any more"
-            print(f"note: {name} {now}: {old.note}", file=sys.stderr)
+            note(f"{name} {now}: {old.note}")
             if old.today is None:
                 continue
             if name == "warmup_ratio":

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatch
@@ -13,7 +12,7 @@ import numpy as np
 
 from glmtune.data.files import check_inside, read_json_object
 from glmtune.data.lengths import LengthStats
-from glmtune.errors import UserError
+from glmtune.errors import UserError, note
 
 if TYPE_CHECKING:
     import datasets
@@ -149,10 +148,9 @@ def load_dataset(path: str) -> tuple["datasets.Dataset", DataCard]:
     if not len(dataset):
         raise UserError(f"{path}: holds no row; run `glmtune tokenize` again")
     if not (folder / CARD_FILE).exists():
-        print(
-            f"notice: {path} has no {CARD_FILE} (tokenised by an older script?); "
-            "its special ids are read off the rows, its tokenizer is not known",
-            file=sys.stderr,
+        note(
+            f"{path} has no {CARD_FILE} (tokenised by an older script?); "
+            "its special ids are read off the rows, its tokenizer is not known"
         )
         return dataset, _card_of_rows(dataset)
     card = DataCard.read(folder / CARD_FILE)

@@ -18,7 +18,7 @@ from glmtune.config import ChatConfig, CheckConfig, CompareConfig, InferConfig
 from glmtune.data.files import new_file, read_text
 from glmtune.data.records import Record, list_bad_rows, read_alpaca
 from glmtune.data.templates import alpaca
-from glmtune.errors import UserError
+from glmtune.errors import UserError, note
 from glmtune.generation import Prompt
 from glmtune.hardware import check_decoding, pick_device, pick_dtype
 from glmtune.models.checkpoints import (
@@ -81,7 +81,7 @@ class Subject:
         check_decoding(device, int(config.decode_bits), config.decode_compile)
         dtype, caution = pick_dtype(device, config.bf16, config.fp16)
         if caution:
-            print(f"notice: {caution}", file=sys.stderr)
+            note(caution)
         rounds = config.decode_bits != "16"
         return cls(base, adapter, device, dtype, rounds, config.bits, config.quantize_head)
 

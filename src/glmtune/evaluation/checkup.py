@@ -4,7 +4,6 @@ Shapes: O output rows of a linear, I inputs, R rank; A tokens of an answer, V vo
 """
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from glmtune.config import CheckConfig
 from glmtune.config.training import ALL_LINEARS
 from glmtune.data.files import write_json
 from glmtune.data.token_rows import TokenRows
-from glmtune.errors import UserError
+from glmtune.errors import UserError, note
 from glmtune.evaluation.answers import Subject
 from glmtune.evaluation.probes import (
     Probe,
@@ -190,7 +189,7 @@ def check_after_training(
         report(examine(model, tokenizer, asked, settings, with_base=False), "Check-up")
     except (RuntimeError, UserError) as error:  # no memory is left, say
         reason = str(error).partition("\n")[0]
-        print(f"note: no check-up ({reason}); `glmtune check` makes it", file=sys.stderr)
+        note(f"no check-up ({reason}); `glmtune check` makes it")
 
 
 def examine(

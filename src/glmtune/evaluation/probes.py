@@ -1,6 +1,5 @@
 """The questions that a check-up asks: held-out rows, records of the user's, or a few of our own."""
 
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ from glmtune.data.dataset import load_dataset
 from glmtune.data.records import read_alpaca
 from glmtune.data.templates import alpaca
 from glmtune.data.token_rows import TokenRows
-from glmtune.errors import UserError
+from glmtune.errors import UserError, note
 from glmtune.training.checkpoints import RECIPE_FILE
 from glmtune.training.plan import split_rows
 
@@ -101,7 +100,7 @@ def _held_out(recipe: Path, limit: int) -> Probes | None:
     try:
         dataset, _ = load_dataset(run.dataset_path)
     except UserError as error:
-        print(f"note: the run's rows cannot be had ({error})", file=sys.stderr)
+        note(f"the run's rows cannot be had ({error})")
         return None
     _, held_out = split_rows(len(dataset), run.eval_ratio, run.seed)
     return held_out_probes(TokenRows.from_dataset(dataset), held_out, limit)

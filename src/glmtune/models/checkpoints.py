@@ -1,7 +1,6 @@
 """Find and load the base model: a folder, a hub id, the hub's ChatGLM-6B, or else glm-tiny."""
 
 import os
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -15,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from glmtune.config import shared_setting
 from glmtune.data.files import read_json_object
-from glmtune.errors import UserError
+from glmtune.errors import UserError, note
 from glmtune.models import weights
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
@@ -70,10 +69,9 @@ def resolve_base(chatglm_path: str | None = None, run_folder: str | None = None)
 
 @cache  # once is enough for a process
 def _tell_of_glm_tiny() -> None:
-    print(
-        "note: no base model is given or found, so this uses glm-tiny, which knows a toy world and "
-        f"nothing else; name the real one with --chatglm_path FOLDER (or {ENVIRONMENT_VARIABLE})",
-        file=sys.stderr,
+    note(
+        "no base model is given or found, so this uses glm-tiny, which knows a toy world and "
+        f"nothing else; name the real one with --chatglm_path FOLDER (or {ENVIRONMENT_VARIABLE})"
     )
 
 
@@ -202,7 +200,7 @@ def load_base_model(
         elif packed and not keep_packed:
             model.dequantize()
             done = f"are dequantised to {str(model.dtype).removeprefix('torch.')}"
-        print(f"note: the int{has or packed} weights of {base_name(base)} {done}", file=sys.stderr)
+        note(f"the int{has or packed} weights of {base_name(base)} {done}")
     if quantize_head and not model.config.quantization_embeddings:
         model.quantize_head()
     return model.eval()

@@ -21,7 +21,7 @@ from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 from huggingface_hub.errors import RevisionNotFoundError
 
 from glmtune.data.files import sha256_of
-from glmtune.errors import UserError
+from glmtune.errors import UserError, note
 
 T = TypeVar("T")
 
@@ -127,10 +127,9 @@ def _ask_publisher(hub_id: str, commit: str) -> dict[str, str]:
             "up; download it from elsewhere"
         ) from error
     if info is None:
-        print(
-            f"note: {PUBLISHER} does not answer; the files of {hub_id} are held against the hashes "
-            f"of {ENDPOINT} alone",
-            file=sys.stderr,
+        note(
+            f"{PUBLISHER} does not answer; the files of {hub_id} are held against the hashes "
+            f"of {ENDPOINT} alone"
         )
         return {}
     stated = {

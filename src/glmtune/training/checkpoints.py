@@ -9,7 +9,6 @@ weights_only.
 
 import io
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from glmtune.adapters import restore_adapter, save_adapter, verify_saved
 from glmtune.adapters.settings import CHECKPOINT
 from glmtune.data.files import new_folder, write_json
 from glmtune.drafts import remove_folder, write_errors
-from glmtune.errors import UserError
+from glmtune.errors import UserError, note
 from glmtune.models.torch_files import read_torch_file
 from glmtune.training.disk import check_room, checkpoint_bytes
 from glmtune.training.manifest import (
@@ -185,7 +184,7 @@ def load_checkpoint(
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise foreign_state(own, error) from error
     else:
-        print(f"note: {own} is not there: process {rank} draws its dropout anew", file=sys.stderr)
+        note(f"{own} is not there: process {rank} draws its dropout anew")
     state.last_good = folder
     return trainer_state["log_history"]
 

@@ -17,11 +17,10 @@ from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor, nn
 
-from glmtune.adapters.formats import tell
 from glmtune.config import TrainConfig
 from glmtune.data.dataset import check_data_card, load_dataset
 from glmtune.data.token_rows import TokenRows
-from glmtune.errors import UserError
+from glmtune.errors import UserError, note
 from glmtune.hardware import memory_gib
 from glmtune.models.checkpoints import (
     base_name,
@@ -102,7 +101,7 @@ def train(config: TrainConfig, at_end: AtEnd | None = None) -> TrainResult:
         dataset, card = load_dataset(config.dataset_path)
         check_data_card(card, tokenizer, config.dataset_path)
         if (lost := card.describe_loss()) and accelerator.is_main_process:
-            print(f"note: {config.dataset_path}: {lost}")
+            note(f"{config.dataset_path}: {lost}")
         rows = TokenRows.from_dataset(dataset)
 
         foresee = foresee_on(accelerator, load_config(base), dtype, rows)
@@ -131,7 +130,7 @@ def train(config: TrainConfig, at_end: AtEnd | None = None) -> TrainResult:
         if resume:
             notes += checkpoints.check_same_run(resume, run.identity, config.resume_anyway)
         if accelerator.is_main_process:
-            tell(notes)
+            note(*notes)
         as_run = {
             "chatglm_path": base,
             "resume_from_checkpoint": None,

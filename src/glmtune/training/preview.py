@@ -10,6 +10,7 @@ from glmtune.config import PlanConfig, TrainConfig
 from glmtune.data.dataset import load_dataset
 from glmtune.data.jsonlines import append_json, check_appendable
 from glmtune.data.token_rows import TokenRows
+from glmtune.errors import note
 from glmtune.hardware import Card, pick_device, pick_dtype
 from glmtune.models.checkpoints import base_name, load_config, resolve_base
 from glmtune.training.advice import find_remedies, print_forecast
@@ -64,9 +65,8 @@ def _rows(settings: PlanConfig) -> Lengths:
     if Path(settings.dataset_path).is_dir():
         return TokenRows.from_dataset(load_dataset(settings.dataset_path)[0])
     missing = "dataset_path" in settings.model_fields_set
-    print(
-        f"note: {f'{settings.dataset_path} is not there' if missing else 'no dataset_path'}, so "
-        f"every row counts as {settings.row_length} tokens, all learned (--row_length)",
-        flush=True,
+    note(
+        f"{f'{settings.dataset_path} is not there' if missing else 'no dataset_path'}, so "
+        f"every row counts as {settings.row_length} tokens, all learned (--row_length)"
     )
     return EqualRows.of(settings, settings.row_length)

@@ -19,7 +19,7 @@ from glmtune.adapters import attach_lora
 from glmtune.config import TrainConfig
 from glmtune.data.packing import check_lengths, plan_packs
 from glmtune.data.token_rows import TokenRows
-from glmtune.errors import UserError
+from glmtune.errors import UserError, note
 from glmtune.hardware import device_name, pick_device, pick_dtype
 from glmtune.models.chatglm.packed import PackedModel, base_of, can_compile, to_fp8
 from glmtune.models.quantised import bits_of
@@ -172,7 +172,7 @@ def start_accelerator(config: TrainConfig) -> tuple[Accelerator, torch.dtype]:
             "base: launch with --multi_gpu, or without a launcher"
         )
     if caution and accelerator.is_main_process:
-        print(f"note: {caution}")
+        note(caution)
     return accelerator, dtype
 
 
