@@ -77,6 +77,14 @@ def test_each_problem_is_told_with_its_place(check, row, kind, field, with_extra
     assert check(record() | extra, "", row, record("Else?") | extra) == [(kind, 3, 2, field)]
 
 
+@pytest.mark.parametrize("value", [7, None, 1.5, True, ["a"], {"a": "b"}])
+@pytest.mark.parametrize("field", ["context", "target"])
+def test_a_field_of_context_and_target_that_is_no_text(check, field, value):
+    row = {"context": "a", "target": "b"}
+    assert check(row, row | {field: value}) == [("not a string", 2, 2, field)]
+    assert check(row | {field: value}, row) == [("not a string", 1, 1, field)]
+
+
 def test_an_input_may_be_missing(check):
     without = {"instruction": "说出一种水果。", "output": "苹果"}
     other = {"instruction": "Else?", "output": "No."}

@@ -109,7 +109,7 @@ class FileCheck:
             texts, unused = self._texts_at_once(batch.values)
             found = survey(END_OF_ROW.join(texts).encode())
             is_clean = found.num_controls == max(0, NUM_PARTS * len(texts) - 1)  # the ends of parts
-        except (LookupError, TypeError, ValueError):
+        except (AttributeError, LookupError, TypeError, ValueError):
             is_clean = False
         if is_clean:
             self.file.unused_fields.update(unused)
@@ -127,8 +127,8 @@ class FileCheck:
     def _texts_at_once(self, values: list) -> tuple[list[str], Counter[str]]:
         """Return instruction, input and answer of each row, joined, and count the unused fields.
 
-        Raises LookupError, TypeError or ValueError where a row is unlike the others in its fields,
-        or in what they hold.
+        Raises AttributeError, LookupError, TypeError or ValueError where a row is unlike the others
+        in its fields, or in what they hold.
         """
         if set(map(type, values)) != {dict}:
             raise TypeError
