@@ -175,6 +175,10 @@ class TestQuantised:
         self.check(int8(12, 6, torch.randn(12)), compiled)
         self.check(int8(12, 6), compiled)
 
+    def test_a_head_some_rows_at_a_time(self, monkeypatch):
+        monkeypatch.setattr(quantised_ops, "PIECE", 4)
+        self.check(int8(11, 6, torch.randn(11)))
+
     @pytest.mark.parametrize("kind", ["nf4", "fp4"])
     @pytest.mark.parametrize("nested", [True, False])
     def test_4_bits_are_bitsandbytes_own(self, kind, nested):

@@ -61,6 +61,8 @@ class TestChoice:
             assert foresee(gib, **wished).fits
             fewer = {"gradient_checkpointing": False, **wished}
             assert not foresee(gib, **fewer).fits, count
+        any_number = {foresee(gib, **wished).recompute for gib in np.arange(29, 33, 0.1)}
+        assert any_number == set(range(max(any_number) + 1))
 
     def test_six_rows_need_no_more_than_their_heaviest_batch(self):
         result = foresee(16, **SIX_ROWS)

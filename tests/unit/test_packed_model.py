@@ -226,6 +226,28 @@ class TestCheck:
         with pytest.raises(UserError, match="gradient by"):
             self.check(monkeypatch, lambda start, prefix, end: of(start, prefix - 1, end))
 
+    @pytest.mark.parametrize(("loss_a_label", "passes"), [(0.02, True), (2.0, False), (9.0, False)])
+    def test_of_rows_that_are_known_the_gradient_is_rounding(
+        self, monkeypatch, loss_a_label, passes
+    ):
+        """It is a difference of nearly equal numbers then, and may be off by more."""
+        num_labels = int(self.rows.num_labels_R[:3].sum())
+
+        def gradients_as_if(off):
+            def gradients(self, row_ids, weights):
+                loss = loss_a_label * num_labels * len(row_ids) / 3
+                return torch.tensor(loss), [torch.full_like(w, off * len(row_ids)) for w in weights]
+
+            return gradients
+
+        monkeypatch.setattr(PackedPass, "gradients", gradients_as_if(1.005))  # 0.001 is allowed
+        monkeypatch.setattr(PaddedPass, "gradients", gradients_as_if(1.0))
+        if passes:
+            assert self.check(monkeypatch)[1] == pytest.approx(0.005, rel=0.01)
+        else:
+            with pytest.raises(UserError, match="gradient by"):
+                self.check(monkeypatch)
+
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=8))
 def test_the_mask_of_a_pack_is_that_of_its_rows(shapes):

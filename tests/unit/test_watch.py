@@ -95,11 +95,12 @@ def test_on_a_gpu_the_next_step_knows():
     assert stop.value.fault.step == 1
 
 
-def test_a_weight_is_named_before_what_it_spoils():
+@pytest.mark.parametrize("loss", [math.nan, 1.0])
+def test_a_weight_is_named_before_what_it_spoils_and_where_it_spoils_nothing(loss):
     training = Training(at_once=True)
     training.weights[1].data[0] = math.inf
     with pytest.raises(NotFiniteError, match="a weight of the adapter is inf") as stop:
-        training.step(loss=math.nan)
+        training.step(loss=loss)
     assert stop.value.fault.what == "weight"
 
 
