@@ -3,8 +3,9 @@
     python benchmarks/loss_curves.py ROWS curves.json
 
 ROWS is a folder that `glmtune tokenize` wrote. Each base trains alone, one after the other; the
-losses of every step are written, and how far each base is from bfloat16 is printed. A GPU is wanted
-for the shape of ChatGLM-6B: `--shape small` shows on a CPU that it runs.
+losses of every step are written, and how far each base is from bfloat16 is printed; `--only nf4`
+trains on that one and bfloat16. A GPU is wanted for the shape of ChatGLM-6B: `--shape small` shows
+on a CPU that it runs.
 """
 
 import argparse
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--tokens_per_step", type=int, default=2048)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--only", nargs="+", choices=list(BASES)[1:], default=list(BASES)[1:])
     parser.add_argument("--use_cpu", action="store_true")
     given = parser.parse_args()
     rows = TokenRows.from_dataset(load_dataset(given.rows)[0])
@@ -74,8 +76,8 @@ def main() -> None:
         "use_cpu": given.use_cpu,
     }
     curves: dict[str, list[float]] = {}
-    for name, settings in BASES.items():
-        curves[name] = curve(common | settings, rows, given.shape, given.steps)
+    for name in ("as it is", *given.only):
+        curves[name] = curve(common | BASES[name], rows, given.shape, given.steps)
         Path(given.json_path).write_text(json.dumps(curves) + "\n", encoding="utf-8")
         torch.compiler.reset()  # or each base counts as one more recompilation of one block
         gc.collect()
