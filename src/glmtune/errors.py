@@ -1,5 +1,6 @@
 """What a user is told in a line: a mistake, which ends the command, or a note beside results."""
 
+import os
 import sys
 
 
@@ -11,7 +12,13 @@ class UserError(ValueError):
     """
 
 
-def note(*lines: str) -> None:
-    """Tell, apart from the results, of what the user should know of."""
+def note(*lines: str, of_each_process: bool = False) -> None:
+    """Tell, apart from the results, of what the user should know of.
+
+    Of several processes that a launcher started the first tells it for all, unless each has its own
+    to tell.
+    """
+    if not of_each_process and os.environ.get("RANK", "0") != "0":
+        return
     for line in lines:
         print(f"note: {line}", file=sys.stderr, flush=True)

@@ -893,6 +893,7 @@ class TestTwoProcesses:
         )
         assert done.returncode == 0, done.stderr
         (folder / "stdout").write_text(done.stdout)
+        (folder / "stderr").write_text(done.stderr)
         return folder
 
     def history(self, run_folder):
@@ -931,7 +932,8 @@ class TestTwoProcesses:
         )
 
     def test_only_one_talks_and_each_keeps_its_own_random_state(self, folder):
-        out = (folder / "stdout").read_text()
+        out, err = (folder / "stdout").read_text(), (folder / "stderr").read_text()
+        assert err.count("has no glmtune_data.json") == 6  # once a run
         assert out.count("LoRA of rank 8") == out.count("trained on") == 6
         command = "torchrun --nproc_per_node 2 -m glmtune train "
         assert out.count(command) == 1

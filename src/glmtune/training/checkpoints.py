@@ -184,7 +184,7 @@ def load_checkpoint(
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise foreign_state(own, error) from error
     else:
-        note(f"{own} is not there: process {rank} draws its dropout anew")
+        note(f"{own} is not there: process {rank} draws its dropout anew", of_each_process=True)
     state.last_good = folder
     return trainer_state["log_history"]
 

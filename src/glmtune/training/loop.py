@@ -100,7 +100,7 @@ def train(config: TrainConfig, at_end: AtEnd | None = None) -> TrainResult:
         tokenizer = load_tokenizer(base)
         dataset, card = load_dataset(config.dataset_path)
         check_data_card(card, tokenizer, config.dataset_path)
-        if (lost := card.describe_loss()) and accelerator.is_main_process:
+        if lost := card.describe_loss():
             note(f"{config.dataset_path}: {lost}")
         rows = TokenRows.from_dataset(dataset)
 
@@ -129,8 +129,7 @@ def train(config: TrainConfig, at_end: AtEnd | None = None) -> TrainResult:
         run = Run.of(config, accelerator, rows, peft_model, base_name(base), sources, foresee)
         if resume:
             notes += checkpoints.check_same_run(resume, run.identity, config.resume_anyway)
-        if accelerator.is_main_process:
-            note(*notes)
+        note(*notes)
         as_run = {
             "chatglm_path": base,
             "resume_from_checkpoint": None,

@@ -171,7 +171,7 @@ def start_accelerator(config: TrainConfig) -> tuple[Accelerator, torch.dtype]:
             f"accelerate launch: {kind.value} is not offered; each process holds the whole frozen "
             "base: launch with --multi_gpu, or without a launcher"
         )
-    if caution and accelerator.is_main_process:
+    if caution:
         note(caution)
     return accelerator, dtype
 
