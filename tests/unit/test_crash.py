@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from glmtune.config import ReplayConfig, TrainConfig
 from glmtune.errors import UserError
@@ -114,6 +115,20 @@ def test_a_broken_base_is_found_and_found_again(config, broken_base, tmp_path, l
     assert f"glmtune replay {tmp_path}/run/crash-1" in told
     assert replay(ReplayConfig(bundle=str(tmp_path / "run" / "crash-1"), use_cpu=True))
     assert "reproduced\n  device, number format and versions are those" in capsys.readouterr().out
+
+
+def test_what_lies_between_two_modules_is_named_by_both(config, monkeypatch):
+    """The attention itself, here of the second layer, is no module of its own."""
+    attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def overflows(module, *args, **kwargs):
+        context, weights = attend(module, *args, **kwargs)
+        return context * (math.inf if module.layer_idx == 1 else 1), weights
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", overflows)
+    place = r"transformer\.layers\.1\.attention \(in what it computes before dense\)"
+    with pytest.raises(UserError, match="the loss is nan, first the output of " + place):
+        loop.train(config())
 
 
 def test_a_mended_base_does_not_reproduce_it(config, broken_base, tiny_folder, tmp_path, capsys):
