@@ -162,7 +162,6 @@ def start_accelerator(config: TrainConfig) -> tuple[Accelerator, torch.dtype]:
     accelerator = Accelerator(
         cpu=device.type == "cpu", mixed_precision="fp16" if dtype == torch.float16 else "no"
     )
-    leave_at_exit(accelerator)
     # The loop counts its passes itself; a launcher's environment must not divide the loss again.
     accelerator.gradient_accumulation_steps = 1
     kind = accelerator.distributed_type
@@ -171,6 +170,7 @@ def start_accelerator(config: TrainConfig) -> tuple[Accelerator, torch.dtype]:
             f"accelerate launch: {kind.value} is not offered; each process holds the whole frozen "
             "base: launch with --multi_gpu, or without a launcher"
         )
+    leave_at_exit(accelerator)
     if caution:
         note(caution)
     return accelerator, dtype

@@ -4,8 +4,8 @@ import atexit
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.state import PartialState
 from accelerate.utils import broadcast_object_list
 
 from glmtune.errors import UserError
@@ -34,15 +34,17 @@ def on_main(accelerator: Accelerator, task: Callable[[], Result]) -> Result:
 
 
 def leave_at_exit(accelerator: Accelerator) -> None:
-    """Have this process leave the others' group before Python ends, if it is in one.
+    """Have this process leave the others' group before Python ends, if gloo connects them.
 
-    The group's threads need Python to free what they hold: those that outlive it can abort a
-    process that has done all its work, and its launcher then reports a failure.
+    gloo's threads need Python to free what they hold: those that outlive it can abort a process
+    that has done all its work, and its launcher then reports a failure. NCCL's do not, and would
+    wait here for processes that may have failed.
     """
     atexit.unregister(_leave)  # once, however many runs there are in this process
-    if accelerator.num_processes > 1:
+    if accelerator.num_processes > 1 and dist.get_backend() == dist.Backend.GLOO:
         atexit.register(_leave)
 
 
 def _leave() -> None:
-    PartialState().destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
