@@ -3,13 +3,21 @@
 import os
 import sys
 
+_LONGEST = 4000
+
 
 class UserError(ValueError):
     """A mistake of the user's, told in one line: what, where, its value and the fix.
 
     The command line prints the line without a traceback and exits with code 2; from Python it is
-    an ordinary ValueError.
+    an ordinary ValueError. Of a line of many thousand characters, as a damaged file can make one by
+    what it is quoted with, start and end are kept: where it is, and the fix.
     """
+
+    def __init__(self, line: str):
+        if len(line) > _LONGEST:
+            line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+        super().__init__(line)
 
 
 def note(*lines: str, of_each_process: bool = False) -> None:

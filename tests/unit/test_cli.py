@@ -111,6 +111,14 @@ def test_a_verb_hands_its_config_on(line, module, function, config, room):
     assert calls == [(function, config)]
 
 
+def test_an_error_keeps_where_it_is_and_its_fix_however_long_its_line():
+    assert str(UserError("a.json:1: x; mend it")) == "a.json:1: x; mend it"
+    line = str(UserError(f"a.json:1: {'x' * 99_999}; mend it"))
+    assert line.startswith("a.json:1: xxx")
+    assert line.endswith("xxx; mend it")
+    assert len(line) < 5000
+
+
 def test_training_ends_with_a_check_up(room, monkeypatch):
     given = {}
     fake = types.ModuleType("glmtune.training.loop")

@@ -363,6 +363,7 @@ def test_scalars_are_taken_as_written(recipe):
         ("train:\n  seed:\n    a: 1", "r.yaml:2: seed should be plain text"),
         ("? [a]\n: 1", "r.yaml:1: the name of a setting is one word"),
         ("<<: {seed: 1}", "r.yaml:1: << is no section"),
+        ("seed: " + "7a" * 9999, "r.yaml:1: seed '" + 98 * "7a" + "... should be a whole number"),
         ("seed: [1, 2]", "r.yaml:1: seed ['1', '2'] should be a whole number"),
         ("seed: 1\n\tlora_rank: 8", "r.yaml:2: not YAML: "),
         ("seed: [1", "r.yaml:1: not YAML: "),

@@ -11,6 +11,7 @@ import torch
 
 from glmtune.errors import UserError
 from glmtune.models import checkpoints
+from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.checkpoints import (
     GLM_TINY,
     HUB_IDS,
@@ -145,7 +146,14 @@ def test_a_model_and_a_tokenizer_that_disagree(tiny_folder):
         check_pair(model, SimpleNamespace(**ids, vocab_size=5000))
 
 
-@pytest.mark.parametrize("ends", [2, [1005, 2], [2]])
+@pytest.mark.parametrize("name", IDS)
+@pytest.mark.parametrize("value", [{}, "130004", 1.5, True])
+def test_special_ids_that_are_none(name, value):
+    with pytest.raises(UserError, match=rf"config\.json: {name} is .* which no model has"):
+        ChatGLMConfig(**{name: value})
+
+
+@pytest.mark.parametrize("ends", [2, [1005, 2], [2], {}, [[1005]]])
 def test_a_generation_config_that_ends_answers_elsewhere(tiny_folder, tmp_path, ends):
     folder = shutil.copytree(tiny_folder, tmp_path / "base")
     written = folder / "generation_config.json"

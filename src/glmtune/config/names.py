@@ -26,7 +26,8 @@ class Given(NamedTuple):
 
     def __str__(self) -> str:
         """The setting with its value, for the start of an error line."""
-        return f"{self.source} {'null' if self.value is None else repr(self.value)}"
+        value = "null" if self.value is None else repr(self.value)
+        return f"{self.source} {value if len(value) <= 200 else f'{value[:197]}...'}"
 
 
 class OldName(NamedTuple):

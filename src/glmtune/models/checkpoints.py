@@ -275,7 +275,7 @@ def check_ends(ends: int | list[int] | None, tokenizer: ChatGLMTokenizer) -> Non
     Raises:
         UserError: it names another.
     """
-    if _as_set(ends) not in (set(), {tokenizer.eos_token_id}):
+    if any(end != tokenizer.eos_token_id for end in _as_list(ends)):
         raise UserError(
             f"generation_config.json: eos_token_id says {ends}, but answers are taught to end with "
             f"the tokenizer's {tokenizer.eos_token_id} (<eop>); set it to that in the model's "
@@ -291,7 +291,7 @@ def check_ids(config: PreTrainedConfig, tokenizer: ChatGLMTokenizer) -> None:
     """
     for name in ("bos_token_id", "eos_token_id", "gmask_token_id", "mask_token_id", "pad_token_id"):
         of_model, of_tokenizer = getattr(config, name), getattr(tokenizer, name)
-        if _as_set(of_model) != {of_tokenizer}:
+        if not _as_list(of_model) or any(id_ != of_tokenizer for id_ in _as_list(of_model)):
             raise UserError(
                 f"{name}: the model says {of_model}, the tokenizer {of_tokenizer}; they are of "
                 "different revisions of ChatGLM-6B, take both from the same download"
@@ -303,5 +303,5 @@ def check_ids(config: PreTrainedConfig, tokenizer: ChatGLMTokenizer) -> None:
         )
 
 
-def _as_set(ids: int | list[int] | None) -> set[int]:
-    return set(ids) if isinstance(ids, list) else set() if ids is None else {ids}
+def _as_list(ids: int | list[int] | None) -> list[int]:
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]

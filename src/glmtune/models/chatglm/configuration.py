@@ -130,6 +130,9 @@ class ChatGLMConfig(PreTrainedConfig):
             self.gmask_token_id = self.bos_token_id - 3
         if self.pad_token_id is None:
             self.pad_token_id = 3 + self.num_image_tokens
+        for name in ("mask_token_id", "gmask_token_id", "pad_token_id"):
+            if type(getattr(self, name)) is not int:
+                raise _no_value(name, getattr(self, name))
         super().__post_init__(**kwargs)
 
     @property
