@@ -10,14 +10,11 @@ class UserError(ValueError):
     """A mistake of the user's, told in one line: what, where, its value and the fix.
 
     The command line prints the line without a traceback and exits with code 2; from Python it is
-    an ordinary ValueError. Of a line of many thousand characters, as a damaged file can make one by
-    what it is quoted with, start and end are kept: where it is, and the fix.
+    an ordinary ValueError.
     """
 
     def __init__(self, line: str):
-        if len(line) > _LONGEST:
-            line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
-        super().__init__(line)
+        super().__init__(_presentable(line))
 
 
 def note(*lines: str, of_each_process: bool = False) -> None:
@@ -29,4 +26,16 @@ def note(*lines: str, of_each_process: bool = False) -> None:
     if not of_each_process and os.environ.get("RANK", "0") != "0":
         return
     for line in lines:
-        print(f"note: {line}", file=sys.stderr, flush=True)
+        print(f"note: {_presentable(line)}", file=sys.stderr, flush=True)
+
+
+def _presentable(line: str) -> str:
+    """A line that can be printed and read, whatever a damaged file has brought into it.
+
+    Halves of characters are written as escapes; of many thousand characters start and end are kept,
+    which are the place and the fix.
+    """
+    line = line.encode("utf-8", "backslashreplace").decode()
+    if len(line) > _LONGEST:
+        line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+    return line

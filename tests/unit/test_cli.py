@@ -17,7 +17,7 @@ from glmtune.config import (
     TrainConfig,
     ValidateConfig,
 )
-from glmtune.errors import UserError
+from glmtune.errors import UserError, note
 
 SCRIPTS = {
     "cover_alpaca2jsonl.py": "convert",
@@ -117,6 +117,12 @@ def test_an_error_keeps_where_it_is_and_its_fix_however_long_its_line():
     assert line.startswith("a.json:1: xxx")
     assert line.endswith("xxx; mend it")
     assert len(line) < 5000
+
+
+def test_half_a_character_can_be_told(capsys):
+    assert str(UserError("a.json: '\ud83d'; mend it")) == r"a.json: '\ud83d'; mend it"
+    note("a.json: '\ud83d'")
+    assert capsys.readouterr().err == "note: a.json: '\\ud83d'\n"
 
 
 def test_training_ends_with_a_check_up(room, monkeypatch):
