@@ -4,6 +4,7 @@ import os
 import sys
 
 _LONGEST = 4000
+_WIDE_BLANK = "\u3000"
 
 
 class UserError(ValueError):
@@ -30,12 +31,17 @@ def note(*lines: str, of_each_process: bool = False) -> None:
 
 
 def _presentable(line: str) -> str:
-    """A line that can be printed and read, whatever a damaged file has brought into it.
+    """One line that can be printed and read, whatever a damaged file has brought into it.
 
-    Halves of characters are written as escapes; of many thousand characters start and end are kept,
-    which are the place and the fix.
+    Line breaks, a terminal's commands and halves of characters are written as escapes; of many
+    thousand characters start and end are kept, which are the place and the fix.
     """
-    line = line.encode("utf-8", "backslashreplace").decode()
+    if not line.isprintable():
+        line = "".join(c if c.isprintable() or c == _WIDE_BLANK else _escape(c) for c in line)
     if len(line) > _LONGEST:
         line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
     return line
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")

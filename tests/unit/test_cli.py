@@ -119,7 +119,10 @@ def test_an_error_keeps_where_it_is_and_its_fix_however_long_its_line():
     assert len(line) < 5000
 
 
-def test_half_a_character_can_be_told(capsys):
+def test_what_cannot_be_printed_is_told_as_escapes(capsys):
+    assert str(UserError("全角　空格: 'a\nb\x1b[31m'; mend it")) == (
+        r"全角　空格: 'a\nb\x1b[31m'; mend it"
+    )
     assert str(UserError("a.json: '\ud83d'; mend it")) == r"a.json: '\ud83d'; mend it"
     note("a.json: '\ud83d'")
     assert capsys.readouterr().err == "note: a.json: '\\ud83d'\n"
