@@ -228,11 +228,16 @@ def test_a_damaged_bundle(config, tmp_path, broken_base, name):
         read_bundle(file.parent)
 
 
-def test_a_full_disk_leaves_no_half_bundle(config, tmp_path, broken_base, monkeypatch):
-    def full(*args):
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("file", ["step.safetensors", "optimizer.pt"])
+def test_a_full_disk_leaves_no_half_bundle(config, tmp_path, broken_base, monkeypatch, file):
+    write_bytes = Path.write_bytes
 
-    monkeypatch.setattr("glmtune.training.crash.save_file", full)
+    def full(path, content):
+        if path.name == file:
+            raise OSError(28, "No space left on device")
+        return write_bytes(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(UserError, match="crash-1: cannot be written"):
         loop.train(config(broken_base))
     assert [p.name for p in (tmp_path / "run").iterdir() if "crash" in p.name] == []

@@ -175,14 +175,14 @@ def work(folder, rows):
             torch.distributed.barrier()
             loop.train(settings(again, resume_from_checkpoint="true", **layout | ONCE))
     with pytest.MonkeyPatch.context() as patch:
-        save = loop.checkpoints._save
+        save = loop.checkpoints.write_torch_file
 
         def full(content, path):
             if "checkpoint-3" in str(path):
                 raise OSError(28, "No space left on device")
             save(content, path)
 
-        patch.setattr(loop.checkpoints, "_save", full)
+        patch.setattr(loop.checkpoints, "write_torch_file", full)
         with pytest.raises(UserError) as error:
             loop.train(settings("full"))
     (folder / f"told by {rank}").write_text(str(error.value))

@@ -1,10 +1,11 @@
-"""Files that torch.save wrote, read without trust.
+"""Files of torch.save: written so that a full disk is told as such, read without trust.
 
 Such a file is a zip archive with a pickle in it, and a pickle can call anything when it is opened.
 torch's `weights_only` reader calls only what builds tensors and plain containers. What it leaves
 open is closed here: how much memory a small file may ask for.
 """
 
+import io
 import pickletools
 import re
 import zipfile
@@ -55,6 +56,14 @@ def read_torch_file(path: Path, device: str = "cpu", *, mmap: bool = False) -> A
             f"{path}: its tensors claim {claimed:,} bytes, more than the file has; {_GET_AGAIN}"
         )
     return content
+
+
+def write_torch_file(content: Any, path: Path) -> None:
+    """Write a file by torch.save. Raises OSError where the disk does not take it."""
+    # By way of memory: torch tells of a full disk as an error of its own archive.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def _check_archive(path: Path) -> bool:

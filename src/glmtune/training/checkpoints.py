@@ -7,13 +7,11 @@ what it takes to go on from step N as if nothing had happened: `optimizer.pt`, `
 weights_only.
 """
 
-import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
@@ -22,7 +20,7 @@ from glmtune.adapters.settings import CHECKPOINT
 from glmtune.data.files import new_folder, write_json
 from glmtune.drafts import remove_folder, write_errors
 from glmtune.errors import UserError, note
-from glmtune.models.torch_files import read_torch_file
+from glmtune.models.torch_files import read_torch_file, write_torch_file
 from glmtune.training.disk import check_room, checkpoint_bytes
 from glmtune.training.manifest import (
     STATE_FILE,
@@ -85,25 +83,19 @@ def save_checkpoint(
         with new_folder(str(folder)) as draft:
             save_adapter(state.model, draft, base_name)
             verify_saved(state.model, draft)
-            _save(state.optimizer.state_dict(), draft / "optimizer.pt")
-            _save(state.scheduler.state_dict(), draft / "scheduler.pt")
+            write_torch_file(state.optimizer.state_dict(), draft / "optimizer.pt")
+            write_torch_file(state.scheduler.state_dict(), draft / "scheduler.pt")
             if state.scaler is not None:
-                _save(state.scaler.state_dict(), draft / _SCALER_FILE)
+                write_torch_file(state.scaler.state_dict(), draft / _SCALER_FILE)
             for rank, own in enumerate(per_process):
-                _save(own | {"loss_sum": own["loss_sum"].cpu()}, draft / f"rng_state_{rank}.pth")
+                own |= {"loss_sum": own["loss_sum"].cpu()}
+                write_torch_file(own, draft / f"rng_state_{rank}.pth")
             write_json(trainer_state, draft / STATE_FILE)
             write_manifest(draft, state.global_step, identity)
 
     on_main(accelerator, write)
     state.last_good = folder
     return folder
-
-
-def _save(content: Any, path: Path) -> None:
-    # By way of memory: torch tells of a full disk as an error of its own archive.
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    path.write_bytes(buffer.getbuffer())
 
 
 def check_same_run(

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from glmtune import __version__
@@ -32,6 +32,7 @@ from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError
 from glmtune.hardware import device_name
 from glmtune.models.chatglm.packed import base_of
+from glmtune.models.torch_files import write_torch_file
 from glmtune.training.checkpoints import RECIPE_FILE
 from glmtune.training.console import what_is_kept
 from glmtune.training.culprit import Culprit, Outcome, PassOfStep, compute_again
@@ -125,11 +126,12 @@ def _leave_bundle(
     )
     with new_folder(str(folder)) as draft:
         write_json(told, draft / CRASH_FILE)
-        save_file(_step_tensors(run.rows, passes, random_states), draft / STEP_FILE)
+        # By way of memory: safetensors tells of a full disk as an error of its own.
+        (draft / STEP_FILE).write_bytes(save(_step_tensors(run.rows, passes, random_states)))
         save_adapter(state.model, draft, run.base_name)
         moments = state.optimizer.state_dict()
         if _num_bytes(moments) <= LARGEST_OPTIMISER:
-            torch.save(moments, draft / "optimizer.pt")
+            write_torch_file(moments, draft / "optimizer.pt")
         write_recipe(settings, str(draft / RECIPE_FILE))
     return (
         f"{_locate(run, outcome)}; {_advise(run, fault, outcome)}; {what_is_kept(run, state)}; "
