@@ -224,6 +224,21 @@ def test_ctrl_c_at_both_stops_both(talk, adapter, monkeypatch):
     assert printed[3] == "error: /undo: nothing was said yet"
 
 
+def test_ctrl_c_before_the_first_token_does_not_end_the_chat(talk, monkeypatch):
+    encode = room.encode_prompts
+    interrupts = [KeyboardInterrupt()]
+
+    def encode_prompts(*given):
+        if interrupts:
+            raise interrupts.pop()
+        return encode(*given)
+
+    monkeypatch.setattr(room, "encode_prompts", encode_prompts)
+    printed, prompts = talk(QUESTION, "/undo", "你好")
+    assert printed[:2] == [" [stopped]", "error: /undo: nothing was said yet"]
+    assert prompts[-1] == "你好"
+
+
 def test_exit_ends_and_help_names_every_command(talk):
     printed, prompts = talk("/help", "", "/exit", "never")
     for command in ("/new", "/base", "/tuned", "/both", "/save", "/undo", "/set", "/exit"):

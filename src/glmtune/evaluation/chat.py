@@ -104,6 +104,8 @@ class Chat:
                 self.take(line.encode("utf-8", "replace").decode("utf-8"))
             except UserError as error:
                 print(f"error: {error}")
+            except KeyboardInterrupt:  # before an answer's first token, or in a command
+                print(" [stopped]", flush=True)
             except SystemExit:
                 return
 
