@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -48,8 +50,6 @@ def write_quantised():
 
     tests/parity holds what it writes against the recorded folders, byte for byte.
     """
-    import torch
-
     from glmtune.models import ChatGLMForConditionalGeneration
 
     def quantise(weight, bits):
@@ -80,3 +80,55 @@ def write_quantised():
         return target
 
     return write
+
+
+class HandTraining:
+    """Weights that are trained as the loop does it, with losses and gradients of our choice.
+
+    Nothing in a step waits for the device.
+
+    Args:
+        watch: makes a `Watch`.
+        device: of the weights.
+        at_once: as a Watch takes it; a fused AdamW whose watch is not read at once is what runs
+            on a GPU.
+        scaler: of float16's gradients.
+    """
+
+    def __init__(self, watch, device, at_once, scaler=None):
+        self.weights = [nn.Parameter(torch.ones(n, device=device)) for n in (3, 2)]
+        self.optimizer = torch.optim.AdamW(self.weights, lr=0.1, fused=not at_once)
+        self.scaler = scaler
+        self.watch = watch(self.weights, self.optimizer, scaler, device, at_once=at_once)
+        self.num_steps = 0
+        self.one = torch.ones((), device=device)
+
+    def step(self, loss=1.0, grads=(1.0, 1.0)):
+        largest = self.watch.begin(self.num_steps)
+        scale = self.one if self.scaler is None else self.scaler.scale(self.one)
+        for weight, grad in zip(self.weights, grads, strict=True):
+            weight.grad = torch.ones_like(weight) * grad * scale
+        self.watch.see_loss(self.one * loss, largest)
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        self.watch.see_gradient(nn.utils.get_total_norm([w.grad for w in self.weights]))
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.num_steps += 1
+
+    def moving(self):
+        """A copy of all that a step changes."""
+        moments = self.optimizer.state_dict()["state"].values()
+        slots = [slot for of_weight in moments for slot in of_weight.values()]
+        return [tensor.clone() for tensor in (*[w.detach() for w in self.weights], *slots)]
+
+
+@pytest.fixture(scope="session")
+def hand_training():
+    """`HandTraining`, for tests of the watch on either device."""
+    from glmtune.training.watch import Watch
+
+    return lambda device, at_once, scaler=None: HandTraining(Watch, device, at_once, scaler)

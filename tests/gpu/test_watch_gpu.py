@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 from glmtune.adapters import attach_lora, save_adapter, verify_saved
 from glmtune.models.checkpoints import load_base_model
-from glmtune.training.watch import NotFiniteError, Watch
+from glmtune.training.watch import NotFiniteError
 
 pytestmark = [
     pytest.mark.gpu,
@@ -16,61 +15,32 @@ pytestmark = [
 ]
 
 
-class Training:
-    """Weights trained as the loop does it, on a device, with gradients of our choice."""
-
-    def __init__(self, scaler=None):
-        self.device = torch.device("cuda", 0)
-        self.weights = [nn.Parameter(torch.ones(64, 64, device=self.device)) for _ in range(4)]
-        self.optimizer = torch.optim.AdamW(self.weights, lr=0.1, fused=True)
-        self.scaler = scaler
-        self.watch = Watch(self.weights, self.optimizer, scaler, self.device)
-        self.num_steps = 0
-        self.good = torch.ones((), device=self.device)
-
-    def step(self, loss=1.0):
-        largest = self.watch.begin(self.num_steps)
-        scale = 1.0 if self.scaler is None else self.scaler.scale(self.good)
-        for weight in self.weights:
-            weight.grad = self.good.expand_as(weight) * scale
-        self.watch.see_loss(self.good * loss, largest)
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
-        self.watch.see_gradient(nn.utils.get_total_norm([w.grad for w in self.weights]))
-        if self.scaler is None:
-            self.optimizer.step()
-        else:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        self.num_steps += 1
-
-    def go_on(self):
-        for _ in range(3):
-            torch.cuda.synchronize()  # else the host may be many steps ahead
-            self.step()
-
-    def moving(self):
-        states = self.optimizer.state_dict()["state"].values()
-        slots = [slot for state in states for slot in state.values()]
-        return [tensor.detach().clone() for tensor in (*self.weights, *slots)]
+CUDA = torch.device("cuda", 0)
 
 
 @pytest.mark.parametrize("with_scaler", [False, True])
-def test_a_bad_step_changes_nothing_nor_do_those_after_it(with_scaler):
-    training = Training(torch.amp.GradScaler("cuda") if with_scaler else None)
+def test_a_bad_step_changes_nothing_nor_do_those_after_it(hand_training, with_scaler):
+    scaler = torch.amp.GradScaler("cuda") if with_scaler else None
+    training = hand_training(CUDA, at_once=None, scaler=scaler)
     training.step()
     training.step()
     before = training.moving()
     training.step(math.nan)
+
+    def go_on():
+        for _ in range(3):
+            torch.cuda.synchronize()  # else the host may be many steps ahead
+            training.step()
+
     with pytest.raises(NotFiniteError, match="the loss is nan") as stop:
-        training.go_on()
+        go_on()
     assert stop.value.fault.step == 2
     assert stop.value.fault.random_state.cuda is not None
     assert all(map(torch.equal, training.moving(), before))
 
 
-def test_no_step_waits_for_the_device():
-    training = Training()
+def test_no_step_waits_for_the_device(hand_training):
+    training = hand_training(CUDA, at_once=None)
     training.step()  # sets the optimiser up
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

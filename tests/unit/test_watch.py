@@ -4,48 +4,17 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 from glmtune.training.course import judge_course
-from glmtune.training.watch import FIRST_STEPS, NotFiniteError, Watch
+from glmtune.training.watch import FIRST_STEPS, NotFiniteError
 
 CPU = torch.device("cpu")
 
 
-class Training:
-    """Two weights that are trained as the loop does it, with gradients of our choice.
-
-    A fused AdamW whose watch is not read at once is what runs on a GPU.
-    """
-
-    def __init__(self, at_once, scaler=None):
-        self.weights = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]
-        self.optimizer = torch.optim.AdamW(self.weights, lr=0.1, fused=not at_once)
-        self.scaler = scaler
-        self.watch = Watch(self.weights, self.optimizer, scaler, CPU, at_once=at_once)
-        self.num_steps = 0
-
-    def step(self, loss=1.0, grads=(1.0, 1.0)):
-        largest = self.watch.begin(self.num_steps)
-        scale = 1.0 if self.scaler is None else self.scaler.scale(torch.ones(())).item()
-        for weight, grad in zip(self.weights, grads, strict=True):
-            weight.grad = torch.full_like(weight, grad * scale)
-        self.watch.see_loss(torch.tensor(loss), largest)
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
-        self.watch.see_gradient(nn.utils.get_total_norm([w.grad for w in self.weights]))
-        if self.scaler is None:
-            self.optimizer.step()
-        else:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        self.num_steps += 1
-
-    def moving(self):
-        """A copy of all that a step changes."""
-        moments = self.optimizer.state_dict()["state"].values()
-        slots = [slot for of_weight in moments for slot in of_weight.values()]
-        return [tensor.clone() for tensor in (*[w.detach() for w in self.weights], *slots)]
+@pytest.fixture
+def start(hand_training):
+    """A function that starts a training by hand on the CPU."""
+    return lambda at_once, scaler=None: hand_training(CPU, at_once, scaler)
 
 
 FAULTS = [
@@ -57,8 +26,8 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("numbers", "what", "words"), FAULTS)
-def test_on_a_cpu_the_step_itself_stops(numbers, what, words):
-    training = Training(at_once=True)
+def test_on_a_cpu_the_step_itself_stops(start, numbers, what, words):
+    training = start(at_once=True)
     training.step()
     before = training.moving()
     with pytest.raises(NotFiniteError, match=words) as stop:
@@ -69,9 +38,9 @@ def test_on_a_cpu_the_step_itself_stops(numbers, what, words):
 
 @pytest.mark.parametrize(("numbers", "what", "words"), FAULTS)
 def test_on_a_gpu_no_step_changes_anything_until_the_host_comes_by(
-    numbers, what, words, monkeypatch
+    start, numbers, what, words, monkeypatch
 ):
-    training = Training(at_once=False)
+    training = start(at_once=False)
     monkeypatch.setattr(training.watch, "_look", lambda: None)  # the device is far behind
     training.step()
     training.step()
@@ -86,8 +55,8 @@ def test_on_a_gpu_no_step_changes_anything_until_the_host_comes_by(
     assert (stop.value.fault.step, stop.value.fault.what) == (2, what)
 
 
-def test_on_a_gpu_the_next_step_knows():
-    training = Training(at_once=False)
+def test_on_a_gpu_the_next_step_knows(start):
+    training = start(at_once=False)
     training.step()
     training.step(loss=math.nan)
     with pytest.raises(NotFiniteError) as stop:
@@ -96,22 +65,22 @@ def test_on_a_gpu_the_next_step_knows():
 
 
 @pytest.mark.parametrize("loss", [math.nan, 1.0])
-def test_a_weight_is_named_before_what_it_spoils_and_where_it_spoils_nothing(loss):
-    training = Training(at_once=True)
+def test_a_weight_is_named_before_what_it_spoils_and_where_it_spoils_nothing(start, loss):
+    training = start(at_once=True)
     training.weights[1].data[0] = math.inf
     with pytest.raises(NotFiniteError, match="a weight of the adapter is inf") as stop:
         training.step(loss=loss)
     assert stop.value.fault.what == "weight"
 
 
-def test_large_weights_are_no_fault():
-    training = Training(at_once=True)
+def test_large_weights_are_no_fault(start):
+    training = start(at_once=True)
     training.weights[0].data.fill_(1e30)
     training.step()
 
 
-def test_the_random_state_is_that_of_the_start_of_the_bad_step(monkeypatch):
-    training = Training(at_once=False)
+def test_the_random_state_is_that_of_the_start_of_the_bad_step(start, monkeypatch):
+    training = start(at_once=False)
     monkeypatch.setattr(training.watch, "_look", lambda: None)
     training.step()
     torch.manual_seed(7)
@@ -128,8 +97,8 @@ def scaler(scale):
     return torch.amp.GradScaler("cpu", init_scale=scale)
 
 
-def test_float16_skips_an_overflow_and_goes_on():
-    training = Training(at_once=False, scaler=scaler(2.0**16))
+def test_float16_skips_an_overflow_and_goes_on(start):
+    training = start(at_once=False, scaler=scaler(2.0**16))
     training.step()
     before = [w.detach().clone() for w in training.weights]
     training.step(grads=(math.inf, 1.0))
@@ -140,8 +109,8 @@ def test_float16_skips_an_overflow_and_goes_on():
     assert not torch.equal(training.weights[0], before[0])
 
 
-def test_float16_stops_when_the_smallest_scale_overflows():
-    training = Training(at_once=True, scaler=scaler(4.0))
+def test_float16_stops_when_the_smallest_scale_overflows(start):
+    training = start(at_once=True, scaler=scaler(4.0))
     training.step(grads=(math.inf, 1.0))
     training.step(grads=(math.inf, 1.0))
     assert training.scaler.get_scale() == 1
@@ -149,8 +118,8 @@ def test_float16_stops_when_the_smallest_scale_overflows():
         training.step(grads=(math.inf, 1.0))
 
 
-def test_float16_stops_at_once_when_the_loss_itself_is_not_finite():
-    training = Training(at_once=False, scaler=scaler(2.0**16))
+def test_float16_stops_at_once_when_the_loss_itself_is_not_finite(start):
+    training = start(at_once=False, scaler=scaler(2.0**16))
     training.step()
     before = [w.detach().clone() for w in training.weights]
     training.step(loss=math.nan)
@@ -159,8 +128,8 @@ def test_float16_stops_at_once_when_the_loss_itself_is_not_finite():
     assert all(map(torch.equal, training.weights, before))
 
 
-def test_weights_without_a_gradient_are_told_once():
-    training = Training(at_once=True)
+def test_weights_without_a_gradient_are_told_once(start):
+    training = start(at_once=True)
     training.step(grads=(0.0, 1.0))
     assert training.watch.unmoved() == []  # lora_A has none before lora_B has moved
     for _ in range(FIRST_STEPS - 1):
@@ -169,8 +138,8 @@ def test_weights_without_a_gradient_are_told_once():
     assert training.watch.unmoved() == []
 
 
-def test_a_gradient_in_any_of_the_first_steps_is_enough():
-    training = Training(at_once=True)
+def test_a_gradient_in_any_of_the_first_steps_is_enough(start):
+    training = start(at_once=True)
     for step in range(FIRST_STEPS):
         training.step(grads=(1.0 * (step == 2), 0.5))
     assert training.watch.unmoved() == []
