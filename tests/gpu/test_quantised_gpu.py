@@ -17,6 +17,8 @@ from glmtune.hardware import GIB
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.packed import PackedModel, can_compile
 from glmtune.models.checkpoints import load_base_model
+from glmtune.models.quantised import _quantised as quantised_linear
+from glmtune.models.quantised import unrounded_inputs
 from glmtune.models.random_init import write_random_model
 from glmtune.models.sizes import weight_bytes
 from glmtune.training.check import check_agreement
@@ -37,7 +39,8 @@ pytestmark = [
         reason="no CUDA device of the Ampere generation or newer here, or no Triton",
     ),
 ]
-LENGTH = 1024
+LENGTH = 768
+"""Of a pack: its activations are then smaller than the smallest weight."""
 BASES = [(8, False), (4, False), (4, True), (None, True)]
 
 
@@ -106,6 +109,20 @@ def test_a_compiled_pass_keeps_no_weight_as_floats(rows, bits):
     assert kept[1] < kept[0] + smallest_weight
 
 
+def test_the_check_holds_no_weight_of_8_bits_as_floats():
+    """Or a card on which the run fits could end before its first step."""
+    with torch.device(CUDA):
+        part = torch.nn.Sequential(torch.nn.Linear(4096, 16384, dtype=torch.bfloat16))
+    part[0] = quantised_linear(part[0], 8, torch.bfloat16)
+    x = torch.randn(8, 4096, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
+    with unrounded_inputs(part):
+        part(x).sum().backward()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        part(x).sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < part[0].weight.numel()  # half of it
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_loading_gives_what_quantising_in_memory_gives(tmp_path, bits):
     write_random_model(tmp_path, CONFIG, num_shards=3, device=CUDA)
@@ -146,7 +163,7 @@ print(torch.cuda.max_memory_allocated() / GIB, torch.cuda.memory_allocated() / G
 """
 
 
-@pytest.mark.parametrize(("bits", "most_gib"), [(4, 6.0), (8, 9.0)])
+@pytest.mark.parametrize(("bits", "most_gib"), [(4, 5.0), (8, 7.5)])
 def test_6b_loads_within_little_memory(tmp_path, bits, most_gib):
     """float16 shards as published; libraries and CUDA itself are in the figure of the CPU."""
     config = ChatGLMConfig()

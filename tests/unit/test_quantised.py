@@ -238,7 +238,8 @@ def linears(model):
     return [module for module in model.modules() if isinstance(module, kinds)]
 
 
-def test_what_the_check_leaves_out_is_llm_int8s_rounding_of_inputs():
+def test_what_the_check_leaves_out_is_llm_int8s_rounding_of_inputs(monkeypatch):
+    monkeypatch.setattr(quantised, "_PIECE", 100)  # no linear here has the usual number of outputs
     model = load(bits=8)
     exact = logits(load(bits=8).dequantize())
     rounded = logits(model)
@@ -246,6 +247,20 @@ def test_what_the_check_leaves_out_is_llm_int8s_rounding_of_inputs():
         assert off(logits(model), exact) < 1e-5
     assert off(rounded, exact) > 1e-4
     assert torch.equal(logits(model), rounded), "it is back"
+
+
+def test_a_product_with_unrounded_inputs_has_the_gradient_of_its_weights(monkeypatch):
+    monkeypatch.setattr(quantised, "_PIECE", 100)
+    model = load(bits=8)
+    linear, dense = model.get_submodule(LINEAR), load(bits=8).dequantize().get_submodule(LINEAR)
+    x, grad = torch.randn(2, 3, linear.in_features), torch.randn(2, 3, linear.out_features)
+    gradients = []
+    with quantised.unrounded_inputs(model):
+        for product in (linear, dense):
+            x_leaf = x.clone().requires_grad_()
+            product(x_leaf).backward(grad)
+            gradients.append(x_leaf.grad)
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize(("kind", "embeddings"), [(8, False), (4, True)])

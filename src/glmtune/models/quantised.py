@@ -9,6 +9,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -35,8 +36,8 @@ OLDEST_CARD = {8: (7, 5), 4: (6, 0)}
 _BESIDE_INT8 = ("SCB", "weight_format")
 _BESIDE_4BIT = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _STATES = ("quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4")
-# With LLM.int8's threshold here, what is rounded of an input is below float16's smallest number.
-_NOTHING = 2.0**-24
+# Outputs whose weights are there as floats at a time, where LLM.int8's inputs are not rounded.
+_PIECE = 1024
 
 
 def check_quantising(what: str, bits: int, device: torch.device | str | None) -> None:
@@ -206,19 +207,55 @@ def _frozen_4bit(linear: Any) -> Quantised:
 
 @contextmanager
 def unrounded_inputs(model: nn.Module) -> Iterator[None]:
-    """For a while, let LLM.int8 take every column of its inputs for one with outliers.
+    """For a while, let LLM.int8 not round its inputs.
 
-    These it does not round: the product is then that of the weights which the integers stand for.
+    The product is then that of the weights which the integers stand for. A threshold near 0, under
+    which each column counts as one with outliers, would do the same, but holds a weight several
+    times over.
     """
-    states: list[Any] = [linear.state for linear in model.modules() if _is(linear, "Linear8bitLt")]
-    thresholds = [state.threshold for state in states]
+    linears: list[Any] = [linear for linear in model.modules() if _is(linear, "Linear8bitLt")]
     try:
-        for state in states:
-            state.threshold = _NOTHING
+        for linear in linears:
+            linear.forward = partial(_multiply_unrounded, linear)
         yield
     finally:
-        for state, threshold in zip(states, thresholds, strict=True):
-            state.threshold = threshold
+        for linear in linears:
+            del linear.forward
+
+
+def _multiply_unrounded(linear: Any, x: Tensor) -> Tensor:
+    if linear.weight.CB is not None:
+        linear.init_8bit_state()
+    return _Unrounded.apply(x, linear.state.CB, linear.state.SCB, linear.bias)
+
+
+class _Unrounded(torch.autograd.Function):
+    """``x @ W^T + bias`` with bitsandbytes' own floats, of some outputs after the others."""
+
+    @staticmethod
+    def forward(ctx, x, packed_NK, scale_N, bias_N):
+        ctx.save_for_backward(packed_NK, scale_N)
+        products = [x @ weight.T for _, weight in _pieces(packed_NK, scale_N, x.dtype)]
+        product = torch.cat(products, -1)
+        return product if bias_N is None else product + bias_N
+
+    @staticmethod
+    def backward(ctx, grad):
+        packed_NK, scale_N = ctx.saved_tensors
+        total: Any = 0
+        for rows, weight in _pieces(packed_NK, scale_N, grad.dtype):
+            total = total + grad[..., rows] @ weight
+        return total, None, None, None
+
+
+def _pieces(
+    packed_NK: Tensor, scale_N: Tensor, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor]]:
+    from bitsandbytes.functional import int8_vectorwise_dequant
+
+    for start in range(0, len(packed_NK), _PIECE):
+        rows = slice(start, start + _PIECE)
+        yield rows, int8_vectorwise_dequant(packed_NK[rows], scale_N[rows]).to(dtype)
 
 
 def _is(module: Any, name: str) -> bool:

@@ -283,6 +283,12 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         return loaded
 
+    def tie_weights(self, missing_keys: set[str] | None = None, *args, **kwargs) -> None:
+        """As transformers', which compares a loaded head with the embedding: `check_folder` did."""
+        if missing_keys is not None and self.config.tie_word_embeddings:
+            missing_keys.add(HEAD)
+        super().tie_weights(missing_keys, *args, **kwargs)
+
     def quantize_head(self) -> None:
         """Round embedding and head to 8 bits, in place; a tensor that served both does so still."""
         body = self.transformer
