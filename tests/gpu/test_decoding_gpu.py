@@ -16,6 +16,7 @@ from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
 from glmtune.models.checkpoints import load_base_model
 
 if torch.cuda.is_available():
+    from glmtune.ops import decoding_attention
     from glmtune.ops import decoding_kernels as kernels
 
 pytestmark = [
@@ -167,7 +168,7 @@ def test_attention_in_one_kernel_is_what_its_parts_are(column):
     filled[1].index_copy_(2, place, parts[:, :, 2])
     expected = decoding.attend(turned[:, :, 0], *filled, seen)
     for _ in range(3):  # what is counted must be set back
-        found = kernels.attend(mixed, *cache, place, seen, cos, sin)
+        found = decoding_attention.attend(mixed, *cache, place, seen, cos, sin)
         assert torch.allclose(found, expected, atol=1e-5)
     assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(cache, filled, strict=True))
 

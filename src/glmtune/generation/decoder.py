@@ -55,16 +55,16 @@ class Buffers:
     settings: GenerationSettings
     """What is built into the step: penalty and filters."""
     cache: KeyValueCache
-    column_K: Tensor
     tokens_BK: Tensor
-    valid_BK: Tensor
-    """False for padding, true for prompts and for every column after them."""
-    angles: Angles
-    """``(B, K, 2, D/4)``."""
+    mask_BK: Tensor
+    """True for the columns that hold a real token by now."""
+    angles_2BK2Q: Tensor
+    """Cosines and sines of all positions, Q = D / 4."""
     column_1: Tensor
     """Of the newest token, which is not in the cache yet."""
     finished_B: Tensor
-    finite: Tensor
+    fault_B: Tensor
+    """0, or NaN once a score was not finite."""
     seen_BV: Tensor | None
     numbers_BK: Tensor | None
     replay: Callable[[], None] | None = None
@@ -85,18 +85,16 @@ class Buffers:
             return torch.full(shape, value, dtype=dtype, device=like.device)
 
         shape = (num_rows, num_columns)
-        flat_angles = new(0, *shape, 2, config.head_dim // 4, dtype=like.dtype)
         with_penalty = settings.repetition_penalty is not None
         return cls(
             settings=settings,
             cache=KeyValueCache.zeros(config, *shape, like),
-            column_K=torch.arange(num_columns, device=like.device),
             tokens_BK=new(0, *shape, dtype=torch.long),
-            valid_BK=new(1, *shape, dtype=torch.bool),
-            angles=Angles(flat_angles, flat_angles.clone()),
+            mask_BK=new(1, *shape, dtype=torch.bool),
+            angles_2BK2Q=new(0, 2, *shape, 2, config.head_dim // 4, dtype=like.dtype),
             column_1=new(0, 1, dtype=torch.long),
             finished_B=new(0, num_rows, dtype=torch.bool),
-            finite=new(1, dtype=torch.bool),
+            fault_B=new(0, num_rows, dtype=torch.float32),
             seen_BV=new(0, num_rows, config.vocab_size, dtype=torch.bool) if with_penalty else None,
             numbers_BK=new(0, *shape, dtype=torch.float64) if settings.do_sample else None,
         )
@@ -157,7 +155,8 @@ class Decoder:
             )
         self.captures = self.device.type == "cuda" and can_be_captured(self.weights)
         self._most_rows_for_kernels = most_rows_for_kernels(self.weights, self.config)
-        self._stop_ids = torch.tensor(stop_ids, device=self.device)
+        self._is_stop_V = torch.zeros(self.config.vocab_size, dtype=torch.bool, device=self.device)
+        self._is_stop_V[list(stop_ids)] = True
         self._buffers: Buffers | None = None
         self._block: Callable[..., Tensor] = run_block
         self._head: Callable[..., Tensor] = run_head
@@ -205,7 +204,7 @@ class Decoder:
         made = start + 1
         while True:
             rows = buffers.tokens_BK[:, start:made].tolist()
-            if not buffers.finite:
+            if buffers.fault_B.isnan().any():
                 self._buffers = None  # the cache is spoilt
                 raise UserError(NOT_FINITE)
             yield rows
@@ -236,12 +235,12 @@ class Decoder:
         input_ids_BS, valid_BS = left_padded(prompts, pad_id, self.device)
         num_rows, num_columns = input_ids_BS.shape
         buffers = self._buffers_for(num_rows, num_columns + settings.max_new_tokens, settings)
-        num_later = buffers.column_K.shape[0] - num_columns
+        num_later = buffers.tokens_BK.shape[1] - num_columns
         buffers.tokens_BK.copy_(F.pad(input_ids_BS, (0, num_later), value=pad_id))
-        buffers.valid_BK.copy_(F.pad(valid_BS, (0, num_later), value=True))
+        buffers.mask_BK.copy_(F.pad(valid_BS, (0, num_later), value=False))
         buffers.column_1.fill_(num_columns - 1)
         buffers.finished_B.zero_()
-        buffers.finite.fill_(True)
+        buffers.fault_B.zero_()
         if buffers.seen_BV is not None:
             # Padding was not said: an answer must not depend on it, so <sop> stands in its place.
             said_BS = torch.where(valid_BS, input_ids_BS, input_ids_BS[:, -1:])
@@ -251,15 +250,16 @@ class Decoder:
             later.copy_(random_numbers(settings, prompts, self.device))
 
         # Later columns hold answer tokens, whatever their ids: their positions are known now.
-        layout = read_layout(buffers.tokens_BK, self.config, buffers.valid_BK)
+        later_valid_BK = F.pad(valid_BS, (0, num_later), value=True)
+        layout = read_layout(buffers.tokens_BK, self.config, later_valid_BK)
         angles = rotary_angles(layout.position_ids_B2S, self.config.head_dim)
-        for buffer, angle in zip(buffers.angles, angles, strict=True):
+        for buffer, angle in zip(buffers.angles_2BK2Q, angles, strict=True):
             buffer.copy_(angle)
         logits_BV = prefill(
             self.weights,
             input_ids_BS,
             prefix_lm_mask(layout.prefix_end_B, valid_BS),
-            Angles(*(angle[:, :num_columns] for angle in buffers.angles)),
+            Angles(*buffers.angles_2BK2Q[:, :, :num_columns]),
             buffers.cache,
         )
         self._choose(buffers, logits_BV)
@@ -295,13 +295,13 @@ class Decoder:
         functions = self._block, self._head
         if len(buffers.tokens_BK) <= self._most_rows_for_kernels:
             functions = run_block_in_few_kernels, run_head_in_few_kernels
-        seen_BK = buffers.valid_BK & (buffers.column_K <= column_1)
+        buffers.mask_BK.index_fill_(1, column_1, True)
         logits_BV = decode(
             self.weights,
             buffers.tokens_BK.index_select(1, column_1),
             column_1,
-            seen_BK[:, None, None, :num_columns],
-            Angles(*(angle.index_select(1, column_1) for angle in buffers.angles)),
+            buffers.mask_BK[:, None, None, :num_columns],
+            Angles(*buffers.angles_2BK2Q.index_select(2, column_1)),
             buffers.cache,
             *functions,
         )
@@ -309,16 +309,15 @@ class Decoder:
 
     def _choose(self, buffers: Buffers, logits_BV: Tensor) -> None:
         """Choose the next token of each row, which becomes its newest."""
-        scores_BV = logits_BV.float()
-        top_B, token_B = largest(scores_BV)
-        buffers.finite.logical_and_(top_B.isfinite().all())  # NaN where any score is
+        top_B, token_B = largest(logits_BV)
+        buffers.fault_B.add_(top_B, alpha=0)  # NaN where any score is; infinite ones give NaN
         buffers.column_1.add_(1)
         settings, numbers_BK = buffers.settings, buffers.numbers_BK
         if settings.do_sample or settings.repetition_penalty is not None:
             draw_B1 = None if numbers_BK is None else numbers_BK.index_select(1, buffers.column_1)
-            token_B = choose(scores_BV, settings, buffers.seen_BV, draw_B1)
+            token_B = choose(logits_BV.float(), settings, buffers.seen_BV, draw_B1)
         token_B1 = token_B.masked_fill(buffers.finished_B, self.config.pad_token_id)[:, None]
         buffers.tokens_BK.index_copy_(1, buffers.column_1, token_B1)
-        buffers.finished_B.logical_or_((token_B1 == self._stop_ids).any(-1))
+        buffers.finished_B.logical_or_(self._is_stop_V.index_select(0, token_B1[:, 0]))
         if buffers.seen_BV is not None:
             buffers.seen_BV.scatter_(1, token_B1, True)

@@ -28,7 +28,7 @@ def largest(scores_BV: Tensor) -> tuple[Tensor, Tensor]:
     of_part = scores_BV.unflatten(-1, (num_parts, -1)).max(-1)
     value_B, part_B = of_part.values.max(-1)
     within_B = of_part.indices.gather(-1, part_B[:, None]).squeeze(-1)
-    return value_B, part_B * (scores_BV.shape[-1] // num_parts) + within_B
+    return value_B, within_B.add(part_B, alpha=scores_BV.shape[-1] // num_parts)
 
 
 def choose(

@@ -6,8 +6,7 @@ what follows it (bias, adapter, GELU, residual), each block of it reads a few wh
 matrix, and numbers of 8 or 4 bits become floats by putting them into a float's fraction. On Hopper
 and newer GPUs a kernel is launched while the one before it ends, and waits for it by itself.
 
-Shapes: B rows of a batch, I inputs, O outputs, R rank of an adapter, N heads, D head size,
-K columns of the cache; W and G as in `ops.words`.
+Shapes: I inputs, O outputs, R rank of an adapter, H width; W and G as in `ops.words`.
 """
 
 from functools import lru_cache
@@ -22,7 +21,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from glmtune.ops.norm import Norm
 from glmtune.ops.words import GROUP_SIZE, Words
 
-_SPLITS, _BLOCK_K = 16, 32
+# Of a thread: sixteen warps then fit on an SM, so that all blocks of 16,384 outputs work at once.
+_REGISTERS = 128
 
 
 class LowRank(NamedTuple):
@@ -34,15 +34,31 @@ class LowRank(NamedTuple):
 
 
 @triton.jit
-def _begin(EARLY: tl.constexpr):
-    """Let the next kernel be launched, and wait until the one before has written all it writes."""
+def let_next_begin(EARLY: tl.constexpr):
+    """Let the next kernel be launched: to be called as the first thing."""
     if EARLY:
         gdc_launch_dependents()
+
+
+@triton.jit
+def await_last(EARLY: tl.constexpr):
+    """Wait until the kernel before has written all it writes; what is older may be read before."""
+    if EARLY:
         gdc_wait()
 
 
+@triton.jit
+def _tile(matrix, output, start, NUM_OUTPUTS, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Some columns of some rows of a matrix, which are read once and need not stay in a cache."""
+    column = start + tl.arange(0, BLOCK)
+    inside = (output < NUM_OUTPUTS)[:, None] & (column < WIDTH)[None, :]
+    at = matrix + output.to(tl.int64)[:, None] * WIDTH + column[None, :]
+    return tl.load(at, inside, 0, eviction_policy="evict_first")
+
+
 @lru_cache(maxsize=8)
-def _early(device: torch.device) -> bool:
+def launches_early(device: torch.device) -> bool:
+    """Whether kernels are launched while the one before ends: Hopper and newer GPUs can."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
@@ -97,17 +113,18 @@ def _project(
     HAS_RESIDUAL: tl.constexpr, NUM_INPUTS: tl.constexpr, EARLY: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    _begin(EARLY)
+    """The first weights are on their way while the kernel waits for what it multiplies with."""
+    let_next_begin(EARLY)
     output, row = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O), tl.program_id(1)
     column = tl.arange(0, BLOCK_I)
     total = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
-    at_weight = weight + output.to(tl.int64)[:, None] * NUM_INPUTS + column[None, :]
+    value = _tile(weight, output, 0, NUM_OUTPUTS, NUM_INPUTS, BLOCK_I)
+    await_last(EARLY)
     for start in range(0, NUM_INPUTS, BLOCK_I):
-        inside = (start + column < NUM_INPUTS)[None, :]
-        is_weight = (output < NUM_OUTPUTS)[:, None] & inside
-        value = tl.load(at_weight + start, is_weight, 0.0, eviction_policy="evict_first")
         at_x = x + row * NUM_INPUTS + start + column[None, :]
+        inside = (start + column < NUM_INPUTS)[None, :]
         total += tl.load(at_x, inside, 0.0).to(tl.float32) * value.to(tl.float32)
+        value = _tile(weight, output, start + BLOCK_I, NUM_OUTPUTS, NUM_INPUTS, BLOCK_I)
     _finish(
         tl.sum(total, 1), output, row, bias, low, up, residual, y, low_scale, alpha, NUM_OUTPUTS,
         HAS_BIAS, R, R_PADDED, GELU, HAS_RESIDUAL,
@@ -122,18 +139,18 @@ def _project_words(
     BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """As `_project`. Words and inputs, of four bytes each, lie in threads alike: four in each."""
-    _begin(EARLY)
+    let_next_begin(EARLY)
     output, row = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O), tl.program_id(1)
     column, four = tl.arange(0, BLOCK_W), 4 * tl.arange(0, BLOCK_W // 4)
     W: tl.constexpr = NUM_INPUTS * BITS // 32
     HALF: tl.constexpr = 2.0 ** (BITS - 1)
     total = tl.zeros([BLOCK_O, BLOCK_W // 4], tl.float32)
-    at_words = words + output.to(tl.int64)[:, None] * W + column[None, :]
     at_scales = scales + output[:, None] * (NUM_INPUTS // GROUP)
     is_output = (output < NUM_OUTPUTS)[:, None]
+    packed = _tile(words, output, 0, NUM_OUTPUTS, W, BLOCK_W)
+    await_last(EARLY)
     for start in range(0, W, BLOCK_W):
         inside = (start + column < W)[None, :]
-        packed = tl.load(at_words + start, is_output & inside, 0, eviction_policy="evict_first")
         group = (start + four[None, :]) // (GROUP * BITS // 32)
         pair = tl.load(at_scales + group, is_output & (start + four < W)[None, :], 0)
         scale = (pair << 16).to(tl.float32, bitcast=True)  # two bfloat16
@@ -147,6 +164,7 @@ def _project_words(
         products = tl.sum(tl.reshape(products, [BLOCK_O, BLOCK_W // 4, 4]), 2)
         inputs = tl.sum(tl.reshape(inputs, [1, BLOCK_W // 4, 4]), 2)
         total += products * (scale * 2.0**69) + inputs * (middle - HALF * scale)
+        packed = _tile(words, output, start + BLOCK_W, NUM_OUTPUTS, W, BLOCK_W)
     _finish(
         tl.sum(total, 1), output, row, bias, low, up, residual, y, low_scale, alpha, NUM_OUTPUTS,
         HAS_BIAS, R, R_PADDED, GELU, HAS_RESIDUAL,
@@ -189,21 +207,20 @@ def project(
     rank = 0 if low is None else low.shape[-1]
     block_o, block_i, warps = _blocks(num_outputs, num_inputs, weight)
     grid = triton.cdiv(num_outputs, block_o), x.numel() // num_inputs
+    early = launches_early(x.device)
     after = (
         bias_O, low, up, residual, y, low_scale, alpha, num_outputs,
         bias_O is not None, rank, triton.next_power_of_2(rank) if rank else 0, gelu,
-        residual is not None, num_inputs, _early(x.device),
+        residual is not None, num_inputs, early,
     )  # fmt: skip
     if isinstance(weight, Words):
         scales, shape = weight.scale_middle_OG2.view(torch.int32), (block_o, block_i)
         _project_words[grid](
             x, matrix, scales, *after, weight.bits, GROUP_SIZE, *shape,
-            num_warps=warps, launch_pdl=_early(x.device),
+            num_warps=warps, maxnreg=_REGISTERS, launch_pdl=early,
         )  # fmt: skip
     else:
-        _project[grid](
-            x, matrix, *after, block_o, block_i, num_warps=warps, launch_pdl=_early(x.device)
-        )
+        _project[grid](x, matrix, *after, block_o, block_i, num_warps=warps, launch_pdl=early)
     return y
 
 
@@ -252,12 +269,13 @@ def unpack(weight: Words, dtype: torch.dtype) -> Tensor:
 
 @triton.jit
 def _normalise(x, weight, bias, y, epsilon, H, EARLY: tl.constexpr, BLOCK: tl.constexpr):
-    _begin(EARLY)
+    let_next_begin(EARLY)
     row, column = tl.program_id(0), tl.arange(0, BLOCK)
     inside = column < H
-    value = tl.load(x + row * H + column, inside, 0.0).to(tl.float32)
     scale = tl.load(weight + column, inside, 0.0).to(tl.float32)
     shift = tl.load(bias + column, inside, 0.0).to(tl.float32)
+    await_last(EARLY)
+    value = tl.load(x + row * H + column, inside, 0.0).to(tl.float32)
     centred = tl.where(inside, value - tl.sum(value, 0) / H, 0.0)
     variance = tl.sum(centred * centred, 0) / H
     result = centred * tl.rsqrt(variance + epsilon) * scale + shift
@@ -271,116 +289,7 @@ def normalise(x: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
     block = triton.next_power_of_2(width)
     warps = 8 if block > 1024 else 2
     _normalise[(x.numel() // width,)](
-        x, norm.weight, norm.bias, y, norm.epsilon, width, _early(x.device), block,
-        num_warps=warps, launch_pdl=_early(x.device),
-    )  # fmt: skip
-    return y
-
-
-@triton.jit
-def _attend(
-    qkv, cos, sin, keys, values, mask, column, partial, counts, y, scale,
-    stride_b, stride_n, stride_k, stride_mask,
-    N: tl.constexpr, D: tl.constexpr, EARLY: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """One head's share of the columns; the last share to be done adds all of them up."""
-    _begin(EARLY)
-    at_head, split = tl.program_id(0), tl.program_id(1)
-    row, head = at_head // N, at_head % N
-    Q: tl.constexpr = D // 4
-    d, newest = tl.arange(0, D), tl.load(column)
-    kind = keys.dtype.element_ty
-
-    # Element d of a half turns with the one a quarter away from it.
-    at, partner = qkv + at_head * 3 * D, d ^ Q
-    angle = row * 2 * Q + d // (2 * Q) * Q + d % Q
-    c = tl.load(cos + angle).to(tl.float32)
-    s = tl.where((d & Q) == 0, -1.0, 1.0) * tl.load(sin + angle).to(tl.float32)
-    query = tl.load(at + d).to(tl.float32) * c + tl.load(at + partner).to(tl.float32) * s
-    query = query.to(kind).to(tl.float32) * scale
-    cache = row.to(tl.int64) * stride_b + head.to(tl.int64) * stride_n
-    largest, total, sums = -1e30, 0.0, tl.zeros([D], tl.float32)
-    if split == 0:
-        key = tl.load(at + D + d).to(tl.float32) * c + tl.load(at + D + partner).to(tl.float32) * s
-        key, value = key.to(kind), tl.load(at + 2 * D + d).to(kind)
-        tl.store(keys + cache + newest * stride_k + d, key)
-        tl.store(values + cache + newest * stride_k + d, value)
-        largest, total = tl.sum(query * key.to(tl.float32), 0), 1.0
-        sums = value.to(tl.float32)
-
-    share = tl.cdiv(newest, SPLITS * BLOCK_K) * BLOCK_K
-    start = split * share
-    end = tl.minimum(start + share, newest)
-    for first in range(start, end, BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)
-        seen = (k < end) & (tl.load(mask + row * stride_mask + k, k < end, 0) != 0)
-        at_k, is_k = cache + k[:, None] * stride_k + d[None, :], (k < end)[:, None]
-        key_block = tl.load(keys + at_k, is_k, 0.0).to(tl.float32)
-        value_block = tl.load(values + at_k, is_k, 0.0).to(tl.float32)
-        score = tl.where(seen, tl.sum(key_block * query[None, :], 1), -1e30)
-        larger = tl.maximum(largest, tl.max(score, 0))
-        share_k = tl.where(seen, tl.exp(score - larger), 0.0)
-        shrink = tl.exp(largest - larger)
-        sums = sums * shrink + tl.sum(share_k[:, None] * value_block, 0)
-        total = total * shrink + tl.sum(share_k, 0)
-        largest = larger
-
-    mine = partial + (at_head * SPLITS + split) * (D + 2)
-    tl.store(mine + d, sums)
-    tl.store(mine + D, largest)
-    tl.store(mine + D + 1, total)
-    tl.debug_barrier()  # all of it is written before it is counted
-    if tl.atomic_add(counts + at_head, 1, sem="acq_rel") == SPLITS - 1:
-        part = partial + (at_head * SPLITS + tl.arange(0, SPLITS)) * (D + 2)
-        largest_S = tl.load(part + D, cache_modifier=".cg")
-        total_S = tl.load(part + D + 1, cache_modifier=".cg")
-        sums_SD = tl.load(part[:, None] + d[None, :], cache_modifier=".cg")
-        weight_S = tl.exp(largest_S - tl.max(largest_S, 0))
-        sums = tl.sum(sums_SD * weight_S[:, None], 0) / tl.sum(total_S * weight_S, 0)
-        tl.store(y + at_head * D + d, sums.to(y.dtype.element_ty))
-        tl.store(counts + at_head, 0)
-
-
-@lru_cache(maxsize=8)
-def _counts(num_heads: int, device: torch.device) -> Tensor:
-    # Zero between kernels, as each sets back what it counted.
-    return torch.zeros(num_heads, dtype=torch.int32, device=device)
-
-
-def attend(
-    mixed: Tensor,
-    keys_BNKD: Tensor,
-    values_BNKD: Tensor,
-    column_1: Tensor,
-    mask: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-) -> Tensor:
-    """Turn a new token's query and key, write key and value into the cache, and attend to it.
-
-    Args:
-        mixed: output of the fused projection, ``(B, 1, N 3 D)``.
-        keys_BNKD: keys of a layer, each row and head alike in memory.
-        values_BNKD: likewise.
-        column_1: the new token's column. Columns from there on are not looked at.
-        mask: true where a column holds a real token, ``(B, 1, 1, K)``.
-        cos: of the new token's position, ``(B, 1, 2, D / 4)``.
-        sin: likewise.
-
-    Returns:
-        ``(B, 1, N D)``, of the type of `mixed`.
-    """
-    num_rows, num_heads, _, head_dim = keys_BNKD.shape
-    assert keys_BNKD.stride() == values_BNKD.stride()
-    assert keys_BNKD.stride(-1) == 1
-    y = mixed.new_empty(num_rows, 1, num_heads * head_dim)
-    partial = mixed.new_empty(num_rows * num_heads, _SPLITS, head_dim + 2, dtype=torch.float32)
-    counts = _counts(num_rows * num_heads, mixed.device)
-    _attend[(num_rows * num_heads, _SPLITS)](
-        mixed, cos, sin, keys_BNKD, values_BNKD, mask, column_1, partial, counts, y,
-        head_dim**-0.5, *keys_BNKD.stride()[:3], mask.stride(0),
-        num_heads, head_dim, _early(mixed.device), _SPLITS, _BLOCK_K,
-        launch_pdl=_early(mixed.device),
+        x, norm.weight, norm.bias, y, norm.epsilon, width, launches_early(x.device), block,
+        num_warps=warps, launch_pdl=launches_early(x.device),
     )  # fmt: skip
     return y

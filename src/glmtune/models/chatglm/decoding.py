@@ -122,11 +122,12 @@ def run_block_in_few_kernels(
 ) -> Tensor:
     """`run_block` on one new token of a few rows, whose linears have kernels."""
     from glmtune.ops import decoding_kernels as kernels
+    from glmtune.ops.decoding_attention import attend
 
     dtype = block.query_key_value.input_dtype  # of all that lies between the kernels
     normed = kernels.normalise(hidden_B1H, block.input_norm, dtype)
     mixed = block.query_key_value.fused(normed)
-    context = kernels.attend(mixed, keys_BNKD, values_BNKD, column_1, mask_B11K, *angles)
+    context = attend(mixed, keys_BNKD, values_BNKD, column_1, mask_B11K, *angles)
     hidden = block.dense.fused(context, residual=normed, alpha=RESIDUAL_SCALE)
     normed = kernels.normalise(hidden, block.post_attention_norm, dtype)
     inner = block.dense_h_to_4h.fused(normed, gelu=True)
