@@ -11,7 +11,7 @@ from huggingface_hub.errors import RevisionNotFoundError
 from glmtune.errors import UserError
 from glmtune.models import downloads, weights
 from glmtune.models.checkpoints import GLM_TINY, HUB_IDS
-from glmtune.models.downloads import check_download, in_time
+from glmtune.models.downloads import KNOWN_SHARDS, check_download, in_time, known_sha256
 
 HUB_ID = HUB_IDS[0]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -142,8 +142,53 @@ def test_the_known_vocabulary(hub, shared, monkeypatch):
     hub.add("ice_text.model", b"another", sha256(b"another"))
     check_download("someone/chatglm-6b-tuned", hub.snapshot)
     (hub.root / "glmtune-checked.json").unlink()
-    with pytest.raises(UserError, match=r"ice_text\.model: is not the published file"):
+    with pytest.raises(UserError, match=r"ice_text\.model: is none of the published files"):
         check_download(HUB_ID, hub.snapshot)
+
+
+SHARD = "pytorch_model-00003-of-00008.bin"
+
+
+@pytest.mark.parametrize("revision", KNOWN_SHARDS)
+def test_known_shards_pass_whoever_sends_them(hub, revision, monkeypatch):
+    """A mirror is all that answers, as where huggingface.co cannot be reached."""
+    hub.answer = OSError("no route")
+    content, digest = b"what has this hash", KNOWN_SHARDS[revision][2]
+    monkeypatch.setattr(
+        downloads,
+        "sha256_of",
+        lambda path: {content: digest}.get(path.read_bytes()) or sha256(path.read_bytes()),
+    )
+    hub.add(SHARD, content, digest)
+    check_download(HUB_ID, hub.snapshot)
+
+
+def test_a_mirror_s_own_shard_is_told_where_the_publisher_cannot_be_asked(hub):
+    hub.add(SHARD, b"another", sha256(b"another"))
+    check_download(HUB_ID, hub.snapshot)  # the publisher states it: newer than what is known here
+    hub.answer = OSError("no route")
+    for unpublished in ("someone/chatglm-6b", f"{HUB_ID}-int8"):
+        (hub.root / "glmtune-checked.json").unlink()
+        check_download(unpublished, hub.snapshot)
+    (hub.root / "glmtune-checked.json").unlink()
+    with pytest.raises(UserError, match=rf"{SHARD}: is none of .* --chatglm_path ") as caught:
+        check_download(HUB_ID, hub.snapshot)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_links_a_shard_is_read_for_its_hash(hub):
+    hub.answer = OSError("no route")
+    (hub.snapshot / SHARD).write_bytes(b"another")
+    with pytest.raises(UserError, match=f"{SHARD}: is none of"):
+        check_download(HUB_ID, hub.snapshot)
+
+
+def test_the_known_hashes_are_hashes_and_no_two_alike():
+    known = [digest for shards in KNOWN_SHARDS.values() for digest in shards]
+    assert {len(shards) for shards in KNOWN_SHARDS.values()} == {8}
+    assert len(set(known)) == len(known) == 16
+    assert all(len(bytes.fromhex(digest)) == 32 for digest in known)
+    assert known_sha256("THUDM/chatglm-6b", SHARD) == {known[2], known[10]}
 
 
 @pytest.mark.parametrize("record", ["[]", "{", "\xff", "[" * 100_000, '{"x": 5}'])
