@@ -14,7 +14,7 @@ from glmtune.adapters import attach_lora
 from glmtune.errors import UserError
 from glmtune.generation import Decoder, EncodedPrompt, GenerationSettings, find_stop_ids
 from glmtune.generation import decoder as room
-from glmtune.generation.linears import Int4, Int8, Plain
+from glmtune.generation.linears import _FEW_ROWS, Int4, Int8, Plain
 from glmtune.generation.reference import generate_ids
 from glmtune.generation.weights import can_be_captured, read_weights
 from glmtune.models.chatglm.configuration import ChatGLMConfig
@@ -289,6 +289,10 @@ def linear():
     return weight * torch.logspace(-3, 0, 48)[:, None], torch.randn(48, generator=generator)
 
 
+def off(found, wanted):
+    return (found - wanted).norm() / wanted.norm()
+
+
 def as_matrix(projection, num_inputs):
     zero = projection(torch.zeros(1, num_inputs))
     return (projection(torch.eye(num_inputs)) - zero).T, zero[0]
@@ -302,13 +306,27 @@ def test_eight_bits_round_each_row_to_its_own_scale(linear):
     assert torch.allclose(offset, bias)
 
 
+def test_a_width_that_torch_s_product_does_not_take():
+    """It would end the process."""
+    weight, x = torch.randn(48, 100), torch.randn(3, 100)
+    assert off(Int8.of(weight, None)(x), x @ weight.T) < 0.02
+
+
+def test_many_rows_go_another_way_to_the_same_product(linear):
+    rounded = Int8.of(*linear)
+    x = torch.randn(_FEW_ROWS + 1, 2 * GROUP_SIZE)
+    many, few = rounded(x), torch.cat([rounded(row[None]) for row in x])
+    assert off(many, few) < 0.01
+    assert off(few, torch.nn.functional.linear(x, *linear)) < 0.01
+
+
 def test_four_bits_round_each_group_to_its_own_scale(linear):
     weight, bias = linear
     found, offset = as_matrix(Int4.of(weight, bias), weight.shape[1])
     groups = weight.unflatten(1, (-1, GROUP_SIZE))
     step = (groups.amax(-1) - groups.amin(-1)) / 15
     error = (found - weight).unflatten(1, (-1, GROUP_SIZE)).abs().amax(-1)
-    assert (error <= 0.51 * step).all()
+    assert (error <= 0.6 * step).all()  # scale and middle are bfloat16, and so is the product
     assert torch.allclose(offset, bias, atol=1e-6)
 
 

@@ -118,8 +118,7 @@ class DecodingSettings(Settings):
     group: ClassVar[str] = "decoding"
     decode_bits: Literal["16", "8", "4"] = Field(
         "16",
-        description="round the linears to so many bits, so that a GPU reads less for each token (a "
-        "CPU gets slower)",
+        description="round the linears to so many bits, so that less is read for each token",
     )
     decode_compile: bool = Field(
         False, description="compile the layers first, which takes a minute and needs a GPU"

@@ -52,9 +52,17 @@ class Plain:
         return _kernels().project(x, self.weight_OI, self.bias_O, **more)
 
 
+# Up to so many rows torch's product with int8 weights is faster than one with them as floats. Where
+# inputs are no multiple of so many, it reads what is not its own.
+_FEW_ROWS, _INPUTS = 64, 32
+
+
 @dataclass(frozen=True)
 class Int8:
-    """A linear on a CPU whose rows are whole numbers up to 127, times a scale a row."""
+    """A linear on a CPU whose rows are whole numbers up to 127, times a scale a row.
+
+    Inputs are rounded to bfloat16, for which torch has fast products on a CPU.
+    """
 
     weight_OI: Tensor
     scale_O: Tensor
@@ -69,7 +77,13 @@ class Int8:
 
     def __call__(self, x: Tensor) -> Tensor:
         """``(..., I)`` to ``(..., O)``."""
-        y = F.linear(x, self.weight_OI.to(x.dtype)) * self.scale_O
+        rows = x.flatten(0, -2).bfloat16()
+        if len(rows) <= _FEW_ROWS and rows.shape[1] % _INPUTS == 0:
+            ones_O = torch.ones_like(self.scale_O, dtype=torch.bfloat16)
+            y = torch._weight_int8pack_mm(rows, self.weight_OI, ones_O)
+        else:
+            y = F.linear(rows, self.weight_OI.bfloat16())
+        y = y.to(x.dtype).unflatten(0, x.shape[:-1]) * self.scale_O
         return y if self.bias_O is None else y + self.bias_O
 
 
@@ -77,7 +91,8 @@ class Int8:
 class Int4:
     """A linear of 4-bit groups on a CPU, each with a scale and a middle, by torch's own product.
 
-    An element q of 0..15 means ``(q - 8) * scale + middle``.
+    An element q of 0..15 means ``(q - 8) * scale + middle``. Inputs are rounded to bfloat16, in
+    which the product is 30 times as fast as in float32.
     """
 
     packed: Tensor
@@ -93,19 +108,21 @@ class Int4:
         """
         _check_width(weight_OI, 4)
         groups_OGI = weight_OI.float().unflatten(1, (-1, GROUP_SIZE))
-        low, high = groups_OGI.amin(-1), groups_OGI.amax(-1)
-        scale_OG = (high - low).clamp(min=1e-6) / 15
-        steps = ((groups_OGI - low[..., None]) / scale_OG[..., None]).round().clamp(0, 15)
-        quantised_OI = steps.flatten(1).to(torch.int32)
-        scale_middle = torch.stack((scale_OG, low + 8 * scale_OG), -1).transpose(0, 1)
+        low, high = groups_OGI.amin(-1, keepdim=True), groups_OGI.amax(-1, keepdim=True)
+        scale = ((high - low).clamp(min=1e-6) / 15).bfloat16()
+        middle = (low + 8 * scale).bfloat16()
+        # By what is stored, not by what was computed: the rounding of a scale then costs nothing.
+        steps = ((groups_OGI - middle.float()) / scale.float()).round() + 8
+        quantised_OI = steps.clamp(0, 15).flatten(1).to(torch.int32)
         packed = torch._convert_weight_to_int4pack_for_cpu(quantised_OI, 1)
-        return cls(packed, scale_middle.to(weight_OI.dtype).contiguous(), bias_O)
+        scale_middle = torch.cat((scale, middle), -1).transpose(0, 1)
+        return cls(packed, scale_middle.contiguous(), bias_O)
 
     def __call__(self, x: Tensor) -> Tensor:
         """``(..., I)`` to ``(..., O)``."""
-        rows = x.flatten(0, -2)
+        rows = x.flatten(0, -2).bfloat16()
         y = torch._weight_int4pack_mm_for_cpu(rows, self.packed, GROUP_SIZE, self.scale_middle_GO2)
-        y = y.unflatten(0, x.shape[:-1])
+        y = y.to(x.dtype).unflatten(0, x.shape[:-1])
         return y if self.bias_O is None else y + self.bias_O
 
 
