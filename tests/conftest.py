@@ -82,6 +82,22 @@ def write_quantised():
     return write
 
 
+@pytest.fixture(scope="session")
+def strange_adapter(tmp_path_factory) -> str:
+    """Folder of a random adapter of the embedded model, with which it answers otherwise."""
+    from glmtune.adapters import attach_lora, save_adapter
+    from glmtune.models.checkpoints import GLM_TINY, load_base_model
+
+    torch.manual_seed(1)  # not all seeds change its answers
+    model = attach_lora(load_base_model(GLM_TINY, dtype=torch.float32))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.2)
+    folder = tmp_path_factory.mktemp("strange") / "adapter"
+    save_adapter(model, folder, "glm-tiny")
+    return str(folder)
+
+
 class HandTraining:
     """Weights that are trained as the loop does it, with losses and gradients of our choice.
 

@@ -8,8 +8,7 @@ import sys
 import pytest
 import torch
 
-from glmtune.adapters import attach_lora, save_adapter
-from glmtune.models.checkpoints import GLM_TINY, load_base_model
+from glmtune.models.checkpoints import GLM_TINY
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,23 +18,10 @@ QUESTION = "What is the colour of the apple?"
 COMMAND = [sys.executable, "-m", "glmtune", "chat", "--chatglm_path", GLM_TINY]
 
 
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory):
-    """An adapter of the embedded model that changes its answers."""
-    torch.manual_seed(1)
-    model = attach_lora(load_base_model(GLM_TINY, dtype=torch.float32))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
-    folder = tmp_path_factory.mktemp("chat") / "adapter"
-    save_adapter(model, folder, "glm-tiny")
-    return str(folder)
-
-
 @pytest.mark.parametrize("bits", ["16", "8", "4"])
-def test_base_tuned_and_both(adapter, tmp_path, bits):
+def test_base_tuned_and_both(strange_adapter, tmp_path, bits):
     lines = [QUESTION, "/base", "/new", QUESTION, "/new", "/both", QUESTION, "你好", "/save said"]
-    arguments = ["--adapter", adapter, "--do_sample", "false", "--max_new_tokens", "12"]
+    arguments = ["--adapter", strange_adapter, "--do_sample", "false", "--max_new_tokens", "12"]
     done = subprocess.run(
         [*COMMAND, *arguments, "--decode_bits", bits], cwd=tmp_path, check=True,
         input="\n".join([*lines, "/exit"]), capture_output=True, encoding="utf-8", timeout=300,

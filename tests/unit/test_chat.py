@@ -11,28 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from glmtune.adapters import attach_lora, save_adapter
 from glmtune.cli import main
 from glmtune.config import ChatConfig
 from glmtune.evaluation import chat as room
 from glmtune.evaluation.chat import chat
 from glmtune.generation import Decoder
-from glmtune.models.checkpoints import GLM_TINY, load_base_model
+from glmtune.models.checkpoints import GLM_TINY
 
 QUESTION = "What is the colour of the apple?"
-
-
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory):
-    """An adapter of the embedded model that changes its answers."""
-    torch.manual_seed(0)
-    model = attach_lora(load_base_model(GLM_TINY, dtype=torch.float32))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
-    folder = tmp_path_factory.mktemp("chat") / "adapter"
-    save_adapter(model, folder, "glm-tiny")
-    return str(folder)
 
 
 @pytest.fixture
@@ -89,7 +75,7 @@ def test_new_and_undo_forget(talk):
     assert prompts[3] == "b"
 
 
-def test_base_tuned_and_both(talk, adapter, tmp_path):
+def test_base_tuned_and_both(talk, strange_adapter, tmp_path):
     path = str(tmp_path / "said.json")
     lines = [
         QUESTION,
@@ -102,7 +88,7 @@ def test_base_tuned_and_both(talk, adapter, tmp_path):
         "你好",
         f"/save {path}",
     ]
-    printed, prompts = talk(*lines, adapter=adapter)
+    printed, prompts = talk(*lines, adapter=strange_adapter)
     tuned, _, _, base, _, _, *both = printed
     assert base != tuned
     assert both[:4] == ["[base]", base, "[tuned]", tuned]
@@ -212,13 +198,13 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(talk, monkeypatch):
     assert prompts[1].startswith(f"[Round 0]\n问：{QUESTION}\n答：{said}\n")
 
 
-def test_ctrl_c_at_both_stops_both(talk, adapter, monkeypatch):
+def test_ctrl_c_at_both_stops_both(talk, strange_adapter, monkeypatch):
     def broken_off(*_):
         yield [[]]
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Decoder, "stream", broken_off)
-    printed, prompts = talk("/both", QUESTION, "/undo", adapter=adapter)
+    printed, prompts = talk("/both", QUESTION, "/undo", adapter=strange_adapter)
     assert printed[1:3] == ["[base]", " [stopped]"]
     assert len(prompts) == 1
     assert printed[3] == "error: /undo: nothing was said yet"

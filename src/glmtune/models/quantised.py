@@ -214,13 +214,16 @@ def unrounded_inputs(model: nn.Module) -> Iterator[None]:
     times over.
     """
     linears: list[Any] = [linear for linear in model.modules() if _is(linear, "Linear8bitLt")]
+    hooks = [vars(linear).get("forward") for linear in linears]  # as Accelerate sets them
     try:
         for linear in linears:
             linear.forward = partial(_multiply_unrounded, linear)
         yield
     finally:
-        for linear in linears:
+        for linear, hook in zip(linears, hooks, strict=True):
             del linear.forward
+            if hook is not None:
+                linear.forward = hook
 
 
 def _multiply_unrounded(linear: Any, x: Tensor) -> Tensor:
