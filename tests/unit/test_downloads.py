@@ -149,17 +149,22 @@ def test_the_known_vocabulary(hub, shared, monkeypatch):
 SHARD = "pytorch_model-00003-of-00008.bin"
 
 
+@pytest.mark.parametrize("linked", [True, False], ids=["linked", "as on Windows"])
 @pytest.mark.parametrize("revision", KNOWN_SHARDS)
-def test_known_shards_pass_whoever_sends_them(hub, revision, monkeypatch):
+def test_known_shards_pass_whoever_sends_them(hub, revision, linked, monkeypatch):
     """A mirror is all that answers, as where huggingface.co cannot be reached."""
     hub.answer = OSError("no route")
-    content, digest = b"what has this hash", KNOWN_SHARDS[revision][2]
-    monkeypatch.setattr(
-        downloads,
-        "sha256_of",
-        lambda path: {content: digest}.get(path.read_bytes()) or sha256(path.read_bytes()),
-    )
-    hub.add(SHARD, content, digest)
+    digest = KNOWN_SHARDS[revision][2]
+    if linked:
+        hub.add(SHARD, b"what has this hash", digest)
+    else:
+        (hub.snapshot / SHARD).write_bytes(b"what has this hash")
+
+    def sha256_of(path):
+        content = path.read_bytes()
+        return digest if content == b"what has this hash" else sha256(content)
+
+    monkeypatch.setattr(downloads, "sha256_of", sha256_of)
     check_download(HUB_ID, hub.snapshot)
 
 
