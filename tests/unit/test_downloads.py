@@ -137,8 +137,9 @@ def test_offline_the_publisher_is_not_asked(hub, monkeypatch):
 def test_the_known_vocabulary(hub, shared, monkeypatch):
     monkeypatch.setattr(downloads, "HF_HUB_OFFLINE", True)
     content = (shared / "golden" / "ice_text.model").read_bytes()
-    hub.add("ice_text.model", content, sha256(content))
-    check_download(HUB_ID, hub.snapshot)
+    for digest in (sha256, git_sha1):  # the latter where a mirror keeps it as a small file
+        hub.add("ice_text.model", content, digest(content))
+        check_download(HUB_ID, hub.snapshot)
     hub.add("ice_text.model", b"another", sha256(b"another"))
     check_download("someone/chatglm-6b-tuned", hub.snapshot)
     (hub.root / "glmtune-checked.json").unlink()

@@ -122,7 +122,8 @@ def check_download(hub_id: str, snapshot: Path) -> None:
         for digest in digests:
             _check_file(path, digest)
         known = set() if path.name in published else known_sha256(hub_id, path.name)
-        if known and not known & (digests or {sha256_of(path)}):
+        checked_sha256 = {digest for digest in digests if len(digest) == _SHA256_DIGITS}
+        if known and not known & (checked_sha256 or {sha256_of(path)}):
             raise UserError(
                 f"{path}: is none of the published files that are known here, and {PUBLISHER} is "
                 f"not there to ask; delete {path.resolve()} and download it again, or, if you know "
