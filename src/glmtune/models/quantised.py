@@ -191,10 +191,15 @@ def frozen_of(linear: nn.Module) -> Frozen:
 
 
 def _frozen_int8(linear: Any) -> Quantised:
+    packed_NK, largest_N = _int8_parts(linear)
+    return Quantised((packed_NK, largest_N / 127), "int8", 0, linear.in_features, linear.bias)
+
+
+def _int8_parts(linear: Any) -> tuple[Tensor, Tensor]:
+    """Integers, and what 127 stands for in each row: until the first product they lie elsewhere."""
     if linear.weight.CB is not None:
         linear.init_8bit_state()
-    parts = linear.state.CB, linear.state.SCB / 127
-    return Quantised(parts, "int8", 0, linear.in_features, linear.bias)
+    return linear.state.CB, linear.state.SCB
 
 
 def _frozen_4bit(linear: Any) -> Quantised:
@@ -227,38 +232,36 @@ def unrounded_inputs(model: nn.Module) -> Iterator[None]:
 
 
 def _multiply_unrounded(linear: Any, x: Tensor) -> Tensor:
-    if linear.weight.CB is not None:
-        linear.init_8bit_state()
-    return _Unrounded.apply(x, linear.state.CB, linear.state.SCB, linear.bias)
+    return _Unrounded.apply(x, *_int8_parts(linear), linear.bias)
 
 
 class _Unrounded(torch.autograd.Function):
     """``x @ W^T + bias`` with bitsandbytes' own floats, of some outputs after the others."""
 
     @staticmethod
-    def forward(ctx, x, packed_NK, scale_N, bias_N):
-        ctx.save_for_backward(packed_NK, scale_N)
-        products = [x @ weight.T for _, weight in _pieces(packed_NK, scale_N, x.dtype)]
+    def forward(ctx, x, packed_NK, largest_N, bias_N):
+        ctx.save_for_backward(packed_NK, largest_N)
+        products = [x @ weight.T for _, weight in _pieces(packed_NK, largest_N, x.dtype)]
         product = torch.cat(products, -1)
         return product if bias_N is None else product + bias_N
 
     @staticmethod
     def backward(ctx, grad):
-        packed_NK, scale_N = ctx.saved_tensors
+        packed_NK, largest_N = ctx.saved_tensors
         total: Any = 0
-        for rows, weight in _pieces(packed_NK, scale_N, grad.dtype):
+        for rows, weight in _pieces(packed_NK, largest_N, grad.dtype):
             total = total + grad[..., rows] @ weight
         return total, None, None, None
 
 
 def _pieces(
-    packed_NK: Tensor, scale_N: Tensor, dtype: torch.dtype
+    packed_NK: Tensor, largest_N: Tensor, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
     from bitsandbytes.functional import int8_vectorwise_dequant
 
     for start in range(0, len(packed_NK), _PIECE):
         rows = slice(start, start + _PIECE)
-        yield rows, int8_vectorwise_dequant(packed_NK[rows], scale_N[rows]).to(dtype)
+        yield rows, int8_vectorwise_dequant(packed_NK[rows], largest_N[rows]).to(dtype)
 
 
 def _is(module: Any, name: str) -> bool:

@@ -37,7 +37,8 @@ def _attend(
     end = tl.minimum(start + share, newest)
     cache = row.to(tl.int64) * stride_b + head.to(tl.int64) * stride_n
     at_key, at_value = keys + cache + d[None, :], values + cache + d[None, :]
-    # Columns before the newest are of earlier steps: they need not be waited for.
+    # Nothing here is waited for: columns before the newest are of earlier steps, and the place and
+    # its angles come from ordinary kernels, before the first that is launched early.
     first_k = start + tl.arange(0, BLOCK_K)
     key_block = tl.load(at_key + first_k[:, None] * stride_k, (first_k < end)[:, None], 0.0)
     value_block = tl.load(at_value + first_k[:, None] * stride_k, (first_k < end)[:, None], 0.0)

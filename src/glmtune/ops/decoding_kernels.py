@@ -42,7 +42,11 @@ def let_next_begin(EARLY: tl.constexpr):
 
 @triton.jit
 def await_last(EARLY: tl.constexpr):
-    """Wait until the kernel before has written all it writes; what is older may be read before."""
+    """Wait until the kernel before has written all it writes.
+
+    Before that only what none of these kernels writes in this step may be read: the one before the
+    last may not have ended either.
+    """
     if EARLY:
         gdc_wait()
 
