@@ -180,22 +180,60 @@ def test_files_are_not_overwritten(talk, tmp_path):
     assert path.read_text(encoding="utf-8") == "mine"
 
 
-def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(talk, monkeypatch):
+@pytest.fixture
+def press_at_third_token(monkeypatch):
+    """Make every answer press Ctrl+C, in a way of the test's own, before its third token."""
     stream = Decoder.stream
 
-    def broken_off(self, prompts, settings):
-        for number, rows in enumerate(stream(self, prompts, settings)):
-            if number == 2:
-                raise KeyboardInterrupt
-            yield rows
+    def arrange(press):
+        def pressing(self, prompts, settings):
+            for number, rows in enumerate(stream(self, prompts, settings)):
+                if number == 2:
+                    press()
+                yield rows
 
-    monkeypatch.setattr(Decoder, "stream", broken_off)
+        monkeypatch.setattr(Decoder, "stream", pressing)
+
+    return arrange
+
+
+def press():
+    signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(talk, press_at_third_token):
+    press_at_third_token(press)
+    earlier = signal.getsignal(signal.SIGINT)
     printed, prompts = talk(QUESTION, KeyboardInterrupt(), "你好")
     assert printed[0].endswith(" [stopped]")
     said = printed[0].removesuffix(" [stopped]")
     assert said
     assert printed[1:3] == ["", "/exit ends"]
     assert prompts[1].startswith(f"[Round 0]\n问：{QUESTION}\n答：{said}\n")
+    assert signal.getsignal(signal.SIGINT) is earlier
+
+
+def test_ctrl_c_once_more_waits_for_the_prompt(talk, press_at_third_token, monkeypatch):
+    press_at_third_token(press)
+    polish = room.polish
+    monkeypatch.setattr(room, "polish", lambda text: press() or polish(text))
+    printed, prompts = talk(QUESTION, "你好")
+    said = printed[0].removesuffix(" [stopped]")
+    assert said
+    assert said != printed[0]
+    assert printed[1:3] == ["", "/exit ends"]
+    assert prompts[1].startswith(f"[Round 0]\n问：{QUESTION}\n答：{said}\n")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_is_not_lost_where_python_drops_exceptions(talk, press_at_third_token):
+    class PressedAsItGoes:
+        def __del__(self):
+            press()
+
+    press_at_third_token(lambda: PressedAsItGoes() and None)
+    printed, _ = talk(QUESTION)
+    assert printed[0].endswith(" [stopped]")
 
 
 def test_ctrl_c_at_both_stops_both(talk, strange_adapter, monkeypatch):
@@ -251,6 +289,7 @@ def test_in_a_terminal_wide_letters_are_edited_and_ctrl_c_works(tmp_path):
     path = tmp_path / "said.json"
     child, terminal = pty.fork()
     if child == 0:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a script does for what it starts with `&`
         os.environ.update(LC_ALL="C.UTF-8", TERM="xterm", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
         arguments = ["chat", "--chatglm_path", GLM_TINY, "--max_new_tokens", "1900"]
         arguments += ["--temperature", "9", "--top_p", "none"]  # so that it finds no end

@@ -23,6 +23,7 @@ from glmtune.evaluation.conversation import (
     polish_beginning,
     write_prompt,
 )
+from glmtune.evaluation.ctrl_c import CtrlC
 from glmtune.generation import Decoder, GenerationSettings, Prompt, encode_prompts, find_stop_ids
 from glmtune.generation.streaming import TextStream, check_stop_strings
 from glmtune.runlog import print_pairs
@@ -63,6 +64,7 @@ class Chat:
         self.subject = subject
         self.rounds: list[Round] = []
         self.num_asked = 0
+        self.ctrl_c = CtrlC()
         check_stop_strings(config.stop_strings or (), tokenizer)
         settings = GenerationSettings.from_config(config)
         self.decoders: dict[str, Decoder] = {}
@@ -90,24 +92,32 @@ class Chat:
     def run(self) -> None:
         """Read and answer lines until the end."""
         print("/help lists the commands, /exit ends")
-        while True:
-            try:
+        with self.ctrl_c.heard():
+            while self._read_and_take():
+                pass
+
+    def _read_and_take(self) -> bool:
+        """Whether there is more to come."""
+        try:
+            with self.ctrl_c.awaited():
                 line = input(ASK).strip()
-            except EOFError:
-                print()
-                return
-            except KeyboardInterrupt:
-                print("\n/exit ends")
-                continue
-            try:
+        except EOFError:
+            print()
+            return False
+        except KeyboardInterrupt:
+            print("\n/exit ends")
+            return True
+        try:
+            with self.ctrl_c.awaited():
                 # Broken bytes of the terminal would not reach the vocabulary.
                 self.take(line.encode("utf-8", "replace").decode("utf-8"))
-            except UserError as error:
-                print(f"error: {error}")
-            except KeyboardInterrupt:  # before an answer's first token, or in a command
-                print(" [stopped]", flush=True)
-            except SystemExit:
-                return
+        except UserError as error:
+            print(f"error: {error}")
+        except KeyboardInterrupt:  # before an answer's first token, or in a command
+            print(" [stopped]", flush=True)
+        except SystemExit:
+            return False
+        return True
 
     def take(self, line: str) -> None:
         """Do a command, or answer a question.
@@ -151,6 +161,7 @@ class Chat:
         said, shown, whole = "", "", True
         try:
             for (ids,) in self.decoders[side].stream(encoded, settings):
+                self.ctrl_c.raise_if_lost()
                 end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
                 said += stream.push(ids[:end])
                 shown = self._show(shown, polish_beginning(said))

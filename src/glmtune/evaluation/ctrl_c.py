@@ -1,0 +1,64 @@
+"""Ctrl+C in a conversation: heard however the program was started, raised where it is awaited."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class CtrlC:
+    """Turns Ctrl+C into a KeyboardInterrupt, once, inside `awaited`; elsewhere it waits for that.
+
+    Python's own handler does not do. It raises anywhere, so that a second Ctrl+C ends the program
+    while it deals with the first. And it is not there where the parent ignores the signal, as a
+    script does for what it starts with `&` or after `trap '' INT`: then nothing stops an answer.
+    """
+
+    def __init__(self) -> None:
+        self._has_come = False
+        self._is_awaited = False
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """Be who hears Ctrl+C, and leave it to who heard it before at the end."""
+        if threading.current_thread() is not threading.main_thread():  # Python forbids it there
+            yield
+            return
+        earlier = signal.signal(signal.SIGINT, self._note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, earlier)
+
+    @contextmanager
+    def awaited(self) -> Iterator[None]:
+        """A block that Ctrl+C breaks off, be it one that came before the block.
+
+        Raises:
+            KeyboardInterrupt: at most once; what then ends or mends the block is left in peace.
+        """
+        self._is_awaited = True
+        try:
+            self._raise_if_awaited()
+            yield
+        finally:
+            self._is_awaited = False
+
+    def raise_if_lost(self) -> None:
+        """Inside `awaited`, raise again what Python has dropped, as it does within a `__del__`.
+
+        Raises:
+            KeyboardInterrupt: it was raised in this block, which goes on all the same.
+        """
+        if not self._is_awaited:
+            raise KeyboardInterrupt
+
+    def _note(self, _: int, __: FrameType | None) -> None:
+        self._has_come = True
+        self._raise_if_awaited()
+
+    def _raise_if_awaited(self) -> None:
+        if self._has_come and self._is_awaited:
+            self._has_come = self._is_awaited = False
+            raise KeyboardInterrupt
