@@ -1,10 +1,11 @@
 """The mask rule, against its own definition spelled out element by element."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glmtune.ops.attention import prefix_lm_mask
+from glmtune.ops.attention import additive_mask, prefix_lm_mask
 
 
 @given(
@@ -25,3 +26,13 @@ def test_rule(left, prefix, answer, right, data):
         for key in range(length):
             sees = bool(valid[0, key]) and (key <= query or key < left + prefix)
             assert mask[0, 0, row, key] == (sees or key == query)
+
+
+@pytest.mark.parametrize("num_keys", [16, 21])
+def test_an_added_mask_is_the_mask_in_rows_that_no_kernel_copies(num_keys):
+    mask = torch.rand(2, 1, 5, num_keys, generator=torch.Generator().manual_seed(0)) < 0.5
+    mask[..., 0] = True
+    added = additive_mask(mask, torch.float32)
+    assert torch.equal(added == 0, mask)
+    assert torch.equal(added.isneginf(), ~mask)
+    assert all(stride % 16 == 0 for stride in added.stride()[:-1])

@@ -13,7 +13,7 @@ from glmtune.errors import UserError
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.layout import read_layout
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration, ChatGLMMLP
-from glmtune.ops.rotary import rotary_angles, rotate
+from glmtune.ops.rotary import rotary_angles, rotate, rotate_whole, whole_angles
 
 PAD, MASK, GMASK, SOP, EOP = 3, 1000, 1001, 1004, 1005
 
@@ -140,7 +140,17 @@ def test_rotary_angles_are_right_in_every_dtype(dtype):
     x = torch.randn(1, 2, 7, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
     reference = rotate(x.double(), exact.cos(), exact.sin())
     error = (rotate(x, cos, sin).double() - reference).abs().max()
-    assert error < {torch.float32: 2e-3, torch.bfloat16: 5e-2, torch.float16: 8e-3}[dtype]
+    most = {torch.float32: 2e-3, torch.bfloat16: 5e-2, torch.float16: 8e-3}[dtype]
+    assert error < most
+    whole = (angle[:, None].to(dtype) for angle in whole_angles(cos, sin))
+    assert (rotate_whole(x, *whole).double() - reference).abs().max() < most
+
+
+def test_to_rotate_in_few_kernels_is_to_rotate():
+    x, position = torch.randn(2, 3, 5, 16, dtype=torch.double), torch.randint(0, 2048, (2, 2, 5))
+    cos, sin = (angle.double() for angle in rotary_angles(position, 16))
+    whole = (angle[:, None] for angle in whole_angles(cos, sin))
+    assert torch.allclose(rotate_whole(x, *whole), rotate(x, cos, sin), rtol=0, atol=1e-12)
 
 
 @torch.no_grad()

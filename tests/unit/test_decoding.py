@@ -63,6 +63,29 @@ def test_prefill_and_decode_give_the_modules_logits(model, rows, extra):
     assert (torch.stack(found, dim=1) - expected).abs().max() < 1e-5
 
 
+@torch.inference_mode()
+def test_a_prompt_is_read_without_the_attention_that_plans_for_each_length(
+    model, rows, monkeypatch
+):
+    """cuDNN's, which a GPU would take, costs 60 ms for a length that is new."""
+    allowed = []
+    attention = F.scaled_dot_product_attention
+
+    def seen(*given):
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attention(*given)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", seen)
+    weights = read_weights(model)
+    cache = KeyValueCache.zeros(model.config, len(rows), NUM_COLUMNS, weights.final_norm.weight)
+    layout = read_layout(rows, model.config)
+    angles = Angles(*rotary_angles(layout.position_ids_B2S, model.config.head_dim))
+    mask = prefix_lm_mask(layout.prefix_end_B, layout.valid_BS)
+    prefill(weights, rows, mask, angles, cache)
+    assert allowed == [False] * model.config.num_layers
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_attention_of_one_query_is_that_of_the_fused_kernel():
     generator = torch.Generator().manual_seed(0)
     query, keys, values = (

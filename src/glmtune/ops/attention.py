@@ -48,6 +48,17 @@ def prefix_lm_mask(
     return seen_BSK[:, None]
 
 
+def additive_mask(mask_B1SK: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as what is added to scores, 0 or minus infinity: torch's attention makes it of any.
+
+    Where many layers share a mask it is made once. Its rows begin at multiples of 16 elements, or
+    the memory-efficient kernels would copy it.
+    """
+    num_keys = mask_B1SK.shape[-1]
+    whole = mask_B1SK.new_zeros((*mask_B1SK.shape[:-1], num_keys + -num_keys % 16), dtype=dtype)
+    return whole[..., :num_keys].masked_fill_(~mask_B1SK, -torch.inf)
+
+
 def dense_mask(start_T: Tensor, prefix_end_T: Tensor) -> Tensor:
     """The same rule for rows that lie end to end in a pack: each sees nothing of another.
 

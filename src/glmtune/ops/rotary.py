@@ -46,3 +46,29 @@ def rotate(x_BNSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos[:, None].to(x_BNSD.dtype), sin[:, None].to(x_BNSD.dtype)
     turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-2)
     return turned.flatten(-3)
+
+
+def whole_angles(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """What `rotate_whole` takes, for angles that many layers turn by.
+
+    Args:
+        cos: ``(B, S, 2, D/4)``, as `rotary_angles` gives them.
+        sin: likewise.
+
+    Returns:
+        Two of shape ``(B, S, D)``, of which the sines have the sign that an element's partner
+        gets.
+    """
+    return torch.stack((cos, cos), -2).flatten(-3), torch.stack((-sin, sin), -2).flatten(-3)
+
+
+def rotate_whole(x_BNSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate` by few kernels, for where to launch one takes longer than its work.
+
+    Args:
+        x_BNSD: queries or keys.
+        cos: as `whole_angles` gives them, of a shape that goes with ``x_BNSD``, and of its type.
+        sin: likewise.
+    """
+    partner = x_BNSD.unflatten(-1, (2, 2, -1)).flip(-2).flatten(-3)
+    return torch.addcmul(x_BNSD * cos, partner, sin)

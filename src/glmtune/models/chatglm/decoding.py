@@ -15,11 +15,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.modeling import RESIDUAL_SCALE
+from glmtune.ops.attention import additive_mask
 from glmtune.ops.norm import Norm
-from glmtune.ops.rotary import rotate
+from glmtune.ops.rotary import rotate, rotate_whole, whole_angles
+
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Without cuDNN's, which plans anew for each length of a prompt: 60 ms before its first token."""
 
 Projection = Any
 """A linear with all that belongs to it, to be called: ``(..., in)`` to ``(..., out)``."""
@@ -73,42 +78,84 @@ class Angles(NamedTuple):
     sin: Tensor
 
 
-def run_block(
+def read_block(
     hidden_BSH: Tensor,
+    block: Block,
+    keys_BNSD: Tensor,
+    values_BNSD: Tensor,
+    mask_B1SS: Tensor,
+    cos_B11SD: Tensor,
+    sin_B11SD: Tensor,
+) -> Tensor:
+    """One layer on whole prompts; their keys and values are written into the given tensors.
+
+    For a short prompt the host launches kernels more slowly than a GPU runs them, so they are few.
+
+    Args:
+        hidden_BSH: into the layer.
+        block: the layer.
+        keys_BNSD: written.
+        values_BNSD: written.
+        mask_B1SS: as `additive_mask` gives it.
+        cos_B11SD: as `whole_angles` gives them.
+        sin_B11SD: likewise.
+    """
+    normed, mixed_BN3SD = _project(hidden_BSH, block, keys_BNSD.shape[-1])
+    query_key_BN2SD, value_BNSD = mixed_BN3SD[:, :, :2], mixed_BN3SD[:, :, 2]
+    query_BNSD, key_BNSD = rotate_whole(query_key_BN2SD, cos_B11SD, sin_B11SD).unbind(2)
+    keys_BNSD.copy_(key_BNSD)
+    values_BNSD.copy_(value_BNSD)
+    context = F.scaled_dot_product_attention(query_BNSD, keys_BNSD, values_BNSD, mask_B1SS)
+    return _finish(_join_heads(context), normed, block)
+
+
+def run_block(
+    hidden_B1H: Tensor,
     block: Block,
     keys_BNKD: Tensor,
     values_BNKD: Tensor,
-    columns_S: Tensor,
-    mask_B1SK: Tensor,
+    column_1: Tensor,
+    mask_B11K: Tensor,
     angles: Angles,
 ) -> Tensor:
-    """One layer on S new tokens; their keys and values are written into the given columns."""
-    head_dim = keys_BNKD.shape[-1]
-    normed = block.input_norm(hidden_BSH)
-    mixed_BN3SD = block.query_key_value(normed).unflatten(-1, (-1, 3, head_dim)).movedim(1, 3)
-    query_key_BN2SD, value_BNSD = mixed_BN3SD[:, :, :2], mixed_BN3SD[:, :, 2]
-    # Both at once: a step of one token is made of many small kernels.
-    turned = rotate(query_key_BN2SD, *(angle[:, None] for angle in angles))
-    query_BNSD, key_BNSD = turned.unbind(2)
-    keys_BNKD.index_copy_(2, columns_S, key_BNSD)
-    values_BNKD.index_copy_(2, columns_S, value_BNSD)
-    attended = block.dense(attend(query_BNSD, keys_BNKD, values_BNKD, mask_B1SK))
-    normed = block.post_attention_norm(torch.add(attended, normed, alpha=RESIDUAL_SCALE))
+    """One layer on one new token; its keys and values are written into the given column."""
+    normed, mixed_BN31D = _project(hidden_B1H, block, keys_BNKD.shape[-1])
+    # Both at once: a step is made of many small kernels.
+    turned = rotate(mixed_BN31D[:, :, :2], *(angle[:, None] for angle in angles))
+    query_BN1D, key_BN1D = turned.unbind(2)
+    keys_BNKD.index_copy_(2, column_1, key_BN1D)
+    values_BNKD.index_copy_(2, column_1, mixed_BN31D[:, :, 2])
+    return _finish(attend(query_BN1D, keys_BNKD, values_BNKD, mask_B11K), normed, block)
+
+
+def attend(query_BN1D: Tensor, keys_BNKD: Tensor, values_BNKD: Tensor, mask_B11K: Tensor) -> Tensor:
+    """Attention of one new token to K columns: ``(B, 1, H)``.
+
+    For one query the fused kernels start one thread block a head and are slow; these are two
+    matrix-vector products that a compiler turns into reductions.
+    """
+    scores = (query_BN1D @ keys_BNKD.transpose(-1, -2)).float() * keys_BNKD.shape[-1] ** -0.5
+    seen = scores.masked_fill(~mask_B11K, -torch.inf).softmax(-1).to(values_BNKD.dtype)
+    return _join_heads(seen @ values_BNKD)
+
+
+def _project(hidden_BSH: Tensor, block: Block, head_dim: int) -> tuple[Tensor, Tensor]:
+    """A layer up to its attention: what the residual takes, and the heads ``(B, N, 3, S, D)``."""
+    normed_BSH = block.input_norm(hidden_BSH)
+    heads_BSN3D = block.query_key_value(normed_BSH).unflatten(-1, (-1, 3, head_dim))
+    return normed_BSH, heads_BSN3D.movedim(1, 3)
+
+
+def _join_heads(context_BNSD: Tensor) -> Tensor:
+    return context_BNSD.transpose(1, 2).flatten(2)
+
+
+def _finish(context_BSH: Tensor, normed_BSH: Tensor, block: Block) -> Tensor:
+    """A layer from its attention on."""
+    attended = block.dense(context_BSH)
+    normed = block.post_attention_norm(torch.add(attended, normed_BSH, alpha=RESIDUAL_SCALE))
     inner = F.gelu(block.dense_h_to_4h(normed), approximate="tanh")
     return torch.add(block.dense_4h_to_h(inner), normed, alpha=RESIDUAL_SCALE)
-
-
-def attend(query_BNSD: Tensor, keys_BNKD: Tensor, values_BNKD: Tensor, mask_B1SK: Tensor) -> Tensor:
-    """Attention of S new tokens to K columns: ``(B, S, H)``."""
-    if query_BNSD.shape[2] > 1:
-        context = F.scaled_dot_product_attention(query_BNSD, keys_BNKD, values_BNKD, mask_B1SK)
-    else:
-        # For one query the fused kernels start one thread block a head and are slow; these are two
-        # matrix-vector products that a compiler turns into reductions.
-        scores = (query_BNSD @ keys_BNKD.transpose(-1, -2)).float() * keys_BNKD.shape[-1] ** -0.5
-        seen = scores.masked_fill(~mask_B1SK, -torch.inf).softmax(-1).to(values_BNKD.dtype)
-        context = seen @ values_BNKD
-    return context.transpose(1, 2).flatten(2)
 
 
 def run_block_in_few_kernels(
@@ -164,11 +211,13 @@ def prefill(
         cache: is written into.
     """
     num_columns = input_ids_BS.shape[1]
-    columns_S = torch.arange(num_columns, device=input_ids_BS.device)
     hidden_BSH = weights.embed(input_ids_BS)
-    for i, block in enumerate(weights.blocks):
-        keys, values = cache.keys[i, :, :, :num_columns], cache.values[i, :, :, :num_columns]
-        hidden_BSH = run_block(hidden_BSH, block, keys, values, columns_S, mask_B1SS, angles)
+    mask = additive_mask(mask_B1SS, hidden_BSH.dtype)
+    whole = [angle[:, None, None].to(hidden_BSH.dtype) for angle in whole_angles(*angles)]
+    with sdpa_kernel(ATTENTION):
+        for i, block in enumerate(weights.blocks):
+            keys, values = cache.keys[i, :, :, :num_columns], cache.values[i, :, :, :num_columns]
+            hidden_BSH = read_block(hidden_BSH, block, keys, values, mask, *whole)
     return run_head(hidden_BSH[:, -1:], weights.final_norm, weights.head)
 
 
