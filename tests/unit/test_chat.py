@@ -185,11 +185,11 @@ def press_at_third_token(monkeypatch):
     """Make every answer press Ctrl+C, in a way of the test's own, before its third token."""
     stream = Decoder.stream
 
-    def arrange(press):
+    def arrange(act):
         def pressing(self, prompts, settings):
             for number, rows in enumerate(stream(self, prompts, settings)):
                 if number == 2:
-                    press()
+                    act()
                 yield rows
 
         monkeypatch.setattr(Decoder, "stream", pressing)

@@ -1,10 +1,11 @@
 """Ctrl+C in a conversation: heard however the program was started, raised where it is awaited."""
 
 import signal
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
+
+from glmtune.signals import told_to
 
 
 class CtrlC:
@@ -19,17 +20,9 @@ class CtrlC:
         self._has_come = False
         self._is_awaited = False
 
-    @contextmanager
-    def heard(self) -> Iterator[None]:
+    def heard(self) -> AbstractContextManager[None]:
         """Be who hears Ctrl+C, and leave it to who heard it before at the end."""
-        if threading.current_thread() is not threading.main_thread():  # Python forbids it there
-            yield
-            return
-        earlier = signal.signal(signal.SIGINT, self._note)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, earlier)
+        return told_to(self._note, signal.SIGINT)
 
     @contextmanager
     def awaited(self) -> Iterator[None]:

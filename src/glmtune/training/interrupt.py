@@ -5,17 +5,16 @@ checkpoint and stops. A step that does not come to its end leaves no trace.
 """
 
 import signal
-import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from glmtune.signals import told_to
 from glmtune.training.state import TrainingState, own_state, restore_own_state
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -40,16 +39,14 @@ class StopRequest:
         self._has_begun = False
         self._is_told = False
         self._in_flight: torch.Tensor | None = None
-        self._earlier: dict[signal.Signals, Any] = {}
+        self._exits = ExitStack()
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python forbids it
-            self._earlier = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        self._exits.enter_context(told_to(self._note, *_SIGNALS))
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in self._earlier.items():
-            signal.signal(number, handler)
+        self._exits.close()
 
     def begin(self) -> None:
         """From here on a signal lets the run save what it has."""

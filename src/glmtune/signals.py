@@ -1,0 +1,24 @@
+"""Who is told of the operating system's signals."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+@contextmanager
+def told_to(handler: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
+    """Let a function hear of signals while this lasts, and then whoever heard of them before.
+
+    Outside the main thread, where Python forbids it, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    earlier = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, former in earlier.items():
+            signal.signal(number, former)
