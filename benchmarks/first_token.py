@@ -10,6 +10,7 @@ from statistics import median
 
 import torch
 
+# As commits of before have it, too: they are timed beside this one, with PYTHONPATH on their src.
 from glmtune.bench.decode import _random_prompts as random_prompts
 from glmtune.bench.random_model import SHAPES, random_model
 from glmtune.bench.timing import machine
