@@ -1,11 +1,15 @@
-"""The mask rule, against its own definition spelled out element by element."""
+"""The mask rule, against its own definition spelled out element by element, and the kernels."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
-from glmtune.ops.attention import additive_mask, prefix_lm_mask
+from glmtune.models import ChatGLMForConditionalGeneration
+from glmtune.ops.attention import PaddedRows, additive_mask, prefix_lm_mask
+from glmtune.ops.rotary import rotary_angles
+from glmtune.training.passes import enable_recompute
 
 
 @given(
@@ -36,3 +40,59 @@ def test_an_added_mask_is_the_mask_in_rows_that_no_kernel_copies(num_keys):
     assert torch.equal(added == 0, mask)
     assert torch.equal(added.isneginf(), ~mask)
     assert all(stride % 16 == 0 for stride in added.stride()[:-1])
+
+
+def padded_forward(model, rows):
+    model(rows).logits.sum().backward()
+
+
+def recomputed_forward(model, rows):
+    model.train()
+    enable_recompute(model, model.config.num_layers)
+    padded_forward(model, rows)
+    enable_recompute(model, 0)
+    model.eval()
+
+
+def generated(model, rows):
+    model.generate(rows[:, :4], max_new_tokens=2, do_sample=False)
+
+
+def packed_attention(model, rows):
+    place = torch.arange(6)
+    rows = PaddedRows.of(torch.zeros_like(place), torch.full((6,), 2), torch.full((6,), 6))
+    angles = rotary_angles(place.expand(1, 2, 6), 8)
+    rows.attend(torch.randn(6, 2, 24), None, *(angle[0] for angle in angles))
+
+
+@pytest.mark.parametrize("use", [padded_forward, recomputed_forward, generated, packed_attention])
+def test_torchs_attention_is_always_called_without_cudnn(use, tiny_folder, monkeypatch):
+    """cuDNN's kernels, which Hopper prefers, give NaN for some rows."""
+    model = ChatGLMForConditionalGeneration.from_pretrained(tiny_folder).eval()
+    config = model.config
+    prompt = [10, 11, config.gmask_token_id, config.bos_token_id]
+    rows = torch.tensor([[*prompt, 20, 21], [*prompt, 30, 31]])
+    allowed = []
+    attention = F.scaled_dot_product_attention
+
+    def seen(*arguments, **more):
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attention(*arguments, **more)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", seen)
+    use(model, rows)
+    assert allowed
+    assert not any(allowed)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_the_choice_of_kernels_compiles(tiny_folder):
+    model = ChatGLMForConditionalGeneration.from_pretrained(tiny_folder).eval()
+    attention = model.transformer.layers[0].attention
+    hidden = torch.randn(1, 6, model.config.hidden_size)
+    mask = prefix_lm_mask(torch.tensor([4]), torch.ones(1, 6, dtype=torch.bool))
+    angles = rotary_angles(torch.arange(6).expand(1, 2, 6), model.config.head_dim)
+    compiled = torch.compile(attention, fullgraph=True, backend="eager")
+    wanted, _ = attention(hidden, mask, *angles)
+    found, _ = compiled(hidden, mask, *angles)
+    assert torch.equal(found, wanted)

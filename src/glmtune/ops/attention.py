@@ -3,14 +3,18 @@
 Shapes: B rows of a batch, S query tokens, K key tokens; T tokens of a pack, N heads, D head size.
 """
 
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from glmtune.ops.rotary import rotate
 
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Of torch's attention kernels, those that are right for every row; see `right_kernels`."""
 _GROUPS = 4  # of rows of like length, see `PaddedRows`
 
 
@@ -46,6 +50,20 @@ def prefix_lm_mask(
     itself_SK = key_K == query_S[:, None]
     seen_BSK = (in_past_SK | in_prefix_BK[:, None, :]) & valid_BK[:, None, :] | itself_SK
     return seen_BSK[:, None]
+
+
+def right_kernels() -> AbstractContextManager[None]:
+    """Keep torch's attention from cuDNN's kernels; every call of it in this package is made within.
+
+    On Hopper torch prefers cuDNN's. Their backward pass gives NaN for the gradient of the queries
+    where the number of keys is 64 more than a multiple of 128 and a query's scores are so low that
+    the exponential of minus their logsumexp exceeds float32 (about -88.7); docs/log.md has a
+    reproduction of a few lines. They also make a plan for each new length, which takes the host
+    some 60 ms. The kernels left are as fast for the rows of this model.
+
+    The forward pass decides for both, so that the backward pass need not lie within.
+    """
+    return sdpa_kernel(KERNELS)
 
 
 def additive_mask(mask_B1SK: Tensor, dtype: torch.dtype) -> Tensor:
@@ -131,7 +149,10 @@ class PaddedRows(NamedTuple):
         contexts = []
         for place_BS, mask_B1SS in self.groups:
             query, key, value = (x[0, :, place_BS].transpose(0, 1) for x in qkv)
-            context_BNSD = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_B1SS)
+            with right_kernels():
+                context_BNSD = F.scaled_dot_product_attention(
+                    query, key, value, attn_mask=mask_B1SS
+                )
             contexts.append(context_BNSD.transpose(1, 2).flatten(0, 1))
         return torch.cat(contexts)[self.back_T]
 

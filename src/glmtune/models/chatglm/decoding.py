@@ -15,16 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.modeling import RESIDUAL_SCALE
-from glmtune.ops.attention import additive_mask
+from glmtune.ops.attention import additive_mask, right_kernels
 from glmtune.ops.norm import Norm
 from glmtune.ops.rotary import rotate, rotate_whole, whole_angles
-
-ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Without cuDNN's, which plans anew for each length of a prompt: 60 ms before its first token."""
 
 Projection = Any
 """A linear with all that belongs to it, to be called: ``(..., in)`` to ``(..., out)``."""
@@ -214,7 +210,7 @@ def prefill(
     hidden_BSH = weights.embed(input_ids_BS)
     mask = additive_mask(mask_B1SS, hidden_BSH.dtype)
     whole = [angle[:, None, None].to(hidden_BSH.dtype) for angle in whole_angles(*angles)]
-    with sdpa_kernel(ATTENTION):
+    with right_kernels():
         for i, block in enumerate(weights.blocks):
             keys, values = cache.keys[i, :, :, :num_columns], cache.values[i, :, :, :num_columns]
             hidden_BSH = read_block(hidden_BSH, block, keys, values, mask, *whole)

@@ -43,7 +43,7 @@ from glmtune.models.integer_weights import (
     quantise_tables,
 )
 from glmtune.models.quantised import bits_of, check_quantising, quantise, settle
-from glmtune.ops.attention import prefix_lm_mask
+from glmtune.ops.attention import prefix_lm_mask, right_kernels
 from glmtune.ops.loss import next_token_loss
 from glmtune.ops.rotary import rotary_angles, rotate
 
@@ -93,9 +93,10 @@ class ChatGLMAttention(nn.Module):
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention
         )
-        context_BSND, weights = attend(
-            self, query, key, value, mask_B1SK, scaling=self.scaling, dropout=0.0
-        )
+        with right_kernels():
+            context_BSND, weights = attend(
+                self, query, key, value, mask_B1SK, scaling=self.scaling, dropout=0.0
+            )
         return self.dense(context_BSND.flatten(2)), weights
 
 
