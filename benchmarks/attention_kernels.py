@@ -25,8 +25,8 @@ KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "plain": SDPBackend.MATH,
 }
-LENGTHS = [*range(1, 400), 448, 512, 576, 1024, 1088]
-HEAD_DIMS, SCORES = (64, 128), (-80.0, -88.0, -89.0, -100.0, -1000.0, 100.0)
+LENGTHS = sorted({*range(16, 400, 16), *(64 * n + off for n in range(1, 10) for off in (-1, 0, 1))})
+HEAD_DIMS, SCORES = (64, 128), (-8.0, -10.0, -12.0, -16.0, -86.0, -91.0, -1000.0, 100.0)
 TYPES = torch.bfloat16, torch.float16
 ROWS, STEPS, TURNS = 6, 60, 3
 
@@ -59,17 +59,20 @@ def gradients(kernel: SDPBackend, rows: list[Tensor], mask: dict) -> list[Tensor
     """Output and gradients of queries, keys and values."""
     with sdpa_kernel(kernel):
         output = F.scaled_dot_product_attention(*rows, **mask)
-    weights = torch.linspace(-1, 1, output.numel(), device="cuda", dtype=output.dtype)
-    return [output, *torch.autograd.grad(output, rows, weights.view_as(output))]
+    weights = torch.linspace(-1, 1, output.numel(), device="cuda").view_as(output)
+    return [output, *torch.autograd.grad(output, rows, weights.to(output.dtype))]
 
 
 def error(found: list[Tensor], rows: list[Tensor], mask: dict) -> float:
-    """Largest distance of output and gradients from float64, relative to their size."""
+    """Largest distance of output and gradients from float64, relative to their size.
+
+    Of nearly equal keys the gradients all but cancel, so that 16 bits leave some tenths; a kernel
+    is to be held against the plain one.
+    """
     exact = [x.detach().double().requires_grad_() for x in rows]
     wanted = gradients(SDPBackend.MATH, exact, mask)
     pairs = zip(found, wanted, strict=True)
-    # A row of equal keys has a gradient near 0: what counts is its size beside the values'.
-    return max(((a - b).norm() / (b.norm() + 0.01 * b.numel() ** 0.5)).item() for a, b in pairs)
+    return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
 
 
 def print_failures() -> None:
@@ -116,7 +119,7 @@ def print_steps() -> None:
     model = adapt(random_model(SHAPES["6b"], accelerator.device, dtype), config)
     padded = PaddedPass(accelerator, model, rows)
     choices: dict[str, type[AbstractContextManager] | object] = {
-        "torch's choice": nullcontext, "right_kernels": right_kernels,
+        "right_kernels": right_kernels, "torch's choice": nullcontext,
     }  # fmt: skip
     for turn in range(TURNS):
         for name, kernels in choices.items():

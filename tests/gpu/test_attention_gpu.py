@@ -9,6 +9,7 @@ import copy
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from glmtune.models import ChatGLMConfig, ChatGLMForConditionalGeneration
 from glmtune.ops.attention import prefix_lm_mask, right_kernels
@@ -23,30 +24,89 @@ CONFIG = ChatGLMConfig(
     bos_token_id=3572, eos_token_id=3573,
 )  # fmt: skip
 NUM_BATCHES = 300
-TOLERANCES = {torch.bfloat16: 0.03, torch.float16: 0.01}
+# Of the whole gradient, in 16 bits from float64: so low scores leave their differences few digits.
+LARGEST_DISTANCE = 1.2
+LOW_BIAS = 9.0  # makes scores of about -16 * 9 * 9 / sqrt(128) = -115
+TYPES = torch.bfloat16, torch.float16
+# How much farther a kernel may be from the exact result than the same steps in the same 16 bits.
+FACTOR = 2.0
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("length", [1, 63, 64, 65, 128, 192, 320, 576])
+class RoundedAttention(torch.autograd.Function):
+    """What a fused kernel computes, in plain steps, and where it rounds to 16 bits.
+
+    Its backward pass takes the sum over a row of the weights' gradients from the rounded output.
+    Keys that have much in common let that rounding show: 6 % of the queries' gradient in a trained
+    head. Source: FlashAttention-2, algorithm 2.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, mask, scale):
+        scores = query.float() @ key.float().transpose(-1, -2) * scale
+        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+        output = weights.to(query.dtype) @ value
+        ctx.save_for_backward(query, key, value, weights, output)
+        ctx.scale = scale
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, weights, output = ctx.saved_tensors
+        total = (grad.float() * output.float()).sum(-1, keepdim=True)
+        of_weights = grad.float() @ value.float().transpose(-1, -2)
+        of_scores = (weights * (of_weights - total)).to(query.dtype)
+        of_value = weights.to(query.dtype).transpose(-1, -2) @ grad
+        of_query = of_scores @ key * ctx.scale
+        of_key = of_scores.transpose(-1, -2) @ query * ctx.scale
+        return of_query, of_key, of_value, None, None
+
+
+def rounded(module, query, key, value, mask, scaling, **_):
+    """`RoundedAttention` as an attention of transformers."""
+    return RoundedAttention.apply(query, key, value, mask, scaling).transpose(1, 2), None
+
+
+def exact_attention(query, key, value, mask, scale):
+    scores = (query @ key.transpose(-1, -2)) * scale
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value
+
+
+def fused_attention(query, key, value, mask, scale):
+    with right_kernels():
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+
+
+def errors(found, exact):
+    pairs = zip(found, exact, strict=True)
+    return [(ours.double() - theirs).norm().item() for ours, theirs in pairs]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 128, 192, 320, 576])
 def test_rows_whose_scores_are_very_low(length, dtype):
     generator = torch.Generator("cuda").manual_seed(0)
-    noise = torch.randn(3, 1, 2, length, 128, device="cuda", generator=generator)
-    query, key, value = 3 + 0.05 * noise[0], -3 + 0.05 * noise[1], noise[2]  # scores about -102
-    rows = [x.to(dtype).requires_grad_() for x in (query, key, value)]
+    noise = torch.randn(4, 1, 8, length, 128, device="cuda", generator=generator)
+    # Scores are about -102.
+    rows = [x.to(dtype) for x in (3 + 0.05 * noise[0], -3 + 0.05 * noise[1], noise[2])]
+    assert (rows[0].double() @ rows[1].double().transpose(-1, -2)).max() * 128**-0.5 < -89
+    upstream = noise[3].to(dtype)
     valid = torch.ones(1, length, dtype=torch.bool, device="cuda")
     mask = prefix_lm_mask(torch.tensor([length // 3], device="cuda"), valid)
-    with right_kernels():
-        output = F.scaled_dot_product_attention(*rows, attn_mask=mask)
-    exact = [x.detach().double().requires_grad_() for x in rows]
-    scores = (exact[0] @ exact[1].transpose(-1, -2)) * 128**-0.5
-    wanted = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ exact[2]
-    assert scores.max() < -89
-    upstream = torch.randn(output.shape, device="cuda", generator=generator)
-    found = torch.autograd.grad(output, rows, upstream.to(dtype))
-    expected = torch.autograd.grad(wanted, exact, upstream.double())
-    for ours, theirs in zip((output, *found), (wanted, *expected), strict=True):
-        # Of one token alone the gradient of query and key is 0.
-        assert (ours - theirs).norm() <= TOLERANCES[dtype] * (theirs.norm() + 0.05 * length**0.5)
+
+    def all_of(attend, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in rows]
+        output = attend(*leaves, mask, 128**-0.5)
+        return [output, *torch.autograd.grad(output, leaves, upstream.to(dtype))]
+
+    exact = all_of(exact_attention, torch.float64)
+    allowed = errors(all_of(RoundedAttention.apply, dtype), exact)
+    found = errors(all_of(fused_attention, dtype), exact)
+    sizes = [x.norm().item() for x in exact]
+    for name, error, limit, size in zip(
+        ("output", "dq", "dk", "dv"), found, allowed, sizes, strict=True
+    ):
+        # Of one token alone the gradient of query and key is 0 but for rounding.
+        assert error <= FACTOR * limit + 1e-3 * (size + length**0.5), name  # false of NaN
 
 
 def batch(random, config):
@@ -69,8 +129,8 @@ def loss_and_gradient(model, rows):
     model.zero_grad()
     loss = model(**rows, use_cache=False).loss
     loss.backward()
-    grads = [p.grad.float() for p in model.parameters() if p.grad is not None]
-    return loss.detach().float(), torch.cat([grad.flatten() for grad in grads])
+    grads = [p.grad.double() for p in model.parameters() if p.grad is not None]
+    return loss.detach().double(), torch.cat([grad.flatten() for grad in grads])
 
 
 @pytest.fixture(scope="module")
@@ -84,26 +144,34 @@ def trained():
         model(**batch(random, CONFIG), use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+    # In the dimensions that hardly turn with the position, or scores would be low for some only.
+    slow = torch.tensor([i + half for half in (0, 64) for i in (28, 29, 30, 31, 60, 61, 62, 63)])
     with torch.no_grad():
         for layer in model.transformer.layers:
             bias = layer.attention.query_key_value.bias.view(-1, 3, CONFIG.head_dim)
-            bias[:, 0] += 4
-            bias[:, 1] -= 4
+            bias[:, 0, slow] += LOW_BIAS
+            bias[:, 1, slow] -= LOW_BIAS
     return model
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
-def test_batches_of_mixed_lengths_agree_with_the_plain_form(trained, dtype):
+@pytest.mark.parametrize("dtype", TYPES)
+def test_batches_of_mixed_lengths_agree_with_the_plain_form(trained, dtype, monkeypatch):
     fused = copy.deepcopy(trained).to(dtype)
     plain = copy.deepcopy(fused)
-    plain.set_attn_implementation("eager")
-    assert (fused.config._attn_implementation, plain.config._attn_implementation) == (
-        "sdpa", "eager",
-    )  # fmt: skip
+    exact = copy.deepcopy(trained).to(dtype).double()
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "rounded", rounded)
+    for model, attention in ((fused, "sdpa"), (plain, "rounded"), (exact, "eager")):
+        model.config._attn_implementation = attention
     random = torch.Generator().manual_seed(2)
+    distances = []
     for number in range(NUM_BATCHES):
         rows = batch(random, CONFIG)
-        (loss, grad), (wanted, expected) = (loss_and_gradient(m, rows) for m in (fused, plain))
+        (loss, grad), (near, wanted), (true, expected) = (
+            loss_and_gradient(model, rows) for model in (fused, plain, exact)
+        )
         assert grad.isfinite().all(), (number, rows["input_ids"].shape)
-        assert abs(loss - wanted) < TOLERANCES[dtype]
-        assert (grad - expected).norm() < TOLERANCES[dtype] * expected.norm(), number
+        assert abs(loss - true) <= 2 * abs(near - true) + 0.02
+        distances.append([(g - expected).norm() / expected.norm() for g in (grad, wanted)])
+    of_kernels, of_plain = torch.tensor(distances).median(0).values.tolist()
+    assert of_plain < LARGEST_DISTANCE  # or nothing would be shown
+    assert of_kernels < 1.25 * of_plain

@@ -58,7 +58,8 @@ def eager_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **_
 ) -> tuple[Tensor, Tensor]:
     """Attention in plain steps, the reference of the fused kernels: ``(B, S, N, D)``, weights."""
-    scores_BNSK = (query @ key.transpose(-1, -2)).float() * scaling
+    # In 16 bits a product of some hundreds would be rounded to whole numbers.
+    scores_BNSK = query.float() @ key.float().transpose(-1, -2) * scaling
     weights_BNSK = scores_BNSK.masked_fill(~mask, -torch.inf).softmax(-1).to(query.dtype)
     return (weights_BNSK @ value).transpose(1, 2), weights_BNSK
 
