@@ -26,8 +26,10 @@ def generate_answers(
 ) -> Iterator[Answer]:
     """Answer prompts in left-padded batches, and deliver the answers in order as batches finish.
 
-    An answer does not depend on the prompts beside it: padding is masked, and a drawn answer has
-    random numbers of its own, given by the seed and the prompt's number alone.
+    An answer depends on the prompts beside it by rounding alone: padding is masked, and a drawn
+    answer has random numbers of its own, given by the seed and the prompt's number. In 16-bit
+    formats, and with 8 or 4 bits on a CPU, that rounding can turn an answer into another
+    (benchmarks/2026-11-29-batch-sizes.md): answers to be compared want equal batches.
 
     Args:
         model: in evaluation mode, with or without an adapter.

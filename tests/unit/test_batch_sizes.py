@@ -1,0 +1,68 @@
+"""Where an answer depends on the prompts beside it; `compare` takes none of it for tuning."""
+
+import json
+
+import pytest
+from torch import nn
+
+from glmtune.adapters import attach_lora, save_adapter
+from glmtune.config import CompareConfig
+from glmtune.data.templates import alpaca
+from glmtune.demo.questions import held_out_questions
+from glmtune.evaluation.compare import compare
+from glmtune.generation import GenerationSettings, Prompt, generate_answers
+from glmtune.models.checkpoints import GLM_TINY, load_base_model, load_tokenizer
+
+NUM_QUESTIONS = 8
+
+
+@pytest.fixture(scope="module")
+def idle_adapter(tmp_path_factory):
+    """An adapter of numbers so small that they are lost in every sum; zeros would be refused."""
+    model = attach_lora(load_base_model(GLM_TINY))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.constant_(weight, 1e-30)
+    folder = tmp_path_factory.mktemp("idle") / "adapter"
+    save_adapter(model, folder, "glm-tiny")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    path = tmp_path_factory.mktemp("questions") / "held_out.json"
+    path.write_text(json.dumps([asked.record() for asked in held_out_questions(NUM_QUESTIONS)]))
+    return str(path)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+@pytest.mark.parametrize(
+    "numbers",
+    [{}, {"bf16": True}, {"decode_bits": "8"}, {"decode_bits": "4"}, {"do_sample": True}],
+    ids=str,
+)
+def test_an_adapter_that_adds_nothing_changes_no_answer(
+    numbers, size, idle_adapter, questions, tmp_path
+):
+    compared = compare(
+        CompareConfig(
+            data_path=questions, model_path=idle_adapter, chatglm_path=GLM_TINY,
+            output_dir=str(tmp_path / "compare"), per_device_eval_batch_size=size,
+            max_new_tokens=12, use_cpu=True, **numbers,
+        )
+    )  # fmt: skip
+    assert len(compared.pairs) == NUM_QUESTIONS
+    for pair in compared.pairs:
+        assert pair.base == pair.tuned
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_in_float32_an_answer_does_not_depend_on_its_batch(do_sample):
+    model, tokenizer = load_base_model(GLM_TINY), load_tokenizer(GLM_TINY)
+    asked = held_out_questions(NUM_QUESTIONS)
+    prompts = [Prompt(alpaca(q.instruction, q.input), number=i) for i, q in enumerate(asked)]
+    settings = GenerationSettings(max_new_tokens=12, do_sample=do_sample)
+    answers = [
+        list(generate_answers(model, tokenizer, prompts, settings, size)) for size in (1, 3, 8)
+    ]
+    assert answers[0] == answers[1] == answers[2]
