@@ -96,10 +96,24 @@ def test_truncation_keeps_the_special_ids(folder):
     ]
 
 
-def test_special_and_unknown_ids_have_no_text(folder):
+def test_special_ids_are_shown_unless_they_are_skipped(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = [5, 74874, 130001, 130004, 130400, 3]
-    assert tokenizer.decode(ids) == tokenizer.decode(ids, skip_special_tokens=True) == "你好"
+    assert tokenizer.decode(ids) == "你好[gMASK]<sop><pad>"
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "你好"
+    every = range(130000, 130344)
+    assert tokenizer.decode(list(every)[:8], skip_special_tokens=True) == ""
+    assert tokenizer.decode(130005) == tokenizer.decode([130005]) == "<eop>"
+    assert tokenizer.batch_decode([[130005], [130000]]) == ["<eop>", "[MASK]"]
+
+
+def test_rows_and_image_ids_beyond_the_vocabulary_have_no_text(folder, vocab_file, tmp_path):
+    assert AutoTokenizer.from_pretrained(folder).decode([130344, 130527]) == ""
+    (tmp_path / "ice_text.model").write_bytes(first_revision(vocab_file))
+    old = ChatGLMTokenizer(str(tmp_path / "ice_text.model"))
+    assert old.decode([0, 19999, 150005]) == "<eop>"
+    assert len(old) == len(old.get_vocab()) == old.vocab_size == 150_344
+    assert old.convert_tokens_to_ids(old.convert_ids_to_tokens([7, 20003])) == [7, 20003]
 
 
 def test_the_first_revision_is_the_later_one_shifted(vocab_file, tmp_path):
