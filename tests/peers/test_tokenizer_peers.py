@@ -50,7 +50,9 @@ def test_transformers_own_tokenizer_tests(import_peer, monkeypatch, tmp_path, fo
     troubles = result.errors + result.failures
     assert not troubles, "\n".join(f"{case}\n{trace}" for case, trace in troubles)
     assert result.testsRun >= 50  # the class did not lose its tests
-    cases = [getattr(case, "test_case", case) for case, _ in result.skipped]  # of a subtest its test
+    cases = [
+        getattr(case, "test_case", case) for case, _ in result.skipped
+    ]  # of a subtest its test
     skipped = {case._testMethodName for case in cases}
     assert skipped <= SKIPPED
     told = (root / "docs" / "peers.md").read_text()

@@ -113,6 +113,10 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         kwargs["chat_template"] = kwargs.get("chat_template") or CHAT_TEMPLATE
         super().__init__(num_image_tokens=self.num_image_tokens, **kwargs)
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoTokenizer") -> None:
+        """Do nothing: what is registered so leaves a copy of its source in each saved folder."""
+
     @property
     def vocab_hash(self) -> str:
         """The sha256 of the sentencepiece file, in hex."""
