@@ -11,7 +11,7 @@ a string first; and a text is split at tokens that were added by name.
 import hashlib
 import re
 from collections.abc import Callable
-from itertools import compress, groupby
+from itertools import compress, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         kwargs["added_tokens_decoder"] = {
             index: token
             for index, token in kwargs.get("added_tokens_decoder", {}).items()
-            if index >= self.vocab_size and self._is_new(token)
+            if self._is_new(token)
         }
         kwargs.pop("auto_map", None)  # it names code that a published folder has and we do not run
         kwargs.setdefault("clean_up_tokenization_spaces", False)
@@ -142,7 +142,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         pieces = {self._convert_id_to_token(i): i for i in range(self.vocab_size)}
         return pieces | self._added_tokens_encoder
 
-    def apply_chat_template(
+    def apply_chat_template(  # type: ignore[override]
         self,
         conversation: Any,
         tools: list | None = None,
@@ -178,9 +178,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
                 questions in a row.
             UserError: a mask is wanted of a template whose block begins or ends within a text.
         """
-        if return_assistant_tokens_mask and not (tokenize and return_dict):
+        if return_assistant_tokens_mask and (
+            not tokenize or not return_dict or continue_final_message
+        ):
             raise UserError(
-                "return_assistant_tokens_mask: needs tokenize=True and return_dict=True"
+                "return_assistant_tokens_mask: needs tokenize=True, return_dict=True and a whole "
+                "answer, so no continue_final_message"
             )
         schemas = [get_json_schema(tool) if callable(tool) else tool for tool in tools or []]
         given: dict[str, Any] = {
@@ -191,7 +194,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             **guard(variables),
         }
         conversation = guard(conversation)
-        rendered = super().apply_chat_template(
+        rendered: Any = super().apply_chat_template(
             conversation, chat_template=chat_template, tokenize=False, **given
         )
         is_batch = isinstance(rendered, list)
@@ -207,12 +210,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             **(tokenizer_kwargs or {}),
         )
         if return_assistant_tokens_mask:
-            if continue_final_message:
-                raise UserError(
-                    "return_assistant_tokens_mask: not with continue_final_message, whose answer "
-                    "is not whole"
-                )
-            rendered, spans = render_jinja_template(
+            render: Any = render_jinja_template  # its annotation tells of the text alone
+            rendered, spans = render(
                 conversations=conversation if is_batch else [conversation],
                 chat_template=self.get_chat_template(chat_template, tools),
                 return_assistant_tokens_mask=True,
@@ -255,10 +254,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         room = None if max_length is None else max(0, max_length - len(specials))
         threads = num_threads or (-1 if len(texts) >= MIN_TEXTS_PER_THREAD else 1)
         if self._new_tokens:
-            encoded = [
-                self.convert_tokens_to_ids(self._pieces(text, self._new_tokens)) for text in texts
-            ]
-            return [[*ids[:room], *specials] for ids in encoded]
+            to_id = self._convert_token_to_id_with_added_voc
+            rows = (map(to_id, self._pieces(text, self._new_tokens)) for text in texts)
+            return [[*islice(ids, room), *specials] for ids in rows]
         offset = self.num_image_tokens
         encoded = self.sp.encode([replace_blanks(text) for text in texts], num_threads=threads)
         return [[i + offset for i in ids[:room]] + specials for ids in encoded]
@@ -360,8 +358,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     ) -> str:
         # Rows that pad the embedding beyond the last piece have no text, neither have image ids.
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
-        first, added = self.num_image_tokens, self._added_tokens_decoder
-        ids = [i for i in ids if first <= i < self.vocab_size or i in added]
+        first = self.num_image_tokens
+        ids = [i for i in ids if first <= i < self.vocab_size or i in self._added_tokens_decoder]
         names = [self._name_of(token) for token in self.convert_ids_to_tokens(ids)]
         if skip_special_tokens:
             shown = [name is None or not self._is_special(name) for name in names]
