@@ -30,7 +30,7 @@ from glmtune.demo.world import load_world, passages
 from glmtune.hardware import device_name, pick_device
 from glmtune.models import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from glmtune.models.chatglm.layout import read_layout
-from glmtune.models.chatglm.tokenization import VOCAB_FILE
+from glmtune.models.chatglm.vocabulary import VOCAB_FILE
 from glmtune.ops.attention import prefix_lm_mask
 from glmtune.ops.loss import IGNORED
 

@@ -20,7 +20,7 @@ from glmtune.data.templates import alpaca
 from glmtune.demo.questions import Asked, held_out_questions, num_right, training_questions
 from glmtune.hardware import pick_device
 from glmtune.models import ChatGLMForConditionalGeneration, ChatGLMTokenizer
-from glmtune.models.chatglm.tokenization import VOCAB_FILE
+from glmtune.models.chatglm.vocabulary import VOCAB_FILE
 from glmtune.ops.loss import IGNORED
 
 ALL = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")

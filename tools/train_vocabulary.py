@@ -25,7 +25,7 @@ from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
 from glmtune.data.templates import alpaca
 from glmtune.demo.questions import training_questions
 from glmtune.demo.world import GRAMMAR, MAX_NUMBER, load_world, passages
-from glmtune.models.chatglm.tokenization import MAX_BLANKS, SPECIALS, replace_blanks
+from glmtune.models.chatglm.vocabulary import MAX_BLANKS, SPECIALS, replace_blanks
 
 BLANK = "\u2581"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6

@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,7 +29,7 @@ from glmtune.adapters import (
 from glmtune.adapters.formats import dense_pair, write_adapter
 from glmtune.config import MergeConfig
 from glmtune.errors import UserError
-from glmtune.models.checkpoints import load_base_model
+from glmtune.models.checkpoints import GLM_TINY, load_base_model
 
 CONFIG, WEIGHTS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 STEM = "base_model.model.transformer.layers.0.attention.query_key_value"
@@ -491,7 +493,9 @@ def test_a_merged_folder_is_a_plain_model_with_the_same_logits(tiny_folder, fuse
     assert ("lm_head.weight" in stored) is not tied
 
 
-def test_merge_copies_the_tokenizer_byte_for_byte_and_no_code(tiny_folder, fused, tmp_path):
+def test_merge_copies_the_tokenizer_byte_for_byte_and_no_code_but_its_own(
+    tiny_folder, fused, tmp_path
+):
     folder = tie_head(tiny_folder, tmp_path / "tied")
     merged = tmp_path / "merged"
     merge_adapter(
@@ -499,8 +503,59 @@ def test_merge_copies_the_tokenizer_byte_for_byte_and_no_code(tiny_folder, fused
     )
     name = "tokenizer_config.json"
     assert (merged / name).read_bytes() == (folder / name).read_bytes()
-    assert not list(merged.glob("*.py"))
+    (code,) = merged.glob("*.py")
+    assert code.read_text().startswith("from glmtune.models import *")
     assert str(tmp_path) not in (merged / "config.json").read_text(encoding="utf-8")
+
+
+LOADING = """
+import sys
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+how, folder, target = sys.argv[1:]
+trust = {"trust_remote_code": True} if how == "trust" else {}
+if how == "import":
+    import glmtune.models
+kinds = [AutoConfig, AutoModelForCausalLM, AutoTokenizer]
+kinds = kinds[::-1] if how == "trust" else kinds
+loaded = {kind.__name__: kind.from_pretrained(folder, **trust) for kind in kinds}
+print(*sorted(type(thing).__module__ for thing in loaded.values()))
+for name in ("AutoModelForCausalLM", "AutoTokenizer"):
+    loaded[name].save_pretrained(target)
+"""
+
+
+@pytest.mark.parametrize("how", ["trust", "import"])
+def test_a_merged_folder_is_loaded_by_those_who_know_transformers_alone(
+    tiny_folder, strange_adapter, tmp_path, how
+):
+    base = shutil.copytree(GLM_TINY, tmp_path / "base")
+    for name, published in [
+        ("config.json", {"AutoConfig": "configuration_chatglm.ChatGLMConfig"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["tokenization_chatglm.Tokenizer", None]}),
+    ]:
+        settings = json.loads((base / name).read_text()) | {"auto_map": published}
+        (base / name).write_text(json.dumps(settings))
+    merged = tmp_path / "merged"
+    merge_adapter(
+        MergeConfig(model_path=strange_adapter, chatglm_path=str(base), save_path=str(merged))
+    )
+    for name in ("config.json", "tokenizer_config.json"):
+        for target in json.loads((merged / name).read_text())["auto_map"].values():
+            file, _, _ = (target if isinstance(target, str) else target[0]).partition(".")
+            assert (merged / f"{file}.py").is_file()
+
+    command = [sys.executable, "-c", LOADING, how, str(merged), str(tmp_path / "saved")]
+    environment = os.environ | {"HF_HOME": str(tmp_path / "hub")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    room = "glmtune.models.chatglm"
+    assert done.stdout.split() == [
+        f"{room}.{m}" for m in ("configuration", "modeling", "tokenization")
+    ]
+    assert not list((tmp_path / "saved").glob("*.py"))
+    assert "auto_map" not in (tmp_path / "saved" / "config.json").read_text()
+    assert "auto_map" not in (tmp_path / "saved" / "tokenizer_config.json").read_text()
 
 
 def test_a_merge_that_went_wrong_leaves_nothing(tiny_folder, fused, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ FLOORS = [
     {"models"},
     {"adapters"},
     {"training", "generation"},
-    {"evaluation", "bench", "serving"},
+    {"evaluation", "bench", "serving", "integrations"},
     {"demo", "doctor"},
     {"cli"},
     {"__main__"},

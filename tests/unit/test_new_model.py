@@ -10,7 +10,7 @@ import torch
 from glmtune import cli
 from glmtune.config import NewModelConfig, read_config
 from glmtune.models import new_model as module
-from glmtune.models.chatglm.tokenization import VOCAB_FILE
+from glmtune.models.chatglm.vocabulary import VOCAB_FILE
 from glmtune.models.checkpoints import GLM_TINY, check_pair, load_base_model, load_tokenizer
 from glmtune.models.new_model import count_parameters, new_model, shape
 

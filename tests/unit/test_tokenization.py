@@ -15,6 +15,7 @@ from glmtune.models.chatglm.tokenization import (
     replace_blanks,
     restore_blanks,
 )
+from glmtune.models.checkpoints import GLM_TINY
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +97,24 @@ def test_truncation_keeps_the_special_ids(folder):
     ]
 
 
-def test_special_and_unknown_ids_have_no_text(folder):
+def test_special_ids_are_shown_unless_they_are_skipped(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = [5, 74874, 130001, 130004, 130400, 3]
-    assert tokenizer.decode(ids) == tokenizer.decode(ids, skip_special_tokens=True) == "你好"
+    assert tokenizer.decode(ids) == "你好[gMASK]<sop><pad>"
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "你好"
+    every = range(130000, 130344)
+    assert tokenizer.decode(list(every)[:8], skip_special_tokens=True) == ""
+    assert tokenizer.decode(130005) == tokenizer.decode([130005]) == "<eop>"
+    assert tokenizer.batch_decode([[130005], [130000]]) == ["<eop>", "[MASK]"]
+
+
+def test_rows_and_image_ids_beyond_the_vocabulary_have_no_text(folder, vocab_file, tmp_path):
+    assert AutoTokenizer.from_pretrained(folder).decode([130344, 130527]) == ""
+    (tmp_path / "ice_text.model").write_bytes(first_revision(vocab_file))
+    old = ChatGLMTokenizer(str(tmp_path / "ice_text.model"))
+    assert old.decode([0, 19999, 150005]) == "<eop>"
+    assert len(old) == len(old.get_vocab()) == old.vocab_size == 150_344
+    assert old.convert_tokens_to_ids(old.convert_ids_to_tokens([7, 20003])) == [7, 20003]
 
 
 def test_the_first_revision_is_the_later_one_shifted(vocab_file, tmp_path):
@@ -149,3 +164,64 @@ def test_unusable_vocabulary_files(tmp_path, content, message):
 def test_a_vocabulary_of_another_family_is_refused(shared):
     with pytest.raises(UserError, match="not a ChatGLM-6B vocabulary"):
         ChatGLMTokenizer(str(shared / "golden" / "glm3_tokenizer.model"))
+
+
+@pytest.mark.parametrize("base", ["glm-tiny", "v1.0"])
+def test_added_tokens_are_tokens_of_every_door(base, request, tmp_path):
+    if base == "glm-tiny":
+        tokenizer = AutoTokenizer.from_pretrained(GLM_TINY)
+    else:
+        file = tmp_path / "ice_text.model"
+        file.write_bytes(first_revision(request.getfixturevalue("vocab_file")))
+        tokenizer = ChatGLMTokenizer(str(file))
+    size = tokenizer.vocab_size
+    assert len(tokenizer) == size
+    assert tokenizer.add_tokens(["bimbam", "[gMASK]", "<eop>"]) == 1  # the others are there already
+    assert tokenizer.add_special_tokens({"extra_special_tokens": ["[tool]"]}) == 1
+    assert len(tokenizer) == size + 2
+    text = "a bimbam [tool] [gMASK] <eop>"
+    for again in (tokenizer, AutoTokenizer.from_pretrained(_saved(tokenizer, tmp_path / "again"))):
+        ids = again.encode(text, add_special_tokens=False)
+        assert [i for i in ids if i >= size] == [size, size + 1]
+        assert not {again.gmask_token_id, again.eos_token_id} & set(ids)
+        assert again.encode_batch([text]) == [ids]
+        assert again.encode_batch([text], add_special_tokens=True) == [again.encode(text)]
+        assert "[tool]" in again.decode(ids)
+        assert "[tool]" not in again.decode(ids, skip_special_tokens=True)
+        assert "bimbam" in again.decode(ids, skip_special_tokens=True)
+        assert len(again) == size + 2
+
+
+def _saved(tokenizer, folder):
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_names_for_special_tokens_that_the_vocabulary_lacks_are_added():
+    tokenizer = AutoTokenizer.from_pretrained(GLM_TINY, pad_token="[PAD]", eos_token="</s>")
+    assert (tokenizer.pad_token, tokenizer.eos_token) == ("[PAD]", "<eop>")
+    batch = tokenizer(["a", "a longer text"], padding=True)
+    assert batch["input_ids"][0][0] == tokenizer.pad_token_id == tokenizer.vocab_size
+
+
+def test_the_special_tokens_mask_has_a_row_of_its_own_length():
+    tokenizer = AutoTokenizer.from_pretrained(GLM_TINY)
+    row = tokenizer("Who?", "I.", return_special_tokens_mask=True)
+    mask = row["special_tokens_mask"]
+    special = [i for i, is_special in zip(row["input_ids"], mask, strict=True) if is_special]
+    names = ["[gMASK]", "<sop>", "<eop>"]
+    assert special == tokenizer.convert_tokens_to_ids(names)
+    assert tokenizer.get_special_tokens_mask(row["input_ids"], None, True) == mask
+
+
+def test_saving_leaves_no_trace_of_code_that_is_not_there(folder, tiny_folder, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    assert "auto_map" in json.loads((tiny_folder / "config.json").read_text())
+    model.save_pretrained(tmp_path)
+    for name in ("config.json", "tokenizer_config.json"):
+        assert "auto_map" not in (tmp_path / name).read_text()
+    assert model.config.auto_map == {}  # which TRL reads of every model that it is to load
+    assert not list(tmp_path.glob("*.py"))

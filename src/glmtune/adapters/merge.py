@@ -16,6 +16,7 @@ from glmtune.data.files import new_folder
 from glmtune.errors import UserError, note
 from glmtune.models.checkpoints import load_base_model, load_config, resolve_base
 from glmtune.models.quantised import bits_of
+from glmtune.models.shim import write_shim
 from glmtune.models.weights import fetch
 
 TOKENIZER_FILES = ("*.model", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json")
@@ -30,8 +31,10 @@ def merge_adapter(config: MergeConfig) -> float:
     The merge is done in float32 on the CPU, with some 25 GB of memory for 6B. Merged weights are
     stored in float32, because float16 would round off part of what was learned; all others in the
     base's own type, which of a published int8 or int4 folder means dequantised to float16.
-    Tokenizer files are copied byte for byte. Before the folder takes its name it is loaded anew,
-    and its logits are held against those of base and adapter.
+    Tokenizer files are copied byte for byte, but for an `auto_map` of code that is not copied; in
+    the place of that code comes one line that imports this package (models/shim.py). Before the
+    folder takes its name it is loaded anew, and its logits are held against those of base and
+    adapter.
 
     Returns:
         The largest difference of a logit that was seen.
@@ -68,6 +71,7 @@ def merge_adapter(config: MergeConfig) -> float:
         del model, peft_model  # one model in memory at a time
         if not copy_tokenizer(base_folder, folder):
             note(f"{base} has no tokenizer files to copy")
+        write_shim(folder)
         difference = _largest_difference(folder, expected)
     print(
         f"merged {num_modules} modules: the new folder's logits differ from those of base and "

@@ -8,7 +8,7 @@ import torch
 from glmtune.data.files import write_json
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.modeling import EMBEDDING, HEAD, ChatGLMForConditionalGeneration
-from glmtune.models.chatglm.tokenization import VOCAB_FILE
+from glmtune.models.chatglm.vocabulary import VOCAB_FILE
 
 PUBLISHED_SHARDS = 8
 TOKENIZER_CONFIG = {

@@ -1,5 +1,7 @@
 """The configuration of ChatGLM-6B, both published revisions."""
 
+from typing import Any, ClassVar
+
 from transformers import PreTrainedConfig
 
 from glmtune.errors import UserError
@@ -54,7 +56,8 @@ class ChatGLMConfig(PreTrainedConfig):
     """Shape and special ids of a ChatGLM-6B checkpoint, read from its published `config.json`.
 
     The special ids that the first revision leaves out of its file are filled in: `[MASK]`,
-    `[gMASK]` and `<pad>` stand at fixed distances from `<sop>` (`bos_token_id`).
+    `[gMASK]` and `<pad>` stand at fixed distances from `<sop>` (`bos_token_id`). The `auto_map` of
+    the file, which names code that the publisher wrote, is neither followed nor saved.
 
     Raises:
         UserError: the file is of another family that calls itself "chatglm" too, tells of weights
@@ -69,6 +72,9 @@ class ChatGLMConfig(PreTrainedConfig):
         "intermediate_size": "inner_hidden_size",
         "max_position_embeddings": "max_sequence_length",
     }
+
+    # Clients look for it, TRL in every configuration.
+    auto_map: ClassVar[dict[str, str]] = {}
 
     vocab_size: int = VOCAB_SIZE_V1_1
     hidden_size: int = 4096
@@ -90,6 +96,7 @@ class ChatGLMConfig(PreTrainedConfig):
     pad_token_id: int = None  # type: ignore[assignment]
 
     def __post_init__(self, **kwargs):
+        kwargs.pop("auto_map", None)
         if found := [key for key in _LATER_FAMILY_KEYS if key in kwargs]:
             raise UserError(
                 f'config.json: model_type "chatglm" with {found[0]} is ChatGLM2-6B or ChatGLM3-6B, '
@@ -134,6 +141,10 @@ class ChatGLMConfig(PreTrainedConfig):
             if type(getattr(self, name)) is not int:
                 raise _no_value(name, getattr(self, name))
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Do nothing: what is registered so leaves a copy of its source in each saved folder."""
 
     @property
     def head_dim(self) -> int:

@@ -13,7 +13,7 @@ from glmtune.models.chatglm.configuration import (
     VOCAB_SIZE_V1_1,
     ChatGLMConfig,
 )
-from glmtune.models.chatglm.tokenization import VOCAB_FILE, check_revision
+from glmtune.models.chatglm.vocabulary import VOCAB_FILE, check_revision
 from glmtune.models.integer_weights import SCALE, Packed
 from glmtune.models.quantised import as_floats, bits_of
 

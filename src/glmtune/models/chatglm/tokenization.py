@@ -3,58 +3,68 @@
 Text rules of the published code: a newline becomes ``<n>``, a tab ``<|tab|>`` and a run of n blanks
 ``<|blank_n|>``, longest first; everything else, special names in the text included, is left to
 sentencepiece, so no text can produce a special id. `encode` appends ``[gMASK] <sop>``.
+
+Special ids come out of a chat template alone (chat_template.py), be it tokenised at once or kept as
+a string first; and a text is split at tokens that were added by name.
 """
 
 import hashlib
 import re
+from collections.abc import Callable
+from itertools import compress, groupby, islice
 from pathlib import Path
+from typing import Any
 
 from sentencepiece import SentencePieceProcessor
-from transformers import PreTrainedTokenizer
+from transformers import AddedToken, PreTrainedTokenizer
+from transformers.utils import get_json_schema
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from glmtune.data.files import check_inside, read_json_object
+from glmtune.data.files import read_json_object
 from glmtune.errors import UserError
-from glmtune.models.chatglm.configuration import (
-    NUM_IMAGE_TOKENS,
-    VOCAB_SIZE_V1_0,
-    VOCAB_SIZE_V1_1,
+from glmtune.models.chatglm.chat_template import (
+    CHAT_TEMPLATE,
+    MARK,
+    WRITTEN_NAMES,
+    assistant_mask,
+    guard,
+    mark,
 )
-from glmtune.models.weights import is_lfs_pointer
+from glmtune.models.chatglm.configuration import NUM_IMAGE_TOKENS
+from glmtune.models.chatglm.vocabulary import (
+    NUM_PIECES_V1_0,
+    SPECIALS,
+    VOCAB_FILE,
+    compare_revisions,
+    extend_v1_0,
+    read_vocab,
+    replace_blanks,
+    restore_blanks,
+)
 
-VOCAB_FILE = "ice_text.model"
-MAX_BLANKS = 80
-SPECIALS = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>")
-NUM_PIECES_V1_0 = 130_000
-NUM_PIECES_V1_1 = 130_344
 # Starting the native threads costs more than encoding a handful of texts.
 MIN_TEXTS_PER_THREAD = 32
 
-_BLANKS = re.compile(f" {{2,{MAX_BLANKS}}}")
-_STANDINS = re.compile(r"<n>|<\|tab\|>|<\|blank_(\d+)\|>")
+# What takes the places that `tokenizer_config.json` names, whatever it names for them.
+NAMED_TOKENS = {
+    "unk_token": "<unk>",
+    "pad_token": "<pad>",
+    "bos_token": "<sop>",
+    "eos_token": "<eop>",
+    "mask_token": "[MASK]",
+}
 
-
-def replace_blanks(text: str) -> str:
-    """Write newlines, tabs and runs of blanks as the names of their pieces."""
-    text = text.replace("\n", "<n>").replace("\t", "<|tab|>")
-    return _BLANKS.sub(lambda run: f"<|blank_{len(run[0])}|>", text)
-
-
-def restore_blanks(text: str) -> str:
-    """Undo `replace_blanks`."""
-
-    def restore(name: re.Match) -> str:
-        if name[1]:
-            return " " * int(name[1])
-        return "\n" if name[0] == "<n>" else "\t"
-
-    return _STANDINS.sub(restore, text)
+_WRITTEN = [(re.escape(MARK + name), name) for name in WRITTEN_NAMES]
+_IMAGE = re.compile(r"<image_(\d+)>")
 
 
 class ChatGLMTokenizer(PreTrainedTokenizer):
     """Encode and decode with a published `ice_text.model`.
 
-    The special tokens are fixed, whatever `tokenizer_config.json` says: files of the first
-    revision name `</s>` as the end of text, which the model never learned to write.
+    The special tokens are those of the vocabulary, whatever `tokenizer_config.json` says: files of
+    the first revision name `</s>` as the end of text, which the model never learned to write. Names
+    that the vocabulary does not have are the caller's: they are added behind its last id, and the
+    model's embedding must have rows for them.
 
     Args:
         vocab_file: path of the sentencepiece file.
@@ -70,12 +80,12 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def __init__(
         self, vocab_file: str | None = None, num_image_tokens: int | None = None, **kwargs
     ):
-        self.model_bytes, self.sp = _read_vocab(vocab_file)
+        self.model_bytes, self.sp = read_vocab(vocab_file)
         num_pieces = self.sp.get_piece_size()
         config_file = Path(str(vocab_file)).with_name("config.json")
         if config_file.is_file():
             config = read_json_object(config_file)
-            _compare_revisions(vocab_file, num_pieces, config.get("vocab_size"))
+            compare_revisions(vocab_file, num_pieces, config.get("vocab_size"))
         is_v1_0 = num_pieces == NUM_PIECES_V1_0
         if is_v1_0:
             self.sp = SentencePieceProcessor(model_proto=extend_v1_0(self.model_bytes))
@@ -85,19 +95,27 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
                 f"{vocab_file}: has no special piece {missing[0]}, so it is not a ChatGLM-6B "
                 f"vocabulary; take {VOCAB_FILE} from the folder of the model's weights"
             )
-        kwargs.update(
-            unk_token="<unk>",
-            pad_token="<pad>",
-            bos_token="<sop>",
-            eos_token="<eop>",
-            mask_token="[MASK]",
-            extra_special_tokens=["[gMASK]"],
-        )
+        for key, name in NAMED_TOKENS.items():
+            if not self._is_new(kwargs.get(key) or name):
+                kwargs[key] = name
+        extra = kwargs.get("extra_special_tokens") or []
+        extra = [*(extra.values() if isinstance(extra, dict) else extra)]
+        extra += kwargs.pop("additional_special_tokens", None) or []
+        kwargs["extra_special_tokens"] = ["[gMASK]", *filter(self._is_new, extra)]
+        kwargs["added_tokens_decoder"] = {
+            index: token
+            for index, token in kwargs.get("added_tokens_decoder", {}).items()
+            if self._is_new(token)
+        }
+        kwargs.pop("auto_map", None)  # it names code that a published folder has and we do not run
         kwargs.setdefault("clean_up_tokenization_spaces", False)
         kwargs.setdefault("padding_side", "left")
-        for stale in ("additional_special_tokens", "added_tokens_decoder", "auto_map"):
-            kwargs.pop(stale, None)
+        kwargs["chat_template"] = kwargs.get("chat_template") or CHAT_TEMPLATE
         super().__init__(num_image_tokens=self.num_image_tokens, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoTokenizer") -> None:
+        """Do nothing: what is registered so leaves a copy of its source in each saved folder."""
 
     @property
     def vocab_hash(self) -> str:
@@ -120,10 +138,101 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return self._convert_token_to_id("[gMASK]")
 
     def get_vocab(self) -> dict[str, int]:
-        """Every piece and its id."""
-        return {
-            self._convert_id_to_token(i): i for i in range(self.num_image_tokens, self.vocab_size)
+        """Every piece and its id, added tokens included."""
+        pieces = {self._convert_id_to_token(i): i for i in range(self.vocab_size)}
+        return pieces | self._added_tokens_encoder
+
+    def apply_chat_template(  # type: ignore[override]
+        self,
+        conversation: Any,
+        tools: list | None = None,
+        documents: list[dict[str, str]] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+        tokenize: bool = True,
+        *,
+        return_dict: bool = True,
+        return_assistant_tokens_mask: bool = False,
+        return_tensors: str | None = None,
+        padding: bool | str = False,
+        truncation: bool = False,
+        max_length: int | None = None,
+        tokenizer_kwargs: dict[str, Any] | None = None,
+        sanitize_control_tokens: bool = True,
+        **variables: Any,
+    ) -> Any:
+        """Messages as the rows that this model learns from; arguments as transformers' method.
+
+        A first question stands alone, later ones come in rounds; ``[gMASK] <sop>`` follows the last
+        question with or without `add_generation_prompt`, and ``<eop>`` the answer. The words of a
+        leading system message come before the first question, on a line of their own.
+
+        Special names in a message stay text, whether `sanitize_control_tokens` says so or not.
+        Without `tokenize` the names that the template wrote carry a mark, which `encode` reads.
+        `assistant_masks` is 1 where a ``{% generation %}`` block wrote: the last answer and its
+        ``<eop>``, since those before it belong to the question.
+
+        Raises:
+            jinja2.TemplateError: what the model cannot read: tools, pictures, other roles, two
+                questions in a row.
+            UserError: a mask is wanted of a template whose block begins or ends within a text.
+        """
+        if return_assistant_tokens_mask and (
+            not tokenize or not return_dict or continue_final_message
+        ):
+            raise UserError(
+                "return_assistant_tokens_mask: needs tokenize=True, return_dict=True and a whole "
+                "answer, so no continue_final_message"
+            )
+        schemas = [get_json_schema(tool) if callable(tool) else tool for tool in tools or []]
+        given: dict[str, Any] = {
+            "tools": guard(schemas) or None,
+            "documents": guard(documents),
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            **guard(variables),
         }
+        conversation = guard(conversation)
+        rendered: Any = super().apply_chat_template(
+            conversation, chat_template=chat_template, tokenize=False, **given
+        )
+        is_batch = isinstance(rendered, list)
+        texts = [mark(text) for text in (rendered if is_batch else [rendered])]
+        if not tokenize:
+            return texts if is_batch else texts[0]
+        rows = self(
+            texts if is_batch or return_tensors else texts[0],
+            add_special_tokens=False,
+            padding=padding,
+            truncation=truncation,
+            max_length=max_length,
+            **(tokenizer_kwargs or {}),
+        )
+        if return_assistant_tokens_mask:
+            render: Any = render_jinja_template  # its annotation tells of the text alone
+            rendered, spans = render(
+                conversations=conversation if is_batch else [conversation],
+                chat_template=self.get_chat_template(chat_template, tools),
+                return_assistant_tokens_mask=True,
+                **(self.special_tokens_map | given),
+            )
+            ids = rows["input_ids"] if is_batch or return_tensors else [rows["input_ids"]]
+            masks = [
+                self._fit(assistant_mask(text, of_text, self.tokenize), row)
+                for text, of_text, row in zip(rendered, spans, ids, strict=True)
+            ]
+            rows["assistant_masks"] = masks if is_batch or return_tensors else masks[0]
+        if return_tensors:
+            rows = rows.convert_to_tensors(tensor_type=return_tensors)
+        return rows if return_dict else rows["input_ids"]
+
+    def _fit(self, mask: list[int], row: list[int]) -> list[int]:
+        """A mask cut and padded as its row was."""
+        num_kept = min(len(mask), len(row))
+        mask = mask[len(mask) - num_kept :] if self.truncation_side == "left" else mask[:num_kept]
+        padding = [0] * (len(row) - num_kept)
+        return padding + mask if self.padding_side == "left" else mask + padding
 
     def encode_batch(
         self,
@@ -144,24 +253,82 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         specials = [self.gmask_token_id, self.bos_token_id] if add_special_tokens else []
         room = None if max_length is None else max(0, max_length - len(specials))
         threads = num_threads or (-1 if len(texts) >= MIN_TEXTS_PER_THREAD else 1)
+        if self._new_tokens:
+            to_id = self._convert_token_to_id_with_added_voc
+            rows = (map(to_id, self._pieces(text, self._new_tokens)) for text in texts)
+            return [[*islice(ids, room), *specials] for ids in rows]
         offset = self.num_image_tokens
         encoded = self.sp.encode([replace_blanks(text) for text in texts], num_threads=threads)
         return [[i + offset for i in ids[:room]] + specials for ids in encoded]
 
-    def tokenize(self, text: str, *args, **kwargs) -> list[str]:
-        """The pieces of a text. Special names in it are ordinary text."""
+    def tokenize(self, text: str, *args, split_special_tokens: bool | None = None, **kwargs):
+        """The pieces of a text. Special names are ordinary text, unless a template wrote them.
+
+        With `split_special_tokens` marked and added tokens are ordinary text as well.
+        """
+        if self.split_special_tokens if split_special_tokens is None else split_special_tokens:
+            return self._pieces(text, [])
+        return self._pieces(text, [*_WRITTEN, *self._new_tokens])
+
+    def _pieces(self, text: str, names: list[tuple[str, str]]) -> list[str]:
+        """The pieces of a text split at names, each a pattern and the piece it means."""
+        pieces: list[str] = []
+        at = 0
+        if names:
+            for found in re.finditer("|".join(f"({pattern})" for pattern, _ in names), text):
+                assert found.lastindex
+                pieces += self._encode_text(text[at : found.start()])
+                pieces.append(names[found.lastindex - 1][1])
+                at = found.end()
+        return pieces + self._encode_text(text[at:])
+
+    def _encode_text(self, text: str) -> list[str]:
         return self.sp.encode(replace_blanks(text), out_type=str)
+
+    def _add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
+        num_added = super()._add_tokens(new_tokens, special_tokens=special_tokens)
+        added = [token for token in self._added_tokens_decoder.values() if self._is_new(token)]
+        added.sort(key=lambda token: -len(token.content))  # the longest that fits
+        self._new_tokens = [(_pattern(token), token.content) for token in added]
+        return num_added
+
+    def _is_new(self, token: str | AddedToken) -> bool:
+        """Whether the vocabulary lacks a name, so that a token of that name has to be added."""
+        return self.sp[str(token)] == self.sp.unk_id() and str(token) != "<unk>"
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
-        """``text [gMASK] <sop>``, and with a second text ``text [gMASK] <sop> answer <eop>``."""
-        prompt = [*token_ids_0, self.gmask_token_id, self.bos_token_id]
+        """``text [gMASK] <sop>``, and with a second text ``text [gMASK] <sop> answer <eop>``.
+
+        A text that has its ``<sop>`` from a chat template gets no second one.
+        """
+        ends = self.bos_token_id in token_ids_0
+        prompt = [*token_ids_0, *([] if ends else [self.gmask_token_id, self.bos_token_id])]
         return prompt if token_ids_1 is None else [*prompt, *token_ids_1, self.eos_token_id]
 
+    def get_special_tokens_mask(
+        self,
+        token_ids_0: list[int],
+        token_ids_1: list[int] | None = None,
+        already_has_special_tokens: bool = False,
+    ) -> list[int]:
+        """1 for each special id, 0 for the others, of the row that one or two texts make.
+
+        Args:
+            token_ids_0: a text's ids, or a whole row's.
+            token_ids_1: a second text's.
+            already_has_special_tokens: `token_ids_0` is a row.
+        """
+        if already_has_special_tokens:
+            return super().get_special_tokens_mask(token_ids_0, token_ids_1, True)
+        special = {*self.all_special_ids, self.gmask_token_id} - {self.unk_token_id}
+        row = self.build_inputs_with_special_tokens(token_ids_0, token_ids_1)
+        return [int(i in special) for i in row]
+
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """The text of some pieces; special pieces have none."""
-        return restore_blanks(self.sp.decode_pieces(tokens))
+        """The text of some pieces, with the names of special ones among it."""
+        return _join(tokens, [self._name_of(token) for token in tokens], self.sp.decode_pieces)
 
     def save_vocabulary(
         self, save_directory: str, filename_prefix: str | None = None
@@ -173,9 +340,13 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return (str(path),)
 
     def _convert_token_to_id(self, token: str) -> int:
+        if self.num_image_tokens and (image := _IMAGE.fullmatch(token)):
+            return int(image[1])
         return self.sp.piece_to_id(token) + self.num_image_tokens
 
     def _convert_id_to_token(self, index: int) -> str:
+        if index < self.num_image_tokens:
+            return f"<image_{index}>"
         return self.sp.id_to_piece(index - self.num_image_tokens)
 
     def _decode(
@@ -185,85 +356,45 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         clean_up_tokenization_spaces: bool | None = None,
         **kwargs,
     ) -> str:
-        # Special ids have no text in the published decoder, asked for or not; neither have the rows
-        # that pad the embedding beyond the last piece, nor image ids.
+        # Rows that pad the embedding beyond the last piece have no text, neither have image ids.
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
-        offset = self.num_image_tokens
-        pieces = [i - offset for i in ids if offset <= i < self.vocab_size]
-        text = restore_blanks(self.sp.decode(pieces))
+        first = self.num_image_tokens
+        ids = [i for i in ids if first <= i < self.vocab_size or i in self._added_tokens_decoder]
+        names = [self._name_of(token) for token in self.convert_ids_to_tokens(ids)]
+        if skip_special_tokens:
+            shown = [name is None or not self._is_special(name) for name in names]
+            ids, names = list(compress(ids, shown)), list(compress(names, shown))
+        text = _join(ids, names, lambda run: self.sp.decode([i - first for i in run]))
         clean = clean_up_tokenization_spaces
         if self.clean_up_tokenization_spaces if clean is None else clean:
             text = self.clean_up_tokenization(text)
         return text
 
+    def _is_special(self, name: str) -> bool:
+        """Whether a name is a control piece of the vocabulary, or was added as special."""
+        token = self._added_tokens_decoder.get(self._added_tokens_encoder.get(name, -1))
+        return not self._is_new(name) or token is None or token.special
 
-def _read_vocab(vocab_file: str | Path | None) -> tuple[bytes, SentencePieceProcessor]:
-    if vocab_file is None or not Path(vocab_file).is_file():
-        raise UserError(
-            f"tokenizer: no {VOCAB_FILE} in the folder (value: {vocab_file}); take it from the "
-            "published ChatGLM-6B folder, beside the weights (ChatGLM2 and 3 are not loaded yet)"
-        )
-    if is_lfs_pointer(Path(vocab_file)):
-        raise UserError(
-            f"{vocab_file}: is a Git-LFS pointer, not the vocabulary; run `git lfs pull` in that "
-            "folder or download the file itself"
-        )
-    check_inside(Path(vocab_file))
-    data = Path(vocab_file).read_bytes()
-    try:
-        return data, SentencePieceProcessor(model_proto=data)
-    except RuntimeError as error:
-        raise UserError(
-            f"{vocab_file}: is no sentencepiece model ({len(data)} bytes); download it again"
-        ) from error
+    def _name_of(self, piece: str) -> str | None:
+        """The name of a special or an added token; None for the pieces of ordinary text."""
+        is_named = self._is_new(piece) and piece in self._added_tokens_encoder
+        return piece if is_named or self.sp.is_control(self.sp[piece]) else None
 
 
-def check_revision(vocab_file: Path, model_vocab_size: int) -> None:
-    """Refuse a vocabulary file of one published revision beside a model of the other.
-
-    Raises:
-        UserError: they are of different revisions.
-    """
-    _, sp = _read_vocab(vocab_file)
-    _compare_revisions(vocab_file, sp.get_piece_size(), model_vocab_size)
-
-
-def _compare_revisions(
-    vocab_file: str | Path | None, num_pieces: int, model_vocab_size: int | None
-) -> None:
-    of_model = {VOCAB_SIZE_V1_0: "v1.0", VOCAB_SIZE_V1_1: "v1.1"}.get(model_vocab_size or 0)
-    of_file = {NUM_PIECES_V1_0: "v1.0", NUM_PIECES_V1_1: "v1.1"}.get(num_pieces)
-    if of_model and of_file and of_model != of_file:
-        raise UserError(
-            f"{vocab_file}: the tokenizer ({num_pieces} pieces, revision {of_file}) and the model "
-            f"(vocab_size {model_vocab_size}, revision {of_model}) are of different revisions of "
-            "ChatGLM-6B; take both from the same download"
-        )
+def _join(items: list, names: list[str | None], decode: Callable[[list], str]) -> str:
+    """The text of ids or pieces: runs of those without a name are decoded, between the names."""
+    parts = []
+    for is_text, run in groupby(zip(items, names, strict=True), lambda pair: pair[1] is None):
+        if is_text:
+            parts.append(restore_blanks(decode([item for item, _ in run])))
+        else:
+            parts += [name for _, name in run if name]
+    return "".join(parts)
 
 
-def extend_v1_0(model_bytes: bytes) -> bytes:
-    """Append to the first revision's vocabulary the pieces that its code added when loading.
-
-    The result has the pieces of the later revision's file, in the same order: the 8 specials, the
-    tab, the runs of 2 to 80 blanks and the 256 bytes. A repeated protobuf field may be continued by
-    appending to the message, so no protobuf library is needed.
-    Source: sentencepiece_model.proto (ModelProto.pieces = 1, trainer_spec = 2; SentencePiece.piece
-    = 1, score = 2, type = 3; TrainerSpec.byte_fallback = 35).
-    """
-    control, user_defined, byte = 3, 4, 6
-    pieces = [(name, control) for name in SPECIALS]
-    pieces += [("<|tab|>", user_defined)]
-    pieces += [(f"<|blank_{n}|>", user_defined) for n in range(2, MAX_BLANKS + 1)]
-    pieces += [(f"<0x{value:02X}>", byte) for value in range(256)]
-
-    def field(tag: int, payload: bytes) -> bytes:
-        assert len(payload) < 128  # a longer length would take more than one byte
-        return bytes([tag, len(payload)]) + payload
-
-    score = bytes([0x15, 0, 0, 0, 0])
-    appended = [
-        field(0x0A, field(0x0A, name.encode()) + score + bytes([0x18, kind]))
-        for name, kind in pieces
-    ]
-    byte_fallback = field(0x12, bytes([0x98, 0x02, 0x01]))
-    return model_bytes + b"".join(appended) + byte_fallback
+def _pattern(token: AddedToken) -> str:
+    """What of a text an added token takes."""
+    pattern = re.escape(token.content)
+    if token.single_word:
+        pattern = f"(?<![^ ]){pattern}(?![^ ])"
+    return (r"\s*" if token.lstrip else "") + pattern + (r"\s*" if token.rstrip else "")

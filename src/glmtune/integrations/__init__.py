@@ -1,0 +1,1 @@
+"""glmtune's models inside other projects' programs; each module needs that project installed."""

@@ -1,0 +1,32 @@
+"""A model's folder made loadable for programs that know transformers alone."""
+
+from pathlib import Path
+
+from glmtune.data.files import read_json_object, write_json
+
+SHIM_FILE = "modeling_glmtune.py"
+SHIM = "from glmtune.models import *  # noqa: F403  (pip install glmtune)\n"
+
+
+def write_shim(folder: Path) -> None:
+    """Name this package as the folder's own code, in one line that imports it.
+
+    With `trust_remote_code=True` transformers runs that line and has the classes; after
+    `import glmtune.models` it needs neither. A tokenizer's settings are touched only if they name
+    other code, since the configuration's code is loaded before them.
+
+    Args:
+        folder: of a ChatGLM-6B model; its config.json gets an `auto_map`.
+    """
+    (folder / SHIM_FILE).write_text(SHIM, encoding="utf-8")
+    module = SHIM_FILE.removesuffix(".py")
+    settings = read_json_object(folder / "config.json")
+    settings["auto_map"] = {
+        "AutoConfig": f"{module}.ChatGLMConfig",
+        "AutoModelForCausalLM": f"{module}.ChatGLMForConditionalGeneration",
+    }
+    write_json(settings, folder / "config.json")
+    file = folder / "tokenizer_config.json"
+    if file.is_file() and "auto_map" in (settings := read_json_object(file)):
+        settings["auto_map"] = {"AutoTokenizer": [f"{module}.ChatGLMTokenizer", None]}
+        write_json(settings, file)
