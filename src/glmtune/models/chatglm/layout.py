@@ -39,6 +39,8 @@ class CachedRows(NamedTuple):
     """Column of the cache that holds ``<sop>``."""
     target_B: Tensor
     """As that of `Layout`."""
+    valid_BK: Tensor
+    """True where a column held a real token when the rows were read."""
     longest_prefix: int
     """The largest of `prefix_end_B`: a cache that was cut to less holds no whole prefix."""
 
@@ -52,10 +54,10 @@ class CachedRows(NamedTuple):
         return getattr(cache, _CACHED_ROWS, None)
 
     @classmethod
-    def of_whole(cls, layout: Layout, num_past: int = 0) -> "CachedRows":
+    def of_whole(cls, layout: Layout, num_past: int, valid_BK: Tensor) -> "CachedRows":
         """Of whole rows, which stand behind so many columns that all of each row sees."""
         prefix_end_B = layout.prefix_end_B + num_past
-        return cls(prefix_end_B, layout.target_B, int(prefix_end_B.max()))
+        return cls(prefix_end_B, layout.target_B, valid_BK.bool(), int(prefix_end_B.max()))
 
     def positions(self, num_past: int, num_new: int) -> Tensor:
         """``(B, 2, S)`` of the next tokens.
@@ -138,11 +140,11 @@ def lay_out(
 
     Args:
         input_ids: whole rows ``(B, S)``, or the next tokens of cached ones.
-        inputs_embeds: ``(B, S, H)``, of the same, in their place.
+        inputs_embeds: ``(B, S, H)`` of the same; they tell the special ids where no ids do.
         embed: the model's embedding.
         config: gives the special ids and the revision.
         attention_mask: 1 or true for real tokens, ``(B, P + S)`` with the P columns of the cache;
-            may be left out where these are none. Or the mask itself.
+            it may be left out for whole rows, where only ``<pad>`` is not real. Or the mask itself.
         position_ids: the positions themselves.
         cache: one of transformers', empty or filled.
 
@@ -158,9 +160,9 @@ def lay_out(
     if ready_B1SK is not None and position_ids is not None:
         return ready_B1SK, position_ids
     name = "input_ids"
-    if inputs_embeds is not None:
+    if input_ids is None:
+        assert inputs_embeds is not None
         name, input_ids = "inputs_embeds", special_ids(inputs_embeds, embed, config)
-    assert input_ids is not None
     mask_B1SK, position_ids_B2S = _lay_out_ids(input_ids, config, valid_BK, cache, name)
     return (
         mask_B1SK if ready_B1SK is None else ready_B1SK,
@@ -177,7 +179,10 @@ def _lay_out_ids(
 ) -> tuple[Tensor, Tensor]:
     batch_size, num_new = input_ids_BS.shape
     num_past = 0 if cache is None else int(cache.get_seq_length())
-    if num_past and valid_BK is None:
+    rows = CachedRows.of(cache) if cache is not None and num_past else None
+    if valid_BK is None and (
+        rows is not None or (num_past and not bool(input_ids_BS.eq(config.bos_token_id or 0).any()))
+    ):
         raise ValueError(
             "past_key_values: pass attention_mask (B, P + S) beside a cache of P columns, which "
             "says what of it is real; or position_ids (B, 2, S) and a boolean attention_mask "
@@ -188,16 +193,16 @@ def _lay_out_ids(
             f"attention_mask: is of shape {tuple(valid_BK.shape)}, but with {num_past} cached "
             f"columns and {num_new} tokens more it has to be {(batch_size, num_past + num_new)}"
         )
-    rows = CachedRows.of(cache) if cache is not None and num_past else None
     if rows is not None and len(rows.prefix_end_B) == batch_size:
         prefix_end_B, positions_B2S = rows.prefix_end_B, rows.positions(num_past, num_new)
     else:
         valid_BS = None if valid_BK is None else valid_BK[:, num_past:]
         layout = read_layout(input_ids_BS, config, valid_BS, name)
         prefix_end_B, positions_B2S = layout.prefix_end_B + num_past, layout.position_ids_B2S
-        valid_BK = layout.valid_BS if valid_BK is None else valid_BK
+        if valid_BK is None:
+            valid_BK = F.pad(layout.valid_BS, (num_past, 0), value=True)
         if cache is not None:
-            CachedRows.of_whole(layout, num_past).keep(cache)
+            CachedRows.of_whole(layout, num_past, valid_BK).keep(cache)
     assert valid_BK is not None
     mask_B1SK = prefix_lm_mask(prefix_end_B, valid_BK.bool(), num_new)
     if cache is not None:
@@ -207,27 +212,43 @@ def _lay_out_ids(
     return mask_B1SK, positions_B2S
 
 
-def keep_rows(
-    cache: Cache,
+def known_mask(
+    given_BK: Tensor | None,
+    cache: Cache | None,
     input_ids_BS: Tensor,
     num_new: int,
     config: ChatGLMConfig,
-    valid_BS: Tensor | None,
 ) -> Tensor | None:
-    """Leave word with a filled cache of the rows that it holds but for the last tokens.
+    """Which columns are real, also where generation does not tell: it drops a mask of ones.
 
-    Nothing is done where `input_ids_BS` are not all of the rows.
+    A filled cache is told of its rows here, if it was not before.
+
+    Args:
+        given_BK: what generation tells.
+        cache: one of transformers', empty or filled.
+        input_ids_BS: the whole rows; or only what follows embeddings, or follows the cache.
+        num_new: so many tokens are to be read.
+        config: as that of `read_layout`.
 
     Returns:
-        `valid_BS`, made of the ids where there is none.
+        `given_BK`; or ``(B, S)`` where the ids are the whole rows, though the cache may hold a
+        virtual prompt before them, of which then whoever put it there has to tell; or
+        ``(B, P + S)``; or nothing before embeddings are read, which themselves tell.
     """
-    num_past = int(cache.get_seq_length())
-    if not num_past or input_ids_BS.shape[1] != num_past + num_new:
-        return valid_BS
-    valid_BS = input_ids_BS.ne(config.pad_token_id) if valid_BS is None else valid_BS
-    if CachedRows.of(cache) is None:
-        CachedRows.of_whole(read_layout(input_ids_BS, config, valid_BS)).keep(cache)
-    return valid_BS
+    num_past = 0 if cache is None else int(cache.get_seq_length())
+    num_before = num_past + num_new - input_ids_BS.shape[1]  # columns of which there are no ids
+    valid_BK = input_ids_BS.ne(config.pad_token_id) if given_BK is None else given_BK
+    if cache is None or not num_past:
+        return valid_BK if num_before == 0 else given_BK
+    if CachedRows.of(cache) is None and num_before == 0:
+        layout = read_layout(input_ids_BS, config, valid_BK)
+        CachedRows.of_whole(layout, 0, layout.valid_BS).keep(cache)
+    rows = CachedRows.of(cache)
+    if given_BK is not None or rows is None:
+        return given_BK
+    num_read = rows.valid_BK.shape[1]
+    valid_BK = F.pad(rows.valid_BK, (0, num_past + num_new - num_read), value=True)
+    return valid_BK[:, num_before:] if 0 <= num_before < num_read else valid_BK
 
 
 def _check_shapes(attention_mask: Tensor | None, position_ids: Tensor | None) -> None:

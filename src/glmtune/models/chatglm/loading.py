@@ -17,8 +17,6 @@ from glmtune.models.quantised import bits_of, check_quantising, settle
 
 # What transformers' loader offers and a strict one does not.
 _NOT_OFFERED = {
-    "ignore_mismatched_sizes": "would leave random numbers in the model; leave it out, and take "
-    "config.json and all weight files from the same download",
     "variant": "is not looked for, only model.safetensors, pytorch_model.bin and their indexes; "
     "leave it out, and rename the files",
     "subfolder": "is not looked into; leave it out, and join it to the folder's path",
@@ -61,7 +59,12 @@ class StrictModel(PreTrainedModel):
         if bits := bits_of(config):
             check_quantising(f"{folder}: its quantization_config", bits, None)
         is_to_copy = not config.tie_word_embeddings
-        check_folder(folder, config, cls, must_tie=bool(wish))
+        try:
+            check_folder(folder, config, cls, must_tie=bool(wish))
+        except UserError as error:
+            if not kwargs.get("ignore_mismatched_sizes"):
+                raise
+            raise UserError(f"{error} (ignore_mismatched_sizes=True is not obeyed here)") from error
         is_to_copy = is_to_copy and config.tie_word_embeddings
         if kwargs.get("dtype", kwargs.get("torch_dtype")) is None:
             kwargs["dtype"], caution = pick_dtype(pick_device(), bf16=None, fp16=False)

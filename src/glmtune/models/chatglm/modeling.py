@@ -29,7 +29,7 @@ from glmtune.models.chatglm.folder import (
     HEAD_SCALE,
     ROTARY_BUFFER,
 )
-from glmtune.models.chatglm.layout import check_labels, keep_rows, lay_out
+from glmtune.models.chatglm.layout import check_labels, known_mask, lay_out
 from glmtune.models.chatglm.loading import StrictModel
 from glmtune.models.integer_weights import (
     Packed,
@@ -199,7 +199,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             position_ids: ``(B, 2, S)``, both streams; by default read off the ids.
             past_key_values: one of transformers' caches, which holds the beginning of the rows, or
                 a virtual prompt that all of each row sees, as of prefix tuning.
-            inputs_embeds: ``(B, S, H)`` in the place of ids; the special ids are known by theirs.
+            inputs_embeds: ``(B, S, H)`` of the same tokens, which then are what is read; without
+                ids beside them the special ids are known by their embeddings.
             use_cache: make a cache where none was given.
             cache: another name of `past_key_values`, that of transformers 5.24.
             labels: ``(B, S)``, not shifted; see `check_labels`, which is all that is done here.
@@ -210,8 +211,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                 because no mask says what a given cache holds, or because of their shapes; or a row
                 has a label where nothing can be learned.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass either input_ids (B, S) or inputs_embeds (B, S, H)")
+        if input_ids is None and inputs_embeds is None:
+            raise ValueError("input_ids: pass ids (B, S), or inputs_embeds (B, S, H)")
         past_key_values = cache if past_key_values is None else past_key_values
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -299,7 +300,6 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         cache: Cache | None = None,
-        shift_labels: Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits ``(B, S, V)`` and, with labels, the float32 loss.
@@ -316,13 +316,14 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             logits_to_keep: logits of the last so many tokens only, 0 for all; or of these columns.
             num_items_in_batch: what the summed loss is divided by (labels of the whole step).
             cache: another name of `past_key_values`.
-            shift_labels: ``(B, S)``, labels that are shifted already; they go before `labels`.
-            kwargs: `output_hidden_states` and `output_attentions`.
+            kwargs: `output_hidden_states` and `output_attentions`; and `shift_labels` ``(B, S)``,
+                labels that are shifted already, which go before `labels`. (Trainer takes every
+                named argument for one that a batch has to have.)
 
         Raises:
             ValueError: as that of `ChatGLMModel`; or a loss is asked for, of some logits only.
         """
-        if shift_labels is not None:  # of the last token there is no logit that needs one
+        if (shift_labels := kwargs.pop("shift_labels", None)) is not None:
             labels = F.pad(shift_labels[:, :-1], (1, 0), value=IGNORED)
         if labels is not None and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
             raise ValueError("logits_to_keep: a loss needs all logits; leave it out, or the labels")
@@ -369,8 +370,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: `position_ids` of this model's form, which generation would not move on.
         """
-        # transformers makes some of one stream, which are of no use.
-        position_ids = kwargs.pop("position_ids", None)
+        position_ids = kwargs.pop("position_ids", None)  # transformers makes some of one stream
         if position_ids is not None and position_ids.ndim == 3:
             raise ValueError(
                 "position_ids: generation reads them off the ids; leave it out, or call the model"
@@ -380,10 +380,11 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         starts_from_embeds = inputs_embeds is not None and is_first_iteration
         whole: Tensor = inputs_embeds if starts_from_embeds else input_ids  # type: ignore[assignment]
         new = whole if next_sequence_length is None else whole[:, -next_sequence_length:]
-        if cache is not None and not starts_from_embeds:
-            attention_mask = keep_rows(cache, whole, new.shape[1], self.config, attention_mask)
+        attention_mask = known_mask(attention_mask, cache, input_ids, new.shape[1], self.config)
+        # Beside embeddings there may be no ids, or only those that were generated from them.
+        has_ids = not starts_from_embeds or input_ids.shape[1] >= whole.shape[1]
         inputs = kwargs | {
-            "input_ids": None if starts_from_embeds else new.contiguous(),
+            "input_ids": input_ids[:, -new.shape[1] :].contiguous() if has_ids else None,
             "inputs_embeds": new.contiguous() if starts_from_embeds else None,
             "attention_mask": attention_mask,
             "past_key_values": cache,
