@@ -82,3 +82,17 @@ def test_rows_as_trl_makes_them_of_text_stop_a_trainer(model, tmp_path):
     trainer.train_dataset = [{"input_ids": row, "labels": row}]
     with pytest.raises(ValueError, match="labels: row 0 has 7 at or before its <sop>"):
         trainer.train()
+
+
+def test_such_rows_stop_a_trainer_that_keeps_the_labels_to_itself(model, tmp_path):
+    """As label smoothing does, and TRL."""
+    row = torch.tensor([7, 8, 9, 10, EOP, GMASK, SOP])
+    trainer = make_trainer(model, tmp_path, label_smoothing_factor=0.1)
+    trainer.train_dataset = [{"input_ids": row, "labels": row}]
+    with pytest.raises(ValueError, match="input_ids: row 0 has nothing behind its <sop> to learn"):
+        trainer.train()
+    assert model.eval()(row[None]).logits.isfinite().all()
+    assert model.train().generate(row[None], max_new_tokens=2).shape == (1, 9)
+    assert model.transformer.train()(IDS).last_hidden_state.requires_grad
+    bare = type(model.transformer)(model.config).train()
+    assert bare(row[None]).last_hidden_state.requires_grad  # which may learn something else

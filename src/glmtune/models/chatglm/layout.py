@@ -322,6 +322,24 @@ def check_labels(labels_BS: Tensor, position_ids_B2S: Tensor) -> None:
         )
 
 
+def check_answers(valid_BS: Tensor, position_ids_B2S: Tensor) -> None:
+    """Make sure that rows to train on have an answer, where labels are not to be seen.
+
+    Trainer's label smoothing and TRL keep the labels to themselves. Of rows of text alone TRL puts
+    [gMASK] and ``<sop>`` behind question and answer, as the tokenizer does.
+
+    Raises:
+        ValueError: a row has no real token behind its ``<sop>``.
+    """
+    bad = (~(valid_BS & (position_ids_B2S[:, 1] > 1)).any(-1)).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"input_ids: row {bad[0]} has nothing behind its <sop> to learn, all of it is prefix, "
+            "which is seen from before; put the answer behind <sop> (question [gMASK] <sop> answer "
+            "<eop>; of TRL's rows those with messages are so), or call model.eval() to ask only"
+        )
+
+
 def _check_specials(is_sop_BS: Tensor, is_target_BS: Tensor, name: str) -> None:
     # One look for both, since a device has to be waited for.
     found_B2 = torch.stack((is_sop_BS.any(-1), is_target_BS.any(-1)), dim=-1)

@@ -29,7 +29,7 @@ from glmtune.models.chatglm.folder import (
     HEAD_SCALE,
     ROTARY_BUFFER,
 )
-from glmtune.models.chatglm.layout import check_labels, known_mask, lay_out
+from glmtune.models.chatglm.layout import check_answers, check_labels, known_mask, lay_out
 from glmtune.models.chatglm.loading import StrictModel
 from glmtune.models.integer_weights import (
     Packed,
@@ -169,6 +169,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.layers = nn.ModuleList(ChatGLMBlock(config, i) for i in range(config.num_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.gradient_checkpointing = False
+        self.is_below_head = False
         if config.quantization_bit:
             part = self if config.quantization_embeddings else self.layers
             pack_modules(part, config.quantization_bit)
@@ -220,8 +221,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         mask_B1SK, position_ids_B2S = lay_out(
             input_ids, inputs_embeds, self.word_embeddings, self.config, *given
         )
+        is_to_learn = self.is_below_head and self.training and torch.is_grad_enabled()
         if labels is not None:
             check_labels(labels, position_ids_B2S)
+        elif is_to_learn and input_ids is not None:
+            check_answers(input_ids.ne(self.config.pad_token_id), position_ids_B2S)
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
         cos, sin = rotary_angles(position_ids_B2S, self.config.head_dim)
@@ -243,6 +247,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     def __init__(self, config: ChatGLMConfig):
         super().__init__(config)
         self.transformer = ChatGLMModel(config)
+        self.transformer.is_below_head = True
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.quantization_embeddings:
             self.lm_head = PackedLinear(self.lm_head, config.quantization_bit or 8)
@@ -306,10 +311,6 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: see `ChatGLMModel.forward`, as the further arguments up to `inputs_embeds`.
-            attention_mask: likewise.
-            position_ids: likewise.
-            past_key_values: likewise.
-            inputs_embeds: likewise.
             labels: ``(B, S)``, not shifted, -100 where nothing is to be learned: in all of the
                 prefix, see `check_labels`.
             use_cache: by default a cache is made while generating, none with labels.
