@@ -12,7 +12,11 @@ import glmtune.models  # noqa: F401
 from glmtune.errors import UserError
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.layout import read_layout
-from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration, ChatGLMMLP
+from glmtune.models.chatglm.modeling import (
+    ChatGLMForConditionalGeneration,
+    ChatGLMMLP,
+    ChatGLMModel,
+)
 from glmtune.ops.rotary import rotary_angles, rotate, rotate_whole, whole_angles
 
 PAD, MASK, GMASK, SOP, EOP = 3, 1000, 1001, 1004, 1005
@@ -180,8 +184,9 @@ def test_auto_classes_run_no_remote_code(tiny_folder):
     # The folder's auto_map names files that are not even there.
     assert "auto_map" in json.loads((tiny_folder / "config.json").read_text())
     assert type(AutoConfig.from_pretrained(tiny_folder)) is ChatGLMConfig
-    for auto_class in (AutoModel, AutoModelForCausalLM):
-        assert type(auto_class.from_pretrained(tiny_folder)) is ChatGLMForConditionalGeneration
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    assert type(model) is ChatGLMForConditionalGeneration
+    assert type(AutoModel.from_pretrained(tiny_folder)) is ChatGLMModel
 
 
 def test_float32_on_a_cpu_unless_asked_otherwise(tiny_folder):
@@ -335,11 +340,12 @@ def test_lora_with_gradient_checkpointing(model, reentrant):
     settings = LoraConfig(r=4, target_modules=["query_key_value"], task_type="CAUSAL_LM")
     tuned = get_peft_model(model, settings).train()
     ids = torch.tensor([row(4, 5)])
+    labels = ids.masked_fill(torch.arange(ids.shape[1]) < 5, -100)
 
     def gradients():
         tuned.zero_grad()
         torch.manual_seed(1)
-        tuned(ids, labels=ids).loss.backward()
+        tuned(ids, labels=labels).loss.backward()
         return {n: p.grad.clone() for n, p in tuned.named_parameters() if p.requires_grad}
 
     plain = gradients()

@@ -66,7 +66,7 @@ class ChatGLMConfig(PreTrainedConfig):
     """
 
     model_type = "chatglm"
-    keys_to_ignore_at_inference = ("past_key_values", "cache")
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012  (Trainer adds a list)
     attribute_map = {  # noqa: RUF012  (a class attribute by transformers' convention)
         "num_hidden_layers": "num_layers",
         "intermediate_size": "inner_hidden_size",

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME
 
+from glmtune.data.files import read_json_object
 from glmtune.errors import UserError
 from glmtune.models import weights
 from glmtune.models.chatglm.configuration import (
@@ -17,6 +19,7 @@ from glmtune.models.chatglm.vocabulary import VOCAB_FILE, check_revision
 from glmtune.models.integer_weights import SCALE, Packed
 from glmtune.models.quantised import as_floats, bits_of
 
+BODY = "transformer."  # which is not in the names of the bare model's own files
 EMBEDDING, HEAD = "transformer.word_embeddings.weight", "lm_head.weight"
 EMBEDDING_SCALE, HEAD_SCALE = f"transformer.word_embeddings.{SCALE}", f"lm_head.{SCALE}"
 LAYER = re.compile(r"transformer\.layers\.(\d+)\.")
@@ -25,13 +28,20 @@ ADAPTER_FILE = "adapter_config.json"
 ROTARY_BUFFER = r"rotary_emb\.inv_freq$"
 
 
-def check_folder(folder: Path, config: ChatGLMConfig, model_class: type[PreTrainedModel]) -> None:
+def check_folder(
+    folder: Path,
+    config: ChatGLMConfig,
+    model_class: type[PreTrainedModel],
+    *,
+    must_tie: bool = False,
+) -> None:
     """Hold weights, configuration and vocabulary of a folder against each other; set the tie.
 
     Args:
         folder: a checkpoint's.
         config: of that folder; `tie_word_embeddings` is set to what the weights say.
-        model_class: what the weights are for.
+        model_class: what the weights are for: the language model, or the bare model in it.
+        must_tie: the weights have to say that embedding and head are one.
 
     Raises:
         UserError: one line that names what does not fit.
@@ -44,6 +54,8 @@ def check_folder(folder: Path, config: ChatGLMConfig, model_class: type[PreTrain
         )
     files = weights.weight_files(folder)
     found = weights.read_outline(files)
+    if EMBEDDING.removeprefix(BODY) in found:  # of the bare model, saved by itself
+        found = {name if name in (HEAD, HEAD_SCALE) else BODY + name: found[name] for name in found}
     num_layers = len({name[1] for name in map(LAYER.match, found) if name})
     if config.num_layers != num_layers:  # before so many layers are built
         raise UserError(
@@ -58,18 +70,28 @@ def check_folder(folder: Path, config: ChatGLMConfig, model_class: type[PreTrain
             "rows) are of different revisions of ChatGLM-6B; take both from the same download"
         )
     pairs = ((EMBEDDING, HEAD), (EMBEDDING_SCALE, HEAD_SCALE))
-    config.tie_word_embeddings = not any(weights.tensors_differ(files, *pair) for pair in pairs)
+    is_tied = not any(weights.tensors_differ(files, *pair) for pair in pairs)
+    says_tied = read_json_object(folder / CONFIG_NAME).get("tie_word_embeddings", True)
+    if not is_tied and (must_tie or (config.tie_word_embeddings and not says_tied)):
+        raise UserError(
+            f"{folder}: tie_word_embeddings=True, but its lm_head is another tensor than its "
+            "word_embeddings, and would be lost; leave tie_word_embeddings out"
+        )
+    config.tie_word_embeddings = is_tied
     with torch.device("meta"):
         model = model_class(config)
+    prefix = "" if hasattr(model, "lm_head") else BODY
+    if prefix:
+        found = {name: found[name] for name in found if name not in (HEAD, HEAD_SCALE)}
     if bits_of(config):
         found = as_floats(found, model)
     weights.check_outline(
         {name: tensor for name, tensor in found.items() if not re.search(ROTARY_BUFFER, name)},
-        model.state_dict(),
+        {prefix + name: tensor for name, tensor in model.state_dict().items()},
         folder,
-        optional=[HEAD, HEAD_SCALE] if config.tie_word_embeddings else [],
+        optional=[HEAD, HEAD_SCALE] if is_tied and says_tied else [],
         exact=[
-            f"{name}.{key}"
+            f"{prefix}{name}.{key}"
             for name, module in model.named_modules()
             if isinstance(module, Packed)
             for key in ("weight", SCALE)

@@ -1,15 +1,22 @@
 """What the ids of a row say about it: where it is padded, where its prefix ends, its positions.
 
 A row is ``text ids, [gMASK], <sop>, answer ids, <eop>`` with padding at either end. Shapes: B rows
-of a batch, S tokens.
+of a batch, S tokens, H hidden.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from transformers.cache_utils import Cache
 
 from glmtune.models.chatglm.configuration import ChatGLMConfig
+from glmtune.ops.attention import prefix_lm_mask
+from glmtune.ops.loss import IGNORED
+
+_CACHED_ROWS = "glmtune_rows"  # of a transformers' cache: the attribute that holds its `CachedRows`
 
 
 class Layout(NamedTuple):
@@ -21,10 +28,59 @@ class Layout(NamedTuple):
     """Column of the first ``<sop>``, which is the first token after the prefix."""
     position_ids_B2S: Tensor
     """The two position streams: place in the prefix, and place in the answer."""
+    target_B: Tensor
+    """Place of [gMASK] (or [MASK]) in the prefix, where the position stream stays in the answer."""
+
+
+class CachedRows(NamedTuple):
+    """What the rows in a cache tell of the tokens that continue them."""
+
+    prefix_end_B: Tensor
+    """Column of the cache that holds ``<sop>``."""
+    target_B: Tensor
+    """As that of `Layout`."""
+    valid_BK: Tensor
+    """True where a column held a real token when the rows were read."""
+    longest_prefix: int
+    """The largest of `prefix_end_B`: a cache that was cut to less holds no whole prefix."""
+
+    def keep(self, cache: Cache) -> None:
+        """Leave word of these rows with a cache, for `of` to find."""
+        setattr(cache, _CACHED_ROWS, self)
+
+    @classmethod
+    def of(cls, cache: Cache) -> "CachedRows | None":
+        """Those of the rows that were last read into a cache, if that was told."""
+        return getattr(cache, _CACHED_ROWS, None)
+
+    @classmethod
+    def of_whole(cls, layout: Layout, num_past: int, valid_BK: Tensor) -> "CachedRows":
+        """Of whole rows, which stand behind so many columns that all of each row sees."""
+        prefix_end_B = layout.prefix_end_B + num_past
+        return cls(prefix_end_B, layout.target_B, valid_BK.bool(), int(prefix_end_B.max()))
+
+    def positions(self, num_past: int, num_new: int) -> Tensor:
+        """``(B, 2, S)`` of the next tokens.
+
+        Raises:
+            ValueError: the cache was cut to a part of its prefix.
+        """
+        if num_past < self.longest_prefix:
+            raise ValueError(
+                f"past_key_values: ends at column {num_past}, inside a prefix of "
+                f"{self.longest_prefix}, of which every token has seen all; start from an empty "
+                "cache with whole rows"
+            )
+        column_S = torch.arange(num_past, num_past + num_new, device=self.prefix_end_B.device)
+        block_BS = column_S - self.prefix_end_B[:, None] + 1
+        return torch.stack((self.target_B[:, None].expand_as(block_BS), block_BS), dim=1)
 
 
 def read_layout(
-    input_ids_BS: Tensor, config: ChatGLMConfig, valid_BS: Tensor | None = None
+    input_ids_BS: Tensor,
+    config: ChatGLMConfig,
+    valid_BS: Tensor | None = None,
+    name: str = "input_ids",
 ) -> Layout:
     """Derive mask and positions from the ids of whole rows.
 
@@ -37,6 +93,7 @@ def read_layout(
         input_ids_BS: whole rows, padded at the right or the left.
         config: gives the special ids and the revision.
         valid_BS: 1 or true for real tokens; by default every id but ``<pad>`` is real.
+        name: what the error calls the rows.
 
     Raises:
         ValueError: a row has no ``<sop>``, or neither [gMASK] nor [MASK] before it.
@@ -51,25 +108,244 @@ def read_layout(
     is_mask_BS = (input_ids_BS == config.mask_token_id) & in_prefix_BS
     has_gmask_B1 = is_gmask_BS.any(-1, keepdim=True)
     is_target_BS = torch.where(has_gmask_B1, is_gmask_BS, is_mask_BS)
-    _check_specials(is_sop_BS, is_target_BS)
+    _check_specials(is_sop_BS, is_target_BS, name)
 
-    start_B1 = valid_BS.int().argmax(-1, keepdim=True)
-    target_B1 = is_target_BS.int().argmax(-1, keepdim=True) - start_B1
-    place_BS = (column_S - start_B1).clamp(min=0)
+    # Counted over real tokens: of a virtual prompt before padding at the left there is a gap.
+    place_BS = (valid_BS.cumsum(-1) - 1).clamp(min=0)
+    target_B1 = place_BS.gather(-1, is_target_BS.int().argmax(-1, keepdim=True))
     position_BS = torch.where(in_prefix_BS, place_BS, target_B1)
     if config.num_image_tokens:
         # v1.0 counted <sop> as the prompt's last token and turned to [gMASK] only after it.
         is_first_sop_BS = column_S == prefix_end_B[:, None]
         position_BS = torch.where(is_first_sop_BS & has_gmask_B1, place_BS, position_BS)
     block_BS = (column_S - prefix_end_B[:, None] + 1).clamp(min=0)
-    return Layout(valid_BS, prefix_end_B, torch.stack((position_BS, block_BS), dim=1))
+    positions_B2S = torch.stack((position_BS, block_BS), dim=1)
+    return Layout(valid_BS, prefix_end_B, positions_B2S, target_B1[:, 0])
 
 
-def _check_specials(is_sop_BS: Tensor, is_target_BS: Tensor) -> None:
-    for found_BS, name in ((is_sop_BS, "<sop>"), (is_target_BS, "[gMASK] before <sop>")):
-        missing = (~found_BS.any(-1)).nonzero().flatten().tolist()
-        if missing:
-            raise ValueError(
-                f"input_ids: row {missing[0]} has no {name}; encode prompts with this model's own "
-                "tokenizer, special ids included, and cut long text before them, not through them"
-            )
+def lay_out(
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    embed: Callable[[Tensor], Tensor],
+    config: ChatGLMConfig,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    cache: Cache | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mask ``(B, 1, S, K)`` and positions ``(B, 2, S)`` of what the model is given.
+
+    What whole rows say is left with the cache, so that their next tokens need a mask alone. Whole
+    rows beside a cache of which no such word was left stand behind a virtual prompt, as prefix
+    tuning has it: all of each row sees it, and no position counts it.
+
+    Args:
+        input_ids: whole rows ``(B, S)``, or the next tokens of cached ones.
+        inputs_embeds: ``(B, S, H)`` of the same; they tell the special ids where no ids do.
+        embed: the model's embedding.
+        config: gives the special ids and the revision.
+        attention_mask: 1 or true for real tokens, ``(B, P + S)`` with the P columns of the cache;
+            it may be left out for whole rows, where only ``<pad>`` is not real. Or the mask itself.
+        position_ids: the positions themselves.
+        cache: one of transformers', empty or filled.
+
+    Raises:
+        ValueError: a row lacks its special ids; mask or positions are of another form, or no mask
+            says what a cache holds; or a cache ends inside a prefix.
+    """
+    _check_shapes(attention_mask, position_ids)
+    if attention_mask is None or attention_mask.ndim == 2:
+        valid_BK, ready_B1SK = attention_mask, None
+    else:
+        valid_BK, ready_B1SK = None, attention_mask
+    if ready_B1SK is not None and position_ids is not None:
+        return ready_B1SK, position_ids
+    name = "input_ids"
+    if input_ids is None:
+        assert inputs_embeds is not None
+        name, input_ids = "inputs_embeds", special_ids(inputs_embeds, embed, config)
+    mask_B1SK, position_ids_B2S = _lay_out_ids(input_ids, config, valid_BK, cache, name)
+    return (
+        mask_B1SK if ready_B1SK is None else ready_B1SK,
+        position_ids_B2S if position_ids is None else position_ids,
+    )
+
+
+def _lay_out_ids(
+    input_ids_BS: Tensor,
+    config: ChatGLMConfig,
+    valid_BK: Tensor | None,
+    cache: Cache | None,
+    name: str,
+) -> tuple[Tensor, Tensor]:
+    batch_size, num_new = input_ids_BS.shape
+    num_past = 0 if cache is None else int(cache.get_seq_length())
+    rows = CachedRows.of(cache) if cache is not None and num_past else None
+    if valid_BK is None and (
+        rows is not None or (num_past and not bool(input_ids_BS.eq(config.bos_token_id or 0).any()))
+    ):
+        raise ValueError(
+            "past_key_values: pass attention_mask (B, P + S) beside a cache of P columns, which "
+            "says what of it is real; or position_ids (B, 2, S) and a boolean attention_mask "
+            "(B, 1, S, K)"
+        )
+    if valid_BK is not None and valid_BK.shape != (batch_size, num_past + num_new):
+        raise ValueError(
+            f"attention_mask: is of shape {tuple(valid_BK.shape)}, but with {num_past} cached "
+            f"columns and {num_new} tokens more it has to be {(batch_size, num_past + num_new)}"
+        )
+    if rows is not None and len(rows.prefix_end_B) == batch_size:
+        prefix_end_B, positions_B2S = rows.prefix_end_B, rows.positions(num_past, num_new)
+    else:
+        valid_BS = None if valid_BK is None else valid_BK[:, num_past:]
+        layout = read_layout(input_ids_BS, config, valid_BS, name)
+        prefix_end_B, positions_B2S = layout.prefix_end_B + num_past, layout.position_ids_B2S
+        if valid_BK is None:
+            valid_BK = F.pad(layout.valid_BS, (num_past, 0), value=True)
+        if cache is not None:
+            CachedRows.of_whole(layout, num_past, valid_BK).keep(cache)
+    assert valid_BK is not None
+    mask_B1SK = prefix_lm_mask(prefix_end_B, valid_BK.bool(), num_new)
+    if cache is not None:
+        num_keys, _ = cache.get_mask_sizes(num_new, 0)
+        # A static cache has more places than tokens: what lies beyond is not there yet.
+        mask_B1SK = F.pad(mask_B1SK, (0, num_keys - mask_B1SK.shape[-1]), value=False)
+    return mask_B1SK, positions_B2S
+
+
+def known_mask(
+    given_BK: Tensor | None,
+    cache: Cache | None,
+    input_ids_BS: Tensor,
+    num_new: int,
+    config: ChatGLMConfig,
+) -> Tensor | None:
+    """Which columns are real, also where generation does not tell: it drops a mask of ones.
+
+    A filled cache is told of its rows here, if it was not before.
+
+    Args:
+        given_BK: what generation tells.
+        cache: one of transformers', empty or filled.
+        input_ids_BS: the whole rows; or only what follows embeddings, or follows the cache.
+        num_new: so many tokens are to be read.
+        config: as that of `read_layout`.
+
+    Returns:
+        `given_BK`; or ``(B, S)`` where the ids are the whole rows, though the cache may hold a
+        virtual prompt before them, of which then whoever put it there has to tell; or
+        ``(B, P + S)``; or nothing before embeddings are read, which themselves tell.
+    """
+    num_past = 0 if cache is None else int(cache.get_seq_length())
+    num_before = num_past + num_new - input_ids_BS.shape[1]  # columns of which there are no ids
+    valid_BK = input_ids_BS.ne(config.pad_token_id) if given_BK is None else given_BK
+    if cache is None or not num_past:
+        return valid_BK if num_before == 0 else given_BK
+    if CachedRows.of(cache) is None and num_before == 0:
+        layout = read_layout(input_ids_BS, config, valid_BK)
+        CachedRows.of_whole(layout, 0, layout.valid_BS).keep(cache)
+    rows = CachedRows.of(cache)
+    if given_BK is not None or rows is None:
+        return given_BK
+    num_read = rows.valid_BK.shape[1]
+    valid_BK = F.pad(rows.valid_BK, (0, num_past + num_new - num_read), value=True)
+    return valid_BK[:, num_before:] if 0 <= num_before < num_read else valid_BK
+
+
+def _check_shapes(attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
+    if position_ids is not None and (position_ids.ndim != 3 or position_ids.shape[1] != 2):
+        raise ValueError(
+            f"position_ids: is of shape {tuple(position_ids.shape)}, but this model has two "
+            "streams of positions, (B, 2, S); leave it out, and they are read off the ids"
+        )
+    if attention_mask is None or attention_mask.ndim == 2:
+        return
+    if attention_mask.ndim != 4 or attention_mask.dtype != torch.bool:
+        raise ValueError(
+            f"attention_mask: is {str(attention_mask.dtype).removeprefix('torch.')} of shape "
+            f"{tuple(attention_mask.shape)}; pass 1 and 0 for real tokens and padding, (B, S), or "
+            "booleans that say what each query sees, (B, 1, S, K)"
+        )
+
+
+def special_ids(
+    embeds_BSH: Tensor, embed: Callable[[Tensor], Tensor], config: ChatGLMConfig
+) -> Tensor:
+    """Find the special ids of rows of which only the embeddings are known.
+
+    Args:
+        embeds_BSH: of whole rows; what is no row of the table, as a virtual prompt, is text.
+        embed: the model's embedding.
+        config: gives the ids of ``<pad>``, [MASK], [gMASK] and ``<sop>``.
+
+    Returns:
+        int64 ``(B, S)``: those ids where their embeddings stand, -1 elsewhere.
+    """
+    pad, mask, gmask, sop = (
+        config.pad_token_id, config.mask_token_id, config.gmask_token_id, config.bos_token_id,
+    )  # fmt: skip
+    assert sop is not None
+    ids = [pad, mask, gmask, sop]
+    ids_BS = torch.full(embeds_BSH.shape[:2], -1, device=embeds_BSH.device)
+    with torch.no_grad():
+        table_JH = embed(torch.tensor(ids, device=embeds_BSH.device)).to(embeds_BSH.dtype)
+    for id_, row_H in zip(ids, table_JH, strict=True):
+        ids_BS = ids_BS.masked_fill((embeds_BSH == row_H).all(-1), id_)
+    return ids_BS
+
+
+def check_labels(labels_BS: Tensor, position_ids_B2S: Tensor) -> None:
+    """Make sure that what is supervised stands in the answer.
+
+    The prefix is seen in both directions, so of a label in it the answer is in sight: its loss
+    falls, and nothing is learned. ``<sop>`` is the first token that no token before it sees, and
+    this project's rows supervise it too, as the original's; alone it is no answer to learn.
+
+    Args:
+        labels_BS: not shifted, `IGNORED` where nothing is to be learned.
+        position_ids_B2S: their block stream is 0 in the prefix, 1 at ``<sop>``, more behind it.
+
+    Raises:
+        ValueError: a row has a label before its ``<sop>``, or none behind it.
+    """
+    block_BS = position_ids_B2S[:, 1]
+    is_label_BS = labels_BS != IGNORED
+    is_early_BS = is_label_BS & (block_BS < 1)
+    is_late_BS = is_label_BS & (block_BS > 1)
+    is_bad_B = is_early_BS.any(-1) | (is_label_BS.any(-1) & ~is_late_BS.any(-1))
+    bad = is_bad_B.nonzero().flatten().tolist()
+    if bad:
+        number = int((is_label_BS & (block_BS < 2))[bad[0]].sum())
+        raise ValueError(
+            f"labels: row {bad[0]} has {number} at or before its <sop>, where every token is seen "
+            "from before and nothing is learned; put what is to be learned behind it (question "
+            f"[gMASK] <sop> answer <eop>), and set the labels of the question to {IGNORED}"
+        )
+
+
+def check_answers(valid_BS: Tensor, position_ids_B2S: Tensor) -> None:
+    """Make sure that rows to train on have an answer, where labels are not to be seen.
+
+    Trainer's label smoothing and TRL keep the labels to themselves. Of rows of text alone TRL puts
+    [gMASK] and ``<sop>`` behind question and answer, as the tokenizer does.
+
+    Raises:
+        ValueError: a row has no real token behind its ``<sop>``.
+    """
+    bad = (~(valid_BS & (position_ids_B2S[:, 1] > 1)).any(-1)).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"input_ids: row {bad[0]} has nothing behind its <sop> to learn, all of it is prefix, "
+            "which is seen from before; put the answer behind <sop> (question [gMASK] <sop> answer "
+            "<eop>; of TRL's rows those with messages are so), or call model.eval() to ask only"
+        )
+
+
+def _check_specials(is_sop_BS: Tensor, is_target_BS: Tensor, name: str) -> None:
+    # One look for both, since a device has to be waited for.
+    found_B2 = torch.stack((is_sop_BS.any(-1), is_target_BS.any(-1)), dim=-1)
+    for row, column in (~found_B2).nonzero().tolist():
+        what = ("<sop>", "[gMASK] before <sop>")[column]
+        raise ValueError(
+            f"{name}: row {row} has no {what}; encode prompts with this model's own "
+            "tokenizer, special ids included, and cut long text before them, not through them"
+        )

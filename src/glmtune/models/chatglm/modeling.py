@@ -8,33 +8,30 @@ V vocabulary.
 """
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from glmtune.hardware import pick_device, pick_dtype
-from glmtune.models import weights
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.folder import (
     EMBEDDING,
     HEAD,
     HEAD_SCALE,
     ROTARY_BUFFER,
-    check_folder,
 )
-from glmtune.models.chatglm.layout import read_layout
+from glmtune.models.chatglm.layout import check_answers, check_labels, known_mask, lay_out
+from glmtune.models.chatglm.loading import StrictModel
 from glmtune.models.integer_weights import (
-    SCALE,
     Packed,
     PackedEmbedding,
     PackedLinear,
@@ -42,9 +39,9 @@ from glmtune.models.integer_weights import (
     pack_modules,
     quantise_tables,
 )
-from glmtune.models.quantised import bits_of, check_quantising, quantise, settle
-from glmtune.ops.attention import prefix_lm_mask, right_kernels
-from glmtune.ops.loss import next_token_loss
+from glmtune.models.quantised import bits_of, quantise
+from glmtune.ops.attention import right_kernels
+from glmtune.ops.loss import IGNORED, next_token_loss
 from glmtune.ops.rotary import rotary_angles, rotate
 
 # The published code scales every residual as if the model had 28 layers, whatever config.json says.
@@ -141,7 +138,7 @@ class ChatGLMBlock(GradientCheckpointingLayer):
         return normed * RESIDUAL_SCALE + self.mlp(normed)
 
 
-class ChatGLMPreTrainedModel(PreTrainedModel):
+class ChatGLMPreTrainedModel(StrictModel):
     """What the bare model and the language model share."""
 
     config: ChatGLMConfig
@@ -167,12 +164,20 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
 class ChatGLMModel(ChatGLMPreTrainedModel):
     """Embedding, blocks and the last LayerNorm."""
 
+    _keys_to_ignore_on_load_unexpected = [ROTARY_BUFFER, HEAD, HEAD_SCALE]  # noqa: RUF012
+
     def __init__(self, config: ChatGLMConfig):
         super().__init__(config)
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(ChatGLMBlock(config, i) for i in range(config.num_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.gradient_checkpointing = False
+        self.is_below_head = False
+        if config.quantization_bit:
+            part = self if config.quantization_embeddings else self.layers
+            pack_modules(part, config.quantization_bit)
+        elif config.quantization_embeddings:
+            self.word_embeddings = PackedEmbedding(self.word_embeddings, 8)
         self.post_init()
 
     @capture_outputs
@@ -184,50 +189,54 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
+        labels: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Hidden states of a batch of rows, or of the next tokens of cached rows.
 
         Args:
-            input_ids: ``(B, S)``; whole rows unless `past_key_values` holds their beginning.
-            attention_mask: ``(B, K)``, 1 for real tokens, or a ready boolean ``(B, 1, S, K)``;
-                by default every id but ``<pad>`` is real.
-            position_ids: both streams, ``(B, 2, S)``; by default read off the ids of whole rows.
-            past_key_values: one of transformers' caches; `cache` will do as well.
-            inputs_embeds: ``(B, S, H)`` in the place of ids; needs a ready mask and positions.
+            input_ids: ``(B, S)``; whole rows unless a cache holds their beginning.
+            attention_mask: 1 for real tokens, 0 for padding, ``(B, S)``; beside a cache of P
+                columns ``(B, P + S)``; or a ready boolean ``(B, 1, S, K)``. By default every id but
+                ``<pad>`` is real.
+            position_ids: ``(B, 2, S)``, both streams; by default read off the ids.
+            past_key_values: one of transformers' caches, which holds the beginning of the rows, or
+                a virtual prompt that all of each row sees, as of prefix tuning.
+            inputs_embeds: ``(B, S, H)`` of the same tokens, which then are what is read; without
+                ids beside them the special ids are known by their embeddings.
             use_cache: make a cache where none was given.
+            cache: another name of `past_key_values`, that of transformers 5.24.
+            labels: ``(B, S)``, not shifted; see `check_labels`, which is all that is done here.
+            kwargs: `output_hidden_states` and `output_attentions`.
 
         Raises:
-            ValueError: positions or mask cannot be derived, because a row lacks its special ids
-                or because `input_ids` continue a cache.
+            ValueError: positions or mask cannot be derived, because a row lacks its special ids,
+                because no mask says what a given cache holds, or because of their shapes; or a row
+                has a label where nothing can be learned.
         """
-        if past_key_values is None:
-            past_key_values = kwargs.pop("cache", None)
-        if inputs_embeds is None:
-            # A packed embedding cannot know the compute type.
-            inputs_embeds = self.word_embeddings(input_ids).to(self.final_layernorm.weight.dtype)
+        if input_ids is None and inputs_embeds is None:
+            raise ValueError("input_ids: pass ids (B, S), or inputs_embeds (B, S, H)")
+        past_key_values = cache if past_key_values is None else past_key_values
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        has_mask = attention_mask is not None and attention_mask.ndim == 4
-        if not has_mask or position_ids is None:
-            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-            if input_ids is None or past_length:
-                raise ValueError(
-                    "mask and positions are read off the ids of whole rows; to continue a cache or "
-                    "to start from embeddings, pass position_ids (B, 2, S) and a boolean "
-                    "attention_mask (B, 1, S, K)"
-                )
-            layout = read_layout(input_ids, self.config, attention_mask if not has_mask else None)
-            position_ids = layout.position_ids_B2S if position_ids is None else position_ids
-            if not has_mask:
-                attention_mask = prefix_lm_mask(layout.prefix_end_B, layout.valid_BS)
-        cos, sin = rotary_angles(position_ids, self.config.head_dim)
+        given = attention_mask, position_ids, past_key_values
+        mask_B1SK, position_ids_B2S = lay_out(
+            input_ids, inputs_embeds, self.word_embeddings, self.config, *given
+        )
+        is_to_learn = self.is_below_head and self.training and torch.is_grad_enabled()
+        if labels is not None:
+            check_labels(labels, position_ids_B2S)
+        elif is_to_learn and input_ids is not None:
+            check_answers(input_ids.ne(self.config.pad_token_id), position_ids_B2S)
+        if inputs_embeds is None:
+            inputs_embeds = self.word_embeddings(input_ids)
+        cos, sin = rotary_angles(position_ids_B2S, self.config.head_dim)
 
-        hidden_BSH = inputs_embeds
+        # A packed embedding cannot know the compute type.
+        hidden_BSH = inputs_embeds.to(self.final_layernorm.weight.dtype)
         for layer in self.layers:
-            hidden_BSH = layer(
-                hidden_BSH, attention_mask, cos, sin, past_key_values=past_key_values
-            )
+            hidden_BSH = layer(hidden_BSH, mask_B1SK, cos, sin, past_key_values=past_key_values)
         kept: dict[str, Any] = {CACHE_FIELD: past_key_values}
         return BaseModelOutputWithPast(self.final_layernorm(hidden_BSH), **kept)
 
@@ -241,49 +250,11 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     def __init__(self, config: ChatGLMConfig):
         super().__init__(config)
         self.transformer = ChatGLMModel(config)
+        self.transformer.is_below_head = True
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.quantization_bit:
-            part = self if config.quantization_embeddings else self.transformer.layers
-            pack_modules(part, config.quantization_bit)
-        elif config.quantization_embeddings:
-            self.transformer.word_embeddings = PackedEmbedding(self.transformer.word_embeddings, 8)
-            self.lm_head = PackedLinear(self.lm_head, 8)
+        if config.quantization_embeddings:
+            self.lm_head = PackedLinear(self.lm_head, config.quantization_bit or 8)
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
-        """Load a published folder, its own `save_pretrained`, or a hub id; no code of it is run.
-
-        As transformers', but strict (every tensor is there, none is extra, all have their shapes)
-        and in the compute type of the machine: bfloat16 on a GPU that has it, float32 on a CPU.
-        `dtype="auto"` keeps the type of the files. The weights of a published int8 or int4 folder
-        stay packed, see `dequantize`. With transformers' `quantization_config` for bitsandbytes a
-        float folder is quantised while it loads; one that was saved after that loads as it is.
-
-        Raises:
-            UserError: one line that names what does not fit.
-        """
-        hub = {key: kwargs[key] for key in weights.HUB_ARGUMENTS if key in kwargs}
-        folder = weights.fetch(pretrained_model_name_or_path, **hub)
-        if not isinstance(config, ChatGLMConfig):
-            config = ChatGLMConfig.from_pretrained(folder)
-        if bits := bits_of(config):
-            check_quantising(f"{folder}: its quantization_config", bits, None)
-        check_folder(folder, config, cls)
-        if kwargs.get("dtype", kwargs.get("torch_dtype")) is None:
-            kwargs["dtype"], caution = pick_dtype(pick_device(), bf16=None, fp16=False)
-            if caution:
-                warnings.warn(caution, stacklevel=2)
-        loaded = super().from_pretrained(folder, *args, config=config, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if isinstance(model.lm_head, Packed) and config.tie_word_embeddings:
-            # Of a packed head transformers ties the integers, a parameter, but no buffer.
-            setattr(model.lm_head, SCALE, getattr(model.transformer.word_embeddings, SCALE))
-        if bits_of(model.config):
-            dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-            settle(model, dtype if isinstance(dtype, torch.dtype) else model.dtype)
-        model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
-        return loaded
 
     def tie_weights(self, missing_keys: set[str] | None = None, *args, **kwargs) -> None:
         """As transformers', which compares a loaded head with the embedding: `check_folder` did."""
@@ -324,6 +295,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         self._unpack(dtype)
         return nn.Module.to(self, dtype)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -333,26 +305,35 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Logits ``(B, S, V)`` and, with `labels`, the float32 loss.
+        """Logits ``(B, S, V)`` and, with labels, the float32 loss.
 
         Args:
             input_ids: see `ChatGLMModel.forward`, as the further arguments up to `inputs_embeds`.
-            attention_mask: likewise.
-            position_ids: likewise.
-            past_key_values: likewise.
-            inputs_embeds: likewise.
-            labels: ``(B, S)``, not shifted, -100 where nothing is to be learned.
+            labels: ``(B, S)``, not shifted, -100 where nothing is to be learned: in all of the
+                prefix, see `check_labels`.
             use_cache: by default a cache is made while generating, none with labels.
-            logits_to_keep: logits of the last so many tokens only; 0 for all.
+            logits_to_keep: logits of the last so many tokens only, 0 for all; or of these columns.
             num_items_in_batch: what the summed loss is divided by (labels of the whole step).
-            kwargs: `output_hidden_states` and `output_attentions`.
+            cache: another name of `past_key_values`.
+            kwargs: `output_hidden_states` and `output_attentions`; and `shift_labels` ``(B, S)``,
+                labels that are shifted already, which go before `labels`. (Trainer takes every
+                named argument for one that a batch has to have.)
+
+        Raises:
+            ValueError: as that of `ChatGLMModel`; or a loss is asked for, of some logits only.
         """
+        if (shift_labels := kwargs.pop("shift_labels", None)) is not None:
+            labels = F.pad(shift_labels[:, :-1], (1, 0), value=IGNORED)
+        if labels is not None and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
+            raise ValueError("logits_to_keep: a loss needs all logits; leave it out, or the labels")
         if use_cache is None:
             use_cache = self.config.use_cache and labels is None and not self.training
+        kwargs["return_dict"] = True
         outputs = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -360,9 +341,14 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
+            labels=labels,
             **kwargs,
         )
-        logits_BSV = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])
+        kept = (
+            logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
+        )
+        logits_BSV = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None if labels is None else next_token_loss(logits_BSV, labels, num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -378,23 +364,38 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         next_sequence_length: int | None = None,
         past_key_values: Cache | None = None,
         attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool = False,
+        cache: Cache | None = None,
         **kwargs,
     ) -> dict:
-        """One step's inputs: the new ids, and their mask and positions read off the whole rows."""
-        if past_key_values is None:
-            past_key_values = kwargs.get("cache")
-        layout = read_layout(input_ids, self.config, attention_mask)
-        num_new = next_sequence_length or input_ids.shape[1]
-        mask_B1SK = prefix_lm_mask(layout.prefix_end_B, layout.valid_BS, num_new)
-        if past_key_values is not None:
-            num_keys, _ = past_key_values.get_mask_sizes(num_new, 0)
-            # A static cache has more places than tokens: what lies beyond is not there yet.
-            mask_B1SK = F.pad(mask_B1SK, (0, num_keys - mask_B1SK.shape[-1]), value=False)
-        return {
-            "input_ids": input_ids[:, -num_new:].contiguous(),
-            "attention_mask": mask_B1SK,
-            "position_ids": layout.position_ids_B2S[:, :, -num_new:].contiguous(),
-            "past_key_values": past_key_values,
-            "use_cache": kwargs.get("use_cache"),
-            "logits_to_keep": kwargs.get("logits_to_keep") or 0,
+        """One step's inputs: the new ids or embeddings, and a mask over all columns.
+
+        Raises:
+            ValueError: `position_ids` of this model's form, which generation would not move on.
+        """
+        position_ids = kwargs.pop("position_ids", None)  # transformers makes some of one stream
+        if position_ids is not None and position_ids.ndim == 3:
+            raise ValueError(
+                "position_ids: generation reads them off the ids; leave it out, or call the model"
+            )
+        kwargs.pop("labels", None)
+        cache = past_key_values if cache is None else cache
+        starts_from_embeds = inputs_embeds is not None and is_first_iteration
+        whole: Tensor = inputs_embeds if starts_from_embeds else input_ids  # type: ignore[assignment]
+        new = whole if next_sequence_length is None else whole[:, -next_sequence_length:]
+        attention_mask = known_mask(attention_mask, cache, input_ids, new.shape[1], self.config)
+        # Beside embeddings there may be no ids, or only those that were generated from them.
+        has_ids = not starts_from_embeds or input_ids.shape[1] >= whole.shape[1]
+        inputs = kwargs | {
+            "input_ids": input_ids[:, -new.shape[1] :].contiguous() if has_ids else None,
+            "inputs_embeds": new.contiguous() if starts_from_embeds else None,
+            "attention_mask": attention_mask,
+            "past_key_values": cache,
         }
+        if cache is not None and cache.is_compileable:
+            # Inputs of the same shapes in every step, which a compiled step reads.
+            rows = inputs["input_ids"], inputs["inputs_embeds"], self.transformer.word_embeddings
+            layout = lay_out(*rows, self.config, attention_mask, None, cache)
+            inputs["attention_mask"], inputs["position_ids"] = layout
+        return inputs
