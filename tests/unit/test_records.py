@@ -50,8 +50,8 @@ def test_a_byte_order_mark_is_simply_read(write):
 
 
 def test_names_fields_nothing_reads(write):
-    path = write("a.json", '[{"instruction": "a", "system": "", "output": "b", "history": []}]')
-    assert read_alpaca(path)[0][0].unused == ("system", "history")
+    path = write("a.json", '[{"instruction": "a", "system": "", "output": "b", "id": 7}]')
+    assert read_alpaca(path)[0][0].unused == ("system", "id")
 
 
 strings = st.text(st.characters(exclude_categories=["Cs"]))
@@ -85,7 +85,11 @@ def test_reads_back_any_records(tmp_path_factory, rows, indent, ascii_only):
         ('{"instruction": "a"}', 'a.json:3 (row 2): field "output" is missing, the row has ["inst'),
         ('{"output": "a", "input": ""}', 'field "instruction" is missing'),
         ('{"instruction": 7, "output": "a"}', 'field "instruction" is 7 (a number), not a string'),
-        ('{"instruction": "a", "input": null, "output": "a"}', 'field "input" is null (null), not'),
+        ('{"instruction": "a", "input": 7, "output": "a"}', 'field "input" is 7 (a number), not'),
+        (
+            '{"instruction": "a", "output": null}',
+            'field "output" is null (null), not a string',
+        ),
         ('{"instruction": "a", "output": ["b"]}', 'field "output" is ["b"] (a list), not a string'),
         ('{"instruction": "a", "output": "\\ud83d"}', 'field "output" holds \\ud83d, half of a ch'),
         ("[1]", "[1] (a list) is not a record"),

@@ -18,10 +18,11 @@ from glmtune.data.dataset import (
     check_replaceable,
     special_ids,
 )
+from glmtune.data.fields import FieldUse
 from glmtune.data.files import new_folder, sha256_of
 from glmtune.data.lengths import LengthStats, plot_lengths
 from glmtune.data.records import BadRow, Row, list_bad_rows, name_rows, read_rows
-from glmtune.data.templates import is_alpaca
+from glmtune.data.templates import has_rounds, is_alpaca
 from glmtune.errors import UserError
 
 ROWS_PER_BATCH = 4096
@@ -35,6 +36,7 @@ class TokenizeSummary:
     save_path: str
     card: DataCard
     bad_rows: list[BadRow]
+    fields: FieldUse
 
     def __str__(self) -> str:
         card, limit = self.card, self.card.flags["max_seq_length"]
@@ -55,6 +57,7 @@ class TokenizeSummary:
         if self.bad_rows:
             lines.append(f"    {len(self.bad_rows):,} bad, skipped:")
             lines += [f"      {line}" for line in list_bad_rows(self.bad_rows)]
+        lines += [f"    {line}" for line in self.fields.lines()]
         lines += [
             f"  row length  {card.lengths} tokens",
             f"  tokens      {card.num_tokens:,}, "
@@ -115,7 +118,9 @@ def tokenize(config: TokenizeConfig, tokenizer: RowTokenizer, base_name: str) ->
             dropped=encoded.lengths_out,
             max_seq_length=config.max_seq_length,
         )
-    summary = TokenizeSummary(config.jsonl_path, config.save_path, card, bad_rows)
+    summary = TokenizeSummary(
+        config.jsonl_path, config.save_path, card, bad_rows, FieldUse.of(rows)
+    )
     print(summary)
     return summary
 
@@ -123,7 +128,8 @@ def tokenize(config: TokenizeConfig, tokenizer: RowTokenizer, base_name: str) ->
 def encode_rows(rows: list[Row], tokenizer: RowTokenizer, config: TokenizeConfig) -> EncodedRows:
     """Encode rows as the script of 2023 did: context, [gMASK] <sop>, target, <eop>.
 
-    Context (with its two special ids) and target are cut to max_seq_length each, so a row may hold
+    Context (with its two special ids) and target are cut to max_seq_length each (a context of
+    several rounds at its start), so a row may hold
     twice that unless skip_overlength drops it. Rows with an empty target are left out unless
     keep_empty.
 
@@ -134,7 +140,9 @@ def encode_rows(rows: list[Row], tokenizer: RowTokenizer, config: TokenizeConfig
     specials = [tokenizer.gmask_token_id, tokenizer.bos_token_id]
     out = EncodedRows()
     for row, context, target in _encode_in_batches(rows, tokenizer, config.num_threads):
-        prompt = context[: limit - len(specials)] + specials
+        room = limit - len(specials)
+        # Behind earlier rounds stands the question, which is what the answer is about.
+        prompt = (context[-room:] if has_rounds(row.context) else context[:room]) + specials
         answer = [*target, tokenizer.eos_token_id]
         num_lost = len(answer) - limit if len(target) > limit else 0
         input_ids = prompt + answer[: len(answer) - num_lost]
@@ -185,7 +193,7 @@ def _card(
         tokenizer_sha256=tokenizer.vocab_hash,
         vocab_revision=tokenizer.revision,
         special_ids=special_ids(tokenizer),
-        template="alpaca" if all(is_alpaca(row.context) for row in rows) else "custom",
+        template=_template(rows),
         flags=config.model_dump(
             include={"max_seq_length", "skip_overlength", "keep_empty", "on_bad_row"}
         ),
@@ -205,6 +213,12 @@ def _card(
         num_targets_lost=encoded.num_targets_lost,
         row_is_line=all(row.row == row.line for row in (*rows, *bad_rows)),
     )
+
+
+def _template(rows: list[Row]) -> str:
+    """Name what stands around a first question; that behind earlier rounds has no words of ours."""
+    firsts = [row for row in rows if not has_rounds(row.context)]
+    return "alpaca" if firsts and all(is_alpaca(row.context) for row in firsts) else "custom"
 
 
 def _save(encoded: EncodedRows, folder: Path) -> None:
