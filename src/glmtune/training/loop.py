@@ -129,6 +129,7 @@ def train(config: TrainConfig, at_end: AtEnd | None = None) -> TrainResult:
         run = Run.of(config, accelerator, rows, peft_model, base_name(base), sources, foresee)
         if resume:
             notes += checkpoints.check_same_run(resume, run.identity, config.resume_anyway)
+            notes += run_folder.check_unfinished(run, resume)
         note(*notes)
         as_run = {
             "chatglm_path": base,
@@ -212,15 +213,19 @@ def fit(run: Run, model: PeftModel, stop: StopRequest, resume: Path | None = Non
         except CutShort as cut:  # all is as it was after the last whole step
             save(run, state, log)
             if cut.out_of_memory:
-                evaluating = is_evaluation_due(run, state, log)
+                evaluating = is_evaluation_due(run, state.global_step, log.history)
                 advice = memory_advice(run, evaluating)
                 raise UserError(
                     f"{advice}; {what_is_kept(run, state)}, with --resume_anyway true where packs, "
                     "layout or bits are to be others"
                 ) from cut
-    is_done = state.global_step >= run.max_steps and not is_evaluation_due(run, state, log)
+    is_done = state.global_step >= run.max_steps and not is_evaluation_due(
+        run, state.global_step, log.history
+    )
     if accelerator.is_main_process:
         print_summary(run, state, log.history, since_start, is_done)
+        if not is_done and not stop.by_signal and not since_start.tokens:
+            note(f"max_hours ({config.max_hours:g}) was over before the first step: raise it")
     interrupted = stop.by_signal and not is_done
     return TrainResult(Path(config.output_dir), state.global_step, log.history, interrupted)
 

@@ -111,6 +111,11 @@ class Run:
             self.max_steps, self.accelerator.num_processes, self.layout == "padded"
         )
 
+    @property
+    def has_end(self) -> bool:
+        """Whether the learning rate comes down to 0 at the last step."""
+        return self.config.lr_scheduler_type in ("linear", "cosine")
+
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Every setting and fact that changes the run's numbers: a resumed run must have the same.
@@ -118,7 +123,6 @@ class Run:
         How a global batch is dealt out to passes and processes is not among them, nor is the number
         of steps where the schedule does not depend on it: such a run may be made longer.
         """
-        has_end = self.config.lr_scheduler_type in ("linear", "cosine")
         return {
             "base model": self.base_name,
             **self.sources,
@@ -128,7 +132,7 @@ class Run:
             "layout": self.layout,
             f"{self.plan.unit} per step": self.plan.step_size,
             "pack length": self.plan.pack_length if isinstance(self.plan, PackPlan) else "any",
-            "steps of the schedule": self.max_steps if has_end else "any",
+            "steps of the schedule": self.max_steps if self.has_end else "any",
             "warmup_steps": self.warmup_steps,
             **{name: getattr(self.config, name) for name in _NUMERIC_SETTINGS},
         }
