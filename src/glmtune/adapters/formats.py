@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from glmtune.adapters.biases import bias_setting, name_biases
 from glmtune.adapters.settings import (
     CONFIG_FILE,
     enabled_parts,
@@ -51,7 +52,8 @@ class Adapter:
 
     config: LoraConfig
     weights: dict[str, Tensor]
-    """Today's keys (`base_model.model.<module>.lora_A.weight`) to float32 tensors on the CPU."""
+    """Today's keys (`base_model.model.<module>.lora_A.weight`) to float32 tensors on the CPU; see
+    `biases` for those that end in `bias`."""
     path: Path
     """The weights file, for messages."""
     notices: tuple[str, ...] = ()
@@ -109,7 +111,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     folder = find_adapter(folder)
     path = _find_weights(folder)
     assert path, "find_adapter found it"
-    weights = _canonical_keys(_read_tensors(path), path)
+    weights = name_biases(_canonical_keys(_read_tensors(path), path))
     settings, notices = read_settings(folder)
     enabled = enabled_parts(settings or {}, path)
     if settings is None:
@@ -127,6 +129,13 @@ def read_adapter(folder: str | Path) -> Adapter:
         stems = [key.removesuffix(_SUFFIX_A) for key in weights if key.endswith(_SUFFIX_A)]
         settings["target_modules"] = [stem.removeprefix(_KEY_PREFIX) for stem in stems]
     _check_rank(settings, weights, path)
+    bias = bias_setting(weights)
+    if bias == "none" and settings.get("bias", "none") != "none":
+        notices.append(
+            f"{path}: trained with bias {settings['bias']!r:.99}, but holds no bias: those of the "
+            "base are used"
+        )
+    settings["bias"] = bias
     return Adapter(lora_config(settings, folder / CONFIG_FILE), weights, path, tuple(notices))
 
 
