@@ -31,6 +31,7 @@ from glmtune.models.checkpoints import (
     resolve_base,
 )
 from glmtune.models.fingerprint import fingerprint
+from glmtune.models.sizes import check_targets
 from glmtune.training import checkpoints, run_folder
 from glmtune.training.advice import check_fit, print_forecast
 from glmtune.training.check import prove
@@ -91,6 +92,7 @@ def train(config: TrainConfig, at_end: AtEnd | None = None) -> TrainResult:
             memory or the disk is too small, or the loss is no longer finite.
         KeyboardInterrupt: a signal came before the first step.
     """
+    check_targets(config.lora_target)
     accelerator, dtype = start_accelerator(config)
     with StopRequest(accelerator, config.max_hours) as stop:
         if config.base_dtype == "fp8":
