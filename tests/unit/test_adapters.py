@@ -457,6 +457,59 @@ def test_convert_takes_the_newest_checkpoint_and_never_overwrites(fused, tmp_pat
     assert not (tmp_path / "zero").exists()
 
 
+def test_settings_are_those_that_a_peft_of_any_age_knows(today, tmp_path):
+    """PEFT 0.10 refuses every name that came after it, such as corda_config."""
+    written = json.loads((today / CONFIG).read_text(encoding="utf-8"))
+    of_0_2 = {
+        *("peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout"),
+        *("target_modules", "bias", "fan_in_fan_out", "modules_to_save", "init_lora_weights"),
+        "inference_mode",
+    }
+    assert set(written) == of_0_2
+    edit_config(today, use_rslora=True, rank_pattern={"dense": 2})
+    convert_adapter(today, tmp_path / "new")
+    told = json.loads((tmp_path / "new" / CONFIG).read_text(encoding="utf-8"))
+    assert set(told) == of_0_2 | {"use_rslora", "rank_pattern"}
+    assert read_adapter(tmp_path / "new").config.use_rslora
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "chatglm-lora.pt"])
+@pytest.mark.parametrize("with_base", [False, True])
+def test_lora_in_a_file_of_another_name(
+    tiny_folder, base, today, tmp_path, name, with_base, capsys
+):
+    """As a Trainer of 2023 left it in a checkpoint, with the optimiser beside it."""
+    folder = tmp_path / "run" / "checkpoint-200"
+    folder.mkdir(parents=True)
+    tensors = load_file(today / WEIGHTS)
+    tensors = {key.replace(".weight", ".default.weight"): t for key, t in tensors.items()}
+    if with_base:
+        tensors |= {f"base_model.model.{key}": t for key, t in base.state_dict().items()}
+    torch.save(tensors, folder / name)
+    torch.save({"state": {}, "param_groups": []}, folder / "optimizer.pt")
+    (folder / CONFIG).write_bytes((today / CONFIG).read_bytes())
+    adapter = read_adapter(tmp_path / "run")
+    assert all(
+        torch.equal(adapter.weights[key], tensor)
+        for key, tensor in read_adapter(today).weights.items()
+    )
+    assert "LoRA tensors are used" in adapter.notices[0]
+    assert ("the 52 others are not" in adapter.notices[0]) == with_base
+    expected = merge.probe(load_adapter(load_base_model(str(tiny_folder)).float(), today))
+    assert torch.equal(merge.probe(load_adapter(base, tmp_path / "run")), expected)
+    convert_adapter(tmp_path / "run", tmp_path / "new")
+    assert load_file(tmp_path / "new" / WEIGHTS).keys() == load_file(today / WEIGHTS).keys()
+    shutil.copy(folder / name, folder / "second.pt")
+    with fails("second.pt all hold LoRA weights; leave one"):
+        read_adapter(folder)
+
+
+def test_a_base_is_no_adapter(tiny_folder, tmp_path, base):
+    torch.save(base.state_dict(), tmp_path / "pytorch_model.bin")
+    with fails("no adapter here, wanted .* found pytorch_model.bin"):
+        read_adapter(tmp_path)
+
+
 # Biases
 
 

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 import torch
 
 from glmtune.adapters import find_adapter, load_adapter
+from glmtune.adapters.formats import find_weights
 from glmtune.config import ChatConfig, CheckConfig, CompareConfig, InferConfig
 from glmtune.data.fields import FieldUse
 from glmtune.data.files import new_file, read_text
@@ -294,7 +295,8 @@ class AnswerFile:
 def _digest(adapter: Path) -> str:
     """The beginning of a sha256 over the adapter's settings and weights."""
     digest = hashlib.sha256()
-    for file in sorted(adapter.glob("adapter_*.*")):
+    files = {*adapter.glob("adapter_*.*"), *filter(None, [find_weights(adapter)])}
+    for file in sorted(files):
         try:
             digest.update(file.read_bytes() if file.is_file() else b"")
         except OSError as error:
