@@ -45,7 +45,7 @@ def convert(config: ConvertConfig) -> ConvertSummary:
     Prints the summary that it returns. Raises UserError for what read_alpaca refuses and for a
     save_path that cannot be written.
     """
-    records, bad_rows = read_alpaca(config.data_path, config.on_bad_row)
+    records, bad_rows = read_alpaca(config.data_path, config.on_bad_row, config.encoding)
     with new_file(config.save_path) as file:
         for record in records:
             row = {

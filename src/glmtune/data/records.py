@@ -85,7 +85,9 @@ class BadRow(_Placed):
 Placed = TypeVar("Placed", Record, Row)
 
 
-def read_alpaca(path: str, on_bad_row: OnBadRow = "fail") -> tuple[list[Record], list[BadRow]]:
+def read_alpaca(
+    path: str, on_bad_row: OnBadRow = "fail", encoding: str | None = None
+) -> tuple[list[Record], list[BadRow]]:
     """Read alpaca records: `instruction` and `output`, `input` and `history` where there are such.
 
     Question and answer may have other names (see fields.names_of), and no unused field may hold
@@ -94,12 +96,14 @@ def read_alpaca(path: str, on_bad_row: OnBadRow = "fail") -> tuple[list[Record],
     back in the second list. UserError also when the file as a whole cannot be read (see
     jsonfile.read_batches), is a list but no JSON, or has no usable row.
     """
-    return _read(path, on_bad_row, alpaca_record)
+    return _read(path, on_bad_row, encoding, alpaca_record)
 
 
-def read_rows(path: str, on_bad_row: OnBadRow = "fail") -> tuple[list[Row], list[BadRow]]:
+def read_rows(
+    path: str, on_bad_row: OnBadRow = "fail", encoding: str | None = None
+) -> tuple[list[Row], list[BadRow]]:
     """Read rows of `context` and `target` as `convert` writes them; errors as in read_alpaca."""
-    return _read(path, on_bad_row, context_and_target)
+    return _read(path, on_bad_row, encoding, context_and_target)
 
 
 def name_rows(rows: Sequence[int], limit: int | None = 20) -> str:
@@ -122,11 +126,14 @@ def list_bad_rows(bad_rows: list[BadRow], limit: int = 20) -> list[str]:
 
 
 def _read(
-    path: str, on_bad_row: OnBadRow, check: Callable[[dict, str, int, int], Placed]
+    path: str,
+    on_bad_row: OnBadRow,
+    encoding: str | None,
+    check: Callable[[dict, str, int, int], Placed],
 ) -> tuple[list[Placed], list[BadRow]]:
     good: list[Placed] = []
     bad: list[BadRow] = []
-    for batch in read_batches(path):
+    for batch in read_batches(path, encoding):
         for line, value in zip(batch.lines, batch.values, strict=True):
             row = len(good) + len(bad) + 1
             try:

@@ -100,7 +100,7 @@ def tokenize(config: TokenizeConfig, tokenizer: RowTokenizer, base_name: str) ->
     save_path that holds anything else than such a data set, and when no row is left.
     """
     check_replaceable(config.save_path)
-    rows, bad_rows = read_rows(config.jsonl_path, config.on_bad_row)
+    rows, bad_rows = read_rows(config.jsonl_path, config.on_bad_row, config.encoding)
     encoded = encode_rows(rows, tokenizer, config)
     if not encoded.seq_len:
         raise UserError(

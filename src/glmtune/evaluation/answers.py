@@ -38,7 +38,7 @@ def read_questions(config: InferConfig | CompareConfig) -> list[Record]:
     Raises:
         UserError: see `read_alpaca`.
     """
-    records, bad_rows = read_alpaca(config.data_path, config.on_bad_row)
+    records, bad_rows = read_alpaca(config.data_path, config.on_bad_row, config.encoding)
     for line in list_bad_rows(bad_rows):
         print(f"skipped {line}", file=sys.stderr)
     note(*(f"{config.data_path}: {line}" for line in FieldUse.of(records).lines()))
