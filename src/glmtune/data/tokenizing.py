@@ -1,5 +1,6 @@
 """Context and target to token rows on disk: encoded in batches, counted, drawn as a histogram."""
 
+import math
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from glmtune.data.templates import has_rounds, is_alpaca
 from glmtune.errors import UserError
 
 ROWS_PER_BATCH = 4096
+SHARE_TO_KEEP = 0.95
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,8 @@ class TokenizeSummary:
     card: DataCard
     bad_rows: list[BadRow]
     fields: FieldUse
+    advice: str | None
+    """Which max_seq_length would leave more rows whole, where this one did not leave all."""
 
     def __str__(self) -> str:
         card, limit = self.card, self.card.flags["max_seq_length"]
@@ -63,6 +67,7 @@ class TokenizeSummary:
             f"  tokens      {card.num_tokens:,}, "
             f"{card.num_target_tokens / card.num_tokens:.1%} of them targets",
             *([f"  lost        {lost}"] if (lost := card.describe_loss()) else []),
+            *([f"  advice      {self.advice}"] if self.advice else []),
             f"  beside it   {CARD_FILE} (with all these row numbers), {HISTOGRAM_FILE}",
         ]
         return "\n".join(lines)
@@ -86,11 +91,24 @@ class EncodedRows:
     cut_contexts: list[int] = field(default_factory=list)
     cut_targets: list[int] = field(default_factory=list)
     num_targets_lost: int = 0
+    limits: array = field(default_factory=lambda: array("i"))
+    """The least max_seq_length that leaves a row whole, of all rows but the empty ones."""
 
     @property
     def lengths(self) -> np.ndarray:
         """The length of each kept row."""
         return np.diff(self.ends, prepend=0)
+
+    def advice(self, limit: int) -> str | None:
+        """Say which max_seq_length would leave 95 % of the rows whole, and which all of them."""
+        needed = np.sort(self.limits)
+        num_whole = int(np.searchsorted(needed, limit, side="right"))
+        if num_whole == len(needed):
+            return None
+        share, most = SHARE_TO_KEEP, int(needed[math.ceil(SHARE_TO_KEEP * len(needed)) - 1])
+        whole = f"{num_whole:,} of {len(needed):,} rows are whole; "
+        for_all = f"--max_seq_length {needed[-1]} keeps all of them"
+        return whole + (f"--max_seq_length {most} keeps {share:.0%}, " * (most > limit)) + for_all
 
 
 def tokenize(config: TokenizeConfig, tokenizer: RowTokenizer, base_name: str) -> TokenizeSummary:
@@ -103,10 +121,11 @@ def tokenize(config: TokenizeConfig, tokenizer: RowTokenizer, base_name: str) ->
     rows, bad_rows = read_rows(config.jsonl_path, config.on_bad_row, config.encoding)
     encoded = encode_rows(rows, tokenizer, config)
     if not encoded.seq_len:
+        advice = encoded.advice(config.max_seq_length) if encoded.limits else None
         raise UserError(
             f"{config.jsonl_path}: no row is left: {len(encoded.empty):,} have an empty target, "
             f"{len(encoded.overlength):,} are longer than max_seq_length {config.max_seq_length}; "
-            "raise max_seq_length, or set keep_empty true"
+            f"{f'raise max_seq_length ({advice})' if advice else 'set keep_empty true'}"
         )
     card = _card(config, tokenizer, base_name, rows, bad_rows, encoded)
     with new_folder(config.save_path) as folder:
@@ -119,7 +138,12 @@ def tokenize(config: TokenizeConfig, tokenizer: RowTokenizer, base_name: str) ->
             max_seq_length=config.max_seq_length,
         )
     summary = TokenizeSummary(
-        config.jsonl_path, config.save_path, card, bad_rows, FieldUse.of(rows)
+        config.jsonl_path,
+        config.save_path,
+        card,
+        bad_rows,
+        FieldUse.of(rows),
+        encoded.advice(config.max_seq_length),
     )
     print(summary)
     return summary
@@ -146,11 +170,16 @@ def encode_rows(rows: list[Row], tokenizer: RowTokenizer, config: TokenizeConfig
         answer = [*target, tokenizer.eos_token_id]
         num_lost = len(answer) - limit if len(target) > limit else 0
         input_ids = prompt + answer[: len(answer) - num_lost]
-        if not config.keep_empty and not (target and row.target.strip()):
+        is_empty = not config.keep_empty and not (target and row.target.strip())
+        if not is_empty:
+            length = len(context) + len(specials)
+            whole = length + len(answer) if config.skip_overlength else max(length, len(target))
+            out.limits.append(whole)
+        if is_empty:
             out.empty.append(row.row)
         elif config.skip_overlength and len(input_ids) > limit:
             out.overlength.append(row.row)
-            out.lengths_out.append(len(context) + len(specials) + len(target) + 1)
+            out.lengths_out.append(out.limits[-1])
         else:
             out.input_ids.extend(input_ids)
             out.ends.append(len(out.input_ids))

@@ -102,7 +102,7 @@ def train(config: TrainConfig, at_end: AtEnd | None = None) -> TrainResult:
         tokenizer = load_tokenizer(base)
         dataset, card = load_dataset(config.dataset_path)
         check_data_card(card, tokenizer, config.dataset_path)
-        if lost := card.describe_loss():
+        for lost in filter(None, (card.describe_loss(), card.describe_dropped())):
             note(f"{config.dataset_path}: {lost}")
         rows = TokenRows.from_dataset(dataset)
 
@@ -129,6 +129,7 @@ def train(config: TrainConfig, at_end: AtEnd | None = None) -> TrainResult:
         torch.manual_seed(config.seed)
         peft_model = adapt(model, config)
         run = Run.of(config, accelerator, rows, peft_model, base_name(base), sources, foresee)
+        notes += run.cautions()
         if resume:
             notes += checkpoints.check_same_run(resume, run.identity, config.resume_anyway)
             notes += run_folder.check_unfinished(run, resume)
@@ -173,7 +174,7 @@ def fit(run: Run, model: PeftModel, stop: StopRequest, resume: Path | None = Non
     config, accelerator = run.config, run.accelerator
     state = build_state(run, model)
     step_pass = build_pass(run, model, state.weights)
-    torch.manual_seed(config.seed + accelerator.process_index)  # to each process its own dropout
+    torch.manual_seed(config.seed + accelerator.process_index)
     history: list[dict[str, Any]] = []
     if resume:
         history = checkpoints.load_checkpoint(resume, state, accelerator)
