@@ -203,14 +203,19 @@ def _draw(loss: list[tuple[int, float]], eval_loss: list[tuple[int, float]]):
     figure = Figure(figsize=(8, 4.5), layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15))
     axes = figure.subplots()
     steps, values = zip(*loss, strict=True)
-    # A fortieth of the curve: short runs keep their shape, long ones lose their noise.
-    smoothed = smooth(values, width=max(1, len(values) / 40))
-    axes.plot(steps, values, color=_PALE, linewidth=1.2, label="loss")
-    axes.plot(steps, smoothed, color=_BLUE, linewidth=2.2, label="smoothed")
-    axes.annotate(
-        f"{smoothed[-1]:.3f}", (steps[-1], smoothed[-1]), xytext=(6, 0),
-        textcoords="offset points", va="center", color=_BLUE, fontsize=10,
-    )  # fmt: skip
+    # A fortieth of the curve: long runs lose their noise, short ones are drawn as they were.
+    width = len(values) / 40
+    if width >= 1:
+        axes.plot(steps, values, color=_PALE, linewidth=1.2, label="loss")
+        smoothed = smooth(values, width=width)
+        axes.plot(steps, smoothed, color=_BLUE, linewidth=2.2, label="smoothed")
+    else:
+        axes.plot(steps, values, color=_BLUE, linewidth=2.2, label="loss")
+    for at in {0, len(steps) - 1}:  # as they were: at an end smoothing shows what never was
+        axes.annotate(
+            f"{values[at]:.3f}", (steps[at], values[at]), xytext=(6, 0),
+            textcoords="offset points", va="center", color=_BLUE, fontsize=10,
+        )  # fmt: skip
     if eval_loss:
         axes.plot(
             *zip(*eval_loss, strict=True), color=_RED, marker="o", markersize=5, linewidth=1.2,

@@ -25,10 +25,12 @@ from glmtune.adapters import (
     read_adapter,
     restore_adapter,
     save_adapter,
+    verify_saved,
 )
 from glmtune.adapters.formats import dense_pair, write_adapter
 from glmtune.config import MergeConfig
 from glmtune.errors import UserError
+from glmtune.generation import Decoder, EncodedPrompt, GenerationSettings
 from glmtune.models.checkpoints import GLM_TINY, load_base_model
 
 CONFIG, WEIGHTS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -455,6 +457,167 @@ def test_convert_takes_the_newest_checkpoint_and_never_overwrites(fused, tmp_pat
     with fails("changes nothing"):
         convert_adapter(fused, tmp_path / "zero")
     assert not (tmp_path / "zero").exists()
+
+
+def test_settings_are_those_that_a_peft_of_any_age_knows(today, tmp_path):
+    """PEFT 0.10 refuses every name that came after it, such as corda_config."""
+    written = json.loads((today / CONFIG).read_text(encoding="utf-8"))
+    of_0_2 = {
+        *("peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout"),
+        *("target_modules", "bias", "fan_in_fan_out", "modules_to_save", "init_lora_weights"),
+        "inference_mode",
+    }
+    assert set(written) == of_0_2
+    edit_config(today, use_rslora=True, rank_pattern={"dense": 2})
+    convert_adapter(today, tmp_path / "new")
+    told = json.loads((tmp_path / "new" / CONFIG).read_text(encoding="utf-8"))
+    assert set(told) == of_0_2 | {"use_rslora", "rank_pattern"}
+    assert read_adapter(tmp_path / "new").config.use_rslora
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "chatglm-lora.pt"])
+@pytest.mark.parametrize("with_base", [False, True])
+def test_lora_in_a_file_of_another_name(
+    tiny_folder, base, today, tmp_path, name, with_base, capsys
+):
+    """As a Trainer of 2023 left it in a checkpoint, with the optimiser beside it."""
+    folder = tmp_path / "run" / "checkpoint-200"
+    folder.mkdir(parents=True)
+    tensors = load_file(today / WEIGHTS)
+    tensors = {key.replace(".weight", ".default.weight"): t for key, t in tensors.items()}
+    if with_base:
+        tensors |= {f"base_model.model.{key}": t for key, t in base.state_dict().items()}
+    torch.save(tensors, folder / name)
+    torch.save({"state": {}, "param_groups": []}, folder / "optimizer.pt")
+    (folder / CONFIG).write_bytes((today / CONFIG).read_bytes())
+    adapter = read_adapter(tmp_path / "run")
+    assert all(
+        torch.equal(adapter.weights[key], tensor)
+        for key, tensor in read_adapter(today).weights.items()
+    )
+    assert "LoRA tensors are used" in adapter.notices[0]
+    assert ("the 52 others are not" in adapter.notices[0]) == with_base
+    expected = merge.probe(load_adapter(load_base_model(str(tiny_folder)).float(), today))
+    assert torch.equal(merge.probe(load_adapter(base, tmp_path / "run")), expected)
+    convert_adapter(tmp_path / "run", tmp_path / "new")
+    assert load_file(tmp_path / "new" / WEIGHTS).keys() == load_file(today / WEIGHTS).keys()
+    shutil.copy(folder / name, folder / "second.pt")
+    with fails("second.pt all hold LoRA weights; leave one"):
+        read_adapter(folder)
+
+
+def test_a_base_is_no_adapter(tiny_folder, tmp_path, base):
+    torch.save(base.state_dict(), tmp_path / "pytorch_model.bin")
+    with fails("no adapter here, wanted .* found pytorch_model.bin"):
+        read_adapter(tmp_path)
+
+
+# Biases
+
+
+def biased(folder: Path, base, kind: str) -> dict[str, torch.Tensor]:
+    """Turn an adapter into one that has biases, as PEFT 0.2 wrote them; returns these by module."""
+    adapted = {"query_key_value"}
+    biases = {
+        name: torch.randn_like(parameter) / 4
+        for name, parameter in base.named_parameters()
+        if name.endswith(".bias") and (kind == "all" or name.split(".")[-2] in adapted)
+    }
+    edit_weights(
+        folder, lambda tensors: tensors | {f"base_model.model.{n}": b for n, b in biases.items()}
+    )
+    edit_config(folder, bias=kind)
+    return biases
+
+
+@pytest.mark.parametrize("kind", ["lora_only", "all", "none"])
+@pytest.mark.parametrize("form", ["today", "fused"])
+def test_biases_are_in_effect_wherever_the_adapter_is(
+    tiny_folder, tmp_path, request, base, kind, form, capsys
+):
+    """By hand, in our own loader, in plain PEFT and merged: the same logits, none the base's."""
+    folder = request.getfixturevalue(form)
+    bare = merge.probe(load_base_model(str(tiny_folder), dtype=torch.float32))
+    without = merge.probe(load_adapter(base, folder))
+
+    def fresh():
+        return load_base_model(str(tiny_folder), dtype=torch.float32)
+
+    torch.manual_seed(0)
+    biases = biased(folder, fresh(), kind)
+    plain = shutil.copytree(folder, tmp_path / "plain")
+    edit_weights(plain, lambda t: {k: v for k, v in t.items() if not k.endswith(".bias")})
+    edit_config(plain, bias="none")
+
+    def by_hand():
+        model = fresh()
+        for name, bias in biases.items():
+            model.get_parameter(name).data.copy_(bias)
+        return load_adapter(model, plain)
+
+    expected = merge.probe(by_hand())
+    assert (expected - without).abs().max() > 1e-2
+
+    ours = load_adapter(fresh(), folder)
+    torch.testing.assert_close(merge.probe(ours), expected)
+    with ours.disable_adapter():
+        torch.testing.assert_close(merge.probe(ours), bare)
+    torch.testing.assert_close(merge.probe(ours), expected)
+
+    # Whoever answers with both sides reads them once, and what is alike only once.
+    prompt = [EncodedPrompt([5, 6, 7, 8, base.config.gmask_token_id, base.config.bos_token_id], 1)]
+
+    def ids(decoder):
+        return [more[0] for more in decoder.stream(prompt, GenerationSettings(max_new_tokens=9))]
+
+    for bits in (16, 8):
+        tuned = Decoder(ours, [], bits=bits)
+        with ours.disable_adapter():
+            beside = Decoder(ours, [], bits=bits, beside=tuned)
+        assert ids(beside) == ids(Decoder(fresh(), [], bits=bits))
+        assert ids(tuned) == ids(Decoder(by_hand(), [], bits=bits))
+
+    convert_adapter(folder, tmp_path / "new")
+    with_peft = PeftModel.from_pretrained(fresh(), tmp_path / "new").eval()
+    torch.testing.assert_close(merge.probe(with_peft), expected)
+    again = load_adapter(fresh(), tmp_path / "new")
+    torch.testing.assert_close(merge.probe(again), expected)
+    save_adapter(again, tmp_path / "saved", "chatglm-6b")
+    assert verify_saved(again, tmp_path / "saved") == 0
+    assert (
+        load_file(tmp_path / "saved" / WEIGHTS).keys()
+        == load_file(tmp_path / "new" / WEIGHTS).keys()
+    )
+
+    config = MergeConfig(
+        chatglm_path=str(tiny_folder),
+        model_path=str(tmp_path / "new"),
+        save_path=str(tmp_path / "m"),
+    )
+    merge_adapter(config)
+    merged = load_base_model(str(tmp_path / "m"), dtype=torch.float32)
+    torch.testing.assert_close(merge.probe(merged), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_biases_on_a_quantised_base_are_refused(tiny_folder, tmp_path, today, write_quantised):
+    folder = write_quantised(tiny_folder, tmp_path / "int8", 8)
+    biased(today, load_base_model(str(tiny_folder), dtype=torch.float32), "lora_only")
+    base = load_base_model(str(folder), dtype=torch.float32, keep_packed=True)
+    with fails("a quantised base has no place for; .*glmtune merge"):
+        load_adapter(base, today)
+    merge_adapter(
+        MergeConfig(
+            chatglm_path=str(folder), model_path=str(today), save_path=str(tmp_path / "merged")
+        )
+    )
+
+
+def test_biases_that_a_file_lost_are_told(today, capsys):
+    """As a PEFT of today writes an adapter of `bias: "lora_only"`."""
+    edit_config(today, bias="lora_only")
+    adapter = read_adapter(today)
+    assert "trained with bias 'lora_only', but holds no bias" in adapter.notices[0]
+    assert adapter.config.bias == "none"
 
 
 # Merge

@@ -12,6 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from glmtune.cli import main
 from glmtune.config import (
     SETTINGS,
     CompareConfig,
@@ -27,6 +28,7 @@ from glmtune.config import (
 from glmtune.config.flags import fields_by_group, split_arguments, verb_help
 from glmtune.config.names import NOT_OFFERED, OLD_NAMES
 from glmtune.errors import UserError
+from glmtune.models.sizes import check_targets
 
 TRAIN = {"dataset_path": "data/tokens", "output_dir": "output"}
 NONES = ("none", "null")
@@ -138,6 +140,27 @@ def test_resume_from_checkpoint_is_true_or_a_path(text, resume):
 )
 def test_lora_target(text, targets):
     assert train(lora_target=text).lora_target == targets
+
+
+@pytest.mark.parametrize("text", ['["dense", "dense_h_to_4h"]', "[dense, 'dense_h_to_4h', dense]"])
+def test_lora_target_as_a_list_in_a_flag(text):
+    assert train(lora_target=text).lora_target == ("dense", "dense_h_to_4h")
+
+
+@pytest.mark.parametrize("verb", ["train", "plan", "doctor"])
+@pytest.mark.parametrize("names", ["q_proj,v_proj", "[q_proj, v_proj]", '["q_proj", "v_proj"]'])
+@pytest.mark.parametrize("in_recipe", [False, True])
+def test_a_lora_target_that_no_model_has(recipe, capsys, verb, names, in_recipe):
+    """Told before anything else: nothing that is named here is there."""
+    path = recipe(f"train:\n  dataset_path: rows\n  output_dir: out\n  lora_target: {names}")
+    flags = ["--lora_target", names, "--dataset_path", "rows", "--output_dir", "out"]
+    words = [path] if in_recipe or verb == "doctor" else flags
+    code = main([verb, *words])
+    told = "".join(capsys.readouterr())
+    assert "Traceback" not in told
+    line = next(line for line in told.splitlines() if "ChatGLM-6B has no linear 'q_proj'" in line)
+    assert code == (1 if verb == "doctor" else 2)
+    check_targets([line.partition("choose from ")[2].partition(",")[0]])
 
 
 def test_lora_target_as_a_list(recipe):

@@ -44,14 +44,14 @@ def test_writes_readable_rows_in_order(capsys):
 
 
 def test_tells_of_skipped_rows_and_unused_fields(capsys):
-    data_path = write([*RECORDS, {"instruction": "a"}, RECORDS[0] | {"history": []}])
+    data_path = write([*RECORDS, {"instruction": "a"}, RECORDS[0] | {"id": []}])
     config = ConvertConfig(data_path=data_path, save_path="a.jsonl", on_bad_row="skip")
     summary = convert(config)
     assert (summary.num_written, [bad.row for bad in summary.bad_rows]) == (4, [4])
     told = capsys.readouterr().out
     assert "5 records read, 4 rows written" in told
     assert 'a.json:16 (row 4): field "output" is missing' in told
-    assert 'with a field "history", which is not used' in told
+    assert 'with a field "id", which is not used' in told
 
 
 def test_an_error_leaves_the_earlier_file_and_nothing_else():

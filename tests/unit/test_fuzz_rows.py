@@ -76,14 +76,17 @@ LAYOUTS = ("lines", "crlf", "list", "pretty", "ascii")
 
 
 def some_rows(rng: random.Random) -> list[dict]:
-    names = rng.choice([("instruction", "input", "output"), ("context", "target")])
+    names = rng.choice(
+        [("instruction", "input", "output"), ("context", "target"), ("prompt", "response")]
+    )
     rows = [{name: rng.choice(TEXTS) * rng.choice([1, 1, 9]) for name in names} for _ in range(9)]
     for number, row in enumerate(rows):
         row[names[0]] += f" {number}"
         if rng.random() < 0.1:
             row[rng.choice(names)] = rng.choice([7, None, True, ["x"], {"a": "b"}])
         if rng.random() < 0.1:
-            row["extra"] = rng.choice([None, 1.5, "x", {"a": [{"b": "c"}, {"d": 1}]}])
+            extra = rng.choice(["extra", "extra", "history", "system", "context", "prompt"])
+            row[extra] = rng.choice([None, 1.5, "x", {"a": [{"b": "c"}, {"d": 1}]}, [["q", "a"]]])
     return rows
 
 
@@ -194,7 +197,8 @@ def examine(rng: random.Random, folder, monkeypatch) -> None:
             assert len(found) == len(lines)
             for (number, value), line in zip(found, lines, strict=True):
                 assert content.split(b"\n")[number - 1] == line
-                expected = by_json(line)
+                # Of a line taken out of a list.
+                expected = by_json(line.rstrip(BLANK).removesuffix(b","))
                 assert (
                     value.startswith("flaw: ") if expected is NO_JSON else value == plain(expected)
                 )
@@ -238,6 +242,8 @@ def examine(rng: random.Random, folder, monkeypatch) -> None:
         refusal.encode()  # it can be printed
         assert refusal or len(good) + len(bad) == len(found)
         assert refusal or not between
+        if read_strictly is (read_alpaca if checked["format"] == "alpaca" else read_rows):
+            assert refusal or {row.row for row in bad} == unusable
 
 
 def test_damaged_files(tmp_path, monkeypatch, capsys):

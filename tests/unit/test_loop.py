@@ -14,6 +14,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import TrainerState
@@ -27,6 +29,7 @@ from glmtune.models.checkpoints import load_base_model
 from glmtune.training import checkpoints, held_out, loop, passes
 from glmtune.training.layout import choose_layout
 from glmtune.training.plan import pass_seed, split_rows
+from glmtune.training.run import start_accelerator
 
 GMASK, SOP, EOP, VOCAB_SIZE = 1001, 1004, 1005, 1024
 # The tiny model has no vocabulary file; training asks nothing else of a tokenizer.
@@ -442,13 +445,6 @@ class TestResume:
         longer = loop.train(config(resume_from_checkpoint="true", **settings | {"max_steps": 4}))
         assert len(losses(longer)) == 4
 
-    def test_a_complete_run_is_left_as_it_is(self, config, tmp_path):
-        first = loop.train(config(max_steps=2))
-        weights = adapter(tmp_path / "run")
-        again = loop.train(config(max_steps=2, resume_from_checkpoint="true"))
-        assert again.log_history == first.log_history
-        assert all(torch.equal(adapter(tmp_path / "run")[name], weights[name]) for name in weights)
-
     def test_another_recipe_is_refused_with_each_difference(self, config, tmp_path):
         loop.train(config(max_steps=2))
         with pytest.raises(UserError) as error:
@@ -491,6 +487,43 @@ class TestResume:
             )
         )
         assert result.global_step == 3
+
+
+class TestCautions:
+    """What is most likely a slip is said before the first step."""
+
+    def test_many_epochs(self, config, capsys, monkeypatch):
+        monkeypatch.setattr(loop, "fit", lambda run, *_: SimpleNamespace(global_step=0))
+        loop.train(config(max_steps=2000))
+        told = capsys.readouterr().err
+        assert "2,000 steps are 500 epochs of 23 rows" in told
+        fix = told.partition("little else; ")[2].split()[:4]
+        flags = dict(zip(fix[::2], fix[1::2], strict=True))
+        flags = {name.removeprefix("--"): float(value) for name, value in flags.items()}
+        loop.train(config(overwrite_output_dir=True, **flags))
+        assert "epochs" not in capsys.readouterr().err
+
+    @pytest.mark.parametrize("schedule", ["linear", "constant_with_warmup"])
+    def test_a_warm_up_without_an_end(self, config, capsys, monkeypatch, schedule):
+        monkeypatch.setattr(loop, "fit", lambda run, *_: SimpleNamespace(global_step=0))
+        settings = {"max_steps": 4, "lr_scheduler_type": schedule, "overwrite_output_dir": True}
+        loop.train(config(warmup_steps=4, **settings))
+        assert "never comes to 0.001; --warmup_steps 0.03" in capsys.readouterr().err
+        loop.train(config(warmup_steps=0.03, **settings))
+        assert "warmup_steps" not in capsys.readouterr().err
+
+    @pytest.mark.parametrize("number", [1, 2])
+    def test_accelerate_that_launches_one_process(self, number, monkeypatch, capsys, config):
+        """With the environment that `accelerate launch --cpu --num_processes 2` makes."""
+        words = ["--cpu", "--num_processes", str(number), "finetune.py"]
+        arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
+        _, environment = prepare_simple_launcher_cmd_env(arguments)
+        for name in ("ACCELERATE_USE_CPU", "MASTER_ADDR", "MASTER_PORT"):
+            if name in environment:
+                monkeypatch.setenv(name, environment[name])
+        start_accelerator(config())
+        told = "accelerate launch has started one process" in capsys.readouterr().err
+        assert told == (number == 2)
 
 
 class TestRefusals:
@@ -909,6 +942,17 @@ class TestTwoProcesses:
         assert losses(both) == pytest.approx(losses(single), abs=1e-5)
         assert losses(both, "eval_loss") == pytest.approx(losses(single, "eval_loss"), abs=1e-5)
         assert losses(both, "grad_norm") == pytest.approx(losses(single, "grad_norm"), rel=1e-4)
+
+    def test_dropout_is_the_same_whichever_process_makes_a_pass(self, folder, config):
+        """Two processes of a pass each drop what one of two passes drops."""
+        dealt = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
+        single = loop.train(config(**self.SETTINGS, **dealt))
+        both = self.history(folder / "dropout")
+        assert losses(both) == pytest.approx(losses(single), abs=1e-5)
+        without = loop.train(
+            config(lora_dropout=0, overwrite_output_dir=True, **self.SETTINGS, **dealt)
+        )
+        assert losses(without) != pytest.approx(losses(single), abs=1e-4)
 
     def test_packs_are_shared_out(self, folder, config):
         """Two processes with a pack each train as one with two passes."""

@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from glmtune.cli import main
+from glmtune.data import windows
 from glmtune.data.records import BadRow, list_bad_rows, name_rows, read_alpaca, read_rows
 from glmtune.errors import UserError
 
@@ -50,8 +52,8 @@ def test_a_byte_order_mark_is_simply_read(write):
 
 
 def test_names_fields_nothing_reads(write):
-    path = write("a.json", '[{"instruction": "a", "system": "", "output": "b", "history": []}]')
-    assert read_alpaca(path)[0][0].unused == ("system", "history")
+    path = write("a.json", '[{"instruction": "a", "system": "", "output": "b", "id": 7}]')
+    assert read_alpaca(path)[0][0].unused == ("system", "id")
 
 
 strings = st.text(st.characters(exclude_categories=["Cs"]))
@@ -85,7 +87,11 @@ def test_reads_back_any_records(tmp_path_factory, rows, indent, ascii_only):
         ('{"instruction": "a"}', 'a.json:3 (row 2): field "output" is missing, the row has ["inst'),
         ('{"output": "a", "input": ""}', 'field "instruction" is missing'),
         ('{"instruction": 7, "output": "a"}', 'field "instruction" is 7 (a number), not a string'),
-        ('{"instruction": "a", "input": null, "output": "a"}', 'field "input" is null (null), not'),
+        ('{"instruction": "a", "input": 7, "output": "a"}', 'field "input" is 7 (a number), not'),
+        (
+            '{"instruction": "a", "output": null}',
+            'field "output" is null (null), not a string',
+        ),
         ('{"instruction": "a", "output": ["b"]}', 'field "output" is ["b"] (a list), not a string'),
         ('{"instruction": "a", "output": "\\ud83d"}', 'field "output" holds \\ud83d, half of a ch'),
         ("[1]", "[1] (a list) is not a record"),
@@ -181,6 +187,70 @@ def test_another_encoding_is_named_with_its_byte(write, data, place, likely):
         read_alpaca(write("a.json", data))
     assert place in str(error.value)
     assert likely in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "encoding", ["gbk", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1252"]
+)
+@pytest.mark.parametrize("lines", [False, True])
+def test_the_encoding_that_is_named_is_the_one_that_reads(write, capsys, encoding, lines):
+    """What the refusal says is passed to every verb that reads rows."""
+    text = "a café, thé à la crème" if encoding == "cp1252" else "一二三四，五六七八"
+    row = {"context": text, "target": text} if lines else {"instruction": text, "output": text}
+    dumped = json.dumps(row, ensure_ascii=False)
+    content = f"{dumped}\n" * 3 if lines else f"[{', '.join([dumped] * 3)}]"
+    path = write("a.jsonl" if lines else "a.json", content.encode(encoding))
+    read = ["tokenize", "--jsonl_path"] if lines else ["convert", "--data_path"]
+    command = [*read, path, "--save_path", "out"]
+    assert main(command) == 2
+    words = capsys.readouterr().err.splitlines()[-1].replace(",", " ").split()
+    fix = [words[at := words.index("--encoding")], words[at + 1]]
+    assert main([*command, *fix]) == 0
+    assert main(["validate", path]) == 2
+    assert main(["validate", path, *fix]) == 0
+    if not lines:
+        (first, *_), _ = read_rows("out")
+        assert (first.context, first.target) == (f"Instruction: {text}\nAnswer: ", text)
+        answer = ["--chatglm_path", "glm-tiny", "--max_new_tokens", "1", "--output_path", "x"]
+        assert main(["infer", "--data_path", path, "--limit", "1", *answer, *fix]) == 0
+
+
+def test_a_long_file_in_another_encoding(write, monkeypatch):
+    """However its windows fall, no character is cut."""
+    rows = [
+        {"instruction": f"第{number}问：" + "汉字" * 40, "output": "答"} for number in range(300)
+    ]
+    path = write("a.json", json.dumps(rows, ensure_ascii=False).encode("gbk"))
+    for window in (99, 1000, 1 << 16):
+        monkeypatch.setattr(windows, "WINDOW_BYTES", window)
+        assert [record.instruction for record in read_alpaca(path, encoding="gbk")[0]] == [
+            row["instruction"] for row in rows
+        ]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "utf-16"])
+def test_an_encoding_that_is_not_the_files(write, encoding):
+    path = write("a.json", CHINESE.encode("gbk"))
+    with pytest.raises(UserError, match=f"^a.json: not {encoding} near byte "):
+        read_alpaca(path, encoding=encoding)
+
+
+def test_an_encoding_that_nobody_knows(write, capsys):
+    path = write("a.json", f"[{GOOD}]")
+    for name in ("gbkk", "base64"):
+        assert main(["validate", path, "--encoding", name]) == 2
+        assert f"encoding '{name}' is not known; try gbk" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("end", [",\n", ",\r\n", " , \n"])
+def test_lines_that_end_in_the_commas_of_a_list(write, end):
+    for last in ("", "\n", end):
+        good, bad = read_alpaca(write("a.jsonl", end.join([GOOD] * 3) + last))
+        assert [record.line for record in good] == [1, 2, 3]
+        assert not bad
+    path = write("a.jsonl", f"{GOOD},\n{GOOD},,\n,\n{GOOD}")
+    good, bad = read_alpaca(path, "skip")
+    assert ([record.row for record in good], [row.row for row in bad]) == ([1, 4], [2, 3])
 
 
 def test_an_unreadable_path(write, tmp_path):

@@ -15,10 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from glmtune import runlog
+from glmtune.cli import main
 from glmtune.config import TrainConfig
 from glmtune.errors import UserError
 from glmtune.models.checkpoints import GLM_TINY
-from glmtune.training import loop
+from glmtune.training import held_out, loop
+from glmtune.training.interrupt import CutShort
 
 # 23 rows, 4 held out: steps of 6 rows make four an epoch, the last of one row. Eight steps are two.
 SETTINGS = {
@@ -261,21 +263,111 @@ class TestAnotherRun:
             loop.train(toy_run(lora_rank=4, resume_anyway=True, **saved))
 
 
+class TestNothingLeftToDo:
+    """A run that is done is no run that goes on: that is told, with what would make it one."""
+
+    def files(self, folder):
+        found = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in found}
+
+    def words(self, config):
+        flags = config.model_dump(exclude_defaults=True, exclude={"resume_from_checkpoint"})
+        return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+    @pytest.mark.parametrize("schedule", ["linear", "constant"])
+    @pytest.mark.parametrize(
+        "length, told",
+        [
+            ({"max_steps": 2}, "max_steps (2) asks for 2"),
+            ({"num_train_epochs": 0.5, "max_steps": -1}, "num_train_epochs (0.5) asks for 2"),
+            ({"num_train_epochs": 1, "max_steps": -1}, "num_train_epochs (1) asks for 4"),
+            ({"max_steps": 2, "eval_ratio": 0.17, "eval_steps": 1}, "max_steps (2) asks for 2"),
+        ],
+    )
+    def test_it_is_refused_and_the_fix_works(
+        self, toy_run, tmp_path, capsys, length, told, schedule
+    ):
+        words = ["train", *self.words(toy_run(lr_scheduler_type=schedule, **length))]
+        assert main(words) == 0
+        before = self.files(tmp_path / "run")
+        for where in ("true", str(max((tmp_path / "run").glob("checkpoint-*")))):
+            capsys.readouterr()
+            assert main([*words, "--resume_from_checkpoint", where]) == 2
+            out, err = capsys.readouterr()
+            assert "Done" not in out
+            line = err.splitlines()[-1]
+            assert "nothing is left to train" in line
+            assert told in line
+            assert self.files(tmp_path / "run") == before
+        fix = line.partition("raise that: ")[2].split()
+        assert main([*words, *fix, "--resume_from_checkpoint", "true"]) == 0
+        last = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+        first = json.loads(before[tmp_path / "run" / "trainer_state.json"][1])
+        assert last["num_input_tokens_seen"] > first["num_input_tokens_seen"]
+        assert "Done: all" in capsys.readouterr().out
+
+    def test_a_run_made_shorter_or_another_folder(self, toy_run, tmp_path):
+        loop.train(toy_run(lr_scheduler_type="constant"))
+        shorter = toy_run(lr_scheduler_type="constant", max_steps=2, resume_from_checkpoint="true")
+        with pytest.raises(UserError, match=r"has 4 steps, and max_steps \(2\).*--max_steps 8$"):
+            loop.train(shorter)
+        checkpoint = str(tmp_path / "run" / "checkpoint-4")
+        elsewhere = {"output_dir": str(tmp_path / "other"), "resume_from_checkpoint": checkpoint}
+        with pytest.raises(UserError, match="nothing is left to train"):
+            loop.train(toy_run(lr_scheduler_type="constant", **elsewhere))
+        assert not (tmp_path / "other").exists()
+
+    def test_what_a_kill_took_from_the_run_folder_is_put_back_with_a_word(
+        self, toy_run, tmp_path, capsys
+    ):
+        loop.train(toy_run())
+        whole = outcome(tmp_path / "run")
+        for name in ("adapter_model.safetensors", "adapter_config.json", "trainer_state.json"):
+            (tmp_path / "run" / name).unlink()
+            capsys.readouterr()
+            loop.train(toy_run(resume_from_checkpoint="true"))
+            assert "nothing is trained" in capsys.readouterr().err
+            assert outcome(tmp_path / "run") == whole
+            with pytest.raises(UserError, match="nothing is left to train"):
+                loop.train(toy_run(resume_from_checkpoint="true"))
+
+    def test_an_evaluation_that_is_due_is_made_once(self, toy_run, tmp_path, monkeypatch):
+        settings = {"eval_ratio": 0.3}
+        evaluate = held_out.evaluate
+
+        def cut(*_):
+            raise CutShort
+
+        monkeypatch.setattr(held_out, "evaluate", cut)
+        loop.train(toy_run(**settings))
+        monkeypatch.setattr(held_out, "evaluate", evaluate)
+        again = loop.train(toy_run(resume_from_checkpoint="true", **settings))
+        assert "eval_loss" in again.log_history[-1]
+        with pytest.raises(UserError, match="nothing is left to train"):
+            loop.train(toy_run(resume_from_checkpoint="true", **settings))
+
+    def test_a_clock_that_leaves_no_step_is_told(self, toy_run, capsys):
+        loop.train(toy_run(max_hours=1e-9))
+        assert "max_hours (1e-09) was over before the first step: raise it" in (
+            capsys.readouterr().err
+        )
+
+
 class TestFallingBack:
     def test_a_flipped_bit_costs_some_steps_and_no_more(self, toy_run, tmp_path, capsys):
         loop.train(toy_run(**SETTINGS))
         unbroken = outcome(tmp_path / "run")
         file = tmp_path / "run" / "checkpoint-9" / "optimizer.pt"
-        content = bytearray(file.read_bytes())
-        content[len(content) // 2] ^= 1
-        file.write_bytes(content)
         for wanted in ("true", str(tmp_path / "run" / "checkpoint-9")):
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2] ^= 1
+            file.write_bytes(content)
             capsys.readouterr()
             loop.train(toy_run(resume_from_checkpoint=wanted, **SETTINGS))
             assert outcome(tmp_path / "run") == unbroken
             out, err = capsys.readouterr()
-            assert err.count("passed over") == 1 or wanted != "true"
-            assert "8 of them done" in out or wanted != "true"
+            assert err.count("passed over") == 1
+            assert "8 of them done" in out
 
     def test_a_checkpoint_of_an_earlier_version_is_taken_with_a_word(
         self, toy_run, tmp_path, capsys

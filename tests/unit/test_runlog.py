@@ -8,6 +8,7 @@ import matplotlib.image
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from glmtune import runlog
 from glmtune.runlog import METRICS_FILE, RunLog, format_seconds, print_pairs, smooth
 
 RECORD = {"loss": 2.5, "learning_rate": 1e-4, "tokens_per_second": 1234.5, "memory_gib": 14.25}
@@ -108,6 +109,19 @@ def test_the_curve_is_a_picture_with_both_losses(tmp_path):
     for colour in ("1f5fa8", "a9c4e4", "c8442f"):  # smoothed, raw, evaluation
         wanted = [int(colour[i : i + 2], 16) / 255 for i in (0, 2, 4)]
         assert (abs(pixels[..., :3] - wanted).max(-1) < 0.02).sum() > 30, colour
+
+
+@pytest.mark.parametrize("num_readings", [1, 3, 12, 39, 40, 400])
+def test_what_the_curve_labels_are_losses_that_were(tmp_path, num_readings):
+    losses = [(step, 3 + 9.24 / step) for step in range(1, num_readings + 1)]
+    figure = runlog._draw(losses, [])
+    (axes,) = figure.axes
+    shown = [(text.xy, text.get_text()) for text in axes.texts]
+    ends = {losses[0], losses[-1]}
+    assert sorted(shown) == sorted((end, f"{end[1]:.3f}") for end in ends)
+    by_label = {line.get_label(): line.get_ydata() for line in axes.lines}
+    assert list(by_label["loss"]) == [loss for _, loss in losses]
+    assert ("smoothed" in by_label) == (num_readings >= 40)
 
 
 def test_without_a_loss_there_is_no_curve(tmp_path):

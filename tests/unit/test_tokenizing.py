@@ -108,6 +108,37 @@ def test_overlong_rows_are_dropped_only_when_asked(capsys):
     assert "2 dropped, longer than 5 tokens: rows 2-3" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("skip", [False, True])
+def test_the_advised_length_keeps_what_it_says(capsys, skip):
+    """95 % of the rows, or all of them, uncut and not dropped."""
+    texts = [("a" * (number % 17), "b" * (1 + number % 29)) for number in range(200)]
+    texts += [("a" * 300, "b"), ("a", "b" * 300), ("a", "")]
+    run(texts, max_seq_length=8, skip_overlength=skip)
+    told = capsys.readouterr().out
+    advice = next(line for line in told.splitlines() if line.startswith("  advice"))
+    of_most, of_all = (int(part.split()[0]) for part in advice.split("--max_seq_length ")[1:])
+    assert "keeps 95%" in advice
+    for length, num_out in ((of_most, 10), (of_all, 0)):
+        card = run(texts, max_seq_length=length, skip_overlength=skip)[0].card
+        rows = [*card.rows_out["overlength"], *card.rows_cut["context"], *card.rows_cut["target"]]
+        assert len(set(rows)) <= num_out
+        shorter = run(texts, max_seq_length=length - 1, skip_overlength=skip)[0].card
+        cut = [*shorter.rows_cut["context"], *shorter.rows_cut["target"]]
+        assert len({*shorter.rows_out["overlength"], *cut}) > num_out
+    capsys.readouterr()
+    run(texts, max_seq_length=of_all, skip_overlength=skip)
+    assert "advice" not in capsys.readouterr().out
+
+
+def test_rows_that_were_dropped_are_told_again(capsys):
+    """By training, which would otherwise not say what it never sees."""
+    run([("a", "b")] * 9 + [("a" * 9, "b")], max_seq_length=5, skip_overlength=True)
+    dropped = load_dataset("tokens")[1].describe_dropped()
+    assert "1 of 10 rows (10%) were dropped as longer than 5 tokens" in dropped
+    run([("a", "b")] * 19 + [("a" * 9, "b")], max_seq_length=5, skip_overlength=True)
+    assert load_dataset("tokens")[1].describe_dropped() is None
+
+
 def test_empty_targets_are_dropped_unless_kept(capsys):
     texts = [("a", "b"), ("a", ""), ("a", " \n"), ("a", "\u200b")]
     summary, rows = run(texts)

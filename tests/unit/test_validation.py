@@ -135,6 +135,24 @@ def test_leaks(check, tmp_path):
     assert check(record(), held_out="h.json") == []
 
 
+@pytest.mark.parametrize("content", ["[]", "[\n]\n"])
+def test_a_file_without_a_row_is_told(tmp_path, monkeypatch, capsys, content):
+    monkeypatch.chdir(tmp_path)
+    for name, text in (
+        ("a.json", content),
+        ("b.json", content),
+        ("c.json", f"[{json.dumps(record())}]"),
+    ):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert main(["validate", "a.json", "c.json", "b.json"]) == 2
+    out = capsys.readouterr().out
+    assert "a.json: holds no row; check" in out
+    assert "b.json: holds no row; check" in out
+    assert "no problem found" not in out
+    assert main(["validate", "c.json", "--held_out", "a.json"]) == 0
+    assert "note: a.json: holds no row, so nothing is held against it" in capsys.readouterr().err
+
+
 def test_the_line_that_ends_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.jsonl").write_text(json.dumps(record()) + "\n{}", encoding="utf-8")

@@ -1,12 +1,13 @@
 """Adapter folders of every age, read into one form in memory and written in today's.
 
 Today: `adapter_config.json` beside `adapter_model.safetensors`, as PEFT writes them. In 2023 (PEFT
-0.2 and 0.3-dev) the weights were `adapter_model.bin`, and four things could differ:
+0.2 and 0.3-dev) the weights were `adapter_model.bin`, and five things could differ:
 
 - the fused projection was adapted block by block (`enable_lora`, see `dense_pair`);
 - training checkpoints held the weights alone, with no adapter_config.json;
 - keys could carry the adapter's name (`lora_A.default.weight`) or lack `base_model.model.`;
-- weights could be float16.
+- weights could be float16;
+- they could lie in the Trainer's `pytorch_model.bin`, with the base's or without, or in a `.pt`.
 """
 
 import re
@@ -21,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from glmtune.adapters.biases import bias_setting, name_biases
 from glmtune.adapters.settings import (
     CONFIG_FILE,
     enabled_parts,
@@ -28,6 +30,7 @@ from glmtune.adapters.settings import (
     match_checkpoint,
     public_name,
     read_settings,
+    write_settings,
 )
 from glmtune.data.files import check_inside, new_folder
 from glmtune.drafts import replacing_files, write_errors
@@ -51,7 +54,8 @@ class Adapter:
 
     config: LoraConfig
     weights: dict[str, Tensor]
-    """Today's keys (`base_model.model.<module>.lora_A.weight`) to float32 tensors on the CPU."""
+    """Today's keys (`base_model.model.<module>.lora_A.weight`) to float32 tensors on the CPU; see
+    `biases` for those that end in `bias`."""
     path: Path
     """The weights file, for messages."""
     notices: tuple[str, ...] = ()
@@ -86,11 +90,11 @@ def find_adapter(folder: str | Path) -> Path:
     if not folder.is_dir():
         fault = "is a file: pass the folder it lies in" if folder.exists() else "no such folder"
         raise UserError(f"{folder}: {fault} (an adapter is a folder with {WEIGHTS_FILE})")
-    if _find_weights(folder):
+    if find_weights(folder):
         return folder
     steps = [int(match[1]) for match in map(match_checkpoint, folder.iterdir()) if match]
     place = folder / f"checkpoint-{max(steps)}" if steps else folder
-    if not _find_weights(place):
+    if not find_weights(place):
         found = ", ".join(sorted(entry.name for entry in place.iterdir())[:12]) or "nothing"
         raise UserError(
             f"{place}: no adapter here, wanted {WEIGHTS_FILE} or {WEIGHTS_FILE_2023}, found "
@@ -107,10 +111,16 @@ def read_adapter(folder: str | Path) -> Adapter:
             opened, or its tensors contradict each other; the message names file and tensor.
     """
     folder = find_adapter(folder)
-    path = _find_weights(folder)
+    path = find_weights(folder)
     assert path, "find_adapter found it"
-    weights = _canonical_keys(_read_tensors(path), path)
+    tensors = _read_tensors(path)
     settings, notices = read_settings(folder)
+    if path.name not in (WEIGHTS_FILE, WEIGHTS_FILE_2023):
+        num_all = len(tensors)
+        tensors = {key: tensor for key, tensor in tensors.items() if ".lora_" in key}
+        others = f", the {num_all - len(tensors)} others are not" if len(tensors) < num_all else ""
+        notices.append(f"{path}: its {len(tensors)} LoRA tensors are used{others}")
+    weights = name_biases(_canonical_keys(tensors, path))
     enabled = enabled_parts(settings or {}, path)
     if settings is None:
         settings, enabled = _guess_settings(weights, path)
@@ -127,6 +137,13 @@ def read_adapter(folder: str | Path) -> Adapter:
         stems = [key.removesuffix(_SUFFIX_A) for key in weights if key.endswith(_SUFFIX_A)]
         settings["target_modules"] = [stem.removeprefix(_KEY_PREFIX) for stem in stems]
     _check_rank(settings, weights, path)
+    bias = bias_setting(weights)
+    if bias == "none" and settings.get("bias", "none") != "none":
+        notices.append(
+            f"{path}: trained with bias {settings['bias']!r:.99}, but holds no bias: those of the "
+            "base are used"
+        )
+    settings["bias"] = bias
     return Adapter(lora_config(settings, folder / CONFIG_FILE), weights, path, tuple(notices))
 
 
@@ -161,7 +178,7 @@ def write_adapter(
 def _write_files(config: LoraConfig, tensors: dict[str, Tensor], folder: Path) -> None:
     # By way of memory: a disk that is full is then an OSError, as with every other file.
     (folder / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
-    config.save_pretrained(str(folder))
+    write_settings(config, folder)
 
 
 def convert_adapter(old: str | Path, new: str | Path) -> Path:
@@ -220,10 +237,28 @@ def refuse_existing(folder: str | Path) -> None:
         raise UserError(f"{folder}: is there already and not empty; name a new folder or remove it")
 
 
-def _find_weights(folder: Path) -> Path | None:
-    """The weights file of an adapter folder, today's before that of 2023."""
+def find_weights(folder: Path) -> Path | None:
+    """The weights file of an adapter folder: today's, that of 2023, or another with LoRA in it.
+
+    Raises:
+        UserError: several others have.
+    """
     files = (folder / name for name in (WEIGHTS_FILE, WEIGHTS_FILE_2023))
-    return next((file for file in files if file.is_file()), None)
+    if found := next((file for file in files if file.is_file()), None):
+        return found
+    others = [folder / "pytorch_model.bin", *sorted(folder.glob("*.pt"))]
+    with_lora = [file for file in others if file.is_file() and _has_lora(file)]
+    if len(with_lora) > 1:
+        names = ", ".join(file.name for file in with_lora)
+        raise UserError(f"{folder}: {names} all hold LoRA weights; leave one of them there")
+    return with_lora[0] if with_lora else None
+
+
+def _has_lora(path: Path) -> bool:
+    try:
+        return any(".lora_A." in key for key in load_bin(path, device="meta"))
+    except UserError:  # an optimiser's state, say
+        return False
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -232,7 +267,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         if is_lfs_pointer(path):
             raise UserError(f"{path}: is a Git-LFS pointer, not weights; run `git lfs pull` there")
-        tensors = load_bin(path) if path.suffix == ".bin" else load_file(path)
+        tensors = load_file(path) if path.suffix == ".safetensors" else load_bin(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read ({error}); get the adapter again") from error
     if not tensors:

@@ -13,6 +13,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel
 
+from glmtune.adapters.biases import biases_in_effect, restore_when_disabled
 from glmtune.adapters.formats import (
     CONFIG_FILE,
     Adapter,
@@ -113,7 +114,9 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     adapter.config.inference_mode = True
     adapter.config.base_model_name_or_path = None  # PEFT would warn that the base has another path
     peft_model = _wrap(model, adapter.config)
+    biases = {key: tensor.detach().clone() for key, tensor in biases_in_effect(peft_model).items()}
     try:
+        restore_when_disabled(peft_model, biases)
         _fill(peft_model, adapter)
     except UserError:
         peft_model.unload()
@@ -201,7 +204,10 @@ def _wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
 def adapter_weights(peft_model: PeftModel) -> dict[str, torch.Tensor]:
     """The attached adapter's tensors under the keys of today's files; not copies."""
     # The default, "auto", looks for the base's config on the hub.
-    return get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    tensors = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    # Which biases belong to an adapter PEFT no longer knows.
+    weights = {key: tensor for key, tensor in tensors.items() if ".lora_" in key}
+    return weights | biases_in_effect(peft_model)
 
 
 def _fill(peft_model: PeftModel, adapter: Adapter) -> None:

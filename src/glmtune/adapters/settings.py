@@ -1,5 +1,6 @@
 """adapter_config.json of every age, read without trust into PEFT's settings of today."""
 
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -17,6 +18,13 @@ _LORA_SETTINGS = {field.name for field in fields(LoraConfig)} - {"runtime_config
 # PEFT 0.2 had two more: enable_lora is dealt with here, merge_weights only said how to run.
 _KNOWN_SETTINGS = _LORA_SETTINGS | {"runtime_config", "enable_lora", "merge_weights"}
 
+
+# As PEFT 0.2 wrote them.
+_ALWAYS_WRITTEN = (
+    "peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout",
+    "target_modules", "bias", "fan_in_fan_out", "modules_to_save", "init_lora_weights",
+    "inference_mode",
+)  # fmt: skip
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -55,6 +63,24 @@ def read_settings(folder: Path) -> tuple[dict | None, list[str]]:
     if unknown:
         notices.append(f"{path}: this version of peft does not know {', '.join(unknown)}: ignored")
     return settings, notices
+
+
+def write_settings(config: LoraConfig, folder: Path) -> None:
+    """Write adapter_config.json with the settings that matter, for a PEFT of any age.
+
+    An older one refuses names that it does not know, whatever their value: those that stand at
+    their defaults are left out.
+    """
+    config.save_pretrained(str(folder))
+    path = folder / CONFIG_FILE
+    defaults = LoraConfig().to_dict()
+    settings = {
+        name: value
+        for name, value in json.loads(path.read_text(encoding="utf-8")).items()
+        if name in _ALWAYS_WRITTEN or value != defaults.get(name)
+    }
+    settings.pop("peft_version", None)
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _refuse_code(settings: dict, path: Path) -> None:

@@ -85,7 +85,30 @@ class QuantisingSettings(Settings):
         return None if self.quantization_bit is None else int(self.quantization_bit)
 
 
-class BadRowSettings(Settings):
+class EncodingSettings(Settings):
+    """How the characters of a file of rows are written as bytes."""
+
+    group: ClassVar[str] = "rows"
+    encoding: str | None = Field(
+        None, description="encoding of the file, such as gbk or utf-16 (default: UTF-8)"
+    )
+
+    @field_validator("encoding")
+    @classmethod
+    def find_encoding(cls, value: str | None) -> str | None:
+        """A name that Python knows, of an encoding of text."""
+        try:
+            if value is not None:
+                "a".encode(value)
+        except (LookupError, ValueError):
+            raise conflict(
+                f"encoding {value!r:.60} is not known; try gbk, gb18030, utf-16 or cp1252",
+                "encoding",
+            ) from None
+        return value
+
+
+class BadRowSettings(EncodingSettings):
     """What a row that cannot be used does."""
 
     group: ClassVar[str] = "rows"

@@ -19,6 +19,7 @@ from glmtune.config.groups import (
     BaseModelSettings,
     BatchSettings,
     DeviceSettings,
+    EncodingSettings,
     PathText,
     Settings,
     conflict,
@@ -28,7 +29,7 @@ from glmtune.config.training import PlanConfig, TrainConfig
 # --- validate ---
 
 
-class ValidateConfig(Settings):
+class ValidateConfig(EncodingSettings):
     """Settings of `glmtune validate`."""
 
     group: ClassVar[str] = "data"

@@ -107,12 +107,12 @@ class LoraSettings(Settings):
     @field_validator("lora_target", mode="before")
     @classmethod
     def split_names(cls, value: object) -> object:
-        """Accept "a,b" for ["a", "b"], and "all"."""
+        """Accept "a,b", or a list as text, for ["a", "b"]; and "all"."""
         names = value.split(",") if isinstance(value, str) else value
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
             return value  # for pydantic to refuse
-        stripped = tuple(name.strip() for name in names if name.strip())
-        return ALL_LINEARS if stripped == ("all",) else stripped
+        stripped = tuple(dict.fromkeys(filter(None, (name.strip(" []\"'") for name in names))))
+        return ALL_LINEARS if stripped in (("all",), ("all-linear",)) else stripped
 
 
 class OptimiserSettings(Settings):

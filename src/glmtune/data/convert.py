@@ -1,14 +1,13 @@
 """Alpaca records to JSON lines of context and target, in readable UTF-8."""
 
 import json
-from collections import Counter
 from dataclasses import dataclass
 
 from glmtune.config import ConvertConfig
+from glmtune.data.fields import FieldUse
 from glmtune.data.files import new_file
-from glmtune.data.flaws import show
 from glmtune.data.records import BadRow, list_bad_rows, name_rows, read_alpaca
-from glmtune.data.templates import alpaca
+from glmtune.data.templates import context_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +15,7 @@ class ConvertSummary:
     """What became of a file of records; printed, it tells every row that was left out.
 
     `empty_outputs` are the numbers of the rows of the source whose output is empty (they are
-    kept), `unused_fields` counts the records that have a field beyond the three of alpaca.
+    kept), `fields` counts what the records have beside instruction, input and output.
     """
 
     data_path: str
@@ -24,7 +23,7 @@ class ConvertSummary:
     num_written: int
     bad_rows: list[BadRow]
     empty_outputs: list[int]
-    unused_fields: dict[str, int]
+    fields: FieldUse
 
     def __str__(self) -> str:
         num_bad, empty = len(self.bad_rows), self.empty_outputs
@@ -37,9 +36,7 @@ class ConvertSummary:
             lines += [f"    {line}" for line in list_bad_rows(self.bad_rows)]
         if empty:
             lines.append(f"  {len(empty):,} with an empty output, kept: {name_rows(empty)}")
-        for name, count in self.unused_fields.items():
-            lines.append(f"  {count:,} with a field {show(name)}, which is not used")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  {line}" for line in self.fields.lines())])
 
 
 def convert(config: ConvertConfig) -> ConvertSummary:
@@ -48,11 +45,11 @@ def convert(config: ConvertConfig) -> ConvertSummary:
     Prints the summary that it returns. Raises UserError for what read_alpaca refuses and for a
     save_path that cannot be written.
     """
-    records, bad_rows = read_alpaca(config.data_path, config.on_bad_row)
+    records, bad_rows = read_alpaca(config.data_path, config.on_bad_row, config.encoding)
     with new_file(config.save_path) as file:
         for record in records:
             row = {
-                "context": alpaca(record.instruction, record.input),
+                "context": context_of(record.instruction, record.input, record.history),
                 "target": record.output,
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -62,7 +59,7 @@ def convert(config: ConvertConfig) -> ConvertSummary:
         num_written=len(records),
         bad_rows=bad_rows,
         empty_outputs=[record.row for record in records if not record.output.strip()],
-        unused_fields=dict(Counter(name for record in records for name in record.unused)),
+        fields=FieldUse.of(records),
     )
     print(summary)
     return summary

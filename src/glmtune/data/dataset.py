@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 CARD_FILE = "glmtune_data.json"
 HISTOGRAM_FILE = "length_histogram.png"
+SHARE_TO_TELL = 0.05
 _PARTS = (CARD_FILE, HISTOGRAM_FILE, "dataset_info.json", "state.json", "*.arrow")
 _COLUMNS = ("input_ids", "seq_len")
 
@@ -88,6 +89,17 @@ class DataCard:
         return (
             f"{self.num_targets_lost:,} target tokens ({share:.1%}), cut off {num_rows:,} answers, "
             "whose end is not taught; a larger max_seq_length keeps them"
+        )
+
+    def describe_dropped(self) -> str | None:
+        """Say in one line that a good part of the rows was dropped as too long; or None."""
+        num_dropped, num_read = len(self.rows_out.get("overlength", ())), self.num_read or 0
+        if num_dropped <= num_read * SHARE_TO_TELL:
+            return None
+        return (
+            f"{num_dropped:,} of {num_read:,} rows ({num_dropped / num_read:.0%}) were dropped as "
+            f"longer than {self.flags.get('max_seq_length')} tokens; tokenize says which "
+            "max_seq_length keeps them"
         )
 
     def source_rows(self) -> np.ndarray | None:

@@ -1,5 +1,6 @@
 """Read a user's text file; write results that appear under their final name only when whole."""
 
+import codecs
 import contextlib
 import hashlib
 import json
@@ -7,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO, cast
 
 from glmtune.drafts import replacing_file, replacing_folder, write_errors
 from glmtune.errors import UserError
@@ -86,15 +87,46 @@ def check_inside(path: Path) -> None:
 
 
 @contextmanager
-def open_bytes(path: str) -> Iterator[BinaryIO]:
-    """Open a file to read bytes from; UserError where it cannot be opened or read."""
+def open_bytes(path: str, encoding: str | None = None) -> Iterator[BinaryIO]:
+    """Open a file to read bytes from, those of UTF-8 where it has another `encoding`.
+
+    UserError where it cannot be opened or read, or is not in that encoding.
+    """
     try:
         with open(path, "rb") as file:
-            yield file
+            yield file if encoding is None else cast(BinaryIO, _InUtf8(path, file, encoding))
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); check the path and its permissions"
         ) from error
+
+
+class _InUtf8:
+    """Reads a file of another encoding as UTF-8."""
+
+    def __init__(self, path: str, file: BinaryIO, encoding: str) -> None:
+        self._path, self._file, self._encoding = path, file, encoding
+        self._decoder = codecs.getincrementaldecoder(encoding)()
+        self._left = b""
+
+    def read(self, size: int) -> bytes:
+        """The next `size` bytes, fewer only at the end."""
+        pieces, at_end = [self._left], False
+        while sum(map(len, pieces)) < size and not at_end:
+            start = self._file.tell()
+            data = self._file.read(size)
+            at_end = not data
+            try:
+                pieces.append(self._decoder.decode(data, at_end).encode())
+            except UnicodeError as error:
+                place = start + max(0, getattr(error, "start", 0))
+                raise UserError(
+                    f"{self._path}: not {self._encoding} near byte {place}; name another encoding, "
+                    "or leave it out for UTF-8"
+                ) from error
+        text = b"".join(pieces)
+        self._left = text[size:]
+        return text[:size]
 
 
 def refuse_other_formats(path: str, start: bytes) -> None:
@@ -127,8 +159,7 @@ def explain_bytes(data: bytes) -> tuple[str, str]:
         return "it looks like binary data", "unpack the archive, or pass the JSON file itself"
     if encoding == "UTF-8":
         return "a few bytes are damaged or cut off", "download it again or mend that place"
-    command = f"`iconv -f {encoding} -t UTF-8 OLD > NEW`"
-    return f"likely {encoding}", f"save it as UTF-8, for example with {command}"
+    return f"likely {encoding}", f"save it as UTF-8, or, of rows, pass --encoding {encoding}"
 
 
 def _likely_encoding(data: bytes) -> str | None:

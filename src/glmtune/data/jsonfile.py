@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
+import orjson
+
 from glmtune.data import windows
 from glmtune.data.files import open_bytes, refuse_other_formats
 from glmtune.data.flaws import Flaw, kind_of, show
@@ -33,14 +35,15 @@ class Span:
     is_first: bool = False
 
 
-def read_batches(path: str) -> Iterator[Batch]:
+def read_batches(path: str, encoding: str | None = None) -> Iterator[Batch]:
     """Yield all rows of a JSON list or of JSON lines, told apart by what the file holds.
 
-    Raises UserError when the file cannot be read, is empty, or is no such file at all: see
+    `encoding` is that of the file where it is not UTF-8. Raises UserError when the file cannot be
+    read, is empty, or is no such file at all: see
     files.refuse_other_formats; a web page; a single object.
     """
     num_rows, first = 0, None
-    with open_bytes(path) as file:
+    with open_bytes(path, encoding) as file:
         span, buffer = _find_rows(path, file)
         reader = _reader(span)
         for batch in _batches(file, buffer, reader):
@@ -150,6 +153,14 @@ def _batches(
         size = windows.WINDOW_BYTES if batch.num_bytes else 2 * size
 
 
+def _is_json(text: bytes) -> bool:
+    try:
+        orjson.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _refuse_other_values(path: str, start: bytes) -> None:
     """Raise UserError where what a file starts with is the start of neither list nor lines."""
     if not start:
@@ -157,7 +168,9 @@ def _refuse_other_values(path: str, start: bytes) -> None:
     if start.startswith(b"<"):
         raise UserError(f"{path}: a web page, not JSON; download the file itself (its raw form)")
     first_line, newline, _ = start.partition(b"\n")
-    if newline and start.startswith(b"{") and first_line.rstrip()[-1:] in (b"{", b"[", b",", b":"):
+    first_line = first_line.rstrip()
+    goes_on = newline and start.startswith(b"{") and first_line[-1:] in (b"{", b"[", b",", b":")
+    if goes_on and not _is_json(first_line.removesuffix(b",")):
         raise UserError(
             f"{path}: a JSON object over several lines, not a list; "
             "write the records as [{...}, {...}], or one a line in a .jsonl file"

@@ -3,15 +3,26 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
+from glmtune.data.fields import (
+    ALPACA,
+    CONVERSATIONS,
+    HISTORY,
+    ROW_FIELDS,
+    Names,
+    history_of,
+    is_record,
+    is_row,
+    names_of,
+    text_of,
+    unused_fields,
+)
 from glmtune.data.flaws import Flaw, kind_of, show
 from glmtune.data.jsonfile import read_batches
 from glmtune.errors import UserError
 
 OnBadRow = Literal["fail", "skip"]
-ALPACA_FIELDS = ("instruction", "input", "output")
-ROW_FIELDS = ("context", "target")
 
 
 class _Placed:
@@ -30,7 +41,11 @@ class _Placed:
 
 @dataclass(frozen=True, slots=True)
 class Record(_Placed):
-    """One alpaca record; `unused` names the fields beside the three that nothing reads."""
+    """One alpaca record.
+
+    `history` are the rounds before it, question and answer each. `names` are those that its fields
+    have in the file, and `unused` those of the fields that nothing reads.
+    """
 
     instruction: str
     input: str
@@ -39,12 +54,16 @@ class Record(_Placed):
     row: int
     line: int
     unused: tuple[str, ...] = ()
+    history: tuple[tuple[str, str], ...] = ()
+    names: Names = ALPACA
 
 
 @dataclass(frozen=True, slots=True)
 class Row(_Placed):
     """One question as the model will see it, and the answer it shall learn."""
 
+    history: ClassVar[tuple[tuple[str, str], ...]] = ()
+    names: ClassVar[Names] = ALPACA
     context: str
     target: str
     path: str
@@ -66,19 +85,25 @@ class BadRow(_Placed):
 Placed = TypeVar("Placed", Record, Row)
 
 
-def read_alpaca(path: str, on_bad_row: OnBadRow = "fail") -> tuple[list[Record], list[BadRow]]:
-    """Read alpaca records: `instruction` and `output`, and `input` where there is one.
+def read_alpaca(
+    path: str, on_bad_row: OnBadRow = "fail", encoding: str | None = None
+) -> tuple[list[Record], list[BadRow]]:
+    """Read alpaca records: `instruction` and `output`, `input` and `history` where there are such.
 
-    The file is a JSON list or JSON lines, told apart by what it holds. A bad row raises UserError,
-    or with on_bad_row="skip" comes back in the second list. UserError also when the file as a whole
-    cannot be read (see jsonfile.read_batches), is a list but no JSON, or has no usable row.
+    Question and answer may have other names (see fields.names_of), and no unused field may hold
+    what people expect to be taught (see fields.unused_fields). The file is a JSON list or JSON
+    lines, told apart by what it holds. A bad row raises UserError, or with on_bad_row="skip" comes
+    back in the second list. UserError also when the file as a whole cannot be read (see
+    jsonfile.read_batches), is a list but no JSON, or has no usable row.
     """
-    return _read(path, on_bad_row, alpaca_record)
+    return _read(path, on_bad_row, encoding, alpaca_record)
 
 
-def read_rows(path: str, on_bad_row: OnBadRow = "fail") -> tuple[list[Row], list[BadRow]]:
+def read_rows(
+    path: str, on_bad_row: OnBadRow = "fail", encoding: str | None = None
+) -> tuple[list[Row], list[BadRow]]:
     """Read rows of `context` and `target` as `convert` writes them; errors as in read_alpaca."""
-    return _read(path, on_bad_row, context_and_target)
+    return _read(path, on_bad_row, encoding, context_and_target)
 
 
 def name_rows(rows: Sequence[int], limit: int | None = 20) -> str:
@@ -101,11 +126,14 @@ def list_bad_rows(bad_rows: list[BadRow], limit: int = 20) -> list[str]:
 
 
 def _read(
-    path: str, on_bad_row: OnBadRow, check: Callable[[dict, str, int, int], Placed]
+    path: str,
+    on_bad_row: OnBadRow,
+    encoding: str | None,
+    check: Callable[[dict, str, int, int], Placed],
 ) -> tuple[list[Placed], list[BadRow]]:
     good: list[Placed] = []
     bad: list[BadRow] = []
-    for batch in read_batches(path):
+    for batch in read_batches(path, encoding):
         for line, value in zip(batch.lines, batch.values, strict=True):
             row = len(good) + len(bad) + 1
             try:
@@ -143,53 +171,50 @@ def fields_of(value: object) -> dict:
 
 
 def alpaca_record(fields: dict, path: str, row: int, line: int) -> Record:
-    """Return the alpaca record that a row's fields make; Flaw where they do not."""
-    if "context" in fields and "target" in fields and "instruction" not in fields:
+    """Return the record that a row's fields make; Flaw where they do not."""
+    if is_row(fields):
         raise Flaw(
             "other format",
             "a context/target row as convert writes them, not an alpaca record",
             "pass the alpaca file here, or this file to `glmtune tokenize`",
         )
+    names = names_of(fields)
+    turns = next(filter(fields.get, CONVERSATIONS), None)
+    if turns and not is_record(fields):
+        raise Flaw(
+            "conversation",
+            f'a conversation in "{turns}", which is not read yet',
+            'write each of its answers as a record {"instruction": question, "output": answer, '
+            '"history": [["earlier question", "its answer"], ...]}',
+            turns,
+        )
+    instruction, input, output = names
     return Record(
-        instruction=_string(fields, "instruction"),
-        input=_string(fields, "input") if "input" in fields else "",
-        output=_string(fields, "output"),
+        instruction=text_of(fields, instruction),
+        input=text_of(fields, input) if input and fields.get(input) is not None else "",
+        output=text_of(fields, output),
         path=path,
         row=row,
         line=line,
-        unused=tuple(name for name in fields if name not in ALPACA_FIELDS),
+        unused=unused_fields(fields, (instruction, input or "", HISTORY, output)),
+        history=history_of(fields),
+        names=names,
     )
 
 
 def context_and_target(fields: dict, path: str, row: int, line: int) -> Row:
     """Return the row of context and target that a row's fields make; Flaw where they do not."""
-    if "instruction" in fields and "context" not in fields:
+    if is_record(fields) and not is_row(fields):
         raise Flaw(
             "other format",
             "an alpaca record, not a context/target row",
             "run `glmtune convert` first and pass the file that it writes",
         )
     return Row(
-        context=_string(fields, "context"),
-        target=_string(fields, "target"),
+        context=text_of(fields, "context"),
+        target=text_of(fields, "target"),
         path=path,
         row=row,
         line=line,
-        unused=tuple(name for name in fields if name not in ROW_FIELDS),
+        unused=unused_fields(fields, ROW_FIELDS),
     )
-
-
-def _string(fields: dict, name: str) -> str:
-    if name not in fields:
-        what = f'field "{name}" is missing, the row has {show(list(fields))}'
-        raise Flaw("missing field", what, "add it", name)
-    value = fields[name]
-    if not isinstance(value, str):
-        what = f'field "{name}" is {show(value)} ({kind_of(value)}), not a string'
-        raise Flaw("not a string", what, "quote it", name)
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        what = f'field "{name}" holds \\u{ord(value[error.start]):04x}, half of a character'
-        raise Flaw("half a character", what, "remove it", name) from error
-    return value

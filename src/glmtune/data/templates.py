@@ -1,5 +1,7 @@
 """The text around a record: pure functions of strings, without a tokenizer."""
 
+from collections.abc import Iterable
+
 _START, _INPUT, _END = "Instruction: ", "\nInput: ", "\nAnswer: "
 
 
@@ -9,6 +11,32 @@ def alpaca(instruction: str, input: str = "") -> str:
     The Input line is left out where a record has none; the answer follows "Answer: " directly.
     """
     return f"{_START}{instruction}{_INPUT if input else ''}{input}{_END}"
+
+
+def rounds(history: Iterable[tuple[str, str]], question: str) -> str:
+    """Return a question behind earlier rounds of question and answer, which count from 0.
+
+    Source: the published code's `chat`, and its fine-tuning with a history column.
+    """
+    pairs = list(history)
+    earlier = "".join(f"[Round {i}]\n问：{q}\n答：{a}\n" for i, (q, a) in enumerate(pairs))
+    return f"{earlier}[Round {len(pairs)}]\n问：{question}\n答："
+
+
+def context_of(instruction: str, input: str, history: Iterable[tuple[str, str]] = ()) -> str:
+    """Return the context before a record's answer: `alpaca`, or `rounds` where there were earlier.
+
+    With rounds the text is what the model's own chat would read, so the question has no words of
+    `alpaca` around it; an input follows the instruction on a line of its own.
+    """
+    if pairs := list(history):
+        return rounds(pairs, f"{instruction}\n{input}" if input else instruction)
+    return alpaca(instruction, input)
+
+
+def has_rounds(context: str) -> bool:
+    """Tell whether a context reads as if `rounds` had written it."""
+    return context.startswith("[Round 0]\n问：") and context.endswith("\n答：")
 
 
 def is_alpaca(context: str) -> bool:

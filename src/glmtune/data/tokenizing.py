@@ -1,5 +1,6 @@
 """Context and target to token rows on disk: encoded in batches, counted, drawn as a histogram."""
 
+import math
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,13 +19,15 @@ from glmtune.data.dataset import (
     check_replaceable,
     special_ids,
 )
+from glmtune.data.fields import FieldUse
 from glmtune.data.files import new_folder, sha256_of
 from glmtune.data.lengths import LengthStats, plot_lengths
 from glmtune.data.records import BadRow, Row, list_bad_rows, name_rows, read_rows
-from glmtune.data.templates import is_alpaca
+from glmtune.data.templates import has_rounds, is_alpaca
 from glmtune.errors import UserError
 
 ROWS_PER_BATCH = 4096
+SHARE_TO_KEEP = 0.95
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,9 @@ class TokenizeSummary:
     save_path: str
     card: DataCard
     bad_rows: list[BadRow]
+    fields: FieldUse
+    advice: str | None
+    """Which max_seq_length would leave more rows whole, where this one did not leave all."""
 
     def __str__(self) -> str:
         card, limit = self.card, self.card.flags["max_seq_length"]
@@ -55,11 +61,13 @@ class TokenizeSummary:
         if self.bad_rows:
             lines.append(f"    {len(self.bad_rows):,} bad, skipped:")
             lines += [f"      {line}" for line in list_bad_rows(self.bad_rows)]
+        lines += [f"    {line}" for line in self.fields.lines()]
         lines += [
             f"  row length  {card.lengths} tokens",
             f"  tokens      {card.num_tokens:,}, "
             f"{card.num_target_tokens / card.num_tokens:.1%} of them targets",
             *([f"  lost        {lost}"] if (lost := card.describe_loss()) else []),
+            *([f"  advice      {self.advice}"] if self.advice else []),
             f"  beside it   {CARD_FILE} (with all these row numbers), {HISTOGRAM_FILE}",
         ]
         return "\n".join(lines)
@@ -83,11 +91,24 @@ class EncodedRows:
     cut_contexts: list[int] = field(default_factory=list)
     cut_targets: list[int] = field(default_factory=list)
     num_targets_lost: int = 0
+    limits: array = field(default_factory=lambda: array("i"))
+    """The least max_seq_length that leaves a row whole, of all rows but the empty ones."""
 
     @property
     def lengths(self) -> np.ndarray:
         """The length of each kept row."""
         return np.diff(self.ends, prepend=0)
+
+    def advice(self, limit: int) -> str | None:
+        """Say which max_seq_length would leave 95 % of the rows whole, and which all of them."""
+        needed = np.sort(self.limits)
+        num_whole = int(np.searchsorted(needed, limit, side="right"))
+        if num_whole == len(needed):
+            return None
+        share, most = SHARE_TO_KEEP, int(needed[math.ceil(SHARE_TO_KEEP * len(needed)) - 1])
+        whole = f"{num_whole:,} of {len(needed):,} rows are whole; "
+        for_all = f"--max_seq_length {needed[-1]} keeps all of them"
+        return whole + (f"--max_seq_length {most} keeps {share:.0%}, " * (most > limit)) + for_all
 
 
 def tokenize(config: TokenizeConfig, tokenizer: RowTokenizer, base_name: str) -> TokenizeSummary:
@@ -97,13 +118,14 @@ def tokenize(config: TokenizeConfig, tokenizer: RowTokenizer, base_name: str) ->
     save_path that holds anything else than such a data set, and when no row is left.
     """
     check_replaceable(config.save_path)
-    rows, bad_rows = read_rows(config.jsonl_path, config.on_bad_row)
+    rows, bad_rows = read_rows(config.jsonl_path, config.on_bad_row, config.encoding)
     encoded = encode_rows(rows, tokenizer, config)
     if not encoded.seq_len:
+        advice = encoded.advice(config.max_seq_length) if encoded.limits else None
         raise UserError(
             f"{config.jsonl_path}: no row is left: {len(encoded.empty):,} have an empty target, "
             f"{len(encoded.overlength):,} are longer than max_seq_length {config.max_seq_length}; "
-            "raise max_seq_length, or set keep_empty true"
+            f"{f'raise max_seq_length ({advice})' if advice else 'set keep_empty true'}"
         )
     card = _card(config, tokenizer, base_name, rows, bad_rows, encoded)
     with new_folder(config.save_path) as folder:
@@ -115,7 +137,14 @@ def tokenize(config: TokenizeConfig, tokenizer: RowTokenizer, base_name: str) ->
             dropped=encoded.lengths_out,
             max_seq_length=config.max_seq_length,
         )
-    summary = TokenizeSummary(config.jsonl_path, config.save_path, card, bad_rows)
+    summary = TokenizeSummary(
+        config.jsonl_path,
+        config.save_path,
+        card,
+        bad_rows,
+        FieldUse.of(rows),
+        encoded.advice(config.max_seq_length),
+    )
     print(summary)
     return summary
 
@@ -123,7 +152,8 @@ def tokenize(config: TokenizeConfig, tokenizer: RowTokenizer, base_name: str) ->
 def encode_rows(rows: list[Row], tokenizer: RowTokenizer, config: TokenizeConfig) -> EncodedRows:
     """Encode rows as the script of 2023 did: context, [gMASK] <sop>, target, <eop>.
 
-    Context (with its two special ids) and target are cut to max_seq_length each, so a row may hold
+    Context (with its two special ids) and target are cut to max_seq_length each (a context of
+    several rounds at its start), so a row may hold
     twice that unless skip_overlength drops it. Rows with an empty target are left out unless
     keep_empty.
 
@@ -134,15 +164,22 @@ def encode_rows(rows: list[Row], tokenizer: RowTokenizer, config: TokenizeConfig
     specials = [tokenizer.gmask_token_id, tokenizer.bos_token_id]
     out = EncodedRows()
     for row, context, target in _encode_in_batches(rows, tokenizer, config.num_threads):
-        prompt = context[: limit - len(specials)] + specials
+        room = limit - len(specials)
+        # Behind earlier rounds stands the question, which is what the answer is about.
+        prompt = (context[-room:] if has_rounds(row.context) else context[:room]) + specials
         answer = [*target, tokenizer.eos_token_id]
         num_lost = len(answer) - limit if len(target) > limit else 0
         input_ids = prompt + answer[: len(answer) - num_lost]
-        if not config.keep_empty and not (target and row.target.strip()):
+        is_empty = not config.keep_empty and not (target and row.target.strip())
+        if not is_empty:
+            length = len(context) + len(specials)
+            whole = length + len(answer) if config.skip_overlength else max(length, len(target))
+            out.limits.append(whole)
+        if is_empty:
             out.empty.append(row.row)
         elif config.skip_overlength and len(input_ids) > limit:
             out.overlength.append(row.row)
-            out.lengths_out.append(len(context) + len(specials) + len(target) + 1)
+            out.lengths_out.append(out.limits[-1])
         else:
             out.input_ids.extend(input_ids)
             out.ends.append(len(out.input_ids))
@@ -185,7 +222,7 @@ def _card(
         tokenizer_sha256=tokenizer.vocab_hash,
         vocab_revision=tokenizer.revision,
         special_ids=special_ids(tokenizer),
-        template="alpaca" if all(is_alpaca(row.context) for row in rows) else "custom",
+        template=_template(rows),
         flags=config.model_dump(
             include={"max_seq_length", "skip_overlength", "keep_empty", "on_bad_row"}
         ),
@@ -205,6 +242,12 @@ def _card(
         num_targets_lost=encoded.num_targets_lost,
         row_is_line=all(row.row == row.line for row in (*rows, *bad_rows)),
     )
+
+
+def _template(rows: list[Row]) -> str:
+    """Name what stands around a first question; that behind earlier rounds has no words of ours."""
+    firsts = [row for row in rows if not has_rounds(row.context)]
+    return "alpaca" if firsts and all(is_alpaca(row.context) for row in firsts) else "custom"
 
 
 def _save(encoded: EncodedRows, folder: Path) -> None:

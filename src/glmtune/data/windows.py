@@ -85,6 +85,8 @@ class Lines:
         lines: Sequence[int] = range(self.line, self.line + len(rows))
         self.line += len(rows)
         values = _parse_at_once(rows, block)
+        if values is None:  # lines taken out of a list may end in its commas
+            values = _parse_at_once([row.rstrip(BLANK).removesuffix(b",") for row in rows], block)
         if values is None:
             lines = [line for line, row in zip(lines, rows, strict=True) if row.strip(BLANK)]
             values = [self._parse(row) for row in rows if row.strip(BLANK)]
@@ -97,7 +99,7 @@ class Lines:
         try:
             value, end = self.reference.parse(text, _skip_blank(text, 0))
             end = _skip_blank(text, end)
-            if end < len(text):
+            if end < len(text) and text[end:].rstrip() != ",":
                 raise json.JSONDecodeError("Extra data", text, end)
         except (json.JSONDecodeError, RecursionError) as error:
             place = f"column {getattr(error, 'pos', 0) + 1}"

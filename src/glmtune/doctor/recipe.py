@@ -16,7 +16,7 @@ from glmtune.errors import UserError
 from glmtune.hardware import Card, pick_device, pick_dtype
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.checkpoints import load_tokenizer
-from glmtune.models.sizes import LINEARS, adapter_parameters
+from glmtune.models.sizes import adapter_parameters, check_targets
 from glmtune.models.weights import is_lfs_pointer
 from glmtune.training.advice import advise, verdict
 from glmtune.training.disk import BYTES_PER_WEIGHT
@@ -44,7 +44,10 @@ def check_settings(path: str, verbs: list[str], plans: Plans) -> Iterator[Told]:
     """Read what a recipe sets for each verb into `plans`."""
     for verb in verbs:
         try:
-            plans[verb] = read_config(SETTINGS[verb], verb, path, {})
+            settings = read_config(SETTINGS[verb], verb, path, {})
+            if isinstance(settings, TrainConfig):
+                check_targets(settings.lora_target)
+            plans[verb] = settings
         except UserError as error:
             yield PROBLEM, str(error)
     if plans:
@@ -148,5 +151,4 @@ def check_run_folder(config: TrainConfig, base: Path | str) -> Iterator[Told]:
 
 def checkpoint_bytes(config: TrainConfig, model: ChatGLMConfig) -> int:
     """Bytes of a checkpoint: an adapter in float32 and two moments of each of its weights."""
-    targets = [name for name in config.lora_target if name in LINEARS]
-    return BYTES_PER_WEIGHT * adapter_parameters(model, config.lora_rank, targets)
+    return BYTES_PER_WEIGHT * adapter_parameters(model, config.lora_rank, config.lora_target)

@@ -14,10 +14,12 @@ from typing import Any, TextIO
 import torch
 
 from glmtune.adapters import find_adapter, load_adapter
+from glmtune.adapters.formats import find_weights
 from glmtune.config import ChatConfig, CheckConfig, CompareConfig, InferConfig
+from glmtune.data.fields import FieldUse
 from glmtune.data.files import new_file, read_text
 from glmtune.data.records import Record, list_bad_rows, read_alpaca
-from glmtune.data.templates import alpaca
+from glmtune.data.templates import context_of
 from glmtune.errors import UserError, note
 from glmtune.generation import Prompt
 from glmtune.hardware import check_decoding, pick_device, pick_dtype
@@ -31,26 +33,29 @@ from glmtune.models.checkpoints import (
 
 
 def read_questions(config: InferConfig | CompareConfig) -> list[Record]:
-    """The records to answer; bad ones that are left out are listed on stderr.
+    """The records to answer; bad ones that are left out and unused fields are told on stderr.
 
     Raises:
         UserError: see `read_alpaca`.
     """
-    records, bad_rows = read_alpaca(config.data_path, config.on_bad_row)
+    records, bad_rows = read_alpaca(config.data_path, config.on_bad_row, config.encoding)
     for line in list_bad_rows(bad_rows):
         print(f"skipped {line}", file=sys.stderr)
+    note(*(f"{config.data_path}: {line}" for line in FieldUse.of(records).lines()))
     return records
 
 
 def prompt_of(record: Record) -> Prompt:
     """A record as the model will see it, with random numbers of its own."""
-    return Prompt(alpaca(record.instruction, record.input), record.where, record.row)
+    context = context_of(record.instruction, record.input, record.history)
+    return Prompt(context, record.where, record.row)
 
 
 def question_of(record: Record) -> dict[str, Any]:
     """A record as it stands in a line of a file of answers."""
     names = ("row", "instruction", "input", "output")
-    return {name: getattr(record, name) for name in names}
+    question = {name: getattr(record, name) for name in names}
+    return question | ({"history": list(map(list, record.history))} if record.history else {})
 
 
 @dataclass(frozen=True)
@@ -229,7 +234,9 @@ class AnswerFile:
             )
         record = self.records[number - 1]
         question = question_of(record)
-        if not isinstance(line, dict) or {name: line.get(name) for name in question} != question:
+        names = (*question, "history")
+        asked = {n: line[n] for n in names if n in line} if isinstance(line, dict) else None
+        if asked != question:
             raise UserError(f"{where}: is no answer to the record {record.where}; pass {self.fix}")
         return line
 
@@ -288,7 +295,8 @@ class AnswerFile:
 def _digest(adapter: Path) -> str:
     """The beginning of a sha256 over the adapter's settings and weights."""
     digest = hashlib.sha256()
-    for file in sorted(adapter.glob("adapter_*.*")):
+    files = {*adapter.glob("adapter_*.*"), *filter(None, [find_weights(adapter)])}
+    for file in sorted(files):
         try:
             digest.update(file.read_bytes() if file.is_file() else b"")
         except OSError as error:

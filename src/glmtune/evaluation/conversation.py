@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from glmtune.data import templates
 from glmtune.generation.streaming import without_beginning
 
 BASE, TUNED = "base", "tuned"
@@ -37,11 +38,7 @@ def write_prompt(rounds: Sequence[Round], question: str, side: str) -> str:
     """
     if not rounds:
         return question
-    earlier = "".join(
-        f"[Round {i}]\n问：{round.question}\n答：{round.seen_by(side)}\n"
-        for i, round in enumerate(rounds)
-    )
-    return f"{earlier}[Round {len(rounds)}]\n问：{question}\n答："
+    return templates.rounds([(r.question, r.seen_by(side)) for r in rounds], question)
 
 
 def polish(text: str) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from glmtune.config import CheckConfig, TrainConfig, read_config
 from glmtune.data.dataset import load_dataset
 from glmtune.data.records import read_alpaca
-from glmtune.data.templates import alpaca
+from glmtune.data.templates import alpaca, context_of
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError, note
 from glmtune.training.checkpoints import RECIPE_FILE
@@ -80,7 +80,8 @@ def choose_probes(config: CheckConfig, adapter: Path, tokenizer: Any) -> Probes:
     """
     if config.data_path:
         records, _ = read_alpaca(config.data_path)
-        pairs = [(alpaca(r.instruction, r.input), r.output) for r in records if r.output.strip()]
+        answered = [record for record in records if record.output.strip()]
+        pairs = [(context_of(r.instruction, r.input, r.history), r.output) for r in answered]
         if not pairs:
             raise UserError(f"{config.data_path}: no record has an output to compare with")
         probes = from_texts(tokenizer, pairs[: config.limit])

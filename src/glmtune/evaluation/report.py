@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from glmtune.data.templates import rounds
 from glmtune.generation import Answer
 
 
@@ -56,10 +57,11 @@ class Pair:
 
     @classmethod
     def from_line(cls, line: dict[str, Any]) -> "Pair":
-        """The pair of a line of `compare.jsonl`."""
+        """The pair of a line of `compare.jsonl`; earlier rounds stand before its instruction."""
+        earlier, instruction = line.get("history"), line["instruction"]
         return cls(
             number=line["row"],
-            instruction=line["instruction"],
+            instruction=rounds(earlier, instruction) if earlier else instruction,
             input=line["input"],
             expected=line["output"],
             base=Answer(**line["base"]),

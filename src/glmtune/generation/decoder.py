@@ -148,7 +148,7 @@ class Decoder:
         self.config: ChatGLMConfig = model.config
         self.device: torch.device = device or model.device
         check_decoding(self.device, bits, compiled)
-        self._linears: dict[nn.Module, Projection] = beside._linears if beside else {}
+        self._linears: dict[tuple[nn.Module, int], Projection] = beside._linears if beside else {}
         with torch.inference_mode():
             self.weights = read_weights(
                 model, bits=bits, merge=merge, device=self.device, known=self._linears

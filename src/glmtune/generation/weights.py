@@ -23,7 +23,7 @@ def read_weights(
     bits: int = 16,
     merge: bool = False,
     device: torch.device | None = None,
-    known: dict[nn.Module, Projection] | None = None,
+    known: dict[tuple[nn.Module, int], Projection] | None = None,
 ) -> Weights:
     """The weights of a model as it stands: with its adapter, unless that is disabled.
 
@@ -135,7 +135,7 @@ def _read_projection(
     bits: int,
     merge: bool,
     device: torch.device,
-    known: dict[nn.Module, Projection],
+    known: dict[tuple[nn.Module, int], Projection],
 ) -> Projection:
     base, updates = split_lora(linear)
     if type(base) is not nn.Linear:
@@ -152,9 +152,10 @@ def _read_projection(
         for a_RI, b_OR, scale in updates:
             total = total + b_OR.float() @ a_RI.float() * scale
         return _round(total.to(weight.dtype), base.bias, bits, device)
-    if base not in known:  # or else it would be brought to the device in vain
-        known[base] = _round(base.weight.detach(), base.bias, bits, device)
-    return Adapted(known[base], updates) if updates else known[base]
+    key = base, id(base.bias)  # an adapter may have a bias of its own
+    if key not in known:  # or else it would be brought to the device in vain
+        known[key] = _round(base.weight.detach(), base.bias, bits, device)
+    return Adapted(known[key], updates) if updates else known[key]
 
 
 def _round(weight: Tensor, bias: Tensor | None, bits: int, device: torch.device) -> Projection:

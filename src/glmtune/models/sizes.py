@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import torch
 
+from glmtune.errors import UserError
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 
 # In the order of `block_shapes`.
@@ -11,6 +12,16 @@ LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 # NF4 with double quantisation: half a byte a value; a byte for each block of values, the block's
 # largest magnitude; and a float32 for each group of blocks, the group's.
 NF4_BLOCK, NF4_GROUP = 64, 256
+
+
+def check_targets(names: Iterable[str]) -> None:
+    """Raise UserError where `lora_target` names a linear that no ChatGLM-6B has."""
+    if unknown := [name for name in names if name not in LINEARS]:
+        fused = " (q_proj, k_proj and v_proj are one here)" if "q_proj" in unknown else ""
+        raise UserError(
+            f"lora_target: ChatGLM-6B has no linear {', '.join(map(repr, unknown))}; choose from "
+            f"{', '.join(LINEARS)}{fused}, or all for every one"
+        )
 
 
 def block_shapes(config: ChatGLMConfig) -> list[tuple[int, int]]:

@@ -1,6 +1,7 @@
 """The loss on rows that are held out, whenever it falls due."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -11,13 +12,12 @@ from glmtune.training.run import Run
 from glmtune.training.state import TrainingState
 
 
-def is_evaluation_due(run: Run, state: TrainingState, log: RunLog) -> bool:
+def is_evaluation_due(run: Run, step: int, history: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the rows held out are to be looked at after this step, and have not been yet."""
-    step = state.global_step
     falls_due = step > 0 and (step % run.eval_steps == 0 or step == run.max_steps)
     if not falls_due or not len(run.eval_rows):  # asked in every step: records may be many
         return False
-    return not any("eval_loss" in r and r["step"] == step for r in reversed(log.history))
+    return not any("eval_loss" in r and r["step"] == step for r in reversed(history))
 
 
 def evaluate_if_due(
@@ -28,7 +28,7 @@ def evaluate_if_due(
     Raises:
         CutShort: see `evaluate`; or memory is too small for it.
     """
-    if not is_evaluation_due(run, state, log):
+    if not is_evaluation_due(run, state.global_step, log.history):
         return False
     with undone_when_cut_short(state, run.accelerator):
         eval_loss = evaluate(run, step_pass, stop.is_wanted)

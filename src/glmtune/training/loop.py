@@ -31,6 +31,7 @@ from glmtune.models.checkpoints import (
     resolve_base,
 )
 from glmtune.models.fingerprint import fingerprint
+from glmtune.models.sizes import check_targets
 from glmtune.training import checkpoints, run_folder
 from glmtune.training.advice import check_fit, print_forecast
 from glmtune.training.check import prove
@@ -91,6 +92,7 @@ def train(config: TrainConfig, at_end: AtEnd | None = None) -> TrainResult:
             memory or the disk is too small, or the loss is no longer finite.
         KeyboardInterrupt: a signal came before the first step.
     """
+    check_targets(config.lora_target)
     accelerator, dtype = start_accelerator(config)
     with StopRequest(accelerator, config.max_hours) as stop:
         if config.base_dtype == "fp8":
@@ -100,7 +102,7 @@ def train(config: TrainConfig, at_end: AtEnd | None = None) -> TrainResult:
         tokenizer = load_tokenizer(base)
         dataset, card = load_dataset(config.dataset_path)
         check_data_card(card, tokenizer, config.dataset_path)
-        if lost := card.describe_loss():
+        for lost in filter(None, (card.describe_loss(), card.describe_dropped())):
             note(f"{config.dataset_path}: {lost}")
         rows = TokenRows.from_dataset(dataset)
 
@@ -127,8 +129,10 @@ def train(config: TrainConfig, at_end: AtEnd | None = None) -> TrainResult:
         torch.manual_seed(config.seed)
         peft_model = adapt(model, config)
         run = Run.of(config, accelerator, rows, peft_model, base_name(base), sources, foresee)
+        notes += run.cautions()
         if resume:
             notes += checkpoints.check_same_run(resume, run.identity, config.resume_anyway)
+            notes += run_folder.check_unfinished(run, resume)
         note(*notes)
         as_run = {
             "chatglm_path": base,
@@ -170,7 +174,7 @@ def fit(run: Run, model: PeftModel, stop: StopRequest, resume: Path | None = Non
     config, accelerator = run.config, run.accelerator
     state = build_state(run, model)
     step_pass = build_pass(run, model, state.weights)
-    torch.manual_seed(config.seed + accelerator.process_index)  # to each process its own dropout
+    torch.manual_seed(config.seed + accelerator.process_index)
     history: list[dict[str, Any]] = []
     if resume:
         history = checkpoints.load_checkpoint(resume, state, accelerator)
@@ -212,15 +216,19 @@ def fit(run: Run, model: PeftModel, stop: StopRequest, resume: Path | None = Non
         except CutShort as cut:  # all is as it was after the last whole step
             save(run, state, log)
             if cut.out_of_memory:
-                evaluating = is_evaluation_due(run, state, log)
+                evaluating = is_evaluation_due(run, state.global_step, log.history)
                 advice = memory_advice(run, evaluating)
                 raise UserError(
                     f"{advice}; {what_is_kept(run, state)}, with --resume_anyway true where packs, "
                     "layout or bits are to be others"
                 ) from cut
-    is_done = state.global_step >= run.max_steps and not is_evaluation_due(run, state, log)
+    is_done = state.global_step >= run.max_steps and not is_evaluation_due(
+        run, state.global_step, log.history
+    )
     if accelerator.is_main_process:
         print_summary(run, state, log.history, since_start, is_done)
+        if not is_done and not stop.by_signal and not since_start.tokens:
+            note(f"max_hours ({config.max_hours:g}) was over before the first step: raise it")
     interrupted = stop.by_signal and not is_done
     return TrainResult(Path(config.output_dir), state.global_step, log.history, interrupted)
 

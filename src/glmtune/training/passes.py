@@ -69,10 +69,13 @@ class PaddedPass(Pass):
         enable_recompute(base_of(self.model), self.recompute)
 
     def run(self, row_ids: np.ndarray, num_labels: int, seed: int) -> Tensor:
-        """See `Pass`; dropout draws from torch's generator, which runs on from pass to pass."""
+        """See `Pass`; dropout is a function of the seed, whichever process makes the pass."""
         self.model.train()
-        loss = self._forward(row_ids, num_labels)
-        self.accelerator.backward(loss)
+        device = self.accelerator.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            loss = self._forward(row_ids, num_labels)
+            self.accelerator.backward(loss)
         return loss.detach()
 
     @torch.no_grad()

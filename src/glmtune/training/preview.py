@@ -13,6 +13,7 @@ from glmtune.data.token_rows import TokenRows
 from glmtune.errors import note
 from glmtune.hardware import Card, pick_device, pick_dtype
 from glmtune.models.checkpoints import base_name, load_config, resolve_base
+from glmtune.models.sizes import check_targets
 from glmtune.training.advice import find_remedies, print_forecast
 from glmtune.training.forecast import EqualRows, Lengths, forecast
 
@@ -23,6 +24,7 @@ def plan(settings: PlanConfig) -> dict[str, Any]:
     Raises:
         UserError: a card or a base model that is not known, or a JSON file that cannot be written.
     """
+    check_targets(settings.lora_target)
     check_appendable(settings.json_path)
     card, dtype = _card_and_dtype(settings)
     base = resolve_base(settings.chatglm_path)

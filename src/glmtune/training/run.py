@@ -1,6 +1,7 @@
 """What stays fixed while a run trains, and how its moving parts are built."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +31,8 @@ from glmtune.training.plan import PackPlan, Plan, split_rows
 from glmtune.training.state import TrainingState
 from glmtune.training.together import leave_at_exit
 from glmtune.training.watch import Watch
+
+MANY_EPOCHS = 50
 
 # Settings that change a run's numbers as they stand; `Run.identity` adds those that depend on more.
 _NUMERIC_SETTINGS = (
@@ -100,6 +103,24 @@ class Run:
             sources=sources or {},
         )
 
+    def cautions(self) -> list[str]:
+        """What may be a slip in the number of steps, a line each."""
+        num_epochs, num_rows = self.plan.epoch(self.max_steps), len(self.plan.row_ids)
+        told = []
+        if num_epochs > MANY_EPOCHS:
+            told.append(
+                f"{self.max_steps:,} steps are {num_epochs:,.0f} epochs of {num_rows:,} rows, "
+                "which are then learned by heart and little else; --max_steps -1 "
+                "--num_train_epochs 3 goes through them three times"
+            )
+        if self.warmup_steps >= self.max_steps and self.config.lr_scheduler_type != "constant":
+            told.append(
+                f"warmup_steps {self.config.warmup_steps:g}: the learning rate rises in all "
+                f"{self.max_steps:,} steps and never comes to {self.config.learning_rate:g}; "
+                "--warmup_steps 0.03 takes 3 % of them"
+            )
+        return told
+
     @property
     def layout(self) -> Layout:
         """How the rows of a pass lie."""
@@ -111,6 +132,11 @@ class Run:
             self.max_steps, self.accelerator.num_processes, self.layout == "padded"
         )
 
+    @property
+    def has_end(self) -> bool:
+        """Whether the learning rate comes down to 0 at the last step."""
+        return self.config.lr_scheduler_type in ("linear", "cosine")
+
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Every setting and fact that changes the run's numbers: a resumed run must have the same.
@@ -118,7 +144,6 @@ class Run:
         How a global batch is dealt out to passes and processes is not among them, nor is the number
         of steps where the schedule does not depend on it: such a run may be made longer.
         """
-        has_end = self.config.lr_scheduler_type in ("linear", "cosine")
         return {
             "base model": self.base_name,
             **self.sources,
@@ -128,7 +153,7 @@ class Run:
             "layout": self.layout,
             f"{self.plan.unit} per step": self.plan.step_size,
             "pack length": self.plan.pack_length if isinstance(self.plan, PackPlan) else "any",
-            "steps of the schedule": self.max_steps if has_end else "any",
+            "steps of the schedule": self.max_steps if self.has_end else "any",
             "warmup_steps": self.warmup_steps,
             **{name: getattr(self.config, name) for name in _NUMERIC_SETTINGS},
         }
@@ -171,6 +196,13 @@ def start_accelerator(config: TrainConfig) -> tuple[Accelerator, torch.dtype]:
             "base: launch with --multi_gpu, or without a launcher"
         )
     leave_at_exit(accelerator)
+    # So it launches one process where more are asked for, with their address and no number.
+    launched_alone = "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ
+    if accelerator.num_processes == 1 and launched_alone and "WORLD_SIZE" not in os.environ:
+        note(
+            "accelerate launch has started one process: on CPUs it starts no more, whatever "
+            "--num_processes says; for N of them: torchrun --nproc_per_node N -m glmtune train ..."
+        )
     if caution:
         note(caution)
     return accelerator, dtype

@@ -1,6 +1,9 @@
 """The run folder before a run: is it free, which checkpoint in it is gone on from, what must go."""
 
+import filecmp
+import math
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 
@@ -12,6 +15,7 @@ from glmtune.errors import UserError
 from glmtune.runlog import METRICS_FILE, PLOT_FILE, TENSORBOARD_FOLDER
 from glmtune.training.checkpoints import RECIPE_FILE, saved_steps
 from glmtune.training.disk import MEGABYTE, check_room, checkpoint_bytes, most_new_checkpoints
+from glmtune.training.held_out import is_evaluation_due
 from glmtune.training.manifest import STATE_FILE, find_fault, read_trainer_state
 from glmtune.training.run import Run
 
@@ -43,6 +47,50 @@ def resume_point(config: TrainConfig) -> tuple[Path | None, list[str]]:
             "name another folder"
         )
     return checkpoint, notes
+
+
+def check_unfinished(run: Run, checkpoint: Path) -> list[str]:
+    """Make sure that a run which goes on from a checkpoint has something left to do.
+
+    That may be an evaluation, or files beside the checkpoint that a kill has cost the run folder.
+
+    Returns:
+        What the user should know of, a line each.
+
+    Raises:
+        UserError: nothing is left to do; the message says what to raise.
+    """
+    output_dir, state = Path(run.config.output_dir), read_trainer_state(checkpoint)
+    step = int(state["global_step"])
+    beside = _state_beside(checkpoint) if _is_inside(checkpoint, output_dir) else None
+    history = (beside or state)["log_history"]
+    if step < run.max_steps or is_evaluation_due(run, step, history):
+        return []
+    if _is_inside(checkpoint, output_dir) and beside is None:
+        return [f"{checkpoint} is the last: nothing is trained, {output_dir} is made whole from it"]
+    config = run.config
+    asked, more = "max_steps", 2 * step
+    if config.max_steps <= 0:
+        asked, more = "num_train_epochs", math.ceil(run.plan.epoch(step)) + 1
+    # A longer run has other rates, which is another recipe.
+    anyway = " --resume_anyway true" if run.has_end or 0 < config.warmup_steps < 1 else ""
+    raise UserError(
+        f"{checkpoint}: nothing is left to train: it has {step:,} steps, and {asked} "
+        f"({getattr(config, asked):g}) asks for {run.max_steps:,}; to train on, raise that: "
+        f"--{asked} {more}{anyway}"
+    )
+
+
+def _state_beside(checkpoint: Path) -> dict[str, Any] | None:
+    """The state that a run leaves beside its last checkpoint; None where not all is there."""
+    folder = checkpoint.resolve().parent
+    try:
+        is_same = filecmp.cmp(folder / WEIGHTS_FILE, checkpoint / WEIGHTS_FILE, shallow=False)
+        state = read_trainer_state(folder)
+    except (OSError, UserError):
+        return None
+    is_last = checkpoint.name == f"checkpoint-{state['global_step']}"
+    return state if is_same and is_last and (folder / CONFIG_FILE).is_file() else None
 
 
 def claim_output_dir(config: TrainConfig, checkpoint: Path | None) -> Path:

@@ -6,22 +6,26 @@ shows anything unusual are its rows looked at one by one, to say which and why.
 
 import string
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import itemgetter
 
 import numpy as np
 
-from glmtune.data.flaws import Flaw, show
-from glmtune.data.records import (
-    ALPACA_FIELDS,
+from glmtune.data.fields import (
+    ALPACA,
+    HISTORY,
     ROW_FIELDS,
-    alpaca_record,
-    context_and_target,
-    fields_of,
+    FieldUse,
+    is_content,
+    is_record,
+    is_row,
+    names_of,
 )
-from glmtune.data.templates import parts
+from glmtune.data.flaws import Flaw
+from glmtune.data.records import Record, alpaca_record, context_and_target, fields_of
+from glmtune.data.templates import parts, rounds
 from glmtune.data.validation.characters import CONTROL, LANGUAGES, survey
 from glmtune.data.validation.duplicates import END_OF_PART, END_OF_ROW, Fingerprints
 from glmtune.data.validation.problems import Problem
@@ -30,7 +34,7 @@ from glmtune.data.windows import Batch
 LONG_TEXT = 100_000
 """Characters of a row beyond which it is surely not one question and its answer."""
 
-NUM_PARTS = len(ALPACA_FIELDS)
+NUM_PARTS = len(ALPACA)
 
 
 @dataclass(slots=True)
@@ -43,7 +47,7 @@ class CheckedFile:
     num_rows: int = 0
     num_unusable: int = 0
     letters: np.ndarray = field(default_factory=lambda: np.zeros(len(LANGUAGES), np.int64))
-    unused_fields: Counter[str] = field(default_factory=Counter)
+    fields: FieldUse = field(default_factory=FieldUse)
 
     @property
     def language_shares(self) -> dict[str, float]:
@@ -59,7 +63,7 @@ class CheckedFile:
         self.num_rows += span.num_rows
         self.num_unusable += span.num_unusable
         self.letters += span.letters
-        self.unused_fields.update(span.unused_fields)
+        self.fields.add(span.fields)
 
     def as_json(self) -> dict[str, object]:
         """The same for the report."""
@@ -70,7 +74,8 @@ class CheckedFile:
             "rows": self.num_rows,
             "unusable_rows": self.num_unusable,
             "language_shares": self.language_shares,
-            "unused_fields": self.unused_fields,
+            "unused_fields": self.fields.unused,
+            "rows_with_history": self.fields.num_with_history,
         }
 
     def __str__(self) -> str:
@@ -79,9 +84,7 @@ class CheckedFile:
         text += f"{num_usable:,} usable, {self.num_unusable:,} not"
         if shares := self.language_shares:
             text += "; letters " + ", ".join(f"{s:.1%} {name}" for name, s in shares.items())
-        for name, count in self.unused_fields.items():
-            text += f"\n    {count:,} rows with a field {show(name)}, which is not used"
-        return text
+        return "\n    ".join([text, *self.fields.lines()])
 
 
 class FileCheck:
@@ -106,13 +109,13 @@ class FileCheck:
         rows: Sequence[int] = range(first, first + len(batch.values))
         lines = batch.lines
         try:
-            texts, unused = self._texts_at_once(batch.values)
+            texts, use = self._texts_at_once(batch.values)
             found = survey(END_OF_ROW.join(texts).encode())
             is_clean = found.num_controls == max(0, NUM_PARTS * len(texts) - 1)  # the ends of parts
         except (AttributeError, LookupError, TypeError, ValueError):
             is_clean = False
         if is_clean:
-            self.file.unused_fields.update(unused)
+            self.file.fields.add(use)
         else:
             rows, lines, texts = self._texts_by_row(batch, rows)
             found = survey(END_OF_ROW.join(texts).encode())
@@ -124,24 +127,29 @@ class FileCheck:
             self.file.letters += found.letters
             self.fingerprints.add(texts, found.bare, rows, lines)
 
-    def _texts_at_once(self, values: list) -> tuple[list[str], Counter[str]]:
-        """Return instruction, input and answer of each row, joined, and count the unused fields.
+    def _texts_at_once(self, values: list) -> tuple[list[str], FieldUse]:
+        """Return instruction, input and answer of each row, joined, and what else the rows hold.
 
         Raises AttributeError, LookupError, TypeError or ValueError where a row is unlike the others
-        in its fields, or in what they hold.
+        in its fields, or in what they hold, or has one that should perhaps be taught.
         """
         if set(map(type, values)) != {dict}:
             raise TypeError
         self.file.format = self.file.format or _format_of(values[0])
-        known = ALPACA_FIELDS if self.file.format == "alpaca" else ROW_FIELDS
-        fields = tuple(name for name in known if name in values[0])
-        texts = list(map(_JOIN[fields], map(itemgetter(*fields), values)))
-        unused: Counter[str] = Counter()
-        if sum(map(len, values)) > len(fields) * len(values):
-            unused = Counter(chain.from_iterable(values)) - Counter(fields * len(values))
-        if not unused.keys().isdisjoint(known):  # some rows have an input, others none
+        names = names_of(values[0]) if self.file.format == "alpaca" else None
+        fields = tuple(name for name in names or ROW_FIELDS if name in values[0])
+        if not (is_record(values[0]) if names else fields == ROW_FIELDS):
             raise LookupError
-        return texts, unused
+        join = _JOIN[len(fields)] if names else _join_row
+        texts = list(map(join, map(itemgetter(*fields), values)))
+        use = FieldUse()
+        if names and names != ALPACA:
+            use.renamed[names] = len(values)
+        if sum(map(len, values)) > len(fields) * len(values):
+            use.unused = Counter(chain.from_iterable(values)) - Counter(fields * len(values))
+        if any(map(is_content, use.unused)):  # among them an input that other rows have not
+            raise LookupError
+        return texts, use
 
     def _texts_by_row(
         self, batch: Batch, rows: Iterable[int]
@@ -154,20 +162,35 @@ class FileCheck:
             try:
                 fields = fields_of(value)
                 self.file.format = self.file.format or _format_of(fields)
-                is_alpaca = self.file.format == "alpaca"
-                check = alpaca_record if is_alpaca else context_and_target
-                unused = check(fields, self.file.path, row, line).unused
+                check = alpaca_record if self.file.format == "alpaca" else context_and_target
+                read = check(fields, self.file.path, row, line)
             except Flaw as flaw:
                 self.file.num_unusable += 1
                 self._tell_flaw(flaw, row, line)
                 continue
-            self.file.unused_fields.update(unused)
-            names = ALPACA_FIELDS if is_alpaca else ROW_FIELDS
-            cleaned = tuple(self._clean(fields.get(name, ""), name, row, line) for name in names)
+            self.file.fields.count(read)
             good_rows.append(row)
             good_lines.append(line)
-            texts.append(_JOIN[names](cleaned))
+            if isinstance(read, Record):
+                texts.append(_JOIN[NUM_PARTS](self._clean_record(read)))
+            else:
+                context = self._clean(read.context, "context", row, line)
+                texts.append(_join_row((context, self._clean(read.target, "target", row, line))))
         return good_rows, good_lines, texts
+
+    def _clean_record(self, record: Record) -> tuple[str, str, str]:
+        """Return the texts of a record; one with earlier rounds as convert would write it."""
+        row, line = record.row, record.line
+        earlier = [
+            (self._clean(asked, HISTORY, row, line), self._clean(answer, HISTORY, row, line))
+            for asked, answer in record.history
+        ]
+        texts = zip(record.names, (record.instruction, record.input, record.output), strict=True)
+        instruction, input, output = (self._clean(t, n or "input", row, line) for n, t in texts)
+        if earlier:
+            question = f"{instruction}\n{input}" if input else instruction
+            return rounds(earlier, question), "", output
+        return instruction, input, output
 
     def _clean(self, text: str, name: str, row: int, line: int) -> str:
         """Return a field's text without what no text should hold, and tell of the first such."""
@@ -206,8 +229,9 @@ class FileCheck:
         self._tell(problem)
 
 
-def _format_of(fields: Container[str]) -> str:
-    return "context/target" if "context" in fields and "instruction" not in fields else "alpaca"
+def _format_of(fields: Mapping[str, object]) -> str:
+    is_cut_row = "context" in fields and "instruction" not in fields and not is_record(fields)
+    return "context/target" if is_row(fields) or is_cut_row else "alpaca"
 
 
 def _has_empty_part(bare: bytes) -> bool:
@@ -219,9 +243,12 @@ def _has_empty_part(bare: bytes) -> bool:
     return bool(is_empty.any())
 
 
-# How the fields of a row become instruction, input and answer; join refuses what is no string.
-_JOIN: dict[tuple[str, ...], Callable[[tuple], str]] = {
-    ALPACA_FIELDS: END_OF_PART.join,
-    ("instruction", "output"): (2 * END_OF_PART).join,
-    ROW_FIELDS: lambda row: END_OF_PART.join((*parts(row[0]), row[1])),
+# How the fields of a record become instruction, input and answer; join refuses what is no string.
+_JOIN: dict[int, Callable[[tuple], str]] = {
+    NUM_PARTS: END_OF_PART.join,
+    NUM_PARTS - 1: (2 * END_OF_PART).join,
 }
+
+
+def _join_row(row: tuple[str, str]) -> str:
+    return END_OF_PART.join((*parts(row[0]), row[1]))

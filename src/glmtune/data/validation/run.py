@@ -12,7 +12,7 @@ from glmtune.data.validation.check import CheckedFile
 from glmtune.data.validation.duplicates import Fingerprints, find_repeats, find_shared_questions
 from glmtune.data.validation.problems import Problem, Problems
 from glmtune.data.validation.spans import NUM_PROCESSES, check_file, open_pool
-from glmtune.errors import UserError
+from glmtune.errors import UserError, note
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,10 @@ def validate(config: ValidateConfig) -> Validation:
         problems = Problems(report)
         paths = [*config.files, *held_out]
         with open_pool(paths) as pool:
-            checked = [check_file(path, problems, bool(held_out), pool) for path in paths]
+            checked = [
+                check_file(path, problems, bool(held_out), pool, config.encoding) for path in paths
+            ]
+        _tell_of_empty([file for file, _ in checked], len(config.files), problems)
         files = [file for file, _ in checked]
         prints = [fingerprints for _, fingerprints in checked]
         _compare(prints[: len(config.files)], prints[len(config.files) :], problems)
@@ -93,6 +96,19 @@ def validate(config: ValidateConfig) -> Validation:
     if any(tally.unusable for tally in problems.tallies.values()):
         raise UserError("not every file can be used; see above")
     return validation
+
+
+def _tell_of_empty(files: list[CheckedFile], num_files: int, problems: Problems) -> None:
+    """Tell of files without a row that nothing was told of; the held-out one may be such a file."""
+    told = {problem.file for tally in problems.tallies.values() for problem in tally.shown}
+    for number, file in enumerate(files):
+        if file.num_rows or file.path in told:
+            continue
+        if number >= num_files:
+            note(f"{file.path}: holds no row, so nothing is held against it")
+            continue
+        what, fix = "holds no row", "check that this is the right file"
+        problems.add(Problem("file", file.path, None, None, what, fix, unusable=True))
 
 
 def _compare(files: list[Fingerprints], held_out: list[Fingerprints], problems: Problems) -> None:

@@ -38,17 +38,21 @@ def open_pool(paths: list[str]) -> AbstractContextManager[Executor | None]:
 
 
 def check_file(
-    path: str, problems: Problems, with_questions: bool, pool: Executor | None = None
+    path: str,
+    problems: Problems,
+    with_questions: bool,
+    pool: Executor | None = None,
+    encoding: str | None = None,
 ) -> tuple[CheckedFile, Fingerprints]:
     """Read a file to its end; what is wrong goes into `problems`, be it the file as a whole."""
     check = FileCheck(path, problems.add, with_questions)
     size = os.path.getsize(path) if os.path.isfile(path) else None
     with tqdm(total=size, desc=path, unit="B", unit_scale=True, delay=1) as progress:
         try:
-            if pool and _is_long(path):
+            if pool and not encoding and _is_long(path):
                 batches = read_span(_check_spans(check, problems, pool, progress))
             else:
-                batches = read_batches(path)
+                batches = read_batches(path, encoding)
             for batch in batches:
                 check.take(batch)
                 progress.update(batch.num_bytes)
