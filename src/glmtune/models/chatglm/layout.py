@@ -57,7 +57,7 @@ def read_layout(
     target_B1 = is_target_BS.int().argmax(-1, keepdim=True) - start_B1
     place_BS = (column_S - start_B1).clamp(min=0)
     position_BS = torch.where(in_prefix_BS, place_BS, target_B1)
-    if config.num_image_tokens:
+    if config.sop_in_prefix:
         # v1.0 counted <sop> as the prompt's last token and turned to [gMASK] only after it.
         is_first_sop_BS = column_S == prefix_end_B[:, None]
         position_BS = torch.where(is_first_sop_BS & has_gmask_B1, place_BS, position_BS)

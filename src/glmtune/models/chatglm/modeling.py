@@ -272,7 +272,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             kwargs["dtype"], caution = pick_dtype(pick_device(), bf16=None, fp16=False)
             if caution:
                 warnings.warn(caution, stacklevel=2)
-        loaded = super().from_pretrained(folder, *args, config=config, **kwargs)
+        with weights.indexed(folder) as place:
+            loaded = super().from_pretrained(place, *args, config=config, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if isinstance(model.lm_head, Packed) and config.tie_word_embeddings:
             # Of a packed head transformers ties the integers, a parameter, but no buffer.

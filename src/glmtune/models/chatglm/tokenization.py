@@ -73,13 +73,15 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         self.model_bytes, self.sp = _read_vocab(vocab_file)
         num_pieces = self.sp.get_piece_size()
         config_file = Path(str(vocab_file)).with_name("config.json")
+        of_model = None
         if config_file.is_file():
-            config = read_json_object(config_file)
-            _compare_revisions(vocab_file, num_pieces, config.get("vocab_size"))
-        is_v1_0 = num_pieces == NUM_PIECES_V1_0
-        if is_v1_0:
+            of_model = read_json_object(config_file).get("vocab_size")
+            _compare_revisions(vocab_file, num_pieces, of_model)
+        self.is_v1_0 = num_pieces == NUM_PIECES_V1_0
+        if self.is_v1_0:
             self.sp = SentencePieceProcessor(model_proto=extend_v1_0(self.model_bytes))
-        self.num_image_tokens = NUM_IMAGE_TOKENS if is_v1_0 else num_image_tokens or 0
+            num_image_tokens = _image_tokens_v1_0(of_model, num_image_tokens)
+        self.num_image_tokens = num_image_tokens or 0
         if missing := [name for name in SPECIALS if not self.sp.is_control(self.sp[name])]:
             raise UserError(
                 f"{vocab_file}: has no special piece {missing[0]}, so it is not a ChatGLM-6B "
@@ -112,7 +114,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     @property
     def revision(self) -> str:
         """Which published revision the ids belong to: "v1.0" or "v1.1"."""
-        return "v1.0" if self.num_image_tokens else "v1.1"
+        return "v1.0" if self.is_v1_0 else "v1.1"
 
     @property
     def gmask_token_id(self) -> int:
@@ -218,14 +220,31 @@ def _read_vocab(vocab_file: str | Path | None) -> tuple[bytes, SentencePieceProc
         ) from error
 
 
-def check_revision(vocab_file: Path, model_vocab_size: int) -> None:
+def _image_tokens_v1_0(model_vocab_size: int | None, given: int | None) -> int:
+    """How many ids stand before the text in the first revision: 20,000, unless they were cut away.
+
+    ChatGLM-6B-Slim (March 2023) has the first revision's vocabulary file beside 130,528 rows, so
+    that its ids are those of the later revision. A vocabulary saved by itself says how many.
+    """
+    if model_vocab_size == VOCAB_SIZE_V1_1:
+        return 0
+    if model_vocab_size == VOCAB_SIZE_V1_0 or given is None:
+        return NUM_IMAGE_TOKENS
+    return given
+
+
+def check_revision(vocab_file: Path, model_vocab_size: int) -> int:
     """Refuse a vocabulary file of one published revision beside a model of the other.
+
+    Returns:
+        The number of pieces in the file.
 
     Raises:
         UserError: they are of different revisions.
     """
-    _, sp = _read_vocab(vocab_file)
-    _compare_revisions(vocab_file, sp.get_piece_size(), model_vocab_size)
+    num_pieces = _read_vocab(vocab_file)[1].get_piece_size()
+    _compare_revisions(vocab_file, num_pieces, model_vocab_size)
+    return num_pieces
 
 
 def _compare_revisions(
@@ -233,7 +252,8 @@ def _compare_revisions(
 ) -> None:
     of_model = {VOCAB_SIZE_V1_0: "v1.0", VOCAB_SIZE_V1_1: "v1.1"}.get(model_vocab_size or 0)
     of_file = {NUM_PIECES_V1_0: "v1.0", NUM_PIECES_V1_1: "v1.1"}.get(num_pieces)
-    if of_model and of_file and of_model != of_file:
+    was_cut = (num_pieces, model_vocab_size) == (NUM_PIECES_V1_0, VOCAB_SIZE_V1_1)
+    if of_model and of_file and of_model != of_file and not was_cut:
         raise UserError(
             f"{vocab_file}: the tokenizer ({num_pieces} pieces, revision {of_file}) and the model "
             f"(vocab_size {model_vocab_size}, revision {of_model}) are of different revisions of "
