@@ -51,11 +51,11 @@ def train(settings: config.TrainConfig) -> None:
         raise KeyboardInterrupt
 
 
-def plan(settings: config.PlanConfig) -> None:
+def plan(settings: config.PlanConfig) -> int:
     """Tell what training takes in memory, and which settings make it fit."""
     from glmtune.training.preview import plan
 
-    plan(settings)
+    return 1 if plan(settings)["cannot_fit"] else 0
 
 
 def infer(settings: config.InferConfig) -> None:

@@ -100,7 +100,7 @@ def _refuse_prefix(folder: Path, found: weights.Outline) -> None:
     named = f" (config.json names {base})" if isinstance(base, str) and base else ""
     what = "no base model" if len(of_prefix) == len(found) else "a base model and a prefix in one"
     raise UserError(
-        f"{folder}: is a P-Tuning v2 checkpoint, {what} ({of_prefix[0]}); glmtune tunes by LoRA and "
-        f"has no use for the prefix: pass the base it was trained on{named} as --chatglm_path and "
-        "train an adapter on the same rows"
+        f"{folder}: is a P-Tuning v2 checkpoint, {what} ({of_prefix[0]}); glmtune tunes by LoRA "
+        f"and has no use for the prefix: pass the base it was trained on{named} as --chatglm_path "
+        "and train an adapter on the same rows"
     )
