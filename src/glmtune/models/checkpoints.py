@@ -23,6 +23,7 @@ from glmtune.models.hubs import (
     CONFIG_FILE,
     check_endpoint,
     family_by_name,
+    hub_settings,
     in_modelscope_cache,
     is_hub_id,
     is_on_modelscope,
@@ -225,14 +226,46 @@ def _quantised_already(wish: str, base: str, bits: int) -> UserError:
     )
 
 
+@cache
+def hub_config(base: str) -> ChatGLMConfig | None:
+    """The configuration of a hub's model, of which nothing is kept here; None if no hub answers.
+
+    Raises:
+        UserError: it is of another family, by its config or, where no hub answers, by its name; or
+            the hub has no such model.
+    """
+    settings = hub_settings(base)
+    if settings is None:
+        if family := family_by_name(base):
+            raise UserError(
+                f"{base}: is {family} by its name, which is not loaded here; pass ChatGLM-6B, such "
+                f"as {HUB_IDS[0]}"
+            )
+        return None
+    _check_family(base, settings)
+    if "pre_seq_len" in settings:
+        raise UserError(
+            f"{base}: config.json has pre_seq_len, so it is a P-Tuning v2 checkpoint, which is not "
+            "loaded here; pass the base it was trained on"
+        )
+    try:
+        return _built(Path(base), lambda: ChatGLMConfig.from_dict(settings))
+    except UserError as error:
+        raise UserError(f"{base}: {error}") from error
+
+
 def _read_config(base: str, folder: Path) -> ChatGLMConfig:
     settings = read_json_object(folder / CONFIG_FILE)
+    _check_family(base, settings)
+    return _built(folder, lambda: ChatGLMConfig.from_pretrained(folder))
+
+
+def _check_family(base: str, settings: dict[str, Any]) -> None:
     if settings.get("model_type") != "chatglm":
         raise UserError(
             f"{base}: config.json says model_type {settings.get('model_type')!r}, not 'chatglm'; "
             "pass a ChatGLM-6B folder"
         )
-    return _built(folder, lambda: ChatGLMConfig.from_pretrained(folder))
 
 
 def _built(folder: Path, build: Callable[[], T]) -> T:

@@ -9,15 +9,21 @@ import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
-from huggingface_hub import constants
+from huggingface_hub import constants, get_session
+from huggingface_hub.utils import build_hf_headers
 
 from glmtune.errors import UserError
+from glmtune.models.downloads import in_time
 
 CONFIG_FILE = "config.json"
+TIMEOUT_SECONDS = 5.0
 MODELSCOPE_OWNER = "ZhipuAI"
 """ChatGLM's publisher on ModelScope, who has another name on huggingface.co."""
+
+_FINE, _SERVER_FAULT = 200, 500
 
 # What a name says of a model where no config can be read; the first that fits counts.
 _OTHER_FAMILIES = {
@@ -119,9 +125,59 @@ def check_endpoint() -> None:
     )
 
 
+def ask(url: str, seconds: float = TIMEOUT_SECONDS) -> tuple[int, Any] | None:
+    """Status and JSON of an address, None for what is no JSON; None where it does not answer.
+
+    Nothing is kept on the disk.
+    """
+
+    def get() -> tuple[int, Any]:
+        answer = get_session().get(
+            url, headers=build_hf_headers(), timeout=seconds, follow_redirects=True
+        )
+        try:
+            return answer.status_code, answer.json()
+        except ValueError:
+            return answer.status_code, None
+
+    return in_time(get, seconds)
+
+
+def hub_settings(hub_id: str) -> dict[str, Any] | None:
+    """What the config.json of a model says, asked at its hub; None where that does not answer.
+
+    Raises:
+        UserError: the hub answers that it has no such model, or none that it shows to this user.
+    """
+    check_endpoint()
+    if constants.HF_HUB_OFFLINE:
+        return None
+    place, branch = f"{constants.ENDPOINT}/{hub_id}", "main"
+    if is_on_modelscope(hub_id):
+        domain = os.environ.get("MODELSCOPE_DOMAIN") or "www.modelscope.cn"
+        place, branch = f"https://{domain}/models/{hub_id}", "master"
+    answer = ask(f"{place}/resolve/{branch}/{CONFIG_FILE}")
+    if answer is None or answer[0] >= _SERVER_FAULT:
+        return None
+    status, settings = answer
+    if not isinstance(settings, dict) or status != _FINE:
+        raise UserError(
+            f"{hub_id}: {place} gives no {CONFIG_FILE} (status {status}); check the name, and "
+            "whether it needs a log-in (`hf auth login`)"
+        )
+    return settings
+
+
 def is_on_modelscope(hub_id: str) -> bool:
     """Whether an id is the name that ChatGLM's publisher gives a model on ModelScope."""
     return hub_id.partition("/")[0] == MODELSCOPE_OWNER
+
+
+def download_command(hub_id: str) -> str:
+    """What a user types to have a model on this disk."""
+    if is_on_modelscope(hub_id):
+        return f"modelscope download --model {hub_id}"
+    return f"hf download {hub_id}"
 
 
 def from_modelscope(hub_id: str, patterns: list[str]) -> Path:
