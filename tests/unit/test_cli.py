@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 import types
 
 import pytest
@@ -36,7 +35,7 @@ def python(*arguments: str, cwd, **environment: str) -> subprocess.CompletedProc
         env=os.environ | {"PYTHONPATH": source} | environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
 
 
@@ -236,7 +235,7 @@ def test_a_reader_that_leaves():
         env=os.environ | {"PYTHONPATH": os.path.dirname(os.path.dirname(cli.__file__))},
         stdout=writer,
         stderr=subprocess.PIPE,
-        timeout=60,
+        timeout=300,
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
@@ -291,12 +290,15 @@ def test_version(capsys):
 
 
 def test_help_answers_in_0_3_s(tmp_path):
-    times = []
+    def seconds_of_children():  # on the processor: others may hold the cores
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    resource = pytest.importorskip("resource")
+    before = seconds_of_children()
     for _ in range(5):
-        start = time.perf_counter()
         assert python("-m", "glmtune", "--help", cwd=tmp_path).returncode == 0
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.3  # the least of five: other work on the machine only adds
+    assert seconds_of_children() - before < 5 * 0.3
 
 
 # --- the root scripts ---
