@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 from packaging.version import Version
 
+from glmtune.doctor.checkout import OLDEST_PYTHON
 from glmtune.doctor.explain import find_known
 from glmtune.doctor.findings import OK, PROBLEM, WARNING, Told
 from glmtune.errors import UserError
 from glmtune.hardware import GIB, device_name, pick_device, pick_dtype
 
-OLDEST_PYTHON = (3, 11)
 # As in pyproject.toml.
 OLDEST = {
     "torch": "2.11", "transformers": "5.17", "peft": "0.21", "accelerate": "1.15",
