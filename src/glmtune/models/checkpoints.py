@@ -200,10 +200,13 @@ def load_base_model(
         loading["device_map"] = str(device)
     if bits and not packed:
         loading["quantization_config"] = quantising(bits, dtype)
-    model: Any = _built(
-        folder,
-        lambda: ChatGLMForConditionalGeneration.from_pretrained(folder, config=config, **loading),
-    )
+    with weights.bar_if_long(folder):
+        model: Any = _built(
+            folder,
+            lambda: ChatGLMForConditionalGeneration.from_pretrained(
+                folder, config=config, **loading
+            ),
+        )
     model.name_or_path = model.config.name_or_path = base
     if has or packed:
         done = "stay packed"

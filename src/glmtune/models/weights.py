@@ -6,6 +6,7 @@ Everything here reads headers only: tensors stay on disk, and no code in a file 
 import json
 import re
 import shutil
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,11 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.modeling_utils import str_to_torch_dtype
+from transformers.utils.logging import (
+    disable_progress_bar,
+    enable_progress_bar,
+    is_progress_bar_enabled,
+)
 
 from glmtune.data.files import check_inside, read_json_object
 from glmtune.errors import UserError
@@ -33,6 +39,7 @@ WEIGHT_FILES = (
 # Data alone, never code.
 DATA_FILES = ("*.json", "*.model", "*.safetensors", "*.bin")
 MAX_NAMED = 3
+_LONG_BYTES = 1e9
 _SHARD = re.compile(r"([\w.-]+)-(\d{5})-of-(\d{5})\.(bin|safetensors)")
 HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
@@ -261,3 +268,18 @@ def _type_name(tensor: Tensor) -> str:
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
     return ", ".join(names[:MAX_NAMED]) + more
+
+
+@contextmanager
+def bar_if_long(folder: Path) -> Iterator[None]:
+    """Leave transformers' bar to a terminal on which gigabytes are waited for."""
+    files = (path for path in folder.iterdir() if path.suffix in (".bin", ".safetensors"))
+    is_long = sum(path.stat().st_size for path in files if path.is_file()) > _LONG_BYTES
+    silent = is_progress_bar_enabled() and not (is_long and sys.stderr.isatty())
+    if silent:
+        disable_progress_bar()
+    try:
+        yield
+    finally:
+        if silent:
+            enable_progress_bar()
