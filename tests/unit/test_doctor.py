@@ -318,6 +318,14 @@ def test_a_hub_s_model_that_can_be_loaded(hub):
     assert model.config_of("me/chatglm-of-two").num_layers == 2
 
 
+def test_a_download_that_was_not_finished_is_finished_by_the_run(tmp_path, monkeypatch):
+    snapshot = shutil.copytree(GLM_TINY, tmp_path / "snapshot")
+    monkeypatch.setattr(model, "try_to_load_from_cache", lambda *_: str(snapshot / "config.json"))
+    assert model.find_base("me/mine") == snapshot
+    (snapshot / "model.safetensors").unlink()
+    assert model.find_base("me/mine") == "me/mine"
+
+
 def test_a_name_is_all_there_is_where_no_hub_answers(hub, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     findings, _ = findings_on("THUDM/chatglm2-6b")
@@ -335,7 +343,7 @@ def test_modelscope_is_asked_for_its_models(monkeypatch, hub):
     findings, _ = findings_on("ZhipuAI/chatglm3-6b")
     assert [status for status, _ in findings] == [PROBLEM]
     assert asked[-1] == (
-        "https://www.modelscope.cn/models/ZhipuAI/chatglm3-6b/resolve/master/config.json"
+        "https://modelscope.cn/api/v1/models/ZhipuAI/chatglm3-6b/repo?FilePath=config.json"
     )
 
 

@@ -311,6 +311,16 @@ def test_modelscope_s_client_is_asked_where_it_is_installed(tmp_path, monkeypatc
     assert [patterns for _, patterns in asked] == [["config.json"], ["*.json", "*.model"]]
 
 
+def test_a_download_from_modelscope_that_was_not_finished_is_gone_on_with(tmp_path, monkeypatch):
+    """As after `tokenize`, which fetches no weights."""
+    cached = shutil.copytree(GLM_TINY, tmp_path / "modelscope/models/ZhipuAI--x/snapshots/master")
+    assert resolve_base("ZhipuAI/x") == str(cached)
+    (cached / "model.safetensors").rename(tmp_path / "model.safetensors")
+    assert resolve_base("ZhipuAI/x") == "ZhipuAI/x", "which its client completes"
+    monkeypatch.setattr(hubs, "find_spec", lambda _: None)
+    assert load_tokenizer("ZhipuAI/x").vocab_size, "what is here serves where that is enough"
+
+
 def test_modelscope_without_its_client(monkeypatch):
     monkeypatch.setattr(hubs, "find_spec", lambda _: None)
     with pytest.raises(UserError, match="pip install modelscope and run this again") as caught:

@@ -27,6 +27,7 @@ from glmtune.models.checkpoints import (
 from glmtune.models.hubs import download_command
 from glmtune.models.quantised import bits_of
 from glmtune.models.sizes import weight_bytes
+from glmtune.models.weights import are_there
 
 PUBLISHED_GB = 13.4
 """What the published float16 shards take on a disk."""
@@ -44,7 +45,9 @@ def find_base(chatglm_path: str | None, run_folder: str | None = None) -> Path |
     if Path(base).is_dir():
         return Path(base)
     config = try_to_load_from_cache(base, "config.json")
-    return Path(config).parent if isinstance(config, str) else base
+    if isinstance(config, str) and are_there(Path(config).parent):
+        return Path(config).parent
+    return base  # of which a download is finished by the run
 
 
 def check_hub_base(base: str, is_named: bool) -> Iterator[Told]:

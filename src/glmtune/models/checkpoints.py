@@ -113,7 +113,8 @@ def _folder_or_hub_id(value: str, source: str) -> str:
             f"{source}: {value} is no folder; pass the folder of a downloaded ChatGLM-6B or a hub "
             f"id such as {HUB_IDS[0]}"
         )
-    return str(in_modelscope_cache(value) or value)
+    cached = in_modelscope_cache(value)
+    return str(cached) if cached and weights.are_there(cached) else value
 
 
 @cache

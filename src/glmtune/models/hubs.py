@@ -152,11 +152,11 @@ def hub_settings(hub_id: str) -> dict[str, Any] | None:
     check_endpoint()
     if constants.HF_HUB_OFFLINE:
         return None
-    place, branch = f"{constants.ENDPOINT}/{hub_id}", "main"
-    if is_on_modelscope(hub_id):
-        domain = os.environ.get("MODELSCOPE_DOMAIN") or "www.modelscope.cn"
-        place, branch = f"https://{domain}/models/{hub_id}", "master"
-    answer = ask(f"{place}/resolve/{branch}/{CONFIG_FILE}")
+    place, file = f"{constants.ENDPOINT}/{hub_id}", f"resolve/main/{CONFIG_FILE}"
+    if is_on_modelscope(hub_id):  # as its client asks
+        hub = os.environ.get("MODELSCOPE_ENDPOINT") or "https://modelscope.cn"
+        place, file = f"{hub}/api/v1/models/{hub_id}", f"repo?FilePath={CONFIG_FILE}"
+    answer = ask(f"{place}/{file}")
     if answer is None or answer[0] >= _SERVER_FAULT:
         return None
     status, settings = answer

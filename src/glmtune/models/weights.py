@@ -93,6 +93,14 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+def are_there(folder: Path) -> bool:
+    """Whether a folder has all its weights; one whose download was not finished has not."""
+    try:
+        return bool(weight_files(folder))
+    except UserError:
+        return False
+
+
 def _numbered_shards(folder: Path) -> list[str]:
     """The shards of a folder whose index was not downloaded: their names say how many there are."""
     shards = [found for path in sorted(folder.iterdir()) if (found := _SHARD.fullmatch(path.name))]
