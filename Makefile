@@ -11,6 +11,7 @@ PYTEST_FLAGS ?= -n auto --dist worksteal
 .PHONY: setup demo test check lint clean
 
 $(READY): pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) src/glmtune/doctor/checkout.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'

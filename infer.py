@@ -5,6 +5,9 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+    from glmtune.doctor.checkout import check
+
+    check()
     from glmtune.cli import main
 
     sys.exit(main(["infer", *sys.argv[1:]]))

@@ -51,11 +51,11 @@ def train(settings: config.TrainConfig) -> None:
         raise KeyboardInterrupt
 
 
-def plan(settings: config.PlanConfig) -> None:
+def plan(settings: config.PlanConfig) -> int:
     """Tell what training takes in memory, and which settings make it fit."""
     from glmtune.training.preview import plan
 
-    plan(settings)
+    return 1 if plan(settings)["cannot_fit"] else 0
 
 
 def infer(settings: config.InferConfig) -> None:
@@ -187,6 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # cores, that slows a CPU run down many times over. So they soon sleep (docs/log.md). Read
         # as torch is loaded.
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    _hush_libraries()
     try:
         code = run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
@@ -209,6 +210,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("", *map(explain, known), sep="\n", file=sys.stderr)
         return 1
     return code
+
+
+def _hush_libraries() -> None:
+    """Keep back what libraries say at their start and is of no use to who runs a command.
+
+    That bitsandbytes has no faster kernel for 4 bits on a CPU, and bars over what takes a blink.
+    Where glmtune is imported by another program, that program decides.
+    """
+    import logging
+
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 def _reader_is_gone() -> bool:

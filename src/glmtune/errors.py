@@ -30,6 +30,26 @@ def note(*lines: str, of_each_process: bool = False) -> None:
         print(f"note: {_presentable(line)}", file=sys.stderr, flush=True)
 
 
+def program(name: str = "glmtune") -> str:
+    """What to type for a program of this environment, so that it is found from this folder.
+
+    Its name where the shell finds it by that, as in an environment that is activated; else its
+    place, such as `.venv/bin/glmtune`, or Python's with the module where no program was installed.
+    """
+    import shlex
+    import shutil
+    from pathlib import Path
+
+    python = Path(sys.executable)
+    found, here = shutil.which(name), shutil.which(name, path=str(python.parent))
+    if found and (here is None or Path(found).samefile(here)):
+        return name
+    place = Path(here) if here else python
+    if place.is_relative_to(Path.cwd()):
+        place = place.relative_to(Path.cwd())
+    return shlex.quote(str(place)) + ("" if here else f" -m {name}")
+
+
 def _presentable(line: str) -> str:
     """One line that can be printed and read, whatever a damaged file has brought into it.
 

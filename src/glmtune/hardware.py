@@ -1,6 +1,7 @@
 """The device a run uses, the number format it computes in, and how much memory there is and was."""
 
 import os
+import re
 import sys
 from dataclasses import dataclass
 from functools import cache
@@ -23,17 +24,61 @@ RATED_TFLOPS = {
     "RTX 4090": 165, "RTX 3090": 71, "T4": 65, "V100": 125,
 }  # fmt: skip
 # GiB as torch reports them (H100 and H200 as measured; of others the rated size less what drivers
-# keep, some percent) and compute capability, by names in which every word must be met. Only plans
-# for a card that is not here rest on them.
+# and error correction keep, some percent) and compute capability. Where a name was sold with
+# several sizes, each is in the name. Only plans for a card that is not here rest on them.
 CARDS = {
-    "H200": (139.8, (9, 0)), "H100": (79.1, (9, 0)), "A100 80GB": (79.1, (8, 0)),
-    "A100": (39.4, (8, 0)), "L40S": (44.4, (8, 9)), "L40": (44.4, (8, 9)), "L4": (22.0, (8, 9)),
-    "A6000": (47.5, (8, 6)), "A10": (22.1, (8, 6)), "RTX 5090": (31.4, (12, 0)),
-    "RTX 4090": (23.6, (8, 9)), "RTX 4080": (15.7, (8, 9)), "RTX 4060": (7.8, (8, 9)),
-    "RTX 3090": (23.7, (8, 6)), "RTX 3080": (9.8, (8, 6)), "RTX 3060": (11.8, (8, 6)),
-    "RTX 2080": (10.8, (7, 5)), "V100 32GB": (31.7, (7, 0)), "V100": (15.8, (7, 0)),
-    "T4": (14.6, (7, 5)), "P100": (15.9, (6, 0)),
+    "H200": (139.8, (9, 0)), "H100": (79.1, (9, 0)), "H100 NVL": (93.0, (9, 0)),
+    "H800": (79.1, (9, 0)), "H20": (95.0, (9, 0)), "B200": (178.0, (10, 0)),
+    "A100 40GB": (39.4, (8, 0)), "A100 80GB": (79.1, (8, 0)),
+    "A800 40GB": (39.4, (8, 0)), "A800 80GB": (79.1, (8, 0)), "A30": (23.5, (8, 0)),
+    "L40S": (44.4, (8, 9)), "L40": (44.4, (8, 9)), "L20": (44.4, (8, 9)), "L4": (22.0, (8, 9)),
+    "A40": (44.4, (8, 6)), "A10": (22.1, (8, 6)), "A10G": (22.1, (8, 6)), "A2": (14.5, (8, 6)),
+    "V100 16GB": (15.8, (7, 0)), "V100 32GB": (31.7, (7, 0)), "T4": (14.6, (7, 5)),
+    "P100": (15.9, (6, 0)), "P40": (22.4, (6, 1)), "P4": (7.4, (6, 1)),
+    "RTX 5090": (31.4, (12, 0)), "RTX 5090 D": (31.4, (12, 0)), "RTX 5090 Laptop": (23.5, (12, 0)),
+    "RTX 5080": (15.6, (12, 0)), "RTX 5080 Laptop": (15.6, (12, 0)),
+    "RTX 5070 Ti": (15.6, (12, 0)), "RTX 5070 Ti Laptop": (11.7, (12, 0)),
+    "RTX 5070": (11.7, (12, 0)), "RTX 5070 Laptop": (7.8, (12, 0)),
+    "RTX 5060 Ti 8GB": (7.8, (12, 0)), "RTX 5060 Ti 16GB": (15.6, (12, 0)),
+    "RTX 5060": (7.8, (12, 0)), "RTX 5060 Laptop": (7.8, (12, 0)), "RTX 5050": (7.8, (12, 0)),
+    "RTX 4090": (23.6, (8, 9)), "RTX 4090 D": (23.6, (8, 9)), "RTX 4090 Laptop": (15.7, (8, 9)),
+    "RTX 4080": (15.7, (8, 9)), "RTX 4080 Super": (15.7, (8, 9)),
+    "RTX 4080 Laptop": (11.7, (8, 9)), "RTX 4070": (11.7, (8, 9)),
+    "RTX 4070 Super": (11.7, (8, 9)), "RTX 4070 Ti": (11.7, (8, 9)),
+    "RTX 4070 Ti Super": (15.7, (8, 9)), "RTX 4070 Laptop": (7.8, (8, 9)),
+    "RTX 4060 Ti 8GB": (7.8, (8, 9)), "RTX 4060 Ti 16GB": (15.7, (8, 9)),
+    "RTX 4060": (7.8, (8, 9)), "RTX 4060 Laptop": (7.8, (8, 9)), "RTX 4050 Laptop": (5.8, (8, 9)),
+    "RTX 3090": (23.7, (8, 6)), "RTX 3090 Ti": (23.7, (8, 6)), "RTX 3080 Ti": (11.8, (8, 6)),
+    "RTX 3080 Ti Laptop": (15.7, (8, 6)), "RTX 3080 10GB": (9.8, (8, 6)),
+    "RTX 3080 12GB": (11.8, (8, 6)), "RTX 3080 Laptop 8GB": (7.8, (8, 6)),
+    "RTX 3080 Laptop 16GB": (15.7, (8, 6)), "RTX 3070": (7.8, (8, 6)),
+    "RTX 3070 Ti": (7.8, (8, 6)), "RTX 3070 Laptop": (7.8, (8, 6)),
+    "RTX 3070 Ti Laptop": (7.8, (8, 6)), "RTX 3060 Ti": (7.8, (8, 6)),
+    "RTX 3060 8GB": (7.8, (8, 6)), "RTX 3060 12GB": (11.8, (8, 6)),
+    "RTX 3060 Laptop": (5.8, (8, 6)), "RTX 3050 6GB": (5.8, (8, 6)),
+    "RTX 3050 8GB": (7.8, (8, 6)), "RTX 3050 Laptop 4GB": (3.8, (8, 6)),
+    "RTX 3050 Laptop 6GB": (5.8, (8, 6)), "RTX 3050 Ti Laptop": (3.8, (8, 6)),
+    "RTX 2080 Ti": (10.8, (7, 5)), "RTX 2080": (7.8, (7, 5)), "RTX 2080 Super": (7.8, (7, 5)),
+    "RTX 2070": (7.8, (7, 5)), "RTX 2070 Super": (7.8, (7, 5)), "RTX 2060 6GB": (5.8, (7, 5)),
+    "RTX 2060 12GB": (11.8, (7, 5)), "RTX 2060 Super": (7.8, (7, 5)),
+    "GTX 1660": (5.8, (7, 5)), "GTX 1660 Ti": (5.8, (7, 5)), "GTX 1660 Super": (5.8, (7, 5)),
+    "GTX 1650": (3.8, (7, 5)), "GTX 1080 Ti": (10.9, (6, 1)), "GTX 1080": (7.9, (6, 1)),
+    "GTX 1070": (7.9, (6, 1)), "GTX 1070 Ti": (7.9, (6, 1)), "GTX 1060 3GB": (2.9, (6, 1)),
+    "GTX 1060 6GB": (5.9, (6, 1)), "TITAN RTX": (23.6, (7, 5)),
+    "RTX A2000 6GB": (5.8, (8, 6)), "RTX A2000 12GB": (11.7, (8, 6)), "RTX A4000": (15.7, (8, 6)),
+    "RTX A4500": (19.7, (8, 6)), "RTX A5000": (23.7, (8, 6)), "RTX A5500": (23.7, (8, 6)),
+    "RTX A6000": (47.5, (8, 6)), "RTX 2000 Ada": (15.6, (8, 9)), "RTX 4000 Ada": (19.5, (8, 9)),
+    "RTX 4500 Ada": (23.5, (8, 9)), "RTX 5000 Ada": (31.5, (8, 9)), "RTX 6000 Ada": (47.4, (8, 9)),
+    "RTX PRO 6000 Blackwell": (95.0, (12, 0)), "Quadro RTX 5000": (15.7, (7, 5)),
+    "Quadro RTX 6000": (23.6, (7, 5)), "Quadro RTX 8000": (47.4, (7, 5)),
 }  # fmt: skip
+# What makers and drivers put around a card's own name.
+_AROUND = {
+    "NVIDIA", "GEFORCE", "TESLA", "RTX", "GTX", "GPU", "PCIE", "SXM", "SXM2", "SXM3", "SXM4",
+    "SXM5", "HBM2", "HBM2E", "HBM3", "HBM3E", "GENERATION", "EDITION", "WORKSTATION", "SERVER",
+}  # fmt: skip
+# Gigabytes on the box are at most so many of those that torch reports.
+_RATED = 1.11
 
 
 @dataclass(frozen=True)
@@ -70,15 +115,26 @@ class Card:
         """A GPU by its name, or by the part of it that tells it from others.
 
         Raises:
-            UserError: none is known by it.
+            UserError: none is known by it, or several are.
         """
-        words = set(name.upper().replace("-", " ").split()) - {"NVIDIA", "GEFORCE", "TESLA"}
-        for card, (gib, capability) in sorted(CARDS.items(), key=lambda item: len(item[0])):
-            if words and words <= set(card.split()):
-                return cls(card, gib, gib, capability)
-        raise UserError(
-            f"card {name!r} is not known ({', '.join(CARDS)}); give its memory as --memory_gib"
-        )
+        words, size = _card_words(name)
+        cards = {card: _card_words(card)[0] for card in CARDS}
+        found = [card for card, of_card in cards.items() if of_card == words]
+        found = found or [card for card, of_card in cards.items() if words and words < of_card]
+        if size:
+            found = [card for card in found if CARDS[card][0] <= size <= _RATED * CARDS[card][0]]
+        if not found:
+            raise UserError(
+                f"card {name!r} is not known here; plan by its memory instead, such as "
+                f"--memory_gib {size or 24}"
+            )
+        if len(found) > 1:
+            raise UserError(
+                f"card {name!r} may be {', '.join(found[:-1])} or {found[-1]}: say which, such as "
+                f"--card '{found[0]}'"
+            )
+        gib, capability = CARDS[found[0]]
+        return cls(found[0], gib, gib, capability)
 
     @property
     def on_gpu(self) -> bool:
@@ -89,6 +145,17 @@ class Card:
     def is_hopper(self) -> bool:
         """For which cuBLAS asks for larger workspaces."""
         return self.capability == (9, 0)
+
+
+def _card_words(name: str) -> tuple[set[str], int | None]:
+    """The words that tell a card from others, and the gigabytes that its name states."""
+    text = re.sub(r"[^A-Z0-9]+", " ", name.upper()).replace("MOBILE", "LAPTOP")
+    size = re.search(r"(?<!\S)(\d{1,3}) ?(?:GI?B?)?(?!\S)", text)
+    if size:
+        text = text[: size.start()] + text[size.end() :]
+    text = re.sub(r"\b(RTX|GTX)(?=A?\d)", r"\1 ", text)  # RTX4090, RTXA6000
+    text = re.sub(r"(?<=\d{4})(?=[A-Z])|(?<=TI)(?=SUPER)", " ", text)  # 4060TI, 4070TISUPER
+    return set(text.split()) - _AROUND, int(size[1]) if size else None
 
 
 def pick_device(use_cpu: bool = False) -> "torch.device":

@@ -22,6 +22,7 @@ TENSORBOARD_FOLDER = "runs"
 
 Record = dict[str, Any]
 
+_SECONDS_OF_SILENCE = 300
 _BAR_FORMAT = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed} < {remaining}{postfix}]"
 _BLUE, _PALE, _RED, _GREY, _INK = "#1f5fa8", "#a9c4e4", "#c8442f", "#6b7280", "#111827"
 
@@ -140,6 +141,34 @@ class RunLog:
         figure = _draw(loss, _series(self.history, "eval_loss"))
         with write_errors(path), replacing_file(path) as draft:
             figure.savefig(draft, format="png", dpi=160)
+
+
+class Progress:
+    """How far a job is and what time is left, in lines few enough for a file of them.
+
+    One comes with the first part that is done, one with each tenth of the job, and one where
+    nothing was told for five minutes.
+
+    Args:
+        total: what the job is made of, such as records.
+        done: what was done before.
+        what: the rest of the line, such as "records answered".
+    """
+
+    def __init__(self, total: int, done: int, what: str):
+        self._total, self._first, self._what = total, done, what
+        self._started = self._told = time.monotonic()
+        self._tenths = -1
+
+    def tell(self, done: int) -> None:
+        """Say that so much is done, where it is time to."""
+        now, tenths = time.monotonic(), 10 * done // self._total
+        if tenths == self._tenths and now - self._told < _SECONDS_OF_SILENCE:
+            return
+        self._tenths, self._told = tenths, now
+        seconds = (now - self._started) / max(1, done - self._first) * (self._total - done)
+        left = f", {format_seconds(seconds)} left" if done < self._total else ""
+        print(f"{done:,} of {self._total:,} {self._what}{left}", flush=True)
 
 
 def print_pairs(title: str, pairs: Mapping[str, str]) -> None:

@@ -39,6 +39,20 @@ def word_tokenizer():
     return WordTokenizer()
 
 
+@pytest.fixture(scope="session")
+def march_vocabulary(shared):
+    """The file of March 2023: the later one without the pieces that the code of then appended."""
+    data, end = (shared / "golden" / "ice_text.model").read_bytes(), 0
+    for _ in range(130_000):
+        assert data[end] == 0x0A
+        end += 2 + data[end + 1]
+    rest = end
+    while data[rest] == 0x0A:
+        rest += 2 + data[rest + 1]
+    without_byte_fallback = b"\x12\x03\x98\x02\x00"
+    return data[:end] + data[rest:] + without_byte_fallback
+
+
 RECORDS = [
     {"instruction": "给出三个 保持健康的 秘诀。", "input": "", "output": "多吃水果。\n多睡觉。"},
     {"instruction": "Describe a crepe", "input": "thin | <b>flat</b>", "output": "A pancake."},

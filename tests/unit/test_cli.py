@@ -1,9 +1,9 @@
 """The command line: verbs, exit codes, the root scripts, and how fast it answers."""
 
+import json
 import os
 import subprocess
 import sys
-import time
 import types
 
 import pytest
@@ -36,7 +36,7 @@ def python(*arguments: str, cwd, **environment: str) -> subprocess.CompletedProc
         env=os.environ | {"PYTHONPATH": source} | environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
 
 
@@ -236,7 +236,7 @@ def test_a_reader_that_leaves():
         env=os.environ | {"PYTHONPATH": os.path.dirname(os.path.dirname(cli.__file__))},
         stdout=writer,
         stderr=subprocess.PIPE,
-        timeout=60,
+        timeout=300,
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
@@ -291,12 +291,52 @@ def test_version(capsys):
 
 
 def test_help_answers_in_0_3_s(tmp_path):
-    times = []
+    def seconds_of_children():  # on the processor: others may hold the cores
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    resource = pytest.importorskip("resource")
+    before = seconds_of_children()
     for _ in range(5):
-        start = time.perf_counter()
         assert python("-m", "glmtune", "--help", cwd=tmp_path).returncode == 0
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.3  # the least of five: other work on the machine only adds
+    assert seconds_of_children() - before < 5 * 0.3
+
+
+def test_first_lines_are_our_own(tmp_path):
+    """No library's bar or complaint stands among them: on stderr are notes and what is loaded."""
+    record = {"instruction": "Who?", "input": "", "output": "x"}
+    (tmp_path / "a.json").write_text(json.dumps([record] * 60))
+    small = "--chatglm_path glm-tiny --use_cpu true"
+    for line in (
+        "convert --data_path a.json --save_path a.jsonl",
+        "tokenize --jsonl_path a.jsonl --save_path rows --chatglm_path glm-tiny",
+        f"train --dataset_path rows --output_dir run --max_steps 2 --report_to none {small}",
+        f"infer --data_path a.json --model_path run --limit 2 --max_new_tokens 2 {small}",
+        f"compare --data_path a.json --model_path run --max_new_tokens 2 {small} "
+        "--per_device_eval_batch_size 2 --limit 60",
+    ):
+        done = python("-m", "glmtune", *line.split(), cwd=tmp_path, HF_HUB_OFFLINE="1")
+        assert done.returncode == 0, done.stderr
+        strange = [
+            text
+            for text in done.stderr.splitlines()
+            if text and not text.startswith(("note: ", "loading glm-tiny"))
+        ]
+        assert strange == [], line
+    progress = [text for text in done.stdout.splitlines() if "answered twice" in text]
+    assert len(progress) <= 11
+    assert all(text.endswith(" left") for text in progress[:-1])
+    assert progress[-1] == "60 of 60 records answered twice"
+
+
+def test_a_program_that_imports_it_keeps_its_libraries_as_they_are(tmp_path):
+    code = "import glmtune.models, logging, datasets, transformers.utils.logging as t; " + (
+        "assert t.is_progress_bar_enabled() and not datasets.are_progress_bars_disabled(); "
+        "assert logging.getLogger('bitsandbytes.backends.cpu.ops').level == 0"
+    )
+    # As in a process in which no command has run.
+    done = python("-c", code, cwd=tmp_path, HF_DATASETS_DISABLE_PROGRESS_BARS="0")
+    assert done.returncode == 0, done.stderr
 
 
 # --- the root scripts ---

@@ -161,31 +161,83 @@ class TestHeaviest:
 
 
 class TestCards:
+    @pytest.mark.parametrize("card", CARDS)
+    def test_each_card_has_its_own_name(self, card):
+        for name in (card, card.lower(), f"NVIDIA GeForce {card}", card.replace(" ", "-")):
+            assert Card.named(name).name == card
+        gib, capability = CARDS[card]
+        assert Card.named(card) == Card(card, gib, gib, capability)
+
     @pytest.mark.parametrize(
         ("name", "card"),
-        [("4090", "RTX 4090"), ("NVIDIA GeForce RTX 3090", "RTX 3090"), ("tesla-t4", "T4"),
-         ("a100", "A100"), ("A100-80GB", "A100 80GB")],
+        [
+            ("4090", "RTX 4090"), ("RTX4090", "RTX 4090"), ("4090D", "RTX 4090 D"),
+            ("4090 laptop", "RTX 4090 Laptop"), ("4090 mobile", "RTX 4090 Laptop"),
+            ("NVIDIA GeForce RTX 3070 Laptop GPU", "RTX 3070 Laptop"),
+            ("NVIDIA GeForce RTX 3090", "RTX 3090"), ("3090ti", "RTX 3090 Ti"),
+            ("2080", "RTX 2080"), ("2080Ti", "RTX 2080 Ti"), ("1080 Ti", "GTX 1080 Ti"),
+            ("3080 12GB", "RTX 3080 12GB"), ("3080-10g", "RTX 3080 10GB"),
+            ("4060Ti 16G", "RTX 4060 Ti 16GB"), ("4070TiSuper", "RTX 4070 Ti Super"),
+            ("tesla-t4", "T4"), ("T4 16GB", "T4"), ("Tesla P40", "P40"), ("L4 24 GB", "L4"),
+            ("A100-80GB", "A100 80GB"), ("NVIDIA A100-SXM4-40GB", "A100 40GB"),
+            ("Tesla V100-SXM2-32GB", "V100 32GB"), ("v100 16", "V100 16GB"),
+            ("NVIDIA H100 80GB HBM3", "H100"), ("H100 PCIe", "H100"), ("H20 96GB", "H20"),
+            ("RTXA6000", "RTX A6000"), ("A6000", "RTX A6000"), ("6000 Ada", "RTX 6000 Ada"),
+            ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
+        ],
     )  # fmt: skip
     def test_names(self, name, card):
         assert Card.named(name).name == card
         assert Card.named(name).gib == CARDS[card][0]
 
-    @pytest.mark.parametrize("name", ["", "4", "banana", "NVIDIA"])
+    @pytest.mark.parametrize(
+        ("card", "rated"),
+        [("2080", 8), ("2080 Ti", 11), ("3070", 8), ("3080 12GB", 12), ("3090 Ti", 24),
+         ("4070", 12), ("4070 Ti Super", 16), ("5060 Ti 8GB", 8), ("5070", 12), ("5090", 32),
+         ("1080 Ti", 11),
+         ("P40", 24), ("P100", 16), ("A800 80GB", 80), ("H20", 96), ("L40S", 48), ("A30", 24)],
+    )  # fmt: skip
+    def test_memory_is_a_little_less_than_what_is_on_the_box(self, card, rated):
+        assert 0.92 * rated <= Card.named(card).gib <= rated
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "3080",
+            "RTX 4060 Ti",
+            "5060ti",
+            "V100",
+            "a100",
+            "A800",
+            "3060",
+            "3080 laptop",
+            "RTX 6000",
+        ],
+    )
+    def test_a_name_that_several_cards_have(self, name):
+        with pytest.raises(
+            UserError, match=r"may be .* or .*: say which, such as --card"
+        ) as caught:
+            Card.named(name)
+        advised = str(caught.value).rpartition("--card ")[2].strip("'")
+        assert Card.named(advised).name == advised
+
+    @pytest.mark.parametrize("name", ["", "4", "banana", "NVIDIA", "4090 48GB", "T4 32G"])
     def test_unknown_names(self, name):
-        with pytest.raises(UserError, match=r"is not known .* --memory_gib"):
+        with pytest.raises(UserError, match=r"is not known .* --memory_gib \d+$"):
             Card.named(name)
 
 
 class TestPlanVerb:
     HUB = ("--chatglm_path", "zai-org/chatglm-6b")
 
-    def plan(self, tmp_path, *flags):
+    def plan(self, tmp_path, *flags, code=0):
         path = tmp_path / "plan.jsonl"
-        assert main(["plan", *flags, "--json_path", str(path)]) == 0
+        assert main(["plan", *flags, "--json_path", str(path)]) == code
         return json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
 
     def test_lines_and_record(self, tmp_path, capsys):
-        record = self.plan(tmp_path, "--memory_gib", "8", *self.HUB)
+        record = self.plan(tmp_path, "--memory_gib", "8", *self.HUB, code=1)
         out = capsys.readouterr().out
         for word in ("weights", "adapter", "optimiser", "activations", "logits", "does not fit"):
             assert word in out
@@ -196,6 +248,41 @@ class TestPlanVerb:
         tops = ("weights", "adapter", "optimiser", "activations", "logits", "way_back", "buffers")
         total = sum(record[f"{name}_gib"] for name in tops)
         assert record["allocated_gib"] == pytest.approx(total)
+
+    def test_without_a_base_it_speaks_of_the_model_that_people_have(
+        self, tmp_path, capsys, monkeypatch
+    ):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr(
+            "glmtune.models.checkpoints._hub_has", lambda _: pytest.fail("needs no hub")
+        )
+        record = self.plan(tmp_path, "--memory_gib", "8", code=1)
+        assert record["base"] == "zai-org/chatglm-6b"
+        assert not record["fits"]
+        out, err = capsys.readouterr()
+        assert "does not fit" in out
+        assert "this is of ChatGLM-6B" in err
+        assert self.plan(tmp_path, "--card", "T4")["weights_gib"] > 11
+        assert self.plan(tmp_path, "--card", "T4", "--chatglm_path", "glm-tiny")["fits"]
+
+    def test_the_least_comes_first_then_what_is_spent(self, tmp_path, capsys):
+        record = self.plan(tmp_path, "--memory_gib", "24", *self.HUB)
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert lines[1][:3] == ["at", "least", f"{record['least_gib']:.2f}"]
+        (spent,) = (float(line[1]) for line in lines if line[0] == "spent")
+        assert spent == pytest.approx(record["needed_gib"] - record["least_gib"], abs=0.01)
+        assert record["least_gib"] < 13 < 20 < record["needed_gib"]
+        frugal = ["--gradient_checkpointing", "true", "--tokens_per_step", "1024"]
+        as_told = self.plan(tmp_path, "--memory_gib", "24", *self.HUB, *frugal)
+        assert as_told["needed_gib"] == as_told["least_gib"] == record["least_gib"]
+        assert "spent" not in capsys.readouterr().out
+
+    def test_what_a_remedy_takes_at_least(self, tmp_path, capsys):
+        record = self.plan(tmp_path, "--memory_gib", "12", *self.HUB)
+        remedy = record["remedies"][0]
+        assert remedy["least_gib"] < remedy["needed_gib"] <= 12
+        words = f"would take {remedy['least_gib']:.1f} GiB at least, {remedy['needed_gib']:.1f} to"
+        assert words in capsys.readouterr().out
 
     def test_a_card_by_name_and_the_lengths_of_the_rows(self, tmp_path):
         short = [{"input_ids": [5] * 20, "seq_len": 9}] * 12

@@ -3,7 +3,6 @@
 import json
 import shutil
 import threading
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -83,19 +82,19 @@ def test_a_hub_that_is_not_to_be_asked(monkeypatch):
 
 @pytest.mark.parametrize("trouble", [OSError, RuntimeError, None])
 def test_a_hub_that_fails_or_hangs(trouble, monkeypatch):
-    gone = threading.Event()
+    gone, answers = threading.Event(), []
 
     def model_info(self, name, timeout):
         if trouble:
             raise trouble
-        gone.wait(10)
+        gone.wait(60)
+        answers.append(name)
 
     monkeypatch.setattr(checkpoints.HfApi, "model_info", model_info)
     monkeypatch.setattr(checkpoints, "HUB_TIMEOUT_SECONDS", 0.05)
-    start = time.monotonic()
     assert not ask_hub.__wrapped__("any/name")
+    assert not answers, "it was not waited for"
     gone.set()
-    assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize("value", ["./no/such", "/no/such", "typo", "~/no-such-folder", "a/b/c"])

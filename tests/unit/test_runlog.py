@@ -3,13 +3,14 @@
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import matplotlib.image
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from glmtune import runlog
-from glmtune.runlog import METRICS_FILE, RunLog, format_seconds, print_pairs, smooth
+from glmtune.runlog import METRICS_FILE, Progress, RunLog, format_seconds, print_pairs, smooth
 
 RECORD = {"loss": 2.5, "learning_rate": 1e-4, "tokens_per_second": 1234.5, "memory_gib": 14.25}
 
@@ -145,3 +146,31 @@ def test_pairs_stand_in_columns(capsys):
 
 def test_seconds_read_like_a_clock():
     assert (format_seconds(61.4), format_seconds(3723)) == ("01:01", "1:02:03")
+
+
+class TestProgress:
+    @pytest.fixture
+    def clock(self, monkeypatch):
+        clock = SimpleNamespace(seconds=0.0)
+        monkeypatch.setattr("glmtune.runlog.time", SimpleNamespace(monotonic=lambda: clock.seconds))
+        return clock
+
+    def test_a_line_for_each_tenth_with_the_time_left(self, clock, capsys):
+        progress = Progress(300, 0, "records answered")
+        for done in range(8, 308, 8):  # 38 batches
+            clock.seconds += 2
+            progress.tell(min(done, 300))
+        first, *others, last = capsys.readouterr().out.splitlines()
+        assert first == "8 of 300 records answered, 01:13 left"
+        assert last == "300 of 300 records answered"
+        assert len(others) == 9
+        assert all(line.endswith(" left") for line in others)
+
+    def test_slow_ones_are_told_of_every_five_minutes(self, clock, capsys):
+        progress = Progress(1000, 500, "records answered")
+        for done in range(501, 531):
+            clock.seconds += 60
+            progress.tell(done)
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split()[0] for line in lines] == ["501", "506", "511", "516", "521", "526"]
+        assert lines[0].endswith("8:19:00 left"), "what was done before took no time"

@@ -46,19 +46,6 @@ def folder(vocab_file, tiny_folder, tmp_path_factory):
     return folder
 
 
-def first_revision(vocab_file):
-    """The March 2023 file: the later one without the pieces that the code of then appended."""
-    data, end = vocab_file.read_bytes(), 0
-    for _ in range(130_000):
-        assert data[end] == 0x0A
-        end += 2 + data[end + 1]
-    rest = end
-    while data[rest] == 0x0A:
-        rest += 2 + data[rest + 1]
-    without_byte_fallback = b"\x12\x03\x98\x02\x00"
-    return data[:end] + data[rest:] + without_byte_fallback
-
-
 @given(st.text(alphabet=st.sampled_from("a \n\t你<>|n")))
 def test_blanks_survive(text):
     assert restore_blanks(replace_blanks(text)) == text.replace("<n>", "\n").replace(
@@ -108,17 +95,17 @@ def test_special_ids_are_shown_unless_they_are_skipped(folder):
     assert tokenizer.batch_decode([[130005], [130000]]) == ["<eop>", "[MASK]"]
 
 
-def test_rows_and_image_ids_beyond_the_vocabulary_have_no_text(folder, vocab_file, tmp_path):
+def test_rows_and_image_ids_beyond_the_vocabulary_have_no_text(folder, march_vocabulary, tmp_path):
     assert AutoTokenizer.from_pretrained(folder).decode([130344, 130527]) == ""
-    (tmp_path / "ice_text.model").write_bytes(first_revision(vocab_file))
+    (tmp_path / "ice_text.model").write_bytes(march_vocabulary)
     old = ChatGLMTokenizer(str(tmp_path / "ice_text.model"))
     assert old.decode([0, 19999, 150005]) == "<eop>"
     assert len(old) == len(old.get_vocab()) == old.vocab_size == 150_344
     assert old.convert_tokens_to_ids(old.convert_ids_to_tokens([7, 20003])) == [7, 20003]
 
 
-def test_the_first_revision_is_the_later_one_shifted(vocab_file, tmp_path):
-    (tmp_path / "ice_text.model").write_bytes(first_revision(vocab_file))
+def test_the_first_revision_is_the_later_one_shifted(vocab_file, tmp_path, march_vocabulary):
+    (tmp_path / "ice_text.model").write_bytes(march_vocabulary)
     old, new = (ChatGLMTokenizer(str(f)) for f in (tmp_path / "ice_text.model", vocab_file))
     assert (old.revision, new.revision) == ("v1.0", "v1.1")
     text = "你好，\tworld   \n  👋🏽 [gMASK]"
@@ -127,10 +114,10 @@ def test_the_first_revision_is_the_later_one_shifted(vocab_file, tmp_path):
     assert (old.pad_token_id, old.eos_token_id, old.gmask_token_id) == (20003, 150005, 150001)
 
 
-def test_extending_the_first_revision_gives_the_later_pieces(vocab_file):
+def test_extending_the_first_revision_gives_the_later_pieces(vocab_file, march_vocabulary):
     from sentencepiece import SentencePieceProcessor
 
-    old = SentencePieceProcessor(model_proto=extend_v1_0(first_revision(vocab_file)))
+    old = SentencePieceProcessor(model_proto=extend_v1_0(march_vocabulary))
     new = SentencePieceProcessor(model_file=str(vocab_file))
     assert old.get_piece_size() == new.get_piece_size() == 130_344
     for i in range(129_990, 130_344):
@@ -139,10 +126,23 @@ def test_extending_the_first_revision_gives_the_later_pieces(vocab_file):
 
 
 def test_a_vocabulary_of_the_other_revision_is_refused(folder, vocab_file, tmp_path):
-    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    (tmp_path / "ice_text.model").write_bytes(first_revision(vocab_file))
-    with pytest.raises(UserError, match=r"revision v1\.0.*revision v1\.1"):
+    config = json.loads((folder / "config.json").read_text()) | {"vocab_size": 150_528}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "ice_text.model").write_bytes(vocab_file.read_bytes())
+    with pytest.raises(UserError, match=r"revision v1\.1.*revision v1\.0"):
         AutoTokenizer.from_pretrained(tmp_path)
+
+
+def test_the_first_vocabulary_without_image_tokens(folder, vocab_file, tmp_path, march_vocabulary):
+    """ChatGLM-6B-Slim: March's file beside 130,528 rows has the ids of the later file."""
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    (tmp_path / "ice_text.model").write_bytes(march_vocabulary)
+    slim, later = map(AutoTokenizer.from_pretrained, (tmp_path, folder))
+    text = "你好, world\n\t  three   blanks 🦙"
+    assert slim(text).input_ids == later(text).input_ids
+    assert (slim.revision, slim.vocab_size, slim.pad_token_id) == ("v1.0", 130_344, 3)
+    slim.save_pretrained(tmp_path / "alone")  # where no config.json tells of its model
+    assert AutoTokenizer.from_pretrained(tmp_path / "alone")(text) == later(text)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_added_tokens_are_tokens_of_every_door(base, request, tmp_path):
         tokenizer = AutoTokenizer.from_pretrained(GLM_TINY)
     else:
         file = tmp_path / "ice_text.model"
-        file.write_bytes(first_revision(request.getfixturevalue("vocab_file")))
+        file.write_bytes(request.getfixturevalue("march_vocabulary"))
         tokenizer = ChatGLMTokenizer(str(file))
     size = tokenizer.vocab_size
     assert len(tokenizer) == size

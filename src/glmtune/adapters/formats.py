@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -35,10 +36,12 @@ from glmtune.adapters.settings import (
 from glmtune.data.files import check_inside, new_folder
 from glmtune.drafts import replacing_files, write_errors
 from glmtune.errors import UserError, note
-from glmtune.models.weights import is_lfs_pointer, load_bin
+from glmtune.models.hubs import is_hub_id, open_folder
+from glmtune.models.weights import fetch, is_lfs_pointer, load_bin
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 WEIGHTS_FILE_2023 = "adapter_model.bin"
+_WEIGHTS_FILES = (WEIGHTS_FILE, WEIGHTS_FILE_2023)
 
 # What the recipe of 2023 trained with, for folders that hold no adapter_config.json.
 ALPHA_2023 = 32
@@ -83,24 +86,44 @@ class Adapter:
 def find_adapter(folder: str | Path) -> Path:
     """The folder that holds the adapter: `folder` itself, else its newest `checkpoint-N`.
 
+    A hub's cache folder is opened; a hub id means that cache, or is downloaded.
+
     Raises:
         UserError: there is no such folder, or no adapter in it; the message lists what is there.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        fault = "is a file: pass the folder it lies in" if folder.exists() else "no such folder"
-        raise UserError(f"{folder}: {fault} (an adapter is a folder with {WEIGHTS_FILE})")
-    if find_weights(folder):
-        return folder
-    steps = [int(match[1]) for match in map(match_checkpoint, folder.iterdir()) if match]
-    place = folder / f"checkpoint-{max(steps)}" if steps else folder
-    if not find_weights(place):
+    name, folder = str(folder), Path(folder).expanduser()
+    if folder.is_dir():
+        folder = open_folder(folder, holds=_WEIGHTS_FILES)
+        if find_weights(folder):
+            return folder
+        steps = [int(match[1]) for match in map(match_checkpoint, folder.iterdir()) if match]
+        place = folder / f"checkpoint-{max(steps)}" if steps else folder
+        if find_weights(place):
+            return place
+        # Answers to a hub's adapter go into a folder of its name.
+        cached = try_to_load_from_cache(name, CONFIG_FILE) if is_hub_id(name) else None
+        if isinstance(cached, str):
+            return Path(cached).parent
         found = ", ".join(sorted(entry.name for entry in place.iterdir())[:12]) or "nothing"
         raise UserError(
             f"{place}: no adapter here, wanted {WEIGHTS_FILE} or {WEIGHTS_FILE_2023}, found "
             f"{found}; pass a folder that holds one"
         )
-    return place
+    if folder.exists():
+        raise UserError(
+            f"{folder}: is a file: pass the folder it lies in (an adapter is a folder with "
+            f"{WEIGHTS_FILE})"
+        )
+    fault = "no such folder"
+    if is_hub_id(name):
+        try:
+            return find_adapter(fetch(name, (CONFIG_FILE, *_WEIGHTS_FILES)))
+        except UserError:
+            raise
+        except Exception as error:  # a hub that gives nothing shows in many kinds of exception
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            fault = f"no such folder, and the hub does not give it ({reason[:200]})"
+    raise UserError(f"{folder}: {fault} (an adapter is a folder with {WEIGHTS_FILE})")
 
 
 def read_adapter(folder: str | Path) -> Adapter:
@@ -243,7 +266,7 @@ def find_weights(folder: Path) -> Path | None:
     Raises:
         UserError: several others have.
     """
-    files = (folder / name for name in (WEIGHTS_FILE, WEIGHTS_FILE_2023))
+    files = (folder / name for name in _WEIGHTS_FILES)
     if found := next((file for file in files if file.is_file()), None):
         return found
     others = [folder / "pytorch_model.bin", *sorted(folder.glob("*.pt"))]

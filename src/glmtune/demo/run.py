@@ -4,8 +4,10 @@ Every stage is the verb that the 6B model's users call, with the same settings a
 """
 
 import json
+import os
 import shlex
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +28,7 @@ from glmtune.demo.page import TITLE, loss_panel, score_panel
 from glmtune.demo.questions import Asked, held_out_questions, num_right, training_questions
 from glmtune.demo.recipe import RECIPE
 from glmtune.demo.world import LANGUAGES
-from glmtune.errors import UserError
+from glmtune.errors import UserError, program
 from glmtune.evaluation.checkup import check_after_training
 from glmtune.evaluation.compare import compare
 from glmtune.evaluation.page import html
@@ -219,6 +221,15 @@ def _verdict(base: Count, tuned: Count, num_training: int) -> Text:
     )
 
 
+def activation() -> dict[str, str]:
+    """How the README's commands come to work as they stand there, where they do not yet."""
+    if program() == "glmtune" or sys.prefix == sys.base_prefix:
+        return {}
+    place = Path(program()).parent
+    how = f"{place}\\activate" if os.name == "nt" else f"source {shlex.quote(str(place))}/activate"
+    return {"by its name": f"{how}, then glmtune is enough"}
+
+
 def _print_end(result: DemoResult, config: DemoConfig) -> None:
     out = Path(config.out)
     print()
@@ -237,9 +248,10 @@ def _print_end(result: DemoResult, config: DemoConfig) -> None:
     print_pairs(
         "What to try next",
         {
-            "ask it": f"glmtune infer --data_path {questions} --model_path {run} --limit 10",
-            "train it your way": f"glmtune train {recipe} --output_dir my-run --lora_rank 2",
-            "the real one": "glmtune tokenize, train, infer with --chatglm_path FOLDER of "
-            "ChatGLM-6B and your own alpaca records",
+            "ask it": f"{program()} infer --data_path {questions} --model_path {run} --limit 10",
+            "train it your way": f"{program()} train {recipe} --output_dir my-run --lora_rank 2",
+            "the real one": f"{program()} convert, tokenize, train and infer with --chatglm_path "
+            "FOLDER of ChatGLM-6B and your own alpaca records",
+            **activation(),
         },
     )

@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 from packaging.version import Version
 
+from glmtune.doctor.checkout import OLDEST_PYTHON
 from glmtune.doctor.explain import find_known
 from glmtune.doctor.findings import OK, PROBLEM, WARNING, Told
 from glmtune.errors import UserError
 from glmtune.hardware import GIB, device_name, pick_device, pick_dtype
 
-OLDEST_PYTHON = (3, 11)
 # As in pyproject.toml.
 OLDEST = {
     "torch": "2.11", "transformers": "5.17", "peft": "0.21", "accelerate": "1.15",
@@ -230,11 +230,26 @@ def check_hub_cache(hub_ids: tuple[str, ...]) -> Iterator[Told]:
 
 
 def check_hub() -> Iterator[Told]:
-    """Which hub would be asked, by the environment."""
+    """Which hub would be asked, by the environment, and whether it answers.
+
+    Raises:
+        UserError: HF_ENDPOINT is no address.
+    """
     from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 
+    from glmtune.models.hubs import TIMEOUT_SECONDS, ask, check_endpoint
+
+    check_endpoint()
     if HF_HUB_OFFLINE:
         yield OK, "HF_HUB_OFFLINE is set: nothing is downloaded"
+    elif ask(ENDPOINT) is None:
+        yield (
+            WARNING,
+            (
+                f"{ENDPOINT} does not answer within {TIMEOUT_SECONDS:g} s, so nothing can be "
+                "downloaded: export HF_ENDPOINT=https://... names a mirror, such as hf-mirror.com"
+            ),
+        )
     elif ENDPOINT != "https://huggingface.co":
         yield OK, f"HF_ENDPOINT is {ENDPOINT}; what it sends is held against published hashes"
     else:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from glmtune.config.groups import DeviceSettings
 from glmtune.data.files import read_json_object
@@ -14,15 +15,19 @@ from glmtune.models.chatglm.folder import check_folder
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
 from glmtune.models.checkpoints import (
     GLM_TINY,
+    PUBLISHED,
     base_name,
     check_ends,
     check_ids,
+    hub_config,
     load_config,
     load_tokenizer,
     resolve_base,
 )
+from glmtune.models.hubs import download_command
 from glmtune.models.quantised import bits_of
 from glmtune.models.sizes import weight_bytes
+from glmtune.models.weights import are_there
 
 PUBLISHED_GB = 13.4
 """What the published float16 shards take on a disk."""
@@ -31,21 +36,51 @@ PUBLISHED_GB = 13.4
 def find_base(chatglm_path: str | None, run_folder: str | None = None) -> Path | str:
     """The folder of the base that a run would use, or its hub id where it is not here yet.
 
+    Where none is named or found that is ChatGLM-6B's.
+
     Raises:
         UserError: a path that does not exist.
     """
-    base = resolve_base(chatglm_path, run_folder)
+    base = resolve_base(chatglm_path, run_folder, needs_weights=False)
     if Path(base).is_dir():
         return Path(base)
     config = try_to_load_from_cache(base, "config.json")
-    return Path(config).parent if isinstance(config, str) else base
+    if isinstance(config, str) and are_there(Path(config).parent):
+        return Path(config).parent
+    return base  # of which a download is finished by the run
+
+
+def check_hub_base(base: str, is_named: bool) -> Iterator[Told]:
+    """Whether a base that is not here yet can be had and loaded.
+
+    Raises:
+        UserError: it cannot be loaded, or its hub has none of that name.
+    """
+    if not is_named:
+        yield (
+            WARNING,
+            (
+                f"none is named or found, so this is of {base}; where no hub answers a run takes "
+                "glm-tiny, the toy model: name one with --chatglm_path FOLDER"
+            ),
+        )
+    elif hub_config(base) is None:
+        yield (
+            PROBLEM,
+            (
+                f"{base} is not on this machine, and "
+                + ("HF_HUB_OFFLINE forbids to ask for it" if HF_HUB_OFFLINE else "no hub answers")
+                + ": name a folder with --chatglm_path"
+            ),
+        )
 
 
 def check_base(base: Path | str) -> Iterator[Told]:
     """Whether config and weights make up one model."""
     if not isinstance(base, Path):
-        text = f"{base} would be downloaded first ({PUBLISHED_GB} GB)"
-        yield WARNING, f"{text}: hf download {base}, or name a folder with --chatglm_path"
+        size = f" ({PUBLISHED_GB} GB)" if base in PUBLISHED else ""
+        text = f"{base} would be downloaded first{size}"
+        yield WARNING, f"{text}: {download_command(base)}, or name a folder with --chatglm_path"
         return
     config = load_config(str(base))
     check_folder(base, config, ChatGLMForConditionalGeneration)
@@ -64,7 +99,9 @@ def check_memory(base: Path | str, device: DeviceSettings) -> Iterator[Told]:
     held = f"{bits} bits" if bits else str(dtype).removeprefix("torch.")
     text = f"the base's weights take {needed:.2f} GiB in {held}"
     if card.gib and needed > card.gib:
-        yield PROBLEM, f"{text}, {card.name} has {card.gib:.1f}: take --quantization_bit 4 or 8"
+        # Where none is named, a machine that is here for other models has nothing wrong with it.
+        status = PROBLEM if isinstance(base, Path) or card.on_gpu else WARNING
+        yield status, f"{text}, {card.name} has {card.gib:.1f}: take --quantization_bit 4 or 8"
     else:
         yield OK, text
 
@@ -91,5 +128,7 @@ def check_stop_ids(base: Path | str) -> Iterator[Told]:
 
 
 def config_of(base: Path | str) -> ChatGLMConfig:
-    """The config of a base; of one that is not here yet, the published one's."""
-    return load_config(str(base)) if isinstance(base, Path) else ChatGLMConfig()
+    """The config of a base; of one that is not here yet, its hub's, or else the published one."""
+    if isinstance(base, Path):
+        return load_config(str(base))
+    return (None if base in PUBLISHED else hub_config(base)) or ChatGLMConfig()

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from glmtune.config import SETTINGS, TokenizeConfig, TrainConfig, read_config
 from glmtune.config.settings import Settings
-from glmtune.data.dataset import check_data_card, load_dataset
+from glmtune.data.dataset import CARD_FILE, DataCard, check_data_card, load_dataset
 from glmtune.data.token_rows import TokenRows
 from glmtune.doctor.findings import OK, PROBLEM, WARNING, Told
 from glmtune.doctor.model import config_of
 from glmtune.errors import UserError
 from glmtune.hardware import Card, pick_device, pick_dtype
 from glmtune.models.chatglm.configuration import ChatGLMConfig
-from glmtune.models.checkpoints import load_tokenizer
+from glmtune.models.checkpoints import GLM_TINY, load_tokenizer
 from glmtune.models.sizes import adapter_parameters, check_targets
 from glmtune.models.weights import is_lfs_pointer
 from glmtune.training.advice import advise, verdict
@@ -70,6 +70,15 @@ def check_paths(plans: Mapping[str, Settings]) -> Iterator[Told]:
             yield OK, f"{text} is what {source[0]} will write"
         else:
             yield PROBLEM, f"{text} is not there: correct it"
+
+
+def base_of_rows(dataset_path: str) -> str | None:
+    """glm-tiny where token rows say that they are of it; other names say not where a base lies."""
+    try:
+        base = DataCard.read(Path(dataset_path, CARD_FILE)).base_model
+    except UserError:  # no rows yet, or `check_data` tells what is wrong with them
+        return None
+    return base if base == Path(GLM_TINY).name else None
 
 
 def check_data(

@@ -1,5 +1,6 @@
 """`glmtune doctor`: every check, a line each, before anything is spent on a run."""
 
+import os
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -77,7 +78,7 @@ def examine(config: DoctorConfig) -> Iterator[Finding]:
 def _examine_run(config: DoctorConfig) -> Iterator[Finding]:
     # Only here: these import torch and transformers, whose failing is a finding of its own.
     from glmtune.doctor import model, recipe
-    from glmtune.models.checkpoints import HUB_IDS
+    from glmtune.models.checkpoints import ENVIRONMENT_VARIABLE, HUB_IDS
 
     plans: recipe.Plans = {}
     if path := config.recipe_path:
@@ -101,13 +102,23 @@ def _examine_run(config: DoctorConfig) -> Iterator[Finding]:
 
     def base_model() -> Iterator[Told]:
         named = [getattr(plan, "chatglm_path", None) for plan in plans.values()]
-        found.append(model.find_base(config.chatglm_path or next(filter(None, named), None)))
-        yield from model.check_base(found[0])
+        name = config.chatglm_path or next(filter(None, named), None)
+        if not name and isinstance(train, TrainConfig):
+            name = recipe.base_of_rows(train.dataset_path)
+        base = model.find_base(name)
+        if isinstance(base, str):  # where it cannot be loaded, nothing more is to be said
+            is_named = bool(name or os.environ.get(ENVIRONMENT_VARIABLE))
+            yield from model.check_hub_base(base, is_named)
+        found.append(base)
+        yield from model.check_base(base)
 
     yield from carry_out("base model", base_model)
     if not found:
         return
     base = found[0]
+    if isinstance(base, str):
+        left_out = "left out until the base model is here"
+        yield from (Finding(name, WARNING, left_out) for name in ("tokenizer", "stop ids"))
     checks: dict[str, Check] = {
         "tokenizer": partial(model.check_tokenizer, base),
         "stop ids": partial(model.check_stop_ids, base),

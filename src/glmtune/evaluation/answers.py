@@ -30,6 +30,7 @@ from glmtune.models.checkpoints import (
     load_tokenizer,
     resolve_base,
 )
+from glmtune.models.hubs import name_of_folder
 
 
 def read_questions(config: InferConfig | CompareConfig) -> list[Record]:
@@ -96,7 +97,8 @@ class Subject:
         if self.adapter is None:
             return None
         path = self.adapter.resolve()
-        return "/".join(path.parts[-2:]) if path.name.startswith("checkpoint-") else path.name
+        is_checkpoint = path.name.startswith("checkpoint-")
+        return "/".join(path.parts[-2:]) if is_checkpoint else name_of_folder(path)
 
     def identity(self) -> dict[str, Any]:
         """What tells this model from another whose answers would differ.

@@ -13,6 +13,7 @@ from glmtune.evaluation.page import html
 from glmtune.evaluation.report import Comparison, Pair, markdown
 from glmtune.generation import Decoder, GenerationSettings, answer_batch, encode_prompts
 from glmtune.generation.streaming import check_stop_strings
+from glmtune.runlog import Progress
 
 
 def compare(config: CompareConfig) -> Comparison:
@@ -52,6 +53,7 @@ def compare(config: CompareConfig) -> Comparison:
             unit="record",
             disable=not sys.stderr.isatty(),
         )
+        lines = Progress(num_all, len(file.lines), "records answered twice")
         with file, bar:
             for start in range(0, len(todo), size):
                 batch = encoded[start : start + size]
@@ -64,7 +66,7 @@ def compare(config: CompareConfig) -> Comparison:
                     file.append(record, {side: answer._asdict() for side, answer in sides})
                 bar.update(len(batch))
                 if bar.disable:
-                    print(f"{len(file.lines)} of {num_all} records answered twice", flush=True)
+                    lines.tell(len(file.lines))
 
     comparison = Comparison(
         base=file.settings["base"],

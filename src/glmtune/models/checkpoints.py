@@ -1,7 +1,7 @@
 """Find and load the base model: a folder, a hub id, the hub's ChatGLM-6B, or else glm-tiny."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_OFFLINE
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from glmtune.config import shared_setting
@@ -20,6 +19,17 @@ from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
 from glmtune.models.chatglm.tokenization import ChatGLMTokenizer
 from glmtune.models.downloads import in_time
+from glmtune.models.hubs import (
+    CONFIG_FILE,
+    check_endpoint,
+    family_by_name,
+    hub_settings,
+    in_modelscope_cache,
+    is_hub_id,
+    is_on_modelscope,
+    name_of_folder,
+    open_folder,
+)
 from glmtune.models.quantised import bits_of, check_quantising, quantising
 
 T = TypeVar("T")
@@ -27,14 +37,18 @@ T = TypeVar("T")
 ENVIRONMENT_VARIABLE = "GLMTUNE_MODEL"
 # The publisher renamed itself; the hub cache of a long-time user has the older name.
 HUB_IDS = ("zai-org/chatglm-6b", "THUDM/chatglm-6b")
+PUBLISHED = (*HUB_IDS, "ZhipuAI/ChatGLM-6B")
+"""Names of the float16 model, on ModelScope as well."""
 HUB_TIMEOUT_SECONDS = 5.0
 # The tiny model of `glmtune demo`, by its place: this room may not import that one.
 GLM_TINY = str(Path(__file__).resolve().parent.parent / "demo" / "glm-tiny")
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-_HUB_ERRORS = (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError)
+_TOKENIZER_FILES = ("*.json", "*.model")
 
 
-def resolve_base(chatglm_path: str | None = None, run_folder: str | None = None) -> str:
+def resolve_base(
+    chatglm_path: str | None = None, run_folder: str | None = None, *, needs_weights: bool = True
+) -> str:
     """Decide which base model is meant.
 
     In this order: the setting, the environment variable GLMTUNE_MODEL, the recipe that a run folder
@@ -44,12 +58,13 @@ def resolve_base(chatglm_path: str | None = None, run_folder: str | None = None)
     Args:
         chatglm_path: `--chatglm_path`: a folder, a hub id, or the name glm-tiny.
         run_folder: of the adapter that is to be used, if any.
+        needs_weights: without, ChatGLM-6B is meant where none is named, be it here or not.
 
     Returns:
         A folder that exists, or a hub id.
 
     Raises:
-        UserError: a path that does not exist.
+        UserError: a path that does not exist, or HF_ENDPOINT is no address.
     """
     for value, source in (
         (chatglm_path, "--chatglm_path"),
@@ -61,6 +76,9 @@ def resolve_base(chatglm_path: str | None = None, run_folder: str | None = None)
     for hub_id in HUB_IDS:
         if isinstance(try_to_load_from_cache(hub_id, "config.json"), str):
             return hub_id
+    if not needs_weights:
+        return HUB_IDS[0]
+    check_endpoint()
     if not HF_HUB_OFFLINE and _hub_has(HUB_IDS[0]):
         return HUB_IDS[0]
     _tell_of_glm_tiny()
@@ -87,16 +105,16 @@ def _recipe_base(run_folder: str | None) -> str | None:
 def _folder_or_hub_id(value: str, source: str) -> str:
     path = Path(value).expanduser()
     if path.is_dir():
-        return str(path)
+        return str(open_folder(path))
     if value == Path(GLM_TINY).name:
         return GLM_TINY
-    is_hub_id = value.count("/") == 1 and value[0] not in "./~" and not value.endswith("/")
-    if path.exists() or not is_hub_id:
+    if path.exists() or not is_hub_id(value):
         raise UserError(
             f"{source}: {value} is no folder; pass the folder of a downloaded ChatGLM-6B or a hub "
             f"id such as {HUB_IDS[0]}"
         )
-    return value
+    cached = in_modelscope_cache(value)
+    return str(cached) if cached and weights.are_there(cached) else value
 
 
 @cache
@@ -109,12 +127,8 @@ def _hub_has(hub_id: str) -> bool:
 
 def base_name(base: str) -> str:
     """What to call a base model in files that travel: a hub id or a folder's last name."""
-    path = Path(base).resolve()
-    if not path.is_dir():
-        return base
-    # The hub cache keeps owner/name as models--owner--name/snapshots/<commit>.
-    cached = [part for part in path.parts if part.startswith("models--")]
-    return "/".join(cached[-1].split("--")[1:]) if cached else path.name
+    path = Path(base)
+    return name_of_folder(path) if path.is_dir() else base
 
 
 def load_tokenizer(base: str) -> ChatGLMTokenizer:
@@ -123,8 +137,8 @@ def load_tokenizer(base: str) -> ChatGLMTokenizer:
     Raises:
         UserError: no vocabulary there, or one of another family.
     """
-    folder = _fetch(base)
-    _read_config(base, folder)
+    _read_config(base, _fetch(base, [CONFIG_FILE]))
+    folder = _fetch(base, _TOKENIZER_FILES)
     for name in TOKENIZER_SETTINGS:
         if (folder / name).is_file():
             read_json_object(folder / name)
@@ -139,9 +153,9 @@ def load_config(base: str) -> ChatGLMConfig:
     Raises:
         UserError: no model there, or one of another family.
     """
-    if base in HUB_IDS and not isinstance(try_to_load_from_cache(base, "config.json"), str):
+    if base in PUBLISHED and not isinstance(try_to_load_from_cache(base, CONFIG_FILE), str):
         return ChatGLMConfig()
-    return _read_config(base, _fetch(base, only="config.json"))
+    return _read_config(base, _fetch(base, [CONFIG_FILE]))
 
 
 def load_base_model(
@@ -171,8 +185,8 @@ def load_base_model(
         UserError: no model there, of another family, weights that do not fit, or a wish for bits
             that folder or device cannot grant.
     """
+    config = _read_config(base, _fetch(base, [CONFIG_FILE]))  # before gigabytes are fetched
     folder = _fetch(base)
-    config = _read_config(base, folder)
     has, packed = bits_of(config), config.quantization_bit
     if bits and has:
         raise _quantised_already(f"quantization_bit {bits}", base, has)
@@ -187,10 +201,13 @@ def load_base_model(
         loading["device_map"] = str(device)
     if bits and not packed:
         loading["quantization_config"] = quantising(bits, dtype)
-    model: Any = _built(
-        folder,
-        lambda: ChatGLMForConditionalGeneration.from_pretrained(folder, config=config, **loading),
-    )
+    with weights.bar_if_long(folder):
+        model: Any = _built(
+            folder,
+            lambda: ChatGLMForConditionalGeneration.from_pretrained(
+                folder, config=config, **loading
+            ),
+        )
     model.name_or_path = model.config.name_or_path = base
     if has or packed:
         done = "stay packed"
@@ -213,14 +230,46 @@ def _quantised_already(wish: str, base: str, bits: int) -> UserError:
     )
 
 
+@cache
+def hub_config(base: str) -> ChatGLMConfig | None:
+    """The configuration of a hub's model, of which nothing is kept here; None if no hub answers.
+
+    Raises:
+        UserError: it is of another family, by its config or, where no hub answers, by its name; or
+            the hub has no such model.
+    """
+    settings = hub_settings(base)
+    if settings is None:
+        if family := family_by_name(base):
+            raise UserError(
+                f"{base}: is {family} by its name, which is not loaded here; pass ChatGLM-6B, such "
+                f"as {HUB_IDS[0]}"
+            )
+        return None
+    _check_family(base, settings)
+    if "pre_seq_len" in settings:
+        raise UserError(
+            f"{base}: config.json has pre_seq_len, so it is a P-Tuning v2 checkpoint, which is not "
+            "loaded here; pass the base it was trained on"
+        )
+    try:
+        return _built(Path(base), lambda: ChatGLMConfig.from_dict(settings))
+    except UserError as error:
+        raise UserError(f"{base}: {error}") from error
+
+
 def _read_config(base: str, folder: Path) -> ChatGLMConfig:
-    settings = read_json_object(folder / "config.json")
+    settings = read_json_object(folder / CONFIG_FILE)
+    _check_family(base, settings)
+    return _built(folder, lambda: ChatGLMConfig.from_pretrained(folder))
+
+
+def _check_family(base: str, settings: dict[str, Any]) -> None:
     if settings.get("model_type") != "chatglm":
         raise UserError(
             f"{base}: config.json says model_type {settings.get('model_type')!r}, not 'chatglm'; "
             "pass a ChatGLM-6B folder"
         )
-    return _built(folder, lambda: ChatGLMConfig.from_pretrained(folder))
 
 
 def _built(folder: Path, build: Callable[[], T]) -> T:
@@ -241,18 +290,45 @@ def _built(folder: Path, build: Callable[[], T]) -> T:
         ) from error
 
 
-def _fetch(base: str, only: str | None = None) -> Path:
+def _fetch(base: str, only: Iterable[str] = weights.DATA_FILES) -> Path:
     try:
         folder = weights.fetch(base, only)
-    except _HUB_ERRORS as error:
-        reason = str(error).strip().splitlines()[0]
+    except UserError:
+        raise
+    except Exception as error:  # a hub that gives nothing shows in many kinds of exception
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .")
         raise UserError(
-            f"{base}: the hub does not give this model ({reason}); check the name and the network, "
-            "or pass --chatglm_path FOLDER with a downloaded copy"
+            f"{base}: {_not_given(base)} ({reason[:300]}); {_other_ways(base)}"
         ) from error
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: has no config.json; pass the folder of a downloaded ChatGLM-6B")
+    if not (folder / CONFIG_FILE).is_file():
+        raise UserError(
+            f"{folder}: has no config.json; pass the folder of a downloaded ChatGLM-6B"
+            + _model_within(folder)
+        )
     return folder
+
+
+def _not_given(base: str) -> str:
+    if family := family_by_name(base):
+        return f"is {family} by its name, which is not loaded here, and the hub does not answer"
+    return "the hub does not give this model"
+
+
+def _other_ways(base: str) -> str:
+    if family_by_name(base):
+        return f"pass ChatGLM-6B, such as {HUB_IDS[0]}"
+    ways = "check the name and the network, or pass --chatglm_path FOLDER with a downloaded copy"
+    if is_on_modelscope(base):
+        return ways
+    return f"{ways}; is it a name on ModelScope, `modelscope download --model {base}` gets one"
+
+
+def _model_within(folder: Path) -> str:
+    """Where in a folder a model lies, as the end of a sentence."""
+    depths = ("*", "*/*", "*/snapshots/*")
+    found = (path for depth in depths for path in sorted(folder.glob(f"{depth}/{CONFIG_FILE}")))
+    place = next(found, None)
+    return f", such as {place.parent}" if place else ""
 
 
 def check_pair(model: PreTrainedModel, tokenizer: ChatGLMTokenizer) -> None:

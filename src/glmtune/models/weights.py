@@ -3,19 +3,30 @@
 Everything here reads headers only: tensors stay on disk, and no code in a file is run.
 """
 
+import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+import shutil
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.modeling_utils import str_to_torch_dtype
+from transformers.utils.logging import (
+    disable_progress_bar,
+    enable_progress_bar,
+    is_progress_bar_enabled,
+)
 
 from glmtune.data.files import check_inside, read_json_object
 from glmtune.errors import UserError
 from glmtune.models.downloads import check_download
+from glmtune.models.hubs import check_endpoint, from_modelscope, is_on_modelscope, open_folder
 from glmtune.models.torch_files import read_torch_file
 
 # In the order in which transformers looks for them: what is checked here is what it loads.
@@ -25,32 +36,40 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+# Data alone, never code.
+DATA_FILES = ("*.json", "*.model", "*.safetensors", "*.bin")
 MAX_NAMED = 3
+_LONG_BYTES = 1e9
+_SHARD = re.compile(r"([\w.-]+)-(\d{5})-of-(\d{5})\.(bin|safetensors)")
 HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
 Outline = dict[str, Tensor]  # on the meta device: shapes and types, no numbers
 
 
-def fetch(name_or_path: str, only: str | None = None, **hub_arguments) -> Path:
-    """The local folder of a checkpoint: the folder itself, or the hub's files in the hub cache.
+def fetch(name_or_path: str, only: Iterable[str] = DATA_FILES, **hub_arguments) -> Path:
+    """The local folder of a checkpoint: the folder itself, or the hub's files in the hub's cache.
 
     Only data is fetched (JSON, vocabularies, weights), never code, and held against its hashes; of
-    it, where that is enough, one file alone.
+    it, where that is enough, some files alone.
 
     Raises:
-        UserError: a file is not what was published.
+        UserError: a file is not what was published, HF_ENDPOINT is no address, or the client of
+            ModelScope is needed and not there.
+        Exception: the hub does not give the model, which shows in many kinds.
     """
     folder = Path(name_or_path)
     if folder.is_dir():
-        return folder
-    patterns = [only] if only else ["*.json", "*.model", "*.safetensors", "*.bin"]
-    snapshot = Path(snapshot_download(name_or_path, allow_patterns=patterns, **hub_arguments))
+        return open_folder(folder)
+    if is_on_modelscope(name_or_path):
+        return from_modelscope(name_or_path, list(only))
+    check_endpoint()
+    snapshot = Path(snapshot_download(name_or_path, allow_patterns=list(only), **hub_arguments))
     check_download(name_or_path, snapshot)
     return snapshot
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a checkpoint's weights, as one file or by its index.
+    """The files that hold a checkpoint's weights: one, those of its index, or numbered shards.
 
     Raises:
         UserError: no weights there, a shard that is missing, is a Git-LFS pointer or lies outside
@@ -58,12 +77,10 @@ def weight_files(folder: Path) -> list[Path]:
     """
     found = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if found is None:
-        raise UserError(
-            f"{folder}: holds no weights (looked for {', '.join(WEIGHT_FILES)}); "
-            "pass the folder of a downloaded model"
-        )
-    check_inside(folder / found)
-    names = _read_index(folder / found) if found.endswith(".json") else [found]
+        names = _numbered_shards(folder)
+    else:
+        check_inside(folder / found)
+        names = _read_index(folder / found) if found.endswith(".json") else [found]
     for name in names:
         path = folder / name
         if not path.is_file():
@@ -74,6 +91,62 @@ def weight_files(folder: Path) -> list[Path]:
                 f"{path}: is a Git-LFS pointer, not weights; run `git lfs pull` in that folder"
             )
     return [folder / name for name in names]
+
+
+def are_there(folder: Path) -> bool:
+    """Whether a folder has all its weights; one whose download was not finished has not."""
+    try:
+        return bool(weight_files(folder))
+    except UserError:
+        return False
+
+
+def _numbered_shards(folder: Path) -> list[str]:
+    """The shards of a folder whose index was not downloaded: their names say how many there are."""
+    shards = [found for path in sorted(folder.iterdir()) if (found := _SHARD.fullmatch(path.name))]
+    kinds = {found.expand(r"\1 \3 \4"): found for found in shards}
+    if not kinds:
+        raise UserError(
+            f"{folder}: holds no weights (looked for {', '.join(WEIGHT_FILES)} and numbered "
+            "shards); pass the folder of a downloaded model"
+        )
+    if len(kinds) > 1:
+        names = " and ".join(found[0] for found in list(kinds.values())[:MAX_NAMED])
+        raise UserError(
+            f"{folder}: holds shards of several downloads ({names}) and no index that says which "
+            "are the weights; leave those of one there"
+        )
+    (kind,) = kinds.values()
+    there = {found[0] for found in shards}
+    wanted = [f"{kind[1]}-{i:05}-of-{kind[3]}.{kind[4]}" for i in range(1, int(kind[3]) + 1)]
+    if missing := [name for name in wanted if name not in there]:
+        raise UserError(
+            f"{folder}: of {len(wanted)} shards these are missing: {_some(missing)}; download them "
+            "again"
+        )
+    return wanted
+
+
+@contextmanager
+def indexed(folder: Path) -> Iterator[Path]:
+    """A folder as transformers reads it: this one, or, where its shards lack their index, another.
+
+    That other one is temporary and holds the index, made of the shards' own headers. The shards
+    stay where they are, and nothing is written there.
+    """
+    if any((folder / name).is_file() for name in WEIGHT_FILES):
+        yield folder
+        return
+    files = weight_files(folder)
+    shard_of = {name: str(path.resolve()) for path in files for name in read_outline([path])}
+    stem = "model" if files[0].suffix == ".safetensors" else "pytorch_model"
+    with TemporaryDirectory() as place:
+        index = Path(place, f"{stem}{files[0].suffix}.index.json")
+        # transformers joins folder and shard, and an absolute path is its own
+        index.write_text(json.dumps({"metadata": {}, "weight_map": shard_of}), encoding="utf-8")
+        for path in folder.glob("*config.json"):  # generation_config.json, or config.json for it
+            shutil.copyfile(path, Path(place, path.name))
+        yield Path(place)
 
 
 def is_lfs_pointer(path: Path) -> bool:
@@ -203,3 +276,18 @@ def _type_name(tensor: Tensor) -> str:
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
     return ", ".join(names[:MAX_NAMED]) + more
+
+
+@contextmanager
+def bar_if_long(folder: Path) -> Iterator[None]:
+    """Leave transformers' bar to a terminal on which gigabytes are waited for."""
+    files = (path for path in folder.iterdir() if path.suffix in (".bin", ".safetensors"))
+    is_long = sum(path.stat().st_size for path in files if path.is_file()) > _LONG_BYTES
+    silent = is_progress_bar_enabled() and not (is_long and sys.stderr.isatty())
+    if silent:
+        disable_progress_bar()
+    try:
+        yield
+    finally:
+        if silent:
+            enable_progress_bar()

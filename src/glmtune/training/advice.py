@@ -15,12 +15,17 @@ class Remedy:
     """Settings that would make a run fit."""
 
     settings: dict[str, Any]
+    least_gib: float
     needed_gib: float
+    """With what a run would then spend to go faster."""
 
     def __str__(self) -> str:
         """As a line of advice."""
         names = ", ".join(f"{name} {_spell(value)}" for name, value in self.settings.items())
-        return f"{names} would take {self.needed_gib:.1f} GiB"
+        least, needed = f"{self.least_gib:.1f}", f"{self.needed_gib:.1f}"
+        if least == needed:
+            return f"{names} would take {needed} GiB"
+        return f"{names} would take {least} GiB at least, {needed} to go faster"
 
 
 def find_remedies(config: TrainConfig, foresee: Foresee) -> list[Remedy]:
@@ -56,7 +61,8 @@ def _try(config: TrainConfig, change: dict[str, Any], foresee: Foresee) -> Remed
         return None
     changed = foresee(config.model_copy(update=change))
     helps = changed.fits and changed.needed_gib < foresee(config).needed_gib
-    return Remedy(change, changed.needed_gib) if helps else None
+    least_gib = changed.least.needed_gib
+    return Remedy(change, least_gib, changed.needed_gib) if helps else None
 
 
 def _smaller_steps(config: TrainConfig, foresee: Foresee) -> list[dict[str, Any]]:
@@ -98,13 +104,11 @@ def describe(forecast: Forecast) -> dict[str, str]:
     held = f"{setup.bits} bits" if setup.bits else "float8" if setup.is_fp8 else dtype
     held += ", embedding and head in 8 bits" if setup.quantize_head else ""
     pairs = {
+        "at least": f"{forecast.least.needed_gib:7.2f} GiB  in all, {passes_words(forecast.least)}",
         "weights": _size(parts.weights, held),
         "adapter": _size(parts.adapter, f"{setup.parameters():,} parameters and their gradients"),
         "optimiser": _size(parts.optimiser, "two moments of each"),
-        "activations": _size(
-            parts.activations,
-            f"{forecast.batch.num_tokens:,} tokens a pass, {recompute_words(forecast)}",
-        ),
+        "activations": _size(parts.activations, passes_words(forecast)),
         "logits": _size(parts.logits, f"{setup.config.vocab_size:,} ids"),
     }
     if parts.way_back >= 0.005 * GIB:
@@ -113,8 +117,16 @@ def describe(forecast: Forecast) -> dict[str, str]:
         weight = ", one weight as floats" if setup.bits else ""
         pairs["buffers"] = _size(parts.buffers, f"workspaces of the libraries{weight}")
     pairs["at most"] = _size(parts.allocated, "allocated")
+    if forecast.frugal:
+        more = parts.needed - forecast.frugal.estimate.needed
+        pairs["spent"] = _size(more, "more than the least, to go faster")
     pairs["on the card" if setup.on_gpu else "in all"] = verdict(forecast)
     return pairs
+
+
+def passes_words(forecast: Forecast) -> str:
+    """How much is computed at once, and how many layers again."""
+    return f"{forecast.batch.num_tokens:,} tokens a pass, {recompute_words(forecast)}"
 
 
 def recompute_words(forecast: Forecast) -> str:

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from glmtune.errors import program
 from glmtune.hardware import device_name, memory_gib, total_memory_gib
 from glmtune.models.chatglm.packed import base_of
 from glmtune.models.quantised import bits_of
@@ -107,19 +108,20 @@ def print_summary(
             pairs[name] = f"{values[0]:.4f} at first, {values[-1]:.4f} at last"
     pairs["adapter"] = f"{run.config.output_dir} (the curve: {PLOT_FILE})"
     if not is_done and state.last_good:
-        pairs["go on with"] = resume_command(run, state.last_good)
-    pairs["answer with"] = f"glmtune infer --data_path RECORDS.json --model_path {folder}"
+        pairs["go on with"] = resume_command(run, state.last_good, program())
+    pairs["answer with"] = f"{program()} infer --data_path RECORDS.json --model_path {folder}"
     print_pairs(f"{how} {run.max_steps:,} steps", pairs)
 
 
-def resume_command(run: Run, checkpoint: Path) -> str:
-    """The command that goes on from a checkpoint."""
+def resume_command(run: Run, checkpoint: Path, glmtune: str = "glmtune") -> str:
+    """The command that goes on from a checkpoint, with what is typed for glmtune."""
     recipe = shlex.quote(f"{run.config.output_dir}/{RECIPE_FILE}")
     num_processes = run.accelerator.num_processes
     # On CPUs `accelerate launch` starts one process, whatever number it is given.
-    launch = f"torchrun --nproc_per_node {num_processes} -m " if num_processes > 1 else ""
+    if num_processes > 1:
+        glmtune = f"torchrun --nproc_per_node {num_processes} -m glmtune"
     where = shlex.quote(str(checkpoint))
-    return f"{launch}glmtune train {recipe} --resume_from_checkpoint {where}"
+    return f"{glmtune} train {recipe} --resume_from_checkpoint {where}"
 
 
 def what_is_kept(run: Run, state: TrainingState) -> str:

@@ -76,6 +76,13 @@ class Forecast:
     recompute: int
     """The first so many layers are computed again on the way back."""
     estimate: Estimate
+    frugal: "Forecast | None" = None
+    """The same run with nothing spent on speed, where the card leaves a choice."""
+
+    @property
+    def least(self) -> "Forecast":
+        """What these settings take at the least: short packs, layers computed again."""
+        return self.frugal or self
 
     @property
     def needed_gib(self) -> float:
@@ -117,7 +124,9 @@ class Forecast:
             **parts,
             "allocated_gib": self.estimate.allocated / GIB,
             "needed_gib": self.needed_gib,
+            "least_gib": self.least.needed_gib,
             "fits": self.fits,
+            "cannot_fit": self.cannot_fit,
         }
 
 
@@ -157,15 +166,22 @@ def forecast(
         targets=config.lora_target,
         has_dropout=config.lora_dropout > 0,
     )
-    pack_length = None
+    wish = config.gradient_checkpointing
     if layout == "packed":
-        batch, recompute = _choose_pack(config, setup, card, rows)
-        pack_length = batch.num_tokens
+        choices = _packs(config, card, rows)
+        batch, recompute = _choose_pack(choices, wish, setup, card)
     else:
-        batch = _largest_batch(config, setup, rows, num_processes)
-        recompute = choose_recompute(config.gradient_checkpointing, setup, batch, card)
-    parts = estimate(setup, batch, recompute)
-    return Forecast(card, layout, setup, batch, pack_length, recompute, parts)
+        choices = [_largest_batch(config, setup, rows, num_processes)]
+        (batch,) = choices
+        recompute = choose_recompute(wish, setup, batch, card)
+    forecasts = []
+    most = setup.config.num_layers - 1 if wish == "auto" and card.on_gpu else recompute
+    for size, again in ((batch, recompute), (choices[-1], most)):
+        parts, length = estimate(setup, size, again), size.num_tokens
+        pack_length = length if layout == "packed" else None
+        forecasts.append(Forecast(card, layout, setup, size, pack_length, again, parts))
+    chosen, frugal = forecasts
+    return replace(chosen, frugal=frugal) if frugal.needed_gib < chosen.needed_gib else chosen
 
 
 def foresee_on(
@@ -215,9 +231,8 @@ def holds(card: Card, setup: Setup, batch: Batch, recompute: int) -> bool:
     return estimate(setup, batch, recompute).needed <= _USABLE * card.gib * GIB
 
 
-def _choose_pack(config: TrainConfig, setup: Setup, card: Card, rows: Lengths) -> tuple[Batch, int]:
-    """The length of packs, and the layers to recompute, with which tokens pass fastest."""
-    wish = config.gradient_checkpointing
+def _packs(config: TrainConfig, card: Card, rows: Lengths) -> list[Batch]:
+    """The packs that a run may take, the shortest last."""
     share = rows.num_labels_R.sum() / rows.lengths_R.sum()
 
     def pack(length: int) -> Batch:
@@ -225,17 +240,21 @@ def _choose_pack(config: TrainConfig, setup: Setup, card: Card, rows: Lengths) -
 
     longest = PACK_MULTIPLE * -(-int(rows.lengths_R.max()) // PACK_MULTIPLE)
     if config.tokens_per_step or not card.on_gpu:
-        batch = pack(config.tokens_per_step or max(PACK_LENGTH_ON_CPU, longest))
-        return batch, choose_recompute(wish, setup, batch, card)
+        return [pack(config.tokens_per_step or max(PACK_LENGTH_ON_CPU, longest))]
+    return [pack(max(length, longest)) for length in PACK_SPEEDS]
+
+
+def _choose_pack(
+    packs: list[Batch], wish: bool | str, setup: Setup, card: Card
+) -> tuple[Batch, int]:
+    """The pack, and the layers to recompute, with which tokens pass fastest; else the shortest."""
     choices = []
-    for length, speed in PACK_SPEEDS.items():
-        batch = pack(max(length, longest))
+    for batch, speed in zip(packs, PACK_SPEEDS.values(), strict=False):
         recompute = choose_recompute(wish, setup, batch, card)
         seconds = (1 + _RECOMPUTE_COST * recompute / setup.config.num_layers) / speed
         choices.append((not holds(card, setup, batch, recompute), seconds, batch, recompute))
-    *_, shortest = choices
     misfits, _, batch, recompute = min(choices, key=lambda choice: choice[:2])
-    return (shortest[2], shortest[3]) if misfits else (batch, recompute)
+    return choices[-1][2:] if misfits else (batch, recompute)
 
 
 def _largest_batch(config: TrainConfig, setup: Setup, rows: Lengths, num_processes: int) -> Batch:

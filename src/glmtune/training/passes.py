@@ -153,7 +153,7 @@ class PackedPass(Pass):
             row_ids,
             self.pack_length or self.length(row_ids),
             pad_token_id=config.pad_token_id,
-            sop_in_prefix=bool(config.num_image_tokens),
+            sop_in_prefix=config.sop_in_prefix,
         )
 
     def length(self, row_ids: np.ndarray) -> int:

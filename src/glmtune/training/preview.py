@@ -12,7 +12,7 @@ from glmtune.data.jsonlines import append_json, check_appendable
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import note
 from glmtune.hardware import Card, pick_device, pick_dtype
-from glmtune.models.checkpoints import base_name, load_config, resolve_base
+from glmtune.models.checkpoints import HUB_IDS, base_name, load_config, resolve_base
 from glmtune.models.sizes import check_targets
 from glmtune.training.advice import find_remedies, print_forecast
 from glmtune.training.forecast import EqualRows, Lengths, forecast
@@ -27,7 +27,9 @@ def plan(settings: PlanConfig) -> dict[str, Any]:
     check_targets(settings.lora_target)
     check_appendable(settings.json_path)
     card, dtype = _card_and_dtype(settings)
-    base = resolve_base(settings.chatglm_path)
+    base = resolve_base(settings.chatglm_path, needs_weights=False)
+    if base == HUB_IDS[0] and not settings.chatglm_path:
+        note("no base model is named or found, so this is of ChatGLM-6B (--chatglm_path)")
     shape, rows = load_config(base), _rows(settings)
     foresee = partial(forecast, shape=shape, dtype=dtype, card=card, rows=rows)
     config = train_config(settings)

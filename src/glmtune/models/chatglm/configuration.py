@@ -87,6 +87,9 @@ class ChatGLMConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
     use_cache: bool = True
+    sop_in_prefix: bool = False
+    """Whether ``<sop>`` has the prompt's last position, as the code of March 2023 gave it: so in
+    v1.0, and in copies of it whose image tokens were cut away."""
     quantization_bit: int = 0  # 8 or 4: packed integers in the layers' linears
     quantization_embeddings: bool = False  # and in embedding and head; alone, those in 8 bits
     bos_token_id: int | None = 130004
@@ -131,6 +134,8 @@ class ChatGLMConfig(PreTrainedConfig):
             )
         if type(self.bos_token_id) is not int:
             raise _no_value("bos_token_id", self.bos_token_id)
+        if self.num_image_tokens:
+            self.sop_in_prefix = True
         if self.mask_token_id is None:
             self.mask_token_id = self.bos_token_id - 4
         if self.gmask_token_id is None:
@@ -158,5 +163,5 @@ class ChatGLMConfig(PreTrainedConfig):
 
     @property
     def revision(self) -> str:
-        """Which published revision the vocabulary belongs to: "v1.0" or "v1.1"."""
-        return "v1.0" if self.num_image_tokens else "v1.1"
+        """Which published revision the weights belong to: "v1.0" or "v1.1"."""
+        return "v1.0" if self.sop_in_prefix else "v1.1"

@@ -15,10 +15,12 @@ from glmtune.models.chatglm.configuration import (
     VOCAB_SIZE_V1_1,
     ChatGLMConfig,
 )
-from glmtune.models.chatglm.vocabulary import VOCAB_FILE, check_revision
+from glmtune.models.chatglm.vocabulary import NUM_PIECES_V1_0, VOCAB_FILE, check_revision
 from glmtune.models.integer_weights import SCALE, Packed
 from glmtune.models.quantised import as_floats, bits_of
 
+# What P-Tuning v2 trains, in THUDM's scripts.
+PREFIX = "prefix_encoder."
 BODY = "transformer."  # which is not in the names of the bare model's own files
 EMBEDDING, HEAD = "transformer.word_embeddings.weight", "lm_head.weight"
 EMBEDDING_SCALE, HEAD_SCALE = f"transformer.word_embeddings.{SCALE}", f"lm_head.{SCALE}"
@@ -54,6 +56,7 @@ def check_folder(
         )
     files = weights.weight_files(folder)
     found = weights.read_outline(files)
+    _refuse_prefix(folder, found)
     if EMBEDDING.removeprefix(BODY) in found:  # of the bare model, saved by itself
         found = {name if name in (HEAD, HEAD_SCALE) else BODY + name: found[name] for name in found}
     num_layers = len({name[1] for name in map(LAYER.match, found) if name})
@@ -98,4 +101,27 @@ def check_folder(
         ],
     )
     if (folder / VOCAB_FILE).is_file():
-        check_revision(folder / VOCAB_FILE, config.vocab_size)
+        num_pieces = check_revision(folder / VOCAB_FILE, config.vocab_size)
+        if num_pieces == NUM_PIECES_V1_0 and not _names_gmask(folder):
+            # Image tokens cut away (silver/chatglm-6b-slim); rows and code are still March's.
+            config.sop_in_prefix = True
+
+
+def _names_gmask(folder: Path) -> bool:
+    """Whether config.json has the id of [gMASK], as it does since mid-2023."""
+    return "gmask_token_id" in read_json_object(folder / "config.json")
+
+
+def _refuse_prefix(folder: Path, found: weights.Outline) -> None:
+    """Tell of a checkpoint of P-Tuning v2, whose trained prefix has no place in this model."""
+    of_prefix = [name for name in found if PREFIX in name]
+    if not of_prefix:
+        return
+    base = read_json_object(folder / "config.json").get("_name_or_path")
+    named = f" (config.json names {base})" if isinstance(base, str) and base else ""
+    what = "no base model" if len(of_prefix) == len(found) else "a base model and a prefix in one"
+    raise UserError(
+        f"{folder}: is a P-Tuning v2 checkpoint, {what} ({of_prefix[0]}); glmtune tunes by LoRA "
+        f"and has no use for the prefix: pass the base it was trained on{named} as --chatglm_path "
+        "and train an adapter on the same rows"
+    )

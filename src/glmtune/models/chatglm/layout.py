@@ -114,7 +114,7 @@ def read_layout(
     place_BS = (valid_BS.cumsum(-1) - 1).clamp(min=0)
     target_B1 = place_BS.gather(-1, is_target_BS.int().argmax(-1, keepdim=True))
     position_BS = torch.where(in_prefix_BS, place_BS, target_B1)
-    if config.num_image_tokens:
+    if config.sop_in_prefix:
         # v1.0 counted <sop> as the prompt's last token and turned to [gMASK] only after it.
         is_first_sop_BS = column_S == prefix_end_B[:, None]
         position_BS = torch.where(is_first_sop_BS & has_gmask_B1, place_BS, position_BS)

@@ -70,7 +70,8 @@ class StrictModel(PreTrainedModel):
             kwargs["dtype"], caution = pick_dtype(pick_device(), bf16=None, fp16=False)
             if caution:
                 warnings.warn(caution, stacklevel=2)
-        loaded = loader.from_pretrained(folder, *args, config=config, **kwargs)
+        with weights.indexed(folder) as place:
+            loaded = loader.from_pretrained(place, *args, config=config, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if hasattr(model, "lm_head") and config.tie_word_embeddings:
             _settle_head(model, is_to_copy)

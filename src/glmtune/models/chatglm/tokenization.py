@@ -30,13 +30,13 @@ from glmtune.models.chatglm.chat_template import (
     guard,
     mark,
 )
-from glmtune.models.chatglm.configuration import NUM_IMAGE_TOKENS
 from glmtune.models.chatglm.vocabulary import (
     NUM_PIECES_V1_0,
     SPECIALS,
     VOCAB_FILE,
     compare_revisions,
     extend_v1_0,
+    image_tokens_v1_0,
     read_vocab,
     replace_blanks,
     restore_blanks,
@@ -83,13 +83,15 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         self.model_bytes, self.sp = read_vocab(vocab_file)
         num_pieces = self.sp.get_piece_size()
         config_file = Path(str(vocab_file)).with_name("config.json")
+        of_model = None
         if config_file.is_file():
-            config = read_json_object(config_file)
-            compare_revisions(vocab_file, num_pieces, config.get("vocab_size"))
-        is_v1_0 = num_pieces == NUM_PIECES_V1_0
-        if is_v1_0:
+            of_model = read_json_object(config_file).get("vocab_size")
+            compare_revisions(vocab_file, num_pieces, of_model)
+        self.is_v1_0 = num_pieces == NUM_PIECES_V1_0
+        if self.is_v1_0:
             self.sp = SentencePieceProcessor(model_proto=extend_v1_0(self.model_bytes))
-        self.num_image_tokens = NUM_IMAGE_TOKENS if is_v1_0 else num_image_tokens or 0
+            num_image_tokens = image_tokens_v1_0(of_model, num_image_tokens)
+        self.num_image_tokens = num_image_tokens or 0
         if missing := [name for name in SPECIALS if not self.sp.is_control(self.sp[name])]:
             raise UserError(
                 f"{vocab_file}: has no special piece {missing[0]}, so it is not a ChatGLM-6B "
@@ -130,7 +132,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     @property
     def revision(self) -> str:
         """Which published revision the ids belong to: "v1.0" or "v1.1"."""
-        return "v1.0" if self.num_image_tokens else "v1.1"
+        return "v1.0" if self.is_v1_0 else "v1.1"
 
     @property
     def gmask_token_id(self) -> int:

@@ -7,7 +7,11 @@ from sentencepiece import SentencePieceProcessor
 
 from glmtune.data.files import check_inside
 from glmtune.errors import UserError
-from glmtune.models.chatglm.configuration import VOCAB_SIZE_V1_0, VOCAB_SIZE_V1_1
+from glmtune.models.chatglm.configuration import (
+    NUM_IMAGE_TOKENS,
+    VOCAB_SIZE_V1_0,
+    VOCAB_SIZE_V1_1,
+)
 from glmtune.models.weights import is_lfs_pointer
 
 VOCAB_FILE = "ice_text.model"
@@ -63,14 +67,31 @@ def read_vocab(vocab_file: str | Path | None) -> tuple[bytes, SentencePieceProce
         ) from error
 
 
-def check_revision(vocab_file: Path, model_vocab_size: int) -> None:
+def image_tokens_v1_0(model_vocab_size: int | None, given: int | None) -> int:
+    """How many ids stand before the text in the first revision: 20,000, unless they were cut away.
+
+    ChatGLM-6B-Slim (March 2023) has the first revision's vocabulary file beside 130,528 rows, so
+    that its ids are those of the later revision. A vocabulary saved by itself says how many.
+    """
+    if model_vocab_size == VOCAB_SIZE_V1_1:
+        return 0
+    if model_vocab_size == VOCAB_SIZE_V1_0 or given is None:
+        return NUM_IMAGE_TOKENS
+    return given
+
+
+def check_revision(vocab_file: Path, model_vocab_size: int) -> int:
     """Refuse a vocabulary file of one published revision beside a model of the other.
+
+    Returns:
+        The number of pieces in the file.
 
     Raises:
         UserError: they are of different revisions.
     """
-    _, sp = read_vocab(vocab_file)
-    compare_revisions(vocab_file, sp.get_piece_size(), model_vocab_size)
+    num_pieces = read_vocab(vocab_file)[1].get_piece_size()
+    compare_revisions(vocab_file, num_pieces, model_vocab_size)
+    return num_pieces
 
 
 def compare_revisions(
@@ -83,7 +104,8 @@ def compare_revisions(
     """
     of_model = {VOCAB_SIZE_V1_0: "v1.0", VOCAB_SIZE_V1_1: "v1.1"}.get(model_vocab_size or 0)
     of_file = {NUM_PIECES_V1_0: "v1.0", NUM_PIECES_V1_1: "v1.1"}.get(num_pieces)
-    if of_model and of_file and of_model != of_file:
+    was_cut = (num_pieces, model_vocab_size) == (NUM_PIECES_V1_0, VOCAB_SIZE_V1_1)
+    if of_model and of_file and of_model != of_file and not was_cut:
         raise UserError(
             f"{vocab_file}: the tokenizer ({num_pieces} pieces, revision {of_file}) and the model "
             f"(vocab_size {model_vocab_size}, revision {of_model}) are of different revisions of "
