@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 from pydantic.fields import FieldInfo
 
 from glmtune.config.groups import PathText
-from glmtune.config.names import OLD_NAMES, check_name
+from glmtune.config.names import check_name, read_as_settings, setting_named
 from glmtune.config.settings import SETTINGS, Settings
 from glmtune.errors import UserError
 
@@ -113,7 +113,8 @@ def split_arguments(
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
         check_name(verb, name, f"--{name}")
-        field = SETTINGS[verb].model_fields.get(name)
+        setting = setting_named(verb, name)
+        field = SETTINGS[verb].model_fields[setting] if setting else None
         is_switch = field is None or kind_of(field).is_switch
         if not equals:
             if rest and not rest[-1].startswith("--") and not (is_switch and _is_recipe(rest[-1])):
@@ -164,8 +165,9 @@ def verb_help(verb: str, summary: str) -> str:
             lines.append(f"  --{name} {kind_of(field).column}")
             text = f"{field.description}{_default(field)}"
             lines += textwrap.wrap(text, width, initial_indent="      ", subsequent_indent="      ")
-    if old := OLD_NAMES.get(verb):
-        lines += ["", *textwrap.wrap(f"Names of former days, still read: {', '.join(old)}.", width)]
+    if names := read_as_settings(verb):
+        text = f"Names of former days and of other trainers, read as well: {', '.join(names)}."
+        lines += ["", *textwrap.wrap(text, width)]
     return "\n".join(lines)
 
 

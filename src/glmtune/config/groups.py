@@ -127,6 +127,12 @@ class DeviceSettings(Settings):
     fp16: bool = Field(False, description="compute in float16, which overflows sooner")
     use_cpu: bool = Field(False, description="leave the GPU alone")
 
+    @field_validator("bf16", mode="before")
+    @classmethod
+    def spell_auto(cls, value: object) -> object:
+        """Accept "auto", as axolotl's recipes have it, for the default."""
+        return None if str(value).lower() == "auto" else value
+
     @model_validator(mode="after")
     def one_precision(self) -> Self:
         """float16 and bfloat16 exclude each other."""

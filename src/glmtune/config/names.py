@@ -1,16 +1,20 @@
-"""What settings are called: today's names, yesterday's, and those that glmtune does not have.
+"""What settings are called: today's names, and those that users bring from elsewhere.
 
-Scripts of 2023 pass names that transformers 5 took out of TrainingArguments. Those are read as
-today's, with a note; the rest of TrainingArguments is refused by name, so that nobody believes a
-setting works that does not; anything else gets a "did you mean".
+A name of transformers, of another trainer or of another verb of ours stands in `foreign`, which
+says what becomes of it: it is read as today's, accepted with a word where it changes nothing, or
+refused with what to do instead. Anything else gets a "did you mean", if there is a name so near
+that it can only be a slip.
 """
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from glmtune.config.foreign import FOREIGN
+from glmtune.config.foreign.fates import Becomes, Fate, Idle, Refused, spellings
 from glmtune.config.settings import SETTINGS
 from glmtune.errors import UserError, note
+
+_ADAPTER = ("model_path", "adapter")
 
 
 class Given(NamedTuple):
@@ -24,130 +28,221 @@ class Given(NamedTuple):
     value: str | list[str] | None
     source: str
 
+    @property
+    def text(self) -> str:
+        """The value as a flag would have it."""
+        return ",".join(self.value) if isinstance(self.value, list) else self.value or ""
+
     def __str__(self) -> str:
         """The setting with its value, for the start of an error line."""
         value = "null" if self.value is None else repr(self.value)
         return f"{self.source} {value if len(value) <= 200 else f'{value[:197]}...'}"
 
 
-class OldName(NamedTuple):
-    """Today's name of a setting (None: there is nothing to set any more), and a word about it."""
-
-    today: str | None
-    note: str
-
-
-_OLD_TRAINING_NAMES = {
-    "warmup_ratio": OldName("warmup_steps", "a number below 1 is a share of all steps"),
-    "no_cuda": OldName("use_cpu", "it means the same"),
-    "per_gpu_train_batch_size": OldName("per_device_train_batch_size", "it means the same"),
-    "per_gpu_eval_batch_size": OldName("per_device_eval_batch_size", "it means the same"),
-    "activation_checkpointing": OldName("gradient_checkpointing", "it means the same"),
-    "target_modules": OldName("lora_target", "it means the same"),
-    "logging_dir": OldName(None, "TensorBoard's events lie in output_dir's runs/"),
-    "save_safetensors": OldName(None, "adapters are always written as safetensors"),
-    "group_by_length": OldName(None, "rows come in the order of train_sampling_strategy"),
-    "evaluation_strategy": OldName(None, "eval_ratio above 0 evaluates, every eval_steps"),
-    "eval_strategy": OldName(None, "eval_ratio above 0 evaluates, every eval_steps"),
-    "include_tokens_per_second": OldName(None, "tokens per second are always shown"),
-    "use_mps_device": OldName(None, "the device is found; use_cpu stays on the CPU"),
-}
-_OLD_ANSWER_NAMES = {
-    "max_length": OldName("max_new_tokens", "max_length counted the question, this does not"),
-}
-OLD_NAMES: dict[str, dict[str, OldName]] = {
-    "train": _OLD_TRAINING_NAMES,
-    "plan": _OLD_TRAINING_NAMES,
-    "infer": _OLD_ANSWER_NAMES,
-    "compare": _OLD_ANSWER_NAMES,
-}
-"""Verb -> name of former days -> today's."""
-
-_NOT_OFFERED = """
-accelerator_config activation_checkpointing_kwargs adafactor auto_find_batch_size
-average_tokens_across_devices batch_eval_metrics bf16_full_eval dataloader_drop_last
-dataloader_in_order dataloader_multiprocessing_context dataloader_num_workers
-dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor ddp_backend
-ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout
-debug deepspeed dispatch_batches do_eval do_predict do_train enable_jit_checkpoint
-eval_accumulation_steps eval_delay eval_do_concat_batches eval_on_start eval_use_gather_object
-fp16_backend fp16_full_eval fp16_opt_level fsdp fsdp_config fsdp_min_num_params
-fsdp_transformer_layer_cls_to_wrap full_determinism gradient_checkpointing_kwargs greater_is_better
-half_precision_backend hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy
-hub_token ignore_data_skip include_for_metrics include_inputs_for_metrics
-include_num_input_tokens_seen jit_mode_eval label_names label_smoothing_factor length_column_name
-liger_kernel_config load_best_model_at_end local_rank log_level log_level_replica log_on_each_node
-logging_first_step logging_nan_inf_filter logging_strategy lr_scheduler_kwargs metric_for_best_model
-mp_parameters neftune_noise_alpha optim optim_args optim_target_modules parallelism_config
-past_index prediction_loss_only project push_to_hub push_to_hub_model_id push_to_hub_organization
-push_to_hub_token ray_scope restore_callback_states_from_checkpoint run_name save_on_each_node
-save_only_model save_strategy sharded_ddp skip_memory_metrics split_batches tf32 torch_compile
-torch_compile_backend torch_compile_mode torch_empty_cache_steps torchdynamo tpu_metrics_debug
-tpu_num_cores trackio_bucket_id trackio_space_id trackio_static_space_id use_cache use_ipex
-use_legacy_prediction_loop use_liger_kernel xpu_backend
-"""
-NOT_OFFERED = frozenset(_NOT_OFFERED.split())
-"""Names that TrainingArguments has or had and `glmtune train` has not; a test compares the two."""
-
-
 def did_you_mean(word: str, candidates: Iterable[str], prefix: str = "") -> str:
-    """Return "; did you mean X?" for the candidate most like `word`, or "" when none is."""
-    close = difflib.get_close_matches(word, list(candidates), n=1)
-    return f"; did you mean {prefix}{close[0]}?" if close else ""
+    """Return "; did you mean X?" for the candidate that `word` is a slip of, or "" if none is."""
+    slips = {name: _slips(word, name) for name in candidates}
+    near = [(count, name) for name, count in slips.items() if count is not None]
+    return f"; did you mean {prefix}{min(near)[1]}?" if near else ""
+
+
+def _slips(word: str, name: str) -> int | None:
+    """How many letters went wrong where `name` was meant, None where it hardly was.
+
+    Numbers make another name, and so does a word that is short or has too little in common: one
+    slip in a word of four letters, two from eight letters on.
+    """
+    if [c for c in word if c.isdigit()] != [c for c in name if c.isdigit()]:
+        return None
+    if word.replace("_", "") == name.replace("_", "") or word == name.partition(" ")[0]:
+        return 0
+    words, parts = word.split("_"), name.split("_")
+    if len(words) != len(parts):
+        words, parts = ["".join(words)], ["".join(parts)]
+    counts = [_distance(a, b) for a, b in zip(words, parts, strict=True)]
+    allowed = [0 if len(b) < 4 else 1 if len(b) < 8 else 2 for b in parts]
+    fits = all(count <= most for count, most in zip(counts, allowed, strict=True))
+    return sum(counts) if fits and sum(counts) <= 2 else None
+
+
+def _distance(a: str, b: str) -> int:
+    """Letters to add, drop, replace or swap with their neighbour (optimal string alignment)."""
+    rows = [list(range(len(b) + 1))]
+    for i in range(1, len(a) + 1):
+        rows.append([i])
+        for j in range(1, len(b) + 1):
+            replaced = rows[i - 1][j - 1] + (a[i - 1] != b[j - 1])
+            costs = [rows[i - 1][j] + 1, rows[i][j - 1] + 1, replaced]
+            if i > 1 and j > 1 and a[i - 2 : i] == b[j - 1] + b[j - 2]:
+                costs.append(rows[i - 2][j - 2] + 1)
+            rows[i].append(min(costs))
+    return rows[-1][-1]
 
 
 def knows(verb: str, name: str) -> bool:
-    """Whether `verb` has a setting of this name, today or in former days."""
-    return name in SETTINGS[verb].model_fields or name in OLD_NAMES.get(verb, {})
+    """Whether a name that a recipe has for all verbs is meant for this one as well.
+
+    What one verb calls so is not what another calls differently: an `output_dir` beside the
+    sections is no `save_path`. An adapter is an adapter everywhere.
+    """
+    if name in SETTINGS[verb].model_fields:
+        return True
+    is_ours = any(name in settings.model_fields for settings in SETTINGS.values())
+    return bool(_fates(verb, name)) and (not is_ours or setting_named(verb, name) in _ADAPTER)
+
+
+def setting_named(verb: str, name: str) -> str | None:
+    """The setting of `verb` that a name stands for whatever its value is, if it does."""
+    if name in SETTINGS[verb].model_fields:
+        return name
+    first = next(iter(_fates(verb, name)), None)
+    return _setting(verb, first) if isinstance(first, Becomes) and first.values is None else None
+
+
+def read_as_settings(verb: str) -> list[str]:
+    """The foreign names that `verb` reads as settings of its own, by name."""
+    fields = SETTINGS[verb].model_fields
+    return [
+        name
+        for name in sorted(FOREIGN)
+        if name not in fields and any(isinstance(fate, Becomes) for fate in _fates(verb, name))
+    ]
 
 
 def check_name(verb: str, name: str, source: str) -> None:
-    """Raise UserError, with the likeliest fix, for a name that `verb` does not know."""
-    if knows(verb, name):
+    """Raise UserError, with the likeliest fix, for a name that `verb` has no use for."""
+    if name in SETTINGS[verb].model_fields or _fates(verb, name):
         return
-    if verb in ("train", "plan") and name in NOT_OFFERED:
+    if verbs := _verbs_that_have(name):
         raise UserError(
-            f"{source}: transformers' TrainingArguments know this setting, glmtune does not offer "
-            "it; take it out"
+            f"{source} is a setting of {', '.join(verbs)}, not of {verb}; give it there, or take "
+            "it out"
         )
-    # Benchmarks and plans borrow settings of what they measure; none is where a user looks for one.
-    verbs = [other for other in SETTINGS if not other.startswith(("bench", "plan"))]
-    if verbs := [other for other in verbs if name in SETTINGS[other].model_fields]:
-        raise UserError(f"{source} is a setting of {', '.join(verbs)}, not of {verb}; take it out")
+    if name in FOREIGN:
+        raise UserError(f"{source} {_elsewhere(verb, name)}")
     dashes = "--" if source.startswith("--") else ""
-    hint = did_you_mean(name, SETTINGS[verb].model_fields, prefix=dashes)
+    known = [*SETTINGS[verb].model_fields, *read_as_settings(verb)]
+    hint = did_you_mean(name, known, prefix=dashes)
     hint = hint or f"; `glmtune {verb} --help` lists its settings"
     raise UserError(f"{source} is not a setting of {verb}{hint}")
 
 
 def with_todays_names(verb: str, given: Mapping[str, Given]) -> dict[str, Given]:
-    """Return the settings under today's names, with a note on stderr for each old one.
+    """Return the settings under today's names, with a note on stderr for each foreign one.
 
     Raises:
-        UserError: a name that the verb does not have, or one setting given under both names.
+        UserError: a name that the verb does not have, a value that cannot be had, or one setting
+            given under two names.
     """
-    today: dict[str, Given] = {}
+    settings, notes = translate(verb, given)
+    note(*notes)
+    return settings
+
+
+def translate(verb: str, given: Mapping[str, Given]) -> tuple[dict[str, Given], list[str]]:
+    """`with_todays_names`, its notes being returned."""
+    own = {name: given[name] for name in given if name in SETTINGS[verb].model_fields}
+    read: dict[str, Given] = {}
+    defaults: dict[str, Given] = {}
+    notes: list[str] = []
     for name, setting in given.items():
         check_name(verb, name, setting.source)
-        if old := OLD_NAMES.get(verb, {}).get(name):
-            now = f"is {old.today} today" if old.today else "has no effect any more"
-            note(f"{name} {now}: {old.note}")
-            if old.today is None:
-                continue
-            if name == "warmup_ratio":
-                _check_ratio(setting)
-            name = old.today
-        if name in today:
-            raise UserError(f"{today[name].source} and {setting.source} are one setting; keep one")
-        today[name] = setting
-    return today
+        if name in own:
+            continue
+        target, value, word = _read_foreign(verb, name, setting)
+        notes.append(word)
+        here = Given(value, setting.source)
+        if not target:
+            continue
+        if value is None:  # "not in 4 bits" beside "in 8 bits" contradicts nothing
+            defaults[target] = here
+            continue
+        other = own.get(target, read.get(target, here))
+        if target in own or other.value != value:
+            both = [
+                one.source for one in given.values() if one.source in (other.source, here.source)
+            ]
+            raise UserError(f"{' and '.join(both)} are one setting; keep one")
+        read[target] = here
+    return defaults | read | own, notes
 
 
-def _check_ratio(setting: Given) -> None:
-    """As warmup_steps, a ratio of 1 would be one single step."""
-    try:
-        in_range = 0 <= float(str(setting.value)) < 1
-    except ValueError:
-        in_range = False
-    if not in_range:
-        raise UserError(f"{setting} should be a share of all steps, from 0 to below 1")
+def _read_foreign(verb: str, name: str, given: Given) -> tuple[str, str | list[str] | None, str]:
+    """Return setting ("" for none), value and a word about them.
+
+    Raises:
+        UserError: the value cannot be had.
+    """
+    found = spellings(given.text)
+    if given.value is None or (found & {"", "none", "null"} and not setting_named(verb, name)):
+        return "", None, f"{name} is not set by an empty value"
+    for fate in _fates(verb, name):
+        match fate:
+            case Becomes(values=None):
+                setting = _setting(verb, fate)
+                return setting, given.value, f"{name} is {setting} here: {fate.word}"
+            case Becomes(values=Mapping() as table):
+                if hit := found & table.keys():
+                    value, setting = table[min(hit)], _setting(verb, fate)
+                    now = f"{setting} {value}" if value else f"without {setting}"
+                    return setting, value, f"{name} {given.text} is {now} here: {fate.word}"
+            case Becomes(values=convert) if callable(convert):
+                setting = _setting(verb, fate)
+                try:
+                    value = convert(given.text)
+                except ValueError as error:
+                    raise UserError(f"{given} {error}") from None
+                return setting, value, f"{name} is {setting} here, {value}: {fate.word}"
+            case Idle() if fate.takes(given.text):
+                return "", None, f"{name} has no effect here: {fate.word}"
+            case Refused():
+                raise UserError(f"{given}: {fate.way}")
+    choices = [
+        value
+        for fate in _fates(verb, name)
+        if isinstance(fate, Becomes) and isinstance(fate.values, Mapping)
+        for value in fate.values
+    ]
+    if not choices:
+        raise UserError(f"{given} {_elsewhere(verb, name)}")
+    raise UserError(f"{given} should be {' or '.join(dict.fromkeys(choices))}")
+
+
+def _fates(verb: str, name: str) -> list[Fate]:
+    """The fates of a foreign name that concern a verb."""
+    if name not in FOREIGN:
+        return []
+    return [
+        fate
+        for fate in FOREIGN[name].fates
+        if (verb in fate.verbs or not fate.verbs)
+        and (not isinstance(fate, Becomes) or _setting(verb, fate))
+    ]
+
+
+def _setting(verb: str, fate: Becomes) -> str:
+    """The setting of a verb that a name becomes, "" where it has none of them."""
+    fields = SETTINGS[verb].model_fields
+    return next((name for name in fate.settings if name in fields), "")
+
+
+def _verbs_that_have(name: str) -> list[str]:
+    """The verbs with this setting, where a user looks for it.
+
+    Benchmarks and plans borrow the settings of what they measure.
+    """
+    verbs = [verb for verb in SETTINGS if name in SETTINGS[verb].model_fields]
+    asked = [verb for verb in verbs if not verb.startswith(("bench", "plan"))]
+    return asked or verbs
+
+
+def _elsewhere(verb: str, name: str) -> str:
+    """The rest of the error for a foreign name that other verbs have a use for."""
+    for fate in FOREIGN[name].fates:
+        if isinstance(fate, Becomes) and (verbs := _verbs_that_have(fate.settings[0])):
+            return (
+                f"is {fate.settings[0]} here, a setting of {', '.join(verbs)}, not of {verb}; give "
+                "it there, or take it out"
+            )
+    verbs = list(dict.fromkeys(verb for fate in FOREIGN[name].fates for verb in fate.verbs))
+    return f"concerns {', '.join(verbs)}, not {verb}; take it out"

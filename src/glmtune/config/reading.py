@@ -18,7 +18,16 @@ from pydantic import ValidationError
 
 from glmtune import __version__
 from glmtune.config.flags import fields_by_group, kind_of
-from glmtune.config.names import Given, check_name, did_you_mean, knows, with_todays_names
+from glmtune.config.foreign import FOREIGN
+from glmtune.config.names import (
+    Given,
+    check_name,
+    did_you_mean,
+    knows,
+    setting_named,
+    translate,
+    with_todays_names,
+)
 from glmtune.config.settings import SETTINGS, Settings
 from glmtune.drafts import replacing_file
 from glmtune.errors import UserError
@@ -71,6 +80,8 @@ def change_setting(config: Config, verb: str, name: str, text: str) -> Config:
         UserError: an unknown name or a wrong value.
     """
     check_name(verb, name, name)
+    if (own := setting_named(verb, name)) != name:
+        raise UserError(f"{name} is {own} here" if own else f"{name} is no setting of {verb}")
     cls = type(config)
     value = None if _means_none(cls, name, text) else text
     try:
@@ -109,8 +120,7 @@ def recipe_settings(verb: str, path: str) -> dict[str, Given]:
     if not sections:
         return with_todays_names(verb, shared)
     for other, section in sections.items():
-        for name, setting in section.items():
-            check_name(other, name, setting.source)
+        translate(other, section)
     for_verb = {}
     for name, setting in shared.items():
         if knows(verb, name):
@@ -173,7 +183,7 @@ def _read_yaml(path: str) -> tuple[dict[str, Given], dict[str, dict[str, Given]]
         if name in SETTINGS and (isinstance(node, yaml.MappingNode) or node.tag == _TAG + "null"):
             pairs = _pairs(node, path) if isinstance(node, yaml.MappingNode) else {}
             sections[name] = {key: _given(key, *pair) for key, pair in pairs.items()}
-        elif isinstance(node, yaml.MappingNode):
+        elif isinstance(node, yaml.MappingNode) and name not in FOREIGN:
             raise UserError(f"{where}: {name} is no section{did_you_mean(name, SETTINGS)}")
         else:
             shared[name] = _given(name, where, node)
@@ -203,6 +213,8 @@ def _given(name: str, where: str, node: yaml.Node) -> Given:
             return Given([item.value for item in node.value], source)
     elif isinstance(node, yaml.ScalarNode) and node.tag in _PLAIN_TAGS:
         return Given(None if node.tag == _TAG + "null" else node.value, source)
+    if name in FOREIGN and isinstance(node, yaml.CollectionNode):
+        return Given("{...}" if node.value else None, source)  # whose name is answered
     raise UserError(f"{source} should be plain text, a number, true or false, or a list of texts")
 
 

@@ -254,7 +254,7 @@ class DoctorConfig(BaseModelSettings, DeviceSettings):
         description="explain this error message in Chinese and English instead: its text, a file "
         "that holds it, or - for what comes by stdin",
     )
-    errors: bool = Field(False, description="list the twenty errors that are known, as Markdown")
+    errors: bool = Field(False, description="list the errors that are known, as Markdown")
 
 
 # --- demo, new-model ---

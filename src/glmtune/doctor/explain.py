@@ -3,15 +3,16 @@
 import re
 from collections.abc import Iterator
 
-from glmtune.doctor.known_errors import KNOWN_ERRORS, KnownError
+from glmtune.doctor.errors import KNOWN_ERRORS, KnownError
 
 _PAGE_HEAD = """\
-# The twenty best-known errors · 最常见的二十个错误
+# Known errors · 常见错误
 
-What users of ChatGLM have met most, what is behind it, and the command that mends it. Explain one
-with `glmtune doctor --explain "ERROR TEXT"`. `glmtune doctor --errors` prints this page.
+What users of ChatGLM have met, the twenty most frequent first, what is behind each, and the command
+that mends it. Explain one with `glmtune doctor --explain "ERROR TEXT"`. `glmtune doctor --errors`
+prints this page.
 
-ChatGLM 用户最常遇到的报错、原因以及解决命令。用 `glmtune doctor --explain "报错文字"`
+ChatGLM 用户遇到的报错（前二十个最常见）、原因以及解决命令。用 `glmtune doctor --explain "报错文字"`
 可查询单个错误。
 """
 
@@ -39,7 +40,8 @@ def errors_page() -> str:
 
 def _entries() -> Iterator[str]:
     for number, known in enumerate(KNOWN_ERRORS, 1):
-        threads = ", ".join(_link(thread) for thread in known.threads.split(", "))
+        threads = ", ".join(map(_link, filter(None, known.threads.split(", "))))
+        seen = f"\nSeen in · 见于 {threads}\n" if threads else ""
         yield f"""\
 ## {number}
 
@@ -54,9 +56,7 @@ def _entries() -> Iterator[str]:
 ```bash
 {known.command}
 ```
-
-Seen in · 见于 {threads}
-"""
+{seen}"""
 
 
 def _link(thread: str) -> str:

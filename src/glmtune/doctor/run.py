@@ -56,7 +56,7 @@ def _explain(text: str) -> int:
     known = find_known(text)
     if not known:
         raise UserError(
-            "explain: none of the twenty errors known here stands in this text; `glmtune doctor "
+            "explain: none of the errors known here stands in this text; `glmtune doctor "
             "--errors` lists them, `glmtune doctor` looks for what else may be wrong"
         )
     print("\n".join(map(explain, known)), end="")

@@ -1,28 +1,8 @@
-"""The twenty error messages that users of ChatGLM have met most, each with what mends it.
+"""The twenty messages that users of ChatGLM have met most, each quoted from a thread it names."""
 
-Every message is quoted from a thread that is named with it. docs/errors.md is made of this table:
-`glmtune doctor --errors > docs/errors.md`.
-"""
+from glmtune.doctor.errors.table import DOWNLOAD, KnownError
 
-from typing import NamedTuple
-
-DOWNLOAD = "hf download zai-org/chatglm-6b --local-dir chatglm-6b"
-
-
-class KnownError(NamedTuple):
-    """A message, and what is behind it."""
-
-    message: str
-    pattern: str
-    """Regular expression that finds the message, however it is wrapped."""
-    cause: str
-    cause_zh: str
-    command: str
-    threads: str
-    """Where users met it: repository and number, with commas between."""
-
-
-KNOWN_ERRORS = (
+FIRST_TWENTY = (
     KnownError(
         "AttributeError: 'ChatGLMTokenizer' object has no attribute 'sp_tokenizer'",
         r"ChatGLMTokenizer'? object has no attribute '(sp_tokenizer|tokenizer)'",

@@ -1,0 +1,20 @@
+"""Names of other trainers, of former days and of our other verbs, and what becomes of each."""
+
+from glmtune.config.foreign.answers import ANSWERS
+from glmtune.config.foreign.data import DATA
+from glmtune.config.foreign.fates import Foreign
+from glmtune.config.foreign.models import MODELS
+from glmtune.config.foreign.training import TRAINING_NAMES
+from glmtune.config.foreign.training_arguments import TRAINING_ARGUMENTS
+
+TABLE: tuple[Foreign, ...] = (
+    *MODELS,
+    *DATA,
+    *TRAINING_NAMES,
+    *ANSWERS,
+    *TRAINING_ARGUMENTS,
+)
+"""All of them, each name once."""
+
+FOREIGN: dict[str, Foreign] = {row.name: row for row in TABLE}
+"""Name -> where it is known from, and what becomes of it."""

@@ -1,0 +1,13 @@
+"""Error messages that are known, with what mends each; docs/errors.md is made of them."""
+
+from glmtune.doctor.errors.first_twenty import FIRST_TWENTY
+from glmtune.doctor.errors.loading import LOADING
+from glmtune.doctor.errors.machine import MACHINE
+from glmtune.doctor.errors.rows import ROWS
+from glmtune.doctor.errors.table import KnownError
+from glmtune.doctor.errors.training import TRAINING
+
+__all__ = ["KNOWN_ERRORS", "KnownError"]
+
+KNOWN_ERRORS: tuple[KnownError, ...] = (*FIRST_TWENTY, *LOADING, *ROWS, *TRAINING, *MACHINE)
+"""All of them, in the order of docs/errors.md."""

@@ -1,0 +1,21 @@
+"""What a known error is, and the commands that several of them name."""
+
+from typing import NamedTuple
+
+DOWNLOAD = "hf download zai-org/chatglm-6b --local-dir chatglm-6b"
+CHAT = "glmtune chat --chatglm_path chatglm-6b"
+TRAIN = "glmtune train --dataset_path data --output_dir output"
+TOKENIZE = "glmtune tokenize --jsonl_path data.jsonl --save_path data"
+
+
+class KnownError(NamedTuple):
+    """A message, and what is behind it."""
+
+    message: str
+    pattern: str
+    """Regular expression that finds the message, whatever paths and numbers stand in it."""
+    cause: str
+    cause_zh: str
+    command: str
+    threads: str = ""
+    """Where users met it: repository and number, with commas between."""
