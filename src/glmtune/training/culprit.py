@@ -87,9 +87,9 @@ def compute_again(
     with _lookout(plain.model) as found:
         for rank, random_state in enumerate(random_states):
             random_state.restore(device)
-            for row_ids in [p.row_ids for p in passes if p.rank == rank]:
-                for part in np.split(row_ids, 1 if whole_passes else len(row_ids)):
-                    loss += plain.run(part, num_labels, seed=0)
+            for one in (p for p in passes if p.rank == rank):
+                for part in np.split(one.row_ids, 1 if whole_passes else len(one.row_ids)):
+                    loss += plain.run(part, num_labels, one.seed)
     scaler = plain.accelerator.scaler
     scale = 1.0 if scaler is None else scaler.get_scale()
     grads = {

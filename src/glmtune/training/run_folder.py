@@ -12,11 +12,12 @@ from glmtune.adapters.settings import CHECKPOINT
 from glmtune.config import TrainConfig, write_recipe
 from glmtune.drafts import clear_drafts, remove_folder
 from glmtune.errors import UserError
+from glmtune.models.torch_files import read_torch_file
 from glmtune.runlog import METRICS_FILE, PLOT_FILE, TENSORBOARD_FOLDER
 from glmtune.training.checkpoints import RECIPE_FILE, saved_steps
 from glmtune.training.disk import MEGABYTE, check_room, checkpoint_bytes, most_new_checkpoints
 from glmtune.training.held_out import is_evaluation_due
-from glmtune.training.manifest import STATE_FILE, find_fault, read_trainer_state
+from glmtune.training.manifest import STATE_FILE, TORCH_FILES, find_fault, read_trainer_state
 from glmtune.training.run import Run
 
 # Files of a run at the root of its folder.
@@ -58,7 +59,8 @@ def check_unfinished(run: Run, checkpoint: Path) -> list[str]:
         What the user should know of, a line each.
 
     Raises:
-        UserError: nothing is left to do; the message says what to raise.
+        UserError: nothing is left to do (the message says what to raise), or a file of the
+            checkpoint cannot be read.
     """
     output_dir, state = Path(run.config.output_dir), read_trainer_state(checkpoint)
     step = int(state["global_step"])
@@ -68,6 +70,8 @@ def check_unfinished(run: Run, checkpoint: Path) -> list[str]:
         return []
     if _is_inside(checkpoint, output_dir) and beside is None:
         return [f"{checkpoint} is the last: nothing is trained, {output_dir} is made whole from it"]
+    for file in (*TORCH_FILES, *(path.name for path in checkpoint.glob("rng_state_*.pth"))):
+        read_torch_file(checkpoint / file)  # one that nothing can go on from is told as such
     config = run.config
     asked, more = "max_steps", 2 * step
     if config.max_steps <= 0:
