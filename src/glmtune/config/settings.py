@@ -202,7 +202,9 @@ class CheckConfig(AnsweringWeightSettings, BaseModelSettings, DeviceSettings):
         description="alpaca records to ask (default: rows that the run held out, else a few "
         "questions of our own)",
     )
-    limit: int = Field(16, ge=1, description="ask so many at most")
+    limit: int = Field(
+        16, ge=1, description="ask so many at most, beside 16 questions of other kinds"
+    )
     max_new_tokens: int = Field(150, ge=1, description="longest answer, in tokens")
     json_path: PathText | None = Field(None, description="JSON file to write all figures into")
 
