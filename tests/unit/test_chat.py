@@ -3,6 +3,7 @@
 import json
 import os
 import select
+import shutil
 import signal
 import sys
 import time
@@ -13,10 +14,13 @@ import torch
 
 from glmtune.cli import main
 from glmtune.config import ChatConfig
+from glmtune.data.files import write_json
+from glmtune.data.templates import alpaca
 from glmtune.evaluation import chat as room
 from glmtune.evaluation.chat import chat
 from glmtune.generation import Decoder
 from glmtune.models.checkpoints import GLM_TINY
+from glmtune.training.manifest import our_part
 
 QUESTION = "What is the colour of the apple?"
 
@@ -102,6 +106,69 @@ def test_base_tuned_and_both(talk, strange_adapter, tmp_path):
 def test_there_is_no_tuned_side_without_an_adapter(talk):
     for word in ("/tuned", "/both"):
         assert "--adapter" in talk(word)[0][0]
+
+
+@pytest.fixture
+def alpaca_adapter(strange_adapter, tmp_path):
+    """That adapter with the record of a run that taught it alpaca's template."""
+    folder = shutil.copytree(strange_adapter, tmp_path / "run")
+    state = {"global_step": 1, "num_input_tokens_seen": 1, "log_history": []}
+    write_json(state | our_part({"template": "alpaca"}), folder / "trainer_state.json")
+    return str(folder)
+
+
+def test_each_side_is_asked_in_its_own_format(talk, alpaca_adapter, tmp_path):
+    path = str(tmp_path / "said.json")
+    _, prompts = talk("/both", QUESTION, "你好", f"/save {path}", adapter=alpaca_adapter)
+    assert prompts[:2] == [QUESTION, alpaca(QUESTION)]
+    assert prompts[2].endswith("\n[Round 1]\n问：你好\n答：")
+    assert prompts[3] == alpaca("你好"), "each question stands alone in that template"
+    assert saved(path)["formats"] == {"base": "chat", "tuned": "alpaca"}
+
+
+def test_the_format_changes(talk, alpaca_adapter):
+    lines = ["/format", "/format chat", QUESTION, "你好", "/format alpca", "/format Alpaca"]
+    printed, prompts = talk(*lines, "/format alpaca", "你好", adapter=alpaca_adapter)
+    assert [line.split()[0] for line in printed[:3]] == ["formats", "alpaca", "chat"]
+    assert printed[3] == "tuned is asked in the format alpaca, each question alone"
+    assert printed[4] == "tuned is asked in the format chat"
+    assert prompts[:2][0] == QUESTION
+    assert prompts[1].startswith(f"[Round 0]\n问：{QUESTION}\n")
+    assert printed[7] == "error: /format: there is no format alpca; did you mean alpaca?"
+    assert prompts[2] == alpaca("你好")
+
+
+def test_a_merged_model_may_be_asked_in_the_template_that_it_was_taught(talk):
+    printed, prompts = talk("/format alpaca", QUESTION)
+    assert printed[0] == "base is asked in the format alpaca, each question alone"
+    assert prompts == [alpaca(QUESTION)]
+
+
+@pytest.mark.parametrize(
+    ("form", "format", "why"),
+    [
+        ("today", "chat", "the model's own, since nothing beside the adapter says"),
+        ("damaged", "chat", "the model's own, since nothing beside the adapter says"),
+        ("2023", "alpaca", "as the scripts of 2023 taught"),
+        ("checkpoint", "alpaca", "as its run taught"),
+    ],
+)
+def test_the_format_of_an_adapter(alpaca_adapter, form, format, why):
+    folder = Path(alpaca_adapter)
+    state = folder / "trainer_state.json"
+    if form == "checkpoint":
+        folder = folder / "checkpoint-1"
+        folder.mkdir()
+        shutil.copy(Path(alpaca_adapter, "adapter_model.safetensors"), folder)
+    elif form == "damaged":
+        state.write_text("[]", encoding="utf-8")
+    else:
+        state.unlink()
+    if form == "2023":
+        Path(folder, "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    found, because = room.taught_format(folder)
+    assert found == format
+    assert because.startswith(why)
 
 
 def test_settings_change_and_mistakes_take_one_line(talk):
@@ -265,7 +332,17 @@ def test_ctrl_c_before_the_first_token_does_not_end_the_chat(talk, monkeypatch):
 
 def test_exit_ends_and_help_names_every_command(talk):
     printed, prompts = talk("/help", "", "/exit", "never")
-    for command in ("/new", "/base", "/tuned", "/both", "/save", "/undo", "/set", "/exit"):
+    for command in (
+        "/new",
+        "/base",
+        "/tuned",
+        "/both",
+        "/save",
+        "/undo",
+        "/set",
+        "/format",
+        "/exit",
+    ):
         assert any(command in line for line in printed)
     assert prompts == []
 

@@ -16,7 +16,10 @@ from glmtune.data.files import new_file
 from glmtune.errors import UserError
 from glmtune.evaluation.answers import Subject
 from glmtune.evaluation.conversation import (
+    ALPACA,
     BASE,
+    CHAT,
+    FORMATS,
     TUNED,
     Round,
     polish,
@@ -24,6 +27,7 @@ from glmtune.evaluation.conversation import (
     write_prompt,
 )
 from glmtune.evaluation.ctrl_c import CtrlC
+from glmtune.evaluation.source_run import find_template, is_of_2023
 from glmtune.generation import Decoder, GenerationSettings, Prompt, encode_prompts, find_stop_ids
 from glmtune.generation.streaming import TextStream, check_stop_strings
 from glmtune.runlog import print_pairs
@@ -77,12 +81,21 @@ class Chat:
                     model, settings, subject.device, beside=self.decoders[TUNED]
                 )
         self.sides: tuple[str, ...] = (next(iter(self.decoders)),)
+        self.formats = dict.fromkeys(self.decoders, CHAT)
+        self.greeting = "/help lists the commands, /exit ends"
+        if subject.adapter is not None:
+            self.formats[TUNED], why = taught_format(subject.adapter)
+            self.greeting += f"; {self._tell_format()}, {why} (/format changes it)"
         self.commands: dict[str, tuple[Callable[[str], None], str]] = {
             "/new": (self._new, "forget what was said"),
             "/undo": (self._undo, "forget the last question and its answers"),
             "/base": (lambda _: self._turn_to(BASE), "the base answers"),
             "/tuned": (lambda _: self._turn_to(TUNED), "base and adapter answer"),
             "/both": (lambda _: self._turn_to(BASE, TUNED), "both answer, one under the other"),
+            "/format": (
+                self._format,
+                f"{' or '.join(FORMATS)}: how {self._formatted} is asked; alone, lists them",
+            ),
             "/set": (self._set, "KEY VALUE changes a setting of the answers; alone, lists them"),
             "/save": (self._save, "[FILE] writes the conversation as JSON"),
             "/help": (self._help, "lists the commands"),
@@ -91,7 +104,7 @@ class Chat:
 
     def run(self) -> None:
         """Read and answer lines until the end."""
-        print("/help lists the commands, /exit ends")
+        print(self.greeting)
         with self.ctrl_c.heard():
             while self._read_and_take():
                 pass
@@ -152,7 +165,7 @@ class Chat:
     def _stream(self, side: str, question: str) -> tuple[str, bool]:
         """Print an answer as it comes; the answer, and whether it came to its end."""
         settings = GenerationSettings.from_config(self.config)
-        text = write_prompt(self.rounds, question, side)
+        text = write_prompt(self.rounds, question, side, self.formats[side])
         # A number of its own each time, so that the same question may get another answer.
         prompt = Prompt(text, "the conversation", self.num_asked)
         encoded = encode_prompts(self.model, self.tokenizer, [prompt], settings.max_new_tokens)
@@ -199,6 +212,26 @@ class Chat:
         self.sides = sides
         print(f"{' and '.join(sides)} will answer")
 
+    @property
+    def _formatted(self) -> str:
+        """The side whose format may be another: the tuned one, or a base that has no other."""
+        return TUNED if TUNED in self.formats else BASE
+
+    def _tell_format(self) -> str:
+        format = self.formats[self._formatted]
+        alone = ", each question alone" if format == ALPACA else ""
+        return f"{self._formatted} is asked in the format {format}{alone}"
+
+    def _format(self, name: str) -> None:
+        if not name:
+            print_pairs("formats", FORMATS)
+        elif name not in FORMATS:
+            hint = did_you_mean(name, FORMATS) or f"; choose {' or '.join(FORMATS)}"
+            raise UserError(f"/format: there is no format {name}{hint}")
+        else:
+            self.formats[self._formatted] = name
+        print(self._tell_format())
+
     def _set(self, words: str) -> None:
         if not words:
             values = {name: getattr(self.config, name) for name in AnswerSettings.model_fields}
@@ -223,6 +256,7 @@ class Chat:
         content = {
             **self.subject.identity(),
             "settings": settings.in_effect(),
+            "formats": self.formats,
             "rounds": [{"question": round.question, **round.answers} for round in self.rounds],
         }
         with new_file(path) as file:
@@ -234,6 +268,18 @@ class Chat:
 
     def _exit(self, _: str) -> None:
         raise SystemExit
+
+
+def taught_format(adapter: Path) -> tuple[str, str]:
+    """The format to ask an adapter in, and why this one."""
+    template = find_template(adapter)
+    if template == ALPACA:
+        return ALPACA, "as its run taught it"
+    if template is not None:
+        return CHAT, "since its rows had a template of their own, which no record names"
+    if is_of_2023(adapter):
+        return ALPACA, "as the scripts of 2023 taught, since nothing beside it says how"
+    return CHAT, "the model's own, since nothing beside the adapter says how it was taught"
 
 
 def _show_value(value: object) -> str:

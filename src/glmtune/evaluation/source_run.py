@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from glmtune.adapters.formats import WEIGHTS_FILE
 from glmtune.config import TrainConfig, read_config
 from glmtune.data.dataset import load_dataset
 from glmtune.data.token_rows import TokenRows
@@ -45,6 +46,11 @@ def find_rows(adapter: Path) -> RunRows | None:
     except UserError as error:
         note(f"the run's rows cannot be had ({error})")
         return None
+
+
+def is_of_2023(adapter: Path) -> bool:
+    """Whether an adapter has the form in which the scripts of 2023 left theirs."""
+    return not (adapter / WEIGHTS_FILE).is_file()
 
 
 def find_template(adapter: Path) -> str | None:
