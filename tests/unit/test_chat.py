@@ -229,6 +229,30 @@ def test_a_conversation_beyond_the_positions_is_told_and_not_kept(talk):
     assert prompts[-1] == "你好"
 
 
+def test_a_conversation_that_grows_too_long_forgets_its_oldest_rounds(talk, tmp_path):
+    path = str(tmp_path / "said.json")
+    long = ["apple " * 500 + f"{n}?" for n in range(6)]
+    printed, prompts = talk(*long, "/undo", f"/save {path}", max_new_tokens=4)
+    told = [line for line in printed if "forgotten: the model holds 2,048 tokens" in line]
+    assert told[0].startswith("[the oldest round is ")
+    assert all(line.startswith("[the oldest ") for line in told)
+    assert not any("error" in line for line in printed)
+    assert prompts[-1].startswith("[Round 0]\n问：apple")
+    assert long[0] not in prompts[-1]
+    assert prompts[-1].endswith(f"问：{long[-1]}\n答：")
+    assert [round["question"] for round in saved(path)["rounds"]] == [q.strip() for q in long[:-1]]
+
+
+def test_no_more_is_forgotten_than_is_needed(talk):
+    """Nor is anything where the question alone is too long, which is told as before."""
+    question = "apple " * 300
+    lines = [question, question, "apple " * 2100, "你好"]
+    printed, prompts = talk(*lines, max_new_tokens=4)
+    assert "error: the conversation: the prompt has 2" in printed[2]
+    assert prompts[-1].startswith(f"[Round 0]\n问：{question.strip()}\n")
+    assert "[Round 2]" in prompts[-1]
+
+
 def test_no_memory_is_told_and_the_chat_goes_on(talk, monkeypatch):
     def no_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -28,7 +28,15 @@ from glmtune.evaluation.conversation import (
 )
 from glmtune.evaluation.ctrl_c import CtrlC
 from glmtune.evaluation.source_run import find_template, is_of_2023
-from glmtune.generation import Decoder, GenerationSettings, Prompt, encode_prompts, find_stop_ids
+from glmtune.generation import (
+    Decoder,
+    EncodedPrompt,
+    GenerationSettings,
+    Prompt,
+    TooLongError,
+    encode_prompts,
+    find_stop_ids,
+)
 from glmtune.generation.streaming import TextStream, check_stop_strings
 from glmtune.runlog import print_pairs
 
@@ -67,6 +75,8 @@ class Chat:
         self.tokenizer = tokenizer
         self.subject = subject
         self.rounds: list[Round] = []
+        self.num_forgotten = 0
+        """Rounds at the beginning that no longer fit into a prompt."""
         self.num_asked = 0
         self.ctrl_c = CtrlC()
         check_stop_strings(config.stop_strings or (), tokenizer)
@@ -165,10 +175,7 @@ class Chat:
     def _stream(self, side: str, question: str) -> tuple[str, bool]:
         """Print an answer as it comes; the answer, and whether it came to its end."""
         settings = GenerationSettings.from_config(self.config)
-        text = write_prompt(self.rounds, question, side, self.formats[side])
-        # A number of its own each time, so that the same question may get another answer.
-        prompt = Prompt(text, "the conversation", self.num_asked)
-        encoded = encode_prompts(self.model, self.tokenizer, [prompt], settings.max_new_tokens)
+        encoded = [self._encode(side, question, settings.max_new_tokens)]
         stream = TextStream(self.tokenizer, settings.stop_strings or ())
         stop_ids = find_stop_ids(self.model)
         said, shown, whole = "", "", True
@@ -192,6 +199,30 @@ class Chat:
         print("" if whole else " [stopped]", flush=True)
         return shown, whole
 
+    def _encode(self, side: str, question: str, max_new_tokens: int) -> EncodedPrompt:
+        """The question with as many of the rounds before it as leave room for an answer.
+
+        Raises:
+            UserError: the question alone leaves none.
+        """
+        for first in range(self.num_forgotten, len(self.rounds) + 1):
+            text = write_prompt(self.rounds[first:], question, side, self.formats[side])
+            # A number of its own each time, so that the same question may get another answer.
+            prompt = Prompt(text, "the conversation", self.num_asked)
+            try:
+                (encoded,) = encode_prompts(self.model, self.tokenizer, [prompt], max_new_tokens)
+            except TooLongError:
+                if first == len(self.rounds) or self.formats[side] == ALPACA:
+                    raise
+                continue
+            if first > self.num_forgotten:
+                self.num_forgotten = first
+                limit = self.model.config.max_position_embeddings
+                rounds = "the oldest round is" if first == 1 else f"the oldest {first} rounds are"
+                print(f"[{rounds} forgotten: the model holds {limit:,} tokens]")
+            return encoded
+        raise AssertionError("a loop over one round at least")
+
     @staticmethod
     def _show(shown: str, text: str) -> str:
         print(text[len(shown) :], end="", flush=True)
@@ -199,12 +230,14 @@ class Chat:
 
     def _new(self, _: str) -> None:
         self.rounds.clear()
+        self.num_forgotten = 0
         print("a new conversation")
 
     def _undo(self, _: str) -> None:
         if not self.rounds:
             raise UserError("/undo: nothing was said yet")
         print(f"forgotten: {self.rounds.pop().question}")
+        self.num_forgotten = min(self.num_forgotten, len(self.rounds))
 
     def _turn_to(self, *sides: str) -> None:
         if TUNED in sides and TUNED not in self.decoders:

@@ -6,6 +6,7 @@ through transformers' `generate`.
 """
 
 from glmtune.generation.answers import (
+    TooLongError,
     answer_batch,
     encode_prompts,
     generate_answers,
@@ -19,6 +20,7 @@ __all__ = [
     "EncodedPrompt",
     "GenerationSettings",
     "Prompt",
+    "TooLongError",
     "answer_batch",
     "encode_prompts",
     "find_stop_ids",

@@ -52,6 +52,10 @@ def generate_answers(
     )
 
 
+class TooLongError(UserError):
+    """A prompt that leaves the model too few positions for an answer."""
+
+
 def encode_prompts(
     model: "PreTrainedModel | PeftModel",
     tokenizer: Any,
@@ -61,7 +65,7 @@ def encode_prompts(
     """Encode prompts whole; none is cut.
 
     Raises:
-        UserError: a prompt that leaves the model no positions for `max_new_tokens` more.
+        TooLongError: a prompt that leaves the model no positions for `max_new_tokens` more.
     """
     limit = model.config.max_position_embeddings
     texts = [prompt.text for prompt in prompts]
@@ -71,7 +75,7 @@ def encode_prompts(
         first, more = too_long[0], len(too_long) - 1
         num_ids = len(encoded[first])
         fix = f", or max_new_tokens to {limit - num_ids} at most" if num_ids < limit else ""
-        raise UserError(
+        raise TooLongError(
             f"{prompts[first].where}: the prompt has {num_ids} tokens, which with max_new_tokens "
             f"{max_new_tokens} is more than the model's {limit} positions; shorten the prompt{fix}"
             + (f" ({more} more are too long as well)" if more else "")
