@@ -41,6 +41,10 @@ from glmtune.generation.streaming import TextStream, check_stop_strings
 from glmtune.runlog import print_pairs
 
 ASK = "> "
+# Words that end or clear other chats, the published demonstration's among them.
+WORDS = dict.fromkeys(("exit", "quit", "stop", "退出"), "/exit") | dict.fromkeys(
+    ("clear", "清空"), "/new"
+)
 
 
 def chat(config: ChatConfig) -> None:
@@ -97,8 +101,8 @@ class Chat:
             self.formats[TUNED], why = taught_format(subject.adapter)
             self.greeting += f"; {self._tell_format()}, {why} (/format changes it)"
         self.commands: dict[str, tuple[Callable[[str], None], str]] = {
-            "/new": (self._new, "forget what was said"),
-            "/undo": (self._undo, "forget the last question and its answers"),
+            "/new": (self._new, "forgets what was said"),
+            "/undo": (self._undo, "forgets the last question and its answers"),
             "/base": (lambda _: self._turn_to(BASE), "the base answers"),
             "/tuned": (lambda _: self._turn_to(TUNED), "base and adapter answer"),
             "/both": (lambda _: self._turn_to(BASE, TUNED), "both answer, one under the other"),
@@ -149,7 +153,7 @@ class Chat:
             UserError: the command or its value is wrong, or the question cannot be answered.
             SystemExit: after /exit.
         """
-        word, _, rest = line.partition(" ")
+        word, _, rest = WORDS.get(line.lower(), line).partition(" ")
         if word in self.commands:
             self.commands[word][0](rest.strip())
         elif word.startswith("/") and word[1:].isalpha():
@@ -297,9 +301,14 @@ class Chat:
         print(f"written: {path}, {len(self.rounds)} rounds")
 
     def _help(self, _: str) -> None:
-        print_pairs("commands", {name: text for name, (_, text) in self.commands.items()})
+        pairs = {name: text for name, (_, text) in self.commands.items()}
+        for command in dict.fromkeys(WORDS.values()):
+            words = [word for word, meant in WORDS.items() if meant == command]
+            pairs[command] += f"; so does {' or '.join(words)} on a line of its own"
+        print_pairs("commands", pairs)
 
     def _exit(self, _: str) -> None:
+        print("the chat has ended")
         raise SystemExit
 
 
