@@ -41,11 +41,11 @@ def talk(monkeypatch, capsys):
 
     def run(*lines):
         capsys.readouterr()
-        left = iter([*lines, "/exit"])
+        left = iter([*lines, "exit"])
         monkeypatch.setattr("builtins.input", lambda _: next(left))
         settings = "--adapter run --max_new_tokens 16 --do_sample false --use_cpu true"
         assert main(["chat", *settings.split()]) == 0
-        return capsys.readouterr().out.splitlines()
+        return capsys.readouterr().out.splitlines()[:-1]
 
     return run
 

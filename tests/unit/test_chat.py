@@ -215,6 +215,17 @@ def test_answers_end_before_a_stop_string(talk):
     assert cut[0] == whole[0].partition(stop)[0].strip()
 
 
+def test_a_temperature_of_nothing_is_greedy(talk, tmp_path):
+    greedy, _ = talk(QUESTION)
+    path = str(tmp_path / "said.json")
+    lines = ["/set do_sample true", "/set temperature 0", QUESTION, "/undo", QUESTION]
+    printed, _ = talk(*lines, f"/save {path}")
+    assert printed[1] == "temperature 0.0"
+    assert printed[2] == printed[4] == greedy[0]
+    settings = {"max_new_tokens": 12, "num_beams": 1, "do_sample": False}
+    assert saved(path)["settings"] == settings
+
+
 def test_a_drawn_answer_is_another_one_the_next_time(talk):
     draw = {"do_sample": True, "temperature": 5.0, "top_p": None}
     printed, _ = talk(QUESTION, "/undo", QUESTION, **draw)
@@ -369,6 +380,30 @@ def test_exit_ends_and_help_names_every_command(talk):
     ):
         assert any(command in line for line in printed)
     assert prompts == []
+
+
+@pytest.mark.parametrize("word", ["exit", "quit", "stop", "Stop", " EXIT ", "退出"])
+def test_words_that_end_other_chats_end_this_one(talk, word):
+    printed, prompts = talk(word, "never")
+    assert printed == ["the chat has ended"]
+    assert prompts == []
+
+
+@pytest.mark.parametrize("word", ["clear", "清空"])
+def test_words_that_clear_other_chats_clear_this_one(talk, word):
+    printed, prompts = talk(QUESTION, word, QUESTION)
+    assert printed[1] == "a new conversation"
+    assert prompts == [QUESTION, QUESTION]
+
+
+def test_a_question_may_begin_with_such_a_word(talk):
+    assert talk("stop that", "exit?")[1][0] == "stop that"
+
+
+def test_help_names_those_words(talk):
+    text = "\n".join(talk("/help")[0])
+    for word in room.WORDS:
+        assert word in text
 
 
 def test_broken_bytes_of_a_terminal_do_no_harm(talk):

@@ -163,7 +163,9 @@ class ChatConfig(AnswerSettings, AnsweringWeightSettings, BaseModelSettings, Dev
     )
     max_new_tokens: int = Field(512, ge=1, description="longest answer, in tokens")
     do_sample: bool = Field(True, description="draw tokens at random instead of the likeliest")
-    temperature: float | None = Field(0.95, gt=0, description="above 1 flattens the draw")
+    temperature: float | None = Field(
+        0.95, ge=0, description="above 1 flattens the draw; 0 takes the likeliest tokens"
+    )
     top_p: float | None = Field(
         0.7, gt=0, le=1, description="draw from the likeliest tokens that hold this probability"
     )
