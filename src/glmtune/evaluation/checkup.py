@@ -169,14 +169,29 @@ def check(config: CheckConfig) -> Checkup:
 
 
 def check_after_training(
-    model: PeftModel, tokenizer: Any, rows: TokenRows, held_out: np.ndarray
+    model: PeftModel,
+    tokenizer: Any,
+    rows: TokenRows,
+    held_out: np.ndarray,
+    data_path: str | None = None,
 ) -> None:
     """The short form, on the model as it stands in memory when its training has ended.
 
     The run is over and saved: what fails here is told, and fails nothing.
+
+    Args:
+        model: base and adapter.
+        tokenizer: of the model.
+        rows: of the run.
+        held_out: numbers of those that were held out.
+        data_path: records to ask in their place.
     """
     try:
-        asked = held_out_probes(rows, held_out, SHORT_ROWS) or own_probes(tokenizer, SHORT_ROWS)
+        if data_path:
+            asked = record_probes(data_path, tokenizer, SHORT_ROWS)
+        else:
+            of_run = held_out_probes(rows, held_out, SHORT_ROWS)
+            asked = of_run or own_probes(tokenizer, SHORT_ROWS)
         settings = GenerationSettings(max_new_tokens=SHORT_ANSWER)
         found = examine(model, tokenizer, asked, settings, RunRows(rows, held_out))
         report(found, "Check-up")
@@ -301,7 +316,8 @@ def report(found: Checkup, title: str) -> None:
             f"{d.kl:.3g} nats a token from the base; {d.other_tokens:.1%} of the likeliest tokens "
             "are others"
         )
-        pairs["loss"] = f"{d.tuned_loss:.3f}, the base's is {d.base_loss:.3f}"
+        whose = "" if found.of_task else "; it was not trained for these, so this decides nothing"
+        pairs["loss"] = f"{d.tuned_loss:.3f}, the base's is {d.base_loss:.3f}{whose}"
     for name, what in (("stopped", "end by themselves"), ("repetition", "4-grams repeated")):
         if found.tuned is not None:
             base = f", the base's {getattr(found.base, name):.0%}" if found.base else ""
