@@ -30,7 +30,7 @@ def read(path):
 
 
 def test_each_record_gets_a_line_and_is_printed_as_in_2023(run, path, records_file, capsys):
-    summary = run()
+    summary = run(print_form="original", print_limit=None)
     records = json.loads(records_file.read_text(encoding="utf-8"))
     lines = read(path)
     assert [line["row"] for line in lines] == [1, 2, 3, 4, 5]
@@ -54,6 +54,45 @@ def test_each_record_gets_a_line_and_is_printed_as_in_2023(run, path, records_fi
     assert "30 tokens," in printed
     assert "tokens/s" in printed
     assert (summary.num_new, summary.num_tokens, summary.num_stopped) == (5, 30, 0)
+
+
+def test_the_verb_says_whose_text_is_whose(run, path, capsys):
+    run(print_limit=2)
+    lines = read(path)
+    printed = capsys.readouterr().out
+    assert printed.startswith(
+        "record 1\n"
+        "  Instruction: 给出三个 保持健康的 秘诀。\n"
+        f"  Model:       {lines[0]['answer']}\n"
+        "  Expected:    多吃水果。\n"
+        "               多睡觉。\n\n"
+        "record 2\n"
+        "  Instruction: Describe a crepe\n"
+        "  Input:       thin | <b>flat</b>\n"
+        f"  Model:       {lines[1]['answer']}\n"
+        "  Expected:    A pancake.\n\n"
+        "and 3 more, which are written (--print_limit none prints all)\n"
+    )
+    assert len(lines) == 5
+
+
+def test_what_is_not_expected_is_not_printed(run, capsys):
+    run(print_limit=None)
+    printed = capsys.readouterr().out
+    assert printed.count("record ") == 5
+    assert printed.count("Expected:") == 4, "one record has no output"
+    assert "more, which are written" not in printed
+
+
+def test_ten_are_printed_unless_told_otherwise(run, records_file, capsys):
+    records = json.loads(records_file.read_text(encoding="utf-8"))
+    records_file.write_text(json.dumps(records * 3), encoding="utf-8")
+    run()
+    printed = capsys.readouterr().out
+    assert (printed.count("\nrecord "), "and 5 more, which are written" in printed) == (9, True)
+    run(overwrite_output=True, print_limit=0)
+    printed = capsys.readouterr().out
+    assert printed.startswith("and 15 more")
 
 
 def test_without_an_adapter_the_base_answers(run, path, tmp_path, monkeypatch):

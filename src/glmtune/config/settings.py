@@ -137,6 +137,12 @@ class InferConfig(AnsweringSettings):
         description="JSONL file of the answers (default: answers.jsonl in model_path)",
     )
     limit: int | None = Field(None, ge=1, description="answer this many records (default: all)")
+    print_limit: int | None = Field(
+        10, ge=0, description="print this many of them with their answers; none: all"
+    )
+    print_form: Literal["labels", "original"] = Field(
+        "labels", description="Model and Expected under their names, or as the script of 2023 did"
+    )
 
 
 class CompareConfig(AnsweringSettings):
