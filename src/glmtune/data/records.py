@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, islice
 from typing import Literal, TypeVar
 
@@ -66,14 +67,18 @@ class BadRow(_Placed):
 Placed = TypeVar("Placed", Record, Row)
 
 
-def read_alpaca(path: str, on_bad_row: OnBadRow = "fail") -> tuple[list[Record], list[BadRow]]:
+def read_alpaca(
+    path: str, on_bad_row: OnBadRow = "fail", needs_output: bool = True
+) -> tuple[list[Record], list[BadRow]]:
     """Read alpaca records: `instruction` and `output`, and `input` where there is one.
 
     The file is a JSON list or JSON lines, told apart by what it holds. A bad row raises UserError,
     or with on_bad_row="skip" comes back in the second list. UserError also when the file as a whole
     cannot be read (see jsonfile.read_batches), is a list but no JSON, or has no usable row.
+
+    Questions that are only to be answered need no output: theirs is empty where it is missing.
     """
-    return _read(path, on_bad_row, alpaca_record)
+    return _read(path, on_bad_row, partial(alpaca_record, needs_output=needs_output))
 
 
 def read_rows(path: str, on_bad_row: OnBadRow = "fail") -> tuple[list[Row], list[BadRow]]:
@@ -142,7 +147,9 @@ def fields_of(value: object) -> dict:
     return value
 
 
-def alpaca_record(fields: dict, path: str, row: int, line: int) -> Record:
+def alpaca_record(
+    fields: dict, path: str, row: int, line: int, needs_output: bool = True
+) -> Record:
     """Return the alpaca record that a row's fields make; Flaw where they do not."""
     if "context" in fields and "target" in fields and "instruction" not in fields:
         raise Flaw(
@@ -150,10 +157,11 @@ def alpaca_record(fields: dict, path: str, row: int, line: int) -> Record:
             "a context/target row as convert writes them, not an alpaca record",
             "pass the alpaca file here, or this file to `glmtune tokenize`",
         )
+    has_output = needs_output or fields.get("output") is not None
     return Record(
         instruction=_string(fields, "instruction"),
         input=_string(fields, "input") if "input" in fields else "",
-        output=_string(fields, "output"),
+        output=_string(fields, "output") if has_output else "",
         path=path,
         row=row,
         line=line,
