@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from glmtune.config import InferConfig
 from glmtune.data.records import Record
-from glmtune.evaluation.answers import AnswerFile, Subject, prompt_of, read_questions
+from glmtune.evaluation.answers import AnswerFile, Subject, fit_positions, prompt_of, read_questions
 from glmtune.generation import Answer, GenerationSettings, generate_answers
 
 LINE_EVERY = 100
@@ -51,6 +51,8 @@ def infer(config: InferConfig) -> InferSummary:
     """
     records = read_questions(config)
     subject, settings = Subject.of(config), GenerationSettings.from_config(config)
+    if config.on_bad_row == "skip":
+        records = fit_positions(records, config, subject.base)
     file = AnswerFile(
         Path(config.output_path or Path(config.model_path or "", "answers.jsonl")),
         records,
@@ -62,6 +64,7 @@ def infer(config: InferConfig) -> InferSummary:
     answers: list[Answer] = []
     start = time.perf_counter()
     if todo:
+        fit_positions(todo, config, subject.base)
         model, tokenizer = subject.load()
         prompts = [prompt_of(record) for record in todo]
         batch_size = config.per_device_eval_batch_size

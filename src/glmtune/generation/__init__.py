@@ -9,6 +9,7 @@ from glmtune.generation.answers import (
     TooLongError,
     answer_batch,
     encode_prompts,
+    find_too_long,
     generate_answers,
 )
 from glmtune.generation.decoder import Decoder, find_stop_ids
@@ -24,5 +25,6 @@ __all__ = [
     "answer_batch",
     "encode_prompts",
     "find_stop_ids",
+    "find_too_long",
     "generate_answers",
 ]
