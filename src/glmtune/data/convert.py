@@ -9,6 +9,7 @@ from glmtune.data.files import new_file
 from glmtune.data.flaws import show
 from glmtune.data.records import BadRow, list_bad_rows, name_rows, read_alpaca
 from glmtune.data.templates import alpaca
+from glmtune.errors import visible
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,5 +65,5 @@ def convert(config: ConvertConfig) -> ConvertSummary:
         empty_outputs=[record.row for record in records if not record.output.strip()],
         unused_fields=dict(Counter(name for record in records for name in record.unused)),
     )
-    print(summary)
+    print(visible(str(summary)))
     return summary

@@ -22,7 +22,7 @@ from glmtune.data.files import new_folder, sha256_of
 from glmtune.data.lengths import LengthStats, plot_lengths
 from glmtune.data.records import BadRow, Row, list_bad_rows, name_rows, read_rows
 from glmtune.data.templates import is_alpaca
-from glmtune.errors import UserError
+from glmtune.errors import UserError, visible
 
 ROWS_PER_BATCH = 4096
 
@@ -116,7 +116,7 @@ def tokenize(config: TokenizeConfig, tokenizer: RowTokenizer, base_name: str) ->
             max_seq_length=config.max_seq_length,
         )
     summary = TokenizeSummary(config.jsonl_path, config.save_path, card, bad_rows)
-    print(summary)
+    print(visible(str(summary)))
     return summary
 
 

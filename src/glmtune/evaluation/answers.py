@@ -18,7 +18,7 @@ from glmtune.config import ChatConfig, CheckConfig, CompareConfig, InferConfig
 from glmtune.data.files import new_file, read_text
 from glmtune.data.records import BadRow, Record, list_bad_rows, read_alpaca
 from glmtune.data.templates import alpaca
-from glmtune.errors import UserError, note
+from glmtune.errors import UserError, note, visible
 from glmtune.generation import Prompt, find_too_long
 from glmtune.hardware import check_decoding, pick_device, pick_dtype
 from glmtune.models.checkpoints import (
@@ -39,7 +39,7 @@ def read_questions(config: InferConfig | CompareConfig) -> list[Record]:
     """
     records, bad_rows = read_alpaca(config.data_path, config.on_bad_row, needs_output=False)
     for line in list_bad_rows(bad_rows):
-        print(f"skipped {line}", file=sys.stderr)
+        print(visible(f"skipped {line}"), file=sys.stderr)
     return records
 
 
@@ -71,7 +71,7 @@ def fit_positions(
     long = [records[place] for place in found]
     rows = [BadRow(r.path, r.row, r.line, why) for r, why in zip(long, found.values(), strict=True)]
     for line in list_bad_rows(rows):
-        print(f"skipped {line}", file=sys.stderr)
+        print(visible(f"skipped {line}"), file=sys.stderr)
     return [record for place, record in enumerate(records) if place not in found]
 
 

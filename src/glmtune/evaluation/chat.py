@@ -13,7 +13,7 @@ from glmtune.config import ChatConfig, change_setting
 from glmtune.config.groups import AnswerSettings
 from glmtune.config.names import did_you_mean
 from glmtune.data.files import new_file
-from glmtune.errors import UserError
+from glmtune.errors import UserError, visible
 from glmtune.evaluation.answers import Subject
 from glmtune.evaluation.conversation import (
     ALPACA,
@@ -229,7 +229,7 @@ class Chat:
 
     @staticmethod
     def _show(shown: str, text: str) -> str:
-        print(text[len(shown) :], end="", flush=True)
+        print(visible(text[len(shown) :]), end="", flush=True)
         return text
 
     def _new(self, _: str) -> None:
@@ -240,7 +240,7 @@ class Chat:
     def _undo(self, _: str) -> None:
         if not self.rounds:
             raise UserError("/undo: nothing was said yet")
-        print(f"forgotten: {self.rounds.pop().question}")
+        print(f"forgotten: {visible(self.rounds.pop().question)}")
         self.num_forgotten = min(self.num_forgotten, len(self.rounds))
 
     def _turn_to(self, *sides: str) -> None:

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from glmtune.config import InferConfig
 from glmtune.data.records import Record
+from glmtune.errors import visible
 from glmtune.evaluation.answers import AnswerFile, Subject, fit_positions, prompt_of, read_questions
 from glmtune.generation import Answer, GenerationSettings, generate_answers
 
@@ -80,7 +81,8 @@ def infer(config: InferConfig) -> InferSummary:
                 file.append(record, {"answer": answer.text} | _counts(answer))
                 answers.append(answer)
                 if len(answers) <= num_printed:
-                    bar.write(form(record, answer.text, len(file.lines)), file=sys.stdout)
+                    shown = visible(form(record, answer.text, len(file.lines)))
+                    bar.write(shown, file=sys.stdout)
                     sys.stdout.flush()
                 elif bar.disable and len(answers) % LINE_EVERY == 0:
                     print(f"{len(answers):,} of {len(todo):,} records answered", flush=True)
