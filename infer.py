@@ -1,4 +1,4 @@
-"""Answers to alpaca records. The same as `glmtune infer`, from a checkout."""
+"""Answers to alpaca records. The same as `glmtune infer`, printed as in 2023, from a checkout."""
 
 import sys
 from pathlib import Path
@@ -10,4 +10,5 @@ if __name__ == "__main__":
     check()
     from glmtune.cli import main
 
-    sys.exit(main(["infer", *sys.argv[1:]]))
+    as_in_2023 = ["--print_form", "original", "--print_limit", "none"]
+    sys.exit(main(["infer", *as_in_2023, *sys.argv[1:]]))

@@ -1,10 +1,17 @@
 """What a user is told in a line: a mistake, which ends the command, or a note beside results."""
 
 import os
+import re
 import sys
 
 _LONGEST = 4000
 _WIDE_BLANK = "\u3000"
+# What acts in a text without being seen: a terminal's commands, marks that turn the direction of
+# letters, letters without width or for machines, other line breaks, halves of characters.
+_UNSEEN = re.compile(
+    "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\U000e0000-\U000e007f]"
+)
 
 
 class UserError(ValueError):
@@ -48,6 +55,16 @@ def program(name: str = "glmtune") -> str:
     if place.is_relative_to(Path.cwd()):
         place = place.relative_to(Path.cwd())
     return shlex.quote(str(place)) + ("" if here else f" -m {name}")
+
+
+def visible(text: str) -> str:
+    """A text of a stranger's as it may be shown: lines stay, and nothing in it acts unseen.
+
+    What would is written as an escape, such as \\x1b and \\u202e.
+    """
+    if text.isprintable():
+        return text
+    return _UNSEEN.sub(lambda found: _escape(found[0]), text.replace("\r\n", "\n"))
 
 
 def _presentable(line: str) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import select
+import shutil
 import signal
 import sys
 import time
@@ -13,10 +14,13 @@ import torch
 
 from glmtune.cli import main
 from glmtune.config import ChatConfig
+from glmtune.data.files import write_json
+from glmtune.data.templates import alpaca
 from glmtune.evaluation import chat as room
 from glmtune.evaluation.chat import chat
 from glmtune.generation import Decoder
 from glmtune.models.checkpoints import GLM_TINY
+from glmtune.training.manifest import our_part
 
 QUESTION = "What is the colour of the apple?"
 
@@ -104,6 +108,69 @@ def test_there_is_no_tuned_side_without_an_adapter(talk):
         assert "--adapter" in talk(word)[0][0]
 
 
+@pytest.fixture
+def alpaca_adapter(strange_adapter, tmp_path):
+    """That adapter with the record of a run that taught it alpaca's template."""
+    folder = shutil.copytree(strange_adapter, tmp_path / "run")
+    state = {"global_step": 1, "num_input_tokens_seen": 1, "log_history": []}
+    write_json(state | our_part({"template": "alpaca"}), folder / "trainer_state.json")
+    return str(folder)
+
+
+def test_each_side_is_asked_in_its_own_format(talk, alpaca_adapter, tmp_path):
+    path = str(tmp_path / "said.json")
+    _, prompts = talk("/both", QUESTION, "你好", f"/save {path}", adapter=alpaca_adapter)
+    assert prompts[:2] == [QUESTION, alpaca(QUESTION)]
+    assert prompts[2].endswith("\n[Round 1]\n问：你好\n答：")
+    assert prompts[3] == alpaca("你好"), "each question stands alone in that template"
+    assert saved(path)["formats"] == {"base": "chat", "tuned": "alpaca"}
+
+
+def test_the_format_changes(talk, alpaca_adapter):
+    lines = ["/format", "/format chat", QUESTION, "你好", "/format alpca", "/format Alpaca"]
+    printed, prompts = talk(*lines, "/format alpaca", "你好", adapter=alpaca_adapter)
+    assert [line.split()[0] for line in printed[:3]] == ["formats", "alpaca", "chat"]
+    assert printed[3] == "tuned is asked in the format alpaca, each question alone"
+    assert printed[4] == "tuned is asked in the format chat"
+    assert prompts[:2][0] == QUESTION
+    assert prompts[1].startswith(f"[Round 0]\n问：{QUESTION}\n")
+    assert printed[7] == "error: /format: there is no format alpca; did you mean alpaca?"
+    assert prompts[2] == alpaca("你好")
+
+
+def test_a_merged_model_may_be_asked_in_the_template_that_it_was_taught(talk):
+    printed, prompts = talk("/format alpaca", QUESTION)
+    assert printed[0] == "base is asked in the format alpaca, each question alone"
+    assert prompts == [alpaca(QUESTION)]
+
+
+@pytest.mark.parametrize(
+    ("form", "format", "why"),
+    [
+        ("today", "chat", "the model's own, since nothing beside the adapter says"),
+        ("damaged", "chat", "the model's own, since nothing beside the adapter says"),
+        ("2023", "alpaca", "as the scripts of 2023 taught"),
+        ("checkpoint", "alpaca", "as its run taught"),
+    ],
+)
+def test_the_format_of_an_adapter(alpaca_adapter, form, format, why):
+    folder = Path(alpaca_adapter)
+    state = folder / "trainer_state.json"
+    if form == "checkpoint":
+        folder = folder / "checkpoint-1"
+        folder.mkdir()
+        shutil.copy(Path(alpaca_adapter, "adapter_model.safetensors"), folder)
+    elif form == "damaged":
+        state.write_text("[]", encoding="utf-8")
+    else:
+        state.unlink()
+    if form == "2023":
+        Path(folder, "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    found, because = room.taught_format(folder)
+    assert found == format
+    assert because.startswith(why)
+
+
 def test_settings_change_and_mistakes_take_one_line(talk):
     printed, _ = talk(
         "/set max_new_tokens 2",
@@ -148,6 +215,17 @@ def test_answers_end_before_a_stop_string(talk):
     assert cut[0] == whole[0].partition(stop)[0].strip()
 
 
+def test_a_temperature_of_nothing_is_greedy(talk, tmp_path):
+    greedy, _ = talk(QUESTION)
+    path = str(tmp_path / "said.json")
+    lines = ["/set do_sample true", "/set temperature 0", QUESTION, "/undo", QUESTION]
+    printed, _ = talk(*lines, f"/save {path}")
+    assert printed[1] == "temperature 0.0"
+    assert printed[2] == printed[4] == greedy[0]
+    settings = {"max_new_tokens": 12, "num_beams": 1, "do_sample": False}
+    assert saved(path)["settings"] == settings
+
+
 def test_a_drawn_answer_is_another_one_the_next_time(talk):
     draw = {"do_sample": True, "temperature": 5.0, "top_p": None}
     printed, _ = talk(QUESTION, "/undo", QUESTION, **draw)
@@ -160,6 +238,30 @@ def test_a_conversation_beyond_the_positions_is_told_and_not_kept(talk):
     assert "the conversation: the prompt has 2" in printed[0]
     assert "2048 positions" in printed[0]
     assert prompts[-1] == "你好"
+
+
+def test_a_conversation_that_grows_too_long_forgets_its_oldest_rounds(talk, tmp_path):
+    path = str(tmp_path / "said.json")
+    long = ["apple " * 500 + f"{n}?" for n in range(6)]
+    printed, prompts = talk(*long, "/undo", f"/save {path}", max_new_tokens=4)
+    told = [line for line in printed if "forgotten: the model holds 2,048 tokens" in line]
+    assert told[0].startswith("[the oldest round is ")
+    assert all(line.startswith("[the oldest ") for line in told)
+    assert not any("error" in line for line in printed)
+    assert prompts[-1].startswith("[Round 0]\n问：apple")
+    assert long[0] not in prompts[-1]
+    assert prompts[-1].endswith(f"问：{long[-1]}\n答：")
+    assert [round["question"] for round in saved(path)["rounds"]] == [q.strip() for q in long[:-1]]
+
+
+def test_no_more_is_forgotten_than_is_needed(talk):
+    """Nor is anything where the question alone is too long, which is told as before."""
+    question = "apple " * 300
+    lines = [question, question, "apple " * 2100, "你好"]
+    printed, prompts = talk(*lines, max_new_tokens=4)
+    assert "error: the conversation: the prompt has 2" in printed[2]
+    assert prompts[-1].startswith(f"[Round 0]\n问：{question.strip()}\n")
+    assert "[Round 2]" in prompts[-1]
 
 
 def test_no_memory_is_told_and_the_chat_goes_on(talk, monkeypatch):
@@ -265,9 +367,43 @@ def test_ctrl_c_before_the_first_token_does_not_end_the_chat(talk, monkeypatch):
 
 def test_exit_ends_and_help_names_every_command(talk):
     printed, prompts = talk("/help", "", "/exit", "never")
-    for command in ("/new", "/base", "/tuned", "/both", "/save", "/undo", "/set", "/exit"):
+    for command in (
+        "/new",
+        "/base",
+        "/tuned",
+        "/both",
+        "/save",
+        "/undo",
+        "/set",
+        "/format",
+        "/exit",
+    ):
         assert any(command in line for line in printed)
     assert prompts == []
+
+
+@pytest.mark.parametrize("word", ["exit", "quit", "stop", "Stop", " EXIT ", "退出"])
+def test_words_that_end_other_chats_end_this_one(talk, word):
+    printed, prompts = talk(word, "never")
+    assert printed == ["the chat has ended"]
+    assert prompts == []
+
+
+@pytest.mark.parametrize("word", ["clear", "清空"])
+def test_words_that_clear_other_chats_clear_this_one(talk, word):
+    printed, prompts = talk(QUESTION, word, QUESTION)
+    assert printed[1] == "a new conversation"
+    assert prompts == [QUESTION, QUESTION]
+
+
+def test_a_question_may_begin_with_such_a_word(talk):
+    assert talk("stop that", "exit?")[1][0] == "stop that"
+
+
+def test_help_names_those_words(talk):
+    text = "\n".join(talk("/help")[0])
+    for word in room.WORDS:
+        assert word in text
 
 
 def test_broken_bytes_of_a_terminal_do_no_harm(talk):

@@ -170,6 +170,7 @@ def test_an_adapter_of_2023(checking, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "8 of 16 linears" in out
     assert "8 questions that come with glmtune" in out
+    assert "not trained for these, so this decides nothing" in out
     assert told["verdict"] in out
     assert code == (0 if told["is_fine"] else 1)
     assert len(told["layers"]) == 8

@@ -228,6 +228,14 @@ def test_settings_that_contradict(verb, flags, words):
     assert all(f"--{name}" in line for name in flags)
 
 
+@pytest.mark.parametrize("flags", [{}, {"do_sample": "true"}, {"do_sample": "false"}])
+@pytest.mark.parametrize("verb", ["infer", "compare", "chat"])
+def test_a_temperature_of_nothing_is_taken_everywhere(verb, flags):
+    paths = {} if verb == "chat" else {"data_path": "a.json", "model_path": "run"}
+    config = read_config(SETTINGS[verb], verb, None, {"temperature": "0", **paths, **flags})
+    assert config.temperature == 0
+
+
 def test_a_contradiction_names_every_place(recipe):
     line = refusal("train", recipe("max_steps: 5\nbf16: true"), fp16="true")
     assert line.endswith("(given: --fp16, r.yaml:2: bf16)")

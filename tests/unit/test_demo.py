@@ -137,6 +137,12 @@ def test_in_short(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"Open the page in a browser: {out}/demo.html" in printed
     assert "What to try next" in printed
+    asked = f"6 records of {out}/questions.json"
+    assert asked in printed, "the check-up asks what was held out"
+    assert "this decides nothing" not in printed
+    (command,) = re.findall(r"look it over +glmtune (.*)", printed)
+    cli.main(command.split())
+    assert asked in capsys.readouterr().out
     page = (out / "demo.html").read_text(encoding="utf-8")
     questions = json.loads((out / "questions.json").read_text(encoding="utf-8"))
     assert len(questions) == page.count("<article") == 6

@@ -112,6 +112,14 @@ def test_a_drawn_answer_belongs_to_the_seed_and_the_number(answer, continuations
     assert answer(prompts, other) != first
 
 
+def test_a_temperature_of_nothing_is_greedy(answer, continuations):
+    prompts = [prompt for prompt, _ in continuations]
+    settings = {"temperature": 0.0, "do_sample": True, "top_p": 0.5, "top_k": 7, "seed": 3}
+    cold = GenerationSettings(max_new_tokens=8, **settings)
+    assert cold == GenerationSettings(max_new_tokens=8, seed=3)
+    assert answer(prompts, cold) == answer(prompts, GenerationSettings(max_new_tokens=8))
+
+
 def test_a_draw_among_one_token_is_greedy(answer, continuations):
     prompts = [prompt for prompt, _ in continuations]
     settings = GenerationSettings(max_new_tokens=24, do_sample=True, top_k=1)

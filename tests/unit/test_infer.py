@@ -30,7 +30,7 @@ def read(path):
 
 
 def test_each_record_gets_a_line_and_is_printed_as_in_2023(run, path, records_file, capsys):
-    summary = run()
+    summary = run(print_form="original", print_limit=None)
     records = json.loads(records_file.read_text(encoding="utf-8"))
     lines = read(path)
     assert [line["row"] for line in lines] == [1, 2, 3, 4, 5]
@@ -54,6 +54,67 @@ def test_each_record_gets_a_line_and_is_printed_as_in_2023(run, path, records_fi
     assert "30 tokens," in printed
     assert "tokens/s" in printed
     assert (summary.num_new, summary.num_tokens, summary.num_stopped) == (5, 30, 0)
+
+
+def test_the_verb_says_whose_text_is_whose(run, path, capsys):
+    run(print_limit=2)
+    lines = read(path)
+    printed = capsys.readouterr().out
+    assert printed.startswith(
+        "record 1\n"
+        "  Instruction: 给出三个 保持健康的 秘诀。\n"
+        f"  Model:       {lines[0]['answer']}\n"
+        "  Expected:    多吃水果。\n"
+        "               多睡觉。\n\n"
+        "record 2\n"
+        "  Instruction: Describe a crepe\n"
+        "  Input:       thin | <b>flat</b>\n"
+        f"  Model:       {lines[1]['answer']}\n"
+        "  Expected:    A pancake.\n\n"
+        "and 3 more, which are written (--print_limit none prints all)\n"
+    )
+    assert len(lines) == 5
+
+
+def test_what_is_not_expected_is_not_printed(run, capsys):
+    run(print_limit=None)
+    printed = capsys.readouterr().out
+    assert printed.count("record ") == 5
+    assert printed.count("Expected:") == 4, "one record has no output"
+    assert "more, which are written" not in printed
+
+
+def test_ten_are_printed_unless_told_otherwise(run, records_file, capsys):
+    records = json.loads(records_file.read_text(encoding="utf-8"))
+    records_file.write_text(json.dumps(records * 3), encoding="utf-8")
+    run()
+    printed = capsys.readouterr().out
+    assert (printed.count("\nrecord "), "and 5 more, which are written" in printed) == (9, True)
+    run(overwrite_output=True, print_limit=0)
+    printed = capsys.readouterr().out
+    assert printed.startswith("and 15 more")
+
+
+QUESTIONS_ALONE = [
+    {"instruction": "What colour is the sky?", "input": ""},
+    {"instruction": "天空是什么颜色？", "output": None},
+    {"instruction": "Name a tree.", "input": "green", "output": ""},
+]
+
+
+def test_questions_need_no_output(run, path, records_file, capsys):
+    records_file.write_text(json.dumps(QUESTIONS_ALONE), encoding="utf-8")
+    run()
+    assert [line["output"] for line in read(path)] == ["", "", ""]
+    assert "Expected:" not in capsys.readouterr().out
+    assert "nothing was left to do" in str(run()), "and the file is known again"
+
+
+def test_what_else_is_wrong_is_still_refused(run, records_file):
+    for broken in ({"input": "a"}, {"instruction": "a", "output": 3}):
+        records_file.write_text(json.dumps([*QUESTIONS_ALONE, broken]), encoding="utf-8")
+        with pytest.raises(UserError, match="row 4"):
+            run()
 
 
 def test_without_an_adapter_the_base_answers(run, path, tmp_path, monkeypatch):
@@ -211,7 +272,7 @@ def test_a_path_that_cannot_be_written_is_told_before_a_model_is_loaded(
 
 def test_bad_rows_can_be_left_out(run, path, records_file, capsys):
     records = json.loads(records_file.read_text(encoding="utf-8"))
-    del records[1]["output"]
+    del records[1]["instruction"]
     records_file.write_text(json.dumps(records), encoding="utf-8")
     with pytest.raises(UserError, match="row 2"):
         run()
@@ -227,6 +288,44 @@ def test_a_record_beyond_the_positions_leaves_no_file(run, path, records_file):
     with pytest.raises(UserError, match=r"records.json:1 \(row 1\): the prompt has"):
         run()
     assert not path.exists()
+
+
+@pytest.fixture
+def with_long_ones(records_file):
+    """Records of which the second and the fourth are too long for the tiny model."""
+    records = [{"instruction": f"question {n}", "output": "x"} for n in range(1, 6)]
+    for n in (1, 3):
+        records[n]["input"] = "long " * 300
+    records_file.write_text(json.dumps(records), encoding="utf-8")
+
+
+@pytest.mark.usefixtures("with_long_ones")
+def test_records_beyond_the_positions_are_told_before_the_model_is_loaded(run, monkeypatch):
+    monkeypatch.setattr("glmtune.evaluation.answers.load_base_model", None)
+    with pytest.raises(UserError) as told:
+        run()
+    line = str(told.value)
+    assert "records.json:1 (row 2): the prompt has 307 tokens" in line
+    assert "(1 more are too long as well)" in line
+    assert "--on_bad_row skip" in line
+
+
+@pytest.mark.usefixtures("with_long_ones")
+def test_and_left_out_where_that_is_asked_for(run, path, capsys):
+    run(on_bad_row="skip")
+    assert [line["row"] for line in read(path)] == [1, 3, 5]
+    told = capsys.readouterr().err
+    assert "skipped" in told
+    assert "(row 4): the prompt has 307 tokens" in told
+    assert "nothing was left to do" in str(run(on_bad_row="skip")), "the file is known again"
+    run(limit=1, overwrite_output=True)
+    assert len(read(path)) == 1, "what is not asked for is not in the way"
+
+
+def test_nothing_but_records_beyond_the_positions(run, records_file):
+    records_file.write_text(json.dumps([{"instruction": "long " * 300}]), encoding="utf-8")
+    with pytest.raises(UserError, match="no record is short enough"):
+        run(on_bad_row="skip")
 
 
 def test_the_command(answering, path, capsys):

@@ -179,7 +179,9 @@ class AnswerSettings(Settings):
     group: ClassVar[str] = "answers"
     max_new_tokens: int = Field(150, ge=1, description="longest answer, in tokens")
     do_sample: bool = Field(False, description="draw tokens at random instead of the likeliest")
-    temperature: float | None = Field(None, gt=0, description="above 1 flattens the draw")
+    temperature: float | None = Field(
+        None, ge=0, description="above 1 flattens the draw; 0 takes the likeliest tokens"
+    )
     top_p: float | None = Field(
         None, gt=0, le=1, description="draw from the likeliest tokens that hold this probability"
     )
@@ -205,7 +207,8 @@ class AnswerSettings(Settings):
     def sampling_is_on(self) -> Self:
         """Settings of the draw without a draw would be ignored in silence."""
         for name in ("temperature", "top_p", "top_k"):
-            if not self.do_sample and getattr(self, name) is not None:
+            value = getattr(self, name)
+            if not self.do_sample and value is not None and (name, value) != ("temperature", 0):
                 raise conflict(
                     f"{name} has no effect while do_sample is false: set do_sample true, "
                     f"or leave {name} out",

@@ -138,6 +138,12 @@ class InferConfig(AnsweringSettings):
         description="JSONL file of the answers (default: answers.jsonl in model_path)",
     )
     limit: int | None = Field(None, ge=1, description="answer this many records (default: all)")
+    print_limit: int | None = Field(
+        10, ge=0, description="print this many of them with their answers; none: all"
+    )
+    print_form: Literal["labels", "original"] = Field(
+        "labels", description="Model and Expected under their names, or as the script of 2023 did"
+    )
 
 
 class CompareConfig(AnsweringSettings):
@@ -164,7 +170,9 @@ class ChatConfig(AnswerSettings, AnsweringWeightSettings, BaseModelSettings, Dev
     )
     max_new_tokens: int = Field(512, ge=1, description="longest answer, in tokens")
     do_sample: bool = Field(True, description="draw tokens at random instead of the likeliest")
-    temperature: float | None = Field(0.95, gt=0, description="above 1 flattens the draw")
+    temperature: float | None = Field(
+        0.95, ge=0, description="above 1 flattens the draw; 0 takes the likeliest tokens"
+    )
     top_p: float | None = Field(
         0.7, gt=0, le=1, description="draw from the likeliest tokens that hold this probability"
     )
@@ -203,7 +211,9 @@ class CheckConfig(AnsweringWeightSettings, BaseModelSettings, DeviceSettings):
         description="alpaca records to ask (default: rows that the run held out, else a few "
         "questions of our own)",
     )
-    limit: int = Field(16, ge=1, description="ask so many at most")
+    limit: int = Field(
+        16, ge=1, description="ask so many at most, beside 16 questions of other kinds"
+    )
     max_new_tokens: int = Field(150, ge=1, description="longest answer, in tokens")
     json_path: PathText | None = Field(None, description="JSON file to write all figures into")
 

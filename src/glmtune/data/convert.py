@@ -8,6 +8,7 @@ from glmtune.data.fields import FieldUse
 from glmtune.data.files import new_file
 from glmtune.data.records import BadRow, list_bad_rows, name_rows, read_alpaca
 from glmtune.data.templates import context_of
+from glmtune.errors import visible
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,5 +62,5 @@ def convert(config: ConvertConfig) -> ConvertSummary:
         empty_outputs=[record.row for record in records if not record.output.strip()],
         fields=FieldUse.of(records),
     )
-    print(summary)
+    print(visible(str(summary)))
     return summary

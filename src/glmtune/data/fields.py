@@ -106,7 +106,7 @@ def unused_fields(fields: Mapping[str, object], used: Iterable[str]) -> tuple[st
         value = fields[name]
         if not is_content(name) or is_empty(value):
             continue
-        if isinstance(value, str) and _stand_in(value, fields[used[0]], fields[used[-1]]):
+        if isinstance(value, str) and _stand_in(value, fields.get(used[0]), fields.get(used[-1])):
             continue
         raise Flaw(
             "content not used",

@@ -4,6 +4,7 @@ import json
 import re
 
 from glmtune.data.files import explain_bytes
+from glmtune.errors import visible
 
 _UNDECODED = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of bytes that are no UTF-8
 
@@ -73,7 +74,7 @@ def not_utf8(text: str, breaks_list: bool = False) -> Flaw | None:
 
 def show(value: object) -> str:
     """Write a value on one line, short, and printable whatever it holds."""
-    text = json.dumps(value, ensure_ascii=False).encode("utf-8", "replace").decode()
+    text = visible(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace").decode())
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, islice
 from typing import ClassVar, Literal, TypeVar
 
@@ -86,7 +87,10 @@ Placed = TypeVar("Placed", Record, Row)
 
 
 def read_alpaca(
-    path: str, on_bad_row: OnBadRow = "fail", encoding: str | None = None
+    path: str,
+    on_bad_row: OnBadRow = "fail",
+    encoding: str | None = None,
+    needs_output: bool = True,
 ) -> tuple[list[Record], list[BadRow]]:
     """Read alpaca records: `instruction` and `output`, `input` and `history` where there are such.
 
@@ -95,8 +99,10 @@ def read_alpaca(
     lines, told apart by what it holds. A bad row raises UserError, or with on_bad_row="skip" comes
     back in the second list. UserError also when the file as a whole cannot be read (see
     jsonfile.read_batches), is a list but no JSON, or has no usable row.
+
+    Questions that are only to be answered need no output: theirs is empty where it is missing.
     """
-    return _read(path, on_bad_row, encoding, alpaca_record)
+    return _read(path, on_bad_row, encoding, partial(alpaca_record, needs_output=needs_output))
 
 
 def read_rows(
@@ -170,7 +176,9 @@ def fields_of(value: object) -> dict:
     return value
 
 
-def alpaca_record(fields: dict, path: str, row: int, line: int) -> Record:
+def alpaca_record(
+    fields: dict, path: str, row: int, line: int, needs_output: bool = True
+) -> Record:
     """Return the record that a row's fields make; Flaw where they do not."""
     if is_row(fields):
         raise Flaw(
@@ -189,10 +197,11 @@ def alpaca_record(fields: dict, path: str, row: int, line: int) -> Record:
             turns,
         )
     instruction, input, output = names
+    has_output = needs_output or fields.get(output) is not None
     return Record(
         instruction=text_of(fields, instruction),
         input=text_of(fields, input) if input and fields.get(input) is not None else "",
-        output=text_of(fields, output),
+        output=text_of(fields, output) if has_output else "",
         path=path,
         row=row,
         line=line,

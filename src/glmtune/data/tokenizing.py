@@ -24,7 +24,7 @@ from glmtune.data.files import new_folder, sha256_of
 from glmtune.data.lengths import LengthStats, plot_lengths
 from glmtune.data.records import BadRow, Row, list_bad_rows, name_rows, read_rows
 from glmtune.data.templates import has_rounds, is_alpaca
-from glmtune.errors import UserError
+from glmtune.errors import UserError, visible
 
 ROWS_PER_BATCH = 4096
 SHARE_TO_KEEP = 0.95
@@ -145,7 +145,7 @@ def tokenize(config: TokenizeConfig, tokenizer: RowTokenizer, base_name: str) ->
         FieldUse.of(rows),
         encoded.advice(config.max_seq_length),
     )
-    print(summary)
+    print(visible(str(summary)))
     return summary
 
 

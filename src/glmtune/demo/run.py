@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from glmtune.config import (
@@ -94,7 +95,8 @@ def demo(config: DemoConfig) -> DemoResult:
         tokenize(rows, load_tokenizer(GLM_TINY), base_name(GLM_TINY))
     with _stage(3, "train a LoRA adapter", seconds):
         settings = training_config(config, paths["train"], paths["run"])
-        run = train(settings, at_end=check_after_training)
+        check_up = partial(check_after_training, data_path=paths["questions.json"])
+        run = train(settings, at_end=check_up)
     if run.interrupted:
         raise KeyboardInterrupt
     with _stage(4, f"answer {len(asked)} questions that it never saw, before and after", seconds):
@@ -249,6 +251,7 @@ def _print_end(result: DemoResult, config: DemoConfig) -> None:
         "What to try next",
         {
             "ask it": f"{program()} infer --data_path {questions} --model_path {run} --limit 10",
+            "look it over": f"{program()} check {run} --data_path {questions}",
             "train it your way": f"{program()} train {recipe} --output_dir my-run --lora_rank 2",
             "the real one": f"{program()} convert, tokenize, train and infer with --chatglm_path "
             "FOLDER of ChatGLM-6B and your own alpaca records",

@@ -18,15 +18,16 @@ from glmtune.adapters.formats import find_weights
 from glmtune.config import ChatConfig, CheckConfig, CompareConfig, InferConfig
 from glmtune.data.fields import FieldUse
 from glmtune.data.files import new_file, read_text
-from glmtune.data.records import Record, list_bad_rows, read_alpaca
+from glmtune.data.records import BadRow, Record, list_bad_rows, read_alpaca
 from glmtune.data.templates import context_of
-from glmtune.errors import UserError, note
-from glmtune.generation import Prompt
+from glmtune.errors import UserError, note, visible
+from glmtune.generation import Prompt, find_too_long
 from glmtune.hardware import check_decoding, pick_device, pick_dtype
 from glmtune.models.checkpoints import (
     base_name,
     check_pair,
     load_base_model,
+    load_config,
     load_tokenizer,
     resolve_base,
 )
@@ -39,11 +40,45 @@ def read_questions(config: InferConfig | CompareConfig) -> list[Record]:
     Raises:
         UserError: see `read_alpaca`.
     """
-    records, bad_rows = read_alpaca(config.data_path, config.on_bad_row, config.encoding)
+    records, bad_rows = read_alpaca(
+        config.data_path, config.on_bad_row, config.encoding, needs_output=False
+    )
     for line in list_bad_rows(bad_rows):
-        print(f"skipped {line}", file=sys.stderr)
+        print(visible(f"skipped {line}"), file=sys.stderr)
     note(*(f"{config.data_path}: {line}" for line in FieldUse.of(records).lines()))
     return records
+
+
+def fit_positions(
+    records: list[Record], config: InferConfig | CompareConfig, base: str
+) -> list[Record]:
+    """The records whose prompts leave the model room for an answer; of others see `on_bad_row`.
+
+    Tokenizer and config.json tell, so that no weights are loaded in vain.
+
+    Raises:
+        UserError: a record is too long and is not to be left out, or all are.
+    """
+    tokenizer, limit = load_tokenizer(base), load_config(base).max_position_embeddings
+    texts = [prompt_of(record).text for record in records]
+    lengths = map(len, tokenizer.encode_batch(texts, add_special_tokens=True))
+    found = find_too_long(list(lengths), config.max_new_tokens, limit)
+    if found and config.on_bad_row == "fail":
+        (first, reason), *others = found.items()
+        more = f" ({len(others)} more are too long as well)" if others else ""
+        raise UserError(
+            f"{records[first].where}: {reason}, or leave such records out with --on_bad_row "
+            f"skip{more}"
+        )
+    if len(found) == len(records):
+        raise UserError(
+            f"{config.data_path}: no record is short enough: {records[0].where}: {found[0]}"
+        )
+    long = [records[place] for place in found]
+    rows = [BadRow(r.path, r.row, r.line, why) for r, why in zip(long, found.values(), strict=True)]
+    for line in list_bad_rows(rows):
+        print(visible(f"skipped {line}"), file=sys.stderr)
+    return [record for place, record in enumerate(records) if place not in found]
 
 
 def prompt_of(record: Record) -> Prompt:

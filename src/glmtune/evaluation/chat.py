@@ -13,10 +13,13 @@ from glmtune.config import ChatConfig, change_setting
 from glmtune.config.groups import AnswerSettings
 from glmtune.config.names import did_you_mean
 from glmtune.data.files import new_file
-from glmtune.errors import UserError
+from glmtune.errors import UserError, visible
 from glmtune.evaluation.answers import Subject
 from glmtune.evaluation.conversation import (
+    ALPACA,
     BASE,
+    CHAT,
+    FORMATS,
     TUNED,
     Round,
     polish,
@@ -24,11 +27,24 @@ from glmtune.evaluation.conversation import (
     write_prompt,
 )
 from glmtune.evaluation.ctrl_c import CtrlC
-from glmtune.generation import Decoder, GenerationSettings, Prompt, encode_prompts, find_stop_ids
+from glmtune.evaluation.source_run import find_template, is_of_2023
+from glmtune.generation import (
+    Decoder,
+    EncodedPrompt,
+    GenerationSettings,
+    Prompt,
+    TooLongError,
+    encode_prompts,
+    find_stop_ids,
+)
 from glmtune.generation.streaming import TextStream, check_stop_strings
 from glmtune.runlog import print_pairs
 
 ASK = "> "
+# Words that end or clear other chats, the published demonstration's among them.
+WORDS = dict.fromkeys(("exit", "quit", "stop", "退出"), "/exit") | dict.fromkeys(
+    ("clear", "清空"), "/new"
+)
 
 
 def chat(config: ChatConfig) -> None:
@@ -63,6 +79,8 @@ class Chat:
         self.tokenizer = tokenizer
         self.subject = subject
         self.rounds: list[Round] = []
+        self.num_forgotten = 0
+        """Rounds at the beginning that no longer fit into a prompt."""
         self.num_asked = 0
         self.ctrl_c = CtrlC()
         check_stop_strings(config.stop_strings or (), tokenizer)
@@ -77,12 +95,21 @@ class Chat:
                     model, settings, subject.device, beside=self.decoders[TUNED]
                 )
         self.sides: tuple[str, ...] = (next(iter(self.decoders)),)
+        self.formats = dict.fromkeys(self.decoders, CHAT)
+        self.greeting = "/help lists the commands, /exit ends"
+        if subject.adapter is not None:
+            self.formats[TUNED], why = taught_format(subject.adapter)
+            self.greeting += f"; {self._tell_format()}, {why} (/format changes it)"
         self.commands: dict[str, tuple[Callable[[str], None], str]] = {
-            "/new": (self._new, "forget what was said"),
-            "/undo": (self._undo, "forget the last question and its answers"),
+            "/new": (self._new, "forgets what was said"),
+            "/undo": (self._undo, "forgets the last question and its answers"),
             "/base": (lambda _: self._turn_to(BASE), "the base answers"),
             "/tuned": (lambda _: self._turn_to(TUNED), "base and adapter answer"),
             "/both": (lambda _: self._turn_to(BASE, TUNED), "both answer, one under the other"),
+            "/format": (
+                self._format,
+                f"{' or '.join(FORMATS)}: how {self._formatted} is asked; alone, lists them",
+            ),
             "/set": (self._set, "KEY VALUE changes a setting of the answers; alone, lists them"),
             "/save": (self._save, "[FILE] writes the conversation as JSON"),
             "/help": (self._help, "lists the commands"),
@@ -91,7 +118,7 @@ class Chat:
 
     def run(self) -> None:
         """Read and answer lines until the end."""
-        print("/help lists the commands, /exit ends")
+        print(self.greeting)
         with self.ctrl_c.heard():
             while self._read_and_take():
                 pass
@@ -126,7 +153,7 @@ class Chat:
             UserError: the command or its value is wrong, or the question cannot be answered.
             SystemExit: after /exit.
         """
-        word, _, rest = line.partition(" ")
+        word, _, rest = WORDS.get(line.lower(), line).partition(" ")
         if word in self.commands:
             self.commands[word][0](rest.strip())
         elif word.startswith("/") and word[1:].isalpha():
@@ -152,10 +179,7 @@ class Chat:
     def _stream(self, side: str, question: str) -> tuple[str, bool]:
         """Print an answer as it comes; the answer, and whether it came to its end."""
         settings = GenerationSettings.from_config(self.config)
-        text = write_prompt(self.rounds, question, side)
-        # A number of its own each time, so that the same question may get another answer.
-        prompt = Prompt(text, "the conversation", self.num_asked)
-        encoded = encode_prompts(self.model, self.tokenizer, [prompt], settings.max_new_tokens)
+        encoded = [self._encode(side, question, settings.max_new_tokens)]
         stream = TextStream(self.tokenizer, settings.stop_strings or ())
         stop_ids = find_stop_ids(self.model)
         said, shown, whole = "", "", True
@@ -179,25 +203,71 @@ class Chat:
         print("" if whole else " [stopped]", flush=True)
         return shown, whole
 
+    def _encode(self, side: str, question: str, max_new_tokens: int) -> EncodedPrompt:
+        """The question with as many of the rounds before it as leave room for an answer.
+
+        Raises:
+            UserError: the question alone leaves none.
+        """
+        for first in range(self.num_forgotten, len(self.rounds) + 1):
+            text = write_prompt(self.rounds[first:], question, side, self.formats[side])
+            # A number of its own each time, so that the same question may get another answer.
+            prompt = Prompt(text, "the conversation", self.num_asked)
+            try:
+                (encoded,) = encode_prompts(self.model, self.tokenizer, [prompt], max_new_tokens)
+            except TooLongError:
+                if first == len(self.rounds) or self.formats[side] == ALPACA:
+                    raise
+                continue
+            if first > self.num_forgotten:
+                self.num_forgotten = first
+                limit = self.model.config.max_position_embeddings
+                rounds = "the oldest round is" if first == 1 else f"the oldest {first} rounds are"
+                print(f"[{rounds} forgotten: the model holds {limit:,} tokens]")
+            return encoded
+        raise AssertionError("a loop over one round at least")
+
     @staticmethod
     def _show(shown: str, text: str) -> str:
-        print(text[len(shown) :], end="", flush=True)
+        print(visible(text[len(shown) :]), end="", flush=True)
         return text
 
     def _new(self, _: str) -> None:
         self.rounds.clear()
+        self.num_forgotten = 0
         print("a new conversation")
 
     def _undo(self, _: str) -> None:
         if not self.rounds:
             raise UserError("/undo: nothing was said yet")
-        print(f"forgotten: {self.rounds.pop().question}")
+        print(f"forgotten: {visible(self.rounds.pop().question)}")
+        self.num_forgotten = min(self.num_forgotten, len(self.rounds))
 
     def _turn_to(self, *sides: str) -> None:
         if TUNED in sides and TUNED not in self.decoders:
             raise UserError("no adapter is loaded; start the chat with --adapter FOLDER")
         self.sides = sides
         print(f"{' and '.join(sides)} will answer")
+
+    @property
+    def _formatted(self) -> str:
+        """The side whose format may be another: the tuned one, or a base that has no other."""
+        return TUNED if TUNED in self.formats else BASE
+
+    def _tell_format(self) -> str:
+        format = self.formats[self._formatted]
+        alone = ", each question alone" if format == ALPACA else ""
+        return f"{self._formatted} is asked in the format {format}{alone}"
+
+    def _format(self, name: str) -> None:
+        if not name:
+            print_pairs("formats", FORMATS)
+        elif name not in FORMATS:
+            hint = did_you_mean(name, FORMATS) or f"; choose {' or '.join(FORMATS)}"
+            raise UserError(f"/format: there is no format {name}{hint}")
+        else:
+            self.formats[self._formatted] = name
+        print(self._tell_format())
 
     def _set(self, words: str) -> None:
         if not words:
@@ -223,6 +293,7 @@ class Chat:
         content = {
             **self.subject.identity(),
             "settings": settings.in_effect(),
+            "formats": self.formats,
             "rounds": [{"question": round.question, **round.answers} for round in self.rounds],
         }
         with new_file(path) as file:
@@ -230,10 +301,27 @@ class Chat:
         print(f"written: {path}, {len(self.rounds)} rounds")
 
     def _help(self, _: str) -> None:
-        print_pairs("commands", {name: text for name, (_, text) in self.commands.items()})
+        pairs = {name: text for name, (_, text) in self.commands.items()}
+        for command in dict.fromkeys(WORDS.values()):
+            words = [word for word, meant in WORDS.items() if meant == command]
+            pairs[command] += f"; so does {' or '.join(words)} on a line of its own"
+        print_pairs("commands", pairs)
 
     def _exit(self, _: str) -> None:
+        print("the chat has ended")
         raise SystemExit
+
+
+def taught_format(adapter: Path) -> tuple[str, str]:
+    """The format to ask an adapter in, and why this one."""
+    template = find_template(adapter)
+    if template == ALPACA:
+        return ALPACA, "as its run taught it"
+    if template is not None:
+        return CHAT, "since its rows had a template of their own, which no record names"
+    if is_of_2023(adapter):
+        return ALPACA, "as the scripts of 2023 taught, since nothing beside it says how"
+    return CHAT, "the model's own, since nothing beside the adapter says how it was taught"
 
 
 def _show_value(value: object) -> str:

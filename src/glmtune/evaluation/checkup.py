@@ -1,7 +1,4 @@
-"""`glmtune check ADAPTER`: does it change the base, and does it change too much?
-
-Shapes: O output rows of a linear, I inputs, R rank; A tokens of an answer, V vocabulary.
-"""
+"""`glmtune check ADAPTER`: does it change the base, and does it change too much?"""
 
 import math
 from collections.abc import Sequence
@@ -9,30 +6,33 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from peft import PeftModel
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 from glmtune.adapters import read_adapter
-from glmtune.adapters.lora import Update, split_lora
 from glmtune.config import CheckConfig
 from glmtune.config.training import ALL_LINEARS
 from glmtune.data.files import write_json
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError, note
 from glmtune.evaluation.answers import Subject
+from glmtune.evaluation.changes import (
+    Divergence,
+    LayerChange,
+    measure_divergence,
+    measure_layers,
+)
+from glmtune.evaluation.collapse import Collapse, Sides, Taught, question_of
 from glmtune.evaluation.probes import (
     Probe,
     Probes,
-    choose_probes,
     held_out_probes,
     own_probes,
+    record_probes,
+    row_probes,
+    strange_probes,
 )
-from glmtune.generation import Decoder, EncodedPrompt, GenerationSettings, answer_batch
-from glmtune.models.quantised import frozen_of
-from glmtune.ops.linear import Dense
-from glmtune.ops.quantised import Quantised
+from glmtune.evaluation.source_run import RunRows, find_rows, find_template
+from glmtune.generation import Answer, Decoder, EncodedPrompt, GenerationSettings, answer_batch
 from glmtune.runlog import print_pairs
 
 NGRAM = 4
@@ -47,27 +47,8 @@ LEAST_STOPPED = 0.5
 SHORT_ROWS, SHORT_ANSWER, ANSWERS_AT_A_TIME = 8, 64, 8
 
 
-@dataclass(frozen=True)
-class LayerChange:
-    """What an adapter adds to one linear."""
-
-    module: str
-    norm: float
-    """``||scale * B @ A||`` (Frobenius)."""
-    relative: float | None
-    """Over the norm of the weight; None where the weight's numbers cannot be read."""
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """How the tuned model's next tokens differ from the base's, over the tokens of answers."""
-
-    kl: float
-    """KL(tuned || base), in nats a token."""
-    other_tokens: float
-    """Share of the likeliest tokens that are others."""
-    base_loss: float
-    tuned_loss: float
+Said = dict[tuple[int, ...], Answer]
+"""A side's answers by the ids of the prompts."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +76,7 @@ class Checkup:
     source: str = ""
     of_task: bool = False
     """Whether the questions are of what it was trained for; only then is a worse loss its fault."""
+    collapse: Collapse | None = None
 
     @property
     def changes_nothing(self) -> bool:
@@ -130,7 +112,7 @@ class Checkup:
                 )
             if self.tuned.repetition > max(MOST_REPETITION, base.repetition):
                 harms.append(f"it repeats itself ({self.tuned.repetition:.0%} of 4-grams)")
-        return harms
+        return harms + (self.collapse.harms if self.collapse else [])
 
     @property
     def verdict(self) -> str:
@@ -142,8 +124,12 @@ class Checkup:
             )
         if self.harms:
             advice = "lower learning_rate, train fewer steps, or take an earlier checkpoint"
+            if self.collapse and self.collapse.harms:
+                advice += "; rows of many other kinds among yours keep it answering"
             return f"changes too much: {'; '.join(self.harms)}; {advice}"
-        return "fine: it changes the base, and breaks nothing that was looked at"
+        labels = ", and answers questions of other kinds with its labels"
+        only = labels if self.collapse and self.collapse.gives_labels else ""
+        return f"fine: it changes the base{only}, and breaks nothing that was looked at"
 
     @property
     def is_fine(self) -> bool:
@@ -167,9 +153,15 @@ def check(config: CheckConfig) -> Checkup:
         found = Checkup(layers=[], num_linears=0, divergence=None)
     else:
         model, tokenizer = subject.load(computes=True)
-        asked = choose_probes(config, subject.adapter, tokenizer)
+        rows = find_rows(subject.adapter)
+        if config.data_path:
+            asked = record_probes(config.data_path, tokenizer, config.limit)
+        else:
+            of_run = held_out_probes(*rows, config.limit) if rows else None
+            asked = of_run or own_probes(tokenizer, config.limit)
         settings = GenerationSettings.from_config(config)
-        found = examine(model, tokenizer, asked, settings, with_base=True)
+        template = find_template(subject.adapter)
+        found = examine(model, tokenizer, asked, settings, rows, template, with_base=True)
     report(found, f"Check-up of {subject.adapter_name}")
     if config.json_path:
         write_json(_without_nan(found.as_json()), config.json_path)
@@ -177,16 +169,32 @@ def check(config: CheckConfig) -> Checkup:
 
 
 def check_after_training(
-    model: PeftModel, tokenizer: Any, rows: TokenRows, held_out: np.ndarray
+    model: PeftModel,
+    tokenizer: Any,
+    rows: TokenRows,
+    held_out: np.ndarray,
+    data_path: str | None = None,
 ) -> None:
     """The short form, on the model as it stands in memory when its training has ended.
 
     The run is over and saved: what fails here is told, and fails nothing.
+
+    Args:
+        model: base and adapter.
+        tokenizer: of the model.
+        rows: of the run.
+        held_out: numbers of those that were held out.
+        data_path: records to ask in their place.
     """
     try:
-        asked = held_out_probes(rows, held_out, SHORT_ROWS) or own_probes(tokenizer, SHORT_ROWS)
+        if data_path:
+            asked = record_probes(data_path, tokenizer, SHORT_ROWS)
+        else:
+            of_run = held_out_probes(rows, held_out, SHORT_ROWS)
+            asked = of_run or own_probes(tokenizer, SHORT_ROWS)
         settings = GenerationSettings(max_new_tokens=SHORT_ANSWER)
-        report(examine(model, tokenizer, asked, settings, with_base=False), "Check-up")
+        found = examine(model, tokenizer, asked, settings, RunRows(rows, held_out))
+        report(found, "Check-up")
     except (RuntimeError, UserError) as error:  # no memory is left, say
         reason = str(error).partition("\n")[0]
         note(f"no check-up ({reason}); `glmtune check` makes it")
@@ -197,7 +205,9 @@ def examine(
     tokenizer: Any,
     asked: Probes,
     settings: GenerationSettings,
-    with_base: bool,
+    run: RunRows | None = None,
+    template: str | None = None,
+    with_base: bool = False,
 ) -> Checkup:
     """Compare a model with its adapter and without.
 
@@ -206,71 +216,77 @@ def examine(
         tokenizer: of the model.
         asked: the questions.
         settings: how answers are generated.
-        with_base: let the base answer as well.
+        run: the rows that the adapter was taught, where they are known.
+        template: of those rows; see `strange_probes`.
+        with_base: let the base answer as well; else it is asked only where the tuned answers look
+            like a collapse.
     """
     model.eval()
-    probes = asked.probes
     layers = measure_layers(model)
-    divergence = measure_divergence(model, probes)
-    tuned = measure_answers(model, tokenizer, probes, settings)
-    base = None
-    if with_base:
+    divergence = measure_divergence(model, asked.probes)
+    taught = Taught.of(tokenizer, run) if run else None
+    strange = strange_probes(tokenizer, template)
+    task = asked.probes if asked.of_task else []
+    if run and taught and taught.of_labels and not task:
+        task = row_probes(run.rows, run.trained_on, len(strange))
+
+    def ask(probes: Sequence[Probe]) -> Said:
+        return give_answers(model, tokenizer, probes, settings)
+
+    def look(tuned: Said, base: Said) -> Collapse:
+        of_strange = _sides(tokenizer, strange, tuned, base)
+        return Collapse.of(of_strange, _sides(tokenizer, task, tuned, base), taught)
+
+    tuned, base = ask([*asked.probes, *strange, *task]), Said()
+    if with_base or look(tuned, base).harms:
         with model.disable_adapter():
-            base = measure_answers(model, tokenizer, probes, settings)
+            base = ask([*(asked.probes if with_base else []), *strange, *task])
     names = (name.rpartition(".")[2] for name, _ in model.named_modules())
-    num_linears = sum(name in ALL_LINEARS for name in names)
     return Checkup(
-        layers, num_linears, divergence, tuned, base, len(probes), asked.source, asked.of_task
+        layers,
+        num_linears=sum(name in ALL_LINEARS for name in names),
+        divergence=divergence,
+        tuned=measure_answers(tokenizer, asked.probes, tuned),
+        base=measure_answers(tokenizer, asked.probes, base) if with_base else None,
+        num_probes=len(asked.probes),
+        source=asked.source,
+        of_task=asked.of_task,
+        collapse=look(tuned, base),
     )
 
 
-def measure_layers(model: PeftModel) -> list[LayerChange]:
-    """The norm of what the adapter adds to each linear; only those that it changes."""
-    changes = []
-    for name, module in model.get_base_model().named_modules():
-        linear, updates = split_lora(module)
-        if updates and (norm := _norm_of(updates)):
-            weight = _weight_norm(linear)
-            relative = norm / weight if weight else None
-            changes.append(LayerChange(name, norm, relative))
-    return changes
+def _sides(tokenizer: Any, probes: Sequence[Probe], tuned: Said, base: Said) -> Sides:
+    """Questions and answers as text."""
+
+    def read(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=True)
+
+    return Sides(
+        [question_of(read(probe.prompt_ids)) for probe in probes],
+        [read(probe.answer_ids) for probe in probes],
+        [tuned[tuple(probe.prompt_ids)].text for probe in probes],
+        [base[tuple(probe.prompt_ids)].text for probe in probes] if base else (),
+    )
 
 
-@torch.inference_mode()
-def measure_divergence(model: PeftModel, probes: Sequence[Probe]) -> Divergence:
-    """Read each answer with the adapter and without, and compare the next tokens."""
-    sums = torch.zeros(4, dtype=torch.float64)
-    num_tokens = 0
-    for probe in probes:
-        with model.disable_adapter():
-            base_AV = _answer_logits(model, probe)
-        tuned_AV = _answer_logits(model, probe)
-        targets_A = torch.tensor(probe.answer_ids, device=tuned_AV.device)
-        log_base, log_tuned = base_AV.log_softmax(-1), tuned_AV.log_softmax(-1)
-        numbers = (
-            F.kl_div(log_base, log_tuned, reduction="sum", log_target=True),
-            (base_AV.argmax(-1) != tuned_AV.argmax(-1)).sum(),
-            F.nll_loss(log_base, targets_A, reduction="sum"),
-            F.nll_loss(log_tuned, targets_A, reduction="sum"),
-        )
-        sums += torch.stack([number.double().cpu() for number in numbers])
-        num_tokens += len(probe.answer_ids)
-    return Divergence(*(sums / num_tokens).tolist())
-
-
-def measure_answers(
+def give_answers(
     model: PeftModel, tokenizer: Any, probes: Sequence[Probe], settings: GenerationSettings
-) -> Answers:
-    """Answer the probes' questions, and see how the answers end and whether they go in circles."""
+) -> Said:
+    """Answer the probes' questions, each of them once."""
     decoder = Decoder.of(model, settings)
-    prompts = [EncodedPrompt(probe.prompt_ids, i) for i, probe in enumerate(probes)]
-    answers = [
-        answer
-        for start in range(0, len(prompts), ANSWERS_AT_A_TIME)
-        for answer in answer_batch(
-            model, tokenizer, prompts[start : start + ANSWERS_AT_A_TIME], settings, decoder
-        )
-    ]
+    prompts = list(dict.fromkeys(tuple(probe.prompt_ids) for probe in probes))
+    said: Said = {}
+    for start in range(0, len(prompts), ANSWERS_AT_A_TIME):
+        batch = prompts[start : start + ANSWERS_AT_A_TIME]
+        encoded = [EncodedPrompt(list(ids), start + i) for i, ids in enumerate(batch)]
+        answers = answer_batch(model, tokenizer, encoded, settings, decoder)
+        said |= zip(batch, answers, strict=True)
+    return said
+
+
+def measure_answers(tokenizer: Any, probes: Sequence[Probe], said: Said) -> Answers:
+    """See how the answers to some probes end, and whether they go in circles."""
+    answers = [said[tuple(probe.prompt_ids)] for probe in probes]
     ids = tokenizer.encode_batch([answer.text for answer in answers])
     return Answers(
         stopped=float(np.mean([answer.stopped for answer in answers])),
@@ -300,11 +316,14 @@ def report(found: Checkup, title: str) -> None:
             f"{d.kl:.3g} nats a token from the base; {d.other_tokens:.1%} of the likeliest tokens "
             "are others"
         )
-        pairs["loss"] = f"{d.tuned_loss:.3f}, the base's is {d.base_loss:.3f}"
+        whose = "" if found.of_task else "; it was not trained for these, so this decides nothing"
+        pairs["loss"] = f"{d.tuned_loss:.3f}, the base's is {d.base_loss:.3f}{whose}"
     for name, what in (("stopped", "end by themselves"), ("repetition", "4-grams repeated")):
         if found.tuned is not None:
             base = f", the base's {getattr(found.base, name):.0%}" if found.base else ""
             pairs[what] = f"{getattr(found.tuned, name):.0%}{base}"
+    if found.collapse:
+        pairs |= found.collapse.as_pairs()
     pairs["verdict"] = found.verdict
     print_pairs(title, pairs)
 
@@ -314,29 +333,6 @@ def _has_effect(subject: Subject) -> bool:
     assert subject.adapter is not None
     weights = read_adapter(subject.adapter).weights
     return any(tensor.any() for key, tensor in weights.items() if ".lora_A." not in key)
-
-
-def _answer_logits(model: PeftModel, probe: Probe) -> Tensor:
-    """Logits of an answer's tokens, ``(A, V)`` float32."""
-    ids = torch.tensor([probe.prompt_ids + probe.answer_ids], device=model.device)
-    num_answer = len(probe.answer_ids)
-    logits = model(input_ids=ids, use_cache=False, logits_to_keep=num_answer + 1).logits
-    return logits[0, :-1].float()
-
-
-def _norm_of(updates: Sequence[Update]) -> float:
-    """Frobenius norm of ``scale * B @ A``, summed over updates, without that ``(O, I)`` matrix."""
-    a_RI = torch.cat([update.a_RI for update in updates]).double()
-    b_OR = torch.cat([update.b_OR * update.scale for update in updates], dim=1).double()
-    square = ((b_OR.T @ b_OR) * (a_RI @ a_RI.T)).sum().item()
-    return math.sqrt(max(0.0, square))
-
-
-def _weight_norm(linear: nn.Module) -> float | None:
-    frozen = frozen_of(linear)
-    if isinstance(frozen, Dense):
-        return frozen.weight_NK.float().norm().item()
-    return frozen.weight(torch.float32).norm().item() if isinstance(frozen, Quantised) else None
 
 
 def _without_nan(value: Any) -> Any:

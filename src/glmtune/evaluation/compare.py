@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from glmtune.config import CompareConfig
 from glmtune.data.files import new_file
-from glmtune.evaluation.answers import AnswerFile, Subject, prompt_of, read_questions
+from glmtune.evaluation.answers import AnswerFile, Subject, fit_positions, prompt_of, read_questions
 from glmtune.evaluation.page import html
 from glmtune.evaluation.report import Comparison, Pair, markdown
 from glmtune.generation import Decoder, GenerationSettings, answer_batch, encode_prompts
@@ -28,6 +28,8 @@ def compare(config: CompareConfig) -> Comparison:
     """
     records = read_questions(config)
     subject, settings = Subject.of(config), GenerationSettings.from_config(config)
+    if config.on_bad_row == "skip":
+        records = fit_positions(records, config, subject.base)
     folder = Path(config.output_dir or Path(config.model_path, "compare"))
     file = AnswerFile(
         folder / "compare.jsonl",
@@ -38,6 +40,7 @@ def compare(config: CompareConfig) -> Comparison:
     )
     todo = records[len(file.lines) : config.limit]
     if todo:
+        fit_positions(todo, config, subject.base)
         model, tokenizer = subject.load()
         prompts = [prompt_of(record) for record in todo]
         encoded = encode_prompts(model, tokenizer, prompts, settings.max_new_tokens)

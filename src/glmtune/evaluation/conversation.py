@@ -11,6 +11,11 @@ from glmtune.data import templates
 from glmtune.generation.streaming import without_beginning
 
 BASE, TUNED = "base", "tuned"
+ALPACA, CHAT = "alpaca", "chat"
+FORMATS = {
+    ALPACA: "Instruction: and Answer:, as alpaca rows are taught; each question stands alone",
+    CHAT: "the model's own, [Round N], 问：, 答：; a question goes on from what was said",
+}
 
 # The vocabulary has no full-width punctuation of these kinds, so answers come with the half-width.
 _FULL_WIDTH = dict(zip(",!:;?", "，！：；？", strict=True))
@@ -31,11 +36,14 @@ class Round:
         return self.answers.get(side) or next(iter(self.answers.values()))
 
 
-def write_prompt(rounds: Sequence[Round], question: str, side: str) -> str:
-    """What the model reads: all rounds so far in its own format, and the question.
+def write_prompt(rounds: Sequence[Round], question: str, side: str, format: str = CHAT) -> str:
+    """What the model reads.
 
-    A first question stands alone; rounds count from 0.
+    In its own format all rounds so far and the question: a first question stands alone, rounds
+    count from 0. In alpaca's template the question alone, since no row of it has taught more.
     """
+    if format == ALPACA:
+        return templates.alpaca(question)
     if not rounds:
         return question
     return templates.rounds([(r.question, r.seen_by(side)) for r in rounds], question)

@@ -1,13 +1,20 @@
 """Answer alpaca records with the tuned weights, or with the base's."""
 
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 from glmtune.config import InferConfig
 from glmtune.data.records import Record
-from glmtune.evaluation.answers import AnswerFile, Subject, prompt_of, read_questions
+from glmtune.errors import visible
+from glmtune.evaluation.answers import AnswerFile, Subject, fit_positions, prompt_of, read_questions
 from glmtune.generation import Answer, GenerationSettings, generate_answers
+
+LINE_EVERY = 100
+"""Records between two lines that tell how far it is, where there is no terminal for a bar."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class InferSummary:
 
 
 def infer(config: InferConfig) -> InferSummary:
-    """Answer records, print each beside its original output, and write them as JSON lines.
+    """Answer records, print some beside their original outputs, and write all as JSON lines.
 
     A line has `row`, `instruction`, `input`, `output`, `answer`, `num_tokens` and `stopped`. Lines
     are written as batches finish, and a file that holds the first of them is gone on with.
@@ -45,6 +52,8 @@ def infer(config: InferConfig) -> InferSummary:
     """
     records = read_questions(config)
     subject, settings = Subject.of(config), GenerationSettings.from_config(config)
+    if config.on_bad_row == "skip":
+        records = fit_positions(records, config, subject.base)
     file = AnswerFile(
         Path(config.output_path or Path(config.model_path or "", "answers.jsonl")),
         records,
@@ -56,16 +65,30 @@ def infer(config: InferConfig) -> InferSummary:
     answers: list[Answer] = []
     start = time.perf_counter()
     if todo:
+        fit_positions(todo, config, subject.base)
         model, tokenizer = subject.load()
         prompts = [prompt_of(record) for record in todo]
         batch_size = config.per_device_eval_batch_size
         stream = generate_answers(model, tokenizer, prompts, settings, batch_size, subject.device)
         start = time.perf_counter()
-        with file:
+        form = labelled if config.print_form == "labels" else as_in_2023
+        num_printed = len(todo) if config.print_limit is None else config.print_limit
+        bar = tqdm(
+            total=len(todo), desc="infer", unit="record", disable=not sys.stderr.isatty(), delay=1
+        )
+        with file, bar:
             for record, answer in zip(todo, stream, strict=True):
                 file.append(record, {"answer": answer.text} | _counts(answer))
                 answers.append(answer)
-                print(as_printed(record, answer.text, len(file.lines)), flush=True)
+                if len(answers) <= num_printed:
+                    shown = visible(form(record, answer.text, len(file.lines)))
+                    bar.write(shown, file=sys.stdout)
+                    sys.stdout.flush()
+                elif bar.disable and len(answers) % LINE_EVERY == 0:
+                    print(f"{len(answers):,} of {len(todo):,} records answered", flush=True)
+                bar.update()
+        if (num_more := len(answers) - num_printed) > 0:
+            print(f"and {num_more:,} more, which are written (--print_limit none prints all)")
     summary = InferSummary(
         output_path=file.path,
         num_answers=len(file.lines),
@@ -78,7 +101,24 @@ def infer(config: InferConfig) -> InferSummary:
     return summary
 
 
-def as_printed(record: Record, answer: str, number: int) -> str:
+def labelled(record: Record, answer: str, number: int) -> str:
+    """A record with the model's answer and the one that is expected, each under its name."""
+    texts = {
+        "Instruction": record.instruction,
+        "Input": record.input,
+        "Model": answer,
+        "Expected": record.output,
+    }
+    width = max(map(len, texts)) + 2
+    lines = [
+        f"  {f'{name}:':<{width}}" + f"\n{' ' * (width + 2)}".join(text.strip().splitlines())
+        for name, text in texts.items()
+        if text.strip() or name == "Model"
+    ]
+    return "\n".join([f"record {number}", *lines, ""])
+
+
+def as_in_2023(record: Record, answer: str, number: int) -> str:
     """A record and its answer in the layout of the 2023 script, the original output below."""
     return f"{prompt_of(record).text}{answer}\n### {number}.Answer:\n {record.output}\n\n"
 

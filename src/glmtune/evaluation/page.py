@@ -5,9 +5,10 @@ from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from difflib import SequenceMatcher
 from hashlib import sha256
-from html import escape
+from html import escape as escape_html
 from typing import NamedTuple
 
+from glmtune.errors import visible
 from glmtune.evaluation.report import (
     AS_EXPECTED,
     BASE,
@@ -283,6 +284,11 @@ def html(
 </body>
 </html>
 """
+
+
+def escape(text: str) -> str:
+    """A text as it is shown on the page, whatever stands in it."""
+    return escape_html(visible(text))
 
 
 def both(text: Text) -> str:

@@ -1,18 +1,13 @@
 """The questions that a check-up asks: held-out rows, records of the user's, or a few of our own."""
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from glmtune.config import CheckConfig, TrainConfig, read_config
-from glmtune.data.dataset import load_dataset
 from glmtune.data.records import read_alpaca
 from glmtune.data.templates import alpaca, context_of
 from glmtune.data.token_rows import TokenRows
-from glmtune.errors import UserError, note
-from glmtune.training.checkpoints import RECIPE_FILE
-from glmtune.training.plan import split_rows
+from glmtune.errors import UserError
 
 OWN_QUESTIONS = (
     ("用一句话解释什么是光合作用。", "植物利用阳光把二氧化碳和水变成有机物，并放出氧气。"),
@@ -24,6 +19,18 @@ OWN_QUESTIONS = (
     ("Translate into Chinese: I like reading books.", "我喜欢读书。"),
     ("写出“高兴”的一个近义词。", "快乐。"),
     ("Name an antonym of \"fast\".", "Slow."),
+)  # fmt: skip
+# With these they are what no adapter was trained for alone, so that a collapse shows.
+STRANGE_QUESTIONS = (
+    *OWN_QUESTIONS,
+    ("水在多少摄氏度沸腾？", "一百摄氏度。"),
+    ("What is the capital of France?", "Paris."),
+    ("讲一个关于小猫的短故事。", "从前有一只小猫，它追着蝴蝶跑进花园，玩累了就在树下睡着了。"),
+    ("Write a short poem about the sea.", "The grey sea breathes, and every wave comes home."),
+    ("列出三种水果。", "苹果、香蕉和橙子。"),
+    ("How many days are there in a week?", "Seven."),
+    ("“谢谢”用英语怎么说？", "Thank you."),
+    ("Which animal barks?", "A dog."),
 )  # fmt: skip
 
 
@@ -59,49 +66,41 @@ def own_probes(tokenizer: Any, limit: int) -> Probes:
     return Probes(from_texts(tokenizer, pairs), "questions that come with glmtune", of_task=False)
 
 
-def held_out_probes(rows: TokenRows, held_out: np.ndarray, limit: int) -> Probes | None:
-    """Rows that a run held out, evenly from all; None where there is none with an answer."""
-    row_ids = held_out[rows.lengths_R[held_out] > rows.prompt_lengths_R[held_out]]
-    if not len(row_ids):
-        return None
+def strange_probes(tokenizer: Any, template: str | None) -> list[Probe]:
+    """Our own questions and some more, as the adapter's rows would have asked them.
+
+    Args:
+        tokenizer: of the model.
+        template: of those rows; a template of the user's own is unknown, and a bare question the
+            nearest thing to it.
+    """
+    write = str if template == "custom" else alpaca
+    return from_texts(tokenizer, [(write(asked), answer) for asked, answer in STRANGE_QUESTIONS])
+
+
+def row_probes(rows: TokenRows, row_ids: np.ndarray, limit: int) -> list[Probe]:
+    """Rows that have an answer, evenly from those named."""
+    row_ids = row_ids[rows.lengths_R[row_ids] > rows.prompt_lengths_R[row_ids]]
     places = np.linspace(0, len(row_ids) - 1, min(limit, len(row_ids))).astype(int)
     halves = ((rows[row].tolist(), int(rows.prompt_lengths_R[row])) for row in row_ids[places])
-    probes = [Probe(ids[:length], ids[length:]) for ids, length in halves]
-    return Probes(probes, "rows that the run held out", of_task=True)
+    return [Probe(ids[:length], ids[length:]) for ids, length in halves]
 
 
-def choose_probes(config: CheckConfig, adapter: Path, tokenizer: Any) -> Probes:
-    """What to ask an adapter.
+def held_out_probes(rows: TokenRows, held_out: np.ndarray, limit: int) -> Probes | None:
+    """Rows that a run held out; None where there is none with an answer."""
+    probes = row_probes(rows, held_out, limit)
+    return Probes(probes, "rows that the run held out", of_task=True) if probes else None
 
-    Records that are given; else rows that the adapter's run held out; else our own.
+
+def record_probes(data_path: str, tokenizer: Any, limit: int) -> Probes:
+    """Records of a file that have an output.
 
     Raises:
-        UserError: the records cannot be read, or none of them has an answer.
+        UserError: the records cannot be read, or none of them has an output.
     """
-    if config.data_path:
-        records, _ = read_alpaca(config.data_path)
-        answered = [record for record in records if record.output.strip()]
-        pairs = [(context_of(r.instruction, r.input, r.history), r.output) for r in answered]
-        if not pairs:
-            raise UserError(f"{config.data_path}: no record has an output to compare with")
-        probes = from_texts(tokenizer, pairs[: config.limit])
-        return Probes(probes, f"records of {config.data_path}", of_task=True)
-    for folder in (adapter, adapter.resolve().parent):
-        recipe = folder / RECIPE_FILE
-        if recipe.is_file() and (of_run := _held_out(recipe, config.limit)):
-            return of_run
-    return own_probes(tokenizer, config.limit)
-
-
-def _held_out(recipe: Path, limit: int) -> Probes | None:
-    """Rows that a run held out; None where it held out none or its data are gone."""
-    run = read_config(TrainConfig, "train", str(recipe), {})
-    if not run.eval_ratio:  # spares the look at data that may have gone
-        return None
-    try:
-        dataset, _ = load_dataset(run.dataset_path)
-    except UserError as error:
-        note(f"the run's rows cannot be had ({error})")
-        return None
-    _, held_out = split_rows(len(dataset), run.eval_ratio, run.seed)
-    return held_out_probes(TokenRows.from_dataset(dataset), held_out, limit)
+    records, _ = read_alpaca(data_path)
+    answered = [record for record in records if record.output.strip()]
+    pairs = [(context_of(r.instruction, r.input, r.history), r.output) for r in answered]
+    if not pairs:
+        raise UserError(f"{data_path}: no record has an output to compare with")
+    return Probes(from_texts(tokenizer, pairs[:limit]), f"records of {data_path}", of_task=True)

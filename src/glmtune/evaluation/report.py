@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from glmtune.data.templates import rounds
+from glmtune.errors import visible
 from glmtune.generation import Answer
 
 
@@ -168,5 +169,6 @@ def _answer(answer: Answer) -> str:
 
 def _escape(text: str) -> str:
     """Any text on one line of Markdown, within a table too, read as nothing but text."""
-    escaped = re.sub(r"([\\`*_~#|$\[\]])", r"\\\1", html.escape(text, quote=False))
-    return re.sub(r"\r\n|[\n\r\v\f\x85\u2028\u2029]", "<br>", escaped.strip())
+    one_kind = re.sub(r"\r\n|[\n\r\v\f\x85\u2028\u2029]", "\n", text.strip())
+    shown = html.escape(visible(one_kind), quote=False)
+    return re.sub(r"([\\`*_~#|$\[\]])", r"\\\1", shown).replace("\n", "<br>")

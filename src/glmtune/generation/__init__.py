@@ -6,8 +6,10 @@ through transformers' `generate`.
 """
 
 from glmtune.generation.answers import (
+    TooLongError,
     answer_batch,
     encode_prompts,
+    find_too_long,
     generate_answers,
 )
 from glmtune.generation.decoder import Decoder, find_stop_ids
@@ -19,8 +21,10 @@ __all__ = [
     "EncodedPrompt",
     "GenerationSettings",
     "Prompt",
+    "TooLongError",
     "answer_batch",
     "encode_prompts",
     "find_stop_ids",
+    "find_too_long",
     "generate_answers",
 ]

@@ -54,6 +54,10 @@ def generate_answers(
     )
 
 
+class TooLongError(UserError):
+    """A prompt that leaves the model too few positions for an answer."""
+
+
 def encode_prompts(
     model: "PreTrainedModel | PeftModel",
     tokenizer: Any,
@@ -63,22 +67,34 @@ def encode_prompts(
     """Encode prompts whole; none is cut.
 
     Raises:
-        UserError: a prompt that leaves the model no positions for `max_new_tokens` more.
+        TooLongError: a prompt that leaves the model no positions for `max_new_tokens` more.
     """
+    encoded = tokenizer.encode_batch([prompt.text for prompt in prompts], add_special_tokens=True)
     limit = model.config.max_position_embeddings
-    texts = [prompt.text for prompt in prompts]
-    encoded = tokenizer.encode_batch(texts, add_special_tokens=True)
-    too_long = [i for i, ids in enumerate(encoded) if len(ids) + max_new_tokens > limit]
-    if too_long:
-        first, more = too_long[0], len(too_long) - 1
-        num_ids = len(encoded[first])
-        fix = f", or max_new_tokens to {limit - num_ids} at most" if num_ids < limit else ""
-        raise UserError(
-            f"{prompts[first].where}: the prompt has {num_ids} tokens, which with max_new_tokens "
-            f"{max_new_tokens} is more than the model's {limit} positions; shorten the prompt{fix}"
-            + (f" ({more} more are too long as well)" if more else "")
-        )
+    if too_long := find_too_long([len(ids) for ids in encoded], max_new_tokens, limit):
+        (first, reason), *others = too_long.items()
+        more = f" ({len(others)} more are too long as well)" if others else ""
+        raise TooLongError(f"{prompts[first].where}: {reason}{more}")
     return [EncodedPrompt(ids, prompt.number) for ids, prompt in zip(encoded, prompts, strict=True)]
+
+
+def find_too_long(lengths: Sequence[int], max_new_tokens: int, limit: int) -> dict[int, str]:
+    """Which prompts leave a model no positions for an answer: place -> what is wrong, and the fix.
+
+    Args:
+        lengths: of the prompts, in tokens.
+        max_new_tokens: longest answer.
+        limit: positions of the model.
+    """
+    found = {}
+    for place, length in enumerate(lengths):
+        if length + max_new_tokens > limit:
+            fix = f", or max_new_tokens to {limit - length} at most" if length < limit else ""
+            found[place] = (
+                f"the prompt has {length} tokens, which with max_new_tokens {max_new_tokens} is "
+                f"more than the model's {limit} positions; shorten the prompt{fix}"
+            )
+    return found
 
 
 def answer_batch(

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 from glmtune.errors import UserError
 
+_OF_THE_DRAW = ("temperature", "top_p", "top_k")
+
 
 class Prompt(NamedTuple):
     """A question as the model will see it."""
@@ -37,6 +39,8 @@ class Answer(NamedTuple):
 class GenerationSettings:
     """How answers are generated, with transformers' names; what is None has no effect.
 
+    A temperature of 0, where the draw would divide by it, is its limit: the likeliest tokens.
+
     Raises:
         UserError: a beam search that is to draw at random, or to use fewer bits.
     """
@@ -56,6 +60,9 @@ class GenerationSettings:
     decode_compile: bool = False
 
     def __post_init__(self):
+        if self.temperature == 0:
+            for name, value in {"do_sample": False, **dict.fromkeys(_OF_THE_DRAW)}.items():
+                object.__setattr__(self, name, value)
         if self.do_sample and self.num_beams > 1:
             raise UserError(
                 f"num_beams {self.num_beams} searches for the likeliest answer, do_sample true "

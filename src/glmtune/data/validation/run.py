@@ -12,7 +12,7 @@ from glmtune.data.validation.check import CheckedFile
 from glmtune.data.validation.duplicates import Fingerprints, find_repeats, find_shared_questions
 from glmtune.data.validation.problems import Problem, Problems
 from glmtune.data.validation.spans import NUM_PROCESSES, check_file, open_pool
-from glmtune.errors import UserError, note
+from glmtune.errors import UserError, note, visible
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ def validate(config: ValidateConfig) -> Validation:
         seconds = time.perf_counter() - start
         validation = Validation(files, problems, seconds, _peak_bytes())
         problems.close(validation.as_json())
-    print(validation)
+    print(visible(str(validation)))
     if num_unusable := validation.num_unusable:
         raise UserError(
             f"{num_unusable:,} of {validation.num_rows:,} rows cannot be used; mend them, "

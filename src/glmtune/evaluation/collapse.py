@@ -1,0 +1,266 @@
+"""Collapse: many questions with one answer, or taught answers to questions of another kind.
+
+What is looked at is text, stripped of all but its letters and digits; two texts of which little
+differs count as one.
+"""
+
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from glmtune.data.flaws import show
+from glmtune.data.templates import parts
+from glmtune.evaluation.source_run import RunRows
+
+# docs/reliability.md says why these.
+SIMILARITY = 0.85
+"""Texts that have so much in common are one."""
+MOST_AGREEING = 0.15
+"""So many more pairs of questions may get one answer than with the base, and than is right."""
+MOST_TAUGHT = 0.25
+"""So many more strange questions than with the base may get a taught answer."""
+FEW_ANSWERS = 16
+"""Of so few different ones any that is given to a strange question was not thought of."""
+SENTENCE_TOKENS = 6
+"""And a text of so many is not hit upon by chance, however many were taught."""
+LABEL_LETTERS, QUESTIONS_A_LABEL = 12, 4
+"""A label has so few letters, and on average is the answer to so many different questions."""
+# What is read of long texts and large runs, so that it takes a second at most.
+_COMPARED, _MOST_ANSWERS, _MOST_QUESTIONS = 200, 4096, 64
+
+
+def letters(text: str) -> str:
+    """What a text says, whatever its punctuation, white space, case and width of letters."""
+    plain = unicodedata.normalize("NFKC", text).casefold()
+    return "".join(filter(str.isalnum, plain)) or plain.strip()
+
+
+def is_alike(one: str, other: str) -> bool:
+    """Whether two texts, as `letters` gives them, differ by little, or one by what it adds."""
+    length = min(len(one), len(other), _COMPARED)
+    pairs = [(one[:_COMPARED], other[:_COMPARED])]
+    if sum(map(_width, one[:length])) > LABEL_LETTERS:  # where one of them goes on in circles, say
+        pairs.append((one[:length], other[:length]))
+    matchers = (SequenceMatcher(None, *pair, autojunk=False) for pair in pairs)
+    return any(m.real_quick_ratio() >= SIMILARITY <= m.ratio() for m in matchers)
+
+
+def question_of(context: str) -> str:
+    """What is asked in a decoded context, whose last blank no vocabulary keeps."""
+    return " ".join(filter(None, parts(context.rstrip() + " "))).strip()
+
+
+def agreeing(texts: Sequence[str]) -> float:
+    """How likely two different questions get one answer: the share of pairs that are alike."""
+    pairs = list(combinations(map(letters, texts), 2))
+    return sum(is_alike(*pair) for pair in pairs) / len(pairs) if pairs else 0.0
+
+
+def are_labels(pairs: Iterable[tuple[str, str]]) -> bool:
+    """Whether these answers are those of a classification: few, short, each to many questions.
+
+    Args:
+        pairs: questions and right answers, as `letters` gives them.
+    """
+    different = set(pairs)
+    labels = {answer for _, answer in different}
+    short = all(sum(map(_width, label)) <= LABEL_LETTERS for label in labels)
+    return short and 2 <= len(labels) <= len(different) / QUESTIONS_A_LABEL
+
+
+def _width(letter: str) -> int:
+    return 3 if unicodedata.east_asian_width(letter) in "WF" else 1  # a character says more
+
+
+@dataclass(frozen=True)
+class Taught:
+    """The answers of a run's rows, and the questions that each belongs to."""
+
+    questions: dict[str, list[str]]
+    """Answer -> its questions, both as `letters` gives them; the commonest answers only."""
+    sentences: frozenset[str]
+    """Those of many tokens."""
+    of_labels: bool
+
+    @classmethod
+    def of(cls, tokenizer: Any, run_rows: RunRows) -> "Taught":
+        """Read them off the rows that were trained on."""
+        rows = run_rows.rows
+        by_answer: dict[bytes, list[int]] = {}
+        for row in run_rows.trained_on.tolist():
+            answer_ids = rows[row][rows.prompt_lengths_R[row] :]
+            by_answer.setdefault(answer_ids.tobytes(), []).append(row)
+
+        def read(ids: np.ndarray) -> str:
+            return tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+
+        questions: dict[str, list[str]] = {}
+        sentences = set()
+        for row_ids in sorted(by_answer.values(), key=len, reverse=True)[:_MOST_ANSWERS]:
+            asked = []
+            for row in row_ids[:_MOST_QUESTIONS]:
+                prompt_ids, answer_ids = np.split(rows[row], [rows.prompt_lengths_R[row]])
+                asked.append(letters(question_of(read(prompt_ids))))
+            answer = letters(read(answer_ids))
+            questions.setdefault(answer, []).extend(asked)
+            if len(answer_ids) > SENTENCE_TOKENS:  # one of them is the end
+                sentences.add(answer)
+        pairs = ((asked, answer) for answer in questions for asked in questions[answer])
+        return cls(questions, frozenset(sentences), are_labels(pairs))
+
+    def is_out_of_place(self, question: str, expected: str, answer: str) -> bool:
+        """Whether an answer is one that was taught, and not for this question.
+
+        Args:
+            question: without its template.
+            expected: a right answer.
+            answer: what was said.
+        """
+        asked, said = letters(question), letters(answer)
+        if is_alike(said, letters(expected)):
+            return False
+        known = self.questions if len(self.questions) <= FEW_ANSWERS else self.sentences
+        found = [text for text in known if is_alike(said, text)]
+        meant = (of_row for text in found for of_row in self.questions[text])
+        return bool(found) and not any(is_alike(asked, of_row) for of_row in meant)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How likely two different questions of a set get one answer."""
+
+    asked: int
+    tuned: float
+    base: float | None
+    """None where the base was not asked."""
+    expected: float
+    """Of the right answers."""
+    commonest: str
+    """The tuned model's answer to the most questions."""
+
+    @classmethod
+    def of(cls, tuned: Sequence[str], base: Sequence[str], expected: Sequence[str]) -> "Agreement":
+        """That of some answers."""
+        of_base = agreeing(base) if base else None
+        commonest = Counter(text.strip() for text in tuned).most_common(1)[0][0]
+        return cls(len(tuned), agreeing(tuned), of_base, agreeing(expected), commonest)
+
+    @property
+    def harm(self) -> str | None:
+        """What is wrong with it, in words."""
+        if self.tuned - max(self.base or 0.0, self.expected) < MOST_AGREEING:
+            return None
+        return (
+            f"different questions get one answer (any two of {self.asked} with a chance of "
+            f"{self.tuned:.0%}), most often {show(self.commonest)}"
+        )
+
+
+class Sides(NamedTuple):
+    """Questions, their right answers, and what either side said; no base: it was not asked."""
+
+    questions: Sequence[str]
+    expected: Sequence[str]
+    tuned: Sequence[str]
+    base: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """What tells an adapter that answers from one that has learnt a few texts by heart."""
+
+    strange: Agreement
+    """Questions of other kinds than what was taught, if it was not everything."""
+    taught: float | None
+    """Share of those that get an answer taught for another question; None: the rows are unknown."""
+    taught_of_base: float | None
+    example: tuple[str, str] | None
+    """A strange question and the taught answer that it got."""
+    task: Agreement | None
+    """Questions of what was taught, where they are at hand."""
+    of_labels: bool
+    """Whether it was taught to classify; strange questions then get labels, which is no harm."""
+
+    @classmethod
+    def of(
+        cls,
+        strange: Sides,
+        task: Sides,
+        taught: Taught | None,
+    ) -> "Collapse":
+        """Look at the answers of both sides.
+
+        Args:
+            strange: questions of other kinds.
+            task: questions of what was taught; may be none.
+            taught: the run's rows.
+        """
+        shares: dict[str, float] = {}
+        example = None
+        for side, answers in (("tuned", strange.tuned), ("base", strange.base)):
+            if taught is None or not answers:
+                continue
+            found = [
+                (question, said)
+                for question, right, said in zip(*strange[:2], answers, strict=True)
+                if taught.is_out_of_place(question, right, said)
+            ]
+            shares[side] = len(found) / len(answers)
+            example = found[0] if found and side == "tuned" else example
+        if taught is not None:
+            of_labels = taught.of_labels
+        else:
+            pairs = zip(task.questions, task.expected, strict=True)
+            of_labels = are_labels((letters(q), letters(right)) for q, right in pairs)
+        return cls(
+            Agreement.of(strange.tuned, strange.base, strange.expected),
+            shares.get("tuned"),
+            shares.get("base"),
+            example,
+            Agreement.of(task.tuned, task.base, task.expected) if task.questions else None,
+            of_labels,
+        )
+
+    @property
+    def of_strange(self) -> list[str]:
+        """What is wrong with the answers to strange questions, in words."""
+        harms = [self.strange.harm] if self.strange.harm else []
+        if self.taught is not None and self.taught - (self.taught_of_base or 0.0) >= MOST_TAUGHT:
+            question, answer = map(show, self.example or ("", ""))
+            harms.append(
+                f"{self.taught:.0%} of strange questions get an answer taught for another one "
+                f"({question}: {answer})"
+            )
+        return harms
+
+    @property
+    def harms(self) -> list[str]:
+        """All that is wrong, in words."""
+        of_task = [self.task.harm] if self.task and self.task.harm else []
+        return of_task if self.of_labels else of_task + self.of_strange
+
+    @property
+    def gives_labels(self) -> bool:
+        """Whether an adapter that classifies does nothing else any more."""
+        return self.of_labels and bool(self.of_strange)
+
+    def as_pairs(self) -> dict[str, str]:
+        """The figures, for print."""
+        pairs = {}
+        for name, agreement in (("strange questions", self.strange), ("its own", self.task)):
+            if agreement:
+                base = "" if agreement.base is None else f", the base to {agreement.base:.0%}"
+                pairs[name] = (
+                    f"{agreement.asked}; it gives one answer to {agreement.tuned:.0%} of their "
+                    f"pairs{base}"
+                )
+        if self.taught is not None:
+            base = "" if self.taught_of_base is None else f", the base to {self.taught_of_base:.0%}"
+            pairs["taught answers"] = f"to {self.taught:.0%} of the strange ones{base}"
+        return pairs

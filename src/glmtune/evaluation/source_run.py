@@ -1,0 +1,75 @@
+"""What the run behind an adapter tells of it: the rows that it was taught, and their template."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from glmtune.adapters.formats import WEIGHTS_FILE
+from glmtune.config import TrainConfig, read_config
+from glmtune.data.dataset import load_dataset
+from glmtune.data.token_rows import TokenRows
+from glmtune.errors import UserError, note
+from glmtune.training.checkpoints import RECIPE_FILE
+from glmtune.training.manifest import STATE_FILE, read_identity
+from glmtune.training.plan import split_rows
+
+
+class RunRows(NamedTuple):
+    """The rows of a run, and the numbers of those that it held out."""
+
+    rows: TokenRows
+    held_out: np.ndarray
+
+    @property
+    def trained_on(self) -> np.ndarray:
+        """The numbers of the others."""
+        return np.setdiff1d(np.arange(len(self.rows)), self.held_out)
+
+
+def find_rows(adapter: Path) -> RunRows | None:
+    """The rows of the run that an adapter came from.
+
+    None where no recipe lies beside the adapter, or its data are gone or are others now, of which
+    a note tells.
+    """
+    recipe = next(iter(_beside(adapter, RECIPE_FILE)), None)
+    if recipe is None:
+        return None
+    try:
+        run = read_config(TrainConfig, "train", str(recipe), {})
+        rows = TokenRows.from_dataset(load_dataset(run.dataset_path)[0])
+        digest = _identity(adapter).get("data sha256")
+        if digest is not None and digest != rows.digest()[:16]:
+            raise UserError(f"{run.dataset_path}: holds other rows than the run was trained on")
+        return RunRows(rows, split_rows(len(rows), run.eval_ratio, run.seed)[1])
+    except UserError as error:
+        note(f"the run's rows cannot be had ({error})")
+        return None
+
+
+def is_of_2023(adapter: Path) -> bool:
+    """Whether an adapter has the form in which the scripts of 2023 left theirs."""
+    return not (adapter / WEIGHTS_FILE).is_file()
+
+
+def find_template(adapter: Path) -> str | None:
+    """The template of the rows that an adapter was taught: "alpaca", "custom", None if unknown."""
+    template = _identity(adapter).get("template")
+    return template if isinstance(template, str) else None
+
+
+def _identity(adapter: Path) -> dict[str, object]:
+    """What the checkpoint or the run says that it is known by; nothing where it does not."""
+    for state in _beside(adapter, STATE_FILE):
+        try:
+            return read_identity(state.parent)
+        except UserError:  # of another program, or damaged, which answering need not mind
+            continue
+    return {}
+
+
+def _beside(adapter: Path, name: str) -> list[Path]:
+    """A file of the adapter's folder or, since that may be a checkpoint, of its run's."""
+    folders = (adapter, adapter.resolve().parent)
+    return [folder / name for folder in folders if (folder / name).is_file()]
