@@ -66,3 +66,30 @@ def test_in_float32_an_answer_does_not_depend_on_its_batch(do_sample):
         list(generate_answers(model, tokenizer, prompts, settings, size)) for size in (1, 3, 8)
     ]
     assert answers[0] == answers[1] == answers[2]
+
+
+@pytest.mark.parametrize("numbers", [{"bf16": True}, {}], ids=str)
+def test_a_broken_run_ends_with_the_answers_of_an_unbroken_one(
+    numbers, idle_adapter, questions, tmp_path
+):
+    def answer(folder, **more):
+        return compare(
+            CompareConfig(
+                data_path=questions, model_path=idle_adapter, chatglm_path=GLM_TINY,
+                output_dir=str(tmp_path / folder), per_device_eval_batch_size=3,
+                max_new_tokens=12, use_cpu=True, **numbers, **more,
+            )
+        )  # fmt: skip
+
+    whole = answer("whole")
+    answer("broken", limit=4)
+    file = tmp_path / "broken" / "compare.jsonl"
+    *kept, last = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    assert len(kept) == 3
+    again = json.loads(last) | {"tuned": {"text": "no", "num_tokens": 1, "stopped": True}}
+    file.write_text("".join(kept) + json.dumps(again) + "\n", encoding="utf-8")
+    broken = answer("broken")
+    # In bfloat16 the fourth answer's batch was not finished, and is made again.
+    assert (broken.pairs == whole.pairs) == bool(numbers)
+    assert broken.pairs[:3] == whole.pairs[:3]
+    assert (broken.pairs[3].tuned.text == "no") == (not numbers)

@@ -50,7 +50,7 @@ def read_questions(config: InferConfig | CompareConfig) -> list[Record]:
 
 
 def fit_positions(
-    records: list[Record], config: InferConfig | CompareConfig, base: str
+    records: Sequence[Record], config: InferConfig | CompareConfig, base: str
 ) -> list[Record]:
     """The records whose prompts leave the model room for an answer; of others see `on_bad_row`.
 
@@ -125,6 +125,11 @@ class Subject:
             note(caution)
         rounds = config.decode_bits != "16"
         return cls(base, adapter, device, dtype, rounds, config.bits, config.quantize_head)
+
+    @property
+    def is_batch_sensitive(self) -> bool:
+        """Whether rounding lets an answer depend on its batch; see `generate_answers`."""
+        return self.dtype != torch.float32 or self.rounds or self.bits is not None
 
     @property
     def adapter_name(self) -> str | None:
@@ -214,7 +219,7 @@ class AnswerFile:
         self.settings = settings
         self.fix = f"--overwrite_output true to answer anew, or another {elsewhere}"
         self.lines: list[dict[str, Any]] = []
-        self._num_bytes = 0
+        self._sizes: list[int] = []  # of the lines, in bytes
         self._file: TextIO | None = None
         try:
             self._check_writable()
@@ -237,7 +242,7 @@ class AnswerFile:
         *lines, cut = self.path.read_bytes().split(b"\n")
         if cut:
             print(f"{self.path}: its last line was cut off and is dropped", file=sys.stderr)
-        self._num_bytes = sum(len(line) + 1 for line in lines)
+        self._sizes = [len(line) + 1 for line in lines]
         self.lines = [self._read_line(number, line) for number, line in enumerate(lines, start=1)]
 
     def _check_settings(self) -> None:
@@ -277,14 +282,29 @@ class AnswerFile:
             raise UserError(f"{where}: is no answer to the record {record.where}; pass {self.fix}")
         return line
 
+    def to_answer(self, limit: int | None, batch_size: int | None) -> Sequence[Record]:
+        """The records that have no answer yet, of the first so many.
+
+        Args:
+            limit: of all records; None for no limit.
+            batch_size: where answers depend on their batch: a batch that was not finished is
+                answered again, so that the file becomes what an unbroken run makes.
+        """
+        wanted = self.records[:limit]
+        if batch_size and len(self.lines) < len(wanted):
+            kept = len(self.lines) - len(self.lines) % batch_size
+            del self.lines[kept:], self._sizes[kept:]
+        return wanted[len(self.lines) :]
+
     def __enter__(self) -> "AnswerFile":
+        num_bytes = sum(self._sizes)
         try:
             if not self.lines:
                 self.path.unlink(missing_ok=True)  # before the settings say something else of it
                 with new_file(str(self.settings_path)) as file:
                     file.write(json.dumps(self.settings, ensure_ascii=False, indent=2) + "\n")
-            elif self.path.stat().st_size > self._num_bytes:
-                os.truncate(self.path, self._num_bytes)
+            elif self.path.stat().st_size > num_bytes:
+                os.truncate(self.path, num_bytes)
             self._file = open(self.path, "a", encoding="utf-8", newline="\n")
         except OSError as error:
             raise self._unwritable(error) from error

@@ -38,7 +38,8 @@ def compare(config: CompareConfig) -> Comparison:
         overwrite=config.overwrite_output,
         elsewhere="--output_dir",
     )
-    todo = records[len(file.lines) : config.limit]
+    size = config.per_device_eval_batch_size
+    todo = file.to_answer(config.limit, size if subject.is_batch_sensitive else None)
     if todo:
         fit_positions(todo, config, subject.base)
         model, tokenizer = subject.load()
@@ -48,7 +49,7 @@ def compare(config: CompareConfig) -> Comparison:
         tuned = Decoder.of(model, settings, subject.device)
         with model.disable_adapter():
             base = Decoder.of(model, settings, subject.device, beside=tuned)
-        size, num_all = config.per_device_eval_batch_size, len(file.lines) + len(todo)
+        num_all = len(file.lines) + len(todo)
         bar = tqdm(
             total=num_all,
             initial=len(file.lines),

@@ -61,15 +61,15 @@ def infer(config: InferConfig) -> InferSummary:
         overwrite=config.overwrite_output,
         elsewhere="--output_path",
     )
-    todo = records[len(file.lines) : config.limit]
+    size = config.per_device_eval_batch_size
+    todo = file.to_answer(config.limit, size if subject.is_batch_sensitive else None)
     answers: list[Answer] = []
     start = time.perf_counter()
     if todo:
         fit_positions(todo, config, subject.base)
         model, tokenizer = subject.load()
         prompts = [prompt_of(record) for record in todo]
-        batch_size = config.per_device_eval_batch_size
-        stream = generate_answers(model, tokenizer, prompts, settings, batch_size, subject.device)
+        stream = generate_answers(model, tokenizer, prompts, settings, size, subject.device)
         start = time.perf_counter()
         form = labelled if config.print_form == "labels" else as_in_2023
         num_printed = len(todo) if config.print_limit is None else config.print_limit
