@@ -165,24 +165,35 @@ def test_log_likelihoods_are_those_of_training_rows(adapter):
         assert score == pytest.approx(-loss, rel=1e-3, abs=1e-3)
 
 
-def test_the_command_and_what_it_refuses(tasks, adapter, tmp_path):
-    def command(model_args, *more):
-        arguments = ["--model", "glmtune", "--model_args", model_args, "--tasks", "choose"]
-        arguments += ["--include_path", str(tasks), "--device", "cpu", "--output_path", "out"]
-        module = [sys.executable, "-m", "glmtune.integrations.lm_eval"]
-        return subprocess.run(
-            [*module, *arguments, *more], cwd=tmp_path, capture_output=True, text=True
-        )
+@pytest.fixture
+def arguments(tasks, adapter):
+    """Of the command, on the task `choose`."""
+    names = ["--model", "glmtune", "--tasks", "choose", "--include_path", str(tasks)]
+    model_args = f"pretrained={GLM_TINY},peft={adapter}"
+    return [*names, "--device", "cpu", "--output_path", "out", "--model_args", model_args]
 
-    args = f"pretrained={GLM_TINY},peft={adapter}"
-    done = command(args, "--apply_chat_template", "--batch_size", "2")
+
+def test_the_command(arguments, tmp_path):
+    module = [sys.executable, "-m", "glmtune.integrations.lm_eval", *arguments]
+    more = ["--apply_chat_template", "--batch_size", "2"]
+    done = subprocess.run([*module, *more], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "|choose" in done.stdout
-    for more, words in [
-        ((f"{args},parallelize=True",), "error: model_args parallelize: not a setting of"),
-        ((args, "--batch_size", "auto"), "error: batch_size auto: give a number of rows"),
-        ((f"pretrained={tmp_path}",), "error: "),
-    ]:
-        refused = command(*more)
-        assert refused.returncode == 2
-        assert refused.stderr.splitlines()[-1].startswith(words)
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--model_args", "parallelize=True"], "model_args parallelize: not a setting of"),
+        (["--batch_size", "auto"], "batch_size auto: give a number of rows"),
+        (["--model_args", "pretrained=no/folder/here"], ""),
+    ],
+    ids=["setting", "batch size", "base"],
+)
+def test_the_command_refuses_in_one_line(more, words, arguments, tmp_path, monkeypatch, capsys):
+    from glmtune.integrations.lm_eval import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments, *more])
+    assert main() == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {words}")
