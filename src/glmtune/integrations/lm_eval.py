@@ -33,7 +33,7 @@ class GlmtuneLM(HFLM):
         device: "cpu", "cuda" or "cuda:1"; by default a GPU if there is one.
         bits: 8 or 4 for a base that bitsandbytes quantises while it loads.
         batch_size: rows of a pass.
-        trust_remote_code: what lm-eval's flag of that name gives; it has no effect, and that is said.
+        trust_remote_code: lm-eval's flag of that name; it has no effect, which is said.
         settings: those of `HFLM` that PASSED_ON names.
 
     Raises:
