@@ -33,6 +33,7 @@ class GlmtuneLM(HFLM):
         device: "cpu", "cuda" or "cuda:1"; by default a GPU if there is one.
         bits: 8 or 4 for a base that bitsandbytes quantises while it loads.
         batch_size: rows of a pass.
+        trust_remote_code: lm-eval's flag of that name; it has no effect, which is said.
         settings: those of `HFLM` that PASSED_ON names.
 
     Raises:
@@ -47,9 +48,10 @@ class GlmtuneLM(HFLM):
         device: str | None = None,
         bits: int | None = None,
         batch_size: int | str = 1,
+        trust_remote_code: bool = False,
         **settings: Any,
     ):
-        if settings.pop("trust_remote_code", None):
+        if trust_remote_code:
             note("trust_remote_code: not needed, no code of the folder is run")
         if unknown := sorted(settings.keys() - set(PASSED_ON)):
             raise UserError(

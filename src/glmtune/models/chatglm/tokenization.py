@@ -44,7 +44,6 @@ from glmtune.models.chatglm.vocabulary import (
 
 # Starting the native threads costs more than encoding a handful of texts.
 MIN_TEXTS_PER_THREAD = 32
-
 # What takes the places that `tokenizer_config.json` names, whatever it names for them.
 NAMED_TOKENS = {
     "unk_token": "<unk>",
