@@ -1,19 +1,21 @@
 """transformers' own tests of a tokenizer, run on ours; docs/peers.md has the outcome."""
 
 import unittest
+from pathlib import Path
 
 import pytest
+from sentencepiece import SentencePieceProcessor
 
 from glmtune.models import ChatGLMTokenizer
+from glmtune.models.chatglm.vocabulary import VOCAB_FILE, replace_blanks
 from glmtune.models.checkpoints import GLM_TINY
 
 MODULE = "test_tokenization_common"
-# Of some of its tests that class skips all but tokenizers of Rust, or ones with recorded ids.
+# Of some of its tests that class skips all but tokenizers of Rust, and processors.
 SKIPPED = {
     "test_chat_template_return_assistant_tokens_mask",
     "test_chat_template_return_assistant_tokens_mask_truncated",
     "test_chat_template_save_loading",
-    "test_integration",
     "test_integration_from_extractor",
     "test_sequence_ids",
 }
@@ -41,8 +43,16 @@ def test_transformers_own_tokenizer_tests(import_peer, monkeypatch, tmp_path, fo
 
     class Ours(peer.TokenizerTesterMixin, unittest.TestCase):
         tokenizer_class = ChatGLMTokenizer
-        from_pretrained_id = str(folder)
+        from_pretrained_id = [str(folder)]  # noqa: RUF012
         test_sentencepiece = True
+        test_tokenizer_from_extractor = False  # which makes one of Rust
+
+    # What sentencepiece itself makes of the text that `test_integration` asks about.
+    text = Ours.integration_test_input_string
+    vocabulary = SentencePieceProcessor(model_file=str(Path(folder, VOCAB_FILE)))
+    Ours.integration_expected_tokens = vocabulary.encode(replace_blanks(text), out_type=str)
+    Ours.integration_expected_token_ids = vocabulary.encode(replace_blanks(text))
+    Ours.integration_expected_decoded_text = text
 
     result = unittest.TestResult()
     unittest.defaultTestLoader.loadTestsFromTestCase(Ours).run(result)
