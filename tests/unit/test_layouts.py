@@ -85,6 +85,11 @@ def test_shifted_labels_are_labels_one_place_on(model):
     loss = model(ids, labels=there).loss
     assert torch.equal(model(ids, shift_labels=shifted).loss, loss)
     assert torch.equal(model(ids, labels=labels(6), shift_labels=shifted).loss, loss)
+    # Its last one is of a token beyond the row, as where a row is dealt out in parts.
+    beyond = shifted.clone()
+    beyond[:, -1] = 12
+    expected = -model(ids).logits[0, -1].log_softmax(-1)[12] + loss * (shifted != -100).sum()
+    torch.testing.assert_close(model(ids, shift_labels=beyond, num_items_in_batch=1).loss, expected)
     other = shifted.where(shifted == -100, 11)
     assert not torch.equal(model(ids, labels=there, shift_labels=other).loss, loss)
 

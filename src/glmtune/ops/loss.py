@@ -32,8 +32,15 @@ def next_token_loss(
     Returns:
         A float32 scalar; 0 when a batch holds no label at all.
     """
-    targets = labels_BS[:, 1:].flatten()
-    logits = logits_BSV[:, :-1].flatten(0, 1).float()
+    return shifted_loss(logits_BSV[:, :-1], labels_BS[:, 1:], num_items)
+
+
+def shifted_loss(
+    logits_BSV: Tensor, targets_BS: Tensor, num_items: Tensor | int | None = None
+) -> Tensor:
+    """As `next_token_loss`, of logits each against the label in its own column."""
+    targets = targets_BS.flatten()
+    logits = logits_BSV.flatten(0, 1).float()
     total = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
     count = (targets != IGNORED).sum().clamp(min=1) if num_items is None else num_items
     return total / count

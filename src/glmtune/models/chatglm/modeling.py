@@ -41,7 +41,7 @@ from glmtune.models.integer_weights import (
 )
 from glmtune.models.quantised import bits_of, quantise
 from glmtune.ops.attention import right_kernels
-from glmtune.ops.loss import IGNORED, next_token_loss
+from glmtune.ops.loss import IGNORED, next_token_loss, shifted_loss
 from glmtune.ops.rotary import rotary_angles, rotate
 
 # The published code scales every residual as if the model had 28 layers, whatever config.json says.
@@ -328,7 +328,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             ValueError: as that of `ChatGLMModel`; or a loss is asked for, of some logits only.
         """
         if (shift_labels := kwargs.pop("shift_labels", None)) is not None:
-            labels = F.pad(shift_labels[:, :-1], (1, 0), value=IGNORED)
+            labels = F.pad(shift_labels[:, :-1], (1, 0), value=IGNORED)  # for what looks at places
         if labels is not None and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
             raise ValueError("logits_to_keep: a loss needs all logits; leave it out, or the labels")
         if use_cache is None:
@@ -349,7 +349,11 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
         )
         logits_BSV = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None if labels is None else next_token_loss(logits_BSV, labels, num_items_in_batch)
+        loss = None
+        if shift_labels is not None:
+            loss = shifted_loss(logits_BSV, shift_labels, num_items_in_batch)
+        elif labels is not None:
+            loss = next_token_loss(logits_BSV, labels, num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits_BSV,
