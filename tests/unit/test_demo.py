@@ -140,7 +140,7 @@ def test_in_short(tmp_path, capsys):
     asked = f"6 records of {out}/questions.json"
     assert asked in printed, "the check-up asks what was held out"
     assert "this decides nothing" not in printed
-    (command,) = re.findall(r"look it over +glmtune (.*)", printed)
+    (command,) = re.findall(r"look it over +\S*glmtune (.*)", printed)
     cli.main(command.split())
     assert asked in capsys.readouterr().out
     page = (out / "demo.html").read_text(encoding="utf-8")

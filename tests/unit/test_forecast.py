@@ -324,7 +324,7 @@ class TestPlanVerb:
             (["--memory_gib", "0"], "--memory_gib '0' should be a number, above 0"),
             (["--memory_gib", "8", "--card", "T4"], "memory_gib and card both name a card"),
             (["--memori_gib", "8"], "did you mean --memory_gib"),
-            (["--deepspeed", "x"], "TrainingArguments know this setting"),
+            (["--deepspeed", "x"], "each process holds the whole base"),
             (["--json_path", "no/such/folder.jsonl"], "cannot be written"),
         ],
     )

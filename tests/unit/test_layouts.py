@@ -62,6 +62,19 @@ def test_labels_at_or_before_sop_are_refused(model, kept, number):
         model(**layout | {"past_key_values": None, "attention_mask": square(layout)}, labels=both)
 
 
+def test_a_row_of_an_empty_answer_supervises_its_sop(model):
+    """As the original's rows do; it is the last real token of its row."""
+    row = torch.tensor([[*ROW[:4], 3, 3]])
+    assert row[0, 3] == SOP
+    assert model.config.pad_token_id == 3
+    there = torch.full_like(row, -100)
+    there[0, 3] = SOP
+    assert model(row, labels=there).loss.isfinite()
+    there[0, 2] = GMASK
+    with pytest.raises(ValueError, match="at or before its <sop>"):
+        model(row, labels=there)
+
+
 def static_cache(model):
     return StaticCache(config=model.config, max_cache_len=16)
 

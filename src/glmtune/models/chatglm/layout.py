@@ -293,26 +293,32 @@ def special_ids(
     return ids_BS
 
 
-def check_labels(labels_BS: Tensor, position_ids_B2S: Tensor) -> None:
+def check_labels(
+    labels_BS: Tensor, position_ids_B2S: Tensor, valid_BS: Tensor | None = None
+) -> None:
     """Make sure that what is supervised stands in the answer.
 
     The prefix is seen in both directions, so of a label in it the answer is in sight: its loss
     falls, and nothing is learned. ``<sop>`` is the first token that no token before it sees, and
-    this project's rows supervise it too, as the original's; alone it is no answer to learn.
+    this project's rows supervise it too, as the original's. Alone it is no answer to learn, except
+    of a row that ends with it, whose answer is empty.
 
     Args:
         labels_BS: not shifted, `IGNORED` where nothing is to be learned.
         position_ids_B2S: their block stream is 0 in the prefix, 1 at ``<sop>``, more behind it.
+        valid_BS: true for real tokens, where that is known.
 
     Raises:
-        ValueError: a row has a label before its ``<sop>``, or none behind it.
+        ValueError: a row has a label before its ``<sop>``, or only there though more follows.
     """
     block_BS = position_ids_B2S[:, 1]
     is_label_BS = labels_BS != IGNORED
     is_early_BS = is_label_BS & (block_BS < 1)
     is_late_BS = is_label_BS & (block_BS > 1)
-    is_bad_B = is_early_BS.any(-1) | (is_label_BS.any(-1) & ~is_late_BS.any(-1))
-    bad = is_bad_B.nonzero().flatten().tolist()
+    is_alone_B = is_label_BS.any(-1) & ~is_late_BS.any(-1)
+    if valid_BS is not None:
+        is_alone_B &= (valid_BS & (block_BS > 1)).any(-1)
+    bad = (is_early_BS.any(-1) | is_alone_B).nonzero().flatten().tolist()
     if bad:
         number = int((is_label_BS & (block_BS < 2))[bad[0]].sum())
         raise ValueError(

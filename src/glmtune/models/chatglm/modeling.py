@@ -225,10 +225,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             input_ids, inputs_embeds, self.word_embeddings, self.config, *given
         )
         is_to_learn = self.is_below_head and self.training and torch.is_grad_enabled()
+        valid_BS = None if input_ids is None else input_ids.ne(self.config.pad_token_id)
         if labels is not None:
-            check_labels(labels, position_ids_B2S)
-        elif is_to_learn and input_ids is not None:
-            check_answers(input_ids.ne(self.config.pad_token_id), position_ids_B2S)
+            check_labels(labels, position_ids_B2S, valid_BS)
+        elif is_to_learn and valid_BS is not None:
+            check_answers(valid_BS, position_ids_B2S)
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
         cos, sin = rotary_angles(position_ids_B2S, self.config.head_dim)
