@@ -41,7 +41,8 @@ def compare(config: CompareConfig) -> Comparison:
     size = config.per_device_eval_batch_size
     todo = file.to_answer(config.limit, size if subject.is_batch_sensitive else None)
     if todo:
-        fit_positions(todo, config, subject.base)
+        if config.on_bad_row == "fail":
+            fit_positions(todo, config, subject.base)
         model, tokenizer = subject.load()
         prompts = [prompt_of(record) for record in todo]
         encoded = encode_prompts(model, tokenizer, prompts, settings.max_new_tokens)

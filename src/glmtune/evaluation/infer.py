@@ -66,7 +66,8 @@ def infer(config: InferConfig) -> InferSummary:
     answers: list[Answer] = []
     start = time.perf_counter()
     if todo:
-        fit_positions(todo, config, subject.base)
+        if config.on_bad_row == "fail":
+            fit_positions(todo, config, subject.base)
         model, tokenizer = subject.load()
         prompts = [prompt_of(record) for record in todo]
         stream = generate_answers(model, tokenizer, prompts, settings, size, subject.device)

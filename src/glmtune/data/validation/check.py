@@ -25,7 +25,7 @@ from glmtune.data.fields import (
 )
 from glmtune.data.flaws import Flaw
 from glmtune.data.records import Record, alpaca_record, context_and_target, fields_of
-from glmtune.data.templates import parts, rounds
+from glmtune.data.templates import context_of, parts
 from glmtune.data.validation.characters import CONTROL, LANGUAGES, survey
 from glmtune.data.validation.duplicates import END_OF_PART, END_OF_ROW, Fingerprints
 from glmtune.data.validation.problems import Problem
@@ -188,8 +188,7 @@ class FileCheck:
         texts = zip(record.names, (record.instruction, record.input, record.output), strict=True)
         instruction, input, output = (self._clean(t, n or "input", row, line) for n, t in texts)
         if earlier:
-            question = f"{instruction}\n{input}" if input else instruction
-            return rounds(earlier, question), "", output
+            return context_of(instruction, input, earlier), "", output
         return instruction, input, output
 
     def _clean(self, text: str, name: str, row: int, line: int) -> str:
