@@ -108,12 +108,12 @@ def print_steps() -> None:
     """Milliseconds of six padded rows forward and backward, torch's choice and ours by turns."""
     from glmtune.bench.random_model import SHAPES, random_model
     from glmtune.bench.rows import random_rows
-    from glmtune.config import TrainConfig
+    from glmtune.config import TrainSettings
     from glmtune.models.chatglm import modeling
     from glmtune.training.passes import PaddedPass
     from glmtune.training.run import adapt, start_accelerator
 
-    config = TrainConfig(dataset_path="random rows", output_dir="none", report_to="none")
+    config = TrainSettings(dataset_path="random rows", output_dir="none", report_to="none")
     accelerator, dtype = start_accelerator(config)
     rows = random_rows(SHAPES["6b"], ROWS * STEPS)
     model = adapt(random_model(SHAPES["6b"], accelerator.device, dtype), config)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from glmtune.bench.random_model import SHAPES, random_model
-from glmtune.config import TrainConfig
+from glmtune.config import TrainSettings
 from glmtune.data.dataset import load_dataset
 from glmtune.data.token_rows import TokenRows
 from glmtune.training.loop import train_step
@@ -35,7 +35,7 @@ WINDOW = 20
 
 def curve(settings: dict, rows: TokenRows, shape: str, steps: int) -> list[float]:
     """The loss of every step of a run."""
-    config = TrainConfig(
+    config = TrainSettings(
         dataset_path="rows", output_dir="none", packing=True, max_steps=steps,
         lr_scheduler_type="constant", **settings,
     )  # fmt: skip

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from glmtune.adapters import load_adapter
-from glmtune.config import ConvertConfig, TokenizeConfig, TrainConfig, read_config
+from glmtune.config import ConvertSettings, TokenizeSettings, TrainSettings, read_config
 from glmtune.data.convert import convert
 from glmtune.data.templates import alpaca
 from glmtune.data.tokenizing import tokenize
@@ -47,7 +47,7 @@ def main() -> int:
     for seed in range(flags.seeds):
         run = flags.out / f"seed-{seed}"
         fixed = {"chatglm_path": flags.model, "dataset_path": str(data), "output_dir": str(run)}
-        config = read_config(TrainConfig, "train", None, fixed | settings | {"seed": str(seed)})
+        config = read_config(TrainSettings, "train", None, fixed | settings | {"seed": str(seed)})
         started = time.monotonic()
         train(config)
         seconds = round(time.monotonic() - started, 1)
@@ -69,8 +69,8 @@ def _prepare(model: str, out: Path) -> Path:
     records, rows, data = out / "train.json", out / "train.jsonl", out / "train"
     text = json.dumps([q.record() for q in training_questions()], ensure_ascii=False, indent=1)
     records.write_text(text, encoding="utf-8")
-    convert(ConvertConfig(data_path=str(records), save_path=str(rows)))
-    config = TokenizeConfig(jsonl_path=str(rows), save_path=str(data))
+    convert(ConvertSettings(data_path=str(records), save_path=str(rows)))
+    config = TokenizeSettings(jsonl_path=str(rows), save_path=str(data))
     tokenize(config, load_tokenizer(model), base_name(model))
     return data
 

@@ -19,21 +19,21 @@ if TYPE_CHECKING:
     from glmtune import config
 
 
-def validate(settings: config.ValidateConfig) -> None:
+def validate(settings: config.ValidateSettings) -> None:
     """Find everything that is wrong with files of rows."""
     from glmtune.data.validation import validate
 
     validate(settings)
 
 
-def convert(settings: config.ConvertConfig) -> None:
+def convert(settings: config.ConvertSettings) -> None:
     """Turn alpaca records into JSONL rows of context and target."""
     from glmtune.data.convert import convert
 
     convert(settings)
 
 
-def tokenize(settings: config.TokenizeConfig) -> None:
+def tokenize(settings: config.TokenizeSettings) -> None:
     """Turn JSONL rows into token rows on disk."""
     from glmtune.data.tokenizing import tokenize
     from glmtune.models.checkpoints import base_name, load_tokenizer, resolve_base
@@ -42,7 +42,7 @@ def tokenize(settings: config.TokenizeConfig) -> None:
     tokenize(settings, load_tokenizer(base), base_name(base))
 
 
-def train(settings: config.TrainConfig) -> None:
+def train(settings: config.TrainSettings) -> None:
     """Train a LoRA adapter on token rows."""
     from glmtune.evaluation.checkup import check_after_training
     from glmtune.training.loop import train
@@ -51,98 +51,98 @@ def train(settings: config.TrainConfig) -> None:
         raise KeyboardInterrupt
 
 
-def plan(settings: config.PlanConfig) -> int:
+def plan(settings: config.PlanSettings) -> int:
     """Tell what training takes in memory, and which settings make it fit."""
-    from glmtune.training.preview import plan
+    from glmtune.training.planning.preview import plan
 
     return 1 if plan(settings)["cannot_fit"] else 0
 
 
-def infer(settings: config.InferConfig) -> None:
+def infer(settings: config.InferSettings) -> None:
     """Answer alpaca records, with the tuned weights or the base's."""
     from glmtune.evaluation.infer import infer
 
     infer(settings)
 
 
-def compare(settings: config.CompareConfig) -> None:
+def compare(settings: config.CompareSettings) -> None:
     """Answer the same records with base and tuned weights, side by side."""
     from glmtune.evaluation.compare import compare
 
     compare(settings)
 
 
-def merge(settings: config.MergeConfig) -> None:
+def merge(settings: config.MergeSettings) -> None:
     """Write base and adapter as one plain model."""
     from glmtune.adapters import merge_adapter
 
     merge_adapter(settings)
 
 
-def convert_adapter(settings: config.ConvertAdapterConfig) -> None:
+def convert_adapter(settings: config.ConvertAdapterSettings) -> None:
     """Write an adapter of 2023 in PEFT's form of today."""
     from glmtune.adapters import convert_adapter
 
     convert_adapter(settings.old, settings.new)
 
 
-def doctor(settings: config.DoctorConfig) -> int:
+def doctor(settings: config.DoctorSettings) -> int:
     """Look for what would stop a run, or explain an error message."""
     from glmtune.doctor.run import doctor
 
     return doctor(settings)
 
 
-def demo(settings: config.DemoConfig) -> None:
+def demo(settings: config.DemoSettings) -> None:
     """Teach the tiny model in the package to answer, and show it on a page."""
     from glmtune.demo.run import demo
 
     demo(settings)
 
 
-def new_model(settings: config.NewModelConfig) -> None:
+def new_model(settings: config.NewModelSettings) -> None:
     """Write a model with random weights in the published layout."""
     from glmtune.models.new_model import new_model
 
     new_model(settings)
 
 
-def bench_train(settings: config.BenchTrainConfig) -> None:
+def bench_train(settings: config.BenchTrainSettings) -> None:
     """Measure a training step: its speed and memory, its ceiling, and the plain way."""
     from glmtune.bench.train import bench_train
 
     bench_train(settings)
 
 
-def bench_decode(settings: config.BenchDecodeConfig) -> None:
+def bench_decode(settings: config.BenchDecodeSettings) -> None:
     """Measure how fast random weights answer, and how fast the memory would allow."""
     from glmtune.bench.decode import bench_decode
 
     bench_decode(settings)
 
 
-def bench_memory(settings: config.BenchMemoryConfig) -> None:
+def bench_memory(settings: config.BenchMemorySettings) -> None:
     """Measure what training takes in memory, beside what `plan` says of it."""
     from glmtune.bench.memory import bench_memory
 
     bench_memory(settings)
 
 
-def chat(settings: config.ChatConfig) -> None:
+def chat(settings: config.ChatSettings) -> None:
     """Talk to base or tuned weights in the terminal."""
     from glmtune.evaluation.chat import chat
 
     chat(settings)
 
 
-def replay(settings: config.ReplayConfig) -> int:
+def replay(settings: config.ReplaySettings) -> int:
     """Compute again the step that stopped a run, from its crash-N folder."""
-    from glmtune.training.replay import replay
+    from glmtune.training.faults.replay import replay
 
     return 0 if replay(settings) else 1
 
 
-def check(settings: config.CheckConfig) -> int:
+def check(settings: config.CheckSettings) -> int:
     """Say whether an adapter changes nothing, too much, or what it should."""
     from glmtune.evaluation.checkup import check
 

@@ -16,7 +16,7 @@ from glmtune.models.chatglm.packed import PackedModel, can_compile, to_fp8
 from glmtune.ops import linear
 from glmtune.ops.attention import PaddedRows
 from glmtune.ops.rotary import rotary_angles
-from glmtune.training.check import check_agreement
+from glmtune.training.first_step import check_agreement
 from glmtune.training.passes import CapturedPass, PackedPass, PaddedPass
 
 CUDA = torch.device("cuda")

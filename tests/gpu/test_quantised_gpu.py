@@ -21,7 +21,7 @@ from glmtune.models.quantised import _quantised as quantised_linear
 from glmtune.models.quantised import unrounded_inputs
 from glmtune.models.random_init import write_random_model
 from glmtune.models.sizes import weight_bytes
-from glmtune.training.check import check_agreement
+from glmtune.training.first_step import check_agreement
 from glmtune.training.passes import CapturedPass, PackedPass, PaddedPass
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")

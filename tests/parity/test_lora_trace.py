@@ -9,7 +9,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from glmtune.adapters import attach_lora
-from glmtune.config import TrainConfig
+from glmtune.config import TrainSettings
 from glmtune.data.token_rows import TokenRows
 from glmtune.models.checkpoints import load_base_model
 from glmtune.training.interrupt import StopRequest
@@ -35,7 +35,7 @@ def token_rows(examples):
 def run(request, recorded, tiny_folder, tmp_path_factory):
     """Our run of the same 20 steps: the records, and the adapter it ends with."""
     lora, passes = recorded["lora"], request.param
-    config = TrainConfig(
+    config = TrainSettings(
         dataset_path="unused",
         output_dir=str(tmp_path_factory.mktemp("run")),
         per_device_train_batch_size=recorded["batch"] // passes,

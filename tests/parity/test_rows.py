@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from glmtune.config import ConvertConfig, TokenizeConfig
+from glmtune.config import ConvertSettings, TokenizeSettings
 from glmtune.data.convert import convert
 from glmtune.data.dataset import load_dataset
 from glmtune.data.tokenizing import tokenize
@@ -28,8 +28,8 @@ def test_rows_are_those_of_the_original(shared, tokenizer, tmp_path, name, skip_
     with open(records, "w", encoding="utf-8") as file:
         json.dump([row["record"] for row in golden], file)
 
-    convert(ConvertConfig(data_path=records, save_path=jsonl))
-    config = TokenizeConfig(
+    convert(ConvertSettings(data_path=records, save_path=jsonl))
+    config = TokenizeSettings(
         jsonl_path=jsonl,
         save_path=folder,
         max_seq_length=max_seq_length,

@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 import pytest
 
-from glmtune.config import TrainConfig
+from glmtune.config import TrainSettings
 from glmtune.data.token_rows import TokenRows
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.checkpoints import GLM_TINY
@@ -138,6 +138,6 @@ def toy_run(toy_rows, short_run, tmp_path):
     def make(**settings):
         paths = {"dataset_path": toy_rows, "output_dir": str(tmp_path / "run")}
         defaults = short_run | paths | {"chatglm_path": GLM_TINY, "max_steps": 4}
-        return TrainConfig(**defaults | settings)
+        return TrainSettings(**defaults | settings)
 
     return make

@@ -28,7 +28,7 @@ from glmtune.adapters import (
     verify_saved,
 )
 from glmtune.adapters.formats import dense_pair, write_adapter
-from glmtune.config import MergeConfig
+from glmtune.config import MergeSettings
 from glmtune.errors import UserError
 from glmtune.generation import Decoder, EncodedPrompt, GenerationSettings
 from glmtune.models.checkpoints import GLM_TINY, load_base_model
@@ -589,7 +589,7 @@ def test_biases_are_in_effect_wherever_the_adapter_is(
         == load_file(tmp_path / "new" / WEIGHTS).keys()
     )
 
-    config = MergeConfig(
+    config = MergeSettings(
         chatglm_path=str(tiny_folder),
         model_path=str(tmp_path / "new"),
         save_path=str(tmp_path / "m"),
@@ -606,7 +606,7 @@ def test_biases_on_a_quantised_base_are_refused(tiny_folder, tmp_path, today, wr
     with fails("a quantised base has no place for; .*glmtune merge"):
         load_adapter(base, today)
     merge_adapter(
-        MergeConfig(
+        MergeSettings(
             chatglm_path=str(folder), model_path=str(today), save_path=str(tmp_path / "merged")
         )
     )
@@ -637,7 +637,7 @@ def tie_head(source: Path, target: Path) -> Path:
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_merged_folder_is_a_plain_model_with_the_same_logits(tiny_folder, fused, tmp_path, tied):
     folder = tie_head(tiny_folder, tmp_path / "tied") if tied else tiny_folder
-    config = MergeConfig(
+    config = MergeSettings(
         model_path=str(fused), chatglm_path=str(folder), save_path=str(tmp_path / "merged")
     )
     assert merge_adapter(config) < 1e-5
@@ -662,7 +662,7 @@ def test_merge_copies_the_tokenizer_byte_for_byte_and_no_code_but_its_own(
     folder = tie_head(tiny_folder, tmp_path / "tied")
     merged = tmp_path / "merged"
     merge_adapter(
-        MergeConfig(model_path=str(fused), chatglm_path=str(folder), save_path=str(merged))
+        MergeSettings(model_path=str(fused), chatglm_path=str(folder), save_path=str(merged))
     )
     name = "tokenizer_config.json"
     assert (merged / name).read_bytes() == (folder / name).read_bytes()
@@ -701,7 +701,7 @@ def test_a_merged_folder_is_loaded_by_those_who_know_transformers_alone(
         (base / name).write_text(json.dumps(settings))
     merged = tmp_path / "merged"
     merge_adapter(
-        MergeConfig(model_path=strange_adapter, chatglm_path=str(base), save_path=str(merged))
+        MergeSettings(model_path=strange_adapter, chatglm_path=str(base), save_path=str(merged))
     )
     for name in ("config.json", "tokenizer_config.json"):
         for target in json.loads((merged / name).read_text())["auto_map"].values():
@@ -725,7 +725,7 @@ def test_a_merge_that_went_wrong_leaves_nothing(tiny_folder, fused, tmp_path, mo
     def damage(model, dtype):
         model.transformer.layers[0].attention.dense.weight.data.zero_()
 
-    config = MergeConfig(
+    config = MergeSettings(
         model_path=str(fused), chatglm_path=str(tiny_folder), save_path=str(tmp_path / "merged")
     )
     monkeypatch.setattr(merge, "shrink", damage)
@@ -735,7 +735,7 @@ def test_a_merge_that_went_wrong_leaves_nothing(tiny_folder, fused, tmp_path, mo
 
 
 def test_merge_never_overwrites(tiny_folder, fused):
-    config = MergeConfig(
+    config = MergeSettings(
         model_path=str(fused), chatglm_path=str(tiny_folder), save_path=str(fused.parent)
     )
     with fails("there already and not empty"):

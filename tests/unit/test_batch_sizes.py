@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from glmtune.adapters import attach_lora, save_adapter
-from glmtune.config import CompareConfig
+from glmtune.config import CompareSettings
 from glmtune.data.templates import alpaca
 from glmtune.demo.questions import held_out_questions
 from glmtune.evaluation.compare import compare
@@ -45,7 +45,7 @@ def test_an_adapter_that_adds_nothing_changes_no_answer(
     numbers, size, idle_adapter, questions, tmp_path
 ):
     compared = compare(
-        CompareConfig(
+        CompareSettings(
             data_path=questions, model_path=idle_adapter, chatglm_path=GLM_TINY,
             output_dir=str(tmp_path / "compare"), per_device_eval_batch_size=size,
             max_new_tokens=12, use_cpu=True, **numbers,
@@ -74,7 +74,7 @@ def test_a_broken_run_ends_with_the_answers_of_an_unbroken_one(
 ):
     def answer(folder, **more):
         return compare(
-            CompareConfig(
+            CompareSettings(
                 data_path=questions, model_path=idle_adapter, chatglm_path=GLM_TINY,
                 output_dir=str(tmp_path / folder), per_device_eval_batch_size=3,
                 max_new_tokens=12, use_cpu=True, **numbers, **more,

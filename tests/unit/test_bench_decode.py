@@ -10,7 +10,7 @@ from glmtune.bench import decode as room
 from glmtune.bench.decode import bench_decode
 from glmtune.bench.random_model import SHAPES
 from glmtune.cli import main
-from glmtune.config import BenchDecodeConfig
+from glmtune.config import BenchDecodeSettings
 from glmtune.errors import UserError
 from glmtune.generation.linears import InWords
 from glmtune.generation.weights import num_bytes, read_weights
@@ -21,7 +21,7 @@ from glmtune.models.checkpoints import load_base_model
 @pytest.fixture
 def run():
     asked = {"shape": "small", "use_cpu": True, "prompt_length": 9, "max_new_tokens": 6}
-    return lambda **changes: bench_decode(BenchDecodeConfig(**(asked | changes)))
+    return lambda **changes: bench_decode(BenchDecodeSettings(**(asked | changes)))
 
 
 def test_the_figures_agree_with_each_other(run):
@@ -108,7 +108,7 @@ def test_no_memory_is_told_with_the_batch_size(run, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(torch.get_num_threads() < 2, reason="the cores together are what helps")
 def test_a_wide_model_decodes_faster_than_generate():
-    config = BenchDecodeConfig(shape="wide", use_cpu=True, max_new_tokens=64, compare=True)
+    config = BenchDecodeSettings(shape="wide", use_cpu=True, max_new_tokens=64, compare=True)
     figures = bench_decode(config)
     # 1.5 to 1.9 were seen on two cores of their own.
     assert figures.tokens_per_second > 1.3 * figures.generate_tokens_per_second

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from glmtune.bench import memory as room
-from glmtune.bench.memory import train_config
+from glmtune.bench.memory import train_settings
 from glmtune.cli import main
-from glmtune.config import BenchMemoryConfig
+from glmtune.config import BenchMemorySettings
 from glmtune.errors import UserError
 
 SMALL = ["--shape", "small", "--use_cpu", "true", "--steps", "1", "--warmup", "0"]
@@ -36,7 +36,7 @@ def test_each_setting_is_measured_beside_its_estimate(tmp_path, capsys):
 
 
 def test_the_settings_are_those_of_the_targets():
-    configs = {name: train_config(name, BenchMemoryConfig()) for name in room.CASES}
+    configs = {name: train_settings(name, BenchMemorySettings()) for name in room.CASES}
     assert [config.bits for config in configs.values()] == [4, 8, None, None]
     assert [config.exact_batch for config in configs.values()] == [True, True, True, None]
     assert configs["packed"].packing

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from glmtune.cli import main
-from glmtune.config import ChatConfig
+from glmtune.config import ChatSettings
 from glmtune.data.files import write_json
 from glmtune.data.templates import alpaca
 from glmtune.evaluation import chat as room
 from glmtune.evaluation.chat import chat
 from glmtune.generation import Decoder
 from glmtune.models.checkpoints import GLM_TINY
-from glmtune.training.manifest import our_part
+from glmtune.training.saving.manifest import our_part
 
 QUESTION = "What is the colour of the apple?"
 
@@ -47,7 +47,7 @@ def talk(monkeypatch, capsys):
 
         monkeypatch.setattr("builtins.input", type_line)
         asked = {"chatglm_path": GLM_TINY, "max_new_tokens": 12, "do_sample": False}
-        chat(ChatConfig(**(asked | {"use_cpu": True} | settings)))
+        chat(ChatSettings(**(asked | {"use_cpu": True} | settings)))
         assert not left or lines[-1] == "never", "it ended early"
         return capsys.readouterr().out.splitlines()[1:], prompts
 

@@ -10,12 +10,12 @@ import pytest
 
 from glmtune import __version__, cli
 from glmtune.config import (
-    CompareConfig,
-    ConvertConfig,
-    InferConfig,
-    MergeConfig,
-    TrainConfig,
-    ValidateConfig,
+    CompareSettings,
+    ConvertSettings,
+    InferSettings,
+    MergeSettings,
+    TrainSettings,
+    ValidateSettings,
 )
 from glmtune.errors import UserError, note
 
@@ -71,37 +71,37 @@ def room(monkeypatch):
             "validate a b --held_out c",
             "glmtune.data.validation",
             "validate",
-            ValidateConfig(files=("a", "b"), held_out="c"),
+            ValidateSettings(files=("a", "b"), held_out="c"),
         ),
         (
             "convert --data_path a --save_path b",
             "glmtune.data.convert",
             "convert",
-            ConvertConfig(data_path="a", save_path="b"),
+            ConvertSettings(data_path="a", save_path="b"),
         ),
         (
             "train --dataset_path a --output_dir b --fp16 false",
             "glmtune.training.loop",
             "train",
-            TrainConfig(dataset_path="a", output_dir="b"),
+            TrainSettings(dataset_path="a", output_dir="b"),
         ),
         (
             "infer --data_path a --model_path b",
             "glmtune.evaluation.infer",
             "infer",
-            InferConfig(data_path="a", model_path="b"),
+            InferSettings(data_path="a", model_path="b"),
         ),
         (
             "compare --data_path a --model_path b",
             "glmtune.evaluation.compare",
             "compare",
-            CompareConfig(data_path="a", model_path="b"),
+            CompareSettings(data_path="a", model_path="b"),
         ),
         (
             "merge --model_path a --save_path b",
             "glmtune.adapters",
             "merge_adapter",
-            MergeConfig(model_path="a", save_path="b"),
+            MergeSettings(model_path="a", save_path="b"),
         ),
     ],
 )
@@ -142,7 +142,7 @@ def test_training_ends_with_a_check_up(room, monkeypatch):
 @pytest.mark.parametrize("is_good", [True, False])
 def test_findings_are_exit_codes(room, is_good):
     room("glmtune.evaluation.checkup", check=types.SimpleNamespace(is_fine=is_good))
-    room("glmtune.training.replay", replay=is_good)
+    room("glmtune.training.faults.replay", replay=is_good)
     for line in ("check a", "replay a"):
         assert cli.main(line.split()) == (0 if is_good else 1)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from glmtune.cli import main
-from glmtune.config import CompareConfig, InferConfig
+from glmtune.config import CompareSettings, InferSettings
 from glmtune.errors import UserError
 from glmtune.evaluation.compare import compare
 from glmtune.evaluation.infer import infer
@@ -15,7 +15,7 @@ from glmtune.evaluation.infer import infer
 
 @pytest.fixture
 def run(answering):
-    return lambda **changes: compare(CompareConfig(**(answering | changes)))
+    return lambda **changes: compare(CompareSettings(**(answering | changes)))
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_both_sides_are_what_infer_answers(run, folder, answering, tmp_path, sam
     for side, model_path in (("base", None), ("tuned", answering["model_path"])):
         output = tmp_path / f"{side}.jsonl"
         changes = sampling | {"model_path": model_path, "output_path": str(output)}
-        infer(InferConfig(**(answering | changes)))
+        infer(InferSettings(**(answering | changes)))
         answers = [line["answer"] for line in read(output)]
         assert answers == [line[side]["text"] for line in read(folder / "compare.jsonl")]
         assert answers == [getattr(pair, side).text for pair in comparison.pairs]
@@ -105,7 +105,7 @@ def test_a_shorter_limit_shows_fewer(run, folder):
 
 
 def test_answers_of_infer_are_not_gone_on_with(run, folder, answering):
-    infer(InferConfig(**answering, output_path=str(folder / "compare.jsonl")))
+    infer(InferSettings(**answering, output_path=str(folder / "compare.jsonl")))
     with pytest.raises(UserError, match="verb infer, this run has compare"):
         run()
 

@@ -15,11 +15,11 @@ from pydantic import ValidationError
 from glmtune.cli import main
 from glmtune.config import (
     SETTINGS,
-    CompareConfig,
-    ConvertConfig,
-    InferConfig,
-    TokenizeConfig,
-    TrainConfig,
+    CompareSettings,
+    ConvertSettings,
+    InferSettings,
+    TokenizeSettings,
+    TrainSettings,
     read_config,
     recipe_verbs,
     shared_setting,
@@ -55,8 +55,8 @@ REQUIRED = {
 }
 
 
-def train(recipe: str | None = None, **flags: str) -> TrainConfig:
-    return read_config(TrainConfig, "train", recipe, TRAIN | flags)
+def train(recipe: str | None = None, **flags: str) -> TrainSettings:
+    return read_config(TrainSettings, "train", recipe, TRAIN | flags)
 
 
 def refusal(verb: str, recipe: str | None = None, **flags: str) -> str:
@@ -104,10 +104,10 @@ def test_original_defaults():
     assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (6, 1)
     assert (config.learning_rate, config.save_steps, config.logging_steps) == (1e-4, 1000, 50)
     assert (config.fp16, config.bf16, config.gradient_checkpointing) == (False, None, "auto")
-    rows = read_config(TokenizeConfig, "tokenize", None, REQUIRED["tokenize"])
+    rows = read_config(TokenizeSettings, "tokenize", None, REQUIRED["tokenize"])
     assert (rows.max_seq_length, rows.skip_overlength) == (200, False)
-    assert read_config(InferConfig, "infer", None, REQUIRED["infer"]).max_new_tokens == 150
-    assert read_config(CompareConfig, "compare", None, REQUIRED["compare"]).limit == 20
+    assert read_config(InferSettings, "infer", None, REQUIRED["infer"]).max_new_tokens == 150
+    assert read_config(CompareSettings, "compare", None, REQUIRED["compare"]).limit == 20
 
 
 def test_flags_are_typed():
@@ -169,7 +169,7 @@ def test_lora_target_as_a_list(recipe):
         "dense",
         "dense_h_to_4h",
     )
-    assert TrainConfig(**TRAIN, lora_target=["dense"]).lora_target == ("dense",)
+    assert TrainSettings(**TRAIN, lora_target=["dense"]).lora_target == ("dense",)
 
 
 def test_a_config_cannot_be_changed():
@@ -243,7 +243,7 @@ def test_a_contradiction_names_every_place(recipe):
 
 def test_all_that_is_missing_in_one_line():
     with pytest.raises(UserError, match="missing: --data_path --save_path"):
-        read_config(ConvertConfig, "convert", None, {})
+        read_config(ConvertSettings, "convert", None, {})
 
 
 def test_none_undoes_a_recipe(recipe):
@@ -251,7 +251,7 @@ def test_none_undoes_a_recipe(recipe):
     assert train(path).save_total_limit == 2
     assert train(path, save_total_limit="none", chatglm_path="None").save_total_limit is None
     assert read_config(
-        CompareConfig, "compare", None, REQUIRED["compare"] | {"limit": "none"}
+        CompareSettings, "compare", None, REQUIRED["compare"] | {"limit": "none"}
     ).limit is None  # fmt: skip
     assert "should be a whole number" in refusal("train", lora_rank="none")
 
@@ -295,7 +295,7 @@ def test_unknown_name(name, hint):
     ],
 )
 def test_a_slip_is_understood(word, meant):
-    assert did_you_mean(word, TrainConfig.model_fields) == f"; did you mean {meant}?"
+    assert did_you_mean(word, TrainSettings.model_fields) == f"; did you mean {meant}?"
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_a_slip_is_understood(word, meant):
     ],
 )
 def test_another_name_is_no_slip(word):
-    assert did_you_mean(word, TrainConfig.model_fields) == ""
+    assert did_you_mean(word, TrainSettings.model_fields) == ""
 
 
 def test_unknown_name_in_a_recipe(recipe):
@@ -326,7 +326,7 @@ def test_every_training_argument_is_offered_mapped_or_refused():
     )
     names = {node.target.id for node in arguments.body if isinstance(node, ast.AnnAssign)}
     assert len(names) > 50
-    assert names - set(TrainConfig.model_fields) - set(FOREIGN) == set()
+    assert names - set(TrainSettings.model_fields) - set(FOREIGN) == set()
 
 
 @pytest.mark.parametrize(
@@ -348,7 +348,7 @@ def test_old_names_are_read_as_todays(old, value, today, expected, capsys):
 
 
 def test_old_length_of_an_answer(capsys):
-    config = read_config(InferConfig, "infer", None, {"data_path": "a", "max_length": "99"})
+    config = read_config(InferSettings, "infer", None, {"data_path": "a", "max_length": "99"})
     assert config.max_new_tokens == 99
     assert "note: max_length is max_new_tokens here" in capsys.readouterr().err
 
@@ -379,11 +379,11 @@ def test_sections_and_what_they_share(recipe):
         "tokenize:\n  jsonl_path: rows\n  save_path: tokens\n"
         "train:\n  dataset_path: tokens\n  output_dir: out\n  seed: 2\ninfer:\n"
     )
-    rows = read_config(TokenizeConfig, "tokenize", path, {})
+    rows = read_config(TokenizeSettings, "tokenize", path, {})
     assert (rows.chatglm_path, rows.max_seq_length, rows.save_path) == ("base", 100, "tokens")
-    config = read_config(TrainConfig, "train", path, {})
+    config = read_config(TrainSettings, "train", path, {})
     assert (config.chatglm_path, config.seed) == ("base", 2)
-    assert read_config(InferConfig, "infer", path, {"data_path": "a"}).seed == 1
+    assert read_config(InferSettings, "infer", path, {"data_path": "a"}).seed == 1
 
 
 def test_scalars_are_taken_as_written(recipe):
@@ -496,7 +496,7 @@ def test_an_unwritable_recipe(tmp_path):
 )
 def test_any_value_survives_the_recipe(path, rate, targets, resume, tmp_path_factory):
     file = tmp_path_factory.mktemp("recipe") / "r.yaml"
-    config = TrainConfig(
+    config = TrainSettings(
         dataset_path=path,
         output_dir=path + "x",
         chatglm_path=path,
@@ -505,7 +505,7 @@ def test_any_value_survives_the_recipe(path, rate, targets, resume, tmp_path_fac
         resume_from_checkpoint=resume,
     )
     write_recipe(config, str(file))
-    assert read_config(TrainConfig, "train", str(file), {}) == config
+    assert read_config(TrainSettings, "train", str(file), {}) == config
 
 
 def test_published_recipes(root):
@@ -615,10 +615,10 @@ def test_help_shows_type_choices_default_and_group(monkeypatch):
 )
 def test_stop_strings_of_a_flag(text, expected):
     flags = {"data_path": "a.json", "stop_strings": text}
-    assert read_config(InferConfig, "infer", None, flags).stop_strings == expected
+    assert read_config(InferSettings, "infer", None, flags).stop_strings == expected
 
 
 def test_stop_strings_of_a_recipe_may_hold_commas(recipe):
     path = recipe('stop_strings: ["a, b", "c\\n"]')
-    config = read_config(InferConfig, "infer", path, {"data_path": "a.json"})
+    config = read_config(InferSettings, "infer", path, {"data_path": "a.json"})
     assert config.stop_strings == ("a, b", "c\n")

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from glmtune.config import ConvertConfig
+from glmtune.config import ConvertSettings
 from glmtune.data import files
 from glmtune.data.convert import convert
 from glmtune.errors import UserError
@@ -29,7 +29,7 @@ def write(records: list) -> str:
 
 
 def test_writes_readable_rows_in_order(capsys):
-    summary = convert(ConvertConfig(data_path=write(RECORDS), save_path="new/a.jsonl"))
+    summary = convert(ConvertSettings(data_path=write(RECORDS), save_path="new/a.jsonl"))
     with open("new/a.jsonl", encoding="utf-8", newline="") as file:
         lines = file.read().split("\n")
     assert lines[0] == '{"context": "Instruction: 列出三原色\\nAnswer: ", "target": "红、黄、蓝"}'
@@ -45,7 +45,7 @@ def test_writes_readable_rows_in_order(capsys):
 
 def test_tells_of_skipped_rows_and_unused_fields(capsys):
     data_path = write([*RECORDS, {"instruction": "a"}, RECORDS[0] | {"id": []}])
-    config = ConvertConfig(data_path=data_path, save_path="a.jsonl", on_bad_row="skip")
+    config = ConvertSettings(data_path=data_path, save_path="a.jsonl", on_bad_row="skip")
     summary = convert(config)
     assert (summary.num_written, [bad.row for bad in summary.bad_rows]) == (4, [4])
     told = capsys.readouterr().out
@@ -55,11 +55,11 @@ def test_tells_of_skipped_rows_and_unused_fields(capsys):
 
 
 def test_an_error_leaves_the_earlier_file_and_nothing_else():
-    convert(ConvertConfig(data_path=write(RECORDS), save_path="a.jsonl"))
+    convert(ConvertSettings(data_path=write(RECORDS), save_path="a.jsonl"))
     before = open("a.jsonl", "rb").read()  # noqa: SIM115
     write([*RECORDS, {"output": "b"}])
     with pytest.raises(UserError, match='field "instruction" is missing'):
-        convert(ConvertConfig(data_path="a.json", save_path="a.jsonl"))
+        convert(ConvertSettings(data_path="a.json", save_path="a.jsonl"))
     assert open("a.jsonl", "rb").read() == before  # noqa: SIM115
     assert sorted(os.listdir()) == ["a.json", "a.jsonl"]
 
@@ -69,7 +69,7 @@ def test_an_unwritable_path_is_told_in_one_line(save_path):
     os.mkdir("folder")
     os.mkfifo("pipe")  # stands for every special file; a real one could be lost to a broken check
     with pytest.raises(UserError, match=f"^{save_path}: ") as error:
-        convert(ConvertConfig(data_path=write(RECORDS), save_path=save_path))
+        convert(ConvertSettings(data_path=write(RECORDS), save_path=save_path))
     assert "\n" not in str(error.value)
     assert sorted(os.listdir()) == ["a.json", "folder", "pipe"]
 
@@ -80,13 +80,13 @@ def test_a_full_disk_leaves_nothing_half_written(monkeypatch):
 
     monkeypatch.setattr(files.os, "replace", refuse)
     with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
-        convert(ConvertConfig(data_path=write(RECORDS), save_path="a.jsonl"))
+        convert(ConvertSettings(data_path=write(RECORDS), save_path="a.jsonl"))
     assert os.listdir() == ["a.json"]
 
 
 def test_a_symbolic_link_keeps_pointing_at_what_is_replaced():
     os.mkdir("elsewhere")
     os.symlink("elsewhere/real.jsonl", "a.jsonl")
-    convert(ConvertConfig(data_path=write(RECORDS), save_path="a.jsonl"))
+    convert(ConvertSettings(data_path=write(RECORDS), save_path="a.jsonl"))
     assert os.path.islink("a.jsonl")
     assert os.path.getsize("elsewhere/real.jsonl") > 0

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from glmtune.config import ReplayConfig, TrainConfig
+from glmtune.config import ReplaySettings, TrainSettings
 from glmtune.errors import UserError
 from glmtune.training import loop, passes
-from glmtune.training.crash import read_bundle
-from glmtune.training.replay import replay
+from glmtune.training.faults.crash import read_bundle
+from glmtune.training.faults.replay import replay
 
 TOKENIZER = SimpleNamespace(
     vocab_size=1024, vocab_hash="0" * 64, revision="v1.1", pad_token_id=3, mask_token_id=1000,
@@ -57,7 +57,7 @@ def settings(dataset_path, base, output_dir, **changes):
         "report_to": "none",
         "use_cpu": True,
     }
-    return TrainConfig(
+    return TrainSettings(
         dataset_path=dataset_path,
         chatglm_path=str(base),
         output_dir=str(output_dir),
@@ -113,7 +113,7 @@ def test_a_broken_base_is_found_and_found_again(config, broken_base, tmp_path, l
     assert "the base model broken is damaged" in told
     assert "there is no checkpoint of this run to go on from" in told
     assert f"glmtune replay {tmp_path}/run/crash-1" in told
-    assert replay(ReplayConfig(bundle=str(tmp_path / "run" / "crash-1"), use_cpu=True))
+    assert replay(ReplaySettings(bundle=str(tmp_path / "run" / "crash-1"), use_cpu=True))
     assert "reproduced\n  device, number format and versions are those" in capsys.readouterr().out
 
 
@@ -138,7 +138,7 @@ def test_a_mended_base_does_not_reproduce_it(config, broken_base, tiny_folder, t
     told = json.loads((bundle / "crash.json").read_text())
     told["surroundings"] |= {"device": "NVIDIA T4", "torch": "2.0"}
     (bundle / "crash.json").write_text(json.dumps(told))
-    here = ReplayConfig(bundle=str(bundle), chatglm_path=str(tiny_folder), use_cpu=True)
+    here = ReplaySettings(bundle=str(bundle), chatglm_path=str(tiny_folder), use_cpu=True)
     assert not replay(here)
     out = capsys.readouterr().out
     assert "all is finite\nnot reproduced\n  device then NVIDIA T4, now CPU" in out
@@ -176,7 +176,7 @@ def test_replay_computes_the_losses_of_the_run(config, tmp_path, monkeypatch, ca
         loop.train(config(overwrite_output_dir=True))
     monkeypatch.undo()
     bundle = tmp_path / "run" / "crash-3"
-    assert replay(ReplayConfig(bundle=str(bundle), use_cpu=True))
+    assert replay(ReplaySettings(bundle=str(bundle), use_cpu=True))
     assert f"now   loss {history[2]['loss']:.6g}" in capsys.readouterr().out
 
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from glmtune import cli
-from glmtune.config import DemoConfig
+from glmtune.config import DemoSettings
 from glmtune.demo.page import loss_panel, score_panel
 from glmtune.demo.questions import held_out_questions
 from glmtune.demo.recipe import RECIPE
@@ -89,11 +89,11 @@ def test_a_disk_that_is_full(tmp_path, monkeypatch):
 
 
 def test_it_trains_by_its_recipe():
-    config = training_config(DemoConfig(seed=7), "data", "run")
+    config = training_config(DemoSettings(seed=7), "data", "run")
     scalars = {name: value for name, value in RECIPE.items() if name != "lora_target"}
     assert {name: getattr(config, name) for name in scalars} == scalars
     assert config.seed == 7
-    short = training_config(DemoConfig(max_steps=3), "data", "run")
+    short = training_config(DemoSettings(max_steps=3), "data", "run")
     assert short.max_steps == 3
 
 
@@ -163,7 +163,7 @@ def test_in_short(tmp_path, capsys):
 @pytest.mark.slow
 def test_at_full_length(tmp_path):
     started = time.process_time()  # others may hold the cores
-    result = demo(DemoConfig(out=str(tmp_path / "demo"), use_cpu=True))
+    result = demo(DemoSettings(out=str(tmp_path / "demo"), use_cpu=True))
     assert time.process_time() - started < 2 * 120
     for language in ("zh", "en"):
         for count, fits in ((result.base, lambda x: x <= 0.1), (result.tuned, lambda x: x >= 0.9)):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from glmtune import cli
-from glmtune.config import DoctorConfig, TrainConfig
+from glmtune.config import DoctorSettings, TrainSettings
 from glmtune.doctor import environment, model, recipe, run
 from glmtune.doctor.findings import OK, PROBLEM, WARNING, carry_out
 from glmtune.hardware import Card
@@ -100,7 +100,7 @@ def test_a_library_that_does_not_load(monkeypatch):
     monkeypatch.setattr(environment.importlib, "import_module", load)
     text = told(environment.check_imports(), PROBLEM)
     assert text.startswith("import peft: undefined symbol: cget_managed_ptr; pip install")
-    findings = list(run.examine(DoctorConfig()))
+    findings = list(run.examine(DoctorSettings()))
     assert findings[-1].text == "left out until the libraries load"
 
 
@@ -247,7 +247,7 @@ def test_a_base_that_is_not_here_yet(monkeypatch):
 def findings_on(base, **settings):
     """What is found of a base model: (status, text) of all lines, and the names of all checks."""
     checkpoints.hub_config.cache_clear()
-    findings = list(run.examine(DoctorConfig(chatglm_path=base, use_cpu=True, **settings)))
+    findings = list(run.examine(DoctorSettings(chatglm_path=base, use_cpu=True, **settings)))
     of_base = [(f.status, f.text) for f in findings if f.check == "base model"]
     return of_base, {finding.check for finding in findings}
 
@@ -400,7 +400,7 @@ def test_a_vocabulary_and_weights_of_two_revisions(shared, tmp_path):
 def test_a_base_that_is_too_large(glm_tiny, monkeypatch):
     small = Card("CPU", 0.001, 0.001, None)
     monkeypatch.setattr(Card, "of", lambda device: small)
-    text = told(model.check_memory(glm_tiny, DoctorConfig(use_cpu=True)), PROBLEM)
+    text = told(model.check_memory(glm_tiny, DoctorSettings(use_cpu=True)), PROBLEM)
     assert "take 0.02 GiB in float32, CPU has 0.0" in text
 
 
@@ -415,7 +415,7 @@ def write_recipe(folder, **train):
 
 
 def findings_of(path):
-    return {f"{f.check} {f.status}": f.text for f in run.examine(DoctorConfig(recipe_path=path))}
+    return {f"{f.check} {f.status}": f.text for f in run.examine(DoctorSettings(recipe_path=path))}
 
 
 @pytest.fixture
@@ -513,6 +513,6 @@ def test_the_size_of_a_checkpoint_is_that_of_one(rows, tmp_path):
     path = write_recipe(tmp_path, **config, chatglm_path="glm-tiny")
     assert cli.main(["train", path]) == 0
     written = sum(file.stat().st_size for file in Path("out/checkpoint-1").iterdir())
-    settings = TrainConfig(dataset_path="rows", output_dir="out", lora_target="all")
+    settings = TrainSettings(dataset_path="rows", output_dir="out", lora_target="all")
     guess = recipe.checkpoint_bytes(settings, ChatGLMConfig.from_pretrained(GLM_TINY))
     assert guess <= written < 1.05 * guess

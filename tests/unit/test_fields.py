@@ -5,7 +5,7 @@ import json
 import pytest
 
 from glmtune.cli import main
-from glmtune.config import TokenizeConfig, ValidateConfig
+from glmtune.config import TokenizeSettings, ValidateSettings
 from glmtune.data.templates import rounds
 from glmtune.data.validation import validate
 from glmtune.errors import UserError
@@ -45,7 +45,7 @@ def refused(capsys, *arguments: str) -> str:
 
 def problems_of(path: str) -> dict[str, int]:
     try:
-        return validate(ValidateConfig(files=(path,))).problems.counts
+        return validate(ValidateSettings(files=(path,))).problems.counts
     except UserError:
         return {"refused": 1}
 
@@ -98,7 +98,7 @@ class TestHistory:
     def test_a_converted_file_holds_the_same_questions(self, write):
         path = write(self.ROW, PLAIN | {"history": [["q", "a"]], "input": "x"})
         convert(path)
-        validation = validate(ValidateConfig(files=(path,), held_out="out.jsonl"))
+        validation = validate(ValidateSettings(files=(path,), held_out="out.jsonl"))
         assert validation.problems.counts == {"leak": 2}
 
     def test_a_control_character_in_a_round_is_told(self, write):
@@ -111,7 +111,7 @@ class TestHistory:
         long = [[" ".join("1" * 30), "2"]]
         convert(write(PLAIN | {"instruction": "7 8 9", "history": long}))
         rows, _ = read_rows("out.jsonl")
-        config = TokenizeConfig(jsonl_path="out.jsonl", save_path="rows", max_seq_length=8)
+        config = TokenizeSettings(jsonl_path="out.jsonl", save_path="rows", max_seq_length=8)
         out = encode_rows(rows, word_tokenizer, config)
         words = [word_tokenizer.encode_word(word) for word in rows[0].context.split()]
         assert out.input_ids[: out.seq_len[0]].tolist() == [*words[-6:], 1001, 1004]
@@ -151,7 +151,7 @@ class TestOtherNames:
         other = {n: f"{text} 2" if isinstance(text, str) else text for n, text in other.items()}
         texts = []
         for spoil in ({}, {"history": []}):  # the second is looked at row by row
-            validation = validate(ValidateConfig(files=(write(other, row | spoil, row),)))
+            validation = validate(ValidateSettings(files=(write(other, row | spoil, row),)))
             assert validation.problems.counts == {"duplicate": 1}
             assert validation.files[0].num_unusable == 0
             texts.append(validation.files[0].fields.lines())

@@ -9,13 +9,13 @@ import torch
 
 from glmtune.bench.rows import random_rows
 from glmtune.cli import main
-from glmtune.config import TrainConfig
+from glmtune.config import TrainSettings
 from glmtune.errors import UserError
 from glmtune.hardware import CARDS, Card
 from glmtune.models.chatglm.configuration import ChatGLMConfig
-from glmtune.training.advice import advise, check_fit, find_remedies, verdict
-from glmtune.training.forecast import forecast, rows_of_reference
 from glmtune.training.plan import PackPlan, RowPlan
+from glmtune.training.planning.advice import advise, check_fit, find_remedies, verdict
+from glmtune.training.planning.forecast import forecast, rows_of_reference
 
 CHATGLM_6B = ChatGLMConfig()
 ROWS = random_rows(CHATGLM_6B, 2000)
@@ -32,7 +32,7 @@ def foresee_on(card):
 
 
 def make_config(**settings):
-    return TrainConfig(dataset_path="rows", output_dir="run", **settings)
+    return TrainSettings(dataset_path="rows", output_dir="run", **settings)
 
 
 class TestChoice:

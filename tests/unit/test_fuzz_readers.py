@@ -30,9 +30,9 @@ from glmtune.errors import UserError
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.checkpoints import check_pair, load_base_model, load_tokenizer, resolve_base
 from glmtune.models.random_init import write_random_model
-from glmtune.training import checkpoints
-from glmtune.training.manifest import MANIFEST_FILE
-from glmtune.training.run_folder import find_checkpoint
+from glmtune.training.saving import checkpoints
+from glmtune.training.saving.manifest import MANIFEST_FILE
+from glmtune.training.saving.run_folder import find_checkpoint
 from glmtune.training.state import TrainingState
 from glmtune.training.watch import Watch
 

@@ -15,7 +15,7 @@ from contextlib import suppress
 
 import pytest
 
-from glmtune.config import ValidateConfig
+from glmtune.config import ValidateSettings
 from glmtune.data import jsonfile, windows
 from glmtune.data.flaws import Flaw
 from glmtune.data.records import read_alpaca, read_rows
@@ -204,7 +204,7 @@ def examine(rng: random.Random, folder, monkeypatch) -> None:
                 )
 
     monkeypatch.setattr(spans, "SPAN_BYTES", 1 << 24)
-    config = ValidateConfig(files=(path,), held_out=held_out, json_path=report)
+    config = ValidateSettings(files=(path,), held_out=held_out, json_path=report)
     told_last = ""
     try:
         validate(config)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from glmtune.config import InferConfig
+from glmtune.config import InferSettings
 from glmtune.errors import UserError
 from glmtune.generation import (
     Answer,
@@ -159,7 +159,7 @@ def test_no_memory_is_told_with_the_batch_size(answer, monkeypatch):
 
 
 def test_settings_come_from_the_config_and_tell_what_has_effect():
-    config = InferConfig(data_path="x.json", do_sample=True, top_p=0.7, seed=1, num_beams=1)
+    config = InferSettings(data_path="x.json", do_sample=True, top_p=0.7, seed=1, num_beams=1)
     settings = GenerationSettings.from_config(config)
     assert settings == GenerationSettings(do_sample=True, top_p=0.7, seed=1)
     expected = {"max_new_tokens": 150, "num_beams": 1, "do_sample": True, "top_p": 0.7, "seed": 1}
@@ -168,7 +168,7 @@ def test_settings_come_from_the_config_and_tell_what_has_effect():
 
 
 def test_bits_are_told_where_there_are_fewer():
-    config = InferConfig(data_path="x.json", decode_bits="8", decode_compile=True)
+    config = InferSettings(data_path="x.json", decode_bits="8", decode_compile=True)
     settings = GenerationSettings.from_config(config)
     assert (settings.decode_bits, settings.decode_compile) == (8, True)
     assert settings.in_effect()["decode_bits"] == 8

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from glmtune.cli import main
-from glmtune.config import InferConfig
+from glmtune.config import InferSettings
 from glmtune.errors import UserError
 from glmtune.evaluation.infer import infer
 from glmtune.generation import answers
@@ -17,7 +17,7 @@ SAMPLING = {"do_sample": True, "temperature": 2.0, "top_p": 0.9}
 
 @pytest.fixture
 def run(answering):
-    return lambda **changes: infer(InferConfig(**(answering | changes)))
+    return lambda **changes: infer(InferSettings(**(answering | changes)))
 
 
 @pytest.fixture

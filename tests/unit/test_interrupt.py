@@ -14,13 +14,14 @@ import pytest
 import torch
 
 from glmtune import runlog
-from glmtune.config import TrainConfig
+from glmtune.config import TrainSettings
 from glmtune.errors import UserError
 from glmtune.models.checkpoints import GLM_TINY
-from glmtune.training import checkpoints, disk, loop, passes
-from glmtune.training.disk import check_room, checkpoint_bytes, most_new_checkpoints
-from glmtune.training.manifest import find_fault
-from glmtune.training.run_folder import find_checkpoint
+from glmtune.training import loop, passes
+from glmtune.training.saving import checkpoints, disk
+from glmtune.training.saving.disk import check_room, checkpoint_bytes, most_new_checkpoints
+from glmtune.training.saving.manifest import find_fault
+from glmtune.training.saving.run_folder import find_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -429,7 +430,7 @@ class TestRoom:
 
 def test_max_hours_is_above_0():
     with pytest.raises(ValueError, match="greater than 0"):
-        TrainConfig(dataset_path="rows", output_dir="run", max_hours=0)
+        TrainSettings(dataset_path="rows", output_dir="run", max_hours=0)
 
 
 if __name__ == "__main__":

@@ -57,12 +57,12 @@ class Server:
     def __init__(self, folder, base):
         import torch
 
-        from glmtune.config import TrainConfig
+        from glmtune.config import TrainSettings
         from glmtune.training.run import Run, adapt, build_state, start_accelerator
 
         torch.set_num_threads(1)
         self.folder = Path(folder)
-        self.config = TrainConfig(
+        self.config = TrainSettings(
             dataset_path="rows",
             output_dir=str(folder),
             save_total_limit=2,
@@ -84,7 +84,8 @@ class Server:
         """What a run does between loading its model and being killed."""
         import torch
 
-        from glmtune.training import checkpoints, run_folder, saving
+        from glmtune.training.saving import checkpoints, run_folder
+        from glmtune.training.saving import save as saving
 
         state = self.state
         if list(self.folder.glob("checkpoint-*")):
@@ -117,8 +118,8 @@ class Server:
         """Check all that a killed child left; gives the newest step, and whether it was saving."""
         from safetensors.torch import load_file
 
-        from glmtune.training import checkpoints, run_folder
-        from glmtune.training.manifest import find_fault
+        from glmtune.training.saving import checkpoints, run_folder
+        from glmtune.training.saving.manifest import find_fault
 
         names = [entry.name for entry in self.folder.iterdir()]
         steps = checkpoints.saved_steps(self.folder)

@@ -6,7 +6,7 @@ import types
 import pytest
 
 from glmtune import cli
-from glmtune.config import SETTINGS, DoctorConfig, read_config
+from glmtune.config import SETTINGS, DoctorSettings, read_config
 from glmtune.config.flags import split_arguments
 from glmtune.doctor import run
 from glmtune.doctor.errors import KNOWN_ERRORS
@@ -275,4 +275,4 @@ def test_a_verb_that_meets_a_known_error_says_what_mends_it(monkeypatch, capsys)
 
 def test_an_error_text_that_is_a_name_too_long_for_a_file():
     with pytest.raises(UserError, match="none of the errors known"):
-        run.doctor(DoctorConfig(explain="x" * 5000))
+        run.doctor(DoctorSettings(explain="x" * 5000))

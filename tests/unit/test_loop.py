@@ -21,15 +21,16 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerState
 
 from glmtune.adapters import load_adapter
-from glmtune.config import TrainConfig, read_config
+from glmtune.config import TrainSettings, read_config
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError
 from glmtune.hardware import Card
 from glmtune.models.checkpoints import load_base_model
-from glmtune.training import checkpoints, held_out, loop, passes
+from glmtune.training import held_out, loop, passes
 from glmtune.training.layout import choose_layout
 from glmtune.training.plan import pass_seed, split_rows
 from glmtune.training.run import start_accelerator
+from glmtune.training.saving import checkpoints
 
 GMASK, SOP, EOP, VOCAB_SIZE = 1001, 1004, 1005, 1024
 # The tiny model has no vocabulary file; training asks nothing else of a tokenizer.
@@ -74,7 +75,7 @@ def config(dataset_path, tiny_folder, short_run, tmp_path):
     def make(**settings):
         paths = {"dataset_path": dataset_path, "output_dir": str(tmp_path / "run")}
         defaults = short_run | paths | {"chatglm_path": str(tiny_folder), "max_steps": 6}
-        return TrainConfig(**defaults | settings)
+        return TrainSettings(**defaults | settings)
 
     return make
 
@@ -113,7 +114,7 @@ class TestRunFolder:
     @pytest.fixture(scope="class")
     def run(self, dataset_path, tiny_folder, tmp_path_factory, request):
         folder = tmp_path_factory.mktemp("whole") / "run"
-        config = TrainConfig(
+        config = TrainSettings(
             dataset_path=dataset_path,
             output_dir=str(folder),
             chatglm_path=str(tiny_folder),
@@ -188,7 +189,7 @@ class TestRunFolder:
         assert (folder / "training_loss.png").read_bytes().startswith(b"\x89PNG")
         assert list(folder.glob("runs/events.out.tfevents.*"))
         as_run = config.model_copy(update={"packing": False, "exact_batch": False})
-        assert read_config(TrainConfig, "train", str(folder / "recipe.yaml"), {}) == as_run
+        assert read_config(TrainSettings, "train", str(folder / "recipe.yaml"), {}) == as_run
 
     def test_nothing_half_written_is_left(self, run):
         _, folder, _ = run
@@ -411,7 +412,7 @@ class TestResume:
         assert f"glmtune train {recipe} --resume_from_checkpoint {checkpoint}\n" in out
         go_on()
         flags = {"resume_from_checkpoint": str(checkpoint)}
-        resumed = loop.train(read_config(TrainConfig, "train", str(recipe), flags))
+        resumed = loop.train(read_config(TrainSettings, "train", str(recipe), flags))
         assert not resumed.interrupted
         assert records(resumed) == records(unbroken)
         assert records(resumed, "eval_loss") == records(unbroken, "eval_loss")
@@ -734,7 +735,7 @@ class TestPacking:
         path = tmp_path / "long"
         rows = [{"input_ids": [5, GMASK, SOP, EOP], "seq_len": 3}, long_row]
         datasets.Dataset.from_list(rows).save_to_disk(path)
-        config = TrainConfig(
+        config = TrainSettings(
             dataset_path=str(path), output_dir=str(tmp_path / "run"), use_cpu=True,
             chatglm_path=str(tiny_folder), **self.PACKED,
         )  # fmt: skip
@@ -756,7 +757,7 @@ class TestPacking:
 
     def test_the_recipe_as_run_says_what_the_card_chose(self, config, tmp_path):
         loop.train(config(max_steps=2, **{**self.PACKED, "tokens_per_step": None}))
-        as_run = read_config(TrainConfig, "train", str(tmp_path / "run" / "recipe.yaml"), {})
+        as_run = read_config(TrainSettings, "train", str(tmp_path / "run" / "recipe.yaml"), {})
         assert (as_run.packing, as_run.exact_batch, as_run.tokens_per_step) == (True, False, 2048)
 
     @pytest.mark.parametrize(
@@ -785,7 +786,7 @@ class TestPacking:
     )
     def test_the_layout(self, kind, settings, expected):
         """The original's command, which says how many rows and steps, keeps both on a GPU."""
-        config = TrainConfig(dataset_path="rows", output_dir="run", **settings)
+        config = TrainSettings(dataset_path="rows", output_dir="run", **settings)
         assert choose_layout(config, torch.device(kind)) == expected
 
     def test_float8_needs_a_card_that_has_it(self, config):
@@ -994,7 +995,7 @@ def run_in_two_processes(folder, dataset_path, base):
     test = TestTwoProcesses
 
     def settings(name, **changes):
-        return TrainConfig(
+        return TrainSettings(
             dataset_path=dataset_path,
             output_dir=f"{folder}/{name}",
             chatglm_path=base,

@@ -12,8 +12,8 @@ from glmtune.hardware import GIB
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
 from glmtune.models.chatglm.packed import PackedModel
-from glmtune.training.memory import LINEARS, Batch, Setup, estimate
 from glmtune.training.passes import PackedPass, PaddedPass
+from glmtune.training.planning.memory import LINEARS, Batch, Setup, estimate
 
 CHATGLM_6B, BF16 = ChatGLMConfig(), torch.bfloat16
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from glmtune import cli
-from glmtune.config import NewModelConfig, read_config
+from glmtune.config import NewModelSettings, read_config
 from glmtune.models import new_model as module
 from glmtune.models.chatglm.vocabulary import VOCAB_FILE
 from glmtune.models.checkpoints import GLM_TINY, check_pair, load_base_model, load_tokenizer
@@ -17,9 +17,9 @@ from glmtune.models.new_model import count_parameters, new_model, shape
 SMALL = {"hidden_size": "32", "num_layers": "2", "num_attention_heads": "4"}
 
 
-def settings(folder, like="glm-tiny", **flags) -> NewModelConfig:
+def settings(folder, like="glm-tiny", **flags) -> NewModelSettings:
     flags = {"folder": str(folder), "like": like} | flags
-    return read_config(NewModelConfig, "new-model", None, flags)
+    return read_config(NewModelSettings, "new-model", None, flags)
 
 
 def test_like_glm_tiny(tmp_path, capsys):

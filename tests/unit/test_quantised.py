@@ -25,7 +25,7 @@ from glmtune.models.checkpoints import GLM_TINY, load_base_model
 from glmtune.models.integer_weights import PackedEmbedding, PackedLinear
 from glmtune.models.random_init import write_random_model
 from glmtune.models.sizes import weight_bytes
-from glmtune.training.check import check_agreement
+from glmtune.training.first_step import check_agreement
 from glmtune.training.passes import PackedPass, PaddedPass
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: make test does it")

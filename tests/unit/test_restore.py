@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from glmtune.errors import UserError
-from glmtune.training.restore import check_moments, restore
+from glmtune.training.saving.restore import check_moments, restore
 
 
 def other_state(optimizer, change):

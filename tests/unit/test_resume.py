@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from glmtune import runlog
 from glmtune.cli import main
-from glmtune.config import TrainConfig
+from glmtune.config import TrainSettings
 from glmtune.errors import UserError
 from glmtune.models.checkpoints import GLM_TINY
 from glmtune.training import held_out, loop
@@ -156,7 +156,7 @@ def work(folder, rows):
     runlog.RunLog.plot_loss = lambda *_: None
 
     def settings(name, **changes):
-        return TrainConfig(
+        return TrainSettings(
             dataset_path=rows,
             output_dir=str(folder / name),
             chatglm_path=GLM_TINY,

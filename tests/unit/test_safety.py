@@ -24,7 +24,7 @@ from glmtune.errors import UserError
 from glmtune.models.checkpoints import load_base_model, load_tokenizer, resolve_base
 from glmtune.models.torch_files import read_torch_file
 from glmtune.models.weights import weight_files
-from glmtune.training.manifest import write_manifest
+from glmtune.training.saving.manifest import write_manifest
 
 SOURCES = sorted(Path(glmtune.__file__).parent.rglob("*.py"))
 DEEP = '{"a":' * 100_000

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from glmtune import __version__
-from glmtune.config import TokenizeConfig
+from glmtune.config import TokenizeSettings
 from glmtune.data import tokenizing
 from glmtune.data.dataset import CARD_FILE, HISTOGRAM_FILE, DataCard, check_data_card, load_dataset
 from glmtune.data.lengths import LengthStats, plot_lengths
@@ -43,7 +43,7 @@ def run(rows: list[tuple[str, str]], **settings):
     with open("a.jsonl", "w", encoding="utf-8") as file:
         for context, target in rows:
             file.write(json.dumps({"context": context, "target": target}) + "\n")
-    config = TokenizeConfig(jsonl_path="a.jsonl", save_path="tokens", **settings)
+    config = TokenizeSettings(jsonl_path="a.jsonl", save_path="tokens", **settings)
     summary = tokenize(config, CharTokenizer(), "THUDM/chatglm-6b")
     return summary, datasets.load_from_disk("tokens").to_list()
 
@@ -93,7 +93,7 @@ def test_each_row_knows_its_row_in_the_source():
     assert summary.card.row_is_line
     with open("b.jsonl", "w", encoding="utf-8") as file:
         file.write('{"context": "a", "target": "b"}\n\n{"context": "c", "target": "b"}\n')
-    config = TokenizeConfig(jsonl_path="b.jsonl", save_path="tokens")
+    config = TokenizeSettings(jsonl_path="b.jsonl", save_path="tokens")
     card = tokenize(config, CharTokenizer(), "base").card
     assert card.source_rows().tolist() == [1, 2]
     assert not card.row_is_line
@@ -151,7 +151,7 @@ def test_empty_targets_are_dropped_unless_kept(capsys):
 def test_skipped_bad_rows_are_listed(capsys):
     with open("b.jsonl", "w", encoding="utf-8") as file:
         file.write('{"context": "a", "target": "b"}\n{"context": 1, "target": "b"}\n')
-    config = TokenizeConfig(jsonl_path="b.jsonl", save_path="tokens", on_bad_row="skip")
+    config = TokenizeSettings(jsonl_path="b.jsonl", save_path="tokens", on_bad_row="skip")
     summary = tokenize(config, CharTokenizer(), "base")
     assert (summary.card.num_read, summary.card.num_kept) == (2, 1)
     assert summary.card.rows_out["bad"] == [2]

@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from glmtune.config import TrainConfig
+from glmtune.config import TrainSettings
 from glmtune.data.files import write_json
 from glmtune.errors import UserError
-from glmtune.training.checkpoints import rotate_checkpoints
-from glmtune.training.manifest import find_fault, write_manifest
-from glmtune.training.run_folder import claim_output_dir, find_checkpoint, resume_point
+from glmtune.training.saving.checkpoints import rotate_checkpoints
+from glmtune.training.saving.manifest import find_fault, write_manifest
+from glmtune.training.saving.run_folder import claim_output_dir, find_checkpoint, resume_point
 
 
 def make_checkpoint(run, step, manifest=True):
@@ -50,7 +50,7 @@ def names(folder):
 
 
 def settings(run, resume=None, overwrite=False):
-    return TrainConfig(
+    return TrainSettings(
         dataset_path="rows",
         output_dir=str(run),
         resume_from_checkpoint=resume,

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glmtune.cli import main
-from glmtune.config import ValidateConfig
+from glmtune.config import ValidateSettings
 from glmtune.data.validation import spans, validate
 from glmtune.data.validation.characters import CONTROL, survey
 from glmtune.errors import UserError
@@ -26,7 +26,7 @@ def check(tmp_path, monkeypatch, capsys):
         lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
         (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
         try:
-            validate(ValidateConfig(files=("a.jsonl",), json_path="r.json", **settings))
+            validate(ValidateSettings(files=("a.jsonl",), json_path="r.json", **settings))
             refused = False
         except UserError:
             refused = True
@@ -120,7 +120,7 @@ def test_repeats_among_files(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_text(json.dumps(record()), encoding="utf-8")
-    validation = validate(ValidateConfig(files=("a.jsonl", "b.jsonl")))
+    validation = validate(ValidateSettings(files=("a.jsonl", "b.jsonl")))
     assert validation.problems.counts == {"duplicate": 1}
     assert "b.jsonl:1 (row 1): the same as a.jsonl:1 (row 1)" in capsys.readouterr().out
 
@@ -171,7 +171,7 @@ def test_the_line_that_ends_it(tmp_path, monkeypatch, capsys):
 def test_a_file_of_something_else_is_told_among_the_rest(check, tmp_path, capsys):
     (tmp_path / "u.json").write_text("[]", encoding="utf-16")
     check(record())
-    config = ValidateConfig(files=("u.json", "a.jsonl"), json_path="r.json")
+    config = ValidateSettings(files=("u.json", "a.jsonl"), json_path="r.json")
     with pytest.raises(UserError, match="not every file can be used"):
         validate(config)
     report = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
@@ -184,7 +184,7 @@ def test_a_file_of_something_else_is_told_among_the_rest(check, tmp_path, capsys
 def test_every_row_is_named_however_many(check, tmp_path, capsys):
     check(*["{}"] * 500, record())
     with pytest.raises(UserError):
-        validate(ValidateConfig(files=("a.jsonl",)))
+        validate(ValidateSettings(files=("a.jsonl",)))
     assert "and in a.jsonl: rows 4-500\n" in capsys.readouterr().out
 
 
@@ -220,7 +220,7 @@ def test_several_processes_find_what_one_finds(tmp_path, monkeypatch, capsys):
         told = []
         for size in (1 << 24, 20_000):
             monkeypatch.setattr(spans, "SPAN_BYTES", size)
-            config = ValidateConfig(files=(str(path),), json_path=str(tmp_path / "r.json"))
+            config = ValidateSettings(files=(str(path),), json_path=str(tmp_path / "r.json"))
             with pytest.raises(UserError, match="1 of 3,000 rows cannot be used"):
                 validate(config)
             report = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from glmtune.cli import main
-from glmtune.config import ChatConfig, CompareConfig, InferConfig
+from glmtune.config import ChatSettings, CompareSettings, InferSettings
 from glmtune.errors import visible
 from glmtune.evaluation.chat import chat
 from glmtune.evaluation.compare import compare
@@ -68,7 +68,7 @@ def strange(answering, records_file, word_tokenizer, monkeypatch):
 
 @pytest.mark.parametrize("form", ["labels", "original"])
 def test_infer(strange, capsys, form):
-    infer(InferConfig(**strange, print_form=form))
+    infer(InferSettings(**strange, print_form=form))
     out = capsys.readouterr().out
     assert acting(out) == set()
     assert out.count("\\u202e") == 5  # three of the record, one in each answer
@@ -77,7 +77,7 @@ def test_infer(strange, capsys, form):
 
 
 def test_compare(strange, capsys):
-    compare(CompareConfig(**strange))
+    compare(CompareSettings(**strange))
     folder = Path(strange["model_path"], "compare")
     for name in ("compare.md", "compare.html"):
         text = (folder / name).read_text(encoding="utf-8")
@@ -96,7 +96,7 @@ def test_chat(monkeypatch, capsys):
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     monkeypatch.setattr("glmtune.evaluation.chat.polish", lambda text: f"answer {UNSEEN}")
     monkeypatch.setattr("glmtune.evaluation.chat.polish_beginning", lambda text: "answer ")
-    chat(ChatConfig(chatglm_path=GLM_TINY, max_new_tokens=3, do_sample=False, use_cpu=True))
+    chat(ChatSettings(chatglm_path=GLM_TINY, max_new_tokens=3, do_sample=False, use_cpu=True))
     out = capsys.readouterr().out
     assert acting(out) == set()
     assert "answer \\x1b[31m" in out

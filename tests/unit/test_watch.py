@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from glmtune.training.course import judge_course
+from glmtune.training.faults.loss_watch import judge_course
 from glmtune.training.watch import FIRST_STEPS, NotFiniteError
 
 CPU = torch.device("cpu")

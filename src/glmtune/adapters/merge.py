@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from glmtune.adapters.formats import find_adapter, refuse_existing
 from glmtune.adapters.lora import load_adapter
-from glmtune.config import MergeConfig
+from glmtune.config import MergeSettings
 from glmtune.data.files import new_folder
 from glmtune.errors import UserError, note
 from glmtune.models.checkpoints import load_base_model, load_config, resolve_base
@@ -25,7 +25,7 @@ TOKENIZER_FILES = ("*.model", "tokenizer*.json", "special_tokens_map.json", "add
 TOLERANCE = 1e-3
 
 
-def merge_adapter(config: MergeConfig) -> float:
+def merge_adapter(settings: MergeSettings) -> float:
     """Write base and adapter as one plain model, after a look at what it answers.
 
     The merge is done in float32 on the CPU, with some 25 GB of memory for 6B. Merged weights are
@@ -43,9 +43,9 @@ def merge_adapter(config: MergeConfig) -> float:
         UserError: `save_path` is not empty, base or adapter cannot be loaded or do not fit, the
             adapter changes nothing, or the merged folder gives other logits.
     """
-    refuse_existing(config.save_path)
-    adapter_folder = find_adapter(config.model_path)
-    base = resolve_base(config.chatglm_path, config.model_path)
+    refuse_existing(settings.save_path)
+    adapter_folder = find_adapter(settings.model_path)
+    base = resolve_base(settings.chatglm_path, settings.model_path)
     print(f"loading {base} with the adapter of {adapter_folder}")
     base_config = load_config(base)
     # Dequantised weights are rounded as they will be stored, so that the logits are held to that.
@@ -62,8 +62,8 @@ def merge_adapter(config: MergeConfig) -> float:
             raise UserError(f"{adapter_folder}: this adapter changes no logit; pass a trained one")
 
     base_folder = fetch(base)
-    with new_folder(config.save_path) as folder:
-        print(f"writing {config.save_path}")
+    with new_folder(settings.save_path) as folder:
+        print(f"writing {settings.save_path}")
         model = peft_model.merge_and_unload()
         stored = base_config.dtype
         shrink(model, stored if isinstance(stored, torch.dtype) else torch.float32)

@@ -14,7 +14,7 @@ import torch
 from glmtune.bench.limits import copy_rate
 from glmtune.bench.random_model import SHAPES, check_room, random_model
 from glmtune.bench.timing import machine
-from glmtune.config import BenchDecodeConfig
+from glmtune.config import BenchDecodeSettings
 from glmtune.data.jsonlines import append_json, check_appendable
 from glmtune.errors import UserError, note
 from glmtune.generation import Decoder, EncodedPrompt, GenerationSettings
@@ -71,34 +71,34 @@ class Times(NamedTuple):
     whole: float
 
 
-def bench_decode(config: BenchDecodeConfig) -> DecodeFigures:
+def bench_decode(settings: BenchDecodeSettings) -> DecodeFigures:
     """Measure and print how fast a random model of a given shape answers random prompts.
 
     Raises:
         UserError: too little memory for the model, too many tokens for its positions, or a JSON
             file that cannot be written.
     """
-    device = pick_device(config.use_cpu)
-    dtype, caution = pick_dtype(device, config.bf16, config.fp16)
+    device = pick_device(settings.use_cpu)
+    dtype, caution = pick_dtype(device, settings.bf16, settings.fp16)
     if caution:
         note(caution)
-    shape = SHAPES[config.shape]
-    _check(config, shape, device, dtype)
+    shape = SHAPES[settings.shape]
+    _check(settings, shape, device, dtype)
     try:
-        figures = _measure(config, shape, device, dtype)
+        figures = _measure(settings, shape, device, dtype)
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"batch_size {config.batch_size}: no memory for {config.batch_size} prompts of "
-            f"{config.prompt_length} tokens and {config.max_new_tokens} new ones; lower it"
+            f"batch_size {settings.batch_size}: no memory for {settings.batch_size} prompts of "
+            f"{settings.prompt_length} tokens and {settings.max_new_tokens} new ones; lower it"
         ) from error
     _print(figures, device)
-    if config.json_path:
-        append_json({**machine(device), **asdict(figures)}, config.json_path)
+    if settings.json_path:
+        append_json({**machine(device), **asdict(figures)}, settings.json_path)
     return figures
 
 
 def _measure(
-    config: BenchDecodeConfig, shape: ChatGLMConfig, device: torch.device, dtype: torch.dtype
+    config: BenchDecodeSettings, shape: ChatGLMConfig, device: torch.device, dtype: torch.dtype
 ) -> DecodeFigures:
     bytes_per_second = copy_rate(device)
     if device.type == "cuda":
@@ -152,18 +152,18 @@ def _measure(
 
 
 def _check(
-    config: BenchDecodeConfig, shape: ChatGLMConfig, device: torch.device, dtype: torch.dtype
+    settings: BenchDecodeSettings, shape: ChatGLMConfig, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Refuse before the minutes of work what cannot end well."""
-    check_appendable(config.json_path)
-    check_decoding(device, int(config.decode_bits), config.decode_compile)
+    check_appendable(settings.json_path)
+    check_decoding(device, int(settings.decode_bits), settings.decode_compile)
     limit = shape.max_position_embeddings
-    if config.prompt_length + config.max_new_tokens > limit:
+    if settings.prompt_length + settings.max_new_tokens > limit:
         raise UserError(
-            f"prompt_length {config.prompt_length} with max_new_tokens {config.max_new_tokens} is "
-            f"more than the model's {limit} positions; lower one"
+            f"prompt_length {settings.prompt_length} with max_new_tokens "
+            f"{settings.max_new_tokens} is more than the model's {limit} positions; lower one"
         )
-    check_room(config.shape, device, dtype)
+    check_room(settings.shape, device, dtype)
 
 
 def _random_prompts(shape: ChatGLMConfig, num_prompts: int, length: int) -> list[EncodedPrompt]:

@@ -22,7 +22,7 @@ from glmtune.bench.random_model import SHAPES, check_room
 from glmtune.bench.rows import random_rows
 from glmtune.bench.timing import machine
 from glmtune.bench.train import time_steps
-from glmtune.config import BenchMemoryConfig, TrainConfig
+from glmtune.config import BenchMemorySettings, TrainSettings
 from glmtune.data.jsonlines import append_json, check_appendable
 from glmtune.errors import UserError
 from glmtune.hardware import GIB, memory_gib, pick_device, pick_dtype
@@ -30,7 +30,7 @@ from glmtune.models.checkpoints import load_base_model
 from glmtune.models.random_init import write_random_model
 from glmtune.models.sizes import weight_bytes
 from glmtune.runlog import print_pairs
-from glmtune.training.check import prove
+from glmtune.training.first_step import prove
 from glmtune.training.run import Run, adapt, build_pass, build_state, start_accelerator
 
 _SIX_ROWS: dict[str, Any] = {"exact_batch": True, "per_device_train_batch_size": 6}
@@ -63,7 +63,7 @@ class Peak:
     forecast: dict[str, Any]
 
 
-def bench_memory(settings: BenchMemoryConfig) -> dict[str, Any]:
+def bench_memory(settings: BenchMemorySettings) -> dict[str, Any]:
     """Measure and print; the record is returned, and appended where asked for.
 
     Raises:
@@ -108,13 +108,13 @@ def _prepare(folder: Path, shape: str, device: torch.device) -> float:
     return copy_rate(device)
 
 
-def measure(name: str, settings: BenchMemoryConfig, folder: str) -> Peak:
+def measure(name: str, settings: BenchMemorySettings, folder: str) -> Peak:
     """One setting, from loading to its last step; to be called in a process of its own.
 
     Raises:
         UserError: the machine cannot do it.
     """
-    config = train_config(name, settings)
+    config = train_settings(name, settings)
     accelerator, dtype = start_accelerator(config)
     device, shape = accelerator.device, SHAPES[settings.shape]
     before = 0.0 if device.type == "cuda" else _peak_gib(device)
@@ -157,10 +157,10 @@ def _peak_gib(device: torch.device) -> float:
     return int(lines["VmHWM"].split()[0]) * 1024 / GIB
 
 
-def train_config(name: str, settings: BenchMemoryConfig) -> TrainConfig:
+def train_settings(name: str, settings: BenchMemorySettings) -> TrainSettings:
     """The settings of a run of this kind; it has neither data nor a folder."""
-    shared = settings.model_dump(include=set(TrainConfig.model_fields))
-    return TrainConfig(dataset_path="random rows", output_dir="none", **shared, **CASES[name])
+    shared = settings.model_dump(include=set(TrainSettings.model_fields))
+    return TrainSettings(dataset_path="random rows", output_dir="none", **shared, **CASES[name])
 
 
 def _in_a_process(work: Any, *arguments: Any, **named: Any) -> Any:
@@ -169,7 +169,7 @@ def _in_a_process(work: Any, *arguments: Any, **named: Any) -> Any:
         return pool.submit(work, *arguments, **named).result()
 
 
-def _check_disk(settings: BenchMemoryConfig, folder: str) -> None:
+def _check_disk(settings: BenchMemorySettings, folder: str) -> None:
     needed = weight_bytes(SHAPES[settings.shape], torch.float16)
     free = shutil.disk_usage(folder).free
     if needed > 0.95 * free:

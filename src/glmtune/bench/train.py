@@ -16,7 +16,7 @@ from glmtune.bench.glm_peft import glm_peft_rate
 from glmtune.bench.random_model import SHAPES, check_room, random_model
 from glmtune.bench.rows import random_rows
 from glmtune.bench.timing import machine, times_ms
-from glmtune.config import BenchTrainConfig, TrainConfig
+from glmtune.config import BenchTrainSettings, TrainSettings
 from glmtune.data.dataset import load_dataset
 from glmtune.data.jsonlines import append_json, check_appendable
 from glmtune.data.token_rows import TokenRows
@@ -48,7 +48,7 @@ class Speed:
     """Of the last step."""
 
 
-def bench_train(settings: BenchTrainConfig) -> dict[str, Any]:
+def bench_train(settings: BenchTrainSettings) -> dict[str, Any]:
     """Measure on random weights and print; the record is returned, and appended where asked for.
 
     Raises:
@@ -109,15 +109,15 @@ def bench_train(settings: BenchTrainConfig) -> dict[str, Any]:
     return record
 
 
-def _train_config(settings: BenchTrainConfig) -> TrainConfig:
+def _train_config(settings: BenchTrainSettings) -> TrainSettings:
     """The settings of a run like the one measured; it has neither data nor a folder."""
-    shared = settings.model_dump(include=set(TrainConfig.model_fields) - {"dataset_path"})
-    return TrainConfig(
+    shared = settings.model_dump(include=set(TrainSettings.model_fields) - {"dataset_path"})
+    return TrainSettings(
         dataset_path=settings.dataset_path or "random rows", output_dir="none", **shared
     )
 
 
-def _rows(settings: BenchTrainConfig, shape: ChatGLMConfig) -> TokenRows:
+def _rows(settings: BenchTrainSettings, shape: ChatGLMConfig) -> TokenRows:
     if settings.dataset_path is None:
         return random_rows(shape, _NUM_ROWS)
     rows = TokenRows.from_dataset(load_dataset(settings.dataset_path)[0])
@@ -125,7 +125,7 @@ def _rows(settings: BenchTrainConfig, shape: ChatGLMConfig) -> TokenRows:
     return rows
 
 
-def _measure(run: Run, model: PeftModel, settings: BenchTrainConfig) -> tuple[Speed, int, int]:
+def _measure(run: Run, model: PeftModel, settings: BenchTrainSettings) -> tuple[Speed, int, int]:
     """Speed, and the tokens and learned tokens that a pass computes on."""
     state = build_state(run, model)
     start = time.perf_counter()
@@ -139,7 +139,7 @@ def _measure(run: Run, model: PeftModel, settings: BenchTrainConfig) -> tuple[Sp
 
 
 def _time_steps(
-    run: Run, state: TrainingState, step_pass: Pass, settings: BenchTrainConfig, start: float
+    run: Run, state: TrainingState, step_pass: Pass, settings: BenchTrainSettings, start: float
 ) -> Speed:
     device = run.accelerator.device
     if device.type == "cuda":
@@ -177,11 +177,11 @@ def time_steps(
 
 
 def _measure_plain(
-    config: TrainConfig,
+    config: TrainSettings,
     accelerator: Accelerator,
     model: PeftModel,
     rows: TokenRows,
-    settings: BenchTrainConfig,
+    settings: BenchTrainSettings,
 ) -> Speed:
     """The plain way at the original's batch of six rows."""
     _free()

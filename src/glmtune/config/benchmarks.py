@@ -21,7 +21,7 @@ class BenchSettings(Settings):
     json_path: PathText | None = Field(None, description="JSON lines file to add the record to")
 
 
-class BenchTrainConfig(BenchSettings, LayoutSettings, LoraSettings, TrainingDeviceSettings):
+class BenchTrainSettings(BenchSettings, LayoutSettings, LoraSettings, TrainingDeviceSettings):
     """Settings of `glmtune bench train`."""
 
     group: ClassVar[str] = "benchmark"
@@ -37,7 +37,7 @@ class BenchTrainConfig(BenchSettings, LayoutSettings, LoraSettings, TrainingDevi
     kernel_table: PathText | None = Field(None, description="file for a table of a step's kernels")
 
 
-class BenchDecodeConfig(BenchSettings, DecodingSettings, DeviceSettings):
+class BenchDecodeSettings(BenchSettings, DecodingSettings, DeviceSettings):
     """Settings of `glmtune bench decode`."""
 
     group: ClassVar[str] = "benchmark"
@@ -47,7 +47,7 @@ class BenchDecodeConfig(BenchSettings, DecodingSettings, DeviceSettings):
     compare: bool = Field(False, description="time transformers' generate, too")
 
 
-class BenchMemoryConfig(BenchSettings, LoraSettings, DeviceSettings):
+class BenchMemorySettings(BenchSettings, LoraSettings, DeviceSettings):
     """Settings of `glmtune bench memory`."""
 
     group: ClassVar[str] = "benchmark"

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from glmtune.config.benchmarks import BenchDecodeConfig, BenchMemoryConfig, BenchTrainConfig
+from glmtune.config.benchmarks import BenchDecodeSettings, BenchMemorySettings, BenchTrainSettings
 from glmtune.config.groups import (
     AnsweringWeightSettings,
     AnswerSettings,
@@ -24,12 +24,12 @@ from glmtune.config.groups import (
     Settings,
     conflict,
 )
-from glmtune.config.training import PlanConfig, TrainConfig
+from glmtune.config.training import PlanSettings, TrainSettings
 
 # --- validate ---
 
 
-class ValidateConfig(EncodingSettings):
+class ValidateSettings(EncodingSettings):
     """Settings of `glmtune validate`."""
 
     group: ClassVar[str] = "data"
@@ -66,7 +66,7 @@ class ValidateConfig(EncodingSettings):
 # --- convert ---
 
 
-class ConvertConfig(BadRowSettings, BaseModelSettings):
+class ConvertSettings(BadRowSettings, BaseModelSettings):
     """Settings of `glmtune convert`."""
 
     group: ClassVar[str] = "data"
@@ -80,7 +80,7 @@ class ConvertConfig(BadRowSettings, BaseModelSettings):
 # --- tokenize ---
 
 
-class TokenizeConfig(BadRowSettings, BaseModelSettings):
+class TokenizeSettings(BadRowSettings, BaseModelSettings):
     """Settings of `glmtune tokenize`."""
 
     group: ClassVar[str] = "data"
@@ -125,7 +125,7 @@ class AnsweringSettings(
     group: ClassVar[str] = "data"
 
 
-class InferConfig(AnsweringSettings):
+class InferSettings(AnsweringSettings):
     """Settings of `glmtune infer`."""
 
     group: ClassVar[str] = "data"
@@ -146,7 +146,7 @@ class InferConfig(AnsweringSettings):
     )
 
 
-class CompareConfig(AnsweringSettings):
+class CompareSettings(AnsweringSettings):
     """Settings of `glmtune compare`."""
 
     group: ClassVar[str] = "data"
@@ -161,7 +161,7 @@ class CompareConfig(AnsweringSettings):
 # --- chat ---
 
 
-class ChatConfig(AnswerSettings, AnsweringWeightSettings, BaseModelSettings, DeviceSettings):
+class ChatSettings(AnswerSettings, AnsweringWeightSettings, BaseModelSettings, DeviceSettings):
     """Settings of `glmtune chat`; those of the draw are the published code's."""
 
     group: ClassVar[str] = "chat"
@@ -191,7 +191,7 @@ class ChatConfig(AnswerSettings, AnsweringWeightSettings, BaseModelSettings, Dev
 # --- replay, check ---
 
 
-class ReplayConfig(BaseModelSettings):
+class ReplaySettings(BaseModelSettings):
     """Settings of `glmtune replay`."""
 
     group: ClassVar[str] = "bundle"
@@ -200,7 +200,7 @@ class ReplayConfig(BaseModelSettings):
     use_cpu: bool = Field(False, description="leave the GPU alone")
 
 
-class CheckConfig(AnsweringWeightSettings, BaseModelSettings, DeviceSettings):
+class CheckSettings(AnsweringWeightSettings, BaseModelSettings, DeviceSettings):
     """Settings of `glmtune check`."""
 
     group: ClassVar[str] = "check-up"
@@ -226,7 +226,7 @@ class CheckConfig(AnsweringWeightSettings, BaseModelSettings, DeviceSettings):
 # --- merge, adapters convert ---
 
 
-class MergeConfig(BaseModelSettings):
+class MergeSettings(BaseModelSettings):
     """Settings of `glmtune merge`."""
 
     group: ClassVar[str] = "data"
@@ -237,7 +237,7 @@ class MergeConfig(BaseModelSettings):
     )
 
 
-class ConvertAdapterConfig(Settings):
+class ConvertAdapterSettings(Settings):
     """Settings of `glmtune adapters convert`."""
 
     group: ClassVar[str] = "data"
@@ -250,7 +250,7 @@ class ConvertAdapterConfig(Settings):
 # --- doctor ---
 
 
-class DoctorConfig(BaseModelSettings, DeviceSettings):
+class DoctorSettings(BaseModelSettings, DeviceSettings):
     """Settings of `glmtune doctor`."""
 
     group: ClassVar[str] = "doctor"
@@ -270,7 +270,7 @@ class DoctorConfig(BaseModelSettings, DeviceSettings):
 # --- demo, new-model ---
 
 
-class DemoConfig(Settings):
+class DemoSettings(Settings):
     """Settings of `glmtune demo`."""
 
     group: ClassVar[str] = "demo"
@@ -288,7 +288,7 @@ class DemoConfig(Settings):
     use_cpu: bool = Field(False, description="leave the GPU alone")
 
 
-class NewModelConfig(Settings):
+class NewModelSettings(Settings):
     """Settings of `glmtune new-model`; a size that is None is that of the model in `like`."""
 
     group: ClassVar[str] = "new model"
@@ -319,23 +319,23 @@ class NewModelConfig(Settings):
 
 
 SETTINGS: dict[str, type[Settings]] = {
-    "validate": ValidateConfig,
-    "convert": ConvertConfig,
-    "tokenize": TokenizeConfig,
-    "train": TrainConfig,
-    "plan": PlanConfig,
-    "infer": InferConfig,
-    "compare": CompareConfig,
-    "merge": MergeConfig,
-    "adapters convert": ConvertAdapterConfig,
-    "doctor": DoctorConfig,
-    "demo": DemoConfig,
-    "new-model": NewModelConfig,
-    "bench train": BenchTrainConfig,
-    "bench decode": BenchDecodeConfig,
-    "bench memory": BenchMemoryConfig,
-    "chat": ChatConfig,
-    "replay": ReplayConfig,
-    "check": CheckConfig,
+    "validate": ValidateSettings,
+    "convert": ConvertSettings,
+    "tokenize": TokenizeSettings,
+    "train": TrainSettings,
+    "plan": PlanSettings,
+    "infer": InferSettings,
+    "compare": CompareSettings,
+    "merge": MergeSettings,
+    "adapters convert": ConvertAdapterSettings,
+    "doctor": DoctorSettings,
+    "demo": DemoSettings,
+    "new-model": NewModelSettings,
+    "bench train": BenchTrainSettings,
+    "bench decode": BenchDecodeSettings,
+    "bench memory": BenchMemorySettings,
+    "chat": ChatSettings,
+    "replay": ReplaySettings,
+    "check": CheckSettings,
 }
 """Verb -> its settings."""

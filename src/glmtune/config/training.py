@@ -210,7 +210,7 @@ class TrainingDeviceSettings(DeviceSettings, QuantisingSettings):
         return self
 
 
-class TrainConfig(
+class TrainSettings(
     TrainingDataSettings,
     LayoutSettings,
     LoraSettings,
@@ -224,7 +224,7 @@ class TrainConfig(
     reads_and_writes = ("dataset_path", "output_dir")
 
 
-class PlanConfig(TrainConfig):
+class PlanSettings(TrainSettings):
     """Settings of `glmtune plan`: those of the run, and for which card."""
 
     group: ClassVar[str] = "plan"

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 
-from glmtune.config import ConvertConfig
+from glmtune.config import ConvertSettings
 from glmtune.data.fields import FieldUse
 from glmtune.data.files import new_file
 from glmtune.data.records import BadRow, list_bad_rows, name_rows, read_alpaca
@@ -40,14 +40,14 @@ class ConvertSummary:
         return "\n".join([*lines, *(f"  {line}" for line in self.fields.lines())])
 
 
-def convert(config: ConvertConfig) -> ConvertSummary:
+def convert(settings: ConvertSettings) -> ConvertSummary:
     """Write a line {"context": ..., "target": ...} for each alpaca record, in order.
 
     Prints the summary that it returns. Raises UserError for what read_alpaca refuses and for a
     save_path that cannot be written.
     """
-    records, bad_rows = read_alpaca(config.data_path, config.on_bad_row, config.encoding)
-    with new_file(config.save_path) as file:
+    records, bad_rows = read_alpaca(settings.data_path, settings.on_bad_row, settings.encoding)
+    with new_file(settings.save_path) as file:
         for record in records:
             row = {
                 "context": context_of(record.instruction, record.input, record.history),
@@ -55,8 +55,8 @@ def convert(config: ConvertConfig) -> ConvertSummary:
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     summary = ConvertSummary(
-        data_path=config.data_path,
-        save_path=config.save_path,
+        data_path=settings.data_path,
+        save_path=settings.save_path,
         num_written=len(records),
         bad_rows=bad_rows,
         empty_outputs=[record.row for record in records if not record.output.strip()],

@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from glmtune import __version__
-from glmtune.config import TokenizeConfig
+from glmtune.config import TokenizeSettings
 from glmtune.data.dataset import (
     CARD_FILE,
     HISTOGRAM_FILE,
@@ -111,45 +111,50 @@ class EncodedRows:
         return whole + (f"--max_seq_length {most} keeps {share:.0%}, " * (most > limit)) + for_all
 
 
-def tokenize(config: TokenizeConfig, tokenizer: RowTokenizer, base_name: str) -> TokenizeSummary:
+def tokenize(
+    settings: TokenizeSettings, tokenizer: RowTokenizer, base_name: str
+) -> TokenizeSummary:
     """Write the rows of a JSONL file as a data set of token rows, with its card and histogram.
 
     Prints the summary that it returns. Raises UserError for what read_rows refuses, for a
     save_path that holds anything else than such a data set, and when no row is left.
     """
-    check_replaceable(config.save_path)
-    rows, bad_rows = read_rows(config.jsonl_path, config.on_bad_row, config.encoding)
-    encoded = encode_rows(rows, tokenizer, config)
+    check_replaceable(settings.save_path)
+    rows, bad_rows = read_rows(settings.jsonl_path, settings.on_bad_row, settings.encoding)
+    encoded = encode_rows(rows, tokenizer, settings)
     if not encoded.seq_len:
-        advice = encoded.advice(config.max_seq_length) if encoded.limits else None
+        advice = encoded.advice(settings.max_seq_length) if encoded.limits else None
         raise UserError(
-            f"{config.jsonl_path}: no row is left: {len(encoded.empty):,} have an empty target, "
-            f"{len(encoded.overlength):,} are longer than max_seq_length {config.max_seq_length}; "
+            f"{settings.jsonl_path}: no row is left: {len(encoded.empty):,} have an empty target, "
+            f"{len(encoded.overlength):,} are longer than max_seq_length "
+            f"{settings.max_seq_length}; "
             f"{f'raise max_seq_length ({advice})' if advice else 'set keep_empty true'}"
         )
-    card = _card(config, tokenizer, base_name, rows, bad_rows, encoded)
-    with new_folder(config.save_path) as folder:
+    card = _card(settings, tokenizer, base_name, rows, bad_rows, encoded)
+    with new_folder(settings.save_path) as folder:
         _save(encoded, folder)
         card.write(folder)
         plot_lengths(
             folder / HISTOGRAM_FILE,
             kept=encoded.lengths,
             dropped=encoded.lengths_out,
-            max_seq_length=config.max_seq_length,
+            max_seq_length=settings.max_seq_length,
         )
     summary = TokenizeSummary(
-        config.jsonl_path,
-        config.save_path,
+        settings.jsonl_path,
+        settings.save_path,
         card,
         bad_rows,
         FieldUse.of(rows),
-        encoded.advice(config.max_seq_length),
+        encoded.advice(settings.max_seq_length),
     )
     print(visible(str(summary)))
     return summary
 
 
-def encode_rows(rows: list[Row], tokenizer: RowTokenizer, config: TokenizeConfig) -> EncodedRows:
+def encode_rows(
+    rows: list[Row], tokenizer: RowTokenizer, settings: TokenizeSettings
+) -> EncodedRows:
     """Encode rows as the script of 2023 did: context, [gMASK] <sop>, target, <eop>.
 
     Context (with its two special ids) and target are cut to max_seq_length each (a context of
@@ -160,24 +165,24 @@ def encode_rows(rows: list[Row], tokenizer: RowTokenizer, config: TokenizeConfig
     A target that is cut has no <eop> behind it, which that script put there: the model would learn
     to end in the midst of an answer.
     """
-    limit = config.max_seq_length
+    limit = settings.max_seq_length
     specials = [tokenizer.gmask_token_id, tokenizer.bos_token_id]
     out = EncodedRows()
-    for row, context, target in _encode_in_batches(rows, tokenizer, config.num_threads):
+    for row, context, target in _encode_in_batches(rows, tokenizer, settings.num_threads):
         room = limit - len(specials)
         # Behind earlier rounds stands the question, which is what the answer is about.
         prompt = (context[-room:] if has_rounds(row.context) else context[:room]) + specials
         answer = [*target, tokenizer.eos_token_id]
         num_lost = len(answer) - limit if len(target) > limit else 0
         input_ids = prompt + answer[: len(answer) - num_lost]
-        is_empty = not config.keep_empty and not (target and row.target.strip())
+        is_empty = not settings.keep_empty and not (target and row.target.strip())
         if not is_empty:
             length = len(context) + len(specials)
-            whole = length + len(answer) if config.skip_overlength else max(length, len(target))
+            whole = length + len(answer) if settings.skip_overlength else max(length, len(target))
             out.limits.append(whole)
         if is_empty:
             out.empty.append(row.row)
-        elif config.skip_overlength and len(input_ids) > limit:
+        elif settings.skip_overlength and len(input_ids) > limit:
             out.overlength.append(row.row)
             out.lengths_out.append(out.limits[-1])
         else:
@@ -208,7 +213,7 @@ def _encode_in_batches(
 
 
 def _card(
-    config: TokenizeConfig,
+    settings: TokenizeSettings,
     tokenizer: RowTokenizer,
     base_name: str,
     rows: list[Row],
@@ -223,11 +228,11 @@ def _card(
         vocab_revision=tokenizer.revision,
         special_ids=special_ids(tokenizer),
         template=_template(rows),
-        flags=config.model_dump(
+        flags=settings.model_dump(
             include={"max_seq_length", "skip_overlength", "keep_empty", "on_bad_row"}
         ),
-        source=Path(config.jsonl_path).name,
-        source_sha256=sha256_of(config.jsonl_path),
+        source=Path(settings.jsonl_path).name,
+        source_sha256=sha256_of(settings.jsonl_path),
         num_read=len(rows) + len(bad_rows),
         num_kept=len(encoded.seq_len),
         num_tokens=num_tokens,

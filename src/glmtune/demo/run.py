@@ -16,11 +16,11 @@ from functools import partial
 from pathlib import Path
 
 from glmtune.config import (
-    CompareConfig,
-    ConvertConfig,
-    DemoConfig,
-    TokenizeConfig,
-    TrainConfig,
+    CompareSettings,
+    ConvertSettings,
+    DemoSettings,
+    TokenizeSettings,
+    TrainSettings,
 )
 from glmtune.data.convert import convert
 from glmtune.data.files import new_file
@@ -74,7 +74,7 @@ class DemoResult:
     """By stage."""
 
 
-def demo(config: DemoConfig) -> DemoResult:
+def demo(config: DemoSettings) -> DemoResult:
     """Teach glm-tiny to answer questions about its toy world, and show the effect on a page.
 
     Raises:
@@ -89,9 +89,9 @@ def demo(config: DemoConfig) -> DemoResult:
         training, asked = training_questions(), _held_out(config.limit)
         _write_records(paths["train.json"], training)
         _write_records(paths["questions.json"], asked)
-        convert(ConvertConfig(data_path=paths["train.json"], save_path=paths["train.jsonl"]))
+        convert(ConvertSettings(data_path=paths["train.json"], save_path=paths["train.jsonl"]))
     with _stage(2, "tokenize", seconds):
-        rows = TokenizeConfig(jsonl_path=paths["train.jsonl"], save_path=paths["train"])
+        rows = TokenizeSettings(jsonl_path=paths["train.jsonl"], save_path=paths["train"])
         tokenize(rows, load_tokenizer(GLM_TINY), base_name(GLM_TINY))
     with _stage(3, "train a LoRA adapter", seconds):
         settings = training_config(config, paths["train"], paths["run"])
@@ -101,7 +101,7 @@ def demo(config: DemoConfig) -> DemoResult:
         raise KeyboardInterrupt
     with _stage(4, f"answer {len(asked)} questions that it never saw, before and after", seconds):
         comparison = compare(
-            CompareConfig(
+            CompareSettings(
                 data_path=paths["questions.json"],
                 model_path=paths["run"],
                 chatglm_path=GLM_TINY,
@@ -161,19 +161,19 @@ def claim_folder(out: Path) -> None:
         ) from error
 
 
-def training_config(config: DemoConfig, dataset_path: str, output_dir: str) -> TrainConfig:
+def training_config(settings: DemoSettings, dataset_path: str, output_dir: str) -> TrainSettings:
     """The demo's recipe, with what the command line says."""
     recipe = dict(RECIPE)
-    if config.max_steps is not None:
-        recipe["max_steps"] = config.max_steps
+    if settings.max_steps is not None:
+        recipe["max_steps"] = settings.max_steps
     recipe.setdefault("logging_steps", LOGGING_STEPS)
-    return TrainConfig(
+    return TrainSettings(
         **recipe,
         dataset_path=dataset_path,
         output_dir=output_dir,
         chatglm_path=GLM_TINY,
-        seed=config.seed,
-        use_cpu=config.use_cpu,
+        seed=settings.seed,
+        use_cpu=settings.use_cpu,
         save_total_limit=1,
         # The recipe's steps are of so many rows, and for a model this small not worth compiling.
         packing=False,
@@ -232,8 +232,8 @@ def activation() -> dict[str, str]:
     return {"by its name": f"{how}, then glmtune is enough"}
 
 
-def _print_end(result: DemoResult, config: DemoConfig) -> None:
-    out = Path(config.out)
+def _print_end(result: DemoResult, settings: DemoSettings) -> None:
+    out = Path(settings.out)
     print()
     names = {"zh": "in Chinese", "en": "in English"}
     scores = {

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from glmtune.config import SETTINGS, TokenizeConfig, TrainConfig, read_config
+from glmtune.config import SETTINGS, TokenizeSettings, TrainSettings, read_config
 from glmtune.config.settings import Settings
 from glmtune.data.dataset import CARD_FILE, DataCard, check_data_card, load_dataset
 from glmtune.data.token_rows import TokenRows
@@ -18,10 +18,10 @@ from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.checkpoints import GLM_TINY, load_tokenizer
 from glmtune.models.sizes import adapter_parameters, check_targets
 from glmtune.models.weights import is_lfs_pointer
-from glmtune.training.advice import advise, verdict
-from glmtune.training.disk import BYTES_PER_WEIGHT
-from glmtune.training.forecast import EqualRows, Lengths, forecast
-from glmtune.training.run_folder import resume_point
+from glmtune.training.planning.advice import advise, verdict
+from glmtune.training.planning.forecast import EqualRows, Lengths, forecast
+from glmtune.training.saving.disk import BYTES_PER_WEIGHT
+from glmtune.training.saving.run_folder import resume_point
 
 # What a verb reads, and the setting of another verb that writes that.
 _READS = (
@@ -45,7 +45,7 @@ def check_settings(path: str, verbs: list[str], plans: Plans) -> Iterator[Told]:
     for verb in verbs:
         try:
             settings = read_config(SETTINGS[verb], verb, path, {})
-            if isinstance(settings, TrainConfig):
+            if isinstance(settings, TrainSettings):
                 check_targets(settings.lora_target)
             plans[verb] = settings
         except UserError as error:
@@ -82,10 +82,10 @@ def base_of_rows(dataset_path: str) -> str | None:
 
 
 def check_data(
-    config: TrainConfig, plans: Mapping[str, Settings], base: Path | str
+    settings: TrainSettings, plans: Mapping[str, Settings], base: Path | str
 ) -> Iterator[Told]:
     """The token rows: made by this base's tokenizer, not too long, and how much of them was cut."""
-    folder, tokenize = config.dataset_path, plans.get("tokenize")
+    folder, tokenize = settings.dataset_path, plans.get("tokenize")
     if not Path(folder).exists() and tokenize and getattr(tokenize, "save_path", "") == folder:
         yield OK, f"{folder} is what tokenize will write"
         return
@@ -105,47 +105,47 @@ def check_data(
 
 
 def check_memory(
-    config: TrainConfig, plans: Mapping[str, Settings], base: Path | str
+    settings: TrainSettings, plans: Mapping[str, Settings], base: Path | str
 ) -> Iterator[Told]:
     """Whether a run of these settings fits into this machine's memory.
 
     Where its rows are not there yet, each counts as the longest that `tokenize` may write.
     """
-    device = pick_device(config.use_cpu)
+    device = pick_device(settings.use_cpu)
     rows: Lengths
-    if Path(config.dataset_path).is_dir():
-        rows = TokenRows.from_dataset(load_dataset(config.dataset_path)[0])
+    if Path(settings.dataset_path).is_dir():
+        rows = TokenRows.from_dataset(load_dataset(settings.dataset_path)[0])
     else:
-        longest = TokenizeConfig.model_fields["max_seq_length"].default
+        longest = TokenizeSettings.model_fields["max_seq_length"].default
         tokenize = plans.get("tokenize")
-        rows = EqualRows.of(config, getattr(tokenize, "max_seq_length", longest))
+        rows = EqualRows.of(settings, getattr(tokenize, "max_seq_length", longest))
     foresee = partial(
         forecast,
         shape=config_of(base),
-        dtype=pick_dtype(device, config.bf16, config.fp16)[0],
+        dtype=pick_dtype(device, settings.bf16, settings.fp16)[0],
         card=Card.of(device),
         rows=rows,
     )
-    foreseen = foresee(config)
+    foreseen = foresee(settings)
     if foreseen.fits:
         yield OK, verdict(foreseen)
     else:
         status = PROBLEM if foreseen.cannot_fit else WARNING
-        yield status, f"{verdict(foreseen)}; {advise(config, foresee)}"
+        yield status, f"{verdict(foreseen)}; {advise(settings, foresee)}"
 
 
-def check_run_folder(config: TrainConfig, base: Path | str) -> Iterator[Told]:
+def check_run_folder(settings: TrainSettings, base: Path | str) -> Iterator[Told]:
     """Whether the run folder can be used, and whether its disk holds the checkpoints."""
-    checkpoint, notes = resume_point(config)
+    checkpoint, notes = resume_point(settings)
     yield from ((WARNING, note) for note in notes)
-    output_dir = Path(config.output_dir).absolute()
+    output_dir = Path(settings.output_dir).absolute()
     place = next(parent for parent in (output_dir, *output_dir.parents) if parent.is_dir())
     if not os.access(place, os.W_OK):
         yield PROBLEM, f"output_dir: {place} cannot be written: name another folder"
         return
-    size = checkpoint_bytes(config, config_of(base))
-    num_saved = -(-config.max_steps // config.save_steps) if config.max_steps > 0 else None
-    num_kept = min((n for n in (config.save_total_limit, num_saved) if n), default=None)
+    size = checkpoint_bytes(settings, config_of(base))
+    num_saved = -(-settings.max_steps // settings.save_steps) if settings.max_steps > 0 else None
+    num_kept = min((n for n in (settings.save_total_limit, num_saved) if n), default=None)
     # One more is there while the next is written, and the adapter lies at the root as well.
     needed, free = size * ((num_kept or 1) + 2), shutil.disk_usage(place).free
     text = f"{output_dir}: a checkpoint takes {size / 1e6:,.1f} MB, {free / 1e9:,.1f} GB are free"
@@ -158,6 +158,6 @@ def check_run_folder(config: TrainConfig, base: Path | str) -> Iterator[Told]:
         yield OK, f"{text}, {num_kept} kept{goes_on}"
 
 
-def checkpoint_bytes(config: TrainConfig, model: ChatGLMConfig) -> int:
+def checkpoint_bytes(settings: TrainSettings, model: ChatGLMConfig) -> int:
     """Bytes of a checkpoint: an adapter in float32 and two moments of each of its weights."""
-    return BYTES_PER_WEIGHT * adapter_parameters(model, config.lora_rank, config.lora_target)
+    return BYTES_PER_WEIGHT * adapter_parameters(model, settings.lora_rank, settings.lora_target)

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from glmtune import __version__
-from glmtune.config import DoctorConfig, TrainConfig, recipe_verbs
+from glmtune.config import DoctorSettings, TrainSettings, recipe_verbs
 from glmtune.data.files import read_text, write_json
 from glmtune.doctor import environment
 from glmtune.doctor.explain import errors_page, explain, find_known
@@ -15,7 +15,7 @@ from glmtune.doctor.findings import OK, PROBLEM, WARNING, Check, Finding, Told, 
 from glmtune.errors import UserError
 
 
-def doctor(config: DoctorConfig) -> int:
+def doctor(settings: DoctorSettings) -> int:
     """Check everything a run needs, or explain an error message; print it.
 
     Returns:
@@ -24,26 +24,26 @@ def doctor(config: DoctorConfig) -> int:
     Raises:
         UserError: an error text that is not known, a report that cannot be written.
     """
-    if config.errors:
+    if settings.errors:
         print(errors_page(), end="")
         return 0
-    if config.explain is not None:
-        return _explain(config.explain)
+    if settings.explain is not None:
+        return _explain(settings.explain)
     findings = []
-    for finding in examine(config):
+    for finding in examine(settings):
         print(finding, flush=True)
         findings.append(finding)
     counts = {s: sum(f.status == s for f in findings) for s in (OK, WARNING, PROBLEM)}
     verdict = "would not start" if counts[PROBLEM] else "would start"
-    recipe = f": {config.recipe_path} {verdict}" if config.recipe_path else ""
+    recipe = f": {settings.recipe_path} {verdict}" if settings.recipe_path else ""
     print(f"{counts[PROBLEM]} problem(s), {counts[WARNING]} warning(s){recipe}")
-    if config.json_path:
+    if settings.json_path:
         report = {
             "findings": [finding._asdict() for finding in findings],
             "counts": counts,
             "glmtune_version": __version__,
         }
-        write_json(report, config.json_path)
+        write_json(report, settings.json_path)
     return 1 if counts[PROBLEM] else 0
 
 
@@ -63,7 +63,7 @@ def _explain(text: str) -> int:
     return 0
 
 
-def examine(config: DoctorConfig) -> Iterator[Finding]:
+def examine(settings: DoctorSettings) -> Iterator[Finding]:
     """All checks that the settings ask for, in order; what one finds does not stop the next."""
     yield from carry_out("python", environment.check_python)
     yield from carry_out("packages", environment.check_packages)
@@ -72,10 +72,10 @@ def examine(config: DoctorConfig) -> Iterator[Finding]:
     if any(finding.status == PROBLEM for finding in imports):
         yield Finding("other checks", WARNING, "left out until the libraries load")
         return
-    yield from _examine_run(config)
+    yield from _examine_run(settings)
 
 
-def _examine_run(config: DoctorConfig) -> Iterator[Finding]:
+def _examine_run(config: DoctorSettings) -> Iterator[Finding]:
     # Only here: these import torch and transformers, whose failing is a finding of its own.
     from glmtune.doctor import model, recipe
     from glmtune.models.checkpoints import ENVIRONMENT_VARIABLE, HUB_IDS
@@ -91,7 +91,7 @@ def _examine_run(config: DoctorConfig) -> Iterator[Finding]:
         yield from carry_out("recipe", settings)
         yield from carry_out("files", partial(recipe.check_paths, plans))
     train = plans.get("train")
-    device = train if isinstance(train, TrainConfig) else config
+    device = train if isinstance(train, TrainSettings) else config
     yield from carry_out(
         "card", partial(environment.check_card, device.use_cpu, device.bf16, device.fp16)
     )
@@ -103,7 +103,7 @@ def _examine_run(config: DoctorConfig) -> Iterator[Finding]:
     def base_model() -> Iterator[Told]:
         named = [getattr(plan, "chatglm_path", None) for plan in plans.values()]
         name = config.chatglm_path or next(filter(None, named), None)
-        if not name and isinstance(train, TrainConfig):
+        if not name and isinstance(train, TrainSettings):
             name = recipe.base_of_rows(train.dataset_path)
         base = model.find_base(name)
         if isinstance(base, str):  # where it cannot be loaded, nothing more is to be said
@@ -124,7 +124,7 @@ def _examine_run(config: DoctorConfig) -> Iterator[Finding]:
         "stop ids": partial(model.check_stop_ids, base),
     }
     checks["memory"] = partial(model.check_memory, base, device)
-    if isinstance(train, TrainConfig):
+    if isinstance(train, TrainSettings):
         checks["data"] = partial(recipe.check_data, train, plans, base)
         checks["memory"] = partial(recipe.check_memory, train, plans, base)
         checks["run folder"] = partial(recipe.check_run_folder, train, base)

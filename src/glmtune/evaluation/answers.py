@@ -15,7 +15,7 @@ import torch
 
 from glmtune.adapters import find_adapter, load_adapter
 from glmtune.adapters.formats import find_weights
-from glmtune.config import ChatConfig, CheckConfig, CompareConfig, InferConfig
+from glmtune.config import ChatSettings, CheckSettings, CompareSettings, InferSettings
 from glmtune.data.fields import FieldUse
 from glmtune.data.files import new_file, read_text
 from glmtune.data.records import BadRow, Record, list_bad_rows, read_alpaca
@@ -34,23 +34,23 @@ from glmtune.models.checkpoints import (
 from glmtune.models.hubs import name_of_folder
 
 
-def read_questions(config: InferConfig | CompareConfig) -> list[Record]:
+def read_questions(settings: InferSettings | CompareSettings) -> list[Record]:
     """The records to answer; bad ones that are left out and unused fields are told on stderr.
 
     Raises:
         UserError: see `read_alpaca`.
     """
     records, bad_rows = read_alpaca(
-        config.data_path, config.on_bad_row, config.encoding, needs_output=False
+        settings.data_path, settings.on_bad_row, settings.encoding, needs_output=False
     )
     for line in list_bad_rows(bad_rows):
         print(visible(f"skipped {line}"), file=sys.stderr)
-    note(*(f"{config.data_path}: {line}" for line in FieldUse.of(records).lines()))
+    note(*(f"{settings.data_path}: {line}" for line in FieldUse.of(records).lines()))
     return records
 
 
 def fit_positions(
-    records: Sequence[Record], config: InferConfig | CompareConfig, base: str
+    records: Sequence[Record], settings: InferSettings | CompareSettings, base: str
 ) -> list[Record]:
     """The records whose prompts leave the model room for an answer; of others see `on_bad_row`.
 
@@ -62,8 +62,8 @@ def fit_positions(
     tokenizer, limit = load_tokenizer(base), load_config(base).max_position_embeddings
     texts = [prompt_of(record).text for record in records]
     lengths = map(len, tokenizer.encode_batch(texts, add_special_tokens=True))
-    found = find_too_long(list(lengths), config.max_new_tokens, limit)
-    if found and config.on_bad_row == "fail":
+    found = find_too_long(list(lengths), settings.max_new_tokens, limit)
+    if found and settings.on_bad_row == "fail":
         (first, reason), *others = found.items()
         more = f" ({len(others)} more are too long as well)" if others else ""
         raise UserError(
@@ -72,7 +72,7 @@ def fit_positions(
         )
     if len(found) == len(records):
         raise UserError(
-            f"{config.data_path}: no record is short enough: {records[0].where}: {found[0]}"
+            f"{settings.data_path}: no record is short enough: {records[0].where}: {found[0]}"
         )
     long = [records[place] for place in found]
     rows = [BadRow(r.path, r.row, r.line, why) for r, why in zip(long, found.values(), strict=True)]
@@ -110,21 +110,23 @@ class Subject:
     quantize_head: bool
 
     @classmethod
-    def of(cls, config: InferConfig | CompareConfig | ChatConfig | CheckConfig) -> "Subject":
+    def of(
+        cls, settings: InferSettings | CompareSettings | ChatSettings | CheckSettings
+    ) -> "Subject":
         """What a config means here.
 
         Raises:
             UserError: no such base or adapter, or something that the device lacks.
         """
-        adapter = find_adapter(config.model_path) if config.model_path else None
-        base = resolve_base(config.chatglm_path, config.model_path)
-        device = pick_device(config.use_cpu)
-        check_decoding(device, int(config.decode_bits), config.decode_compile)
-        dtype, caution = pick_dtype(device, config.bf16, config.fp16)
+        adapter = find_adapter(settings.model_path) if settings.model_path else None
+        base = resolve_base(settings.chatglm_path, settings.model_path)
+        device = pick_device(settings.use_cpu)
+        check_decoding(device, int(settings.decode_bits), settings.decode_compile)
+        dtype, caution = pick_dtype(device, settings.bf16, settings.fp16)
         if caution:
             note(caution)
-        rounds = config.decode_bits != "16"
-        return cls(base, adapter, device, dtype, rounds, config.bits, config.quantize_head)
+        rounds = settings.decode_bits != "16"
+        return cls(base, adapter, device, dtype, rounds, settings.bits, settings.quantize_head)
 
     @property
     def is_batch_sensitive(self) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from glmtune.config import ChatConfig, change_setting
+from glmtune.config import ChatSettings, change_setting
 from glmtune.config.groups import AnswerSettings
 from glmtune.config.names import did_you_mean
 from glmtune.data.files import new_file
@@ -47,7 +47,7 @@ WORDS = dict.fromkeys(("exit", "quit", "stop", "退出"), "/exit") | dict.fromke
 )
 
 
-def chat(config: ChatConfig) -> None:
+def chat(settings: ChatSettings) -> None:
     """Answer line by line what is typed, until /exit or the end of the input.
 
     Raises:
@@ -55,9 +55,9 @@ def chat(config: ChatConfig) -> None:
     """
     with suppress(ImportError):  # as on Windows, whose terminal edits lines itself
         import readline  # noqa: F401  (from here on `input` edits lines, wide letters included)
-    subject = Subject.of(config)
+    subject = Subject.of(settings)
     model, tokenizer = subject.load()
-    Chat(config, model, tokenizer, subject).run()
+    Chat(settings, model, tokenizer, subject).run()
 
 
 class Chat:
@@ -73,7 +73,7 @@ class Chat:
         UserError: a stop string that cannot occur.
     """
 
-    def __init__(self, config: ChatConfig, model: Any, tokenizer: Any, subject: Subject):
+    def __init__(self, config: ChatSettings, model: Any, tokenizer: Any, subject: Subject):
         self.config = config
         self.model = model
         self.tokenizer = tokenizer

@@ -9,7 +9,7 @@ import numpy as np
 from peft import PeftModel
 
 from glmtune.adapters import read_adapter
-from glmtune.config import CheckConfig
+from glmtune.config import CheckSettings
 from glmtune.config.training import ALL_LINEARS
 from glmtune.data.files import write_json
 from glmtune.data.token_rows import TokenRows
@@ -141,14 +141,14 @@ class Checkup:
         return {"verdict": self.verdict, "is_fine": self.is_fine, **asdict(self)}
 
 
-def check(config: CheckConfig) -> Checkup:
+def check(config: CheckSettings) -> Checkup:
     """Look an adapter over, print what was found, and write it as JSON where that is asked for.
 
     Raises:
         UserError: adapter, base or records cannot be used.
     """
     subject = Subject.of(config)
-    assert subject.adapter is not None, "CheckConfig requires one"
+    assert subject.adapter is not None, "CheckSettings requires one"
     if not _has_effect(subject):
         found = Checkup(layers=[], num_linears=0, divergence=None)
     else:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from glmtune.config import CompareConfig
+from glmtune.config import CompareSettings
 from glmtune.data.files import new_file
 from glmtune.evaluation.answers import AnswerFile, Subject, fit_positions, prompt_of, read_questions
 from glmtune.evaluation.page import html
@@ -16,7 +16,7 @@ from glmtune.generation.streaming import check_stop_strings
 from glmtune.runlog import Progress
 
 
-def compare(config: CompareConfig) -> Comparison:
+def compare(config: CompareSettings) -> Comparison:
     """Answer records with the adapter off and on, and write the answers side by side.
 
     Both answers to a record are drawn with the same random numbers, so that what differs is the

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from glmtune.config import InferConfig
+from glmtune.config import InferSettings
 from glmtune.data.records import Record
 from glmtune.errors import visible
 from glmtune.evaluation.answers import AnswerFile, Subject, fit_positions, prompt_of, read_questions
@@ -41,7 +41,7 @@ class InferSummary:
         )
 
 
-def infer(config: InferConfig) -> InferSummary:
+def infer(config: InferSettings) -> InferSummary:
     """Answer records, print some beside their original outputs, and write all as JSON lines.
 
     A line has `row`, `instruction`, `input`, `output`, `answer`, `num_tokens` and `stopped`. Lines

@@ -6,13 +6,13 @@ from typing import NamedTuple
 import numpy as np
 
 from glmtune.adapters.formats import WEIGHTS_FILE
-from glmtune.config import TrainConfig, read_config
+from glmtune.config import TrainSettings, read_config
 from glmtune.data.dataset import load_dataset
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError, note
-from glmtune.training.checkpoints import RECIPE_FILE
-from glmtune.training.manifest import STATE_FILE, read_identity
 from glmtune.training.plan import split_rows
+from glmtune.training.saving.checkpoints import RECIPE_FILE
+from glmtune.training.saving.manifest import STATE_FILE, read_identity
 
 
 class RunRows(NamedTuple):
@@ -37,7 +37,7 @@ def find_rows(adapter: Path) -> RunRows | None:
     if recipe is None:
         return None
     try:
-        run = read_config(TrainConfig, "train", str(recipe), {})
+        run = read_config(TrainSettings, "train", str(recipe), {})
         rows = TokenRows.from_dataset(load_dataset(run.dataset_path)[0])
         digest = _identity(adapter).get("data sha256")
         if digest is not None and digest != rows.digest()[:16]:

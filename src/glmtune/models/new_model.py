@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from glmtune.config import NewModelConfig
+from glmtune.config import NewModelSettings
 from glmtune.data.files import new_folder
 from glmtune.errors import UserError
 from glmtune.hardware import GIB, total_memory_gib
@@ -45,7 +45,7 @@ class NewModel:
         return f"written: {self.folder}, {self.num_parameters:,} random parameters; {use}"
 
 
-def new_model(settings: NewModelConfig) -> NewModel:
+def new_model(settings: NewModelSettings) -> NewModel:
     """Write a randomly initialised checkpoint; its size is printed before it is written.
 
     Prints what it returns.
@@ -80,7 +80,7 @@ def new_model(settings: NewModelConfig) -> NewModel:
     return result
 
 
-def shape(settings: NewModelConfig, vocab_file: Path | None) -> ChatGLMConfig:
+def shape(settings: NewModelSettings, vocab_file: Path | None) -> ChatGLMConfig:
     """The sizes and special ids that the settings ask for.
 
     The special ids are those of the vocabulary; without one they stand as far from the end as in
@@ -113,7 +113,7 @@ def count_parameters(config: ChatGLMConfig) -> int:
     return sum(weight.numel() for weight in model.parameters())
 
 
-def _vocabulary(settings: NewModelConfig) -> Path | None:
+def _vocabulary(settings: NewModelSettings) -> Path | None:
     if settings.vocab_file is not None:
         path = Path(settings.vocab_file)
         if not path.is_file():

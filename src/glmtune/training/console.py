@@ -10,10 +10,10 @@ from glmtune.hardware import device_name, memory_gib, total_memory_gib
 from glmtune.models.chatglm.packed import base_of
 from glmtune.models.quantised import bits_of
 from glmtune.runlog import PLOT_FILE, format_seconds, print_pairs
-from glmtune.training.advice import advise, recompute_words
-from glmtune.training.checkpoints import RECIPE_FILE
 from glmtune.training.plan import PackPlan
+from glmtune.training.planning.advice import advise, recompute_words
 from glmtune.training.run import Run
+from glmtune.training.saving.checkpoints import RECIPE_FILE
 from glmtune.training.state import TrainingState
 
 
@@ -41,11 +41,11 @@ class Pace:
 
 def print_banner(run: Run, state: TrainingState) -> None:
     """Say what is about to be trained, on what."""
-    config, device = run.config, run.accelerator.device
+    settings, device = run.settings, run.accelerator.device
     model = state.model
     trainable, total = model.get_nb_trainable_parameters()
     num_train, num_eval = len(run.plan.row_ids), len(run.eval_rows)
-    special = ", frozen linears in float8" if config.base_dtype == "fp8" else ""
+    special = ", frozen linears in float8" if settings.base_dtype == "fp8" else ""
     base_config = base_of(model).config
     if bits := bits_of(base_config):
         special = f", frozen linears in {bits} bits"
@@ -53,7 +53,8 @@ def print_banner(run: Run, state: TrainingState) -> None:
         special += ", embedding and head in 8"
     done = f", {state.global_step:,} of them done" if state.global_step else ""
     print_pairs(
-        f"LoRA of rank {config.lora_rank} on {', '.join(config.lora_target)} of {run.base_name}",
+        f"LoRA of rank {settings.lora_rank} on {', '.join(settings.lora_target)} of "
+        f"{run.base_name}",
         {
             "rows": f"{num_train:,} to train on, {num_eval:,} held out, "
             f"{run.rows.lengths_R.mean():.0f} tokens each",
@@ -64,27 +65,27 @@ def print_banner(run: Run, state: TrainingState) -> None:
             "device": f"{device_name(device)}, {total_memory_gib(device):.0f} GiB, "
             f"{run.identity['dtype']}{special}",
             "recompute": recompute_words(run.forecast),
-            "run folder": config.output_dir,
+            "run folder": settings.output_dir,
         },
     )
 
 
 def describe_step(run: Run) -> dict[str, str]:
     """What a step is made of."""
-    config, plan = run.config, run.plan
+    settings, plan = run.settings, run.plan
     num_processes = run.accelerator.num_processes
-    passes = f"{config.gradient_accumulation_steps} pass(es) x {num_processes} process(es)"
+    passes = f"{settings.gradient_accumulation_steps} pass(es) x {num_processes} process(es)"
     if isinstance(plan, PackPlan):
         rows = len(plan.row_ids) / plan.steps_in(0)
         return {
             "tokens a step": f"{plan.step_size:,} = packs of {plan.pack_length:,} x {passes}",
             "rows a step": f"about {rows:,.0f}; --exact_batch true would take "
-            f"{config.per_device_train_batch_size} a pass, as per_device_train_batch_size says",
+            f"{settings.per_device_train_batch_size} a pass, as per_device_train_batch_size says",
         }
     how = "padded to the longest" if run.layout == "padded" else "end to end"
-    if run.layout == "exact" and config.packing is None and config.exact_batch is None:
+    if run.layout == "exact" and settings.packing is None and settings.exact_batch is None:
         how += "; --packing true would take as many as fit into a pack"
-    size = config.per_device_train_batch_size
+    size = settings.per_device_train_batch_size
     return {"rows a step": f"{plan.step_size:,} = {size} a pass x {passes}, {how}"}
 
 
@@ -96,7 +97,7 @@ def print_summary(
     is_done: bool,
 ) -> None:
     """Say what came of the run, where it lies, and what to do next."""
-    folder = shlex.quote(run.config.output_dir)
+    folder = shlex.quote(run.settings.output_dir)
     how = "Done: all" if is_done else f"Stopped after step {state.global_step:,} of"
     pairs = {
         "trained on": f"{since_start.tokens:,} tokens in {format_seconds(since_start.seconds)}, "
@@ -106,7 +107,7 @@ def print_summary(
     for key, name in (("loss", "loss"), ("eval_loss", "evaluation loss")):
         if values := [record[key] for record in history if key in record]:
             pairs[name] = f"{values[0]:.4f} at first, {values[-1]:.4f} at last"
-    pairs["adapter"] = f"{run.config.output_dir} (the curve: {PLOT_FILE})"
+    pairs["adapter"] = f"{run.settings.output_dir} (the curve: {PLOT_FILE})"
     if not is_done and state.last_good:
         pairs["go on with"] = resume_command(run, state.last_good, program())
     pairs["answer with"] = f"{program()} infer --data_path RECORDS.json --model_path {folder}"
@@ -115,7 +116,7 @@ def print_summary(
 
 def resume_command(run: Run, checkpoint: Path, glmtune: str = "glmtune") -> str:
     """The command that goes on from a checkpoint, with what is typed for glmtune."""
-    recipe = shlex.quote(f"{run.config.output_dir}/{RECIPE_FILE}")
+    recipe = shlex.quote(f"{run.settings.output_dir}/{RECIPE_FILE}")
     num_processes = run.accelerator.num_processes
     # On CPUs `accelerate launch` starts one process, whatever number it is given.
     if num_processes > 1:
@@ -142,6 +143,6 @@ def memory_advice(run: Run, evaluating: bool = False) -> str:
     if evaluating and not isinstance(run.plan, PackPlan):
         return (
             "the device's memory is too small for an evaluation: halve per_device_eval_batch_size "
-            f"({run.config.per_device_eval_batch_size})"
+            f"({run.settings.per_device_eval_batch_size})"
         )
-    return f"the device's memory is too small for this: {advise(run.config, run.foresee)}"
+    return f"the device's memory is too small for this: {advise(run.settings, run.foresee)}"

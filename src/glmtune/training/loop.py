@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor, nn
 
-from glmtune.config import TrainConfig
+from glmtune.config import TrainSettings
 from glmtune.data.dataset import check_data_card, load_dataset
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError, note
@@ -32,9 +32,6 @@ from glmtune.models.checkpoints import (
 )
 from glmtune.models.fingerprint import fingerprint
 from glmtune.models.sizes import check_targets
-from glmtune.training import checkpoints, run_folder
-from glmtune.training.advice import check_fit, print_forecast
-from glmtune.training.check import prove
 from glmtune.training.console import (
     Pace,
     memory_advice,
@@ -42,13 +39,16 @@ from glmtune.training.console import (
     print_summary,
     what_is_kept,
 )
-from glmtune.training.course import check_course
-from glmtune.training.crash import bundle_on_fault
-from glmtune.training.forecast import foresee_on
+from glmtune.training.faults.crash import bundle_on_fault
+from glmtune.training.faults.loss_watch import check_course
+from glmtune.training.first_step import prove
 from glmtune.training.held_out import evaluate_if_due, is_evaluation_due
 from glmtune.training.interrupt import CutShort, StopRequest, undone_when_cut_short
 from glmtune.training.passes import Pass
 from glmtune.training.plan import pass_seed
+from glmtune.training.planning.advice import check_fit, print_forecast
+from glmtune.training.planning.forecast import foresee_on
+from glmtune.training.processes import on_main
 from glmtune.training.run import (
     Run,
     adapt,
@@ -58,9 +58,9 @@ from glmtune.training.run import (
     layout_as_run,
     start_accelerator,
 )
-from glmtune.training.saving import open_log, save
+from glmtune.training.saving import checkpoints, run_folder
+from glmtune.training.saving.save import open_log, save
 from glmtune.training.state import TrainingState
-from glmtune.training.together import on_main
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,13 @@ AtEnd = Callable[[PeftModel, Any, TokenRows, np.ndarray], object]
 """Takes the trained model, its tokenizer, the rows, and which of them were held out."""
 
 
-def train(config: TrainConfig, at_end: AtEnd | None = None) -> TrainResult:
+def train(settings: TrainSettings, at_end: AtEnd | None = None) -> TrainResult:
     """Train a LoRA adapter on tokenised rows, as the settings say, into a run folder.
 
     Nothing is written before all that can be checked beforehand has been.
 
     Args:
-        config: the settings.
+        settings: the settings.
         at_end: is called by the first process when all steps are done and saved.
 
     Raises:
@@ -92,46 +92,46 @@ def train(config: TrainConfig, at_end: AtEnd | None = None) -> TrainResult:
             memory or the disk is too small, or the loss is no longer finite.
         KeyboardInterrupt: a signal came before the first step.
     """
-    check_targets(config.lora_target)
-    accelerator, dtype = start_accelerator(config)
-    with StopRequest(accelerator, config.max_hours) as stop:
-        if config.base_dtype == "fp8":
+    check_targets(settings.lora_target)
+    accelerator, dtype = start_accelerator(settings)
+    with StopRequest(accelerator, settings.max_hours) as stop:
+        if settings.base_dtype == "fp8":
             check_fp8(accelerator.device)
-        resume, notes = on_main(accelerator, lambda: run_folder.resume_point(config))
-        base = resolve_base(config.chatglm_path, str(resume) if resume else None)
+        resume, notes = on_main(accelerator, lambda: run_folder.resume_point(settings))
+        base = resolve_base(settings.chatglm_path, str(resume) if resume else None)
         tokenizer = load_tokenizer(base)
-        dataset, card = load_dataset(config.dataset_path)
-        check_data_card(card, tokenizer, config.dataset_path)
+        dataset, card = load_dataset(settings.dataset_path)
+        check_data_card(card, tokenizer, settings.dataset_path)
         for lost in filter(None, (card.describe_loss(), card.describe_dropped())):
-            note(f"{config.dataset_path}: {lost}")
+            note(f"{settings.dataset_path}: {lost}")
         rows = TokenRows.from_dataset(dataset)
 
         foresee = foresee_on(accelerator, load_config(base), dtype, rows)
-        foreseen = foresee(config)
+        foreseen = foresee(settings)
         if accelerator.is_main_process:
-            print_forecast(foreseen, config, base_name(base))
-        check_fit(foreseen, config, foresee)
+            print_forecast(foreseen, settings, base_name(base))
+        check_fit(foreseen, settings, foresee)
 
         model = load_base_model(
             base,
             dtype=dtype,
             device=accelerator.device,
-            bits=config.bits,
-            quantize_head=config.quantize_head,
+            bits=settings.bits,
+            quantize_head=settings.quantize_head,
         )
         check_pair(model, tokenizer)
-        rows.check(model.config, config.dataset_path)
+        rows.check(model.config, settings.dataset_path)
         sources = {
             "base weights": fingerprint(model)[:16],
             "tokenizer sha256": tokenizer.vocab_hash[:16],
             "template": card.template,
         }
-        torch.manual_seed(config.seed)
-        peft_model = adapt(model, config)
-        run = Run.of(config, accelerator, rows, peft_model, base_name(base), sources, foresee)
+        torch.manual_seed(settings.seed)
+        peft_model = adapt(model, settings)
+        run = Run.of(settings, accelerator, rows, peft_model, base_name(base), sources, foresee)
         notes += run.cautions()
         if resume:
-            notes += checkpoints.check_same_run(resume, run.identity, config.resume_anyway)
+            notes += checkpoints.check_same_run(resume, run.identity, settings.resume_anyway)
             notes += run_folder.check_unfinished(run, resume)
         note(*notes)
         as_run = {
@@ -144,7 +144,7 @@ def train(config: TrainConfig, at_end: AtEnd | None = None) -> TrainResult:
 
         def claim() -> None:
             run_folder.check_disk(run, peft_model, resume)
-            run_folder.claim_output_dir(config.model_copy(update=as_run), resume)
+            run_folder.claim_output_dir(settings.model_copy(update=as_run), resume)
 
         on_main(accelerator, claim)
         try:
@@ -171,10 +171,10 @@ def fit(run: Run, model: PeftModel, stop: StopRequest, resume: Path | None = Non
             finite, or the device's memory is too small for a step; what was done before that step
             is saved.
     """
-    config, accelerator = run.config, run.accelerator
+    settings, accelerator = run.settings, run.accelerator
     state = build_state(run, model)
     step_pass = build_pass(run, model, state.weights)
-    torch.manual_seed(config.seed + accelerator.process_index)
+    torch.manual_seed(settings.seed + accelerator.process_index)
     history: list[dict[str, Any]] = []
     if resume:
         history = checkpoints.load_checkpoint(resume, state, accelerator)
@@ -196,7 +196,7 @@ def fit(run: Run, model: PeftModel, stop: StopRequest, resume: Path | None = Non
                 grad_norm = train_step(run, state, step_pass, stop.is_wanted)
                 log.advance()
                 step, is_last = state.global_step, state.global_step == run.max_steps
-                if step % config.logging_steps == 0 or step == 1 or is_last:
+                if step % settings.logging_steps == 0 or step == 1 or is_last:
                     record = {
                         "loss": take_loss(run, state),  # here the host waits for the device
                         "grad_norm": float(grad_norm),
@@ -210,7 +210,7 @@ def fit(run: Run, model: PeftModel, stop: StopRequest, resume: Path | None = Non
                     pace = Pace(state)
                 if evaluate_if_due(run, state, step_pass, log, stop):
                     pace = Pace(state)
-                if step % config.save_steps == 0 or is_last:
+                if step % settings.save_steps == 0 or is_last:
                     save(run, state, log)
                     pace = Pace(state)
         except CutShort as cut:  # all is as it was after the last whole step
@@ -228,9 +228,9 @@ def fit(run: Run, model: PeftModel, stop: StopRequest, resume: Path | None = Non
     if accelerator.is_main_process:
         print_summary(run, state, log.history, since_start, is_done)
         if not is_done and not stop.by_signal and not since_start.tokens:
-            note(f"max_hours ({config.max_hours:g}) was over before the first step: raise it")
+            note(f"max_hours ({settings.max_hours:g}) was over before the first step: raise it")
     interrupted = stop.by_signal and not is_done
-    return TrainResult(Path(config.output_dir), state.global_step, log.history, interrupted)
+    return TrainResult(Path(settings.output_dir), state.global_step, log.history, interrupted)
 
 
 def train_step(
@@ -250,7 +250,7 @@ def train_step(
             step, and ends with torch.OutOfMemoryError.
         NotFiniteError: the step, or one shortly before it, was not made; see `watch`.
     """
-    config, accelerator = run.config, run.accelerator
+    settings, accelerator = run.settings, run.accelerator
     parts = run.plan.parts(state.global_step, accelerator.num_processes)
     row_ids = np.concatenate(parts)
     num_labels = int(run.rows.num_labels_R[row_ids].sum())
@@ -261,12 +261,12 @@ def train_step(
             if number and accelerator.num_processes == 1 and wants_stop():
                 raise CutShort
             if number % accelerator.num_processes == accelerator.process_index and len(part):
-                seed = pass_seed(config.seed, state.global_step, number)
+                seed = pass_seed(settings.seed, state.global_step, number)
                 loss += step_pass.run(part, num_labels, seed)
     state.loss_sum += loss
     sums = sum_gradients(state.weights, torch.stack([loss, largest_weight]), accelerator)
     state.watch.see_loss(*sums)
-    grad_norm = accelerator.clip_grad_norm_(state.weights, config.max_grad_norm or math.inf)
+    grad_norm = accelerator.clip_grad_norm_(state.weights, settings.max_grad_norm or math.inf)
     state.watch.see_gradient(grad_norm)
     state.optimizer.step()
     if not accelerator.optimizer_step_was_skipped:  # float16: the scale was too large this time

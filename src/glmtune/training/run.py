@@ -17,19 +17,19 @@ from torch.optim import AdamW
 from transformers import PreTrainedModel, get_scheduler
 
 from glmtune.adapters import attach_lora
-from glmtune.config import TrainConfig
+from glmtune.config import TrainSettings
 from glmtune.data.packing import check_lengths, plan_packs
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError, note
 from glmtune.hardware import device_name, pick_device, pick_dtype
 from glmtune.models.chatglm.packed import PackedModel, base_of, can_compile, to_fp8
 from glmtune.models.quantised import bits_of
-from glmtune.training.forecast import Forecast, Foresee, foresee_on
 from glmtune.training.layout import Layout, count_steps, make_plan
 from glmtune.training.passes import CapturedPass, PackedPass, PaddedPass, Pass
 from glmtune.training.plan import PackPlan, Plan, split_rows
+from glmtune.training.planning.forecast import Forecast, Foresee, foresee_on
+from glmtune.training.processes import leave_at_exit
 from glmtune.training.state import TrainingState
-from glmtune.training.together import leave_at_exit
 from glmtune.training.watch import Watch
 
 MANY_EPOCHS = 50
@@ -47,7 +47,7 @@ _NUMERIC_SETTINGS = (
 class Run:
     """A run's settings and data, and the numbers that follow from them."""
 
-    config: TrainConfig
+    settings: TrainSettings
     accelerator: Accelerator
     rows: TokenRows
     plan: Plan
@@ -67,7 +67,7 @@ class Run:
     @classmethod
     def of(
         cls,
-        config: TrainConfig,
+        settings: TrainSettings,
         accelerator: Accelerator,
         rows: TokenRows,
         model: PeftModel,
@@ -81,15 +81,15 @@ class Run:
         """
         base = base_of(model)
         foresee = foresee or foresee_on(accelerator, base.config, base.dtype, rows)
-        forecast = foresee(config)
-        _, eval_rows = split_rows(len(rows), config.eval_ratio, config.seed)
+        forecast = foresee(settings)
+        _, eval_rows = split_rows(len(rows), settings.eval_ratio, settings.seed)
         if length := forecast.pack_length:
-            check_lengths(rows, np.arange(len(rows)), length, config.dataset_path)
-        plan = make_plan(config, rows.lengths_R, forecast.pack_length, accelerator.num_processes)
-        max_steps = count_steps(config, plan)
-        warmup = config.warmup_steps
+            check_lengths(rows, np.arange(len(rows)), length, settings.dataset_path)
+        plan = make_plan(settings, rows.lengths_R, forecast.pack_length, accelerator.num_processes)
+        max_steps = count_steps(settings, plan)
+        warmup = settings.warmup_steps
         return cls(
-            config,
+            settings,
             accelerator,
             rows,
             plan,
@@ -113,10 +113,10 @@ class Run:
                 "which are then learned by heart and little else; --max_steps -1 "
                 "--num_train_epochs 3 goes through them three times"
             )
-        if self.warmup_steps >= self.max_steps and self.config.lr_scheduler_type != "constant":
+        if self.warmup_steps >= self.max_steps and self.settings.lr_scheduler_type != "constant":
             told.append(
-                f"warmup_steps {self.config.warmup_steps:g}: the learning rate rises in all "
-                f"{self.max_steps:,} steps and never comes to {self.config.learning_rate:g}; "
+                f"warmup_steps {self.settings.warmup_steps:g}: the learning rate rises in all "
+                f"{self.max_steps:,} steps and never comes to {self.settings.learning_rate:g}; "
                 "--warmup_steps 0.03 takes 3 % of them"
             )
         return told
@@ -135,7 +135,7 @@ class Run:
     @property
     def has_end(self) -> bool:
         """Whether the learning rate comes down to 0 at the last step."""
-        return self.config.lr_scheduler_type in ("linear", "cosine")
+        return self.settings.lr_scheduler_type in ("linear", "cosine")
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -155,7 +155,7 @@ class Run:
             "pack length": self.plan.pack_length if isinstance(self.plan, PackPlan) else "any",
             "steps of the schedule": self.max_steps if self.has_end else "any",
             "warmup_steps": self.warmup_steps,
-            **{name: getattr(self.config, name) for name in _NUMERIC_SETTINGS},
+            **{name: getattr(self.settings, name) for name in _NUMERIC_SETTINGS},
         }
 
     def eval_parts(self) -> list[np.ndarray]:
@@ -164,16 +164,16 @@ class Run:
             return plan_packs(self.rows.lengths_R, self.eval_rows, self.plan.pack_length)
         # Rows of like length together, so that little is padded.
         by_length = self.eval_rows[np.argsort(self.rows.lengths_R[self.eval_rows], kind="stable")]
-        size = self.config.per_device_eval_batch_size
+        size = self.settings.per_device_eval_batch_size
         return [by_length[first : first + size] for first in range(0, len(by_length), size)]
 
     @property
     def eval_steps(self) -> int:
         """Steps between evaluations."""
-        return self.config.eval_steps or self.config.save_steps
+        return self.settings.eval_steps or self.settings.save_steps
 
 
-def start_accelerator(config: TrainConfig) -> tuple[Accelerator, torch.dtype]:
+def start_accelerator(settings: TrainSettings) -> tuple[Accelerator, torch.dtype]:
     """The device or devices that a run trains on, and the compute type of its base model.
 
     bfloat16 and float32 go without autocast: the base is in that type, the adapter in float32.
@@ -182,8 +182,8 @@ def start_accelerator(config: TrainConfig) -> tuple[Accelerator, torch.dtype]:
     Raises:
         UserError: a number format or a way of distributing that is not to be had.
     """
-    device = pick_device(config.use_cpu)
-    dtype, caution = pick_dtype(device, config.bf16, config.fp16)
+    device = pick_device(settings.use_cpu)
+    dtype, caution = pick_dtype(device, settings.bf16, settings.fp16)
     accelerator = Accelerator(
         cpu=device.type == "cpu", mixed_precision="fp16" if dtype == torch.float16 else "no"
     )
@@ -208,16 +208,16 @@ def start_accelerator(config: TrainConfig) -> tuple[Accelerator, torch.dtype]:
     return accelerator, dtype
 
 
-def adapt(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
+def adapt(model: PreTrainedModel, settings: TrainSettings) -> PeftModel:
     """Put the run's adapter on a base, and the base into the numbers that are asked for."""
     adapted = attach_lora(
         model,
-        rank=config.lora_rank,
-        alpha=config.lora_alpha,
-        dropout=config.lora_dropout,
-        targets=config.lora_target,
+        rank=settings.lora_rank,
+        alpha=settings.lora_alpha,
+        dropout=settings.lora_dropout,
+        targets=settings.lora_target,
     )
-    if config.base_dtype == "fp8":
+    if settings.base_dtype == "fp8":
         if bits := bits_of(model.config):
             raise UserError(
                 f"base_dtype fp8: the base is in {bits} bits already; leave base_dtype out"
@@ -246,7 +246,7 @@ def check_fp8(device: torch.device) -> None:
 
 def build_pass(run: Run, model: PeftModel, weights: list[nn.Parameter]) -> Pass:
     """The pass of this run's layout."""
-    config, device = run.config, run.accelerator.device
+    settings, device = run.settings, run.accelerator.device
     recompute = run.forecast.recompute
     if run.layout == "padded":
         return PaddedPass(run.accelerator, model, run.rows, recompute)
@@ -254,7 +254,7 @@ def build_pass(run: Run, model: PeftModel, weights: list[nn.Parameter]) -> Pass:
     packed = PackedModel(
         model, compiled=compiled, any_length=run.layout == "exact", recompute=recompute
     )
-    common = run.accelerator, packed, run.rows, config.lora_dropout
+    common = run.accelerator, packed, run.rows, settings.lora_dropout
     if isinstance(run.plan, PackPlan):
         # Where nothing is compiled, filler would only cost time.
         return PackedPass(*common, run.plan.pack_length if compiled else None)
@@ -265,18 +265,18 @@ def build_pass(run: Run, model: PeftModel, weights: list[nn.Parameter]) -> Pass:
 
 def build_state(run: Run, model: PeftModel) -> TrainingState:
     """Optimiser and schedule for the adapter's weights, all of it handed to Accelerate."""
-    config, accelerator = run.config, run.accelerator
+    settings, accelerator = run.settings, run.accelerator
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = AdamW(
         weights,
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
+        lr=settings.learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_epsilon,
+        weight_decay=settings.weight_decay,
         fused=accelerator.device.type == "cuda",
     )
     scheduler = get_scheduler(
-        config.lr_scheduler_type,
+        settings.lr_scheduler_type,
         optimizer,
         num_warmup_steps=run.warmup_steps,
         num_training_steps=run.max_steps,

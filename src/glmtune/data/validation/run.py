@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from glmtune import __version__
-from glmtune.config import ValidateConfig
+from glmtune.config import ValidateSettings
 from glmtune.data.files import new_file
 from glmtune.data.validation.check import CheckedFile
 from glmtune.data.validation.duplicates import Fingerprints, find_repeats, find_shared_questions
@@ -63,7 +63,7 @@ class Validation:
         return "\n".join(lines)
 
 
-def validate(config: ValidateConfig) -> Validation:
+def validate(settings: ValidateSettings) -> Validation:
     """Check files of alpaca records or of context and target, and print what was found.
 
     Every problem is counted and its row named; `json_path` gets each one whole. Returns what was
@@ -71,19 +71,20 @@ def validate(config: ValidateConfig) -> Validation:
     once all has been told; and for a json_path that cannot be written.
     """
     start = time.perf_counter()
-    held_out = [config.held_out] if config.held_out else []
+    held_out = [settings.held_out] if settings.held_out else []
     with ExitStack() as stack:
-        report = stack.enter_context(new_file(config.json_path)) if config.json_path else None
+        report = stack.enter_context(new_file(settings.json_path)) if settings.json_path else None
         problems = Problems(report)
-        paths = [*config.files, *held_out]
+        paths = [*settings.files, *held_out]
         with open_pool(paths) as pool:
             checked = [
-                check_file(path, problems, bool(held_out), pool, config.encoding) for path in paths
+                check_file(path, problems, bool(held_out), pool, settings.encoding)
+                for path in paths
             ]
-        _tell_of_empty([file for file, _ in checked], len(config.files), problems)
+        _tell_of_empty([file for file, _ in checked], len(settings.files), problems)
         files = [file for file, _ in checked]
         prints = [fingerprints for _, fingerprints in checked]
-        _compare(prints[: len(config.files)], prints[len(config.files) :], problems)
+        _compare(prints[: len(settings.files)], prints[len(settings.files) :], problems)
         seconds = time.perf_counter() - start
         validation = Validation(files, problems, seconds, _peak_bytes())
         problems.close(validation.as_json())

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-from glmtune.config import TrainConfig
+from glmtune.config import TrainSettings
 from glmtune.errors import UserError
 from glmtune.hardware import GIB
 from glmtune.runlog import print_pairs
-from glmtune.training.forecast import PACK_MULTIPLE, PACK_SPEEDS, Forecast, Foresee
+from glmtune.training.planning.forecast import PACK_MULTIPLE, PACK_SPEEDS, Forecast, Foresee
 
 
 @dataclass(frozen=True)
@@ -28,50 +28,50 @@ class Remedy:
         return f"{names} would take {least} GiB at least, {needed} to go faster"
 
 
-def find_remedies(config: TrainConfig, foresee: Foresee) -> list[Remedy]:
+def find_remedies(settings: TrainSettings, foresee: Foresee) -> list[Remedy]:
     """Changes of settings with which a run fits, those first that change least of it.
 
     One setting at a time; and where none is enough, all that save memory together.
     """
-    smaller = _smaller_steps(config, foresee)
+    smaller = _smaller_steps(settings, foresee)
     singles = [*smaller, {"gradient_checkpointing": True}]
-    if foresee(config).layout == "padded" and foresee(config).card.on_gpu:
+    if foresee(settings).layout == "padded" and foresee(settings).card.on_gpu:
         singles.insert(0, {"exact_batch": True, "packing": False})
     bits: list[dict[str, Any]] = [
         {"quantization_bit": "8"},
         {"quantization_bit": "4"},
         {"quantization_bit": "4", "quantize_head": True},
     ]
-    if config.base_dtype == "auto":
+    if settings.base_dtype == "auto":
         singles += bits
-    remedies = [remedy for change in singles if (remedy := _try(config, change, foresee))]
+    remedies = [remedy for change in singles if (remedy := _try(settings, change, foresee))]
     if remedies:
         return _without_repeats(remedies)
     together: dict[str, Any] = {"gradient_checkpointing": True}
-    if config.base_dtype == "auto":
+    if settings.base_dtype == "auto":
         together |= bits[-1]
     for step in ({}, *smaller):
-        if remedy := _try(config, together | step, foresee):
+        if remedy := _try(settings, together | step, foresee):
             return [remedy]
     return []
 
 
-def _try(config: TrainConfig, change: dict[str, Any], foresee: Foresee) -> Remedy | None:
-    if all(getattr(config, name) == value for name, value in change.items()):
+def _try(settings: TrainSettings, change: dict[str, Any], foresee: Foresee) -> Remedy | None:
+    if all(getattr(settings, name) == value for name, value in change.items()):
         return None
-    changed = foresee(config.model_copy(update=change))
-    helps = changed.fits and changed.needed_gib < foresee(config).needed_gib
+    changed = foresee(settings.model_copy(update=change))
+    helps = changed.fits and changed.needed_gib < foresee(settings).needed_gib
     least_gib = changed.least.needed_gib
     return Remedy(change, least_gib, changed.needed_gib) if helps else None
 
 
-def _smaller_steps(config: TrainConfig, foresee: Foresee) -> list[dict[str, Any]]:
+def _smaller_steps(settings: TrainSettings, foresee: Foresee) -> list[dict[str, Any]]:
     """Fewer tokens or rows a pass, each time half of them, largest first."""
-    now = foresee(config)
+    now = foresee(settings)
     if now.pack_length:
         lengths = [*PACK_SPEEDS, 512, 256, 128, PACK_MULTIPLE]
         return [{"tokens_per_step": length} for length in lengths if length < now.pack_length]
-    size, passes = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    size, passes = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
     sizes = [fewer for fewer in range(size - 1, 0, -1) if size % fewer == 0]
     return [
         {
@@ -87,12 +87,13 @@ def _without_repeats(remedies: list[Remedy]) -> list[Remedy]:
     return list({tuple(remedy.settings): remedy for remedy in reversed(remedies)}.values())[::-1]
 
 
-def print_forecast(forecast: Forecast, config: TrainConfig, base: str) -> None:
+def print_forecast(forecast: Forecast, settings: TrainSettings, base: str) -> None:
     """Print what a run takes in memory, part by part, and whether that fits."""
     lying = {"padded": "padded rows", "exact": "rows end to end", "packed": "packs"}
-    targets = ", ".join(config.lora_target)
+    targets = ", ".join(settings.lora_target)
     print_pairs(
-        f"Memory for {base} with rank {config.lora_rank} on {targets}, in {lying[forecast.layout]}",
+        f"Memory for {base} with rank {settings.lora_rank} on {targets}, "
+        f"in {lying[forecast.layout]}",
         describe(forecast),
     )
 
@@ -151,19 +152,19 @@ def verdict(forecast: Forecast) -> str:
     return text + ("does not fit" if forecast.cannot_fit else "may not fit")
 
 
-def check_fit(forecast: Forecast, config: TrainConfig, foresee: Foresee) -> None:
+def check_fit(forecast: Forecast, settings: TrainSettings, foresee: Foresee) -> None:
     """Refuse a run that cannot fit even if the estimate is a tenth too high.
 
     Raises:
         UserError: it cannot.
     """
     if forecast.cannot_fit:
-        raise UserError(f"memory: {verdict(forecast)}; {advise(config, foresee)}")
+        raise UserError(f"memory: {verdict(forecast)}; {advise(settings, foresee)}")
 
 
-def advise(config: TrainConfig, foresee: Foresee) -> str:
+def advise(settings: TrainSettings, foresee: Foresee) -> str:
     """What to change, in one line."""
-    remedies = find_remedies(config, foresee)
+    remedies = find_remedies(settings, foresee)
     if not remedies:
         return "no setting makes it fit: take a larger card, or a smaller base model"
     return "; or ".join(map(str, remedies[:4]))

@@ -21,8 +21,9 @@ from glmtune.data.files import new_folder, write_json
 from glmtune.drafts import remove_folder, write_errors
 from glmtune.errors import UserError, note
 from glmtune.models.torch_files import read_torch_file, write_torch_file
-from glmtune.training.disk import check_room, checkpoint_bytes
-from glmtune.training.manifest import (
+from glmtune.training.processes import on_main
+from glmtune.training.saving.disk import check_room, checkpoint_bytes
+from glmtune.training.saving.manifest import (
     STATE_FILE,
     find_fault,
     has_manifest,
@@ -31,14 +32,13 @@ from glmtune.training.manifest import (
     read_trainer_state,
     write_manifest,
 )
-from glmtune.training.restore import (
+from glmtune.training.saving.restore import (
     foreign_state,
     restore,
     restore_optimizer,
     restore_schedule,
 )
 from glmtune.training.state import TrainingState, own_state, restore_own_state
-from glmtune.training.together import on_main
 
 RECIPE_FILE = "recipe.yaml"
 _SCALER_FILE = "scaler.pt"

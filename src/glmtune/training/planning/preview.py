@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from glmtune.config import PlanConfig, TrainConfig
+from glmtune.config import PlanSettings, TrainSettings
 from glmtune.data.dataset import load_dataset
 from glmtune.data.jsonlines import append_json, check_appendable
 from glmtune.data.token_rows import TokenRows
@@ -14,11 +14,11 @@ from glmtune.errors import note
 from glmtune.hardware import Card, pick_device, pick_dtype
 from glmtune.models.checkpoints import HUB_IDS, base_name, load_config, resolve_base
 from glmtune.models.sizes import check_targets
-from glmtune.training.advice import find_remedies, print_forecast
-from glmtune.training.forecast import EqualRows, Lengths, forecast
+from glmtune.training.planning.advice import find_remedies, print_forecast
+from glmtune.training.planning.forecast import EqualRows, Lengths, forecast
 
 
-def plan(settings: PlanConfig) -> dict[str, Any]:
+def plan(settings: PlanSettings) -> dict[str, Any]:
     """Estimate, print, and return the record, which is also appended where asked for.
 
     Raises:
@@ -32,12 +32,12 @@ def plan(settings: PlanConfig) -> dict[str, Any]:
         note("no base model is named or found, so this is of ChatGLM-6B (--chatglm_path)")
     shape, rows = load_config(base), _rows(settings)
     foresee = partial(forecast, shape=shape, dtype=dtype, card=card, rows=rows)
-    config = train_config(settings)
-    now = foresee(config)
-    print_forecast(now, config, base_name(base))
+    training = train_settings(settings)
+    now = foresee(training)
+    print_forecast(now, training, base_name(base))
     record = now.as_record() | {"base": base_name(base)}
     if not now.fits:
-        remedies = find_remedies(config, foresee)
+        remedies = find_remedies(training, foresee)
         print("\n".join(["Changes that make it fit:", *(f"  {remedy}" for remedy in remedies)])
               if remedies else "No setting makes it fit: take a larger card.")  # fmt: skip
         record["remedies"] = [vars(remedy) for remedy in remedies]
@@ -46,14 +46,14 @@ def plan(settings: PlanConfig) -> dict[str, Any]:
     return record
 
 
-def train_config(settings: PlanConfig) -> TrainConfig:
+def train_settings(settings: PlanSettings) -> TrainSettings:
     """The settings of the run that is planned: those given, so that the others are chosen alike."""
-    given = settings.model_fields_set & TrainConfig.model_fields.keys()
+    given = settings.model_fields_set & TrainSettings.model_fields.keys()
     required = {"dataset_path", "output_dir"}
-    return TrainConfig(**settings.model_dump(include=given | required))
+    return TrainSettings(**settings.model_dump(include=given | required))
 
 
-def _card_and_dtype(settings: PlanConfig) -> tuple[Card, torch.dtype]:
+def _card_and_dtype(settings: PlanSettings) -> tuple[Card, torch.dtype]:
     if settings.card is None and settings.memory_gib is None:
         device = pick_device(settings.use_cpu)
         return Card.of(device), pick_dtype(device, settings.bf16, settings.fp16)[0]
@@ -64,7 +64,7 @@ def _card_and_dtype(settings: PlanConfig) -> tuple[Card, torch.dtype]:
     return card, torch.float32 if settings.bf16 is False else torch.bfloat16
 
 
-def _rows(settings: PlanConfig) -> Lengths:
+def _rows(settings: PlanSettings) -> Lengths:
     """The data set's, or, where it is not there yet, as many equal ones as a step takes."""
     if Path(settings.dataset_path).is_dir():
         return TokenRows.from_dataset(load_dataset(settings.dataset_path)[0])

@@ -33,14 +33,14 @@ from glmtune.errors import UserError
 from glmtune.hardware import device_name
 from glmtune.models.chatglm.packed import base_of
 from glmtune.models.torch_files import write_torch_file
-from glmtune.training.checkpoints import RECIPE_FILE
 from glmtune.training.console import what_is_kept
-from glmtune.training.culprit import Culprit, Outcome, PassOfStep, compute_again
+from glmtune.training.faults.first_nonfinite import Culprit, Outcome, PassOfStep, compute_again
 from glmtune.training.passes import PaddedPass
 from glmtune.training.plan import pass_seed
+from glmtune.training.processes import on_main
 from glmtune.training.run import Run
+from glmtune.training.saving.checkpoints import RECIPE_FILE
 from glmtune.training.state import TrainingState
-from glmtune.training.together import on_main
 from glmtune.training.watch import Fault, NotFiniteError, RandomState
 
 CRASH_FILE, STEP_FILE = "crash.json", "step.safetensors"
@@ -87,10 +87,10 @@ def _leave_bundle(
     random_states: Sequence[RandomState],
 ) -> str:
     """Write the bundle; returns how the message about the fault goes on."""
-    output_dir, num_processes = Path(run.config.output_dir), run.accelerator.num_processes
+    output_dir, num_processes = Path(run.settings.output_dir), run.accelerator.num_processes
     parts = run.plan.parts(fault.step, num_processes)
     passes = [
-        PassOfStep(number % num_processes, pass_seed(run.config.seed, fault.step, number), part)
+        PassOfStep(number % num_processes, pass_seed(run.settings.seed, fault.step, number), part)
         for number, part in enumerate(parts)
         if len(part)
     ]
@@ -117,11 +117,11 @@ def _leave_bundle(
         "scale": None if state.scaler is None else state.scaler.get_scale(),
         "layout": run.layout,
         "base": run.base_name,
-        "dataset": run.config.dataset_path,
+        "dataset": run.settings.dataset_path,
         "surroundings": surroundings(run.accelerator.device, run.dtype),
         "rows": _places(run, passes),
     }
-    settings = run.config.model_copy(
+    settings = run.settings.model_copy(
         update={"chatglm_path": base.name_or_path or None, "resume_from_checkpoint": None}
     )
     with new_folder(str(folder)) as draft:
@@ -202,7 +202,7 @@ def _step_tensors(
 
 def _places(run: Run, passes: Sequence[PassOfStep]) -> list[dict[str, Any]]:
     """Each row of the step: its number in the data set, and where its source has it."""
-    file = Path(run.config.dataset_path) / CARD_FILE
+    file = Path(run.settings.dataset_path) / CARD_FILE
     card = DataCard.read(file) if file.is_file() else None
     sources = card.source_rows() if card else None
     places = []
@@ -232,7 +232,7 @@ def _locate(run: Run, outcome: Outcome) -> str:
 
 
 def _advise(run: Run, fault: Fault, outcome: Outcome) -> str:
-    config, culprit = run.config, outcome.culprit
+    settings, culprit = run.settings, outcome.culprit
     if culprit is None:
         if run.layout == "padded":
             return "the device may be at fault: run `glmtune replay` on another"
@@ -242,4 +242,4 @@ def _advise(run: Run, fault: Fault, outcome: Outcome) -> str:
             return f"the base model {run.base_name} is damaged: download it again"
         return "the adapter is damaged: resume from an earlier checkpoint"
     fp16 = "leave fp16 out, " if run.dtype == torch.float16 else ""
-    return f"{fp16}lower learning_rate ({config.learning_rate}) or lengthen warmup_steps"
+    return f"{fp16}lower learning_rate ({settings.learning_rate}) or lengthen warmup_steps"

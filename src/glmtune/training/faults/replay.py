@@ -9,16 +9,16 @@ from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from glmtune.adapters.formats import WEIGHTS_FILE
-from glmtune.config import ReplayConfig, TrainConfig, read_config
+from glmtune.config import ReplaySettings, TrainSettings, read_config
 from glmtune.models.checkpoints import load_base_model, resolve_base
-from glmtune.training.checkpoints import RECIPE_FILE
-from glmtune.training.crash import Bundle, read_bundle, surroundings
-from glmtune.training.culprit import Outcome, compute_again
+from glmtune.training.faults.crash import Bundle, read_bundle, surroundings
+from glmtune.training.faults.first_nonfinite import Outcome, compute_again
 from glmtune.training.passes import PaddedPass
 from glmtune.training.run import adapt, start_accelerator
+from glmtune.training.saving.checkpoints import RECIPE_FILE
 
 
-def replay(config: ReplayConfig) -> bool:
+def replay(settings: ReplaySettings) -> bool:
     """Compute the step of a crash bundle again, the plain way.
 
     Returns:
@@ -27,21 +27,21 @@ def replay(config: ReplayConfig) -> bool:
     Raises:
         UserError: no bundle, one that is damaged, or its base model is not there.
     """
-    bundle = read_bundle(Path(config.bundle))
-    recipe = read_config(TrainConfig, "train", str(bundle.folder / RECIPE_FILE), {})
+    bundle = read_bundle(Path(settings.bundle))
+    recipe = read_config(TrainSettings, "train", str(bundle.folder / RECIPE_FILE), {})
     then = bundle.told["surroundings"]
-    on_gpu = not config.use_cpu and torch.cuda.is_available()
-    settings: dict[str, Any] = {
+    on_gpu = not settings.use_cpu and torch.cuda.is_available()
+    on_this_device: dict[str, Any] = {
         "use_cpu": not on_gpu,
         "bf16": then["dtype"] == "bfloat16",
         "fp16": on_gpu and then["dtype"] == "float16",
     }
-    recipe = recipe.model_copy(update=settings)
+    recipe = recipe.model_copy(update=on_this_device)
     accelerator, dtype = start_accelerator(recipe)
     if accelerator.scaler is not None and bundle.told["scale"]:
         scale = float(bundle.told["scale"])
         accelerator.scaler = torch.amp.GradScaler(accelerator.device.type, init_scale=scale)
-    base = resolve_base(config.chatglm_path or recipe.chatglm_path)
+    base = resolve_base(settings.chatglm_path or recipe.chatglm_path)
     step = bundle.told["step"]
     print(f"step {step} of {bundle.told['base']} on {len(bundle.rows)} rows", flush=True)
     model = adapt(

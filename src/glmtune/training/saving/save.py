@@ -8,22 +8,22 @@ from glmtune.adapters import save_adapter, verify_saved
 from glmtune.data.files import write_json
 from glmtune.errors import UserError
 from glmtune.runlog import PLOT_FILE, RunLog
-from glmtune.training import checkpoints
 from glmtune.training.console import what_is_kept
-from glmtune.training.manifest import STATE_FILE
+from glmtune.training.processes import on_main
 from glmtune.training.run import Run
+from glmtune.training.saving import checkpoints
+from glmtune.training.saving.manifest import STATE_FILE
 from glmtune.training.state import TrainingState
-from glmtune.training.together import on_main
 
 
 def open_log(run: Run, state: TrainingState, history: list[dict[str, Any]]) -> RunLog:
     """The run's log, going on after the records of earlier steps."""
-    config = run.config
+    settings = run.settings
     return RunLog(
-        config.output_dir,
+        settings.output_dir,
         run.max_steps,
-        report_to=config.report_to,
-        disable_tqdm=config.disable_tqdm,
+        report_to=settings.report_to,
+        disable_tqdm=settings.disable_tqdm,
         first_step=state.global_step,
         history=history,
         enabled=run.accelerator.is_main_process,
@@ -38,12 +38,12 @@ def save(run: Run, state: TrainingState, log: RunLog) -> None:
         UserError: the weights are not finite (nothing is written), the folder cannot be written, or
             what was written is not what was trained; the message names the newest good checkpoint.
     """
-    config, accelerator, output_dir = run.config, run.accelerator, Path(run.config.output_dir)
+    settings, accelerator, output_dir = run.settings, run.accelerator, Path(run.settings.output_dir)
     state.watch.settle()
     if not all(bool(weight.isfinite().all()) for weight in state.weights):
         raise UserError(
             f"step {state.global_step}: its update leaves weights that are not finite; lower "
-            f"learning_rate ({config.learning_rate}); {what_is_kept(run, state)}"
+            f"learning_rate ({settings.learning_rate}); {what_is_kept(run, state)}"
         )
     trainer_state = checkpoints.describe(
         state,
@@ -52,14 +52,14 @@ def save(run: Run, state: TrainingState, log: RunLog) -> None:
         epoch=run.plan.epoch(state.global_step),
         max_steps=run.max_steps,
         num_train_epochs=math.ceil(run.plan.epoch(run.max_steps)),
-        train_batch_size=config.per_device_train_batch_size,
-        logging_steps=config.logging_steps,
+        train_batch_size=settings.per_device_train_batch_size,
+        logging_steps=settings.logging_steps,
         eval_steps=run.eval_steps,
-        save_steps=config.save_steps,
+        save_steps=settings.save_steps,
     )
 
     def write_the_rest() -> None:
-        checkpoints.rotate_checkpoints(output_dir, config.save_total_limit, state.global_step)
+        checkpoints.rotate_checkpoints(output_dir, settings.save_total_limit, state.global_step)
         save_adapter(state.model, output_dir, run.base_name)
         verify_saved(state.model, output_dir)
         write_json(trainer_state, output_dir / STATE_FILE)

@@ -9,22 +9,27 @@ from peft import PeftModel
 
 from glmtune.adapters.formats import CONFIG_FILE, WEIGHTS_FILE
 from glmtune.adapters.settings import CHECKPOINT
-from glmtune.config import TrainConfig, write_recipe
+from glmtune.config import TrainSettings, write_recipe
 from glmtune.drafts import clear_drafts, remove_folder
 from glmtune.errors import UserError
 from glmtune.models.torch_files import read_torch_file
 from glmtune.runlog import METRICS_FILE, PLOT_FILE, TENSORBOARD_FOLDER
-from glmtune.training.checkpoints import RECIPE_FILE, saved_steps
-from glmtune.training.disk import MEGABYTE, check_room, checkpoint_bytes, most_new_checkpoints
 from glmtune.training.held_out import is_evaluation_due
-from glmtune.training.manifest import STATE_FILE, TORCH_FILES, find_fault, read_trainer_state
 from glmtune.training.run import Run
+from glmtune.training.saving.checkpoints import RECIPE_FILE, saved_steps
+from glmtune.training.saving.disk import (
+    MEGABYTE,
+    check_room,
+    checkpoint_bytes,
+    most_new_checkpoints,
+)
+from glmtune.training.saving.manifest import STATE_FILE, TORCH_FILES, find_fault, read_trainer_state
 
 # Files of a run at the root of its folder.
 _RUN_FILES = (RECIPE_FILE, METRICS_FILE, STATE_FILE, WEIGHTS_FILE, CONFIG_FILE, PLOT_FILE)
 
 
-def resume_point(config: TrainConfig) -> tuple[Path | None, list[str]]:
+def resume_point(settings: TrainSettings) -> tuple[Path | None, list[str]]:
     """The checkpoint that the settings resume from, or None for a new run. Nothing is written.
 
     Returns:
@@ -34,14 +39,14 @@ def resume_point(config: TrainConfig) -> tuple[Path | None, list[str]]:
         UserError: `resume_from_checkpoint` leads to no whole checkpoint, or `output_dir` holds
             another run and is not to be overwritten.
     """
-    output_dir, wanted = Path(config.output_dir), config.resume_from_checkpoint
+    output_dir, wanted = Path(settings.output_dir), settings.resume_from_checkpoint
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"output_dir: {output_dir} is a file; name a folder")
     checkpoint, notes = None, list[str]()
     if wanted is not None:
         checkpoint, notes = find_checkpoint(output_dir if wanted == "true" else Path(wanted))
     found = _find_run(output_dir)
-    if found and not config.overwrite_output_dir and not _is_inside(checkpoint, output_dir):
+    if found and not settings.overwrite_output_dir and not _is_inside(checkpoint, output_dir):
         raise UserError(
             f"output_dir: {output_dir} holds a run already ({found[0].name}); go on with it "
             "(--resume_from_checkpoint true), start anew over it (--overwrite_output_dir true), or "
@@ -62,7 +67,7 @@ def check_unfinished(run: Run, checkpoint: Path) -> list[str]:
         UserError: nothing is left to do (the message says what to raise), or a file of the
             checkpoint cannot be read.
     """
-    output_dir, state = Path(run.config.output_dir), read_trainer_state(checkpoint)
+    output_dir, state = Path(run.settings.output_dir), read_trainer_state(checkpoint)
     step = int(state["global_step"])
     beside = _state_beside(checkpoint) if _is_inside(checkpoint, output_dir) else None
     history = (beside or state)["log_history"]
@@ -72,15 +77,15 @@ def check_unfinished(run: Run, checkpoint: Path) -> list[str]:
         return [f"{checkpoint} is the last: nothing is trained, {output_dir} is made whole from it"]
     for file in (*TORCH_FILES, *(path.name for path in checkpoint.glob("rng_state_*.pth"))):
         read_torch_file(checkpoint / file)  # one that nothing can go on from is told as such
-    config = run.config
+    settings = run.settings
     asked, more = "max_steps", 2 * step
-    if config.max_steps <= 0:
+    if settings.max_steps <= 0:
         asked, more = "num_train_epochs", math.ceil(run.plan.epoch(step)) + 1
     # A longer run has other rates, which is another recipe.
-    anyway = " --resume_anyway true" if run.has_end or 0 < config.warmup_steps < 1 else ""
+    anyway = " --resume_anyway true" if run.has_end or 0 < settings.warmup_steps < 1 else ""
     raise UserError(
         f"{checkpoint}: nothing is left to train: it has {step:,} steps, and {asked} "
-        f"({getattr(config, asked):g}) asks for {run.max_steps:,}; to train on, raise that: "
+        f"({getattr(settings, asked):g}) asks for {run.max_steps:,}; to train on, raise that: "
         f"--{asked} {more}{anyway}"
     )
 
@@ -97,19 +102,19 @@ def _state_beside(checkpoint: Path) -> dict[str, Any] | None:
     return state if is_same and is_last and (folder / CONFIG_FILE).is_file() else None
 
 
-def claim_output_dir(config: TrainConfig, checkpoint: Path | None) -> Path:
+def claim_output_dir(settings: TrainSettings, checkpoint: Path | None) -> Path:
     """Make the run folder and write the recipe; what another run left in it goes, and nothing else.
 
     So do drafts of a run that was killed.
 
     Args:
-        config: the settings as run.
+        settings: the settings as run.
         checkpoint: what the run goes on from, if anything.
 
     Raises:
         UserError: it cannot be written.
     """
-    output_dir = Path(config.output_dir)
+    output_dir = Path(settings.output_dir)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         clear_drafts(output_dir, lambda name: CHECKPOINT.fullmatch(name) or name in _RUN_FILES)
@@ -120,7 +125,7 @@ def claim_output_dir(config: TrainConfig, checkpoint: Path | None) -> Path:
         raise UserError(
             f"output_dir: {output_dir} cannot be written ({error.strerror}); name another folder"
         ) from error
-    write_recipe(config, str(output_dir / RECIPE_FILE))
+    write_recipe(settings, str(output_dir / RECIPE_FILE))
     return output_dir
 
 
@@ -135,7 +140,7 @@ def check_disk(run: Run, model: PeftModel, checkpoint: Path | None) -> None:
     Raises:
         UserError: they have not.
     """
-    config, output_dir = run.config, Path(run.config.output_dir)
+    settings, output_dir = run.settings, Path(run.settings.output_dir)
     first_step, num_there, freed = 0, 0, 0
     if checkpoint:
         first_step = int(read_trainer_state(checkpoint)["global_step"])
@@ -143,10 +148,10 @@ def check_disk(run: Run, model: PeftModel, checkpoint: Path | None) -> None:
         num_there = len(saved_steps(output_dir))
     else:
         freed = sum(_size(entry) for entry in _find_run(output_dir))
-    num_saves = -(-run.max_steps // config.save_steps) - first_step // config.save_steps
-    count = most_new_checkpoints(max(0, num_saves), num_there, config.save_total_limit)
+    num_saves = -(-run.max_steps // settings.save_steps) - first_step // settings.save_steps
+    count = most_new_checkpoints(max(0, num_saves), num_there, settings.save_total_limit)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    num_records = run.max_steps // config.logging_steps + 2
+    num_records = run.max_steps // settings.logging_steps + 2
     if len(run.eval_rows):
         num_records += run.max_steps // run.eval_steps + 1
     size = checkpoint_bytes(weights, run.accelerator.num_processes, num_records)
@@ -154,8 +159,8 @@ def check_disk(run: Run, model: PeftModel, checkpoint: Path | None) -> None:
         output_dir,
         (count + 1) * size - freed,  # and what lies beside them
         f"{count:,} checkpoint(s) of {size / MEGABYTE:,.1f} MB and the adapter take",
-        f"set save_total_limit (now {config.save_total_limit or 'all are kept'}) or a larger "
-        f"save_steps ({config.save_steps}), free some space, or name another output_dir",
+        f"set save_total_limit (now {settings.save_total_limit or 'all are kept'}) or a larger "
+        f"save_steps ({settings.save_steps}), free some space, or name another output_dir",
     )
 
 

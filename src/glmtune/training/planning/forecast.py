@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from glmtune.config import PlanConfig, TrainConfig
+from glmtune.config import PlanSettings, TrainSettings
 from glmtune.hardware import GIB, Card
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.packed import COMPILED_HEADS
 from glmtune.models.quantised import bits_of
 from glmtune.training.layout import Layout, choose_layout, count_steps, make_plan
-from glmtune.training.memory import Batch, Estimate, Setup, Way, estimate
 from glmtune.training.passes import CAPTURED_LENGTHS, captured_learned
+from glmtune.training.planning.memory import Batch, Estimate, Setup, Way, estimate
 
 # Lengths of packs to choose from, and how fast tokens pass in them on an H200 that recomputes
 # nothing (2,048 lies between its neighbours). Beyond the first a GPU is busy anyway.
@@ -52,9 +52,9 @@ class EqualRows(NamedTuple):
     lengths_R: np.ndarray
 
     @classmethod
-    def of(cls, config: TrainConfig | PlanConfig, length: int) -> "EqualRows":
+    def of(cls, settings: TrainSettings | PlanSettings, length: int) -> "EqualRows":
         """As many as two steps take, of so many tokens each."""
-        num_rows = 2 * config.per_device_train_batch_size * config.gradient_accumulation_steps
+        num_rows = 2 * settings.per_device_train_batch_size * settings.gradient_accumulation_steps
         return cls(np.full(num_rows, length))
 
     @property
@@ -130,12 +130,12 @@ class Forecast:
         }
 
 
-Foresee = Callable[[TrainConfig], Forecast]
+Foresee = Callable[[TrainSettings], Forecast]
 """The forecast of any settings on the same card, with the same base and rows."""
 
 
 def forecast(
-    config: TrainConfig,
+    settings: TrainSettings,
     shape: ChatGLMConfig,
     dtype: torch.dtype,
     card: Card,
@@ -145,33 +145,33 @@ def forecast(
     """Choose length of packs and layers to recompute, and estimate what the run then takes.
 
     Args:
-        config: the run's settings.
+        settings: the run's settings.
         shape: of the base model.
         dtype: the compute type.
         card: what each process trains on.
         rows: of the data set.
         num_processes: that share a step.
     """
-    layout = choose_layout(config, torch.device("cuda" if card.on_gpu else "cpu"))
+    layout = choose_layout(settings, torch.device("cuda" if card.on_gpu else "cpu"))
     setup = Setup(
         shape,
         dtype,
         choose_way(layout, card, shape),
         on_gpu=card.on_gpu,
         is_hopper=card.is_hopper,
-        bits=config.bits or bits_of(shape),
-        quantize_head=config.quantize_head,
-        is_fp8=config.base_dtype == "fp8",
-        rank=config.lora_rank,
-        targets=config.lora_target,
-        has_dropout=config.lora_dropout > 0,
+        bits=settings.bits or bits_of(shape),
+        quantize_head=settings.quantize_head,
+        is_fp8=settings.base_dtype == "fp8",
+        rank=settings.lora_rank,
+        targets=settings.lora_target,
+        has_dropout=settings.lora_dropout > 0,
     )
-    wish = config.gradient_checkpointing
+    wish = settings.gradient_checkpointing
     if layout == "packed":
-        choices = _packs(config, card, rows)
+        choices = _packs(settings, card, rows)
         batch, recompute = _choose_pack(choices, wish, setup, card)
     else:
-        choices = [_largest_batch(config, setup, rows, num_processes)]
+        choices = [_largest_batch(settings, setup, rows, num_processes)]
         (batch,) = choices
         recompute = choose_recompute(wish, setup, batch, card)
     forecasts = []
@@ -231,7 +231,7 @@ def holds(card: Card, setup: Setup, batch: Batch, recompute: int) -> bool:
     return estimate(setup, batch, recompute).needed <= _USABLE * card.gib * GIB
 
 
-def _packs(config: TrainConfig, card: Card, rows: Lengths) -> list[Batch]:
+def _packs(settings: TrainSettings, card: Card, rows: Lengths) -> list[Batch]:
     """The packs that a run may take, the shortest last."""
     share = rows.num_labels_R.sum() / rows.lengths_R.sum()
 
@@ -239,8 +239,8 @@ def _packs(config: TrainConfig, card: Card, rows: Lengths) -> list[Batch]:
         return Batch(length, max(1, round(share * length)))
 
     longest = PACK_MULTIPLE * -(-int(rows.lengths_R.max()) // PACK_MULTIPLE)
-    if config.tokens_per_step or not card.on_gpu:
-        return [pack(config.tokens_per_step or max(PACK_LENGTH_ON_CPU, longest))]
+    if settings.tokens_per_step or not card.on_gpu:
+        return [pack(settings.tokens_per_step or max(PACK_LENGTH_ON_CPU, longest))]
     return [pack(max(length, longest)) for length in PACK_SPEEDS]
 
 
@@ -257,10 +257,12 @@ def _choose_pack(
     return choices[-1][2:] if misfits else (batch, recompute)
 
 
-def _largest_batch(config: TrainConfig, setup: Setup, rows: Lengths, num_processes: int) -> Batch:
-    plan = make_plan(config, rows.lengths_R, None, num_processes)
+def _largest_batch(
+    settings: TrainSettings, setup: Setup, rows: Lengths, num_processes: int
+) -> Batch:
+    plan = make_plan(settings, rows.lengths_R, None, num_processes)
     padded = setup.way == "padded"
-    part = plan.heaviest(count_steps(config, plan), num_processes, padded)
+    part = plan.heaviest(count_steps(settings, plan), num_processes, padded)
     lengths_B = rows.lengths_R[part]
     num_learned = int(rows.num_labels_R[part].sum())
     if padded:

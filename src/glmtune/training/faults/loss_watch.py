@@ -10,7 +10,7 @@ from glmtune.errors import UserError
 from glmtune.runlog import RunLog
 from glmtune.training.console import what_is_kept
 from glmtune.training.run import Run
-from glmtune.training.saving import save
+from glmtune.training.saving.save import save
 from glmtune.training.state import TrainingState
 
 READINGS_IN_A_ROW = 3

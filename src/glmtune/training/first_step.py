@@ -10,8 +10,8 @@ from torch import nn
 
 from glmtune.errors import UserError
 from glmtune.models.quantised import unrounded_inputs
-from glmtune.training.forecast import rows_of_reference
 from glmtune.training.passes import PaddedPass, Pass
+from glmtune.training.planning.forecast import rows_of_reference
 from glmtune.training.run import Run
 from glmtune.training.state import TrainingState
 
