@@ -91,7 +91,8 @@ def write_quantised():
 def strange_adapter(tmp_path_factory) -> str:
     """Folder of a random adapter of the embedded model, with which it answers otherwise."""
     from glmtune.adapters import attach_lora, save_adapter
-    from glmtune.models.checkpoints import GLM_TINY, load_base_model
+    from glmtune.models.loading import load_base_model
+    from glmtune.models.resolve import GLM_TINY
 
     torch.manual_seed(1)  # not all seeds change its answers
     model = attach_lora(load_base_model(GLM_TINY, dtype=torch.float32))

@@ -36,7 +36,8 @@ def convert(settings: config.ConvertSettings) -> None:
 def tokenize(settings: config.TokenizeSettings) -> None:
     """Turn JSONL rows into token rows on disk."""
     from glmtune.data.tokenizing import tokenize
-    from glmtune.models.checkpoints import base_name, load_tokenizer, resolve_base
+    from glmtune.models.loading import load_tokenizer
+    from glmtune.models.resolve import base_name, resolve_base
 
     base = resolve_base(settings.chatglm_path)
     tokenize(settings, load_tokenizer(base), base_name(base))

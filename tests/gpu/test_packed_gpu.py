@@ -12,7 +12,7 @@ from glmtune.adapters import attach_lora
 from glmtune.data.packing import plan_packs
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
-from glmtune.models.chatglm.packed import PackedModel, can_compile, to_fp8
+from glmtune.models.packed import PackedModel, can_compile, to_fp8
 from glmtune.ops import linear
 from glmtune.ops.attention import PaddedRows
 from glmtune.ops.rotary import rotary_angles

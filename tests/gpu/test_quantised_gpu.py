@@ -15,8 +15,8 @@ from glmtune.bench.random_model import random_model
 from glmtune.data.packing import plan_packs
 from glmtune.hardware import GIB
 from glmtune.models.chatglm.configuration import ChatGLMConfig
-from glmtune.models.chatglm.packed import PackedModel, can_compile
-from glmtune.models.checkpoints import load_base_model
+from glmtune.models.packed import PackedModel, can_compile
+from glmtune.models.loading import load_base_model
 from glmtune.models.quantised import _quantised as quantised_linear
 from glmtune.models.quantised import unrounded_inputs
 from glmtune.models.random_init import write_random_model
@@ -134,7 +134,8 @@ def test_loading_gives_what_quantising_in_memory_gives(tmp_path, bits):
 _LOAD = """
 import sys, threading, torch
 from glmtune.hardware import GIB
-from glmtune.models.checkpoints import GLM_TINY, load_base_model
+from glmtune.models.loading import load_base_model
+from glmtune.models.resolve import GLM_TINY
 
 def anonymous():
     with open("/proc/self/status") as status:

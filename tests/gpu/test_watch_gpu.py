@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from glmtune.adapters import attach_lora, save_adapter, verify_saved
-from glmtune.models.checkpoints import load_base_model
+from glmtune.models.loading import load_base_model
 from glmtune.training.watch import NotFiniteError
 
 pytestmark = [

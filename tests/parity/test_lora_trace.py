@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from glmtune.adapters import attach_lora
 from glmtune.config import TrainSettings
 from glmtune.data.token_rows import TokenRows
-from glmtune.models.checkpoints import load_base_model
+from glmtune.models.loading import load_base_model
 from glmtune.training.interrupt import StopRequest
 from glmtune.training.loop import fit
 from glmtune.training.run import Run, start_accelerator

@@ -10,7 +10,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from glmtune.adapters import attach_lora, save_adapter
-from glmtune.models.checkpoints import GLM_TINY, load_base_model, load_tokenizer
+from glmtune.models.loading import load_base_model, load_tokenizer
+from glmtune.models.resolve import GLM_TINY
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("lm_eval.models.huggingface")

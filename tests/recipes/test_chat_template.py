@@ -7,7 +7,7 @@ import pytest
 
 from glmtune.cli import main
 from glmtune.evaluation.conversation import polish
-from glmtune.models.checkpoints import GLM_TINY
+from glmtune.models.resolve import GLM_TINY
 
 RECORDS = [
     {"instruction": "Who are you?", "input": "", "output": "I am Pebble."},

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from glmtune.cli import main
-from glmtune.models.checkpoints import GLM_TINY
+from glmtune.models.resolve import GLM_TINY
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from glmtune.config import TrainSettings
 from glmtune.data.token_rows import TokenRows
 from glmtune.models.chatglm.configuration import ChatGLMConfig
-from glmtune.models.checkpoints import GLM_TINY
+from glmtune.models.resolve import GLM_TINY
 
 
 class WordTokenizer:

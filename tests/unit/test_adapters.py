@@ -31,7 +31,8 @@ from glmtune.adapters.formats import dense_pair, write_adapter
 from glmtune.config import MergeSettings
 from glmtune.errors import UserError
 from glmtune.generation import Decoder, EncodedPrompt, GenerationSettings
-from glmtune.models.checkpoints import GLM_TINY, load_base_model
+from glmtune.models.loading import load_base_model
+from glmtune.models.resolve import GLM_TINY
 
 CONFIG, WEIGHTS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 STEM = "base_model.model.transformer.layers.0.attention.query_key_value"

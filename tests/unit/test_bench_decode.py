@@ -15,7 +15,7 @@ from glmtune.errors import UserError
 from glmtune.generation.linears import InWords
 from glmtune.generation.weights import num_bytes, read_weights
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
-from glmtune.models.checkpoints import load_base_model
+from glmtune.models.loading import load_base_model
 
 
 @pytest.fixture

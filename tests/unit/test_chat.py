@@ -19,7 +19,7 @@ from glmtune.data.templates import alpaca
 from glmtune.evaluation import chat as room
 from glmtune.evaluation.chat import chat
 from glmtune.generation import Decoder
-from glmtune.models.checkpoints import GLM_TINY
+from glmtune.models.resolve import GLM_TINY
 from glmtune.training.saving.manifest import our_part
 
 QUESTION = "What is the colour of the apple?"

@@ -19,7 +19,7 @@ from glmtune.generation.reference import generate_ids
 from glmtune.generation.weights import can_be_captured, read_weights
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
-from glmtune.models.checkpoints import load_base_model
+from glmtune.models.loading import load_base_model
 from glmtune.ops.words import GROUP_SIZE
 
 GREEDY = GenerationSettings(max_new_tokens=24)

@@ -20,7 +20,7 @@ from glmtune.doctor.findings import OK, PROBLEM, WARNING, carry_out
 from glmtune.hardware import Card
 from glmtune.models import checkpoints, hubs
 from glmtune.models.chatglm.configuration import ChatGLMConfig
-from glmtune.models.checkpoints import GLM_TINY
+from glmtune.models.resolve import GLM_TINY
 
 
 @pytest.fixture(autouse=True)

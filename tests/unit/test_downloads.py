@@ -10,7 +10,7 @@ from huggingface_hub.errors import RevisionNotFoundError
 
 from glmtune.errors import UserError
 from glmtune.models import downloads, weights
-from glmtune.models.checkpoints import GLM_TINY, HUB_IDS
+from glmtune.models.resolve import GLM_TINY, HUB_IDS
 from glmtune.models.downloads import KNOWN_SHARDS, check_download, in_time, known_sha256
 
 HUB_ID = HUB_IDS[0]

@@ -28,7 +28,8 @@ from glmtune.config import SETTINGS, read_config
 from glmtune.config.flags import split_arguments
 from glmtune.errors import UserError
 from glmtune.models.chatglm.configuration import ChatGLMConfig
-from glmtune.models.checkpoints import check_pair, load_base_model, load_tokenizer, resolve_base
+from glmtune.models.loading import check_pair, load_base_model, load_tokenizer
+from glmtune.models.resolve import resolve_base
 from glmtune.models.random_init import write_random_model
 from glmtune.training.saving import checkpoints
 from glmtune.training.saving.manifest import MANIFEST_FILE

@@ -16,14 +16,8 @@ from glmtune.errors import UserError
 from glmtune.models import hubs
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration as Model
-from glmtune.models.checkpoints import (
-    GLM_TINY,
-    base_name,
-    load_base_model,
-    load_config,
-    load_tokenizer,
-    resolve_base,
-)
+from glmtune.models.loading import load_base_model, load_config, load_tokenizer
+from glmtune.models.resolve import GLM_TINY, base_name, resolve_base
 from glmtune.models.hubs import check_endpoint, family_by_name, in_modelscope_cache, open_folder
 from glmtune.models.random_init import write_random_model
 

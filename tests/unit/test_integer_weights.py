@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import glmtune.models  # noqa: F401
 from glmtune.errors import UserError
-from glmtune.models.checkpoints import load_base_model
+from glmtune.models.loading import load_base_model
 from glmtune.models.integer_weights import Packed, PackedEmbedding, PackedLinear
 
 KINDS = {"int8": (8, False), "int4": (4, False), "int4-qe": (4, True), "int8-qe": (8, True)}

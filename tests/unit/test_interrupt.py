@@ -16,7 +16,7 @@ import torch
 from glmtune import runlog
 from glmtune.config import TrainSettings
 from glmtune.errors import UserError
-from glmtune.models.checkpoints import GLM_TINY
+from glmtune.models.resolve import GLM_TINY
 from glmtune.training import loop, passes
 from glmtune.training.saving import checkpoints, disk
 from glmtune.training.saving.disk import check_room, checkpoint_bytes, most_new_checkpoints

@@ -69,7 +69,7 @@ class Server:
             max_steps=10**6,
             use_cpu=True,
         )
-        from glmtune.models.checkpoints import load_base_model
+        from glmtune.models.loading import load_base_model
 
         accelerator, dtype = start_accelerator(self.config)
         model = adapt(load_base_model(base, dtype=dtype), self.config)

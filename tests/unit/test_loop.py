@@ -25,7 +25,7 @@ from glmtune.config import TrainSettings, read_config
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError
 from glmtune.hardware import Card
-from glmtune.models.checkpoints import load_base_model
+from glmtune.models.loading import load_base_model
 from glmtune.training import held_out, loop, passes
 from glmtune.training.layout import choose_layout
 from glmtune.training.plan import pass_seed, split_rows

@@ -11,7 +11,7 @@ from glmtune.bench.rows import random_rows
 from glmtune.hardware import GIB
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
-from glmtune.models.chatglm.packed import PackedModel
+from glmtune.models.packed import PackedModel
 from glmtune.training.passes import PackedPass, PaddedPass
 from glmtune.training.planning.memory import LINEARS, Batch, Setup, estimate
 

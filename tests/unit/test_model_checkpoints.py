@@ -11,15 +11,8 @@ import torch
 from glmtune.errors import UserError
 from glmtune.models import checkpoints
 from glmtune.models.chatglm.configuration import ChatGLMConfig
-from glmtune.models.checkpoints import (
-    GLM_TINY,
-    HUB_IDS,
-    base_name,
-    check_pair,
-    load_base_model,
-    load_tokenizer,
-    resolve_base,
-)
+from glmtune.models.loading import check_pair, load_base_model, load_tokenizer
+from glmtune.models.resolve import GLM_TINY, HUB_IDS, base_name, resolve_base
 from glmtune.models.random_init import write_random_model
 
 ask_hub = checkpoints._hub_has

@@ -11,7 +11,8 @@ from glmtune import cli
 from glmtune.config import NewModelSettings, read_config
 from glmtune.models import new_model as module
 from glmtune.models.chatglm.vocabulary import VOCAB_FILE
-from glmtune.models.checkpoints import GLM_TINY, check_pair, load_base_model, load_tokenizer
+from glmtune.models.loading import check_pair, load_base_model, load_tokenizer
+from glmtune.models.resolve import GLM_TINY
 from glmtune.models.new_model import count_parameters, new_model, shape
 
 SMALL = {"hidden_size": "32", "num_layers": "2", "num_attention_heads": "4"}

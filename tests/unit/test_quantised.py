@@ -20,8 +20,9 @@ from glmtune.bench.rows import random_rows
 from glmtune.errors import UserError
 from glmtune.models import quantised
 from glmtune.models.chatglm.configuration import ChatGLMConfig
-from glmtune.models.chatglm.packed import PackedModel
-from glmtune.models.checkpoints import GLM_TINY, load_base_model
+from glmtune.models.packed import PackedModel
+from glmtune.models.loading import load_base_model
+from glmtune.models.resolve import GLM_TINY
 from glmtune.models.integer_weights import PackedEmbedding, PackedLinear
 from glmtune.models.random_init import write_random_model
 from glmtune.models.sizes import weight_bytes
@@ -282,7 +283,8 @@ def test_a_published_folder_is_requantised(write_quantised, tmp_path, kind, embe
 
 _PEAK = """
 import sys, threading, time, torch
-from glmtune.models.checkpoints import GLM_TINY, load_base_model
+from glmtune.models.loading import load_base_model
+from glmtune.models.resolve import GLM_TINY
 
 def anonymous():
     with open("/proc/self/status") as status:

@@ -18,7 +18,7 @@ from glmtune import runlog
 from glmtune.cli import main
 from glmtune.config import TrainSettings
 from glmtune.errors import UserError
-from glmtune.models.checkpoints import GLM_TINY
+from glmtune.models.resolve import GLM_TINY
 from glmtune.training import held_out, loop
 from glmtune.training.interrupt import CutShort
 

@@ -8,7 +8,8 @@ import pytest
 from glmtune.errors import UserError
 from glmtune.generation.streaming import TextStream, check_stop_strings, cut_at_stop
 from glmtune.models.chatglm.tokenization import ChatGLMTokenizer
-from glmtune.models.checkpoints import GLM_TINY, load_tokenizer
+from glmtune.models.loading import load_tokenizer
+from glmtune.models.resolve import GLM_TINY
 
 TEXTS = [
     "你好，世界！\n\n  def f(x):\n\treturn x < 3  # 😀🀄 ok\n" + " " * 83 + "end",

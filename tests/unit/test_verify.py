@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from glmtune.adapters import attach_lora, save_adapter, verify_saved
 from glmtune.adapters.formats import CONFIG_FILE, WEIGHTS_FILE
 from glmtune.errors import UserError
-from glmtune.models.checkpoints import load_base_model
+from glmtune.models.loading import load_base_model
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

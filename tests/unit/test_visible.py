@@ -14,7 +14,7 @@ from glmtune.evaluation.chat import chat
 from glmtune.evaluation.compare import compare
 from glmtune.evaluation.infer import infer
 from glmtune.evaluation.page import mark_differences
-from glmtune.models.checkpoints import GLM_TINY
+from glmtune.models.resolve import GLM_TINY
 
 UNSEEN = "\x1b[31m \x07 \x08 \x7f \x9b \r \u202e \u2066 \u200f \u061c \u200b \ufeff \U000e0041"
 

@@ -14,7 +14,8 @@ from glmtune.adapters.lora import load_adapter
 from glmtune.config import MergeSettings
 from glmtune.data.files import new_folder
 from glmtune.errors import UserError, note
-from glmtune.models.checkpoints import load_base_model, load_config, resolve_base
+from glmtune.models.loading import load_base_model, load_config
+from glmtune.models.resolve import resolve_base
 from glmtune.models.quantised import bits_of
 from glmtune.models.shim import write_shim
 from glmtune.models.weights import fetch

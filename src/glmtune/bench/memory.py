@@ -26,7 +26,7 @@ from glmtune.config import BenchMemorySettings, TrainSettings
 from glmtune.data.jsonlines import append_json, check_appendable
 from glmtune.errors import UserError
 from glmtune.hardware import GIB, memory_gib, pick_device, pick_dtype
-from glmtune.models.checkpoints import load_base_model
+from glmtune.models.loading import load_base_model
 from glmtune.models.random_init import write_random_model
 from glmtune.models.sizes import weight_bytes
 from glmtune.runlog import print_pairs

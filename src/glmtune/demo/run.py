@@ -34,7 +34,8 @@ from glmtune.evaluation.checkup import check_after_training
 from glmtune.evaluation.compare import compare
 from glmtune.evaluation.page import html
 from glmtune.evaluation.report import Text
-from glmtune.models.checkpoints import GLM_TINY, base_name, load_tokenizer
+from glmtune.models.loading import load_tokenizer
+from glmtune.models.resolve import GLM_TINY, base_name
 from glmtune.runlog import format_seconds, print_pairs
 from glmtune.training.loop import train
 

@@ -13,17 +13,8 @@ from glmtune.hardware import GIB, Card, pick_device, pick_dtype
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.folder import check_folder
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
-from glmtune.models.checkpoints import (
-    GLM_TINY,
-    PUBLISHED,
-    base_name,
-    check_ends,
-    check_ids,
-    hub_config,
-    load_config,
-    load_tokenizer,
-    resolve_base,
-)
+from glmtune.models.loading import PUBLISHED, check_ends, check_ids, hub_config, load_config, load_tokenizer
+from glmtune.models.resolve import GLM_TINY, base_name, resolve_base
 from glmtune.models.hubs import download_command
 from glmtune.models.quantised import bits_of
 from glmtune.models.sizes import weight_bytes

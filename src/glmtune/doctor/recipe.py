@@ -15,7 +15,8 @@ from glmtune.doctor.model import config_of
 from glmtune.errors import UserError
 from glmtune.hardware import Card, pick_device, pick_dtype
 from glmtune.models.chatglm.configuration import ChatGLMConfig
-from glmtune.models.checkpoints import GLM_TINY, load_tokenizer
+from glmtune.models.loading import load_tokenizer
+from glmtune.models.resolve import GLM_TINY
 from glmtune.models.sizes import adapter_parameters, check_targets
 from glmtune.models.weights import is_lfs_pointer
 from glmtune.training.planning.advice import advise, verdict

@@ -16,7 +16,8 @@ from lm_eval.models.huggingface import HFLM
 from glmtune.adapters.lora import load_adapter
 from glmtune.errors import UserError, note
 from glmtune.hardware import pick_device
-from glmtune.models.checkpoints import load_base_model, load_tokenizer, resolve_base
+from glmtune.models.loading import load_base_model, load_tokenizer
+from glmtune.models.resolve import resolve_base
 
 # What of `HFLM` has an effect on a model that is loaded already.
 PASSED_ON = ("chat_template_args", "logits_cache", "max_batch_size", "max_length", "softmax_dtype")

@@ -22,14 +22,8 @@ from glmtune.data.dataset import check_data_card, load_dataset
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError, note
 from glmtune.hardware import memory_gib
-from glmtune.models.checkpoints import (
-    base_name,
-    check_pair,
-    load_base_model,
-    load_config,
-    load_tokenizer,
-    resolve_base,
-)
+from glmtune.models.loading import check_pair, load_base_model, load_config, load_tokenizer
+from glmtune.models.resolve import base_name, resolve_base
 from glmtune.models.fingerprint import fingerprint
 from glmtune.models.sizes import check_targets
 from glmtune.training.console import (

@@ -22,7 +22,7 @@ from glmtune.data.packing import check_lengths, plan_packs
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError, note
 from glmtune.hardware import device_name, pick_device, pick_dtype
-from glmtune.models.chatglm.packed import PackedModel, base_of, can_compile, to_fp8
+from glmtune.models.packed import PackedModel, base_of, can_compile, to_fp8
 from glmtune.models.quantised import bits_of
 from glmtune.training.layout import Layout, count_steps, make_plan
 from glmtune.training.passes import CapturedPass, PackedPass, PaddedPass, Pass

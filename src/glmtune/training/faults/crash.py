@@ -9,9 +9,10 @@ recipe.yaml        the settings
 """
 
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,11 @@ from glmtune.adapters import save_adapter
 from glmtune.config import write_recipe
 from glmtune.data.dataset import CARD_FILE, DataCard
 from glmtune.data.files import new_folder, read_json_object, write_json
+from glmtune.data.row_rule import RowRule
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError
 from glmtune.hardware import device_name
-from glmtune.models.chatglm.packed import base_of
+from glmtune.models.packed import base_of
 from glmtune.models.torch_files import write_torch_file
 from glmtune.training.console import what_is_kept
 from glmtune.training.faults.first_nonfinite import Culprit, Outcome, PassOfStep, compute_again
@@ -55,7 +57,8 @@ class Bundle:
     folder: Path
     told: dict[str, Any]
     """crash.json."""
-    rows: TokenRows
+    rows_by: Callable[[RowRule], TokenRows]
+    """The rows of the step, given the rule of the base model's family."""
     passes: list[PassOfStep]
     random_states: list[RandomState]
     outcome: Outcome
@@ -162,8 +165,11 @@ def read_bundle(folder: Path) -> Bundle:
         told = read_json_object(folder / CRASH_FILE)
         tensors = load_file(folder / STEP_FILE)
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-        rows = TokenRows(arrays["ids_T"], arrays["starts_R1"], arrays["prompt_lengths_R"])
-        places = np.arange(len(rows))
+        names = "ids_T", "starts_R1", "prompt_lengths_R"
+        rows_by = partial(
+            TokenRows, *(arrays[name] for name in names), labels_T=arrays.get("labels_T")
+        )
+        places = np.arange(len(arrays["prompt_lengths_R"]))
         passes = [
             PassOfStep(int(rank), int(seed), places[arrays["pass_R"] == number])
             for number, (rank, seed) in enumerate(arrays["rank_and_seed_P2"])
@@ -177,7 +183,7 @@ def read_bundle(folder: Path) -> Bundle:
         outcome = Outcome(float(again["loss"]), float(again["grad_norm"]), culprit)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder}: is damaged ({error}); take the run's crash-N anew") from error
-    return Bundle(folder, told, rows, passes, random_states, outcome)
+    return Bundle(folder, told, rows_by, passes, random_states, outcome)
 
 
 def _step_tensors(
@@ -192,6 +198,9 @@ def _step_tensors(
         "pass_R": np.repeat(np.arange(len(passes)), [len(p.row_ids) for p in passes]),
         "rank_and_seed_P2": np.array([(p.rank, p.seed) for p in passes], dtype=np.int64),
     }
+    if rows.labels_T is not None:
+        spans = [slice(rows.starts_R1[row], rows.starts_R1[row + 1]) for row in row_ids]
+        arrays["labels_T"] = np.concatenate([rows.labels_T[span] for span in spans])
     tensors = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
     for rank, random_state in enumerate(random_states):
         tensors[f"cpu_{rank}"] = random_state.cpu

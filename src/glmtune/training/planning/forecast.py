@@ -15,8 +15,7 @@ from accelerate import Accelerator
 
 from glmtune.config import PlanSettings, TrainSettings
 from glmtune.hardware import GIB, Card
-from glmtune.models.chatglm.configuration import ChatGLMConfig
-from glmtune.models.chatglm.packed import COMPILED_HEADS
+from glmtune.models.families import family_of
 from glmtune.models.quantised import bits_of
 from glmtune.training.layout import Layout, choose_layout, count_steps, make_plan
 from glmtune.training.passes import CAPTURED_LENGTHS, captured_learned
@@ -120,7 +119,7 @@ class Forecast:
             "quantize_head": self.setup.quantize_head,
             "tokens_per_pass": self.batch.num_tokens,
             "layers_recomputed": self.recompute,
-            "num_layers": self.setup.config.num_layers,
+            "num_layers": self.setup.shape.num_layers,
             **parts,
             "allocated_gib": self.estimate.allocated / GIB,
             "needed_gib": self.needed_gib,
@@ -175,7 +174,7 @@ def forecast(
         (batch,) = choices
         recompute = choose_recompute(wish, setup, batch, card)
     forecasts = []
-    most = setup.config.num_layers - 1 if wish == "auto" and card.on_gpu else recompute
+    most = setup.shape.num_layers - 1 if wish == "auto" and card.on_gpu else recompute
     for size, again in ((batch, recompute), (choices[-1], most)):
         parts, length = estimate(setup, size, again), size.num_tokens
         pack_length = length if layout == "packed" else None
@@ -217,7 +216,7 @@ def choose_recompute(wish: bool | str, setup: Setup, batch: Batch, card: Card) -
 
     All are all but the last, whose way back begins as soon as it is done.
     """
-    most = setup.config.num_layers - 1
+    most = setup.shape.num_layers - 1
     if wish != "auto":
         return most if wish else 0
     if not card.on_gpu:
@@ -251,7 +250,7 @@ def _choose_pack(
     choices = []
     for batch, speed in zip(packs, PACK_SPEEDS.values(), strict=False):
         recompute = choose_recompute(wish, setup, batch, card)
-        seconds = (1 + _RECOMPUTE_COST * recompute / setup.config.num_layers) / speed
+        seconds = (1 + _RECOMPUTE_COST * recompute / setup.shape.num_layers) / speed
         choices.append((not holds(card, setup, batch, recompute), seconds, batch, recompute))
     misfits, _, batch, recompute = min(choices, key=lambda choice: choice[:2])
     return choices[-1][2:] if misfits else (batch, recompute)

@@ -12,7 +12,8 @@ from glmtune.data.jsonlines import append_json, check_appendable
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import note
 from glmtune.hardware import Card, pick_device, pick_dtype
-from glmtune.models.checkpoints import HUB_IDS, base_name, load_config, resolve_base
+from glmtune.models.loading import load_config
+from glmtune.models.resolve import HUB_IDS, base_name, resolve_base
 from glmtune.models.sizes import check_targets
 from glmtune.training.planning.advice import find_remedies, print_forecast
 from glmtune.training.planning.forecast import EqualRows, Lengths, forecast

@@ -13,7 +13,8 @@ from glmtune.hardware import GIB, total_memory_gib
 from glmtune.models.chatglm.configuration import VOCAB_SIZE_V1_1, ChatGLMConfig
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
 from glmtune.models.chatglm.tokenization import VOCAB_FILE, ChatGLMTokenizer
-from glmtune.models.checkpoints import GLM_TINY, check_ids
+from glmtune.models.loading import check_ids
+from glmtune.models.resolve import GLM_TINY
 from glmtune.models.random_init import PUBLISHED_SHARDS, write_random_model
 
 BYTES_PER_WEIGHT = 2  # float16
