@@ -22,12 +22,12 @@ from glmtune.data.packing import check_lengths, plan_packs
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError, note
 from glmtune.hardware import device_name, pick_device, pick_dtype
-from glmtune.models.chatglm.packed import PackedModel, base_of, can_compile, to_fp8
+from glmtune.models.chatglm.packed import PackedModel, base_of, to_fp8
 from glmtune.models.quantised import bits_of
-from glmtune.training.layout import Layout, count_steps, make_plan
 from glmtune.training.passes import CapturedPass, PackedPass, PaddedPass, Pass
-from glmtune.training.plan import PackPlan, Plan, split_rows
+from glmtune.training.plan import PackPlan, Plan, count_steps, make_plan, split_rows
 from glmtune.training.planning.forecast import Forecast, Foresee, foresee_on
+from glmtune.training.planning.memory import Layout
 from glmtune.training.processes import leave_at_exit
 from glmtune.training.state import TrainingState
 from glmtune.training.watch import Watch
@@ -245,22 +245,21 @@ def check_fp8(device: torch.device) -> None:
 
 
 def build_pass(run: Run, model: PeftModel, weights: list[nn.Parameter]) -> Pass:
-    """The pass of this run's layout."""
-    settings, device = run.settings, run.accelerator.device
-    recompute = run.forecast.recompute
-    if run.layout == "padded":
+    """The pass that the run's forecast decided on."""
+    setup, recompute = run.forecast.setup, run.forecast.recompute
+    if setup.layout == "padded":
         return PaddedPass(run.accelerator, model, run.rows, recompute)
-    compiled = can_compile(device, base_of(model).config)
     packed = PackedModel(
-        model, compiled=compiled, any_length=run.layout == "exact", recompute=recompute
+        model,
+        compiled=setup.compiled,
+        any_length=setup.layout == "exact",
+        recompute=recompute,
     )
-    common = run.accelerator, packed, run.rows, settings.lora_dropout
-    if isinstance(run.plan, PackPlan):
-        # Where nothing is compiled, filler would only cost time.
-        return PackedPass(*common, run.plan.pack_length if compiled else None)
-    if compiled:
+    common = run.accelerator, packed, run.rows, run.settings.lora_dropout
+    if setup.captured:
         return CapturedPass(*common, None, weights)
-    return PackedPass(*common, None)
+    # Where nothing is compiled, filler would only cost time.
+    return PackedPass(*common, run.forecast.pack_length if setup.compiled else None)
 
 
 def build_state(run: Run, model: PeftModel) -> TrainingState:

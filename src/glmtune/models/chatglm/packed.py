@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from glmtune.data.packing import Pack
+from glmtune.hardware import Card
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.modeling import (
     RESIDUAL_SCALE,
@@ -291,11 +292,16 @@ def _let_vary(*tensors_T: Tensor) -> None:
         torch._dynamo.mark_dynamic(tensor_T, 0)
 
 
-def can_compile(device: torch.device, config: ChatGLMConfig) -> bool:
-    """Whether the kernels run here: a GPU of the Ampere generation or newer, with Triton."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+def can_compile(card: Card, config: ChatGLMConfig) -> bool:
+    """Whether the kernels run on a card: the Ampere generation or newer, and heads of their sizes.
+
+    They also need Triton, which is looked for only where this machine has a GPU: a plan for a card
+    that is elsewhere takes it for granted.
+    """
+    if card.capability is None or card.capability < (8, 0):
         return False
-    return find_spec("triton") is not None and config.head_dim in COMPILED_HEADS
+    has_triton = find_spec("triton") is not None or not torch.cuda.is_available()
+    return has_triton and config.head_dim in COMPILED_HEADS
 
 
 def move(value: Any, device: torch.device) -> Any:

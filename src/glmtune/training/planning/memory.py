@@ -17,8 +17,8 @@ from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.sizes import LINEARS, adapter_parameters, block_shapes, weight_bytes
 from glmtune.ops.loss import CHUNK
 
-# How a pass is computed: see `training.passes`. "packed" is without a compiler.
-Way = Literal["padded", "packed", "compiled", "captured"]
+Layout = Literal["padded", "exact", "packed"]
+"""How the rows of a pass lie: padded to the longest, end to end, or so in packs of one length."""
 
 FUSED = LINEARS[0]
 # What cuBLAS asks for, for each stream and each of two threads: forward has one, backward another.
@@ -33,7 +33,9 @@ class Setup:
 
     config: ChatGLMConfig
     dtype: torch.dtype
-    way: Way
+    layout: Layout
+    compiled: bool = False
+    """Whether rows end to end go through the compiled block and the kernels."""
     on_gpu: bool = True
     is_hopper: bool = False
     bits: int | None = None
@@ -43,6 +45,11 @@ class Setup:
     rank: int = 8
     targets: tuple[str, ...] = (FUSED,)
     has_dropout: bool = True
+
+    @property
+    def captured(self) -> bool:
+        """Whether each length of a pass is captured as a CUDA graph, as pays for a few rows."""
+        return self.compiled and self.layout == "exact"
 
     @property
     def ratio(self) -> float:
@@ -130,7 +137,7 @@ def estimate(setup: Setup, batch: Batch, recompute: int = 0) -> Estimate:
     of_the_pass = activations + max(moments)
     parameters = setup.parameters()
     # A captured pass writes its gradients beside those to which it adds them.
-    copies = 3 if setup.way == "captured" else 2
+    copies = 3 if setup.captured else 2
     return Estimate(
         weights=base_bytes(setup),
         adapter=4 * copies * parameters,
@@ -145,7 +152,7 @@ def estimate(setup: Setup, batch: Batch, recompute: int = 0) -> Estimate:
 
 def learned_share(setup: Setup, batch: Batch) -> float:
     """Share of the tokens that leave the last layer: packed passes want the learned ones alone."""
-    return 1.0 if setup.way == "padded" else batch.num_learned / batch.num_tokens
+    return 1.0 if setup.layout == "padded" else batch.num_learned / batch.num_tokens
 
 
 def kept_by_layer(setup: Setup, share: float = 1.0) -> float:
@@ -162,9 +169,9 @@ def kept_by_layer(setup: Setup, share: float = 1.0) -> float:
     config, itemsize = setup.config, setup.dtype.itemsize
     softmax = 4 * config.num_attention_heads / setup.value_bytes
     before, after = 1 + 3 + 1 + softmax, 1 + setup.ratio
-    if setup.way == "padded":
+    if setup.layout == "padded":
         before += 2  # turned queries and keys lie beside the projection that the values lie in
-    if setup.way in ("padded", "packed") and itemsize < 4:
+    if not setup.compiled and itemsize < 4:
         before += 2 * config.head_dim / config.hidden_size  # cosines and sines in the compute type
     before += kept_by_adapter(setup, FUSED)
     after += sum(kept_by_adapter(setup, name) for name in LINEARS[1:])
@@ -177,12 +184,12 @@ def kept_by_adapter(setup: Setup, linear: str) -> float:
         return 0.0
     width, itemsize = setup.input_width(linear), setup.dtype.itemsize
     mask = width / itemsize if setup.has_dropout else 0.0  # a byte a number
-    if setup.way == "padded":
+    if setup.layout == "padded":
         in_float32 = 4 / itemsize * width
         if setup.has_dropout and not setup.on_gpu:
             mask = in_float32  # the CPU's dropout keeps factors
         return in_float32 + mask + 4 * setup.rank / setup.value_bytes
-    if setup.way == "packed":
+    if not setup.compiled:
         return width + mask
     # The compiler keeps the mask alone where the fused projection is all that is adapted, and what
     # is left after dropout where other linears are, too (as measured, not as it would have to).
@@ -201,10 +208,10 @@ def logit_bytes(setup: Setup, batch: Batch) -> float:
     The others take the learned tokens in chunks, the compiled ones in the place of the logits.
     """
     vocab_size, itemsize = setup.config.vocab_size, setup.dtype.itemsize
-    if setup.way == "padded":
+    if setup.layout == "padded":
         return batch.num_tokens * (12 * vocab_size + setup.value_bytes)
     each = itemsize
-    if setup.way == "packed":
+    if not setup.compiled:
         each += 16 if itemsize < 4 else 12
     # What enters the last norm, what leaves it, and the gradient of that.
     hidden = 3 * batch.num_learned * setup.value_bytes
@@ -217,7 +224,7 @@ def way_back(setup: Setup, share: float = 1.0) -> float:
     That of the output and that of the inner activation, which the compiler turns in place into that
     of GELU's input; others write a second one, and add the two of the residual.
     """
-    if setup.way in ("compiled", "captured"):
+    if setup.compiled:
         return share * (1 + setup.ratio)
     return share * (2 + 2 * setup.ratio)
 
@@ -237,7 +244,7 @@ def buffer_bytes(setup: Setup) -> float:
     """Workspaces of each stream, of which captured passes have two; and one weight as floats."""
     size = 0.0
     if setup.on_gpu:
-        streams = 2 if setup.way == "captured" else 1
+        streams = 2 if setup.captured else 1
         size += streams * _THREADS * _WORKSPACE[setup.is_hopper]
     if setup.bits:
         largest = max(outputs * inputs for outputs, inputs in block_shapes(setup.config))
@@ -253,4 +260,4 @@ def outside_bytes(setup: Setup, of_the_pass: float) -> float:
     """
     if not setup.on_gpu:
         return 0.0
-    return (0.75 * 2**30) + (of_the_pass if setup.way == "captured" else 0.0)
+    return (0.75 * 2**30) + (of_the_pass if setup.captured else 0.0)
