@@ -103,9 +103,10 @@ def demo(settings: config.DemoSettings) -> None:
 
 def new_model(settings: config.NewModelSettings) -> None:
     """Write a model with random weights in the published layout."""
-    from glmtune.models.new_model import new_model
+    from glmtune.models.families import DEFAULT
 
-    new_model(settings)
+    assert DEFAULT.new_model is not None
+    DEFAULT.new_model(settings)
 
 
 def bench_train(settings: config.BenchTrainSettings) -> None:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from glmtune.adapters import attach_lora
 from glmtune.data.packing import plan_packs
+from glmtune.hardware import Card
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
 from glmtune.models.packed import PackedModel, can_compile, to_fp8
@@ -28,7 +29,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.usefixtures("fresh_compiler"),
     pytest.mark.skipif(
-        not torch.cuda.is_available() or not can_compile(CUDA, CONFIG),
+        not torch.cuda.is_available() or not can_compile(Card.of(CUDA), CONFIG),
         reason="no CUDA device of the Ampere generation or newer here, or no Triton",
     ),
 ]

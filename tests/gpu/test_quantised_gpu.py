@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from glmtune.adapters import attach_lora
 from glmtune.bench.random_model import random_model
 from glmtune.data.packing import plan_packs
-from glmtune.hardware import GIB
+from glmtune.hardware import GIB, Card
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.packed import PackedModel, can_compile
 from glmtune.models.loading import load_base_model
@@ -35,7 +35,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.usefixtures("fresh_compiler"),
     pytest.mark.skipif(
-        not torch.cuda.is_available() or not can_compile(CUDA, CONFIG),
+        not torch.cuda.is_available() or not can_compile(Card.of(CUDA), CONFIG),
         reason="no CUDA device of the Ampere generation or newer here, or no Triton",
     ),
 ]

@@ -27,8 +27,8 @@ from glmtune.errors import UserError
 from glmtune.hardware import Card
 from glmtune.models.loading import load_base_model
 from glmtune.training import held_out, loop, passes
-from glmtune.training.layout import choose_layout
 from glmtune.training.plan import pass_seed, split_rows
+from glmtune.training.planning.forecast import choose_layout
 from glmtune.training.run import start_accelerator
 from glmtune.training.saving import checkpoints
 
@@ -787,7 +787,7 @@ class TestPacking:
     def test_the_layout(self, kind, settings, expected):
         """The original's command, which says how many rows and steps, keeps both on a GPU."""
         config = TrainSettings(dataset_path="rows", output_dir="run", **settings)
-        assert choose_layout(config, torch.device(kind)) == expected
+        assert choose_layout(config, on_gpu=kind == "cuda") == expected
 
     def test_float8_needs_a_card_that_has_it(self, config):
         with pytest.raises(UserError, match="base_dtype fp8: CPU"):

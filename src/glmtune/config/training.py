@@ -13,9 +13,6 @@ from glmtune.config.groups import (
     conflict,
 )
 
-ALL_LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
-"""Every linear inside a ChatGLM-6B layer: what `lora_target: all` stands for."""
-
 
 class LayoutSettings(Settings):
     """How many rows a pass takes, and how they lie in it."""
@@ -97,11 +94,11 @@ class LoraSettings(Settings):
     lora_rank: int = Field(8, ge=1, description="rank of the update")
     lora_alpha: int = Field(32, ge=1, description="the update is scaled by lora_alpha / lora_rank")
     lora_dropout: float = Field(0.1, ge=0, lt=1, description="dropout before the update")
-    lora_target: tuple[str, ...] = Field(
-        ("query_key_value",),
+    lora_target: tuple[str, ...] | None = Field(
+        None,
         min_length=1,
-        description="linears that get an adapter, with commas between; all: "
-        + ",".join(ALL_LINEARS),
+        description="linears that get an adapter, with commas between, or all for every one of a "
+        "layer (default: the model family's own, of ChatGLM-6B query_key_value)",
     )
 
     @field_validator("lora_target", mode="before")
@@ -112,7 +109,7 @@ class LoraSettings(Settings):
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
             return value  # for pydantic to refuse
         stripped = tuple(dict.fromkeys(filter(None, (name.strip(" []\"'") for name in names))))
-        return ALL_LINEARS if stripped in (("all",), ("all-linear",)) else stripped
+        return ("all",) if stripped == ("all-linear",) else stripped
 
 
 class OptimiserSettings(Settings):

@@ -131,9 +131,7 @@ class DataCard:
             ) from error
 
 
-def load_dataset(
-    path: str, rule: RowRule | None = None
-) -> tuple["datasets.Dataset", DataCard]:
+def load_dataset(path: str, rule: RowRule | None = None) -> tuple["datasets.Dataset", DataCard]:
     """Open a tokenised data set: columns input_ids (lists of int) and seq_len (prompt length).
 
     One without a card, as the script of 2023 left it, gets a card of what its rows show, and a
@@ -274,7 +272,8 @@ def _card_of_rows(dataset: "datasets.Dataset", rule: RowRule | None) -> DataCard
         return int(ids[counts.argmax()]) if 2 * counts.max(initial=0) > len(lengths) else None
 
     special_ids: dict[str, int | None] = {}
-    for specials, ends in ((rule.after_prompt, prompt_lengths), (rule.end, lengths)) if rule else ():
+    places = ((rule.after_prompt, prompt_lengths), (rule.end, lengths)) if rule else ()
+    for specials, ends in places:
         for back, special in enumerate(reversed(specials), start=1):
             special_ids[special.name] = id_at(ends - back)
     return DataCard(

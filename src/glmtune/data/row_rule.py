@@ -26,7 +26,7 @@ class Special(NamedTuple):
 
 
 class RowRule(NamedTuple):
-    """A family's rule, as plain numbers: data/ and training/ know nothing else of a family's rows."""
+    """A family's rule, as plain numbers: all that data/ and training/ know of a family's rows."""
 
     after_prompt: tuple[Special, ...]
     end: tuple[Special, ...]
@@ -53,7 +53,9 @@ class RowRule(NamedTuple):
         """The ids behind an answer."""
         return [special.id for special in self.end]
 
-    def prompt(self, text_ids: list[int], keep: int | None = None, *, cut: str = "end") -> list[int]:
+    def prompt(
+        self, text_ids: list[int], keep: int | None = None, *, cut: Literal["start", "end"] = "end"
+    ) -> list[int]:
         """The ids of a prompt, special ids included.
 
         Args:

@@ -23,9 +23,9 @@ from glmtune.data.templates import context_of
 from glmtune.errors import UserError, note, visible
 from glmtune.generation import Prompt, find_too_long
 from glmtune.hardware import check_decoding, pick_device, pick_dtype
+from glmtune.models.hubs import name_of_folder
 from glmtune.models.loading import check_pair, load_base_model, load_config, load_tokenizer
 from glmtune.models.resolve import base_name, resolve_base
-from glmtune.models.hubs import name_of_folder
 
 
 def read_questions(settings: InferSettings | CompareSettings) -> list[Record]:

@@ -8,6 +8,7 @@ import numpy as np
 from glmtune.adapters.formats import WEIGHTS_FILE
 from glmtune.config import TrainSettings, read_config
 from glmtune.data.dataset import load_dataset
+from glmtune.data.row_rule import RowRule
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError, note
 from glmtune.training.plan import split_rows
@@ -27,18 +28,22 @@ class RunRows(NamedTuple):
         return np.setdiff1d(np.arange(len(self.rows)), self.held_out)
 
 
-def find_rows(adapter: Path) -> RunRows | None:
+def find_rows(adapter: Path, rule: RowRule) -> RunRows | None:
     """The rows of the run that an adapter came from.
 
     None where no recipe lies beside the adapter, or its data are gone or are others now, of which
     a note tells.
+
+    Args:
+        adapter: its folder.
+        rule: of the base model's family.
     """
     recipe = next(iter(_beside(adapter, RECIPE_FILE)), None)
     if recipe is None:
         return None
     try:
         run = read_config(TrainSettings, "train", str(recipe), {})
-        rows = TokenRows.from_dataset(load_dataset(run.dataset_path)[0])
+        rows = TokenRows.from_dataset(load_dataset(run.dataset_path, rule)[0], rule)
         digest = _identity(adapter).get("data sha256")
         if digest is not None and digest != rows.digest()[:16]:
             raise UserError(f"{run.dataset_path}: holds other rows than the run was trained on")

@@ -1,11 +1,11 @@
 """What a model family provides, as data and plain functions; `families` has the list of them.
 
-To add one: a folder beside `chatglm/` with a configuration, classes of model and tokenizer (its own,
-or transformers'), the functions named below, and one entry in the list.
+To add one: a folder of its own with a configuration, classes of model and tokenizer (its own or
+transformers'), the functions named below, and one entry in the list.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -29,8 +29,8 @@ class PackedBlock(NamedTuple):
     `models.packed.PackedModel.loss`."""
     angles: Callable[[Tensor, Any], tuple[Tensor, Tensor]]
     """Float32 cosines and sines ``(T, ...)`` of positions ``(X, T)``, given the configuration."""
-    final_norm: Callable[[PreTrainedModel], Callable[[Tensor], Tensor]]
-    """The norm before the head."""
+    final_norm: Callable[[PreTrainedModel], Any]
+    """The norm before the head, to be called."""
     head_dims: tuple[int, ...]
     """Sizes of a head for which the block is compiled with the kernels of ops/."""
 
@@ -92,6 +92,8 @@ class Family(NamedTuple):
     write_random: Callable[..., None] | None = None
     """``(folder, config, vocab_file, *, seed, num_shards, device)``: random weights, on disk as
     published."""
+    new_model: Callable[[Any], Any] | None = None
+    """What `glmtune new-model` does with its settings."""
     bench_configs: Mapping[str, PreTrainedConfig] = {}
     """What `glmtune bench --shape` offers: name to configuration."""
 
@@ -106,4 +108,4 @@ class Family(NamedTuple):
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     """The layers of a model of any family."""
-    return model.base_model.layers
+    return cast(nn.ModuleList, model.base_model.layers)

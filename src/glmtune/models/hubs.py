@@ -5,6 +5,7 @@ their own making, which people pass as they find them.
 """
 
 import os
+import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +24,7 @@ MODELSCOPE_OWNER = "ZhipuAI"
 """The publisher of GLM on ModelScope, who has another name on huggingface.co."""
 
 _FINE, _SERVER_FAULT = 200, 500
+
 
 def is_hub_id(value: str) -> bool:
     """Whether a value has the form owner/name."""

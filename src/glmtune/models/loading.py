@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from glmtune.data.files import read_json_object
 from glmtune.errors import UserError, note
@@ -149,9 +149,9 @@ def hub_config(base: str) -> Any | None:
     """
     settings = hub_settings(base)
     if settings is None:
-        if family := family_not_loaded(base):
+        if other := family_not_loaded(base):
             raise UserError(
-                f"{base}: is {family} by its name, which is not loaded here; pass {DEFAULT.name}, "
+                f"{base}: is {other} by its name, which is not loaded here; pass {DEFAULT.name}, "
                 f"such as {HUB_IDS[0]}"
             )
         return None
@@ -214,8 +214,7 @@ def _fetch(base: str, only: Iterable[str] = weights.DATA_FILES) -> Path:
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(
             f"{folder}: has no config.json; pass the folder of a downloaded "
-            f"{DEFAULT.name}"
-            + _model_within(folder)
+            f"{DEFAULT.name}" + _model_within(folder)
         )
     return folder
 

@@ -9,6 +9,7 @@ Shapes: T tokens of a pack, L supervised tokens, H hidden, X position streams.
 """
 
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from glmtune.data.packing import Pack
+from glmtune.hardware import Card
 from glmtune.models.family import PackedBlock, layers_of
 from glmtune.models.quantised import frozen_of
 from glmtune.ops.attention import PaddedRows
@@ -75,9 +77,7 @@ class LayerDropout(NamedTuple):
 
     def each(self) -> Iterator[Dropout]:
         """One for each linear, in the order of `Shape.linears`."""
-        return (
-            Dropout(self.seeds[i], self.below, self.scale) for i in range(self.seeds.shape[0])
-        )
+        return (Dropout(self.seeds[i], self.below, self.scale) for i in range(self.seeds.shape[0]))
 
 
 class Dropouts(NamedTuple):
@@ -135,8 +135,8 @@ class PackedModel:
             self._compile()
 
     def _compile(self) -> None:
-        from glmtune.ops.packed_attention import RowSpans
         from glmtune.ops.loss_kernels import softmax_loss_
+        from glmtune.ops.packed_attention import RowSpans
 
         # Left to itself the compiler keeps what dropout gives, although it can be computed again
         # from what is kept anyway: 1.7 GiB of a pack of 8,192 tokens.
@@ -219,15 +219,25 @@ class PackedModel:
         drop = dropouts.of(last) if dropouts else None
         arguments = hidden_TH, self.blocks[last], pack.attention, cos, sin, drop
         hidden_LH = self.last_block(*arguments, pack.learned_at_L)
-        return head_loss(
-            self.final_norm(hidden_LH), self.head, pack.targets_L, self.softmax_loss
-        )
+        return head_loss(self.final_norm(hidden_LH), self.head, pack.targets_L, self.softmax_loss)
 
 
 def _let_vary(*tensors_T: Tensor) -> None:
     """Tell the compiler that the number of tokens is another in every pack."""
     for tensor_T in tensors_T:
         torch._dynamo.mark_dynamic(tensor_T, 0)
+
+
+def can_compile(card: Card, family_block: PackedBlock, head_dim: int) -> bool:
+    """Whether the kernels run on a card: the Ampere generation or newer, and heads of their sizes.
+
+    They also need Triton, which is looked for only where this machine has a GPU: a plan for a card
+    that is elsewhere takes it for granted.
+    """
+    if card.capability is None or card.capability < (8, 0):
+        return False
+    has_triton = find_spec("triton") is not None or not torch.cuda.is_available()
+    return has_triton and head_dim in family_block.head_dims
 
 
 def move(value: Any, device: torch.device) -> Any:

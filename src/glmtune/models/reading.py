@@ -57,7 +57,7 @@ def read_strictly(
     """
 
     def load(*args, **kwargs) -> Any:
-        return PreTrainedModel.from_pretrained.__func__(model_class, *args, **kwargs)
+        return vars(PreTrainedModel)["from_pretrained"].__func__(model_class, *args, **kwargs)
 
     if name_or_path is None:  # the weights are given, as a state_dict
         return load(None, *args, config=config, **kwargs)
@@ -118,7 +118,7 @@ def check_plain_folder(
     must_tie: bool = False,
     ignored: str = "(?!)",
 ) -> None:
-    """Hold a folder's tensors against the model, for a family whose folders have no ways of their own.
+    """Hold a folder's tensors against the model, for a family without a check of its own.
 
     Args:
         folder: a checkpoint's.
@@ -135,15 +135,15 @@ def check_plain_folder(
         model = model_class(config)
     if bits_of(config):
         found = as_floats(found, model)
-    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
+    tied = getattr(model, "_tied_weights_keys", None) if config.tie_word_embeddings else None
     if must_tie and not config.tie_word_embeddings:
         raise UserError(
-            f"{folder}: tie_word_embeddings=True, but its config.json says that its head is another "
-            "tensor than its embedding; leave tie_word_embeddings out"
+            f"{folder}: tie_word_embeddings=True, but by its config.json head and embedding are "
+            "two tensors; leave tie_word_embeddings out"
         )
     weights.check_outline(
         {name: tensor for name, tensor in found.items() if not re.search(ignored, name)},
         model.state_dict(),
         folder,
-        optional=tied,
+        optional=set(tied or ()),
     )

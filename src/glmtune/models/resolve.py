@@ -36,7 +36,8 @@ def resolve_base(
     """Decide which base model is meant.
 
     In this order: the setting, the environment variable GLMTUNE_MODEL, the recipe that a run folder
-    keeps, the published model from the hub cache, or from the hub; and where there is none of these, glm-tiny, with a note on stderr.
+    keeps, the published model from the hub cache, or from the hub; and where there is none of
+    these, glm-tiny, with a note on stderr.
 
     Args:
         chatglm_path: `--chatglm_path`: a folder, a hub id, or the name glm-tiny.
@@ -93,8 +94,8 @@ def _folder_or_hub_id(value: str, source: str) -> str:
         return GLM_TINY
     if path.exists() or not is_hub_id(value):
         raise UserError(
-            f"{source}: {value} is no folder; pass the folder of a downloaded {DEFAULT.name} or a hub "
-            f"id such as {HUB_IDS[0]}"
+            f"{source}: {value} is no folder; pass the folder of a downloaded {DEFAULT.name} or a "
+            f"hub id such as {HUB_IDS[0]}"
         )
     cached = in_modelscope_cache(value)
     return str(cached) if cached and weights.are_there(cached) else value

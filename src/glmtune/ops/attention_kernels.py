@@ -1,13 +1,13 @@
 """The packed attention of `ops.attention` as Triton kernels, rotary positions and adapter included.
 
-One kernel adds the adapter's update to the fused projection's output and turns queries and keys;
-the attention then meets only the keys of the rows at hand, at whatever place those begin: rows of
-some sixty tokens leave little to blocks that are aligned. The backward pass turns gradients back
-while they are written. `packed_attention` has the operators that autograd and the compiler know. The method is that of FlashAttention-2 (Dao, 2023, arXiv 2307.08691),
-algorithms 1 and 2.
+One kernel adds the adapters' updates to what the projections give and turns queries and keys; the
+attention then meets only the keys of the rows at hand, at whatever place those begin: rows of some
+sixty tokens leave little to blocks that are aligned. The backward pass turns gradients back while
+they are written. `packed_attention` has the operators that autograd and the compiler know. The
+method is that of FlashAttention-2 (Dao, 2023, arXiv 2307.08691), algorithms 1 and 2.
 
-Shapes: T tokens, N heads of queries, G heads of keys and values, D head size, Q = D / 4 columns of a
-quarter of a head, R rank of the adapter; in the kernels M queries and K keys of a block, Q_ROW and
+Shapes: T tokens, N heads of queries, G heads of keys and values, D head size, Q = D / 4 columns of
+a quarter of a head, R rank of an adapter; in the kernels M queries and K keys of a block, Q_ROW and
 KV_ROW the numbers from one token to the next, HEAD those from one head to the next.
 """
 

@@ -48,7 +48,7 @@ def fused_attention(
     assert y_TN3D.is_contiguous()
     turned = torch.empty_like(y_TN3D)
     # Views of b, as of y: a row of b is a column of y.
-    b = [None] * 3 if b_NR is None else _thirds(b_NR, y_TN3D.shape[2] // 3)
+    b: Factors = [None] * 3 if b_NR is None else _thirds(b_NR, y_TN3D.shape[2] // 3)
     out_TND, lse_NT = run_forward(
         Parts.of_fused(y_TN3D), Parts.of_fused(turned), [a_TR] * 3, b, cos, sin, start_T,
         prefix_end_T,
@@ -173,10 +173,8 @@ def grouped_attention_backward(
     """The gradients of `grouped_attention` for its first three arguments."""
     turned = Parts(q_TND, k_TGD, v_TGD)
     grads = Parts(*map(torch.empty_like, turned))
-    run_backward(
-        grads, turned, grad_TND, out_TND, lse_NT, cos, sin, start_T, prefix_end_T, end_T
-    )
-    return tuple(grads)
+    run_backward(grads, turned, grad_TND, out_TND, lse_NT, cos, sin, start_T, prefix_end_T, end_T)
+    return grads.q_TND, grads.k_TGD, grads.v_TGD
 
 
 @grouped_attention.register_fake

@@ -74,6 +74,13 @@ def probe_row(config: ChatGLMConfig) -> list[int]:
     return [*text[::2], config.gmask_token_id, config.bos_token_id, *text[1::2]]
 
 
+def _new_model(settings: Any) -> Any:
+    # It resolves glm-tiny, and what resolves knows the list of families.
+    from glmtune.models.chatglm.new_model import new_model
+
+    return new_model(settings)
+
+
 def _is_of(v1_0: bool, settings: Mapping[str, Any]) -> bool:
     return settings.get("model_type") == "chatglm" and v1_0 == (
         settings.get("vocab_size") == VOCAB_SIZE_V1_0
@@ -104,6 +111,7 @@ V1_1 = Family(
     probe_row=probe_row,
     packed=PACKED,
     write_random=write_random_model,
+    new_model=_new_model,
     bench_configs={
         "6b": ChatGLMConfig(),
         "wide": ChatGLMConfig(

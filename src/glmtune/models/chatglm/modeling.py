@@ -268,7 +268,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         super().tie_weights(missing_keys, *args, **kwargs)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> "ChatGLMForConditionalGeneration":
-        """Turn packed and bitsandbytes' weights into floats, in place: see `precision.dequantise`."""
+        """Turn all weights into floats, in place: see `precision.dequantise`."""
         return dequantise(self, dtype)
 
     @can_return_tuple

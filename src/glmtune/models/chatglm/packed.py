@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from glmtune.models.chatglm.modeling import RESIDUAL_SCALE, ChatGLMBlock
 from glmtune.models.family import PackedBlock
@@ -94,11 +95,15 @@ def angles(position_ids_2T: Tensor, config: Any) -> tuple[Tensor, Tensor]:
     return cos[0].contiguous(), sin[0].contiguous()
 
 
+def _final_norm(model: PreTrainedModel) -> Norm:
+    return Norm.of(cast(nn.LayerNorm, model.base_model.final_layernorm))
+
+
 PACKED = PackedBlock(
     num_linears=4,
     weights_of=weights_of,
     block=block,
     angles=angles,
-    final_norm=lambda model: Norm.of(model.base_model.final_layernorm),
+    final_norm=_final_norm,
     head_dims=(64, 128),
 )

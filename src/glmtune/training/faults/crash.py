@@ -12,7 +12,6 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -58,7 +57,7 @@ class Bundle:
     told: dict[str, Any]
     """crash.json."""
     rows_by: Callable[[RowRule], TokenRows]
-    """The rows of the step, given the rule of the base model's family."""
+    """The rows of the step, by the rule of the base model's family."""
     passes: list[PassOfStep]
     random_states: list[RandomState]
     outcome: Outcome
@@ -166,10 +165,9 @@ def read_bundle(folder: Path) -> Bundle:
         tensors = load_file(folder / STEP_FILE)
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
         names = "ids_T", "starts_R1", "prompt_lengths_R"
-        rows_by = partial(
-            TokenRows, *(arrays[name] for name in names), labels_T=arrays.get("labels_T")
-        )
-        places = np.arange(len(arrays["prompt_lengths_R"]))
+        ids_T, starts_R1, prompts_R = (arrays[name] for name in names)
+        labels_T = arrays.get("labels_T")
+        places = np.arange(len(prompts_R))
         passes = [
             PassOfStep(int(rank), int(seed), places[arrays["pass_R"] == number])
             for number, (rank, seed) in enumerate(arrays["rank_and_seed_P2"])
@@ -183,6 +181,10 @@ def read_bundle(folder: Path) -> Bundle:
         outcome = Outcome(float(again["loss"]), float(again["grad_norm"]), culprit)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder}: is damaged ({error}); take the run's crash-N anew") from error
+
+    def rows_by(rule: RowRule) -> TokenRows:
+        return TokenRows(ids_T, starts_R1, prompts_R, rule, labels_T)
+
     return Bundle(folder, told, rows_by, passes, random_states, outcome)
 
 

@@ -16,8 +16,8 @@ import torch
 from glmtune.models.shape import LinearShape, Shape
 from glmtune.ops.loss import CHUNK
 
-# How a pass is computed: see `training.passes`. "packed" is without a compiler.
-Way = Literal["padded", "packed", "compiled", "captured"]
+Layout = Literal["padded", "exact", "packed"]
+"""How the rows of a pass lie: padded to the longest, end to end, or so in packs of one length."""
 
 # What cuBLAS asks for, for each stream and each of two threads: forward has one, backward another.
 _WORKSPACE = {True: 32 << 20, False: 8320 << 10}
@@ -31,7 +31,9 @@ class Setup:
 
     shape: Shape
     dtype: torch.dtype
-    way: Way
+    layout: Layout
+    compiled: bool = False
+    """Whether rows end to end go through the compiled block and the kernels."""
     on_gpu: bool = True
     is_hopper: bool = False
     bits: int | None = None
@@ -42,6 +44,11 @@ class Setup:
     targets: tuple[str, ...] = ()
     """The linears that have an adapter."""
     has_dropout: bool = True
+
+    @property
+    def captured(self) -> bool:
+        """Whether each length of a pass is captured as a CUDA graph, as pays for a few rows."""
+        return self.compiled and self.layout == "exact"
 
     @property
     def mlp(self) -> float:
@@ -125,7 +132,7 @@ def estimate(setup: Setup, batch: Batch, recompute: int = 0) -> Estimate:
     of_the_pass = activations + max(moments)
     parameters = setup.parameters()
     # A captured pass writes its gradients beside those to which it adds them.
-    copies = 3 if setup.way == "captured" else 2
+    copies = 3 if setup.captured else 2
     return Estimate(
         weights=base_bytes(setup),
         adapter=4 * copies * parameters,
@@ -140,7 +147,7 @@ def estimate(setup: Setup, batch: Batch, recompute: int = 0) -> Estimate:
 
 def learned_share(setup: Setup, batch: Batch) -> float:
     """Share of the tokens that leave the last layer: packed passes want the learned ones alone."""
-    return 1.0 if setup.way == "padded" else batch.num_learned / batch.num_tokens
+    return 1.0 if setup.layout == "padded" else batch.num_learned / batch.num_tokens
 
 
 def kept_by_layer(setup: Setup, share: float = 1.0) -> float:
@@ -159,9 +166,9 @@ def kept_by_layer(setup: Setup, share: float = 1.0) -> float:
     keys = shape.num_kv_heads * shape.head_dim
     softmax = 4 * shape.num_heads / setup.value_bytes
     before, after = 1 + (shape.qkv_values + queries) / hidden + softmax, 1 + setup.mlp
-    if setup.way == "padded":
+    if setup.layout == "padded":
         before += (queries + keys) / hidden  # turned, beside what the projections gave
-    if setup.way in ("padded", "packed") and itemsize < 4:
+    if not setup.compiled and itemsize < 4:
         before += 2 * shape.head_dim / hidden  # cosines and sines in the compute type
     for linear in shape.linears:
         if linear.makes_qkv:
@@ -177,12 +184,12 @@ def kept_by_adapter(setup: Setup, linear: LinearShape) -> float:
         return 0.0
     width, itemsize = linear.inputs / setup.shape.hidden_size, setup.dtype.itemsize
     mask = width / itemsize if setup.has_dropout else 0.0  # a byte a number
-    if setup.way == "padded":
+    if setup.layout == "padded":
         in_float32 = 4 / itemsize * width
         if setup.has_dropout and not setup.on_gpu:
             mask = in_float32  # the CPU's dropout keeps factors
         return in_float32 + mask + 4 * setup.rank / setup.value_bytes
-    if setup.way == "packed":
+    if not setup.compiled:
         return width + mask
     # The compiler keeps the mask alone where queries, keys and values are all that is adapted, and
     # what is left after dropout where other linears are, too (measured; it would not have to).
@@ -204,10 +211,10 @@ def logit_bytes(setup: Setup, batch: Batch) -> float:
     The others take the learned tokens in chunks, the compiled ones in the place of the logits.
     """
     vocab_size, itemsize = setup.shape.vocab_size, setup.dtype.itemsize
-    if setup.way == "padded":
+    if setup.layout == "padded":
         return batch.num_tokens * (12 * vocab_size + setup.value_bytes)
     each = itemsize
-    if setup.way == "packed":
+    if not setup.compiled:
         each += 16 if itemsize < 4 else 12
     # What enters the last norm, what leaves it, and the gradient of that.
     hidden = 3 * batch.num_learned * setup.value_bytes
@@ -220,7 +227,7 @@ def way_back(setup: Setup, share: float = 1.0) -> float:
     That of the output and that of the inner activation, which the compiler turns in place into that
     of GELU's input; others write a second one, and add the two of the residual.
     """
-    if setup.way in ("compiled", "captured"):
+    if setup.compiled:
         return share * (1 + setup.mlp)
     return share * (2 + 2 * setup.mlp)
 
@@ -240,7 +247,7 @@ def buffer_bytes(setup: Setup) -> float:
     """Workspaces of each stream, of which captured passes have two; and one weight as floats."""
     size = 0.0
     if setup.on_gpu:
-        streams = 2 if setup.way == "captured" else 1
+        streams = 2 if setup.captured else 1
         size += streams * _THREADS * _WORKSPACE[setup.is_hopper]
     if setup.bits:
         largest = max(linear.outputs * linear.inputs for linear in setup.shape.linears)
@@ -256,4 +263,4 @@ def outside_bytes(setup: Setup, of_the_pass: float) -> float:
     """
     if not setup.on_gpu:
         return 0.0
-    return (0.75 * 2**30) + (of_the_pass if setup.way == "captured" else 0.0)
+    return (0.75 * 2**30) + (of_the_pass if setup.captured else 0.0)
