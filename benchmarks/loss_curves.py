@@ -36,7 +36,7 @@ WINDOW = 20
 def curve(settings: dict, rows: TokenRows, shape: str, steps: int) -> list[float]:
     """The loss of every step of a run."""
     config = TrainSettings(
-        dataset_path="rows", output_dir="none", packing=True, max_steps=steps,
+        dataset_path="rows", output_dir="none", layout="packed", max_steps=steps,
         lr_scheduler_type="constant", **settings,
     )  # fmt: skip
     accelerator, dtype = start_accelerator(config)

@@ -210,12 +210,14 @@ def test_wrong_value(verb, name, value, words):
     [
         ("train", {"fp16": "true", "bf16": "true"}, "fp16 and bf16 are both true"),
         ("train", {"warmup_steps": "1.5"}, "give whole steps, or a share below 1"),
-        ("train", {"packing": "true", "exact_batch": "true"}, "packing and exact_batch are both"),
         (
             "train",
-            {"packing": "false", "tokens_per_step": "4096"},
-            "tokens_per_step is the length of packs, but packing is off",
+            {"layout": "padded", "tokens_per_step": "4096"},
+            "tokens_per_step is the length of packs, but layout is padded",
         ),
+        ("train", {"packing": "true", "layout": "padded"}, "are one setting; keep one"),
+        ("train", {"packing": "true", "exact_batch": "true"}, "are one setting; keep one"),
+        ("plan", {"exact_batch": "true", "layout": "packed"}, "are one setting; keep one"),
         ("infer", {"temperature": "0.7"}, "set do_sample true"),
         ("compare", {"top_k": "5", "do_sample": "false"}, "set do_sample true"),
         ("convert", {"save_path": "./a.json"}, "save_path would overwrite data_path"),

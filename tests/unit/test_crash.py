@@ -100,7 +100,7 @@ def fail_at(step, monkeypatch, factor=math.nan, rank=0):
     monkeypatch.setattr(passes.PaddedPass, "run", run)
 
 
-LAYOUTS = [{}, {"packing": True, "tokens_per_step": 64}, {"exact_batch": True}]
+LAYOUTS = [{}, {"layout": "packed", "tokens_per_step": 64}, {"layout": "exact"}]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["padded", "packed", "exact"])

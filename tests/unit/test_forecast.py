@@ -91,7 +91,7 @@ class TestChoice:
 class TestAdvice:
     def test_each_remedy_fits_by_its_own_forecast(self):
         on_card = foresee_on(Card.sized(17))
-        config = make_config(gradient_checkpointing=False, **SIX_ROWS, exact_batch=True)
+        config = make_config(gradient_checkpointing=False, **SIX_ROWS, layout="exact")
         config = config.model_copy(update={"per_device_train_batch_size": 12})
         assert not on_card(config).fits
         remedies = find_remedies(config, on_card)
@@ -287,7 +287,7 @@ class TestPlanVerb:
     def test_a_card_by_name_and_the_lengths_of_the_rows(self, tmp_path):
         short = [{"input_ids": [5] * 20, "seq_len": 9}] * 12
         datasets.Dataset.from_list(short).save_to_disk(tmp_path / "rows")
-        flags = ["--card", "3090", *self.HUB, "--packing", "false"]
+        flags = ["--card", "3090", *self.HUB, "--layout", "exact"]
         record = self.plan(tmp_path, *flags, "--dataset_path", str(tmp_path / "rows"))
         assert record["tokens_per_pass"] == 128  # six rows of 20 tokens, in whole 64s
         assert record["card"] == "RTX 3090"

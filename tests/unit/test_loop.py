@@ -188,7 +188,7 @@ class TestRunFolder:
         config, folder, _ = run
         assert (folder / "training_loss.png").read_bytes().startswith(b"\x89PNG")
         assert list(folder.glob("runs/events.out.tfevents.*"))
-        as_run = config.model_copy(update={"packing": False, "exact_batch": False})
+        as_run = config.model_copy(update={"layout": "padded"})
         assert read_config(TrainSettings, "train", str(folder / "recipe.yaml"), {}) == as_run
 
     def test_nothing_half_written_is_left(self, run):
@@ -647,13 +647,13 @@ class TestRefusals:
             loop.train(config())
         with pytest.raises(UserError, match="too small for this: gradient_checkpointing true"):
             loop.train(
-                config(packing=True, tokens_per_step=64, output_dir=config().output_dir + "2")
+                config(layout="packed", tokens_per_step=64, output_dir=config().output_dir + "2")
             )
 
 
 class TestPacking:
-    PACKED = {"packing": True, "tokens_per_step": 64}  # noqa: RUF012
-    EXACT = {"exact_batch": True}  # noqa: RUF012
+    PACKED = {"layout": "packed", "tokens_per_step": 64}  # noqa: RUF012
+    EXACT = {"layout": "exact"}  # noqa: RUF012
 
     def test_rows_end_to_end_give_the_losses_of_padded_ones(self, config, tmp_path):
         padded = loop.train(config(lora_dropout=0, eval_ratio=0.2, eval_steps=2))
@@ -686,7 +686,7 @@ class TestPacking:
         out = capsys.readouterr().out
         for words in (
             "64 = packs of 64 x 2 pass(es)",
-            "--exact_batch true",
+            "--layout exact",
             "checked: a pass over",
         ):
             assert words.replace("64 = packs of 64", "128 = packs of 64") in out, words
@@ -758,14 +758,14 @@ class TestPacking:
     def test_the_recipe_as_run_says_what_the_card_chose(self, config, tmp_path):
         loop.train(config(max_steps=2, **{**self.PACKED, "tokens_per_step": None}))
         as_run = read_config(TrainSettings, "train", str(tmp_path / "run" / "recipe.yaml"), {})
-        assert (as_run.packing, as_run.exact_batch, as_run.tokens_per_step) == (True, False, 2048)
+        assert (as_run.layout, as_run.tokens_per_step) == ("packed", 2048)
 
     @pytest.mark.parametrize(
         ("kind", "settings", "expected"),
         [
             ("cpu", {}, "padded"),
-            ("cpu", {"packing": True}, "packed"),
-            ("cpu", {"exact_batch": True}, "exact"),
+            ("cpu", {"layout": "packed"}, "packed"),
+            ("cpu", {"layout": "exact"}, "exact"),
             ("cuda", {}, "packed"),
             ("cuda", {"max_steps": 100}, "packed"),
             ("cuda", {"max_steps": 100, "per_device_train_batch_size": 6}, "exact"),
@@ -776,12 +776,11 @@ class TestPacking:
             ),
             (
                 "cuda",
-                {"max_steps": 100, "per_device_train_batch_size": 6, "packing": True},
+                {"max_steps": 100, "per_device_train_batch_size": 6, "layout": "packed"},
                 "packed",
             ),
-            ("cuda", {"packing": False}, "exact"),
-            ("cuda", {"exact_batch": True}, "exact"),
-            ("cuda", {"packing": False, "exact_batch": False}, "padded"),
+            ("cuda", {"layout": "exact"}, "exact"),
+            ("cuda", {"layout": "padded"}, "padded"),
         ],
     )
     def test_the_layout(self, kind, settings, expected):
@@ -800,8 +799,8 @@ class TestMemory:
         """Settings of each layout."""
         return {
             "padded": {},
-            "exact": {"exact_batch": True},
-            "packed": {"packing": True, "tokens_per_step": 64},
+            "exact": {"layout": "exact"},
+            "packed": {"layout": "packed", "tokens_per_step": 64},
         }[request.param]
 
     def test_the_forecast_is_the_first_that_a_run_says(self, config, capsys, monkeypatch):

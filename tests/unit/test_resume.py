@@ -35,8 +35,8 @@ SETTINGS = {
 }
 LAYOUTS = {
     "padded": {},
-    "end to end": {"exact_batch": True},
-    "packed": {"packing": True, "tokens_per_step": 64},
+    "end to end": {"layout": "exact"},
+    "packed": {"layout": "packed", "tokens_per_step": 64},
 }
 # In the first epoch, on its end, after it, and on the next one's.
 STEPS = (3, 4, 5, 8)
@@ -237,7 +237,7 @@ class TestAnotherRun:
         assert "template None (now vicuna)" in told
 
     def test_another_pack_length_is_another_order(self, toy_run, tmp_path):
-        settings = {"lr_scheduler_type": "constant", "packing": True}
+        settings = {"lr_scheduler_type": "constant", "layout": "packed"}
         loop.train(toy_run(max_steps=2, tokens_per_step=128, **settings))
         told = self.refusal(
             toy_run(

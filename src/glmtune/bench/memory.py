@@ -32,12 +32,12 @@ from glmtune.runlog import print_pairs
 from glmtune.training.first_step import prove
 from glmtune.training.run import Run, adapt, build_pass, build_state, start_accelerator
 
-_SIX_ROWS: dict[str, Any] = {"exact_batch": True, "per_device_train_batch_size": 6}
+_SIX_ROWS: dict[str, Any] = {"layout": "exact", "per_device_train_batch_size": 6}
 CASES: dict[str, dict[str, Any]] = {
     "4bit": {**_SIX_ROWS, "quantization_bit": "4", "gradient_checkpointing": True},
     "8bit": {**_SIX_ROWS, "quantization_bit": "8", "gradient_checkpointing": True},
     "recompute": {**_SIX_ROWS, "gradient_checkpointing": True},
-    "packed": {"packing": True, "gradient_checkpointing": False},
+    "packed": {"layout": "packed", "gradient_checkpointing": False},
 }
 """Settings of `glmtune train`, by what they are called here."""
 _NUM_ROWS = 20_000

@@ -189,7 +189,7 @@ def _measure_plain(
     """The plain way at the original's batch of six rows."""
     _free()
     plain = config.model_copy(
-        update={"packing": False, "exact_batch": False, "tokens_per_step": None,
+        update={"layout": "padded", "tokens_per_step": None,
                 "per_device_train_batch_size": _ORIGINAL_ROWS}
     )  # fmt: skip
     run = Run.of(plain, accelerator, rows, model, settings.shape)

@@ -19,10 +19,12 @@ class LayoutSettings(Settings):
 
     group: ClassVar[str] = "rows of a step"
     per_device_train_batch_size: int = Field(6, ge=1, description="rows per device and pass")
-    packing: bool | None = Field(
-        None,
-        description="lay rows end to end in packs of tokens_per_step tokens, many rows a step "
-        "(default: on a GPU, unless both per_device_train_batch_size and max_steps are given)",
+    layout: Literal["auto", "packed", "exact", "padded"] = Field(
+        "auto",
+        description="packed: rows end to end, as many as fit into tokens_per_step tokens; exact: "
+        "per_device_train_batch_size rows end to end; padded: so many, filled up to the longest; "
+        "auto: on a GPU packed, or exact where per_device_train_batch_size and max_steps are both "
+        "given; on a CPU padded",
     )
     tokens_per_step: int | None = Field(
         None,
@@ -31,27 +33,16 @@ class LayoutSettings(Settings):
         description="tokens of a pack, which is a pass of one device (default: what its memory "
         "holds, at most 8192)",
     )
-    exact_batch: bool | None = Field(
-        None,
-        description="per_device_train_batch_size rows a pass as the recipe says, laid end to end "
-        "without padding (default: on a GPU, where packing is false)",
-    )
 
     @model_validator(mode="after")
-    def one_layout(self) -> Self:
-        """Packs and batches of so many rows exclude each other."""
-        if self.packing and self.exact_batch:
+    def packs_have_a_length(self) -> Self:
+        """Only packs have a length in tokens; other layouts take rows by their number."""
+        if self.tokens_per_step and self.layout in ("exact", "padded"):
             raise conflict(
-                "packing and exact_batch are both true: packing puts as many rows into a step as "
-                "fit, exact_batch as many as the recipe says; choose one",
-                "packing",
-                "exact_batch",
-            )
-        if self.tokens_per_step and (self.packing is False or self.exact_batch):
-            raise conflict(
-                "tokens_per_step is the length of packs, but packing is off: leave one of them out",
+                f"tokens_per_step is the length of packs, but layout is {self.layout}: leave one "
+                "of them out",
                 "tokens_per_step",
-                "packing" if self.packing is False else "exact_batch",
+                "layout",
             )
         return self
 
@@ -81,9 +72,6 @@ class TrainingDataSettings(Settings):
     seed: int = Field(42, ge=0, lt=2**32, description="seed of LoRA's start, dropout and the split")
     data_seed: int | None = Field(
         None, ge=0, lt=2**32, description="seed of the rows' order (default: seed)"
-    )
-    remove_unused_columns: bool = Field(
-        False, description="accepted as the original command has it; no effect here"
     )
 
 

@@ -177,8 +177,7 @@ def training_config(settings: DemoSettings, dataset_path: str, output_dir: str) 
         use_cpu=settings.use_cpu,
         save_total_limit=1,
         # The recipe's steps are of so many rows, and for a model this small not worth compiling.
-        packing=False,
-        exact_batch=False,
+        layout="padded",
     )
 
 

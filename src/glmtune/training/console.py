@@ -80,12 +80,12 @@ def describe_step(run: Run) -> dict[str, str]:
         rows = len(plan.row_ids) / plan.steps_in(0)
         return {
             "tokens a step": f"{plan.step_size:,} = packs of {plan.pack_length:,} x {passes}",
-            "rows a step": f"about {rows:,.0f}; --exact_batch true would take "
+            "rows a step": f"about {rows:,.0f}; --layout exact would take "
             f"{settings.per_device_train_batch_size} a pass, as per_device_train_batch_size says",
         }
     how = "padded to the longest" if run.layout == "padded" else "end to end"
-    if run.layout == "exact" and settings.packing is None and settings.exact_batch is None:
-        how += "; --packing true would take as many as fit into a pack"
+    if run.layout == "exact" and settings.layout == "auto":
+        how += "; --layout packed would take as many as fit into a pack"
     size = settings.per_device_train_batch_size
     return {"rows a step": f"{plan.step_size:,} = {size} a pass x {passes}, {how}"}
 

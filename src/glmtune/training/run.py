@@ -230,11 +230,7 @@ def adapt(model: PreTrainedModel, settings: TrainSettings) -> PeftModel:
 
 def layout_as_run(forecast: Forecast) -> dict[str, Any]:
     """The settings of the layout as they came out: a run goes on with them on any other card."""
-    return {
-        "packing": forecast.layout == "packed",
-        "exact_batch": forecast.layout == "exact",
-        "tokens_per_step": forecast.pack_length,
-    }
+    return {"layout": forecast.layout, "tokens_per_step": forecast.pack_length}
 
 
 def check_fp8(device: torch.device) -> None:

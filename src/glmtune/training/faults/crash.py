@@ -36,6 +36,7 @@ from glmtune.models.packed import base_of
 from glmtune.models.torch_files import write_torch_file
 from glmtune.training.console import what_is_kept
 from glmtune.training.faults.first_nonfinite import Culprit, Outcome, PassOfStep, compute_again
+from glmtune.training.first_step import TO_REFERENCE
 from glmtune.training.passes import PaddedPass
 from glmtune.training.plan import pass_seed
 from glmtune.training.processes import on_main
@@ -247,7 +248,7 @@ def _advise(run: Run, fault: Fault, outcome: Outcome) -> str:
     if culprit is None:
         if run.layout == "padded":
             return "the device may be at fault: run `glmtune replay` on another"
-        return "set packing and exact_batch false, and please report this"
+        return f"{TO_REFERENCE} (and resume_anyway true to go on), and please report this"
     if culprit.way == "forward" and culprit.detail.endswith("not finite"):
         if "lora_" not in culprit.name:
             return f"the base model {run.base_name} is damaged: download it again"

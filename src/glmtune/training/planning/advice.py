@@ -36,7 +36,7 @@ def find_remedies(settings: TrainSettings, foresee: Foresee) -> list[Remedy]:
     smaller = _smaller_steps(settings, foresee)
     singles = [*smaller, {"gradient_checkpointing": True}]
     if foresee(settings).layout == "padded" and foresee(settings).card.on_gpu:
-        singles.insert(0, {"exact_batch": True, "packing": False})
+        singles.insert(0, {"layout": "exact"})
     bits: list[dict[str, Any]] = [
         {"quantization_bit": "8"},
         {"quantization_bit": "4"},

@@ -208,16 +208,12 @@ def choose_layout(settings: TrainSettings, on_gpu: bool) -> Layout:
     Who gives both the rows of a pass and the number of steps, as the original's command does, has
     chosen them for each other: packs would go through the data twenty times as often.
     """
-    packing = settings.packing
-    if packing is None:
-        chosen = {"per_device_train_batch_size", "max_steps"} <= settings.model_fields_set
-        packing = (
-            on_gpu and not settings.exact_batch and (not chosen or bool(settings.tokens_per_step))
-        )
-    if packing:
-        return "packed"
-    exact = on_gpu if settings.exact_batch is None else settings.exact_batch
-    return "exact" if exact else "padded"
+    if settings.layout != "auto":
+        return settings.layout
+    if not on_gpu:
+        return "padded"
+    chosen = {"per_device_train_batch_size", "max_steps"} <= settings.model_fields_set
+    return "exact" if chosen and not settings.tokens_per_step else "packed"
 
 
 def choose_recompute(wish: bool | str, setup: Setup, batch: Batch, card: Card) -> int:
