@@ -68,7 +68,7 @@ def test_a_compiled_pack_equals_its_rows(rows, dtype, targets, rank):
             assert off_grad < 1e-5
 
 
-def test_recomputing_gives_the_same(rows):
+def test_a_compiled_pack_recomputes_layers_with_equal_gradients(rows):
     model, weights = make_model(torch.float32)
     row_ids = plan_packs(rows.lengths_R, np.arange(len(rows)), LENGTH)[0]
     grads = []
@@ -95,7 +95,7 @@ def test_a_captured_pass_recomputes(rows):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_captured_pass_is_the_pass(rows, dtype):
+def test_a_captured_pass_equals_the_packed_pass(rows, dtype):
     """Lengths alternate, gradients of two passes add up, and dropout follows the seed."""
     model, weights = make_model(dtype)
     packed = PackedModel(model, compiled=True, any_length=True)
@@ -114,7 +114,7 @@ def test_a_captured_pass_is_the_pass(rows, dtype):
 
 
 @pytest.mark.parametrize(("head_dim", "rank"), itertools.product([64, 128], [0, 8]))
-def test_the_attention_kernels(head_dim, rank):
+def test_attention_kernels_equal_dense_attention(head_dim, rank):
     """Rows of one token, prefixes of one, answers of none, rows that no block holds whole."""
     from glmtune.ops.attention_kernels import RowSpans
 
@@ -145,7 +145,7 @@ def test_the_attention_kernels(head_dim, rank):
 
 
 @pytest.mark.parametrize("vocab", [1000, 8192, 130528])
-def test_the_loss_kernel(vocab):
+def test_loss_kernel_equals_the_plain_loss(vocab):
     from glmtune.ops.loss import IGNORED, softmax_loss_
     from glmtune.ops.loss_kernels import softmax_loss_ as fast
 
@@ -163,7 +163,7 @@ def test_the_loss_kernel(vocab):
     reason="float8 matrix units are of the Hopper generation and newer",
 )
 class TestFloat8:
-    def test_a_product_is_its_reference(self):
+    def test_a_float8_product_equals_its_reference(self):
         torch.manual_seed(0)
         x = torch.randn(128, 512, device=CUDA, dtype=torch.bfloat16)
         weight = torch.randn(256, 512, device=CUDA, dtype=torch.bfloat16)

@@ -68,7 +68,7 @@ def test_a_compiled_pack_equals_its_rows(rows, bits, quantize_head, dtype):
 
 
 @pytest.mark.parametrize(("bits", "quantize_head"), BASES)
-def test_a_captured_pass_is_the_pass(rows, bits, quantize_head):
+def test_a_captured_pass_equals_the_packed_pass(rows, bits, quantize_head):
     model, weights = make_model(bits, quantize_head)
     packed = PackedModel(model, compiled=True, any_length=True)
     plain = PackedPass(Accelerator(), packed, rows, 0.1, None)

@@ -60,7 +60,7 @@ def folder(shared, tmp_path_factory, language):
     return folder
 
 
-def test_recipe(root, folder, language):
+def test_the_four_commands_of_the_original_run(root, folder, language):
     lang = language
     run(
         root,

@@ -102,7 +102,7 @@ def test_only_the_adapter_trains_in_float32_whatever_the_base_is(tiny_folder):
         (["dense_h_to_4h"], ["dense_h_to_4h"]),
     ],
 )
-def test_targets(base, targets, expected):
+def test_targets_by_name_and_all(base, targets, expected):
     model = attach_lora(base, targets=targets)
     adapted = {name.rpartition(".")[2] for name in model.targeted_module_names}
     assert sorted(adapted) == expected

@@ -99,7 +99,7 @@ class TestSplit:
         assert len(held_out) == max(1, round(num_rows * ratio))
         assert len(train) >= 1
 
-    def test_it_depends_on_the_seed_alone(self):
+    def test_the_split_depends_on_the_seed_alone(self):
         assert np.array_equal(split_rows(100, 0.2, 1)[1], split_rows(100, 0.2, 1)[1])
         assert not np.array_equal(split_rows(100, 0.2, 1)[1], split_rows(100, 0.2, 2)[1])
 
@@ -129,7 +129,7 @@ class TestRowPlan:
         assert all(sorted(epoch) == list(range(10, 33)) for epoch in epochs)
         assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
-    def test_a_step_does_not_depend_on_those_before_it(self):
+    def test_a_step_does_not_depend_on_earlier_steps(self):
         plan = row_plan(np.arange(23), 6)
         straight = [plan.global_batch(step).tolist() for step in range(12)]
         epoch_order.cache_clear()

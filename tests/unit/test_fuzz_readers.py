@@ -345,7 +345,7 @@ def nothing_yet() -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_a_few(name, request, capsys):
+def test_damaged_inputs_are_read_or_refused(name, request, capsys):
     told = nothing_yet()
     examine(request.getfixturevalue(name), 40, 6, told)
     assert told.num_refused
@@ -353,7 +353,7 @@ def test_a_few(name, request, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
-def test_for_long(name, request, capsys):
+def test_damaged_inputs_for_long(name, request, capsys):
     read, told = request.getfixturevalue(name), nothing_yet()
     seconds = float(os.environ.get("GLMTUNE_FUZZ_SECONDS", "60"))
     seed, end = random.randrange(2**32), time.monotonic() + seconds

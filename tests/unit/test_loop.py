@@ -46,7 +46,7 @@ class TestRunFolder:
         ]
 
     @pytest.mark.parametrize("name", ["checkpoint-4", "."])
-    def test_each_is_a_peft_adapter_as_it_stands(self, run, name, tiny_folder):
+    def test_each_checkpoint_is_a_peft_adapter(self, run, name, tiny_folder):
         _, folder, _ = run
         base = load_base_model(str(tiny_folder))
         tuned = PeftModel.from_pretrained(base, folder / name)
@@ -59,7 +59,7 @@ class TestRunFolder:
         assert settings["base_model_name_or_path"] == "chatglm-6b-tiny"
         assert (settings["r"], settings["lora_alpha"]) == (8, 32)
 
-    def test_a_checkpoint_holds_what_going_on_takes(self, run):
+    def test_a_checkpoint_holds_what_resuming_takes(self, run):
         _, folder, _ = run
         assert {path.name for path in (folder / "checkpoint-4").iterdir()} == {
             "adapter_config.json",
@@ -91,7 +91,7 @@ class TestRunFolder:
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line) for line in lines] == result.log_history
 
-    def test_curve_events_and_recipe_lie_there(self, run):
+    def test_curve_events_and_recipe_are_written(self, run):
         settings, folder, _ = run
         assert (folder / "training_loss.png").read_bytes().startswith(b"\x89PNG")
         assert list(folder.glob("runs/events.out.tfevents.*"))
@@ -122,7 +122,7 @@ def test_banner_and_summary_tell_the_run(tiny_run, capsys):
 
 
 class TestStep:
-    def test_passes_change_nothing(self, tiny_run, tmp_path):
+    def test_the_number_of_passes_changes_no_loss(self, tiny_run, tmp_path):
         """The mean is over the label tokens of the global batch, not over passes of a few."""
         whole = loop.train(
             tiny_run(per_device_train_batch_size=6, gradient_accumulation_steps=1, lora_dropout=0)
@@ -139,7 +139,7 @@ class TestStep:
             assert losses(other) == pytest.approx(losses(whole), abs=1e-5)
             assert losses(other, "grad_norm") == pytest.approx(losses(whole, "grad_norm"), rel=1e-4)
 
-    def test_recomputing_changes_nothing(self, tiny_run, tmp_path):
+    def test_recomputing_changes_no_loss(self, tiny_run, tmp_path):
         kept = loop.train(tiny_run())
         again = loop.train(tiny_run(output_dir=str(tmp_path / "b"), gradient_checkpointing="true"))
         assert losses(again) == losses(kept)
@@ -171,7 +171,7 @@ class TestStep:
             ("cosine", 0, [(1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]),
         ],
     )
-    def test_each_schedule(self, tiny_run, schedule, warmup, expected):
+    def test_learning_rates_of_each_schedule(self, tiny_run, schedule, warmup, expected):
         result = loop.train(tiny_run(max_steps=4, lr_scheduler_type=schedule, warmup_steps=warmup))
         rates = [rate / 1e-3 for rate in losses(result, "learning_rate")]
         assert rates == pytest.approx(expected)
@@ -198,7 +198,7 @@ class TestStep:
         )
         assert norms == pytest.approx(told)
 
-    def test_seeds(self, tiny_run, tmp_path):
+    def test_what_each_seed_decides(self, tiny_run, tmp_path):
         runs = iter(range(10))
 
         def course(**settings):
@@ -235,7 +235,9 @@ class TestStep:
 
 
 class TestEvaluation:
-    def test_it_is_the_mean_over_the_label_tokens_held_out(self, tiny_run, tiny_rows, tiny_folder):
+    def test_evaluation_loss_is_the_mean_over_held_out_label_tokens(
+        self, tiny_run, tiny_rows, tiny_folder
+    ):
         settings = {"learning_rate": 0.05, "lora_dropout": 0.5, "per_device_eval_batch_size": 2}
         result = loop.train(tiny_run(eval_ratio=0.3, **settings))
         _, held_out = split_rows(NUM_ROWS, 0.3, 42)

@@ -20,7 +20,7 @@ class TestMemory:
         """Settings of each layout."""
         return {"padded": {}, "exact": EXACT, "packed": PACKED}[request.param]
 
-    def test_the_forecast_is_the_first_that_a_run_says(self, tiny_run, capsys, monkeypatch):
+    def test_a_run_says_its_forecast_first(self, tiny_run, capsys, monkeypatch):
         load, said = loop.load_base_model, []
 
         def listen_and_load(*args, **settings):

@@ -52,7 +52,7 @@ class TestPacking:
         }  # fmt: skip
         assert len(seeds) == 60
 
-    def test_a_run_of_packs(self, tiny_run, capsys):
+    def test_a_run_of_packs_learns_and_says_what_it_is(self, tiny_run, capsys):
         settings = {"max_steps": -1, "num_train_epochs": 12, "learning_rate": 1e-2}
         result = loop.train(tiny_run(eval_ratio=0.2, **settings, **PACKED))
         out = capsys.readouterr().out
@@ -141,7 +141,7 @@ class TestPacking:
             ("cuda", {"packing": False, "exact_batch": False}, "padded"),
         ],
     )
-    def test_the_layout(self, kind, settings, expected):
+    def test_the_layout_that_settings_and_device_choose(self, kind, settings, expected):
         """The original's command, which says how many rows and steps, keeps both on a GPU."""
         asked = TrainSettings(dataset_path="rows", output_dir="run", **settings)
         assert choose_layout(asked, torch.device(kind)) == expected

@@ -37,7 +37,7 @@ class TestTwoProcesses:
         return folder
 
     @pytest.mark.parametrize("dealt", ["two", "two in passes"])
-    def test_they_are_one(self, folder, tiny_run, dealt):
+    def test_two_processes_train_as_one(self, folder, tiny_run, dealt):
         """They see the rows that one process sees, and end at the same losses."""
         single = loop.train(tiny_run(lora_dropout=0, **self.SETTINGS, **self.DEALT["one process"]))
         both = folder / dealt
@@ -71,12 +71,12 @@ class TestTwoProcesses:
         assert losses(both, "eval_loss") == pytest.approx(losses(single, "eval_loss"), abs=1e-5)
         assert losses(both, "grad_norm") == pytest.approx(losses(single, "grad_norm"), rel=1e-4)
 
-    def test_a_signal_to_one_stops_both_and_they_go_on_as_if_unbroken(self, folder):
+    def test_a_signal_to_one_process_stops_both_and_both_go_on_as_if_unbroken(self, folder):
         stopped = json.loads((folder / "stopped.json").read_text())
         assert stopped == {"interrupted": True, "global_step": 4}  # agreed upon a step later
         assert records(folder / "stopped") == records(folder / "dropout")
 
-    def test_only_one_talks_and_each_keeps_its_own_random_state(self, folder):
+    def test_only_one_process_talks_and_each_keeps_its_own_random_state(self, folder):
         out, err = (folder / "stdout").read_text(), (folder / "stderr").read_text()
         assert err.count("has no glmtune_data.json") == 6  # once a run
         assert out.count("LoRA of rank 8") == out.count("trained on") == 6

@@ -18,7 +18,7 @@ from glmtune.training.saving import checkpoints
 class TestCautions:
     """What is most likely a slip is said before the first step."""
 
-    def test_many_epochs(self, tiny_run, capsys, monkeypatch):
+    def test_many_epochs_are_warned_of(self, tiny_run, capsys, monkeypatch):
         monkeypatch.setattr(loop, "fit", lambda run, *_: SimpleNamespace(global_step=0))
         loop.train(tiny_run(max_steps=2000))
         told = capsys.readouterr().err
@@ -30,7 +30,7 @@ class TestCautions:
         assert "epochs" not in capsys.readouterr().err
 
     @pytest.mark.parametrize("schedule", ["linear", "constant_with_warmup"])
-    def test_a_warm_up_without_an_end(self, tiny_run, capsys, monkeypatch, schedule):
+    def test_a_warm_up_without_an_end_is_warned_of(self, tiny_run, capsys, monkeypatch, schedule):
         monkeypatch.setattr(loop, "fit", lambda run, *_: SimpleNamespace(global_step=0))
         settings = {"max_steps": 4, "lr_scheduler_type": schedule, "overwrite_output_dir": True}
         loop.train(tiny_run(warmup_steps=4, **settings))
@@ -39,7 +39,9 @@ class TestCautions:
         assert "warmup_steps" not in capsys.readouterr().err
 
     @pytest.mark.parametrize("number", [1, 2])
-    def test_accelerate_that_launches_one_process(self, number, monkeypatch, capsys, tiny_run):
+    def test_accelerate_that_launches_one_process_is_warned_of(
+        self, number, monkeypatch, capsys, tiny_run
+    ):
         """With the environment that `accelerate launch --cpu --num_processes 2` makes."""
         words = ["--cpu", "--num_processes", str(number), "finetune.py"]
         arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
@@ -73,12 +75,12 @@ class TestRefusals:
         assert [p.name for p in (tmp_path / "run" / "runs").iterdir()] == ["mine.txt"]
 
     @pytest.mark.parametrize("wanted", ["true", "no/such/folder"])
-    def test_nothing_to_resume_from(self, tiny_run, wanted, tmp_path):
+    def test_nothing_to_resume_from_is_refused(self, tiny_run, wanted, tmp_path):
         with pytest.raises(UserError, match="no folder"):
             loop.train(tiny_run(resume_from_checkpoint=wanted))
         assert not (tmp_path / "run").exists()
 
-    def test_data_of_another_tokenizer(self, tiny_run, tmp_path, monkeypatch):
+    def test_data_of_another_tokenizer_is_refused(self, tiny_run, tmp_path, monkeypatch):
         other = ToyTokenizer()
         other.eos_token_id = 1006
         monkeypatch.setattr(loop, "load_tokenizer", lambda base: other)
@@ -96,7 +98,7 @@ class TestRefusals:
             loop.train(tiny_run(dataset_path=path))
         assert not (tmp_path / "run").exists()
 
-    def test_an_unwritable_folder(self, tiny_run, tmp_path):
+    def test_an_unwritable_folder_is_refused(self, tiny_run, tmp_path):
         (tmp_path / "file").write_text("")
         with pytest.raises(UserError, match=r"output_dir.*is a file"):
             loop.train(tiny_run(output_dir=str(tmp_path / "file")))
@@ -112,7 +114,9 @@ class TestRefusals:
         for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
             assert all(weight.isfinite().all() for weight in adapter_weights(checkpoint).values())
 
-    def test_a_checkpoint_that_is_not_what_was_trained_goes(self, tiny_run, tmp_path, monkeypatch):
+    def test_a_checkpoint_that_is_not_what_was_trained_is_removed(
+        self, tiny_run, tmp_path, monkeypatch
+    ):
         save = checkpoints.save_adapter
 
         def save_less(model, folder, base):
@@ -127,7 +131,7 @@ class TestRefusals:
             loop.train(tiny_run(save_steps=2, save_total_limit=1))
         assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
 
-    def test_weights_that_learn_nothing(self, tiny_run, monkeypatch, capsys):
+    def test_weights_that_learn_nothing_are_told(self, tiny_run, monkeypatch, capsys):
         """A gradient of zero on one of them is told, on all of them it ends the run."""
         run_pass = passes.PaddedPass.run
         silenced = ["layers.2.attention.query_key_value.lora_A"]
@@ -149,7 +153,7 @@ class TestRefusals:
         with pytest.raises(UserError, match="for 8 of 8 weights"):
             loop.train(tiny_run(overwrite_output_dir=True))
 
-    def test_a_loss_that_explodes(self, tiny_run, monkeypatch, capsys):
+    def test_a_loss_that_explodes_ends_the_run(self, tiny_run, monkeypatch, capsys):
         readings = iter([5.0, 4.0, 30.0, 40.0, 50.0, 60.0])
         take_loss = loop.take_loss
         monkeypatch.setattr(loop, "take_loss", lambda *args: take_loss(*args) * 0 + next(readings))
@@ -164,7 +168,7 @@ class TestRefusals:
             loop.train(tiny_run())
         assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-4"]
 
-    def test_a_gpu_that_is_too_small(self, tiny_run, monkeypatch):
+    def test_a_gpu_that_is_too_small_is_told_with_a_setting_that_helps(self, tiny_run, monkeypatch):
         def full(*_):
             raise torch.OutOfMemoryError("CUDA out of memory")
 

@@ -85,7 +85,9 @@ class TestResume:
         with pytest.raises(KeyboardInterrupt):
             loop.train(tiny_run())
 
-    def test_true_takes_the_newest_and_says_what_it_passes_over(self, tiny_run, tmp_path, capsys):
+    def test_true_takes_the_newest_checkpoint_and_names_those_passed_over(
+        self, tiny_run, tmp_path, capsys
+    ):
         settings = {"max_steps": 6, "save_steps": 2, "lr_scheduler_type": "constant"}
         loop.train(tiny_run(**settings))
         (tmp_path / "run" / "checkpoint-6" / "optimizer.pt").write_bytes(b"cut short")
@@ -130,7 +132,7 @@ class TestResume:
         with pytest.raises(UserError, match="data sha256"):
             loop.train(tiny_run(max_steps=2, dataset_path=path, resume_from_checkpoint="true"))
 
-    def test_what_does_not_change_the_numbers_may_change(self, tiny_run):
+    def test_settings_that_change_no_numbers_may_change(self, tiny_run):
         loop.train(tiny_run(max_steps=2, lr_scheduler_type="constant"))
         result = loop.train(
             tiny_run(

@@ -38,7 +38,7 @@ def test_the_estimate_is_what_an_h200_took(setup, batch, measured):
     assert estimate(setup, batch).allocated / GIB == pytest.approx(measured, rel=0.01)
 
 
-def test_captured_steps_of_six_rows():
+def test_the_estimate_of_captured_steps_of_six_rows():
     """14.64 GiB were measured with 42 workspaces of cuBLAS (21 streams); 4 are left of them."""
     of_workspaces = (42 - 4) * 32 / 1024
     gib = estimate(on_h200("captured"), Batch(768, 576)).allocated / GIB
@@ -48,7 +48,7 @@ def test_captured_steps_of_six_rows():
 @pytest.mark.parametrize(
     ("changes", "to_reach"), [({"bits": 4}, 5.0), ({"bits": 8}, 7.5), ({}, 12.5)]
 )
-def test_six_rows_of_200_tokens_with_recomputing(changes, to_reach):
+def test_the_estimate_of_six_rows_of_200_tokens_with_recomputing(changes, to_reach):
     setup = on_h200("captured", **changes)
     assert estimate(setup, Batch(1216, 1216), recompute=27).allocated / GIB < to_reach
 
@@ -83,7 +83,7 @@ def peak_bytes(work):
         (LINEARS, 0.0, 4, 1024),
     ],
 )
-def test_it_is_near_what_the_cpu_allocates(way, targets, dropout, recompute, vocab_size):
+def test_the_estimate_is_near_what_the_cpu_allocates(way, targets, dropout, recompute, vocab_size):
     torch.manual_seed(0)
     config = ChatGLMConfig(
         vocab_size=vocab_size, hidden_size=256, num_layers=8, num_attention_heads=4,

@@ -123,7 +123,7 @@ class TestPackPlan:
         assert plan.num_steps(3) == step
         assert plan.num_steps(0.5) == -(-plan.steps_in(0) // 2)
 
-    def test_a_step_does_not_depend_on_those_before_it(self):
+    def test_a_step_does_not_depend_on_earlier_steps(self):
         straight, back = self.plan(), self.plan()
         parts = [straight.parts(step, 1)[0].tolist() for step in range(60)]
         assert [back.parts(step, 1)[0].tolist() for step in reversed(range(60))] == parts[::-1]
