@@ -2,14 +2,17 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import datasets
 import pytest
-from toys import ToyTokenizer, draw_rows, draw_uneven_rows, save_rows, short_run
+import torch
+from toys import ToyTokenizer, draw_rows, draw_uneven_rows, randomise_adapter, save_rows, short_run
 
+from glmtune.adapters import attach_lora, save_adapter
 from glmtune.data.token_rows import TokenRows
 from glmtune.models.chatglm.configuration import ChatGLMConfig
-from glmtune.models.checkpoints import GLM_TINY
+from glmtune.models.checkpoints import GLM_TINY, load_base_model
 
 
 @pytest.fixture(scope="session")
@@ -61,6 +64,27 @@ def answering(tiny_folder, records_file, word_tokenizer, monkeypatch, tmp_path):
         "per_device_eval_batch_size": 2,
         "use_cpu": True,
     }
+
+
+@pytest.fixture
+def tiny_base(tiny_folder):
+    """The tiny golden model."""
+    return load_base_model(str(tiny_folder), dtype=torch.float32)
+
+
+@pytest.fixture
+def fused_adapter(tiny_folder, tmp_path) -> Path:
+    """A copy of the adapter of 2023 with enable_lora."""
+    return shutil.copytree(tiny_folder / "adapter_peft_0_2_merged", tmp_path / "fused")
+
+
+@pytest.fixture
+def todays_adapter(tiny_folder, tmp_path) -> Path:
+    """A small adapter in today's form, with weights that change something."""
+    model = attach_lora(load_base_model(str(tiny_folder), dtype=torch.float32), rank=2)
+    randomise_adapter(model, std=0.05)
+    save_adapter(model, tmp_path / "today", "zai-org/chatglm-6b")
+    return tmp_path / "today"
 
 
 @pytest.fixture(scope="session")
