@@ -9,18 +9,19 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from glmtune.models.sizes import weight_bytes
 
 from glmtune.adapters import attach_lora
 from glmtune.bench.random_model import random_model
 from glmtune.data.packing import plan_packs
 from glmtune.hardware import GIB, Card
 from glmtune.models.chatglm.configuration import ChatGLMConfig
-from glmtune.models.packed import PackedModel, can_compile
+from glmtune.models.chatglm.packed import PACKED
+from glmtune.models.chatglm.random_init import write_random_model
 from glmtune.models.loading import load_base_model
+from glmtune.models.packed import PackedModel, can_compile
 from glmtune.models.quantised import _quantised as quantised_linear
 from glmtune.models.quantised import unrounded_inputs
-from glmtune.models.random_init import write_random_model
-from glmtune.models.sizes import weight_bytes
 from glmtune.training.first_step import check_agreement
 from glmtune.training.passes import CapturedPass, PackedPass, PaddedPass
 
@@ -60,7 +61,7 @@ def test_a_compiled_pack_equals_its_rows(rows, bits, quantize_head, dtype):
     """The reference are PEFT's modules over bitsandbytes' own."""
     model, weights = make_model(bits, quantize_head, dtype)
     accelerator = Accelerator()
-    fast = PackedPass(accelerator, PackedModel(model, compiled=True), rows, 0.1, LENGTH)
+    fast = PackedPass(accelerator, PackedModel(model, PACKED, compiled=True), rows, 0.1, LENGTH)
     plain = PaddedPass(accelerator, model, rows)
     packs = plan_packs(rows.lengths_R, np.arange(len(rows)), LENGTH)
     for row_ids in (packs[0], packs[1][:3]):
@@ -68,9 +69,9 @@ def test_a_compiled_pack_equals_its_rows(rows, bits, quantize_head, dtype):
 
 
 @pytest.mark.parametrize(("bits", "quantize_head"), BASES)
-def test_a_captured_pass_is_the_pass(rows, bits, quantize_head):
+def test_a_captured_pass_equals_the_packed_pass(rows, bits, quantize_head):
     model, weights = make_model(bits, quantize_head)
-    packed = PackedModel(model, compiled=True, any_length=True)
+    packed = PackedModel(model, PACKED, compiled=True, any_length=True)
     plain = PackedPass(Accelerator(), packed, rows, 0.1, None)
     captured = CapturedPass(Accelerator(), packed, rows, 0.1, None, weights)
     for step in range(3):
@@ -89,7 +90,7 @@ def test_a_captured_pass_is_the_pass(rows, bits, quantize_head):
 def test_a_compiled_pass_keeps_no_weight_as_floats(rows, bits):
     """From the way forward to the way back; a base as it is shows that one would be seen."""
     model, _ = make_model(bits, False, targets="query_key_value")
-    packed = PackedModel(model, compiled=True)
+    packed = PackedModel(model, PACKED, compiled=True)
     one = PackedPass(Accelerator(), packed, rows, 0.1, LENGTH)
     row_ids = plan_packs(rows.lengths_R, np.arange(len(rows)), LENGTH)[0]
     kept = set()

@@ -44,6 +44,7 @@ def taught():
             np.concatenate([ids for _, ids in rows]),
             np.concatenate(([0], np.cumsum(lengths))),
             np.array([start for start, _ in rows]),
+            tokenizer.row_rule,
         )
         return Taught.of(tokenizer, RunRows(all_rows, np.array(held_out, dtype=int)))
 

@@ -11,9 +11,9 @@ import torch
 from glmtune.errors import UserError
 from glmtune.models import checkpoints
 from glmtune.models.chatglm.configuration import ChatGLMConfig
+from glmtune.models.chatglm.random_init import write_random_model
 from glmtune.models.loading import check_pair, load_base_model, load_tokenizer
 from glmtune.models.resolve import GLM_TINY, HUB_IDS, base_name, resolve_base
-from glmtune.models.random_init import write_random_model
 
 ask_hub = checkpoints._hub_has
 

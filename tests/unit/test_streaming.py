@@ -61,7 +61,7 @@ def test_half_a_character_is_held_back(tokenizer):
     assert given == ["", "", "好", "", "", "", "😀", "x"]
 
 
-def test_half_a_character_is_not_shown_in_the_end_either(tokenizer):
+def test_half_a_character_at_the_end_is_not_shown(tokenizer):
     stream = TextStream(tokenizer)
     assert stream.push(byte_ids(tokenizer, "a好")[:-1]) == "a"
     assert stream.end() == ""

@@ -30,7 +30,7 @@ def saved(model, tmp_path):
     return tmp_path / "saved"
 
 
-def test_the_saved_one_is_the_trained_one_and_nothing_is_changed(model, saved):
+def test_the_saved_adapter_is_the_trained_one_and_nothing_is_changed(model, saved):
     torch.manual_seed(1)
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
