@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from glmtune.models.sizes import weight_bytes
 
 from glmtune.adapters import attach_lora
 from glmtune.bench.random_model import random_model
 from glmtune.data.packing import plan_packs
 from glmtune.hardware import GIB, Card
 from glmtune.models.chatglm.configuration import ChatGLMConfig
+from glmtune.models.chatglm.family import shape
 from glmtune.models.chatglm.packed import PACKED
 from glmtune.models.chatglm.random_init import write_random_model
 from glmtune.models.loading import load_base_model
 from glmtune.models.packed import PackedModel, can_compile
+from glmtune.models.precision import quantise_layers
 from glmtune.models.quantised import _quantised as quantised_linear
 from glmtune.models.quantised import unrounded_inputs
 from glmtune.training.first_step import check_agreement
@@ -126,7 +127,7 @@ def test_loading_gives_what_quantising_in_memory_gives(tmp_path, bits):
     write_random_model(tmp_path, CONFIG, num_shards=3, device=CUDA)
     loaded = load_base_model(str(tmp_path), dtype=torch.bfloat16, device=CUDA, bits=bits)
     model = load_base_model(str(tmp_path), dtype=torch.bfloat16, device=CUDA)
-    model.quantize(bits)
+    quantise_layers(model, bits)
     ids = torch.tensor([[300, CONFIG.gmask_token_id, CONFIG.bos_token_id, 400]], device=CUDA)
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
@@ -177,7 +178,7 @@ def test_6b_loads_within_little_memory(tmp_path, bits, most_gib):
     )  # fmt: skip
     peak, in_the_end, on_cpu = map(float, done.stdout.split())
     print(f"{bits} bits: {peak:.2f} GiB at most on the GPU, {on_cpu:.2f} on the CPU")
-    estimate = weight_bytes(config, torch.bfloat16, bits, quantize_head=True) / GIB
+    estimate = shape(config).weight_bytes(torch.bfloat16, bits, quantize_head=True) / GIB
     assert in_the_end == pytest.approx(estimate, rel=0.02)
     assert peak < most_gib
     assert on_cpu < 4.0

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from glmtune.models.sizes import check_targets
 from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -30,6 +29,7 @@ from glmtune.config.flags import fields_by_group, split_arguments, verb_help
 from glmtune.config.foreign import FOREIGN
 from glmtune.config.names import did_you_mean
 from glmtune.errors import UserError
+from glmtune.models.families import check_targets
 
 TRAIN = {"dataset_path": "data/tokens", "output_dir": "output"}
 NONES = ("none", "null")

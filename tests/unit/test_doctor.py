@@ -18,7 +18,7 @@ from glmtune.config import DoctorSettings, TrainSettings
 from glmtune.doctor import environment, model, recipe, run
 from glmtune.doctor.findings import OK, PROBLEM, WARNING, carry_out
 from glmtune.hardware import Card
-from glmtune.models import checkpoints, hubs
+from glmtune.models import hubs, loading
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.resolve import GLM_TINY
 
@@ -29,7 +29,8 @@ def offline(monkeypatch):
     monkeypatch.setattr(model, "HF_HUB_OFFLINE", True)
     monkeypatch.delenv("HF_ENDPOINT", raising=False)
     monkeypatch.delenv("GLMTUNE_MODEL", raising=False)
-    monkeypatch.setattr("glmtune.models.checkpoints.try_to_load_from_cache", lambda *_: None)
+    for module in ("resolve", "loading"):
+        monkeypatch.setattr(f"glmtune.models.{module}.try_to_load_from_cache", lambda *_: None)
     monkeypatch.setattr("glmtune.models.resolve._hub_has", lambda _: False)
 
 
@@ -246,7 +247,7 @@ def test_a_base_that_is_not_here_yet(monkeypatch):
 
 def findings_on(base, **settings):
     """What is found of a base model: (status, text) of all lines, and the names of all checks."""
-    checkpoints.hub_config.cache_clear()
+    loading.hub_config.cache_clear()
     findings = list(run.examine(DoctorSettings(chatglm_path=base, use_cpu=True, **settings)))
     of_base = [(f.status, f.text) for f in findings if f.check == "base model"]
     return of_base, {finding.check for finding in findings}

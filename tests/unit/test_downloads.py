@@ -10,7 +10,8 @@ from huggingface_hub.errors import RevisionNotFoundError
 
 from glmtune.errors import UserError
 from glmtune.models import downloads, weights
-from glmtune.models.downloads import KNOWN_SHARDS, check_download, in_time, known_sha256
+from glmtune.models.chatglm.published import KNOWN_SHARDS, known_sha256
+from glmtune.models.downloads import check_download, in_time
 from glmtune.models.resolve import GLM_TINY, HUB_IDS
 
 HUB_ID = HUB_IDS[0]

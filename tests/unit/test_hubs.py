@@ -17,7 +17,8 @@ from glmtune.models import hubs
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration as Model
 from glmtune.models.chatglm.random_init import write_random_model
-from glmtune.models.hubs import check_endpoint, family_by_name, in_modelscope_cache, open_folder
+from glmtune.models.families import family_not_loaded
+from glmtune.models.hubs import check_endpoint, in_modelscope_cache, open_folder
 from glmtune.models.loading import load_base_model, load_config, load_tokenizer
 from glmtune.models.resolve import GLM_TINY, base_name, resolve_base
 
@@ -364,7 +365,7 @@ def test_an_endpoint_that_is_no_address(value, fix, monkeypatch):
     ],
 )
 def test_families_by_name(name, family):
-    assert family_by_name(name) == family
+    assert family_not_loaded(name) == family
     with pytest.raises(UserError) as caught:
         load_tokenizer(name)
     assert (f"is {family} by its name" in str(caught.value)) is (family is not None)

@@ -9,21 +9,21 @@ import pytest
 import torch
 
 from glmtune.errors import UserError
-from glmtune.models import checkpoints
+from glmtune.models import resolve
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.random_init import write_random_model
 from glmtune.models.loading import check_pair, load_base_model, load_tokenizer
 from glmtune.models.resolve import GLM_TINY, HUB_IDS, base_name, resolve_base
 
-ask_hub = checkpoints._hub_has
+ask_hub = resolve._hub_has
 
 
 @pytest.fixture(autouse=True)
 def no_base_anywhere(monkeypatch):
     monkeypatch.delenv("GLMTUNE_MODEL", raising=False)
-    monkeypatch.setattr(checkpoints, "try_to_load_from_cache", lambda *_: None)
-    monkeypatch.setattr(checkpoints, "_hub_has", lambda _: False)
-    checkpoints._tell_of_glm_tiny.cache_clear()
+    monkeypatch.setattr(resolve, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(resolve, "_hub_has", lambda _: False)
+    resolve._tell_of_glm_tiny.cache_clear()
 
 
 def test_the_setting_wins_over_environment_and_run_folder(tmp_path, monkeypatch):
@@ -41,11 +41,11 @@ def test_the_setting_wins_over_environment_and_run_folder(tmp_path, monkeypatch)
 
 
 def test_the_hub_cache_comes_next_then_the_hub(monkeypatch):
-    monkeypatch.setattr(checkpoints, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(checkpoints, "_hub_has", lambda name: name == HUB_IDS[0])
+    monkeypatch.setattr(resolve, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(resolve, "_hub_has", lambda name: name == HUB_IDS[0])
     assert resolve_base() == HUB_IDS[0]
     cached = {HUB_IDS[1]: "/cache/config.json"}
-    monkeypatch.setattr(checkpoints, "try_to_load_from_cache", lambda name, _: cached.get(name))
+    monkeypatch.setattr(resolve, "try_to_load_from_cache", lambda name, _: cached.get(name))
     assert resolve_base() == HUB_IDS[1]
 
 
@@ -68,8 +68,8 @@ def test_glm_tiny_by_name(capsys, tmp_path, monkeypatch):
 
 
 def test_a_hub_that_is_not_to_be_asked(monkeypatch):
-    monkeypatch.setattr(checkpoints, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(checkpoints, "_hub_has", lambda _: pytest.fail("asked the hub"))
+    monkeypatch.setattr(resolve, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(resolve, "_hub_has", lambda _: pytest.fail("asked the hub"))
     assert resolve_base() == GLM_TINY
 
 
@@ -83,8 +83,8 @@ def test_a_hub_that_fails_or_hangs(trouble, monkeypatch):
         gone.wait(60)
         answers.append(name)
 
-    monkeypatch.setattr(checkpoints.HfApi, "model_info", model_info)
-    monkeypatch.setattr(checkpoints, "HUB_TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr(resolve.HfApi, "model_info", model_info)
+    monkeypatch.setattr(resolve, "HUB_TIMEOUT_SECONDS", 0.05)
     assert not ask_hub.__wrapped__("any/name")
     assert not answers, "it was not waited for"
     gone.set()

@@ -12,8 +12,8 @@ from glmtune.data.packing import plan_packs
 from glmtune.errors import UserError
 from glmtune.models.chatglm.configuration import VOCAB_SIZE_V1_0, ChatGLMConfig
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration, ChatGLMMLP
-from glmtune.models.chatglm.packed import PACKED
-from glmtune.models.packed import PackedModel, gelu, to_fp8
+from glmtune.models.chatglm.packed import PACKED, gelu
+from glmtune.models.packed import PackedModel, to_fp8
 from glmtune.ops.attention import PaddedRows, dense_mask
 from glmtune.training.first_step import check_agreement
 from glmtune.training.passes import PackedPass, PaddedPass

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from glmtune.models.sizes import weight_bytes
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -21,11 +20,13 @@ from glmtune.bench.rows import random_rows
 from glmtune.errors import UserError
 from glmtune.models import quantised
 from glmtune.models.chatglm.configuration import ChatGLMConfig
+from glmtune.models.chatglm.family import shape
 from glmtune.models.chatglm.packed import PACKED
 from glmtune.models.chatglm.random_init import write_random_model
 from glmtune.models.integer_weights import PackedEmbedding, PackedLinear
 from glmtune.models.loading import load_base_model
 from glmtune.models.packed import PackedModel
+from glmtune.models.precision import quantise_layers
 from glmtune.models.resolve import GLM_TINY
 from glmtune.training.first_step import check_agreement
 from glmtune.training.passes import PackedPass, PaddedPass
@@ -95,7 +96,7 @@ class TestLoading:
 
     def test_a_model_in_memory_is_quantised_to_the_same(self, bits):
         model = load()
-        model.quantize(bits)
+        quantise_layers(model, bits)
         assert torch.equal(logits(model), logits(load(bits=bits)))
         assert getattr(model, f"is_loaded_in_{bits}bit")
 
@@ -120,7 +121,11 @@ class TestLoading:
 
     def test_the_sizes_told_beforehand(self, bits):
         model = load(bits=bits, quantize_head=True)
-        size = weight_bytes(model.config, torch.float32, bits, quantize_head=True)
+        size = (
+            family_of(model.config)
+            .shape(model.config)
+            .weight_bytes(torch.float32, bits, quantize_head=True)
+        )
         tables = 4 * (16 + 256 + 1)  # of NF4, for each linear
         taken = model.get_memory_footprint()
         for linear in model.modules():
@@ -275,7 +280,7 @@ def test_a_published_folder_is_requantised(write_quantised, tmp_path, kind, embe
     assert model.lm_head.weight is model.transformer.word_embeddings.weight
     assert not model.config.quantization_bit
     reference = load(folder)
-    reference.quantize(4)
+    quantise_layers(reference, 4)
     assert off(logits(model), logits(reference)) < 1e-5
 
 
@@ -331,7 +336,7 @@ def test_loading_holds_the_quantised_weights_and_one_more(bits, form, tmp_path):
         capture_output=True, text=True, check=True, timeout=300,
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
     )  # fmt: skip
-    in_the_end = weight_bytes(config, torch.bfloat16, bits, quantize_head=True)
+    in_the_end = shape(config).weight_bytes(torch.bfloat16, bits, quantize_head=True)
     rounding_one = 24 * config.inner_hidden_size * config.hidden_size  # bytes a value
     # Within what is left, a third of the model as floats, there is no room for a shard of them.
     assert int(done.stdout) < in_the_end + rounding_one + 10 * 2**20

@@ -16,7 +16,7 @@ from glmtune.doctor.findings import OK, PROBLEM, WARNING, Told
 from glmtune.doctor.model import config_of
 from glmtune.errors import UserError
 from glmtune.hardware import Card, pick_device, pick_dtype
-from glmtune.models.families import family_of
+from glmtune.models.families import check_targets, family_of
 from glmtune.models.loading import load_tokenizer
 from glmtune.models.resolve import GLM_TINY
 from glmtune.models.weights import is_lfs_pointer
@@ -47,6 +47,8 @@ def check_settings(path: str, verbs: list[str], plans: Plans) -> Iterator[Told]:
     for verb in verbs:
         try:
             settings = read_config(SETTINGS[verb], verb, path, {})
+            if isinstance(settings, TrainSettings):
+                check_targets(settings.lora_target)
             plans[verb] = settings
         except UserError as error:
             yield PROBLEM, str(error)

@@ -25,6 +25,7 @@ from glmtune.models import chatglm
 from glmtune.models.chatglm import *  # noqa: F403
 from glmtune.models.chatglm.family import V1_0, V1_1
 from glmtune.models.family import Family
+from glmtune.models.shape import ALL
 
 __all__ = ["DEFAULT", "FAMILIES", "Family", "family_of", "find_family"]
 __all__ += chatglm.__all__
@@ -65,6 +66,18 @@ def family_not_loaded(hub_id: str) -> str | None:
 def published_names() -> tuple[str, ...]:
     """Names of all families' float models on their hubs."""
     return tuple(dict.fromkeys(name for family in FAMILIES for name in family.published))
+
+
+def check_targets(wanted: tuple[str, ...] | None) -> None:
+    """Make sure, before it is known which model is meant, that some family has all these linears.
+
+    Raises:
+        UserError: `lora_target` names one that none has.
+    """
+    shapes = [family.shape(family.config_class()) for family in FAMILIES]
+    known = {name for shape in shapes for name in shape.linear_names} | {ALL}
+    if wanted and not known.issuperset(wanted):
+        DEFAULT.targets(wanted, shapes[0])
 
 
 @lru_cache(maxsize=1)

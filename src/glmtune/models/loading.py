@@ -60,10 +60,9 @@ def load_config(base: str) -> Any:
     Raises:
         UserError: no model there, or one of another family.
     """
-    if not isinstance(try_to_load_from_cache(base, CONFIG_FILE), str):
-        for family in FAMILIES:
-            if base in family.published:
-                return family.config_class()
+    family = next((family for family in FAMILIES if base in family.published), None)
+    if family and not isinstance(try_to_load_from_cache(base, CONFIG_FILE), str):
+        return family.config_class()
     return _read_config(base, _fetch(base, [CONFIG_FILE]))[1]
 
 

@@ -22,7 +22,7 @@ from glmtune.data.dataset import check_data_card, load_dataset
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError, note
 from glmtune.hardware import memory_gib
-from glmtune.models.families import family_of
+from glmtune.models.families import check_targets, family_of
 from glmtune.models.fingerprint import fingerprint
 from glmtune.models.loading import check_pair, load_base_model, load_config, load_tokenizer
 from glmtune.models.resolve import base_name, resolve_base
@@ -86,6 +86,7 @@ def train(settings: TrainSettings, at_end: AtEnd | None = None) -> TrainResult:
             memory or the disk is too small, or the loss is no longer finite.
         KeyboardInterrupt: a signal came before the first step.
     """
+    check_targets(settings.lora_target)
     accelerator, dtype = start_accelerator(settings)
     with StopRequest(accelerator, settings.max_hours) as stop:
         if settings.base_dtype == "fp8":

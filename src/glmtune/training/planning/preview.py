@@ -13,7 +13,7 @@ from glmtune.data.jsonlines import append_json, check_appendable
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import note
 from glmtune.hardware import Card, pick_device, pick_dtype
-from glmtune.models.families import DEFAULT, family_of
+from glmtune.models.families import DEFAULT, check_targets, family_of
 from glmtune.models.loading import load_config
 from glmtune.models.resolve import HUB_IDS, base_name, resolve_base
 from glmtune.training.planning.advice import find_remedies, print_forecast
@@ -26,6 +26,7 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
     Raises:
         UserError: a card or a base model that is not known, or a JSON file that cannot be written.
     """
+    check_targets(settings.lora_target)
     check_appendable(settings.json_path)
     card, dtype = _card_and_dtype(settings)
     base = resolve_base(settings.chatglm_path, needs_weights=False)
