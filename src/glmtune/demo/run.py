@@ -35,6 +35,7 @@ from glmtune.evaluation.compare import compare
 from glmtune.evaluation.page import html
 from glmtune.evaluation.report import Text
 from glmtune.models.checkpoints import GLM_TINY, base_name, load_tokenizer
+from glmtune.run_files import RECIPE_FILE
 from glmtune.runlog import format_seconds, print_pairs
 from glmtune.training.loop import train
 
@@ -245,7 +246,7 @@ def _print_end(result: DemoResult, settings: DemoSettings) -> None:
         {name: "base {}, tuned {}".format(*scores[language]) for language, name in names.items()},
     )
     run, questions = (shlex.quote(str(out / name)) for name in ("run", "questions.json"))
-    recipe = shlex.quote(str(out / "run" / "recipe.yaml"))
+    recipe = shlex.quote(str(out / "run" / RECIPE_FILE))
     print(f"\nOpen the page in a browser: {result.page.absolute()}\n")
     print_pairs(
         "What to try next",

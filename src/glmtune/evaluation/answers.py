@@ -32,6 +32,7 @@ from glmtune.models.checkpoints import (
     resolve_base,
 )
 from glmtune.models.hubs import name_of_folder
+from glmtune.run_files import CHECKPOINT_PREFIX
 
 
 def read_questions(settings: InferSettings | CompareSettings) -> list[Record]:
@@ -139,7 +140,7 @@ class Subject:
         if self.adapter is None:
             return None
         path = self.adapter.resolve()
-        is_checkpoint = path.name.startswith("checkpoint-")
+        is_checkpoint = path.name.startswith(CHECKPOINT_PREFIX)
         return "/".join(path.parts[-2:]) if is_checkpoint else name_of_folder(path)
 
     def identity(self) -> dict[str, Any]:

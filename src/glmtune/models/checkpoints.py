@@ -31,6 +31,7 @@ from glmtune.models.hubs import (
     open_folder,
 )
 from glmtune.models.quantised import bits_of, check_quantising, quantising
+from glmtune.run_files import RECIPE_FILE, find_around
 
 T = TypeVar("T")
 
@@ -40,8 +41,8 @@ HUB_IDS = ("zai-org/chatglm-6b", "THUDM/chatglm-6b")
 PUBLISHED = (*HUB_IDS, "ZhipuAI/ChatGLM-6B")
 """Names of the float16 model, on ModelScope as well."""
 HUB_TIMEOUT_SECONDS = 5.0
-# The tiny model of `glmtune demo`, by its place: this room may not import that one.
-GLM_TINY = str(Path(__file__).resolve().parent.parent / "demo" / "glm-tiny")
+# The tiny model that comes with the package.
+GLM_TINY = str(Path(__file__).resolve().with_name("glm-tiny"))
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _TOKENIZER_FILES = ("*.json", "*.model")
 
@@ -69,7 +70,7 @@ def resolve_base(
     for value, source in (
         (chatglm_path, "--chatglm_path"),
         (os.environ.get(ENVIRONMENT_VARIABLE), ENVIRONMENT_VARIABLE),
-        (_recipe_base(run_folder), f"chatglm_path in {run_folder}/recipe.yaml"),
+        (_recipe_base(run_folder), f"chatglm_path in {run_folder}/{RECIPE_FILE}"),
     ):
         if value:
             return _folder_or_hub_id(value, source)
@@ -94,12 +95,8 @@ def _tell_of_glm_tiny() -> None:
 
 
 def _recipe_base(run_folder: str | None) -> str | None:
-    # An adapter may be a checkpoint-N inside the run folder that keeps the recipe.
-    candidates = [] if run_folder is None else [Path(run_folder), Path(run_folder).parent]
-    for recipe in (folder / "recipe.yaml" for folder in candidates):
-        if recipe.is_file():
-            return shared_setting(str(recipe), "chatglm_path")
-    return None
+    recipes = find_around(Path(run_folder), RECIPE_FILE) if run_folder else []
+    return shared_setting(str(recipes[0]), "chatglm_path") if recipes else None
 
 
 def _folder_or_hub_id(value: str, source: str) -> str:
