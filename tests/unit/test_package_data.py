@@ -20,6 +20,11 @@ def test_the_demo_finds_its_model_and_its_grammar():
     assert "demo/grammar/words.txt" in names
 
 
+def test_pages_find_their_style_and_script():
+    names = {path.relative_to(PACKAGE).as_posix() for path in files()}
+    assert {"evaluation/page.css", "evaluation/page.js", "demo/page.css"} <= names
+
+
 def test_a_wheel_takes_along_every_file(root):
     # setuptools takes only what is named here.
     settings = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))

@@ -25,7 +25,7 @@ from glmtune.config import (
 from glmtune.data.convert import convert
 from glmtune.data.files import new_file
 from glmtune.data.tokenizing import tokenize
-from glmtune.demo.page import TITLE, loss_panel, score_panel
+from glmtune.demo.page import TITLE, loss_panel, panel_style, score_panel
 from glmtune.demo.questions import Asked, held_out_questions, num_right, training_questions
 from glmtune.demo.recipe import RECIPE
 from glmtune.demo.world import LANGUAGES
@@ -120,6 +120,7 @@ def demo(config: DemoSettings) -> DemoResult:
         title=TITLE,
         verdict=_verdict(base, tuned, len(training)),
         panels=[score_panel(base, tuned), loss_panel(run.log_history)],
+        style=panel_style(),
     )
     with new_file(paths["demo.html"]) as file:
         file.write(page)
