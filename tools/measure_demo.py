@@ -1,6 +1,6 @@
 """Measure the demonstration's effect: exact match on the held-out questions, base and tuned.
 
-    python tools/measure_demo.py --model src/glmtune/demo/glm-tiny --out build/measure --seeds 5
+    python tools/measure_demo.py --model src/glmtune/models/glm-tiny --out build/measure --seeds 5
 
 Everything goes through the package's own verbs, as in the demonstration: records, `convert`,
 `tokenize`, `train` once a seed with the demonstration's recipe, answers. Further flags are settings

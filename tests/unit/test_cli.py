@@ -149,7 +149,7 @@ def test_findings_are_exit_codes(room, is_good):
 
 def test_tokenize_finds_model_and_tokenizer(room):
     calls = room("glmtune.models.resolve", resolve_base="folder", base_name="name")
-    others = room("glmtune.models.loading", load_tokenizer="tokenizer")
+    room("glmtune.models.loading", load_tokenizer="tokenizer")
     room("glmtune.data.tokenizing", tokenize=None)
     line = "tokenize --jsonl_path a --save_path b --chatglm_path c"
     assert cli.main(line.split()) == 0

@@ -607,6 +607,27 @@ def test_help_shows_type_choices_default_and_group(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "verb, line",
+    [
+        ("plan", "--card NAME"),
+        ("doctor", "--explain TEXT"),
+        ("infer", "--encoding NAME"),
+        ("train", "--output_dir PATH"),
+        ("train", "--resume_from_checkpoint true|PATH"),
+        ("validate", "--files PATH"),
+    ],
+)
+def test_help_says_path_of_paths_alone(verb, line):
+    assert f"  {line}\n" in verb_help(verb, "")
+
+
+def test_help_of_plan_tells_what_no_path_means():
+    text = " ".join(verb_help("plan", "").split())
+    assert "read (default: as many rows of row_length tokens as a step takes) --output_dir" in text
+    assert "--output_dir PATH accepted as a recipe has it; nothing is written there data:" in text
+
+
+@pytest.mark.parametrize(
     "text, expected",
     [
         ("问:", ("问:",)),

@@ -5,8 +5,6 @@ import os
 import re
 import shutil
 import time
-from importlib import resources
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,25 +16,6 @@ from glmtune.demo.questions import held_out_questions
 from glmtune.demo.recipe import RECIPE
 from glmtune.demo.run import ABOUT, ABOUT_FILE, WRITTEN, claim_folder, demo, training_config
 from glmtune.errors import UserError
-
-
-def test_what_the_demo_needs_is_in_the_package(root):
-    package = resources.files("glmtune") / "demo"
-    names = {entry.name for entry in (package / "glm-tiny").iterdir()}
-    assert {"config.json", "ice_text.model", "model.safetensors", "README.md"} <= names
-    assert (package / "grammar" / "words.txt").is_file()
-    # ... and goes into a wheel: setuptools takes along only what is named here.
-    named = re.search(r"^glmtune = (\[.*\])", (root / "pyproject.toml").read_text(), re.MULTILINE)
-    assert named is not None
-    patterns = json.loads(named[1])
-    data = [p for p in Path(str(package)).rglob("*") if p.suffix not in ("", ".py", ".pyc")]
-    missed = [
-        path.name
-        for path in data
-        if not any(path in Path(str(package.parent)).glob(pattern) for pattern in patterns)
-    ]
-    assert missed == []
-
 
 # --- the folder ---
 

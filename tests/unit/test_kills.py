@@ -118,11 +118,12 @@ class Server:
         """Check all that a killed child left; gives the newest step, and whether it was saving."""
         from safetensors.torch import load_file
 
+        from glmtune.run_files import saved_steps
         from glmtune.training.saving import checkpoints, run_folder
         from glmtune.training.saving.manifest import find_fault
 
         names = [entry.name for entry in self.folder.iterdir()]
-        steps = checkpoints.saved_steps(self.folder)
+        steps = saved_steps(self.folder)
         for step in steps:
             checkpoint = self.folder / f"checkpoint-{step}"
             assert find_fault(checkpoint) is None, find_fault(checkpoint)

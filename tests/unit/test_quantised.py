@@ -121,11 +121,7 @@ class TestLoading:
 
     def test_the_sizes_told_beforehand(self, bits):
         model = load(bits=bits, quantize_head=True)
-        size = (
-            family_of(model.config)
-            .shape(model.config)
-            .weight_bytes(torch.float32, bits, quantize_head=True)
-        )
+        size = shape(model.config).weight_bytes(torch.float32, bits, quantize_head=True)
         tables = 4 * (16 + 256 + 1)  # of NF4, for each linear
         taken = model.get_memory_footprint()
         for linear in model.modules():

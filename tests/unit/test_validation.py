@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from glmtune.cli import main
 from glmtune.config import ValidateSettings
-from glmtune.data.validation import spans, validate
+from glmtune.data import windows
+from glmtune.data.validation import validate
 from glmtune.data.validation.characters import CONTROL, survey
 from glmtune.errors import UserError
 
@@ -209,26 +210,21 @@ def test_bare_text_keeps_letters_and_digits_alone():
     assert survey(text.encode()).bare.decode() == "helloworld你好世界1+1＝２ab"
 
 
-def test_several_processes_find_what_one_finds(tmp_path, monkeypatch, capsys):
+def test_report_is_the_same_in_windows_of_any_size(tmp_path, monkeypatch, capsys):
     rows = [json.dumps(record(f"问 {number}"), ensure_ascii=False) for number in range(3000)]
     rows[1500:1502] = ['{"instruction": ""}', rows[7]]
-    rows[2000] = json.dumps(record("}, {" * 9000))  # a cut of the list may seem to lie in it
-    monkeypatch.setattr(spans, "NUM_PROCESSES", 2)
+    rows[2000] = json.dumps(record("}, {" * 9000))  # as if rows ended and began in it
     for start, between, end in [("", "\n", "\n"), ("[", ",\n", "]")]:
         path = tmp_path / "a.json"
         path.write_text(start + between.join(rows) + end, encoding="utf-8")
         told = []
-        for size in (1 << 24, 20_000):
-            monkeypatch.setattr(spans, "SPAN_BYTES", size)
+        for size in (1 << 16, 1 << 24, 100):
+            monkeypatch.setattr(windows, "WINDOW_BYTES", size)
             config = ValidateSettings(files=(str(path),), json_path=str(tmp_path / "r.json"))
             with pytest.raises(UserError, match="1 of 3,000 rows cannot be used"):
                 validate(config)
             report = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
             told.append((report["problems"], report["files"]))
-        assert told[0] == told[1]
+        assert told[0] == told[1] == told[2]
         kinds = {problem["kind"]: problem["row"] for problem in told[0][0]}
         assert kinds == {"missing field": 1501, "duplicate": 1502}
-    with spans.open_pool([str(path)]) as pool:
-        assert pool
-    with spans.open_pool([]) as pool:
-        assert pool is None

@@ -4,16 +4,16 @@ import unicodedata
 
 import pytest
 
-import glmtune.demo
 from glmtune.data.templates import alpaca
 from glmtune.demo.questions import held_out_questions
 from glmtune.demo.world import passages
 from glmtune.models.chatglm.tokenization import SPECIALS, VOCAB_FILE, ChatGLMTokenizer
+from glmtune.models.resolve import GLM_TINY
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return ChatGLMTokenizer(f"{glmtune.demo.__path__[0]}/glm-tiny/{VOCAB_FILE}")
+    return ChatGLMTokenizer(f"{GLM_TINY}/{VOCAB_FILE}")
 
 
 def test_pieces_are_laid_out_as_in_the_published_file(tokenizer):

@@ -14,15 +14,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from glmtune.adapters.biases import biases_in_effect, restore_when_disabled
-from glmtune.adapters.formats import (
-    CONFIG_FILE,
-    Adapter,
-    read_adapter,
-    write_adapter,
-)
+from glmtune.adapters.formats import Adapter, read_adapter, write_adapter
 from glmtune.errors import UserError, note
 from glmtune.models.families import family_of
 from glmtune.models.shape import find_targets
+from glmtune.run_files import ADAPTER_CONFIG_FILE
 
 
 def attach_lora(
@@ -215,7 +211,7 @@ def _fill(peft_model: PeftModel, adapter: Adapter) -> None:
         if key in shapes and shapes[key] != wanted[key]:
             raise UserError(
                 f"{adapter.path}: {key} has shape {shapes[key]}, but {wanted[key]} is wanted here; "
-                f"it belongs to a base of another hidden size or to another {CONFIG_FILE}"
+                f"it belongs to a base of another hidden size or to another {ADAPTER_CONFIG_FILE}"
             )
     for keys, fault in (
         (shapes.keys() - wanted.keys(), "tensors that this base has no place for"),
@@ -224,6 +220,7 @@ def _fill(peft_model: PeftModel, adapter: Adapter) -> None:
         if keys:
             raise UserError(
                 f"{adapter.path}: {len(keys)} {fault}, first {min(keys)} ({len(shapes)} there, "
-                f"{len(wanted)} wanted); pass an adapter of this base with its {CONFIG_FILE}"
+                f"{len(wanted)} wanted); pass an adapter of this base with its "
+                f"{ADAPTER_CONFIG_FILE}"
             )
     set_peft_model_state_dict(peft_model, adapter.weights)

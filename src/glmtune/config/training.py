@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from glmtune.config.groups import (
     BaseModelSettings,
     DeviceSettings,
+    NameText,
     PathText,
     QuantisingSettings,
     Settings,
@@ -217,7 +218,7 @@ class PlanSettings(TrainSettings):
     memory_gib: float | None = Field(
         None, gt=0, description="plan for a card of so much memory instead of this machine's"
     )
-    card: PathText | None = Field(
+    card: NameText | None = Field(
         None, description="plan for a card by its name, such as T4, A10, 4090 or H100"
     )
     row_length: int = Field(
@@ -225,9 +226,14 @@ class PlanSettings(TrainSettings):
     )
     json_path: PathText | None = Field(None, description="JSON lines file to add the plan to")
     dataset_path: PathText = Field(
-        "no rows yet", description="tokenised rows, of which the lengths are read"
+        default_factory=lambda: "no rows yet",
+        description="tokenised rows, of which the lengths are read (default: as many rows of "
+        "row_length tokens as a step takes)",
     )
-    output_dir: PathText = Field("nowhere", description="accepted as a recipe has it")
+    output_dir: PathText = Field(
+        default_factory=lambda: "nowhere",
+        description="accepted as a recipe has it; nothing is written there",
+    )
 
     @model_validator(mode="after")
     def one_card(self) -> Self:

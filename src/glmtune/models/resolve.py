@@ -20,14 +20,15 @@ from glmtune.models.hubs import (
     name_of_folder,
     open_folder,
 )
+from glmtune.run_files import RECIPE_FILE, find_around
 
 ENVIRONMENT_VARIABLE = "GLMTUNE_MODEL"
 # Where nothing is named. The publisher renamed itself: the hub cache of a long-time user has the
 # older name.
 HUB_IDS = DEFAULT.published[:2]
 HUB_TIMEOUT_SECONDS = 5.0
-# The tiny model of `glmtune demo`, by its place: this room may not import that one.
-GLM_TINY = str(Path(__file__).resolve().parent.parent / "demo" / "glm-tiny")
+# The tiny model that comes with the package.
+GLM_TINY = str(Path(__file__).resolve().with_name("glm-tiny"))
 
 
 def resolve_base(
@@ -53,7 +54,7 @@ def resolve_base(
     for value, source in (
         (chatglm_path, "--chatglm_path"),
         (os.environ.get(ENVIRONMENT_VARIABLE), ENVIRONMENT_VARIABLE),
-        (_recipe_base(run_folder), f"chatglm_path in {run_folder}/recipe.yaml"),
+        (_recipe_base(run_folder), f"chatglm_path in {run_folder}/{RECIPE_FILE}"),
     ):
         if value:
             return _folder_or_hub_id(value, source)
@@ -78,12 +79,8 @@ def _tell_of_glm_tiny() -> None:
 
 
 def _recipe_base(run_folder: str | None) -> str | None:
-    # An adapter may be a checkpoint-N inside the run folder that keeps the recipe.
-    candidates = [] if run_folder is None else [Path(run_folder), Path(run_folder).parent]
-    for recipe in (folder / "recipe.yaml" for folder in candidates):
-        if recipe.is_file():
-            return shared_setting(str(recipe), "chatglm_path")
-    return None
+    recipes = find_around(Path(run_folder), RECIPE_FILE) if run_folder else []
+    return shared_setting(str(recipes[0]), "chatglm_path") if recipes else None
 
 
 def _folder_or_hub_id(value: str, source: str) -> str:

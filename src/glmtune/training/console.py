@@ -10,11 +10,11 @@ from glmtune.hardware import device_name, memory_gib, total_memory_gib
 from glmtune.models.packed import base_of
 from glmtune.models.precision import has_packed_tables
 from glmtune.models.quantised import bits_of
-from glmtune.runlog import PLOT_FILE, format_seconds, print_pairs
+from glmtune.run_files import PLOT_FILE, RECIPE_FILE
+from glmtune.runlog import format_seconds, print_pairs
 from glmtune.training.plan import PackPlan
 from glmtune.training.planning.advice import advise, recompute_words
 from glmtune.training.run import Run
-from glmtune.training.saving.checkpoints import RECIPE_FILE
 from glmtune.training.state import TrainingState
 
 

@@ -34,6 +34,7 @@ from glmtune.errors import UserError
 from glmtune.hardware import device_name
 from glmtune.models.packed import base_of
 from glmtune.models.torch_files import write_torch_file
+from glmtune.run_files import OPTIMIZER_FILE, RECIPE_FILE
 from glmtune.training.console import what_is_kept
 from glmtune.training.faults.first_nonfinite import Culprit, Outcome, PassOfStep, compute_again
 from glmtune.training.first_step import TO_REFERENCE
@@ -41,7 +42,6 @@ from glmtune.training.passes import PaddedPass
 from glmtune.training.plan import pass_seed
 from glmtune.training.processes import on_main
 from glmtune.training.run import Run
-from glmtune.training.saving.checkpoints import RECIPE_FILE
 from glmtune.training.state import TrainingState
 from glmtune.training.watch import Fault, NotFiniteError, RandomState
 
@@ -134,7 +134,7 @@ def _leave_bundle(
         save_adapter(state.model, draft, run.base_name)
         moments = state.optimizer.state_dict()
         if _num_bytes(moments) <= LARGEST_OPTIMISER:
-            write_torch_file(moments, draft / "optimizer.pt")
+            write_torch_file(moments, draft / OPTIMIZER_FILE)
         write_recipe(settings, str(draft / RECIPE_FILE))
     return (
         f"{_locate(run, outcome)}; {_advise(run, fault, outcome)}; {what_is_kept(run, state)}; "

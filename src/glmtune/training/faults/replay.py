@@ -8,16 +8,15 @@ import torch
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from glmtune.adapters.formats import WEIGHTS_FILE
 from glmtune.config import ReplaySettings, TrainSettings, read_config
 from glmtune.models.families import family_of
 from glmtune.models.loading import load_base_model
 from glmtune.models.resolve import resolve_base
+from glmtune.run_files import RECIPE_FILE, WEIGHTS_FILE
 from glmtune.training.faults.crash import Bundle, read_bundle, surroundings
 from glmtune.training.faults.first_nonfinite import Outcome, compute_again
 from glmtune.training.passes import PaddedPass
 from glmtune.training.run import adapt, start_accelerator
-from glmtune.training.saving.checkpoints import RECIPE_FILE
 
 
 def replay(settings: ReplaySettings) -> bool:
