@@ -95,7 +95,9 @@ class TestRunFolder:
         settings, folder, _ = run
         assert (folder / "training_loss.png").read_bytes().startswith(b"\x89PNG")
         assert list(folder.glob("runs/events.out.tfevents.*"))
-        as_run = settings.model_copy(update={"layout": "padded"})
+        as_run = settings.model_copy(
+            update={"layout": "padded", "lora_target": ("query_key_value",)}
+        )
         assert read_config(TrainSettings, "train", str(folder / "recipe.yaml"), {}) == as_run
 
     def test_nothing_half_written_is_left(self, run):

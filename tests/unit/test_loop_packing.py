@@ -143,7 +143,7 @@ class TestPacking:
     def test_the_layout_that_settings_and_device_choose(self, kind, settings, expected):
         """The original's command, which says how many rows and steps, keeps both on a GPU."""
         asked = TrainSettings(dataset_path="rows", output_dir="run", **settings)
-        assert choose_layout(asked, torch.device(kind)) == expected
+        assert choose_layout(asked, on_gpu=kind == "cuda") == expected
 
     def test_float8_needs_a_card_that_has_it(self, tiny_run):
         with pytest.raises(UserError, match="base_dtype fp8: CPU"):

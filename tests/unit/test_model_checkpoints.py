@@ -12,6 +12,7 @@ from glmtune.errors import UserError
 from glmtune.models import resolve
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.random_init import write_random_model
+from glmtune.models.chatglm.rows import row_rule
 from glmtune.models.loading import check_pair, load_base_model, load_tokenizer
 from glmtune.models.resolve import GLM_TINY, HUB_IDS, base_name, resolve_base
 
@@ -146,14 +147,22 @@ def test_a_base_without_a_vocabulary(tiny_folder):
 IDS = ("bos_token_id", "eos_token_id", "gmask_token_id", "mask_token_id", "pad_token_id")
 
 
+def named_ids(config, **changes):
+    """What a tokenizer of the same ids as a model says of them."""
+    ids = SimpleNamespace(
+        **{name: getattr(config, name) for name in IDS} | {"vocab_size": 1000} | changes
+    )
+    ids.row_rule = row_rule(ids)
+    return ids
+
+
 def test_a_model_and_a_tokenizer_that_disagree(tiny_folder):
     model = load_base_model(str(tiny_folder))
-    ids = {name: getattr(model.config, name) for name in IDS}
-    check_pair(model, SimpleNamespace(**ids, vocab_size=1000))
+    check_pair(model, named_ids(model.config))
     with pytest.raises(UserError, match="eos_token_id: the model says 1005, the tokenizer 2"):
-        check_pair(model, SimpleNamespace(**ids | {"eos_token_id": 2}, vocab_size=1000))
+        check_pair(model, named_ids(model.config, eos_token_id=2))
     with pytest.raises(UserError, match="vocab_size"):
-        check_pair(model, SimpleNamespace(**ids, vocab_size=5000))
+        check_pair(model, named_ids(model.config, vocab_size=5000))
 
 
 @pytest.mark.parametrize("name", IDS)
@@ -170,9 +179,7 @@ def test_a_generation_config_that_ends_answers_elsewhere(tiny_folder, tmp_path, 
     for right in (None, 1005, [1005]):
         written.write_text(json.dumps({"eos_token_id": right}))
         model = load_base_model(str(folder))
-        tokenizer = SimpleNamespace(
-            **{name: getattr(model.config, name) for name in IDS}, vocab_size=1000
-        )
+        tokenizer = named_ids(model.config)
         check_pair(model, tokenizer)
     written.write_text(json.dumps({"eos_token_id": ends}))
     with pytest.raises(UserError, match=r"generation_config.json: eos_token_id says .*1005"):
