@@ -37,7 +37,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.usefixtures("fresh_compiler"),
     pytest.mark.skipif(
-        not torch.cuda.is_available() or not can_compile(Card.of(CUDA), CONFIG),
+        not torch.cuda.is_available() or not can_compile(Card.of(CUDA), PACKED, CONFIG.head_dim),
         reason="no CUDA device of the Ampere generation or newer here, or no Triton",
     ),
 ]
