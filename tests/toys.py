@@ -13,7 +13,7 @@ import numpy as np
 from safetensors.torch import load_file
 from torch import nn
 
-from glmtune.config import TrainSettings
+from glmtune.config.settings import TrainSettings
 from glmtune.models.chatglm.rows import row_rule
 from glmtune.models.resolve import GLM_TINY
 

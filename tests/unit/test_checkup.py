@@ -12,7 +12,8 @@ import torch
 
 from glmtune.adapters import attach_lora, load_adapter, save_adapter
 from glmtune.cli import main
-from glmtune.config import TrainSettings, write_recipe
+from glmtune.config.reading import write_recipe
+from glmtune.config.settings import TrainSettings
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError
 from glmtune.evaluation import answers, checkup

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from glmtune.config import ReplaySettings, TrainSettings
+from glmtune.config.settings import ReplaySettings, TrainSettings
 from glmtune.errors import UserError
 from glmtune.training import loop, passes
 from glmtune.training.faults.crash import read_bundle

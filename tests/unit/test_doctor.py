@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from glmtune import cli
-from glmtune.config import DoctorSettings, TrainSettings
+from glmtune.config.settings import DoctorSettings, TrainSettings
 from glmtune.doctor import environment, model, recipe, run
 from glmtune.doctor.findings import OK, PROBLEM, WARNING, carry_out
 from glmtune.hardware import Card

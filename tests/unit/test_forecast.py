@@ -9,7 +9,7 @@ import torch
 
 from glmtune.bench.rows import random_rows
 from glmtune.cli import main
-from glmtune.config import TrainSettings
+from glmtune.config.settings import TrainSettings
 from glmtune.errors import UserError
 from glmtune.hardware import CARDS, Card
 from glmtune.models.chatglm.configuration import ChatGLMConfig

@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
-from glmtune.config import SETTINGS, read_config, recipe_verbs
 from glmtune.config.flags import split_arguments, verb_help
 from glmtune.config.foreign import FOREIGN, TABLE
 from glmtune.config.foreign.fates import OWN_RANK, Becomes, Fate, Idle
 from glmtune.config.foreign.page import names_page
 from glmtune.config.names import check_name
+from glmtune.config.reading import read_config, recipe_verbs
+from glmtune.config.settings import SETTINGS
 from glmtune.errors import UserError
 
 from .test_config import REQUIRED
@@ -62,7 +63,7 @@ def read(verb: str, **flags: str):
         for fate in fates(verb, name) if name in FOREIGN else ():
             given |= dict.fromkeys(getattr(fate, "settings", ()))
     required = {name: text for name, text in REQUIRED[verb].items() if name not in given}
-    return read_config(SETTINGS[verb], verb, None, required | flags)
+    return read_config(SETTINGS[verb], None, required | flags)
 
 
 def complaint(call: Callable, *arguments) -> str:
@@ -83,11 +84,11 @@ def follow(verb: str, line: str) -> None:
         recipe, flags = split_arguments(told, words[len(told.split()) :])
         assert recipe in (None, "RECIPE.yaml")
         assert set(flags) <= set(SETTINGS[told].model_fields), command
-        read_config(SETTINGS[told], told, None, REQUIRED[told] | flags)
+        read_config(SETTINGS[told], None, REQUIRED[told] | flags)
     line = re.sub(r"`[^`]*`", "", line.partition(": ")[2])
     for name, value in re.findall(r"--(\w+) ([^\s,;]+)", line):
         assert name in SETTINGS[verb].model_fields, f"{verb}: {line}"
-        read_config(SETTINGS[verb], verb, None, REQUIRED[verb] | {name: value})
+        read_config(SETTINGS[verb], None, REQUIRED[verb] | {name: value})
 
 
 def test_the_table_has_each_name_once_with_its_source():
@@ -183,11 +184,11 @@ def test_a_recipe_is_answered_as_flags_are(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for text in ("false", "0.5", "null", "[a, b]", "{a: 1}", ""):
         (tmp_path / "r.yaml").write_text(f"{name}: {text}\n")
-        told = complaint(read_config, SETTINGS["train"], "train", "r.yaml", REQUIRED["train"])
+        told = complaint(read_config, SETTINGS["train"], "r.yaml", REQUIRED["train"])
         assert told == "" or told.startswith(f"r.yaml:1: {name} ")
         assert "did you mean" not in told
         if text in ("null", ""):
-            config = read_config(SETTINGS["train"], "train", "r.yaml", REQUIRED["train"])
+            config = read_config(SETTINGS["train"], "r.yaml", REQUIRED["train"])
             assert config == read("train")
 
 
@@ -388,7 +389,7 @@ def test_off_undoes_a_recipe_and_never_another_name(tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("quantization_bit: 4\n")
     given = REQUIRED["train"] | {"load_in_4bit": "false"}
-    assert read_config(SETTINGS["train"], "train", str(recipe), given).quantization_bit is None
+    assert read_config(SETTINGS["train"], str(recipe), given).quantization_bit is None
     with pytest.raises(UserError, match="--load_in_8bit and --load_in_4bit are one setting"):
         read("train", load_in_8bit="true", load_in_4bit="true")
     with pytest.raises(UserError, match="are one setting"):
@@ -427,15 +428,15 @@ def test_what_a_recipe_shares_is_for_the_verbs_that_call_it_so(tmp_path):
         "output_dir: out\nmodel_path: out\nbase_model: m\noptim: adamw_torch\n"
         "tokenize:\n  cutoff_len: 100\ntrain:\n  lora_r: 4\n"
     )
-    rows = read_config(SETTINGS["tokenize"], "tokenize", str(recipe), REQUIRED["tokenize"])
+    rows = read_config(SETTINGS["tokenize"], str(recipe), REQUIRED["tokenize"])
     assert (rows.save_path, rows.chatglm_path, rows.max_seq_length) == ("tokens", "m", 100)
-    train = read_config(SETTINGS["train"], "train", str(recipe), REQUIRED["train"])
+    train = read_config(SETTINGS["train"], str(recipe), REQUIRED["train"])
     assert (train.chatglm_path, train.lora_rank) == ("m", 4)
-    assert read_config(SETTINGS["chat"], "chat", str(recipe), {}).adapter == "out"
+    assert read_config(SETTINGS["chat"], str(recipe), {}).adapter == "out"
     assert recipe_verbs(str(recipe)) == ["tokenize", "train"]
     recipe.write_text("tokenize:\n  optim: sgd\ntrain:\n")
     with pytest.raises(UserError, match=r"r\.yaml:2: optim concerns train, plan, not tokenize"):
-        read_config(SETTINGS["train"], "train", str(recipe), REQUIRED["train"])
+        read_config(SETTINGS["train"], str(recipe), REQUIRED["train"])
 
 
 LLAMA_FACTORY = """\
@@ -515,19 +516,19 @@ def test_whole_recipes_of_others(tmp_path):
     """Their own forms, but for the rows, which a verb of ours makes."""
     recipe = tmp_path / "theirs.yaml"
     recipe.write_text(LLAMA_FACTORY)
-    config = read_config(SETTINGS["train"], "train", str(recipe), {"dataset_path": "rows"})
+    config = read_config(SETTINGS["train"], str(recipe), {"dataset_path": "rows"})
     assert (config.chatglm_path, config.eval_ratio) == ("THUDM/chatglm-6b", 0.1)
     assert (config.warmup_steps, len(config.lora_target), config.bf16) == (0.1, 4, True)
     recipe.write_text(LLAMA_FACTORY + "dataset: identity\n")
     with pytest.raises(UserError, match=r"theirs.yaml:37: dataset 'identity': training reads rows"):
-        read_config(SETTINGS["train"], "train", str(recipe), {})
+        read_config(SETTINGS["train"], str(recipe), {})
     recipe.write_text(AXOLOTL)
-    config = read_config(SETTINGS["train"], "train", str(recipe), {"dataset_path": "rows"})
+    config = read_config(SETTINGS["train"], str(recipe), {"dataset_path": "rows"})
     assert (config.quantization_bit, config.lora_rank, config.layout) == ("4", 32, "packed")
     assert (config.num_train_epochs, config.per_device_train_batch_size) == (4, 2)
     recipe.write_text(AXOLOTL + "datasets:\n  - path: a\n    type: alpaca\n")
     with pytest.raises(UserError, match=r"datasets '{...}': training reads rows"):
-        read_config(SETTINGS["train"], "train", str(recipe), {})
+        read_config(SETTINGS["train"], str(recipe), {})
 
 
 def test_the_page_is_in_step(root):

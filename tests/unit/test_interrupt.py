@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from glmtune import runlog
-from glmtune.config import TrainSettings
+from glmtune.config.settings import TrainSettings
 from glmtune.errors import UserError
 from glmtune.models.resolve import GLM_TINY
 from glmtune.training import loop, passes

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from glmtune import runlog
 from glmtune.cli import main
-from glmtune.config import TrainSettings
+from glmtune.config.settings import TrainSettings
 from glmtune.errors import UserError
 from glmtune.models.resolve import GLM_TINY
 from glmtune.training import held_out, loop
