@@ -132,14 +132,14 @@ def test_a_name_is_all_there_is_where_no_hub_answers(hub, monkeypatch):
     assert "no hub answers" in findings[0][1]
 
 
-def test_modelscope_is_asked_for_its_models(monkeypatch, hub):
-    asked = []
-    answers = {"multi_query_attention": True, **CHATGLM}
-    monkeypatch.setattr(hubs, "ask", lambda url: asked.append(url) or (200, answers))
+def test_modelscope_is_asked_for_its_models(monkeypatch, hub, spy):
+    answer = 200, {"multi_query_attention": True, **CHATGLM}
+    monkeypatch.setattr(hubs, "ask", lambda url: answer)
+    calls = spy(hubs, "ask")
     findings, _ = findings_on("ZhipuAI/chatglm3-6b")
     assert [status for status, _ in findings] == [PROBLEM]
-    assert asked[-1] == (
-        "https://modelscope.cn/api/v1/models/ZhipuAI/chatglm3-6b/repo?FilePath=config.json"
+    assert calls[-1].args == (
+        "https://modelscope.cn/api/v1/models/ZhipuAI/chatglm3-6b/repo?FilePath=config.json",
     )
 
 
