@@ -1,4 +1,4 @@
-"""The fast way equals the plain way: packs and their rows by themselves, in float32."""
+"""The packed pass equals the padded one: packs and their rows by themselves, in float32."""
 
 import numpy as np
 import pytest
