@@ -25,6 +25,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from glmtune.config import ReplaySettings
 from glmtune.errors import UserError
+from glmtune.models.chatglm.configuration import ChatGLMConfig
+from glmtune.models.chatglm.rows import row_rule
 from glmtune.training import loop, passes
 from glmtune.training.faults.crash import read_bundle
 from glmtune.training.faults.replay import replay
@@ -158,7 +160,7 @@ def test_replay_computes_the_losses_of_the_run(crash_run, tmp_path, monkeypatch,
 
 
 def test_rows_are_named_by_their_place_in_the_source(
-    crash_run, numbered_rows, tmp_path, broken_base
+    crash_run, numbered_rows, tmp_path, tiny_folder, broken_base
 ):
     rows = shutil.copytree(numbered_rows, tmp_path / "rows")
     card = {
@@ -176,7 +178,8 @@ def test_rows_are_named_by_their_place_in_the_source(
     assert told[0]["source"] == "a.jsonl:1 (row 1)"
     assert told[1]["source"] == "a.jsonl:3 (row 3)"
     bundle = read_bundle(tmp_path / "run" / "crash-1")
-    answers = [bundle.rows[row][-2] for row in range(6)]
+    step_rows = bundle.rows_by(row_rule(ChatGLMConfig.from_pretrained(tiny_folder)))
+    answers = [step_rows[row][-2] for row in range(6)]
     assert answers == [1, 2, 3, 4, 5, 6]
     assert [p.row_ids.tolist() for p in bundle.passes] == [[0, 1, 2], [3, 4, 5]]
 

@@ -29,7 +29,7 @@ CONVERTED = {
         ("[query_key_value,dense]", ("query_key_value", "dense")),
         ("['query_key_value', \"dense\"]", ("query_key_value", "dense")),
         ('["dense"]', ("dense",)),
-        ("all-linear", ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")),
+        ("all-linear", ("all",)),
     ],
 }
 
