@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch.nn import functional as F
+from toys import randomise_adapter
 
 from glmtune.adapters import attach_lora
 from glmtune.data.packing import plan_packs
@@ -42,9 +43,7 @@ def make_model(dtype, targets="all", rank=8):
     with CUDA:
         base = ChatGLMForConditionalGeneration._from_config(CONFIG, dtype=dtype)
     model = attach_lora(base, rank=rank, dropout=0.1, targets=targets)
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.05)
+    randomise_adapter(model, std=0.05)
     return model, [weight for weight in model.parameters() if weight.requires_grad]
 
 
