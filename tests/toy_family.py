@@ -1,4 +1,4 @@
-"""A second model family, as a newcomer would write it: Llama's block, and bytes for a vocabulary."""
+"""A second model family, as a newcomer would write it: Llama's block, and bytes as vocabulary."""
 
 from functools import partial
 from typing import NamedTuple

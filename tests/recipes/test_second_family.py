@@ -1,6 +1,7 @@
-"""A family that the project does not know: every verb serves it, and only the list is told of it."""
+"""A family that the project does not know: every verb serves it, told by one entry of the list."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def train(name, *flags):
     line += "--per_device_train_batch_size 8 --learning_rate 0.02 --lora_target all "
     line += "--lora_dropout 0 --use_cpu true --report_to none"
     assert main([*words(line), *flags]) == 0
-    lines = open(f"{name}/metrics.jsonl", encoding="utf-8").read().splitlines()
+    lines = Path(name, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["loss"] for line in lines]
 
 
