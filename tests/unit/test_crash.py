@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from glmtune.config import ReplaySettings, TrainSettings
 from glmtune.errors import UserError
-from glmtune.training import loop, passes
+from glmtune.training import loop, passes, prepare
 from glmtune.training.faults.crash import read_bundle
 from glmtune.training.faults.replay import replay
 
@@ -31,7 +31,7 @@ BROKEN = "transformer.layers.2.mlp.dense_h_to_4h"
 
 @pytest.fixture(autouse=True)
 def tiny_tokenizer(monkeypatch):
-    monkeypatch.setattr(loop, "load_tokenizer", lambda base: TOKENIZER)
+    monkeypatch.setattr(prepare, "load_tokenizer", lambda base: TOKENIZER)
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +262,7 @@ def test_two_processes_stop_at_the_same_step(dataset_path, tiny_folder, tmp_path
 
 def stop_in_one_of_two(folder, dataset_path, base):
     """What each of two launched processes does."""
-    loop.load_tokenizer = lambda base: TOKENIZER
+    prepare.load_tokenizer = lambda base: TOKENIZER
     with pytest.MonkeyPatch.context() as patch:
         fail_at(2, patch, rank=1)
         with pytest.raises(UserError) as error:

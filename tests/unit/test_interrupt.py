@@ -17,7 +17,7 @@ from glmtune import runlog
 from glmtune.config import TrainSettings
 from glmtune.errors import UserError
 from glmtune.models.checkpoints import GLM_TINY
-from glmtune.training import loop, passes
+from glmtune.training import loop, passes, prepare
 from glmtune.training.saving import checkpoints, disk
 from glmtune.training.saving.disk import check_room, checkpoint_bytes, most_new_checkpoints
 from glmtune.training.saving.manifest import find_fault
@@ -117,7 +117,7 @@ def be_stopped(moment, rows, folder):
         return slowed
 
     if moment == "loading":
-        loop.load_base_model = slow(loop.load_base_model, 40)
+        prepare.load_base_model = slow(prepare.load_base_model, 40)
     elif moment == "stepping":
         loop.sum_gradients = slow(loop.sum_gradients, 2, FromCall(3))
     elif moment == "evaluating":  # 20 s for its four rows

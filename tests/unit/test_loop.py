@@ -26,7 +26,7 @@ from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError
 from glmtune.hardware import Card
 from glmtune.models.checkpoints import load_base_model
-from glmtune.training import held_out, loop, passes
+from glmtune.training import held_out, loop, passes, prepare
 from glmtune.training.plan import pass_seed, split_rows
 from glmtune.training.planning.forecast import choose_layout
 from glmtune.training.run import start_accelerator
@@ -49,7 +49,7 @@ NUM_ROWS = 23  # no multiple of any batch size here
 
 @pytest.fixture(autouse=True)
 def tiny_tokenizer(monkeypatch):
-    monkeypatch.setattr(loop, "load_tokenizer", lambda base: TOKENIZER)
+    monkeypatch.setattr(prepare, "load_tokenizer", lambda base: TOKENIZER)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ class TestRunFolder:
             use_cpu=True,
         )
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "load_tokenizer", lambda base: TOKENIZER)
+            patch.setattr(prepare, "load_tokenizer", lambda base: TOKENIZER)
             return config, folder, loop.train(config)
 
     def test_the_newest_checkpoints_are_kept(self, run):
@@ -357,7 +357,7 @@ class TestEvaluation:
             "collate",
             lambda rows, ids, pad: (seen.update(ids.tolist()), collate(rows, ids, pad))[1],
         )
-        monkeypatch.setattr(held_out, "evaluate", lambda *_: 0.0)
+        monkeypatch.setattr(held_out, "mean_loss", lambda *_: 0.0)
         loop.train(config(eval_ratio=0.3, max_steps=-1, num_train_epochs=2))
         train, kept_back = split_rows(NUM_ROWS, 0.3, 42)
         assert seen == set(train)
@@ -555,7 +555,7 @@ class TestRefusals:
 
     def test_data_of_another_tokenizer(self, config, tmp_path, monkeypatch):
         other = SimpleNamespace(**vars(TOKENIZER) | {"eos_token_id": 1006})
-        monkeypatch.setattr(loop, "load_tokenizer", lambda base: other)
+        monkeypatch.setattr(prepare, "load_tokenizer", lambda base: other)
         with pytest.raises(UserError, match="another tokenizer"):
             loop.train(config())
         assert not (tmp_path / "run").exists()
@@ -698,7 +698,7 @@ class TestPacking:
     def test_each_row_is_trained_on_once_an_epoch(self, config, monkeypatch):
         seen = []
         run = passes.PackedPass.run
-        monkeypatch.setattr(loop, "prove", lambda *args: None)
+        monkeypatch.setattr(loop, "check_first_step", lambda *args: None)
         monkeypatch.setattr(
             passes.PackedPass,
             "run",
@@ -804,9 +804,9 @@ class TestMemory:
         }[request.param]
 
     def test_the_forecast_is_the_first_that_a_run_says(self, config, capsys, monkeypatch):
-        load, said = loop.load_base_model, []
+        load, said = prepare.load_base_model, []
         monkeypatch.setattr(
-            loop,
+            prepare,
             "load_base_model",
             lambda *a, **k: (said.append(capsys.readouterr().out), load(*a, **k))[1],
         )
@@ -822,10 +822,10 @@ class TestMemory:
         self, config, monkeypatch
     ):
         """And not again: advice would take the weights for another program's."""
-        card, asked, load = Card.of(torch.device("cpu")), [], loop.load_base_model
+        card, asked, load = Card.of(torch.device("cpu")), [], prepare.load_base_model
         monkeypatch.setattr(Card, "of", lambda device: asked.append("card") or card)
         monkeypatch.setattr(
-            loop, "load_base_model", lambda *a, **k: asked.append("weights") or load(*a, **k)
+            prepare, "load_base_model", lambda *a, **k: asked.append("weights") or load(*a, **k)
         )
         loop.train(config(max_steps=1))
         assert asked == ["card", "weights"]
@@ -833,7 +833,7 @@ class TestMemory:
     def test_what_cannot_fit_is_refused_before_the_weights_are_loaded(self, config, monkeypatch):
         tiny = Card("a tiny card", 0.5, 0.5, (8, 0))
         monkeypatch.setattr(Card, "of", lambda device: tiny)
-        monkeypatch.setattr(loop, "load_base_model", lambda *a, **k: pytest.fail("loaded"))
+        monkeypatch.setattr(prepare, "load_base_model", lambda *a, **k: pytest.fail("loaded"))
         with pytest.raises(UserError, match=r"memory: 0\.\d GiB of 0\.5 .a tiny card.: does not"):
             loop.train(config(max_steps=1))
         assert not Path(config().output_dir).exists()
@@ -841,7 +841,7 @@ class TestMemory:
     def test_the_heaviest_pass_of_the_run_comes_first(self, config, layout, monkeypatch):
         """And changes none of its numbers, dropout's random ones among them."""
         asked = config(max_steps=8, lora_dropout=0.3, **layout)
-        seen, check = [], loop.prove
+        seen, check = [], loop.check_first_step
 
         def spy(run, state, step_pass):
             cls = type(step_pass)
@@ -858,9 +858,9 @@ class TestMemory:
             assert all(weight.grad is None for weight in state.weights)
 
         with monkeypatch.context() as patch:
-            patch.setattr(loop, "prove", lambda *args: None)
+            patch.setattr(loop, "check_first_step", lambda *args: None)
             wanted = losses(loop.train(asked))
-        monkeypatch.setattr(loop, "prove", spy)
+        monkeypatch.setattr(loop, "check_first_step", spy)
         asked = asked.model_copy(update={"overwrite_output_dir": True})
         assert losses(loop.train(asked)) == wanted
         rehearsed, *others = seen
@@ -990,7 +990,7 @@ class TestTwoProcesses:
 
 def run_in_two_processes(folder, dataset_path, base):
     """What each of two launched processes does: four runs, and one that is stopped and resumed."""
-    loop.load_tokenizer = lambda base: TOKENIZER
+    prepare.load_tokenizer = lambda base: TOKENIZER
     test = TestTwoProcesses
 
     def settings(name, **changes):

@@ -30,7 +30,7 @@ from glmtune.models.checkpoints import load_base_model
 from glmtune.models.random_init import write_random_model
 from glmtune.models.sizes import weight_bytes
 from glmtune.runlog import print_pairs
-from glmtune.training.first_step import prove
+from glmtune.training.first_step import check_first_step
 from glmtune.training.run import Run, adapt, build_pass, build_state, start_accelerator
 
 _SIX_ROWS: dict[str, Any] = {"layout": "exact", "per_device_train_batch_size": 6}
@@ -131,7 +131,7 @@ def measure(name: str, settings: BenchMemorySettings, folder: str) -> Peak:
     run = Run.of(config, accelerator, rows, model, settings.shape)
     state = build_state(run, model)
     step_pass = build_pass(run, model, state.weights)
-    prove(run, state, step_pass)
+    check_first_step(run, state, step_pass)
     times, row_ids = time_steps(run, state, step_pass, settings.warmup, settings.steps)
     num_tokens = int(rows.lengths_R[row_ids].sum())
     allocated, estimate = _peak_gib(device) - before, run.forecast.estimate.allocated / GIB

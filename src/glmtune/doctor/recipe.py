@@ -119,19 +119,19 @@ def check_memory(
         longest = TokenizeSettings.model_fields["max_seq_length"].default
         tokenize = plans.get("tokenize")
         rows = EqualRows.of(settings, getattr(tokenize, "max_seq_length", longest))
-    foresee = partial(
+    forecaster = partial(
         forecast,
         shape=config_of(base),
         dtype=pick_dtype(device, settings.bf16, settings.fp16)[0],
         card=Card.of(device),
         rows=rows,
     )
-    foreseen = foresee(settings)
-    if foreseen.fits:
-        yield OK, verdict(foreseen)
+    found = forecaster(settings)
+    if found.fits:
+        yield OK, verdict(found)
     else:
-        status = PROBLEM if foreseen.cannot_fit else WARNING
-        yield status, f"{verdict(foreseen)}; {advise(settings, foresee)}"
+        status = PROBLEM if found.cannot_fit else WARNING
+        yield status, f"{verdict(found)}; {advise(settings, forecaster)}"
 
 
 def check_run_folder(settings: TrainSettings, base: Path | str) -> Iterator[Told]:

@@ -33,7 +33,6 @@ from glmtune.errors import UserError
 from glmtune.hardware import device_name
 from glmtune.models.chatglm.packed import base_of
 from glmtune.models.torch_files import write_torch_file
-from glmtune.training.console import what_is_kept
 from glmtune.training.faults.first_nonfinite import Culprit, Outcome, PassOfStep, compute_again
 from glmtune.training.first_step import TO_REFERENCE
 from glmtune.training.passes import PaddedPass
@@ -41,6 +40,7 @@ from glmtune.training.plan import pass_seed
 from glmtune.training.processes import on_main
 from glmtune.training.run import Run
 from glmtune.training.saving.checkpoints import RECIPE_FILE
+from glmtune.training.saving.run_folder import what_is_kept
 from glmtune.training.state import TrainingState
 from glmtune.training.watch import Fault, NotFiniteError, RandomState
 

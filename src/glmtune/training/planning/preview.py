@@ -31,13 +31,13 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
     if base == HUB_IDS[0] and not settings.chatglm_path:
         note("no base model is named or found, so this is of ChatGLM-6B (--chatglm_path)")
     shape, rows = load_config(base), _rows(settings)
-    foresee = partial(forecast, shape=shape, dtype=dtype, card=card, rows=rows)
+    forecaster = partial(forecast, shape=shape, dtype=dtype, card=card, rows=rows)
     training = train_settings(settings)
-    now = foresee(training)
+    now = forecaster(training)
     print_forecast(now, training, base_name(base))
     record = now.as_record() | {"base": base_name(base)}
     if not now.fits:
-        remedies = find_remedies(training, foresee)
+        remedies = find_remedies(training, forecaster)
         print("\n".join(["Changes that make it fit:", *(f"  {remedy}" for remedy in remedies)])
               if remedies else "No setting makes it fit: take a larger card.")  # fmt: skip
         record["remedies"] = [vars(remedy) for remedy in remedies]

@@ -2,6 +2,7 @@
 
 import filecmp
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from glmtune.training.saving.disk import (
     most_new_checkpoints,
 )
 from glmtune.training.saving.manifest import STATE_FILE, TORCH_FILES, find_fault, read_trainer_state
+from glmtune.training.state import TrainingState
 
 # Files of a run at the root of its folder.
 _RUN_FILES = (RECIPE_FILE, METRICS_FILE, STATE_FILE, WEIGHTS_FILE, CONFIG_FILE, PLOT_FILE)
@@ -221,3 +223,22 @@ def find_checkpoint(path: Path) -> tuple[Path, list[str]]:
 
 def _newest_first(folder: Path, steps: list[int]) -> list[Path]:
     return [folder / f"checkpoint-{step}" for step in sorted(steps, reverse=True)]
+
+
+def resume_command(run: Run, checkpoint: Path, glmtune: str = "glmtune") -> str:
+    """The command that goes on from a checkpoint, with what is typed for glmtune."""
+    recipe = shlex.quote(f"{run.settings.output_dir}/{RECIPE_FILE}")
+    num_processes = run.accelerator.num_processes
+    # On CPUs `accelerate launch` starts one process, whatever number it is given.
+    if num_processes > 1:
+        glmtune = f"torchrun --nproc_per_node {num_processes} -m glmtune"
+    where = shlex.quote(str(checkpoint))
+    return f"{glmtune} train {recipe} --resume_from_checkpoint {where}"
+
+
+def what_is_kept(run: Run, state: TrainingState) -> str:
+    """Say what is left of a run that ends with an error, and how it goes on."""
+    kept = state.last_good
+    if kept is None or not kept.is_dir():
+        return "there is no checkpoint of this run to go on from"
+    return f"{kept.name} is whole: go on with `{resume_command(run, kept)}`"
