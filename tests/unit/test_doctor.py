@@ -14,12 +14,11 @@ import pytest
 import torch
 
 from glmtune import cli
-from glmtune.config import DoctorSettings, TrainSettings
-from glmtune.doctor import environment, model, recipe, run
+from glmtune.config import DoctorSettings
+from glmtune.doctor import environment, model, run
 from glmtune.doctor.findings import OK, PROBLEM, WARNING, carry_out
 from glmtune.hardware import Card
 from glmtune.models import checkpoints, hubs
-from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.checkpoints import GLM_TINY
 
 
@@ -452,7 +451,7 @@ def test_a_recipe_that_would_start(rows, tmp_path, capsys):
         ({"fp16": "true", "bf16": "true"}, "recipe problem", "fp16 and bf16 are both true"),
         ({"chatglm_path": "./no/such"}, "base model problem", "is no folder"),
         ({"resume_from_checkpoint": "true"}, "run folder problem", "is no folder"),
-        ({"lora_rank": 100_000_000}, "run folder problem", "GB are needed"),
+        ({"lora_rank": 100_000_000}, "run folder problem", "MB are free, but 1 checkpoint(s) of"),
         ({"max_steps": -1}, "run folder warning", "set save_total_limit"),
         ({"per_device_train_batch_size": 4, "use_cpu": "true"}, "memory ok", "GiB of "),
         ({"lora_rank": 100_000_000, "use_cpu": "true"}, "memory warning", "take a larger card"),
@@ -506,13 +505,3 @@ def test_a_check_that_fails_is_a_problem_of_that_check(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert out.count("the check itself failed (ZeroDivisionError: deep)") == 6
     assert "problem  python" in out
-
-
-def test_the_size_of_a_checkpoint_is_that_of_one(rows, tmp_path):
-    config = {"max_steps": 1, "lora_target": "all", "disable_tqdm": "true", "use_cpu": "true"}
-    path = write_recipe(tmp_path, **config, chatglm_path="glm-tiny")
-    assert cli.main(["train", path]) == 0
-    written = sum(file.stat().st_size for file in Path("out/checkpoint-1").iterdir())
-    settings = TrainSettings(dataset_path="rows", output_dir="out", lora_target="all")
-    guess = recipe.checkpoint_bytes(settings, ChatGLMConfig.from_pretrained(GLM_TINY))
-    assert guess <= written < 1.05 * guess

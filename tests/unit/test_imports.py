@@ -16,7 +16,7 @@ import glmtune
 PACKAGE = Path(glmtune.__file__).parent
 FLOORS = [
     {"errors"},
-    {"drafts", "signals"},
+    {"disk", "drafts", "signals"},
     {"config", "hardware", "runlog"},
     {"data", "ops"},
     {"models"},

@@ -5,7 +5,6 @@ steps: a peak knows nothing of what was there before, and what one run lacks the
 """
 
 import gc
-import shutil
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from glmtune import disk
 from glmtune.bench.limits import copy_rate
 from glmtune.bench.random_model import SHAPES, check_room
 from glmtune.bench.rows import random_rows
@@ -170,13 +170,9 @@ def _in_a_process(work: Any, *arguments: Any, **named: Any) -> Any:
 
 
 def _check_disk(settings: BenchMemorySettings, folder: str) -> None:
-    needed = weight_bytes(SHAPES[settings.shape], torch.float16)
-    free = shutil.disk_usage(folder).free
-    if needed > 0.95 * free:
-        raise UserError(
-            f"{folder}: {needed / GIB:.1f} GiB of random weights do not fit, {free / GIB:.1f} are "
-            "free; set TMPDIR to a folder on another disk, or pass --shape small"
-        )
+    needed = int(1.05 * weight_bytes(SHAPES[settings.shape], torch.float16))
+    fix = "set TMPDIR to a folder on another disk, or pass --shape small"
+    disk.check_room(Path(folder), needed, "random weights take at most", fix)
 
 
 def _words(peak: dict[str, Any]) -> str:

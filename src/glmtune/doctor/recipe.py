@@ -1,7 +1,6 @@
 """Checks of a recipe: its settings, the files it names, and whether training would start."""
 
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -10,18 +9,19 @@ from glmtune.config import SETTINGS, TokenizeSettings, TrainSettings, read_confi
 from glmtune.config.settings import Settings
 from glmtune.data.dataset import CARD_FILE, DataCard, check_data_card, load_dataset
 from glmtune.data.token_rows import TokenRows
+from glmtune.disk import free_bytes
 from glmtune.doctor.findings import OK, PROBLEM, WARNING, Told
 from glmtune.doctor.model import config_of
 from glmtune.errors import UserError
 from glmtune.hardware import Card, pick_device, pick_dtype
-from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.checkpoints import GLM_TINY, load_tokenizer
-from glmtune.models.sizes import adapter_parameters, check_targets
+from glmtune.models.sizes import check_targets
 from glmtune.models.weights import is_lfs_pointer
+from glmtune.training.plan import count_steps, make_plan
 from glmtune.training.planning.advice import advise, verdict
-from glmtune.training.planning.forecast import EqualRows, Lengths, forecast
-from glmtune.training.saving.disk import BYTES_PER_WEIGHT
-from glmtune.training.saving.run_folder import resume_point
+from glmtune.training.planning.forecast import EqualRows, Forecaster, Lengths, forecast
+from glmtune.training.saving.checkpoint_size import last_checkpoint_bytes
+from glmtune.training.saving.run_folder import check_disk, resume_point
 
 # What a verb reads, and the setting of another verb that writes that.
 _READS = (
@@ -107,25 +107,8 @@ def check_data(
 def check_memory(
     settings: TrainSettings, plans: Mapping[str, Settings], base: Path | str
 ) -> Iterator[Told]:
-    """Whether a run of these settings fits into this machine's memory.
-
-    Where its rows are not there yet, each counts as the longest that `tokenize` may write.
-    """
-    device = pick_device(settings.use_cpu)
-    rows: Lengths
-    if Path(settings.dataset_path).is_dir():
-        rows = TokenRows.from_dataset(load_dataset(settings.dataset_path)[0])
-    else:
-        longest = TokenizeSettings.model_fields["max_seq_length"].default
-        tokenize = plans.get("tokenize")
-        rows = EqualRows.of(settings, getattr(tokenize, "max_seq_length", longest))
-    forecaster = partial(
-        forecast,
-        shape=config_of(base),
-        dtype=pick_dtype(device, settings.bf16, settings.fp16)[0],
-        card=Card.of(device),
-        rows=rows,
-    )
+    """Whether a run of these settings fits into this machine's memory."""
+    forecaster = _forecaster(settings, base, _rows(settings, plans))
     found = forecaster(settings)
     if found.fits:
         yield OK, verdict(found)
@@ -134,7 +117,9 @@ def check_memory(
         yield status, f"{verdict(found)}; {advise(settings, forecaster)}"
 
 
-def check_run_folder(settings: TrainSettings, base: Path | str) -> Iterator[Told]:
+def check_run_folder(
+    settings: TrainSettings, plans: Mapping[str, Settings], base: Path | str
+) -> Iterator[Told]:
     """Whether the run folder can be used, and whether its disk holds the checkpoints."""
     checkpoint, notes = resume_point(settings)
     yield from ((WARNING, note) for note in notes)
@@ -143,21 +128,40 @@ def check_run_folder(settings: TrainSettings, base: Path | str) -> Iterator[Told
     if not os.access(place, os.W_OK):
         yield PROBLEM, f"output_dir: {place} cannot be written: name another folder"
         return
-    size = checkpoint_bytes(settings, config_of(base))
-    num_saved = -(-settings.max_steps // settings.save_steps) if settings.max_steps > 0 else None
-    num_kept = min((n for n in (settings.save_total_limit, num_saved) if n), default=None)
-    # One more is there while the next is written, and the adapter lies at the root as well.
-    needed, free = size * ((num_kept or 1) + 2), shutil.disk_usage(place).free
-    text = f"{output_dir}: a checkpoint takes {size / 1e6:,.1f} MB, {free / 1e9:,.1f} GB are free"
+    rows = _rows(settings, plans)
+    found = _forecaster(settings, base, rows)(settings)
+    # How many steps an epoch has is not known before the rows are: at least some checkpoints.
+    max_steps = settings.save_steps * (settings.save_total_limit or 1)
+    if settings.max_steps > 0 or isinstance(rows, TokenRows):
+        max_steps = count_steps(settings, make_plan(settings, rows.lengths_R, found.pack_length, 1))
+    check_disk(settings, found.setup, max_steps, checkpoint=checkpoint)
+    size = last_checkpoint_bytes(settings, found.setup, max_steps)
+    text = (
+        f"{output_dir}: a checkpoint takes {size / 1e6:,.1f} MB, "
+        f"{free_bytes(output_dir) / 1e9:,.1f} GB are free"
+    )
     goes_on = f", goes on from {checkpoint.name}" if checkpoint else ""
-    if needed > free:
-        yield PROBLEM, f"{text}: {needed / 1e9:,.1f} GB are needed; set save_total_limit 1"
-    elif num_kept is None:
+    if settings.save_total_limit is None and settings.max_steps <= 0:
         yield WARNING, f"{text}, and all are kept: set save_total_limit{goes_on}"
     else:
-        yield OK, f"{text}, {num_kept} kept{goes_on}"
+        num_saved = -(-max_steps // settings.save_steps)
+        yield OK, f"{text}, {min(num_saved, settings.save_total_limit or num_saved)} kept{goes_on}"
 
 
-def checkpoint_bytes(settings: TrainSettings, model: ChatGLMConfig) -> int:
-    """Bytes of a checkpoint: an adapter in float32 and two moments of each of its weights."""
-    return BYTES_PER_WEIGHT * adapter_parameters(model, settings.lora_rank, settings.lora_target)
+def _rows(settings: TrainSettings, plans: Mapping[str, Settings]) -> Lengths:
+    """The rows to train on; where there are none yet, each as long as `tokenize` may write it."""
+    if Path(settings.dataset_path).is_dir():
+        return TokenRows.from_dataset(load_dataset(settings.dataset_path)[0])
+    longest = TokenizeSettings.model_fields["max_seq_length"].default
+    return EqualRows.of(settings, getattr(plans.get("tokenize"), "max_seq_length", longest))
+
+
+def _forecaster(settings: TrainSettings, base: Path | str, rows: Lengths) -> Forecaster:
+    device = pick_device(settings.use_cpu)
+    return partial(
+        forecast,
+        shape=config_of(base),
+        dtype=pick_dtype(device, settings.bf16, settings.fp16)[0],
+        card=Card.of(device),
+        rows=rows,
+    )

@@ -91,7 +91,8 @@ def prepare(settings: TrainSettings, accelerator: Accelerator, dtype: torch.dtyp
         notes += checkpoints.check_same_run(resume, run.identity, settings.resume_anyway)
         notes += run_folder.check_unfinished(run, resume)
     note(*notes)
-    on_main(accelerator, lambda: run_folder.check_disk(run, adapted, resume))
+    sizes = forecast.setup, run.max_steps, accelerator.num_processes
+    on_main(accelerator, lambda: run_folder.check_disk(settings, *sizes, resume))
     as_run = {
         "chatglm_path": base,
         "resume_from_checkpoint": None,

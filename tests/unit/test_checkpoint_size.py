@@ -1,0 +1,60 @@
+"""What a checkpoint takes is reckoned by one formula, before training and by the doctor."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from glmtune import disk
+from glmtune.config import DoctorSettings
+from glmtune.config.reading import write_recipe
+from glmtune.doctor import run as doctor
+from glmtune.errors import UserError
+from glmtune.training import loop
+
+CASES = {
+    "few": {"max_steps": 4},
+    "by epochs": {"max_steps": -1, "num_train_epochs": 2},
+    "evaluated": {
+        "max_steps": 4, "save_steps": 2, "eval_ratio": 0.2, "lora_target": "all",
+        "save_total_limit": 1,
+    },
+    "packed": {"max_steps": -1, "num_train_epochs": 3, "layout": "packed", "tokens_per_step": 64},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_curve(monkeypatch):
+    monkeypatch.setattr("glmtune.runlog.RunLog.plot_loss", lambda *_: None)
+
+
+def told_of_run_folder(settings, tmp_path):
+    """What the doctor tells of a recipe's run folder."""
+    recipe = tmp_path / "recipe.yaml"
+    write_recipe(settings, str(recipe))
+    findings = doctor.examine(DoctorSettings(recipe_path=str(recipe)))
+    return [finding for finding in findings if finding.check == "run folder"][-1]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_train_and_doctor_refuse_a_small_disk_in_the_same_words(
+    case, toy_run, tmp_path, monkeypatch
+):
+    settings = toy_run(**{"save_steps": 1, **CASES[case]})
+    monkeypatch.setattr(disk, "free_bytes", lambda folder: 0)
+    finding = told_of_run_folder(settings, tmp_path)
+    with pytest.raises(UserError, match=r"checkpoint\(s\) of \d") as caught:
+        loop.train(settings)
+    assert (finding.status, finding.text) == ("problem", str(caught.value))
+    assert not Path(settings.output_dir).exists()
+
+
+@pytest.mark.parametrize("targets", ["query_key_value", "all"])
+def test_what_the_doctor_tells_is_what_a_checkpoint_takes(targets, toy_run, tmp_path):
+    settings = toy_run(lora_target=targets, eval_ratio=0.2, eval_steps=1)
+    finding = told_of_run_folder(settings, tmp_path)
+    told = float(re.search(r"takes ([\d.]+) MB", finding.text)[1]) * 1e6
+    loop.train(settings)
+    written = Path(settings.output_dir, "checkpoint-4").iterdir()
+    taken = sum(file.stat().st_size for file in written)
+    assert 0.8 * told < taken <= told + 0.05e6  # told to a tenth of a megabyte
