@@ -33,9 +33,9 @@ def find_remedies(settings: TrainSettings, forecaster: Forecaster) -> list[Remed
 
     One setting at a time; and where none is enough, all that save memory together.
     """
-    smaller = _smaller_steps(settings, forecaster)
+    now, smaller = forecaster(settings), _smaller_steps(settings, forecaster)
     singles = [*smaller, {"gradient_checkpointing": True}]
-    if forecaster(settings).layout == "padded" and forecaster(settings).card.on_gpu:
+    if now.layout == "padded" and now.card.on_gpu:
         singles.insert(0, {"layout": "exact"})
     bits: list[dict[str, Any]] = [
         {"quantization_bit": "8"},
@@ -84,7 +84,10 @@ def _smaller_steps(settings: TrainSettings, forecaster: Forecaster) -> list[dict
 
 def _without_repeats(remedies: list[Remedy]) -> list[Remedy]:
     """Of remedies that set the same settings, the first."""
-    return list({tuple(remedy.settings): remedy for remedy in reversed(remedies)}.values())[::-1]
+    first: dict[tuple[str, ...], Remedy] = {}
+    for remedy in remedies:
+        first.setdefault(tuple(remedy.settings), remedy)
+    return list(first.values())
 
 
 def print_forecast(forecast: Forecast, settings: TrainSettings, base: str) -> None:
