@@ -13,7 +13,7 @@ from glmtune.models import weights
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.folder import check_folder
 from glmtune.models.integer_weights import SCALE, Packed
-from glmtune.models.quantised import bits_of, check_quantising, settle
+from glmtune.models.quantised import bits_of, check_quantising, finish_loading
 
 # What transformers' loader offers and a strict one does not.
 _NOT_OFFERED = {
@@ -77,7 +77,7 @@ class StrictModel(PreTrainedModel):
             _settle_head(model, is_to_copy)
         if bits_of(model.config):
             dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-            settle(model, dtype if isinstance(dtype, torch.dtype) else model.dtype)
+            finish_loading(model, dtype if isinstance(dtype, torch.dtype) else model.dtype)
         model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         return loaded
 
