@@ -120,7 +120,7 @@ def check_agreement(
     most_grad *= (wanted_loss / least_loss).clamp(min=1e-3, max=1.0).item() ** -0.5
     if not (off_loss <= most_loss and off_grad <= most_grad):  # not: NaN must not pass
         raise UserError(
-            f"packing: one pack of {len(row_ids)} rows gives another result than its rows by "
+            f"layout: one pass of {len(row_ids)} rows gives another result than its rows by "
             f"themselves (loss off by {off_loss:.2%}, gradient by {off_grad:.2%}), so nothing was "
             f"trained; {TO_REFERENCE}, and please report this"
         )
