@@ -11,6 +11,7 @@ from glmtune.config.reading import write_recipe
 from glmtune.doctor import run as doctor
 from glmtune.errors import UserError
 from glmtune.training import loop
+from glmtune.training.saving import checkpoints, run_folder
 
 CASES = {
     "few": {"max_steps": 4},
@@ -58,3 +59,28 @@ def test_what_the_doctor_tells_is_what_a_checkpoint_takes(targets, toy_run, tmp_
     written = Path(settings.output_dir, "checkpoint-4").iterdir()
     taken = sum(file.stat().st_size for file in written)
     assert 0.8 * told < taken <= told + 0.05e6  # told to a tenth of a megabyte
+
+
+@pytest.mark.parametrize("eval_ratio", [0.0, 0.3])
+def test_what_is_planned_for_the_last_checkpoint_is_what_it_asks_for(
+    eval_ratio, toy_run, monkeypatch
+):
+    """But for a record or two that are planned for more than come."""
+    settings = toy_run(
+        eval_ratio=eval_ratio, eval_steps=2, logging_steps=3, save_steps=4, max_steps=12
+    )
+    asked, planned = [], []
+    needed, last = checkpoints.checkpoint_bytes, run_folder.last_checkpoint_bytes
+
+    def spy(*sizes):
+        asked.append(needed(*sizes))
+        return asked[-1]
+
+    monkeypatch.setattr(checkpoints, "checkpoint_bytes", spy)
+    monkeypatch.setattr(
+        run_folder, "last_checkpoint_bytes", lambda *run: planned.append(last(*run)) or planned[-1]
+    )
+    loop.train(settings)
+    assert len(asked) == 3
+    record = needed(0, 0, 0, 1) - needed(0, 0, 0, 0)
+    assert 0 <= planned[0] - asked[-1] <= 2 * record

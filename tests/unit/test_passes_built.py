@@ -9,6 +9,7 @@ import torch
 from glmtune.bench.rows import random_rows
 from glmtune.config import TrainSettings
 from glmtune.hardware import Card
+from glmtune.models.chatglm import packed
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.packed import can_compile
 from glmtune.training import run as run_module
@@ -31,6 +32,14 @@ CHATGLM_6B = ChatGLMConfig()
 )
 def test_kernels_need_an_ampere_card_or_a_newer_one(card, expected):
     assert can_compile(card, CHATGLM_6B) is expected
+
+
+def test_kernels_need_triton_where_the_gpu_is(monkeypatch):
+    monkeypatch.setattr(packed, "find_spec", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert can_compile(Card.named("H200"), CHATGLM_6B), "a card that is elsewhere"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert not can_compile(Card.named("H200"), CHATGLM_6B)
 
 
 def test_kernels_need_heads_of_their_sizes():
