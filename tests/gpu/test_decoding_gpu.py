@@ -13,7 +13,7 @@ from glmtune.generation.reference import generate_ids
 from glmtune.models.chatglm import decoding
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
-from glmtune.models.checkpoints import load_base_model
+from glmtune.models.loading import load_base_model
 
 if torch.cuda.is_available():
     from glmtune.ops import decoding_attention

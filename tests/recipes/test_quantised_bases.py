@@ -10,7 +10,8 @@ import yaml
 from glmtune.adapters import load_adapter
 from glmtune.adapters.merge import probe
 from glmtune.cli import main
-from glmtune.models.checkpoints import GLM_TINY, load_base_model
+from glmtune.models.loading import load_base_model
+from glmtune.models.resolve import GLM_TINY
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: make test does it")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from glmtune.bench import limits
-from glmtune.bench.random_model import SHAPES
+from glmtune.bench.random_model import CONFIGS
 from glmtune.bench.rows import random_rows
 from glmtune.cli import main
 from glmtune.models.chatglm.configuration import ChatGLMConfig
@@ -97,8 +97,8 @@ def test_a_device_too_small_for_the_weights(monkeypatch, capsys):
 
 
 def test_random_rows_are_as_long_as_real_ones():
-    rows = random_rows(SHAPES["small"], 5000)
-    rows.check(SHAPES["small"], "random")
+    rows = random_rows(CONFIGS["small"], 5000)
+    rows.check(CONFIGS["small"].vocab_size, "random")
     assert np.median(rows.lengths_R) == pytest.approx(57, abs=2)
     assert rows.lengths_R.mean() == pytest.approx(66, abs=2)
     assert rows.lengths_R.max() <= 200

@@ -61,6 +61,6 @@ def test_what_a_machine_cannot_do_is_said_and_the_rest_measured(monkeypatch, cap
         (["--shape", "huge"], "--shape 'huge' should be 6b, wide or small"),
     ],
 )
-def test_mistakes(flags, words, capsys):
+def test_mistakes_of_bench_memory_are_refused_in_one_line(flags, words, capsys):
     assert main(["bench", "memory", "--use_cpu", "true", *flags]) == 2
     assert words in capsys.readouterr().err

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from glmtune.generation.weights import read_weights
 from glmtune.models.chatglm.decoding import Angles, KeyValueCache, attend, decode, prefill
 from glmtune.models.chatglm.layout import read_layout
-from glmtune.models.checkpoints import load_base_model
+from glmtune.models.loading import load_base_model
 from glmtune.ops.attention import prefix_lm_mask
 from glmtune.ops.rotary import rotary_angles
 

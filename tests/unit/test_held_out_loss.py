@@ -8,8 +8,10 @@ from accelerate import Accelerator
 from glmtune.adapters import load_adapter
 from glmtune.data.dataset import load_dataset
 from glmtune.data.token_rows import TokenRows
-from glmtune.models.chatglm.packed import PackedModel
-from glmtune.models.checkpoints import GLM_TINY, load_base_model
+from glmtune.models.families import family_of
+from glmtune.models.loading import load_base_model
+from glmtune.models.packed import PackedModel
+from glmtune.models.resolve import GLM_TINY
 from glmtune.training import loop
 from glmtune.training.held_out import mean_loss
 from glmtune.training.interrupt import CutShort
@@ -30,12 +32,15 @@ def test_without_a_run_it_is_what_training_recorded(trained, pack_length):
     settings, recorded = trained
     accelerator = Accelerator(cpu=True)
     model = load_adapter(load_base_model(GLM_TINY, dtype=torch.float32), settings.output_dir)
-    rows = TokenRows.from_dataset(load_dataset(settings.dataset_path)[0])
+    config = model.get_base_model().config
+    family = family_of(config)
+    rule = family.row_rule(config)
+    rows = TokenRows.from_dataset(load_dataset(settings.dataset_path, rule)[0], rule)
     _, row_ids = split_rows(len(rows), settings.eval_ratio, settings.seed)
     parts = evaluation_parts(rows.lengths_R, row_ids, pack_length, batch_size=2)
     assert sorted(np.concatenate(parts)) == row_ids.tolist()
     if pack_length:
-        packed = PackedModel(model, compiled=False)
+        packed = PackedModel(model, family.packed, compiled=False)
         step_pass = PackedPass(accelerator, packed, rows, 0.0, pack_length)
     else:
         step_pass = PaddedPass(accelerator, model, rows)

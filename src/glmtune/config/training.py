@@ -7,14 +7,12 @@ from pydantic import Field, field_validator, model_validator
 from glmtune.config.groups import (
     BaseModelSettings,
     DeviceSettings,
+    NameText,
     PathText,
     QuantisingSettings,
     Settings,
     conflict,
 )
-
-ALL_LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
-"""Every linear inside a ChatGLM-6B layer: what `lora_target: all` stands for."""
 
 
 class LayoutSettings(Settings):
@@ -85,11 +83,11 @@ class LoraSettings(Settings):
     lora_rank: int = Field(8, ge=1, description="rank of the update")
     lora_alpha: int = Field(32, ge=1, description="the update is scaled by lora_alpha / lora_rank")
     lora_dropout: float = Field(0.1, ge=0, lt=1, description="dropout before the update")
-    lora_target: tuple[str, ...] = Field(
-        ("query_key_value",),
+    lora_target: tuple[str, ...] | None = Field(
+        None,
         min_length=1,
-        description="linears that get an adapter, with commas between; all: "
-        + ",".join(ALL_LINEARS),
+        description="linears that get an adapter, with commas between, or all for every one of a "
+        "layer (default: the model family's own, of ChatGLM-6B query_key_value)",
     )
 
     @field_validator("lora_target", mode="before")
@@ -100,7 +98,7 @@ class LoraSettings(Settings):
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
             return value  # for pydantic to refuse
         stripped = tuple(dict.fromkeys(filter(None, (name.strip(" []\"'") for name in names))))
-        return ALL_LINEARS if stripped in (("all",), ("all-linear",)) else stripped
+        return ("all",) if stripped == ("all-linear",) else stripped
 
 
 class OptimiserSettings(Settings):
@@ -220,7 +218,7 @@ class PlanSettings(TrainSettings):
     memory_gib: float | None = Field(
         None, gt=0, description="plan for a card of so much memory instead of this machine's"
     )
-    card: PathText | None = Field(
+    card: NameText | None = Field(
         None, description="plan for a card by its name, such as T4, A10, 4090 or H100"
     )
     row_length: int = Field(
@@ -228,9 +226,14 @@ class PlanSettings(TrainSettings):
     )
     json_path: PathText | None = Field(None, description="JSON lines file to add the plan to")
     dataset_path: PathText = Field(
-        "no rows yet", description="tokenised rows, of which the lengths are read"
+        default_factory=lambda: "no rows yet",
+        description="tokenised rows, of which the lengths are read (default: as many rows of "
+        "row_length tokens as a step takes)",
     )
-    output_dir: PathText = Field("nowhere", description="accepted as a recipe has it")
+    output_dir: PathText = Field(
+        default_factory=lambda: "nowhere",
+        description="accepted as a recipe has it; nothing is written there",
+    )
 
     @model_validator(mode="after")
     def one_card(self) -> Self:

@@ -14,8 +14,9 @@ from glmtune.doctor.findings import OK, PROBLEM, WARNING, Told
 from glmtune.doctor.model import config_of
 from glmtune.errors import UserError
 from glmtune.hardware import Card, pick_device, pick_dtype
-from glmtune.models.checkpoints import GLM_TINY, load_tokenizer
-from glmtune.models.sizes import check_targets
+from glmtune.models.families import check_targets, family_of
+from glmtune.models.loading import load_tokenizer
+from glmtune.models.resolve import GLM_TINY
 from glmtune.models.weights import is_lfs_pointer
 from glmtune.training.plan import count_steps, make_plan
 from glmtune.training.planning.advice import advise, verdict
@@ -89,7 +90,9 @@ def check_data(
     if not Path(folder).exists() and tokenize and getattr(tokenize, "save_path", "") == folder:
         yield OK, f"{folder} is what tokenize will write"
         return
-    dataset, card = load_dataset(folder)
+    config = config_of(base)
+    rule = family_of(config).row_rule(config)
+    dataset, card = load_dataset(folder, rule)
     yield OK, f"{folder}: {card.num_kept:,} rows, tokens a row: {card.lengths}"
     num_read = card.num_read or card.num_kept
     for fate, rows in (("dropped", card.rows_out), ("cut to max_seq_length", card.rows_cut)):
@@ -99,8 +102,8 @@ def check_data(
             yield WARNING, f"{text}: tokenize again with a longer max_seq_length, or mend them"
     if isinstance(base, Path):
         check_data_card(card, load_tokenizer(str(base)), folder)
-        TokenRows.from_dataset(dataset).check(config_of(base), folder)
-    if card.lengths.max > (limit := config_of(base).max_sequence_length):
+        TokenRows.from_dataset(dataset, rule).check(config.vocab_size, folder)
+    if card.lengths.max > (limit := family_of(config).shape(config).max_positions):
         yield WARNING, f"the longest row has {card.lengths.max} tokens, the model knows {limit}"
 
 
@@ -108,7 +111,7 @@ def check_memory(
     settings: TrainSettings, plans: Mapping[str, Settings], base: Path | str
 ) -> Iterator[Told]:
     """Whether a run of these settings fits into this machine's memory."""
-    forecaster = _forecaster(settings, base, _rows(settings, plans))
+    forecaster = _forecaster(settings, base, _rows(settings, plans, base))
     found = forecaster(settings)
     if found.fits:
         yield OK, verdict(found)
@@ -128,7 +131,7 @@ def check_run_folder(
     if not os.access(place, os.W_OK):
         yield PROBLEM, f"output_dir: {place} cannot be written: name another folder"
         return
-    rows = _rows(settings, plans)
+    rows = _rows(settings, plans, base)
     found = _forecaster(settings, base, rows)(settings)
     # How many steps an epoch has is not known before the rows are: at least some checkpoints.
     max_steps = settings.save_steps * (settings.save_total_limit or 1)
@@ -148,10 +151,14 @@ def check_run_folder(
         yield OK, f"{text}, {min(num_saved, settings.save_total_limit or num_saved)} kept{goes_on}"
 
 
-def _rows(settings: TrainSettings, plans: Mapping[str, Settings]) -> Lengths:
+def _rows(
+    settings: TrainSettings, plans: Mapping[str, Settings], base: Path | str
+) -> TokenRows | EqualRows:
     """The rows to train on; where there are none yet, each as long as `tokenize` may write it."""
     if Path(settings.dataset_path).is_dir():
-        return TokenRows.from_dataset(load_dataset(settings.dataset_path)[0])
+        config = config_of(base)
+        rule = family_of(config).row_rule(config)
+        return TokenRows.from_dataset(load_dataset(settings.dataset_path, rule)[0], rule)
     longest = TokenizeSettings.model_fields["max_seq_length"].default
     return EqualRows.of(settings, getattr(plans.get("tokenize"), "max_seq_length", longest))
 
@@ -160,7 +167,7 @@ def _forecaster(settings: TrainSettings, base: Path | str, rows: Lengths) -> For
     device = pick_device(settings.use_cpu)
     return partial(
         forecast,
-        shape=config_of(base),
+        config=config_of(base),
         dtype=pick_dtype(device, settings.bf16, settings.fp16)[0],
         card=Card.of(device),
         rows=rows,

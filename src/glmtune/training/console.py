@@ -6,9 +6,11 @@ from typing import Any
 
 from glmtune.errors import program
 from glmtune.hardware import device_name, memory_gib, total_memory_gib
-from glmtune.models.chatglm.packed import base_of
+from glmtune.models.packed import base_of
+from glmtune.models.precision import has_packed_tables
 from glmtune.models.quantised import bits_of
-from glmtune.runlog import PLOT_FILE, format_seconds, print_pairs
+from glmtune.run_files import PLOT_FILE
+from glmtune.runlog import format_seconds, print_pairs
 from glmtune.training.plan import PackPlan
 from glmtune.training.planning.advice import advise, recompute_words
 from glmtune.training.run import Run
@@ -48,11 +50,11 @@ def print_banner(run: Run, state: TrainingState) -> None:
     base_config = base_of(model).config
     if bits := bits_of(base_config):
         special = f", frozen linears in {bits} bits"
-    if base_config.quantization_embeddings:
+    if has_packed_tables(base_config):
         special += ", embedding and head in 8"
     done = f", {state.global_step:,} of them done" if state.global_step else ""
     print_pairs(
-        f"LoRA of rank {settings.lora_rank} on {', '.join(settings.lora_target)} of "
+        f"LoRA of rank {settings.lora_rank} on {', '.join(run.forecast.setup.targets)} of "
         f"{run.base_name}",
         {
             "rows": f"{num_train:,} to train on, {num_eval:,} held out, "

@@ -21,7 +21,7 @@ from glmtune.config import TrainSettings
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError, note
 from glmtune.hardware import memory_gib
-from glmtune.models.sizes import check_targets
+from glmtune.models.families import check_targets
 from glmtune.runlog import RunLog
 from glmtune.training.console import Pace, memory_advice, print_banner, print_summary
 from glmtune.training.faults.crash import bundle_on_fault

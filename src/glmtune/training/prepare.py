@@ -1,6 +1,6 @@
 """All that is decided before the first step of a run: data, base model, plan, forecast, adapter."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +10,13 @@ from peft import PeftModel
 
 from glmtune.config import TrainSettings
 from glmtune.data.dataset import DataCard, check_data_card, load_dataset
+from glmtune.data.row_rule import RowRule
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import note
-from glmtune.models.checkpoints import (
-    base_name,
-    check_pair,
-    load_base_model,
-    load_config,
-    load_tokenizer,
-    resolve_base,
-)
+from glmtune.models.families import family_of
 from glmtune.models.fingerprint import fingerprint
+from glmtune.models.loading import check_pair, load_base_model, load_config, load_tokenizer
+from glmtune.models.resolve import base_name, resolve_base
 from glmtune.training.planning.advice import check_fit, print_forecast
 from glmtune.training.planning.forecast import make_forecaster
 from glmtune.training.processes import on_main
@@ -61,9 +57,11 @@ def prepare(settings: TrainSettings, accelerator: Accelerator, dtype: torch.dtyp
     resume, notes = on_main(accelerator, lambda: run_folder.resume_point(settings))
     base = resolve_base(settings.chatglm_path, str(resume) if resume else None)
     tokenizer = load_tokenizer(base)
-    rows, card = _load_rows(settings.dataset_path, tokenizer)
+    config = load_config(base)
+    family = family_of(config)
+    rows, card = _load_rows(settings.dataset_path, tokenizer, family.row_rule(config))
 
-    forecaster = make_forecaster(accelerator, load_config(base), dtype, rows)
+    forecaster = make_forecaster(accelerator, config, dtype, rows)
     forecast = forecaster(settings)
     if accelerator.is_main_process:
         print_forecast(forecast, settings, base_name(base))
@@ -77,7 +75,8 @@ def prepare(settings: TrainSettings, accelerator: Accelerator, dtype: torch.dtyp
         quantize_head=settings.quantize_head,
     )
     check_pair(model, tokenizer)
-    rows.check(model.config, settings.dataset_path)
+    rows = replace(rows, rule=family.row_rule(model.config))  # the weights may say more
+    rows.check(model.config.vocab_size, settings.dataset_path)
     sources = {
         "base weights": fingerprint(model)[:16],
         "tokenizer sha256": tokenizer.vocab_hash[:16],
@@ -98,15 +97,16 @@ def prepare(settings: TrainSettings, accelerator: Accelerator, dtype: torch.dtyp
         "resume_from_checkpoint": None,
         "resume_anyway": False,
         "overwrite_output_dir": False,
+        "lora_target": run.forecast.setup.targets,
         **layout_as_run(run.forecast),
     }
     return Prepared(run, adapted, tokenizer, resume, settings.model_copy(update=as_run))
 
 
-def _load_rows(path: str, tokenizer: Any) -> tuple[TokenRows, DataCard]:
+def _load_rows(path: str, tokenizer: Any, rule: RowRule) -> tuple[TokenRows, DataCard]:
     """Rows that this tokenizer made, and the card that says how; what they lost is noted."""
-    dataset, card = load_dataset(path)
+    dataset, card = load_dataset(path, rule)
     check_data_card(card, tokenizer, path)
     for lost in filter(None, (card.describe_loss(), card.describe_dropped())):
         note(f"{path}: {lost}")
-    return TokenRows.from_dataset(dataset), card
+    return TokenRows.from_dataset(dataset, rule), card

@@ -22,7 +22,8 @@ from glmtune.data.packing import check_lengths
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError, note
 from glmtune.hardware import device_name, pick_device, pick_dtype
-from glmtune.models.chatglm.packed import PackedModel, base_of, to_fp8
+from glmtune.models.families import family_of
+from glmtune.models.packed import PackedModel, base_of, to_fp8
 from glmtune.models.quantised import bits_of
 from glmtune.training.passes import CapturedPass, PackedPass, PaddedPass, Pass
 from glmtune.training.plan import PackPlan, Plan, count_steps, make_plan, split_rows
@@ -37,7 +38,7 @@ MANY_EPOCHS = 50
 # Settings that change a run's numbers as they stand; `Run.identity` adds those that depend on more.
 _NUMERIC_SETTINGS = (
     "seed", "eval_ratio", "train_sampling_strategy", "lora_rank", "lora_alpha", "lora_dropout",
-    "lora_target", "base_dtype", "quantization_bit", "quantize_head", "learning_rate",
+    "base_dtype", "quantization_bit", "quantize_head", "learning_rate",
     "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
     "max_grad_norm",
 )  # fmt: skip
@@ -156,6 +157,7 @@ class Run:
             "pack length": self.plan.pack_length if isinstance(self.plan, PackPlan) else "any",
             "steps of the schedule": self.max_steps if self.has_end else "any",
             "warmup_steps": self.warmup_steps,
+            "lora_target": self.forecast.setup.targets,
             **{name: getattr(self.settings, name) for name in _NUMERIC_SETTINGS},
         }
 
@@ -237,8 +239,11 @@ def build_pass(run: Run, model: PeftModel, weights: list[nn.Parameter]) -> Pass:
     setup, recompute = run.forecast.setup, run.forecast.recompute
     if setup.layout == "padded":
         return PaddedPass(run.accelerator, model, run.rows, recompute)
+    block = family_of(base_of(model).config).packed
+    assert block is not None
     packed = PackedModel(
         model,
+        block,
         compiled=setup.compiled,
         any_length=setup.layout == "exact",
         recompute=recompute,

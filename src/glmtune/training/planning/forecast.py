@@ -11,11 +11,12 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator
+from transformers import PreTrainedConfig
 
 from glmtune.config import PlanSettings, TrainSettings
 from glmtune.hardware import GIB, Card
-from glmtune.models.chatglm.configuration import ChatGLMConfig
-from glmtune.models.chatglm.packed import can_compile
+from glmtune.models.families import family_of
+from glmtune.models.packed import can_compile
 from glmtune.models.quantised import bits_of
 from glmtune.training.passes import CAPTURED_LENGTHS, captured_learned
 from glmtune.training.plan import count_steps, make_plan
@@ -127,7 +128,7 @@ class Forecast:
             "quantize_head": self.setup.quantize_head,
             "tokens_per_pass": self.batch.num_tokens,
             "layers_recomputed": self.recompute,
-            "num_layers": self.setup.config.num_layers,
+            "num_layers": self.setup.shape.num_layers,
             **parts,
             "allocated_gib": self.estimate.allocated / GIB,
             "needed_gib": self.needed_gib,
@@ -143,7 +144,7 @@ Forecaster = Callable[[TrainSettings], Forecast]
 
 def forecast(
     settings: TrainSettings,
-    shape: ChatGLMConfig,
+    config: PreTrainedConfig,
     dtype: torch.dtype,
     card: Card,
     rows: Lengths,
@@ -153,25 +154,28 @@ def forecast(
 
     Args:
         settings: the run's settings.
-        shape: of the base model.
+        config: of the base model.
         dtype: the compute type.
         card: what each process trains on.
         rows: of the data set.
         num_processes: that share a step.
     """
-    layout = choose_layout(settings, card.on_gpu)
+    layout, family = choose_layout(settings, card.on_gpu), family_of(config)
+    shape, block = family.shape(config), family.packed
     setup = Setup(
         shape,
         dtype,
         layout,
-        compiled=layout != "padded" and can_compile(card, shape),
+        compiled=layout != "padded"
+        and block is not None
+        and can_compile(card, block, shape.head_dim),
         on_gpu=card.on_gpu,
         is_hopper=card.is_hopper,
-        bits=settings.bits or bits_of(shape),
+        bits=settings.bits or bits_of(config),
         quantize_head=settings.quantize_head,
         is_fp8=settings.base_dtype == "fp8",
         rank=settings.lora_rank,
-        targets=settings.lora_target,
+        targets=family.targets(settings.lora_target, shape),
         has_dropout=settings.lora_dropout > 0,
     )
     wish = settings.gradient_checkpointing
@@ -183,7 +187,7 @@ def forecast(
         (batch,) = choices
         recompute = choose_recompute(wish, setup, batch, card)
     forecasts = []
-    most = setup.config.num_layers - 1 if wish == "auto" and card.on_gpu else recompute
+    most = setup.shape.num_layers - 1 if wish == "auto" and card.on_gpu else recompute
     for size, again in ((batch, recompute), (choices[-1], most)):
         forecasts.append(Forecast(card, setup, size, again, estimate(setup, size, again)))
     chosen, frugal = forecasts
@@ -191,11 +195,11 @@ def forecast(
 
 
 def make_forecaster(
-    accelerator: Accelerator, shape: ChatGLMConfig, dtype: torch.dtype, rows: Lengths
+    accelerator: Accelerator, config: PreTrainedConfig, dtype: torch.dtype, rows: Lengths
 ) -> Forecaster:
     """What any settings would come to on a run's device, with its base and rows."""
     card, num_processes = Card.of(accelerator.device), accelerator.num_processes
-    return lambda config: forecast(config, shape, dtype, card, rows, num_processes)
+    return lambda settings: forecast(settings, config, dtype, card, rows, num_processes)
 
 
 def choose_layout(settings: TrainSettings, on_gpu: bool) -> Layout:
@@ -217,7 +221,7 @@ def choose_recompute(wish: bool | str, setup: Setup, batch: Batch, card: Card) -
 
     All are all but the last, whose way back begins as soon as it is done.
     """
-    most = setup.config.num_layers - 1
+    most = setup.shape.num_layers - 1
     if wish != "auto":
         return most if wish else 0
     if not card.on_gpu:
@@ -251,7 +255,7 @@ def _choose_pack(
     choices = []
     for batch, speed in zip(packs, PACK_SPEEDS.values(), strict=False):
         recompute = choose_recompute(wish, setup, batch, card)
-        seconds = (1 + _RECOMPUTE_COST * recompute / setup.config.num_layers) / speed
+        seconds = (1 + _RECOMPUTE_COST * recompute / setup.shape.num_layers) / speed
         choices.append((not holds(card, setup, batch, recompute), seconds, batch, recompute))
     misfits, _, batch, recompute = min(choices, key=lambda choice: choice[:2])
     return choices[-1][2:] if misfits else (batch, recompute)

@@ -13,14 +13,12 @@ from typing import Literal
 
 import torch
 
-from glmtune.models.chatglm.configuration import ChatGLMConfig
-from glmtune.models.sizes import LINEARS, adapter_parameters, block_shapes, weight_bytes
+from glmtune.models.shape import LinearShape, Shape
 from glmtune.ops.loss import CHUNK
 
 Layout = Literal["padded", "exact", "packed"]
 """How the rows of a pass lie: padded to the longest, end to end, or so in packs of one length."""
 
-FUSED = LINEARS[0]
 # What cuBLAS asks for, for each stream and each of two threads: forward has one, backward another.
 _WORKSPACE, _HOPPER_WORKSPACE, _THREADS = 8320 << 10, 32 << 20, 2
 
@@ -29,7 +27,7 @@ _WORKSPACE, _HOPPER_WORKSPACE, _THREADS = 8320 << 10, 32 << 20, 2
 class Setup:
     """What is trained, in which numbers, and how a pass is computed."""
 
-    config: ChatGLMConfig
+    shape: Shape
     dtype: torch.dtype
     layout: Layout
     compiled: bool = False
@@ -41,7 +39,8 @@ class Setup:
     quantize_head: bool = False
     is_fp8: bool = False
     rank: int = 8
-    targets: tuple[str, ...] = (FUSED,)
+    targets: tuple[str, ...] = ()
+    """The linears that have an adapter."""
     has_dropout: bool = True
 
     @property
@@ -50,22 +49,18 @@ class Setup:
         return self.compiled and self.layout == "exact"
 
     @property
-    def ratio(self) -> float:
-        """Width inside the MLP, in values."""
-        return self.config.inner_hidden_size / self.config.hidden_size
+    def mlp(self) -> float:
+        """What the backward pass keeps of the MLP between its linears, in values."""
+        return self.shape.kept_by_mlp / self.shape.hidden_size
 
     @property
     def value_bytes(self) -> int:
         """Bytes of a value: one token's."""
-        return self.config.hidden_size * self.dtype.itemsize
+        return self.shape.hidden_size * self.dtype.itemsize
 
     def parameters(self) -> int:
         """Of the adapter."""
-        return adapter_parameters(self.config, self.rank, self.targets)
-
-    def input_width(self, linear: str) -> float:
-        """Of a linear, in values."""
-        return self.ratio if linear == "dense_4h_to_h" else 1.0
+        return self.shape.adapter_parameters(self.rank, self.targets)
 
 
 @dataclass(frozen=True)
@@ -123,7 +118,7 @@ def estimate(setup: Setup, batch: Batch, recompute: int = 0) -> Estimate:
         batch: its largest pass.
         recompute: the first so many layers keep their input alone, at most all but the last.
     """
-    num_layers, token_bytes = setup.config.num_layers, setup.value_bytes * batch.num_tokens
+    num_layers, token_bytes = setup.shape.num_layers, setup.value_bytes * batch.num_tokens
     layer, last = kept_by_layer(setup), kept_by_layer(setup, learned_share(setup, batch))
     kept = recompute + (num_layers - 1 - recompute) * layer + last + kept_once(setup)
     logits = logit_bytes(setup, batch)
@@ -164,23 +159,28 @@ def kept_by_layer(setup: Setup, share: float = 1.0) -> float:
         setup: what is trained, and how.
         share: of the tokens that go on after the attention.
     """
-    config, itemsize = setup.config, setup.dtype.itemsize
-    softmax = 4 * config.num_attention_heads / setup.value_bytes
-    before, after = 1 + 3 + 1 + softmax, 1 + setup.ratio
+    shape, itemsize = setup.shape, setup.dtype.itemsize
+    hidden, queries = shape.hidden_size, shape.num_heads * shape.head_dim
+    keys = shape.num_kv_heads * shape.head_dim
+    softmax = 4 * shape.num_heads / setup.value_bytes
+    before, after = 1 + (shape.qkv_values + queries) / hidden + softmax, 1 + setup.mlp
     if setup.layout == "padded":
-        before += 2  # turned queries and keys lie beside the projection that the values lie in
+        before += (queries + keys) / hidden  # turned, beside what the projections gave
     if not setup.compiled and itemsize < 4:
-        before += 2 * config.head_dim / config.hidden_size  # cosines and sines in the compute type
-    before += kept_by_adapter(setup, FUSED)
-    after += sum(kept_by_adapter(setup, name) for name in LINEARS[1:])
+        before += 2 * shape.head_dim / hidden  # cosines and sines in the compute type
+    for linear in shape.linears:
+        if linear.makes_qkv:
+            before += kept_by_adapter(setup, linear)
+        else:
+            after += kept_by_adapter(setup, linear)
     return before + share * after
 
 
-def kept_by_adapter(setup: Setup, linear: str) -> float:
-    """What one linear's adapter keeps for the way back, in values a token: its input, dropped."""
-    if linear not in setup.targets:
+def kept_by_adapter(setup: Setup, linear: LinearShape) -> float:
+    """What one linear's adapter keeps for backward, in values a token: its input, dropped."""
+    if linear.name not in setup.targets:
         return 0.0
-    width, itemsize = setup.input_width(linear), setup.dtype.itemsize
+    width, itemsize = linear.inputs / setup.shape.hidden_size, setup.dtype.itemsize
     mask = width / itemsize if setup.has_dropout else 0.0  # a byte a number
     if setup.layout == "padded":
         in_float32 = 4 / itemsize * width
@@ -189,14 +189,17 @@ def kept_by_adapter(setup: Setup, linear: str) -> float:
         return in_float32 + mask + 4 * setup.rank / setup.value_bytes
     if not setup.compiled:
         return width + mask
-    # The compiler keeps the mask alone where the fused projection is all that is adapted, and what
-    # is left after dropout where other linears are, too (as measured, not as it would have to).
-    return mask if setup.targets == (FUSED,) else width + mask * (linear == FUSED)
+    # The compiler keeps the mask alone where queries, keys and values are all that is adapted, and
+    # what is left after dropout where other linears are, too (measured; it would not have to).
+    only_qkv = all(other.makes_qkv for other in setup.shape.linears if other.name in setup.targets)
+    if only_qkv:
+        return mask
+    return width + mask if linear.makes_qkv else width
 
 
 def kept_once(setup: Setup) -> float:
     """Cosines and sines in float32, in values a token."""
-    return 4 * setup.config.head_dim / setup.value_bytes
+    return 4 * setup.shape.head_dim / setup.value_bytes
 
 
 def logit_bytes(setup: Setup, batch: Batch) -> float:
@@ -205,7 +208,7 @@ def logit_bytes(setup: Setup, batch: Batch) -> float:
     The plain way holds logarithms of all probabilities, and two gradients of that size, in float32.
     The others take the learned tokens in chunks, the compiled ones in the place of the logits.
     """
-    vocab_size, itemsize = setup.config.vocab_size, setup.dtype.itemsize
+    vocab_size, itemsize = setup.shape.vocab_size, setup.dtype.itemsize
     if setup.layout == "padded":
         return batch.num_tokens * (12 * vocab_size + setup.value_bytes)
     each = itemsize
@@ -223,18 +226,18 @@ def way_back(setup: Setup, share: float = 1.0) -> float:
     of GELU's input; others write a second one, and add the two of the residual.
     """
     if setup.compiled:
-        return share * (1 + setup.ratio)
-    return share * (2 + 2 * setup.ratio)
+        return share * (1 + setup.mlp)
+    return share * (2 + 2 * setup.mlp)
 
 
 def base_bytes(setup: Setup) -> int:
     """Weights of the base; float8 keeps each linear in two layouts, with a float32 a line."""
-    size = weight_bytes(setup.config, setup.dtype, setup.bits, quantize_head=setup.quantize_head)
+    shape = setup.shape
+    size = shape.weight_bytes(setup.dtype, setup.bits, quantize_head=setup.quantize_head)
     if setup.is_fp8:
-        for shape in block_shapes(setup.config):
-            outputs, inputs = shape
-            each = (2 - setup.dtype.itemsize) * outputs * inputs + 4 * (outputs + inputs)
-            size += setup.config.num_layers * each
+        for linear in shape.linears:
+            values, lines = linear.outputs * linear.inputs, linear.outputs + linear.inputs
+            size += shape.num_layers * ((2 - setup.dtype.itemsize) * values + 4 * lines)
     return size
 
 
@@ -246,7 +249,7 @@ def buffer_bytes(setup: Setup) -> float:
         workspace = _HOPPER_WORKSPACE if setup.is_hopper else _WORKSPACE
         size += streams * _THREADS * workspace
     if setup.bits:
-        largest = max(outputs * inputs for outputs, inputs in block_shapes(setup.config))
+        largest = max(linear.outputs * linear.inputs for linear in setup.shape.linears)
         # Integers are turned into floats, and those scaled.
         size += largest * setup.dtype.itemsize * (2 if setup.bits == 8 else 1)
     return size
