@@ -8,7 +8,7 @@ import torch
 from glmtune.errors import UserError
 from glmtune.generation import Decoder, EncodedPrompt, GenerationSettings
 from glmtune.generation import decoder as room
-from glmtune.generation.linears import InWords, Plain
+from glmtune.generation.linears import GroupQuantised, Plain
 from glmtune.generation.reference import generate_ids
 from glmtune.models.chatglm import decoding
 from glmtune.models.chatglm.configuration import ChatGLMConfig
@@ -115,7 +115,7 @@ def test_fewer_bits_give_nearly_the_same_product(bits, tolerance):
     torch.manual_seed(0)
     weight, bias, x = draw(1024, 512), draw(1024), draw(5, 1, 512)
     exact = torch.nn.functional.linear(x, weight, bias).float()
-    rounded = InWords.of(weight, bias, bits)(x).float()
+    rounded = GroupQuantised.of(weight, bias, bits)(x).float()
     assert 0 < (exact - rounded).norm() / exact.norm() < tolerance
 
 
@@ -132,7 +132,7 @@ def test_a_product_in_one_kernel_is_what_its_parts_are(bits, shape, num_rows):
     torch.manual_seed(0)
     (num_outputs, num_inputs), kind = shape, torch.float32
     weight, bias = 0.02 * draw(*shape, dtype=kind), draw(num_outputs, dtype=kind)
-    linear = Plain(weight, bias) if bits == 16 else InWords.of(weight, bias, bits)
+    linear = Plain(weight, bias) if bits == 16 else GroupQuantised.of(weight, bias, bits)
     if bits < 16:
         plain = linear.weight.unpack(kind)
         assert torch.allclose(kernels.unpack(linear.weight, kind), plain, rtol=1e-6, atol=1e-7)
@@ -143,9 +143,7 @@ def test_a_product_in_one_kernel_is_what_its_parts_are(bits, shape, num_rows):
     low, up = draw(num_rows, 6, dtype=kind), draw(num_outputs, 6, dtype=kind)
     residual = draw(num_rows, 1, num_outputs, dtype=kind)
     expected = torch.nn.functional.gelu(product + 0.5 * (low @ up.T)[:, None], approximate="tanh")
-    found = linear.fused(
-        x, update=kernels.LowRank(low, up, 0.5), gelu=True, residual=residual, alpha=7.5
-    )
+    found = linear.fused(x, update=(low, up, 0.5), gelu=True, residual=residual, alpha=7.5)
     assert torch.allclose(found.double(), expected + 7.5 * residual, atol=1e-4)
 
 

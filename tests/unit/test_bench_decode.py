@@ -12,7 +12,7 @@ from glmtune.bench.random_model import SHAPES
 from glmtune.cli import main
 from glmtune.config import BenchDecodeSettings
 from glmtune.errors import UserError
-from glmtune.generation.linears import InWords
+from glmtune.generation.linears import GroupQuantised
 from glmtune.generation.weights import num_bytes, read_weights
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
 from glmtune.models.checkpoints import load_base_model
@@ -59,7 +59,7 @@ def test_bytes_of_the_weights_are_those_of_the_parameters(tiny_folder):
 
 def test_bytes_of_words_are_those_of_their_numbers_and_scales(tiny_folder):
     weights = read_weights(load_base_model(str(tiny_folder), dtype=torch.float32))
-    head = InWords.of(torch.zeros(32, 256), None, bits=4)
+    head = GroupQuantised.of(torch.zeros(32, 256), None, bits=4)
     without = num_bytes(weights) - weights.head.weight_OI.nbytes
     in_words = num_bytes(weights._replace(head=head)) - without
     assert in_words == 32 * (256 // 2 + 2 * 2 * 2)  # two groups a row, of two bfloat16

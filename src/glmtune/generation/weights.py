@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glmtune.adapters.lora import Update, split_lora
 from glmtune.errors import UserError
-from glmtune.generation.linears import Adapted, Int4, Int8, InWords, Plain, can_be_fused
+from glmtune.generation.linears import Adapted, GroupQuantised, Int4, Int8, Plain, can_be_fused
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.decoding import Block, Projection, Weights
+from glmtune.models.low_rank import split_lora
+from glmtune.ops.lora import LowRank
 from glmtune.ops.norm import Norm
 
 
@@ -73,7 +74,7 @@ def read_weights(
 
 def can_be_captured(weights: Weights) -> bool:
     """Whether every linear is of a kind known here, and so waits for nothing but the GPU."""
-    kinds = Plain, Int8, Int4, InWords, Adapted
+    kinds = Plain, Int8, Int4, GroupQuantised, Adapted
     return all(isinstance(linear, kinds) for linear in _linears(weights))
 
 
@@ -90,7 +91,7 @@ def most_rows_for_kernels(weights: Weights, config: ChatGLMConfig) -> int:
         return 0
     if not all(can_be_fused(linear) for linear in linears):
         return 0
-    return 4 if any(isinstance(linear, InWords) for linear in linears) else 1
+    return 4 if any(isinstance(linear, GroupQuantised) for linear in linears) else 1
 
 
 def num_bytes(weights: Weights) -> int:
@@ -145,7 +146,7 @@ def _read_projection(
                 f"{type(linear).__name__}), which are not rounded again; leave the bits out"
             )
         return Adapted(base, updates) if updates else base
-    updates = tuple(Update(a.to(device), b.to(device), scale) for a, b, scale in updates)
+    updates = tuple(LowRank(a.to(device), b.to(device), scale) for a, b, scale in updates)
     if merge and updates:
         weight = base.weight.detach().to(device)
         total = weight.float()
@@ -163,5 +164,5 @@ def _round(weight: Tensor, bias: Tensor | None, bits: int, device: torch.device)
     if bits == 16:
         return Plain(weight, bias)
     if weight.is_cuda:
-        return InWords.of(weight, bias, bits)
+        return GroupQuantised.of(weight, bias, bits)
     return {8: Int8.of, 4: Int4.of}[bits](weight, bias)

@@ -28,10 +28,11 @@ from glmtune.models.chatglm.modeling import (
     ChatGLMBlock,
     ChatGLMForConditionalGeneration,
 )
+from glmtune.models.low_rank import split_lora
 from glmtune.models.quantised import frozen_of
 from glmtune.ops.attention import PaddedRows
 from glmtune.ops.linear import Dense, Fp8Linear, Frozen, frozen_linear
-from glmtune.ops.lora import Adapter, Dropout, lora_factors, lora_linear
+from glmtune.ops.lora import Dropout, LowRank, lora_factors, lora_linear
 from glmtune.ops.loss import IGNORED, SoftmaxLoss, head_loss
 from glmtune.ops.norm import Norm
 from glmtune.ops.quantised import Quantised
@@ -54,7 +55,7 @@ class Linear(NamedTuple):
     """A frozen linear and, where it has one, its adapter."""
 
     frozen: Frozen
-    adapter: Adapter | None
+    adapter: LowRank | None
 
     def __call__(self, x_TK: Tensor, dropout: Dropout | None) -> Tensor:
         """``(T, K)`` to ``(T, N)``."""
@@ -327,13 +328,9 @@ def _weights_of(layer: ChatGLMBlock) -> BlockWeights:
 
 
 def _linear_of(module: nn.Module) -> Linear:
-    adapter = None
-    if isinstance(module, LoraLayer):
-        (name,) = module.active_adapters
-        a, b = cast(nn.Linear, module.lora_A[name]), cast(nn.Linear, module.lora_B[name])
-        adapter = Adapter(a.weight, b.weight, module.scaling[name])
-        module = module.base_layer
-    return Linear(frozen_of(module), adapter)
+    base, updates = split_lora(module)
+    (adapter,) = updates or (None,)
+    return Linear(frozen_of(base), adapter)
 
 
 def to_fp8(model: PeftModel) -> None:
