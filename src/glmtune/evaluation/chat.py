@@ -84,7 +84,7 @@ class Chat:
         self.num_asked = 0
         self.ctrl_c = CtrlC()
         check_stop_strings(config.stop_strings or (), tokenizer)
-        settings = GenerationSettings.from_config(config)
+        settings = GenerationSettings.of(config)
         self.decoders: dict[str, Decoder] = {}
         if subject.adapter is None:
             self.decoders[BASE] = Decoder.of(model, settings, subject.device)
@@ -178,7 +178,7 @@ class Chat:
 
     def _stream(self, side: str, question: str) -> tuple[str, bool]:
         """Print an answer as it comes; the answer, and whether it came to its end."""
-        settings = GenerationSettings.from_config(self.config)
+        settings = GenerationSettings.of(self.config)
         encoded = [self._encode(side, question, settings.max_new_tokens)]
         stream = TextStream(self.tokenizer, settings.stop_strings or ())
         stop_ids = find_stop_ids(self.model)
@@ -289,7 +289,7 @@ class Chat:
         path = path or f"chat-{datetime.now():%Y-%m-%d-%H%M%S}.json"
         if Path(path).exists():
             raise UserError(f"/save: {path} exists; name another file")
-        settings = GenerationSettings.from_config(self.config)
+        settings = GenerationSettings.of(self.config)
         content = {
             **self.subject.identity(),
             "settings": settings.in_effect(),

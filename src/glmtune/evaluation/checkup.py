@@ -159,7 +159,7 @@ def check(config: CheckSettings) -> Checkup:
         else:
             of_run = held_out_probes(*rows, config.limit) if rows else None
             asked = of_run or own_probes(tokenizer, config.limit)
-        settings = GenerationSettings.from_config(config)
+        settings = GenerationSettings.of(config)
         template = find_template(subject.adapter)
         found = examine(model, tokenizer, asked, settings, rows, template, with_base=True)
     report(found, f"Check-up of {subject.adapter_name}")

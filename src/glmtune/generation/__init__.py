@@ -5,6 +5,7 @@ chooses each token, `streaming` makes text of tokens while they come; `reference
 through transformers' `generate`.
 """
 
+from glmtune.config.groups import GenerationSettings
 from glmtune.generation.answers import (
     TooLongError,
     answer_batch,
@@ -13,7 +14,7 @@ from glmtune.generation.answers import (
     generate_answers,
 )
 from glmtune.generation.decoder import Decoder, find_stop_ids
-from glmtune.generation.settings import Answer, EncodedPrompt, GenerationSettings, Prompt
+from glmtune.generation.prompts import Answer, EncodedPrompt, Prompt
 
 __all__ = [
     "Answer",

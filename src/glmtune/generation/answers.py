@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
+from glmtune.config.groups import GenerationSettings
 from glmtune.errors import UserError
 from glmtune.generation.decoder import Decoder, find_stop_ids
+from glmtune.generation.prompts import Answer, EncodedPrompt, Prompt
 from glmtune.generation.reference import generate_ids
-from glmtune.generation.settings import Answer, EncodedPrompt, GenerationSettings, Prompt
 from glmtune.generation.streaming import check_stop_strings, cut_at_stop
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from glmtune.config.groups import GenerationSettings
 from glmtune.errors import UserError
+from glmtune.generation.prompts import EncodedPrompt
 from glmtune.generation.reference import NOT_FINITE, left_padded
 from glmtune.generation.sampling import choose, largest, random_numbers
-from glmtune.generation.settings import EncodedPrompt, GenerationSettings
 from glmtune.generation.weights import can_be_captured, most_rows_for_kernels, read_weights
 from glmtune.hardware import capture_graph, check_decoding
 from glmtune.models.chatglm.configuration import ChatGLMConfig
@@ -96,7 +97,7 @@ class Buffers:
             finished_B=new(0, num_rows, dtype=torch.bool),
             fault_B=new(0, num_rows, dtype=torch.float32),
             seen_BV=new(0, num_rows, config.vocab_size, dtype=torch.bool) if with_penalty else None,
-            numbers_BK=new(0, *shape, dtype=torch.float64) if settings.do_sample else None,
+            numbers_BK=new(0, *shape, dtype=torch.float64) if settings.draws else None,
         )
 
     def fits(self, settings: GenerationSettings, num_rows: int, num_columns: int) -> bool:
@@ -178,7 +179,7 @@ class Decoder:
         return cls(
             model,
             find_stop_ids(model),
-            bits=settings.decode_bits,
+            bits=settings.decoder_bits,
             compiled=settings.decode_compile,
             device=device,
             beside=beside,
@@ -269,7 +270,9 @@ class Decoder:
         self, num_rows: int, num_columns: int, settings: GenerationSettings
     ) -> Buffers:
         """Those of the last batch if they serve, or new ones, with a captured step on a GPU."""
-        built_in = replace(settings, max_new_tokens=0, seed=0, stop_strings=None)
+        built_in = settings.model_copy(
+            update={"max_new_tokens": 0, "seed": 0, "stop_strings": None}
+        )
         if self._buffers is None or not self._buffers.fits(built_in, num_rows, num_columns):
             self._buffers = None  # free them first
             num_columns += -num_columns % COLUMNS_PER_GROWTH
@@ -313,7 +316,7 @@ class Decoder:
         buffers.fault_B.add_(top_B, alpha=0)  # NaN where any score is; infinite ones give NaN
         buffers.column_1.add_(1)
         settings, numbers_BK = buffers.settings, buffers.numbers_BK
-        if settings.do_sample or settings.repetition_penalty is not None:
+        if settings.draws or settings.repetition_penalty is not None:
             draw_B1 = None if numbers_BK is None else numbers_BK.index_select(1, buffers.column_1)
             token_B = choose(logits_BV.float(), settings, buffers.seen_BV, draw_B1)
         token_B1 = token_B.masked_fill(buffers.finished_B, self.config.pad_token_id)[:, None]

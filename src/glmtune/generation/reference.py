@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from glmtune.config.groups import GenerationSettings
 from glmtune.errors import UserError
+from glmtune.generation.prompts import EncodedPrompt
 from glmtune.generation.sampling import draw, filters, random_numbers
-from glmtune.generation.settings import EncodedPrompt, GenerationSettings
 
 NOT_FINITE = (
     "the model's logits are not finite: its weights are damaged, or float16 overflowed (then pass "
@@ -43,7 +44,7 @@ def generate_ids(
     input_ids_BS, valid_BS = left_padded(prompts, pad_id, model.device)
     num_columns = input_ids_BS.shape[1]
     processors: list[LogitsProcessor] = [RefuseNonFinite()]
-    if settings.do_sample:
+    if settings.draws:
         numbers_BT = random_numbers(settings, prompts, model.device)
         processors += [*filters(settings), DrawToken(numbers_BT, num_columns)]
     rows = model.generate(

@@ -16,7 +16,8 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from glmtune.generation.settings import EncodedPrompt, GenerationSettings
+from glmtune.config.groups import GenerationSettings
+from glmtune.generation.prompts import EncodedPrompt
 
 
 def largest(scores_BV: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,7 +49,7 @@ def choose(
     if settings.repetition_penalty is not None:
         assert seen_BV is not None
         scores_BV = penalise(scores_BV, seen_BV, settings.repetition_penalty)
-    if not settings.do_sample:
+    if not settings.draws:
         return largest(scores_BV)[1]
     assert draw_B1 is not None
     for keep in filters(settings):
