@@ -152,7 +152,7 @@ def test_no_memory_is_told_with_the_batch_size(answer, monkeypatch):
     def no_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("glmtune.generation.decoder.prefill", no_memory)
+    monkeypatch.setattr("glmtune.generation.slots.prefill", no_memory)
     with pytest.raises(UserError, match="per_device_eval_batch_size 2: no memory"):
         answer([[5, 6], [7]])
 
@@ -182,7 +182,7 @@ def test_fewer_bits_are_used(answer, continuations, monkeypatch):
     asked = []
     monkeypatch.setattr(
         "glmtune.generation.decoder.read_weights",
-        lambda model, bits, **_: asked.append(bits) or read_weights(model, bits=16),
+        lambda model, block, bits, **_: asked.append(bits) or read_weights(model, block),
     )
     answer([continuations[0][0]], GREEDY.model_copy(update={"decode_bits": "8"}))
     assert asked == [8]

@@ -37,7 +37,7 @@ from glmtune.generation import (
     encode_prompts,
     find_stop_ids,
 )
-from glmtune.generation.streaming import TextStream, check_stop_strings
+from glmtune.generation.streaming import TextStream, before_stop, check_stop_strings
 from glmtune.runlog import print_pairs
 
 ASK = "> "
@@ -186,10 +186,9 @@ class Chat:
         try:
             for (ids,) in self.decoders[side].stream(encoded, settings):
                 self.ctrl_c.raise_if_lost()
-                end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
-                said += stream.push(ids[:end])
+                said += stream.push(before_stop(ids, stop_ids))
                 shown = self._show(shown, polish_beginning(said))
-                if end is not None or stream.stopped:
+                if stream.stopped:
                     break
         except KeyboardInterrupt:
             whole = False

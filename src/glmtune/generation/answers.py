@@ -11,7 +11,7 @@ from glmtune.errors import UserError
 from glmtune.generation.decoder import Decoder, find_stop_ids
 from glmtune.generation.prompts import Answer, EncodedPrompt, Prompt
 from glmtune.generation.reference import generate_ids
-from glmtune.generation.streaming import check_stop_strings, cut_at_stop
+from glmtune.generation.streaming import before_stop, check_stop_strings, cut_at_stop
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -151,7 +151,7 @@ def _decode(
     return rows
 
 
-def _stops(ids: list[int], settings: GenerationSettings, tokenizer: Any) -> bool:
+def _stops(ids: Sequence[int], settings: GenerationSettings, tokenizer: Any) -> bool:
     text = tokenizer.decode(ids, skip_special_tokens=True)
     return cut_at_stop(text, settings.stop_strings or ()) is not None
 
@@ -160,8 +160,8 @@ def _read_answer(
     ids: list[int], stop_ids: Sequence[int], settings: GenerationSettings, tokenizer: Any
 ) -> Answer:
     """The answer that some ids are: it ends before a stop id, and before a stop string."""
-    end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
-    kept, stopped = ids[:end], end is not None
+    kept = before_stop(ids, stop_ids)
+    stopped = len(kept) < len(ids)
     if settings.stop_strings and _stops(kept, settings, tokenizer):
         # Tokens count up to the one that completes the stop string.
         lengths = range(1, len(kept) + 1)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from glmtune.errors import UserError
-from glmtune.models.chatglm.decoding import Projection
+from glmtune.models.decoding import Projection
 from glmtune.ops.lora import LowRank
 from glmtune.ops.words import GROUP_SIZE, Words, round_groups
 

@@ -5,7 +5,7 @@ such as ``<n>`` that may itself come in pieces. What could still change is held 
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from glmtune.errors import UserError
@@ -59,6 +59,11 @@ class TextStream:
         new = text[self._shown :]
         self._shown = max(self._shown, len(text))
         return new
+
+
+def before_stop(ids: Sequence[int], stop_ids: Collection[int]) -> Sequence[int]:
+    """The ids before the first stop id among them; all of them where there is none."""
+    return ids[: next((i for i, token in enumerate(ids) if token in stop_ids), None)]
 
 
 def cut_at_stop(text: str, stop_strings: Sequence[str]) -> str | None:
