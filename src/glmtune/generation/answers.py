@@ -25,7 +25,7 @@ def generate_answers(
     batch_size: int,
     device: torch.device | None = None,
 ) -> Iterator[Answer]:
-    """Answer prompts in left-padded batches, and deliver the answers in order as batches finish.
+    """Answer prompts in batches, and deliver the answers in order as batches finish.
 
     An answer depends on the prompts beside it by rounding alone: padding is masked, and a drawn
     answer has random numbers of its own, given by the seed and the prompt's number. In 16-bit
@@ -34,7 +34,7 @@ def generate_answers(
 
     Args:
         model: in evaluation mode, with or without an adapter.
-        tokenizer: any with `encode_batch` and `decode` (see models.chatglm.tokenization).
+        tokenizer: any with `encode_batch` and `decode`, as the project's own have them.
         prompts: all are checked before the first is answered.
         settings: how to generate.
         batch_size: prompts answered at a time.
@@ -46,13 +46,26 @@ def generate_answers(
     check_stop_strings(settings.stop_strings or (), tokenizer)
     encoded = encode_prompts(model, tokenizer, prompts, settings.max_new_tokens)
     decoder = Decoder.of(model, settings, device)
-    return (
-        answer
-        for start in range(0, len(encoded), batch_size)
-        for answer in answer_batch(
-            model, tokenizer, encoded[start : start + batch_size], settings, decoder
-        )
-    )
+    return answer_in_batches(model, tokenizer, encoded, settings, batch_size, decoder)
+
+
+def answer_in_batches(
+    model: "PreTrainedModel | PeftModel",
+    tokenizer: Any,
+    prompts: Sequence[EncodedPrompt],
+    settings: GenerationSettings,
+    batch_size: int,
+    decoder: Decoder,
+) -> Iterator[Answer]:
+    """Answer encoded prompts, and deliver the answers in order; see `answer_batch`.
+
+    A slot whose answer has ended waits for its batch. With the next prompt in it, what is beside an
+    answer would depend on the lengths of others, and so, in 16-bit formats, would the answer: base
+    and adapter would not be compared under equal conditions, nor a broken run resumed as it was.
+    """
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        yield from answer_batch(model, tokenizer, batch, settings, decoder)
 
 
 class TooLongError(UserError):

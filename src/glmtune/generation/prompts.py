@@ -14,7 +14,7 @@ class Prompt(NamedTuple):
 
 
 class EncodedPrompt(NamedTuple):
-    """A prompt's ids, [gMASK] <sop> included, and the number of its random stream."""
+    """A prompt's ids, special ones included, and the number of its random stream."""
 
     ids: list[int]
     number: int
