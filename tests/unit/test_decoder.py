@@ -168,6 +168,13 @@ def test_a_row_can_be_ended_from_outside(model, prompts):
     assert list(stream) == []
 
 
+def test_a_batch_that_was_left_half_way_leaves_nothing(model, prompts):
+    decoder = Decoder(model, [])
+    expected = decode(decoder, prompts)
+    next(decoder.stream(prompts[::-1], GREEDY))
+    assert decode(decoder, prompts) == expected
+
+
 def test_after_logits_that_are_not_finite_it_answers_again(model, prompts, monkeypatch):
     decoder = Decoder(model, [])
     expected = decode(decoder, prompts)

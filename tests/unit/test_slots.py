@@ -23,6 +23,7 @@ KINDS = [
     GenerationSettings(max_new_tokens=12, do_sample=True, top_k=20, seed=2),
     GenerationSettings(max_new_tokens=20, do_sample=True, temperature=1.5, repetition_penalty=1.2),
     GenerationSettings(max_new_tokens=130),
+    GenerationSettings(max_new_tokens=24, repetition_penalty=5.0),
 ]
 STOPS = [[], [244, *range(300, 390)], list(range(500, 700))]
 
@@ -125,16 +126,17 @@ def test_rows_of_one_batch_have_settings_of_their_own(slots, prompts, alone):
 
 
 def test_a_row_that_leaves_frees_its_slot(slots, prompts, alone):
-    """One that drew among them: the greedy row after it draws nothing."""
+    """One that drew and one with a penalty: the greedy rows after them have neither."""
     asked = Asked(slots, prompts)
-    asked.admit(0, (0, 3, 0), (1, 3, 0), (2, 5, 0))
+    asked.admit(0, (0, 3, 0), (1, 3, 0), (3, 7, 0))
     asked.step(2)
     with pytest.raises(AssertionError, match="a slot is taken"):
         asked.admit(1, (3, 0, 0))
-    slots.release(1)
-    del asked.in_slot[1]
+    for slot in (1, 2):
+        slots.release(slot)
+        del asked.in_slot[slot]
     asked.step()
-    asked.admit(1, (3, 0, 0))
+    asked.admit(1, (4, 0, 0), (3, 0, 0))
     for question, ids in asked.to_the_end():
         assert ids == alone(*question)
     assert slots.rows == [None] * NUM_SLOTS

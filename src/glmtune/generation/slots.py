@@ -123,7 +123,7 @@ class Slots:
         assert self.rows[rows] == [None] * len(prompts), "a slot is taken, or there is none"
         decoder = self.decoder
         longest = max(len(prompt.ids) for prompt in prompts)
-        # Padding is never seen; with the last id in its place no other token counts as said.
+        # Padding: with the last id in its place no other token counts as said.
         given = [[*p.ids, *p.ids[-1:] * (longest - len(p.ids)), len(p.ids)] for p in prompts]
         given_BS = torch.tensor(given, device=decoder.device)
         input_ids_BS, length_B = given_BS[:, :-1], given_BS[:, -1]
@@ -139,12 +139,12 @@ class Slots:
             kept[rows] = angle
         buffers.tokens_BK[rows] = ids_BK
         buffers.column_B1[rows, 0] = length_B
-        buffers.fault_B[rows] = 0
         plain = [is_plain(each) for each in settings]
         if not all(plain):
             self._set_sampling(buffers, rows, prompts, settings, input_ids_BS)
 
-        valid_BS = buffers.column_K[:longest] < length_B[:, None]
+        # Padding at the end is behind all that a token sees.
+        valid_BS = torch.ones_like(input_ids_BS, dtype=torch.bool)
         logits_BV = prefill(
             decoder.weights,
             decoder.block,
