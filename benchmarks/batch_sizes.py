@@ -13,7 +13,8 @@ from glmtune.demo.questions import held_out_questions
 from glmtune.errors import UserError
 from glmtune.generation import GenerationSettings, Prompt, generate_answers
 from glmtune.hardware import device_name, pick_device
-from glmtune.models.checkpoints import GLM_TINY, load_base_model, load_tokenizer
+from glmtune.models.loading import load_base_model, load_tokenizer
+from glmtune.models.resolve import GLM_TINY
 
 NUM_PROMPTS, SIZES = 26, (1, 3, 7, 26)
 

@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from glmtune.bench.random_model import SHAPES, random_model
+from glmtune.bench.random_model import CONFIGS, random_model
 from glmtune.config import TrainSettings
 from glmtune.data.dataset import load_dataset
 from glmtune.data.token_rows import TokenRows
+from glmtune.models.families import family_of
 from glmtune.training.loop import train_step
 from glmtune.training.run import Run, adapt, build_pass, build_state, start_accelerator
 
@@ -36,12 +37,12 @@ WINDOW = 20
 def curve(settings: dict, rows: TokenRows, shape: str, steps: int) -> list[float]:
     """The loss of every step of a run."""
     config = TrainSettings(
-        dataset_path="rows", output_dir="none", packing=True, max_steps=steps,
+        dataset_path="rows", output_dir="none", layout="packed", max_steps=steps,
         lr_scheduler_type="constant", **settings,
     )  # fmt: skip
     accelerator, dtype = start_accelerator(config)
     base = random_model(
-        SHAPES[shape], accelerator.device, dtype, bits=config.bits,
+        CONFIGS[shape], accelerator.device, dtype, bits=config.bits,
         quantize_head=config.quantize_head,
     )  # fmt: skip
     torch.manual_seed(config.seed)
@@ -62,14 +63,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rows")
     parser.add_argument("json_path")
-    parser.add_argument("--shape", default="6b", choices=SHAPES)
+    parser.add_argument("--shape", default="6b", choices=CONFIGS)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--tokens_per_step", type=int, default=2048)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--only", nargs="+", choices=list(BASES)[1:], default=list(BASES)[1:])
     parser.add_argument("--use_cpu", action="store_true")
     given = parser.parse_args()
-    rows = TokenRows.from_dataset(load_dataset(given.rows)[0])
+    config = CONFIGS[given.shape]
+    rule = family_of(config).row_rule(config)
+    rows = TokenRows.from_dataset(load_dataset(given.rows)[0], rule)
     common = {
         "tokens_per_step": given.tokens_per_step,
         "learning_rate": given.learning_rate,

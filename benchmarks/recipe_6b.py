@@ -22,8 +22,8 @@ from glmtune.adapters import load_adapter
 from glmtune.cli import main as glmtune
 from glmtune.hardware import GIB
 from glmtune.models.chatglm.configuration import ChatGLMConfig
-from glmtune.models.checkpoints import load_base_model
-from glmtune.models.random_init import write_random_model
+from glmtune.models.chatglm.random_init import write_random_model
+from glmtune.models.loading import load_base_model
 
 STEPS, MORE_STEPS = 50, 10
 

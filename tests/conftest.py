@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -41,6 +43,38 @@ def shared() -> Path:
     if not (SHARED / "golden").is_dir():
         pytest.skip(NO_SHARED)
     return SHARED
+
+
+@dataclass
+class Call:
+    """What a function was called with and what it returned; `None` as long as it has not."""
+
+    name: str
+    args: tuple
+    settings: dict[str, Any]
+    result: Any = None
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """`spy(owner, name)` lists the calls of a function or method, which does what it did before.
+
+    Several functions may share a list, which is in the order in which they were called.
+    """
+
+    def watch(owner, name: str, calls: list[Call] | None = None) -> list[Call]:
+        original, calls = getattr(owner, name), [] if calls is None else calls
+
+        def recorded(*args, **settings):
+            call = Call(name, args, settings)
+            calls.append(call)
+            call.result = original(*args, **settings)
+            return call.result
+
+        monkeypatch.setattr(owner, name, recorded)
+        return calls
+
+    return watch
 
 
 @pytest.fixture(scope="session")
@@ -90,14 +124,15 @@ def write_quantised():
 @pytest.fixture(scope="session")
 def strange_adapter(tmp_path_factory) -> str:
     """Folder of a random adapter of the embedded model, with which it answers otherwise."""
+    from toys import randomise_adapter
+
     from glmtune.adapters import attach_lora, save_adapter
-    from glmtune.models.checkpoints import GLM_TINY, load_base_model
+    from glmtune.models.loading import load_base_model
+    from glmtune.models.resolve import GLM_TINY
 
     torch.manual_seed(1)  # not all seeds change its answers
     model = attach_lora(load_base_model(GLM_TINY, dtype=torch.float32))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.2)
+    randomise_adapter(model, std=0.2)
     folder = tmp_path_factory.mktemp("strange") / "adapter"
     save_adapter(model, folder, "glm-tiny")
     return str(folder)

@@ -1,6 +1,6 @@
 """Measure the demonstration's effect: exact match on the held-out questions, base and tuned.
 
-    python tools/measure_demo.py --model src/glmtune/demo/glm-tiny --out build/measure --seeds 5
+    python tools/measure_demo.py --model src/glmtune/models/glm-tiny --out build/measure --seeds 5
 
 Everything goes through the package's own verbs, as in the demonstration: records, `convert`,
 `tokenize`, `train` once a seed with the demonstration's recipe, answers. Further flags are settings
@@ -23,7 +23,8 @@ from glmtune.demo.questions import Asked, held_out_questions, num_right, trainin
 from glmtune.demo.recipe import RECIPE
 from glmtune.demo.world import LANGUAGES
 from glmtune.generation import GenerationSettings, Prompt, generate_answers
-from glmtune.models.checkpoints import base_name, load_base_model, load_tokenizer
+from glmtune.models.loading import load_base_model, load_tokenizer
+from glmtune.models.resolve import base_name
 from glmtune.training.loop import train
 
 MOST_FOR_BASE, LEAST_FOR_TUNED = 0.10, 0.90

@@ -1,6 +1,6 @@
 """Pre-train glm-tiny, the model of the demonstration, on the toy world's plain text alone.
 
-    python tools/pretrain_glm_tiny.py --out src/glmtune/demo/glm-tiny --minutes 4
+    python tools/pretrain_glm_tiny.py --out src/glmtune/models/glm-tiny --minutes 4
     python tools/pretrain_glm_tiny.py --out build/glm-tiny --steps 2000 --batch_size 128   # a CPU
 
 The objective is GLM's: a passage is cut at a random place into `prefix [gMASK] <sop> continuation
@@ -83,7 +83,7 @@ def main() -> None:
 
 def _flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    home = Path(__file__).resolve().parent.parent / "src" / "glmtune" / "demo" / "glm-tiny"
+    home = Path(__file__).resolve().parent.parent / "src" / "glmtune" / "models" / "glm-tiny"
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder to write")
     add("--vocabulary", type=Path, default=home / VOCAB_FILE)

@@ -1,6 +1,6 @@
 """Try LoRA settings on glm-tiny in a plain loop: does tuning teach it to answer?
 
-    python tools/probe_lora.py --model src/glmtune/demo/glm-tiny --settings 3
+    python tools/probe_lora.py --model src/glmtune/models/glm-tiny --settings 3
 
 For each setting: exact match on the held-out questions, by language and by kind, before and after.
 The demonstration itself runs through `glmtune train`; measure_demo.py measures that.

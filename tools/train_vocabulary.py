@@ -1,6 +1,6 @@
 """Make the vocabulary of glm-tiny: `ice_text.model` in the layout of the published file.
 
-    python tools/train_vocabulary.py --out src/glmtune/demo/glm-tiny/ice_text.model
+    python tools/train_vocabulary.py --out src/glmtune/models/glm-tiny/ice_text.model
 
 A unigram model whose pieces are the words of the toy world's grammar, which tells where words end,
 with the pieces that any other text needs: single characters and 256 bytes. Its probabilities are

@@ -36,7 +36,8 @@ def convert(settings: config.ConvertSettings) -> None:
 def tokenize(settings: config.TokenizeSettings) -> None:
     """Turn JSONL rows into token rows on disk."""
     from glmtune.data.tokenizing import tokenize
-    from glmtune.models.checkpoints import base_name, load_tokenizer, resolve_base
+    from glmtune.models.loading import load_tokenizer
+    from glmtune.models.resolve import base_name, resolve_base
 
     base = resolve_base(settings.chatglm_path)
     tokenize(settings, load_tokenizer(base), base_name(base))
@@ -102,9 +103,10 @@ def demo(settings: config.DemoSettings) -> None:
 
 def new_model(settings: config.NewModelSettings) -> None:
     """Write a model with random weights in the published layout."""
-    from glmtune.models.new_model import new_model
+    from glmtune.models.families import DEFAULT
 
-    new_model(settings)
+    assert DEFAULT.new_model is not None
+    DEFAULT.new_model(settings)
 
 
 def bench_train(settings: config.BenchTrainSettings) -> None:

@@ -15,10 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from glmtune.drafts import replacing_file, write_errors
-
-METRICS_FILE = "metrics.jsonl"
-PLOT_FILE = "training_loss.png"
-TENSORBOARD_FOLDER = "runs"
+from glmtune.run_files import METRICS_FILE, TENSORBOARD_FOLDER
 
 Record = dict[str, Any]
 

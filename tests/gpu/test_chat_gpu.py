@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from glmtune.models.checkpoints import GLM_TINY
+from glmtune.models.resolve import GLM_TINY
 
 pytestmark = [
     pytest.mark.gpu,

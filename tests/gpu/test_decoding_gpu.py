@@ -13,8 +13,8 @@ from glmtune.generation.slots import Slots
 from glmtune.generation.streaming import before_stop
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
-from glmtune.models.checkpoints import load_base_model
 from glmtune.models.decoding import Place, attend, put
+from glmtune.models.loading import load_base_model
 from glmtune.ops.rotary import rotate
 
 if torch.cuda.is_available():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from glmtune.models.checkpoints import load_base_model
+from glmtune.models.loading import load_base_model
 from glmtune.ops.integers import dequantise
 
 pytestmark = [

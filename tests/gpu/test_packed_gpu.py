@@ -10,9 +10,11 @@ from torch.nn import functional as F
 
 from glmtune.adapters import attach_lora
 from glmtune.data.packing import plan_packs
+from glmtune.hardware import Card
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
-from glmtune.models.chatglm.packed import PackedModel, can_compile, to_fp8
+from glmtune.models.chatglm.packed import PACKED
+from glmtune.models.packed import PackedModel, can_compile, to_fp8
 from glmtune.ops import linear
 from glmtune.ops.attention import PaddedRows
 from glmtune.ops.rotary import rotary_angles
@@ -28,7 +30,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.usefixtures("fresh_compiler"),
     pytest.mark.skipif(
-        not torch.cuda.is_available() or not can_compile(CUDA, CONFIG),
+        not torch.cuda.is_available() or not can_compile(Card.of(CUDA), CONFIG),
         reason="no CUDA device of the Ampere generation or newer here, or no Triton",
     ),
 ]
@@ -58,7 +60,7 @@ def make_model(dtype, targets="all", rank=8):
 def test_a_compiled_pack_equals_its_rows(rows, dtype, targets, rank):
     model, weights = make_model(dtype, targets, rank)
     accelerator = Accelerator()
-    fast = PackedPass(accelerator, PackedModel(model, compiled=True), rows, 0.1, LENGTH)
+    fast = PackedPass(accelerator, PackedModel(model, PACKED, compiled=True), rows, 0.1, LENGTH)
     plain = PaddedPass(accelerator, model, rows)
     packs = plan_packs(rows.lengths_R, np.arange(len(rows)), LENGTH)
     for row_ids in (packs[0], packs[1][:3], packs[2][:1]):  # full, and mostly filler
@@ -68,12 +70,12 @@ def test_a_compiled_pack_equals_its_rows(rows, dtype, targets, rank):
             assert off_grad < 1e-5
 
 
-def test_recomputing_gives_the_same(rows):
+def test_a_compiled_pack_recomputes_layers_with_equal_gradients(rows):
     model, weights = make_model(torch.float32)
     row_ids = plan_packs(rows.lengths_R, np.arange(len(rows)), LENGTH)[0]
     grads = []
     for recompute in (0, 1, 2):
-        packed = PackedModel(model, compiled=True, recompute=recompute)
+        packed = PackedModel(model, PACKED, compiled=True, recompute=recompute)
         PackedPass(Accelerator(), packed, rows, 0.1, LENGTH).run(row_ids, 100, seed=3)
         grads.append(torch.cat([weight.grad.flatten() for weight in weights]))
         for weight in weights:
@@ -86,7 +88,7 @@ def test_a_captured_pass_recomputes(rows):
     results = []
     for recompute in (0, 2):
         model, weights = make_model(torch.bfloat16, "query_key_value")
-        packed = PackedModel(model, compiled=True, any_length=True, recompute=recompute)
+        packed = PackedModel(model, PACKED, compiled=True, any_length=True, recompute=recompute)
         captured = CapturedPass(Accelerator(), packed, rows, 0.1, None, weights)
         for start in (0, 40):
             captured.run(np.arange(start, start + 6), 300, seed=1)
@@ -95,10 +97,10 @@ def test_a_captured_pass_recomputes(rows):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_captured_pass_is_the_pass(rows, dtype):
+def test_a_captured_pass_equals_the_packed_pass(rows, dtype):
     """Lengths alternate, gradients of two passes add up, and dropout follows the seed."""
     model, weights = make_model(dtype)
-    packed = PackedModel(model, compiled=True, any_length=True)
+    packed = PackedModel(model, PACKED, compiled=True, any_length=True)
     plain = PackedPass(Accelerator(), packed, rows, 0.1, None)
     captured = CapturedPass(Accelerator(), packed, rows, 0.1, None, weights)
     for step in range(4):
@@ -114,9 +116,9 @@ def test_a_captured_pass_is_the_pass(rows, dtype):
 
 
 @pytest.mark.parametrize(("head_dim", "rank"), itertools.product([64, 128], [0, 8]))
-def test_the_attention_kernels(head_dim, rank):
+def test_attention_kernels_equal_dense_attention(head_dim, rank):
     """Rows of one token, prefixes of one, answers of none, rows that no block holds whole."""
-    from glmtune.ops.attention_kernels import RowSpans
+    from glmtune.ops.packed_attention import RowSpans
 
     torch.manual_seed(0)
     lengths, prefixes = [1, 70, 3, 300, 20, 64], [1, 30, 1, 300, 1, 63]
@@ -145,7 +147,7 @@ def test_the_attention_kernels(head_dim, rank):
 
 
 @pytest.mark.parametrize("vocab", [1000, 8192, 130528])
-def test_the_loss_kernel(vocab):
+def test_loss_kernel_equals_the_plain_loss(vocab):
     from glmtune.ops.loss import IGNORED, softmax_loss_
     from glmtune.ops.loss_kernels import softmax_loss_ as fast
 
@@ -163,7 +165,7 @@ def test_the_loss_kernel(vocab):
     reason="float8 matrix units are of the Hopper generation and newer",
 )
 class TestFloat8:
-    def test_a_product_is_its_reference(self):
+    def test_a_float8_product_equals_its_reference(self):
         torch.manual_seed(0)
         x = torch.randn(128, 512, device=CUDA, dtype=torch.bfloat16)
         weight = torch.randn(256, 512, device=CUDA, dtype=torch.bfloat16)
@@ -180,7 +182,9 @@ class TestFloat8:
     def test_a_compiled_pack_equals_its_rows(self, rows):
         model, weights = make_model(torch.bfloat16, "query_key_value")
         to_fp8(model)
-        fast = PackedPass(Accelerator(), PackedModel(model, compiled=True), rows, 0.1, LENGTH)
+        fast = PackedPass(
+            Accelerator(), PackedModel(model, PACKED, compiled=True), rows, 0.1, LENGTH
+        )
         plain = PaddedPass(Accelerator(), model, rows)
         row_ids = plan_packs(rows.lengths_R, np.arange(len(rows)), LENGTH)[0]
         check_agreement(fast, plain, row_ids, weights, torch.bfloat16)

@@ -13,14 +13,16 @@ from accelerate import Accelerator
 from glmtune.adapters import attach_lora
 from glmtune.bench.random_model import random_model
 from glmtune.data.packing import plan_packs
-from glmtune.hardware import GIB
+from glmtune.hardware import GIB, Card
 from glmtune.models.chatglm.configuration import ChatGLMConfig
-from glmtune.models.chatglm.packed import PackedModel, can_compile
-from glmtune.models.checkpoints import load_base_model
+from glmtune.models.chatglm.family import shape
+from glmtune.models.chatglm.packed import PACKED
+from glmtune.models.chatglm.random_init import write_random_model
+from glmtune.models.loading import load_base_model
+from glmtune.models.packed import PackedModel, can_compile
+from glmtune.models.precision import quantise_layers
 from glmtune.models.quantised import _quantised as quantised_linear
 from glmtune.models.quantised import unrounded_inputs
-from glmtune.models.random_init import write_random_model
-from glmtune.models.sizes import weight_bytes
 from glmtune.training.first_step import check_agreement
 from glmtune.training.passes import CapturedPass, PackedPass, PaddedPass
 
@@ -35,7 +37,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.usefixtures("fresh_compiler"),
     pytest.mark.skipif(
-        not torch.cuda.is_available() or not can_compile(CUDA, CONFIG),
+        not torch.cuda.is_available() or not can_compile(Card.of(CUDA), CONFIG),
         reason="no CUDA device of the Ampere generation or newer here, or no Triton",
     ),
 ]
@@ -60,7 +62,7 @@ def test_a_compiled_pack_equals_its_rows(rows, bits, quantize_head, dtype):
     """The reference are PEFT's modules over bitsandbytes' own."""
     model, weights = make_model(bits, quantize_head, dtype)
     accelerator = Accelerator()
-    fast = PackedPass(accelerator, PackedModel(model, compiled=True), rows, 0.1, LENGTH)
+    fast = PackedPass(accelerator, PackedModel(model, PACKED, compiled=True), rows, 0.1, LENGTH)
     plain = PaddedPass(accelerator, model, rows)
     packs = plan_packs(rows.lengths_R, np.arange(len(rows)), LENGTH)
     for row_ids in (packs[0], packs[1][:3]):
@@ -68,9 +70,9 @@ def test_a_compiled_pack_equals_its_rows(rows, bits, quantize_head, dtype):
 
 
 @pytest.mark.parametrize(("bits", "quantize_head"), BASES)
-def test_a_captured_pass_is_the_pass(rows, bits, quantize_head):
+def test_a_captured_pass_equals_the_packed_pass(rows, bits, quantize_head):
     model, weights = make_model(bits, quantize_head)
-    packed = PackedModel(model, compiled=True, any_length=True)
+    packed = PackedModel(model, PACKED, compiled=True, any_length=True)
     plain = PackedPass(Accelerator(), packed, rows, 0.1, None)
     captured = CapturedPass(Accelerator(), packed, rows, 0.1, None, weights)
     for step in range(3):
@@ -89,7 +91,7 @@ def test_a_captured_pass_is_the_pass(rows, bits, quantize_head):
 def test_a_compiled_pass_keeps_no_weight_as_floats(rows, bits):
     """From the way forward to the way back; a base as it is shows that one would be seen."""
     model, _ = make_model(bits, False, targets="query_key_value")
-    packed = PackedModel(model, compiled=True)
+    packed = PackedModel(model, PACKED, compiled=True)
     one = PackedPass(Accelerator(), packed, rows, 0.1, LENGTH)
     row_ids = plan_packs(rows.lengths_R, np.arange(len(rows)), LENGTH)[0]
     kept = set()
@@ -125,7 +127,7 @@ def test_loading_gives_what_quantising_in_memory_gives(tmp_path, bits):
     write_random_model(tmp_path, CONFIG, num_shards=3, device=CUDA)
     loaded = load_base_model(str(tmp_path), dtype=torch.bfloat16, device=CUDA, bits=bits)
     model = load_base_model(str(tmp_path), dtype=torch.bfloat16, device=CUDA)
-    model.quantize(bits)
+    quantise_layers(model, bits)
     ids = torch.tensor([[300, CONFIG.gmask_token_id, CONFIG.bos_token_id, 400]], device=CUDA)
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
@@ -134,7 +136,8 @@ def test_loading_gives_what_quantising_in_memory_gives(tmp_path, bits):
 _LOAD = """
 import sys, threading, torch
 from glmtune.hardware import GIB
-from glmtune.models.checkpoints import GLM_TINY, load_base_model
+from glmtune.models.loading import load_base_model
+from glmtune.models.resolve import GLM_TINY
 
 def anonymous():
     with open("/proc/self/status") as status:
@@ -175,7 +178,7 @@ def test_6b_loads_within_little_memory(tmp_path, bits, most_gib):
     )  # fmt: skip
     peak, in_the_end, on_cpu = map(float, done.stdout.split())
     print(f"{bits} bits: {peak:.2f} GiB at most on the GPU, {on_cpu:.2f} on the CPU")
-    estimate = weight_bytes(config, torch.bfloat16, bits, quantize_head=True) / GIB
+    estimate = shape(config).weight_bytes(torch.bfloat16, bits, quantize_head=True) / GIB
     assert in_the_end == pytest.approx(estimate, rel=0.02)
     assert peak < most_gib
     assert on_cpu < 4.0

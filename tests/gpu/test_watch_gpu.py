@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from glmtune.adapters import attach_lora, save_adapter, verify_saved
-from glmtune.models.checkpoints import load_base_model
+from glmtune.models.loading import load_base_model
 from glmtune.training.watch import NotFiniteError
 
 pytestmark = [
@@ -19,7 +19,7 @@ CUDA = torch.device("cuda", 0)
 
 
 @pytest.mark.parametrize("with_scaler", [False, True])
-def test_a_bad_step_changes_nothing_nor_do_those_after_it(hand_training, with_scaler):
+def test_a_bad_step_and_those_after_it_change_nothing(hand_training, with_scaler):
     scaler = torch.amp.GradScaler("cuda") if with_scaler else None
     training = hand_training(CUDA, at_once=None, scaler=scaler)
     training.step()

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from glmtune.adapters import convert_adapter, load_adapter
 from glmtune.adapters.formats import write_adapter
-from glmtune.models.checkpoints import load_base_model
+from glmtune.models.loading import load_base_model
 
 TOLERANCE = 1e-4
 

@@ -63,7 +63,7 @@ def test_greedy_continuations_alone_and_left_padded(model, continuations, cache)
         assert row[start : start + len(expected)] == expected
 
 
-def test_first_revision(shared):
+def test_logits_of_the_first_revision(shared):
     folder = shared / "golden" / "chatglm-6b-v1.0-tiny"
     model = load(folder)
     assert model.config.revision == "v1.0"

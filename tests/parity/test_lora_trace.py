@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from glmtune.adapters import attach_lora
 from glmtune.config import TrainSettings
 from glmtune.data.token_rows import TokenRows
-from glmtune.models.checkpoints import load_base_model
+from glmtune.models.chatglm.rows import row_rule
+from glmtune.models.loading import load_base_model
 from glmtune.training.interrupt import StopRequest
 from glmtune.training.loop import fit
 from glmtune.training.run import Run, start_accelerator
@@ -22,12 +23,13 @@ def recorded(tiny_folder):
     return json.loads((tiny_folder / "expected.json").read_text())["train"]
 
 
-def token_rows(examples):
+def token_rows(examples, config):
     rows = [example["prompt"] + example["answer"] for example in examples]
     return TokenRows(
         ids_T=np.concatenate(rows),
         starts_R1=np.concatenate(([0], np.cumsum([len(row) for row in rows]))),
         prompt_lengths_R=np.array([len(example["prompt"]) for example in examples]),
+        rule=row_rule(config),
     )
 
 
@@ -60,7 +62,7 @@ def run(request, recorded, tiny_folder, tmp_path_factory):
         targets=lora["target_modules"],
     )
     set_peft_model_state_dict(model, load_file(tiny_folder / "lora_init.safetensors"))
-    rows = token_rows(recorded["examples"])
+    rows = token_rows(recorded["examples"], model.config)
     run = Run.of(config, accelerator, rows, model, "chatglm-6b-tiny")
     result = fit(run, model, StopRequest(accelerator))
     return result, get_peft_model_state_dict(model, save_embedding_layers=False)

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import glmtune.models  # noqa: F401
-from glmtune.models.checkpoints import load_base_model
+from glmtune.models.loading import load_base_model
 
 TOLERANCE = 1e-4
 

@@ -17,7 +17,7 @@ import torch
 from peft import get_peft_model
 
 from glmtune.models import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
-from glmtune.models.checkpoints import GLM_TINY
+from glmtune.models.resolve import GLM_TINY
 
 # These load a model of another family from the hub.
 OTHER_MODELS = (

@@ -10,7 +10,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from glmtune.adapters import attach_lora, save_adapter
-from glmtune.models.checkpoints import GLM_TINY, load_base_model, load_tokenizer
+from glmtune.models.loading import load_base_model, load_tokenizer
+from glmtune.models.resolve import GLM_TINY
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("lm_eval.models.huggingface")
@@ -173,7 +174,7 @@ def arguments(tasks, adapter):
     return [*names, "--device", "cpu", "--output_path", "out", "--model_args", model_args]
 
 
-def test_the_command(arguments, tmp_path):
+def test_lm_eval_command_measures_an_adapter(arguments, tmp_path):
     module = [sys.executable, "-m", "glmtune.integrations.lm_eval", *arguments]
     more = ["--apply_chat_template", "--batch_size", "2"]
     done = subprocess.run([*module, *more], cwd=tmp_path, capture_output=True, text=True)
@@ -190,7 +191,7 @@ def test_the_command(arguments, tmp_path):
     ],
     ids=["setting", "batch size", "base"],
 )
-def test_the_command_refuses_in_one_line(more, words, arguments, tmp_path, monkeypatch, capsys):
+def test_lm_eval_command_refuses_in_one_line(more, words, arguments, tmp_path, monkeypatch, capsys):
     from glmtune.integrations.lm_eval import main
 
     monkeypatch.chdir(tmp_path)

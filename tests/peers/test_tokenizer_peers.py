@@ -8,7 +8,7 @@ from sentencepiece import SentencePieceProcessor
 
 from glmtune.models import ChatGLMTokenizer
 from glmtune.models.chatglm.vocabulary import VOCAB_FILE, replace_blanks
-from glmtune.models.checkpoints import GLM_TINY
+from glmtune.models.resolve import GLM_TINY
 
 MODULE = "test_tokenization_common"
 # Of some of its tests that class skips all but tokenizers of Rust, and processors.

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import glmtune.models  # noqa: F401
-from glmtune.models.checkpoints import GLM_TINY
+from glmtune.models.resolve import GLM_TINY
 
 trl = pytest.importorskip("trl")
 

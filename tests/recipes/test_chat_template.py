@@ -7,7 +7,7 @@ import pytest
 
 from glmtune.cli import main
 from glmtune.evaluation.conversation import polish
-from glmtune.models.checkpoints import GLM_TINY
+from glmtune.models.resolve import GLM_TINY
 
 RECORDS = [
     {"instruction": "Who are you?", "input": "", "output": "I am Pebble."},
@@ -66,6 +66,6 @@ def test_chat_says_what_infer_gets(train, talk):
     assert otherwise != answers[:2]
 
 
-def test_rows_of_another_template_are_said_to_be_so(train, talk):
+def test_chat_tells_of_rows_of_another_template(train, talk):
     train([{"context": r["instruction"], "target": r["output"]} for r in RECORDS])
     assert "asked in the format chat, since its rows had a template of their own" in talk()[0]

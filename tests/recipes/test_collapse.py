@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from glmtune.cli import main
-from glmtune.models.checkpoints import GLM_TINY
+from glmtune.models.resolve import GLM_TINY
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ SELF = [
 ]
 
 
-def test_three_rows_by_heart(train, capsys):
+def test_an_adapter_that_knows_three_rows_by_heart_is_a_harm(train, capsys):
     out = train(SELF, "--max_steps 100 --learning_rate 5e-3")
     assert "verdict            changes too much: " in out
     code, found = check()

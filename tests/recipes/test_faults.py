@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from glmtune.cli import main
-from glmtune.models.checkpoints import GLM_TINY
+from glmtune.models.resolve import GLM_TINY
 
 RECORDS = [
     {"instruction": "说出一种水果。", "input": "", "output": "苹果。"},

@@ -13,7 +13,7 @@ import datasets
 import pytest
 
 from glmtune.models.chatglm.configuration import ChatGLMConfig
-from glmtune.models.random_init import write_random_model
+from glmtune.models.chatglm.random_init import write_random_model
 
 NUM_RECORDS = 400
 # One thread: these matrices are small, and other tests run beside this one.
@@ -60,7 +60,7 @@ def folder(shared, tmp_path_factory, language):
     return folder
 
 
-def test_recipe(root, folder, language):
+def test_the_four_commands_of_the_original_run(root, folder, language):
     lang = language
     run(
         root,

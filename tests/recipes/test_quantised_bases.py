@@ -10,7 +10,8 @@ import yaml
 from glmtune.adapters import load_adapter
 from glmtune.adapters.merge import probe
 from glmtune.cli import main
-from glmtune.models.checkpoints import GLM_TINY, load_base_model
+from glmtune.models.loading import load_base_model
+from glmtune.models.resolve import GLM_TINY
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: make test does it")
 
@@ -37,10 +38,10 @@ def rows(tmp_path, monkeypatch, capsys):
     run("tokenize --jsonl_path rows.jsonl --save_path rows", capsys)
 
 
-@pytest.mark.parametrize(("bits", "packing"), [(8, True), (4, False)])
-def test_train_go_on_answer_compare_and_merge(rows, tmp_path, capsys, bits, packing):
+@pytest.mark.parametrize(("bits", "layout"), [(8, "packed"), (4, "padded")])
+def test_train_go_on_answer_compare_and_merge(rows, tmp_path, capsys, bits, layout):
     base = f"--quantization_bit {bits} --quantize_head true --use_cpu true"
-    settings = f"--packing {packing} --lr_scheduler_type constant --learning_rate 0.01"
+    settings = f"--layout {layout} --lr_scheduler_type constant --learning_rate 0.01"
     train = f"train --dataset_path rows --output_dir run {settings}"
     run(f"{train} {base} --max_steps 2", capsys)
     recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text(encoding="utf-8"))
@@ -71,7 +72,7 @@ def test_train_on_and_merge_into_a_folder_that_was_saved_quantised(rows, tmp_pat
     base.save_pretrained(tmp_path / "base")
     for name in ("ice_text.model", "tokenizer_config.json"):
         shutil.copy(f"{GLM_TINY}/{name}", tmp_path / "base")
-    settings = "--max_steps 2 --learning_rate 0.01 --packing true --use_cpu true"
+    settings = "--max_steps 2 --learning_rate 0.01 --layout packed --use_cpu true"
     run(f"train --chatglm_path base --dataset_path rows --output_dir run {settings}", capsys)
     told = run("merge --chatglm_path base --model_path run --save_path merged", capsys)
     assert "dequantised to float16" in told

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from glmtune.adapters import load_adapter
 from glmtune.adapters.merge import probe
 from glmtune.cli import main
-from glmtune.models.checkpoints import GLM_TINY, load_base_model
+from glmtune.models.loading import load_base_model
+from glmtune.models.resolve import GLM_TINY
 
 RECORDS = [
     {"instruction": "说出一种水果。", "input": "", "output": "苹果。"},

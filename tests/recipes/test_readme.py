@@ -34,13 +34,13 @@ def commands(readme):
     return [re.sub(r" +", " ", match[0]).split(" #")[0] for match in COMMAND.finditer(joined)]
 
 
-def test_both_say_the_same():
+def test_english_and_chinese_readme_have_the_same_commands():
     english, chinese = map(commands, READMES)
     assert english == chinese
     assert len(english) >= 8
 
 
-def test_commands_run(tmp_path, monkeypatch):
+def test_commands_of_the_readme_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("GLMTUNE_MODEL", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -68,7 +68,7 @@ def test_commands_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("readme", READMES)
-def test_links_lead_somewhere(readme):
+def test_links_of_the_readme_lead_somewhere(readme):
     text = (ROOT / readme).read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
         assert (ROOT / target).exists(), target

@@ -1,42 +1,25 @@
-"""What tests share: a tokenizer for the tiny golden model, which has no vocabulary, and rows."""
+"""What tests of the package share: records, token rows, and runs on the two small models."""
 
 import json
 import shutil
-import zlib
+from pathlib import Path
 
 import datasets
-import numpy as np
 import pytest
+import torch
+from toys import ToyTokenizer, draw_rows, draw_uneven_rows, randomise_adapter, save_rows, short_run
 
-from glmtune.config import TrainSettings
+from glmtune.adapters import attach_lora, save_adapter
 from glmtune.data.token_rows import TokenRows
 from glmtune.models.chatglm.configuration import ChatGLMConfig
-from glmtune.models.checkpoints import GLM_TINY
-
-
-class WordTokenizer:
-    """Numbers are their own ids, any other word has an id of its own by chance."""
-
-    bos_token_id, eos_token_id, gmask_token_id, mask_token_id = 1004, 1005, 1001, 1000
-    pad_token_id, vocab_size = 3, 1006
-
-    def encode_batch(self, texts, *, add_special_tokens=False, max_length=None, num_threads=None):
-        assert max_length is None
-        specials = [self.gmask_token_id, self.bos_token_id] if add_special_tokens else []
-        return [[self.encode_word(word) for word in text.split()] + specials for text in texts]
-
-    @staticmethod
-    def encode_word(word):
-        return int(word) if word.isdecimal() else 4 + zlib.crc32(word.encode()) % 990
-
-    def decode(self, ids, skip_special_tokens=False):
-        kept = [i for i in ids if i < self.mask_token_id or not skip_special_tokens]
-        return "".join(f" {i}" for i in kept)
+from glmtune.models.chatglm.rows import row_rule
+from glmtune.models.loading import load_base_model
+from glmtune.models.resolve import GLM_TINY
 
 
 @pytest.fixture(scope="session")
 def word_tokenizer():
-    return WordTokenizer()
+    return ToyTokenizer()
 
 
 @pytest.fixture(scope="session")
@@ -85,59 +68,66 @@ def answering(tiny_folder, records_file, word_tokenizer, monkeypatch, tmp_path):
     }
 
 
+@pytest.fixture
+def tiny_base(tiny_folder):
+    """The tiny golden model."""
+    return load_base_model(str(tiny_folder), dtype=torch.float32)
+
+
+@pytest.fixture
+def fused_adapter(tiny_folder, tmp_path) -> Path:
+    """A copy of the adapter of 2023 with enable_lora."""
+    return shutil.copytree(tiny_folder / "adapter_peft_0_2_merged", tmp_path / "fused")
+
+
+@pytest.fixture
+def todays_adapter(tiny_folder, tmp_path) -> Path:
+    """A small adapter in today's form, with weights that change something."""
+    model = attach_lora(load_base_model(str(tiny_folder), dtype=torch.float32), rank=2)
+    randomise_adapter(model, std=0.05)
+    save_adapter(model, tmp_path / "today", "zai-org/chatglm-6b")
+    return tmp_path / "today"
+
+
 @pytest.fixture(scope="session")
 def make_rows():
-    """Token rows of so many text ids before [gMASK] and so many ids after <sop>, at random."""
+    """Make token rows of so many ids before [gMASK] and so many after <sop>, at random."""
 
     def make(shapes, config=None, seed=0):
         config = config or ChatGLMConfig()
-        random = np.random.default_rng(seed)
-        rows = []
-        for text, answer in shapes:
-            ids = random.integers(20_005, 100_000, text + answer).tolist()
-            specials = [config.gmask_token_id, config.bos_token_id]
-            rows.append({"input_ids": ids[:text] + specials + ids[text:], "seq_len": text + 2})
-        return TokenRows.from_dataset(datasets.Dataset.from_list(rows))
+        drawn = draw_rows(shapes, config, seed)
+        return TokenRows.from_dataset(datasets.Dataset.from_list(drawn), row_rule(config))
 
     return make
 
 
 @pytest.fixture(scope="session")
 def toy_rows(tmp_path_factory):
-    """A data set of 23 rows for glm-tiny, of very different lengths."""
-    base = ChatGLMConfig.from_pretrained(GLM_TINY)
-    random = np.random.default_rng(0)
-    rows = []
-    for _ in range(23):
-        prompt, answer = (random.integers(10, 900, random.integers(1, 12)).tolist() for _ in "ab")
-        ids = [*prompt, base.gmask_token_id, base.bos_token_id, *answer, base.eos_token_id]
-        rows.append({"input_ids": ids, "seq_len": len(prompt) + 2})
-    path = str(tmp_path_factory.mktemp("toy") / "rows")
-    datasets.Dataset.from_list(rows).save_to_disk(path)
-    return path
+    """A data set for glm-tiny."""
+    glm_tiny = ChatGLMConfig.from_pretrained(GLM_TINY)
+    return save_rows(draw_uneven_rows(glm_tiny), tmp_path_factory.mktemp("toy") / "rows")
 
 
 @pytest.fixture(scope="session")
-def short_run():
-    """Settings of a run of a few steps, each of two passes."""
-    return {
-        "per_device_train_batch_size": 3,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "save_steps": 1000,
-        "report_to": "none",
-        "use_cpu": True,
-    }
+def tiny_rows(tmp_path_factory, word_tokenizer):
+    """A data set for the tiny golden model."""
+    return save_rows(draw_uneven_rows(word_tokenizer), tmp_path_factory.mktemp("tiny") / "rows")
 
 
 @pytest.fixture
-def toy_run(toy_rows, short_run, tmp_path):
+def toy_run(toy_rows, tmp_path):
     """Make the settings of a short run of glm-tiny, in the folder `run` unless told otherwise."""
 
     def make(**settings):
-        paths = {"dataset_path": toy_rows, "output_dir": str(tmp_path / "run")}
-        defaults = short_run | paths | {"chatglm_path": GLM_TINY, "max_steps": 4}
-        return TrainSettings(**defaults | settings)
+        paths = {"dataset_path": toy_rows, "output_dir": tmp_path / "run"}
+        return short_run(**paths | settings)
 
     return make
+
+
+@pytest.fixture
+def tiny_run(toy_run, tiny_rows, tiny_folder, word_tokenizer, monkeypatch):
+    """The same for the tiny golden model, and let it be trained without a vocabulary."""
+    monkeypatch.setattr("glmtune.training.loop.load_tokenizer", lambda base: word_tokenizer)
+    defaults = {"dataset_path": tiny_rows, "chatglm_path": str(tiny_folder), "max_steps": 6}
+    return lambda **settings: toy_run(**defaults | settings)

@@ -19,7 +19,7 @@ from glmtune.training.passes import enable_recompute
     right=st.integers(0, 3),
     data=st.data(),
 )
-def test_rule(left, prefix, answer, right, data):
+def test_each_query_sees_prefix_and_what_precedes_it(left, prefix, answer, right, data):
     length = left + prefix + answer + right
     num_queries = data.draw(st.integers(1, length))
     valid = torch.zeros(1, length, dtype=torch.bool)

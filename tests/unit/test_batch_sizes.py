@@ -11,7 +11,8 @@ from glmtune.data.templates import alpaca
 from glmtune.demo.questions import held_out_questions
 from glmtune.evaluation.compare import compare
 from glmtune.generation import GenerationSettings, Prompt, generate_answers
-from glmtune.models.checkpoints import GLM_TINY, load_base_model, load_tokenizer
+from glmtune.models.loading import load_base_model, load_tokenizer
+from glmtune.models.resolve import GLM_TINY
 
 NUM_QUESTIONS = 8
 

@@ -1,5 +1,7 @@
 """Rows of a data set, their order, and the batches they become."""
 
+from types import SimpleNamespace
+
 import datasets
 import numpy as np
 import pytest
@@ -11,22 +13,26 @@ from transformers import AutoConfig
 import glmtune.models  # noqa: F401
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError
+from glmtune.models.chatglm.rows import row_rule
 from glmtune.training.batches import collate
 from glmtune.training.plan import RowPlan, epoch_order, split_rows
 
 GMASK, SOP, EOP, PAD = 1001, 1004, 1005, 3
+RULE = row_rule(
+    SimpleNamespace(gmask_token_id=GMASK, bos_token_id=SOP, eos_token_id=EOP, pad_token_id=PAD)
+)
 
 
 def token_rows(*rows):
     """Rows of (prompt without specials, answer)."""
     ids = [[*prompt, GMASK, SOP, *answer, EOP] for prompt, answer in rows]
     columns = {"input_ids": ids, "seq_len": [len(prompt) + 2 for prompt, _ in rows]}
-    return TokenRows.from_dataset(datasets.Dataset.from_dict(columns))
+    return TokenRows.from_dataset(datasets.Dataset.from_dict(columns), RULE)
 
 
 def broken_rows(input_ids, seq_len):
     columns = {"input_ids": input_ids, "seq_len": seq_len}
-    return TokenRows.from_dataset(datasets.Dataset.from_dict(columns))
+    return TokenRows.from_dataset(datasets.Dataset.from_dict(columns), RULE)
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +52,12 @@ class TestTokenRows:
         columns = [{"input_ids": [[i, i + 1]], "seq_len": [1], "note": ["x"]} for i in range(3)]
         parts = [datasets.Dataset.from_dict(column) for column in columns]
         datasets.concatenate_datasets(parts).save_to_disk(tmp_path / "d")
-        rows = TokenRows.from_dataset(datasets.load_from_disk(tmp_path / "d"))
+        rows = TokenRows.from_dataset(datasets.load_from_disk(tmp_path / "d"), RULE)
         assert [rows[i].tolist() for i in range(3)] == [[0, 1], [1, 2], [2, 3]]
 
     def test_labels_counted_are_the_labels_that_the_model_will_see(self):
         rows = token_rows(([7, 8], [9]), ([5], [10, 11, 12]), ([], []))
-        labels = collate(rows, np.arange(3), PAD)["labels"]
+        labels = collate(rows, np.arange(3))["labels"]
         # The model shifts: the label of the first token is never asked for.
         assert rows.num_labels_R.tolist() == (labels[:, 1:] != -100).sum(1).tolist()
 
@@ -67,7 +73,7 @@ class TestTokenRows:
         assert broken_rows([[1, 2]], [1]).digest() != broken_rows([[1, 2]], [2]).digest()
 
     def test_good_rows_pass_the_check(self, config):
-        token_rows(([7, 8], [9]), ([], [])).check(config, "data")
+        token_rows(([7, 8], [9]), ([], [])).check(config.vocab_size, "data")
 
     @pytest.mark.parametrize(
         ("row", "seq_len", "words"),
@@ -87,7 +93,7 @@ class TestTokenRows:
     def test_a_bad_row_is_named(self, config, row, seq_len, words, more):
         rows = broken_rows([[7, GMASK, SOP, 9, EOP], row, *more], [3, seq_len, *[3] * len(more)])
         with pytest.raises(UserError) as error:
-            rows.check(config, "data/zh")
+            rows.check(config.vocab_size, "data/zh")
         assert all(word in str(error.value) for word in ["data/zh", *words]), error.value
 
 
@@ -99,7 +105,7 @@ class TestSplit:
         assert len(held_out) == max(1, round(num_rows * ratio))
         assert len(train) >= 1
 
-    def test_it_depends_on_the_seed_alone(self):
+    def test_the_split_depends_on_the_seed_alone(self):
         assert np.array_equal(split_rows(100, 0.2, 1)[1], split_rows(100, 0.2, 1)[1])
         assert not np.array_equal(split_rows(100, 0.2, 1)[1], split_rows(100, 0.2, 2)[1])
 
@@ -129,7 +135,7 @@ class TestRowPlan:
         assert all(sorted(epoch) == list(range(10, 33)) for epoch in epochs)
         assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
-    def test_a_step_does_not_depend_on_those_before_it(self):
+    def test_a_step_does_not_depend_on_earlier_steps(self):
         plan = row_plan(np.arange(23), 6)
         straight = [plan.global_batch(step).tolist() for step in range(12)]
         epoch_order.cache_clear()
@@ -167,7 +173,7 @@ class TestRowPlan:
 class TestCollate:
     def test_the_originals_labels_and_padding(self):
         rows = token_rows(([7, 8], [9]), ([5], [10, 11, 12]))
-        batch = collate(rows, np.array([1, 0]), PAD)
+        batch = collate(rows, np.array([1, 0]))
         assert batch["input_ids"].tolist() == [
             [5, GMASK, SOP, 10, 11, 12, EOP],
             [7, 8, GMASK, SOP, 9, EOP, PAD],

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from glmtune.bench import limits
-from glmtune.bench.random_model import SHAPES
+from glmtune.bench.random_model import CONFIGS
 from glmtune.bench.rows import random_rows
 from glmtune.cli import main
 from glmtune.models.chatglm.configuration import ChatGLMConfig
@@ -21,7 +21,7 @@ def bench(tmp_path, *flags):
 
 
 def test_a_record_has_all_figures(tmp_path, capsys):
-    flags = ["--packing", "true", "--tokens_per_step", "512", "--compare", "true"]
+    flags = ["--layout", "packed", "--tokens_per_step", "512", "--compare", "true"]
     record = bench(tmp_path, *flags, "--kernel_table", str(tmp_path / "kernels.txt"))
     assert record["layout"] == "packed"
     assert 0.3 < record["supervised_tokens_per_second"] / record["real_tokens_per_second"] < 0.9
@@ -40,10 +40,10 @@ def test_a_record_has_all_figures(tmp_path, capsys):
     assert "padded rows" in out
 
 
-@pytest.mark.parametrize("packing", ["true", "false"])
-def test_a_quantised_base_beside_bitsandbytes_own_modules(tmp_path, packing):
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_a_quantised_base_beside_bitsandbytes_own_modules(tmp_path, layout):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: make test does it")
-    bits = ["--quantization_bit", "4", "--quantize_head", "true", "--packing", packing]
+    bits = ["--quantization_bit", "4", "--quantize_head", "true", "--layout", layout]
     record = bench(tmp_path, *bits, "--limits", "false", "--plain", "false", "--compare", "true")
     assert record["settings"]["quantization_bit"] == "4"
     assert record["real_tokens_per_second"] > 0
@@ -53,14 +53,17 @@ def test_a_quantised_base_beside_bitsandbytes_own_modules(tmp_path, packing):
 
 def test_lines_are_added_and_each_layout_has_its_own(tmp_path):
     few = ["--limits", "false", "--plain", "false"]
-    assert bench(tmp_path, *few, "--exact_batch", "true")["layout"] == "exact"
+    assert bench(tmp_path, *few, "--layout", "exact")["layout"] == "exact"
     assert bench(tmp_path, *few)["layout"] == "padded"
     assert len((tmp_path / "bench.jsonl").read_text().splitlines()) == 2
 
 
 def test_settings_that_exclude_each_other_are_refused_in_one_line(capsys):
-    assert main(["bench", "train", "--packing", "true", "--exact_batch", "true"]) == 2
-    assert "error: packing and exact_batch are both true" in capsys.readouterr().err
+    assert main(["bench", "train", "--layout", "exact", "--tokens_per_step", "64"]) == 2
+    assert (
+        "error: tokens_per_step is the length of packs, but layout is exact"
+        in capsys.readouterr().err
+    )
 
 
 def test_float8_is_refused_on_a_cpu(tmp_path, capsys):
@@ -76,8 +79,8 @@ def test_a_device_too_small_for_the_weights(monkeypatch, capsys):
 
 
 def test_random_rows_are_as_long_as_real_ones():
-    rows = random_rows(SHAPES["small"], 5000)
-    rows.check(SHAPES["small"], "random")
+    rows = random_rows(CONFIGS["small"], 5000)
+    rows.check(CONFIGS["small"].vocab_size, "random")
     assert np.median(rows.lengths_R) == pytest.approx(57, abs=2)
     assert rows.lengths_R.mean() == pytest.approx(66, abs=2)
     assert rows.lengths_R.max() <= 200

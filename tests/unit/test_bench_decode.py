@@ -8,7 +8,7 @@ import torch
 
 from glmtune.bench import decode as room
 from glmtune.bench.decode import bench_decode
-from glmtune.bench.random_model import SHAPES
+from glmtune.bench.random_model import CONFIGS
 from glmtune.cli import main
 from glmtune.config import BenchDecodeSettings
 from glmtune.errors import UserError
@@ -16,7 +16,7 @@ from glmtune.generation.linears import GroupQuantised
 from glmtune.generation.weights import num_bytes, read_weights
 from glmtune.models.chatglm.decoding import DECODING
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
-from glmtune.models.checkpoints import load_base_model
+from glmtune.models.loading import load_base_model
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_the_figures_agree_with_each_other(run):
 
 def test_what_a_token_reads_is_weights_and_cache(run):
     with torch.device("meta"):
-        model = ChatGLMForConditionalGeneration(SHAPES["small"])  # its head is tied
+        model = ChatGLMForConditionalGeneration(CONFIGS["small"])  # its head is tied
     weights = sum(parameter.nbytes for parameter in model.parameters())
     cache = 2 * 4 * 256 * 4 * (9 + 6 / 2)  # keys and values of 4 layers, 4 bytes a number
     assert run().gb_per_token == pytest.approx((weights + cache) / 1e9)

@@ -38,8 +38,7 @@ def test_each_setting_is_measured_beside_its_estimate(tmp_path, capsys):
 def test_the_settings_are_those_of_the_targets():
     configs = {name: train_settings(name, BenchMemorySettings()) for name in room.CASES}
     assert [config.bits for config in configs.values()] == [4, 8, None, None]
-    assert [config.exact_batch for config in configs.values()] == [True, True, True, None]
-    assert configs["packed"].packing
+    assert [config.layout for config in configs.values()] == ["exact"] * 3 + ["packed"]
     assert configs["4bit"].per_device_train_batch_size == 6
 
 
@@ -62,6 +61,6 @@ def test_what_a_machine_cannot_do_is_said_and_the_rest_measured(monkeypatch, cap
         (["--shape", "huge"], "--shape 'huge' should be 6b, wide or small"),
     ],
 )
-def test_mistakes(flags, words, capsys):
+def test_mistakes_of_bench_memory_are_refused_in_one_line(flags, words, capsys):
     assert main(["bench", "memory", "--use_cpu", "true", *flags]) == 2
     assert words in capsys.readouterr().err

@@ -19,7 +19,7 @@ from glmtune.data.templates import alpaca
 from glmtune.evaluation import chat as room
 from glmtune.evaluation.chat import chat
 from glmtune.generation import Decoder
-from glmtune.models.checkpoints import GLM_TINY
+from glmtune.models.resolve import GLM_TINY
 from glmtune.training.saving.manifest import our_part
 
 QUESTION = "What is the colour of the apple?"
@@ -315,7 +315,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(talk, press_at_third_to
     assert signal.getsignal(signal.SIGINT) is earlier
 
 
-def test_ctrl_c_once_more_waits_for_the_prompt(talk, press_at_third_token, monkeypatch):
+def test_a_second_ctrl_c_waits_for_the_prompt(talk, press_at_third_token, monkeypatch):
     press_at_third_token(press)
     polish = room.polish
     monkeypatch.setattr(room, "polish", lambda text: press() or polish(text))
@@ -396,11 +396,11 @@ def test_words_that_clear_other_chats_clear_this_one(talk, word):
     assert prompts == [QUESTION, QUESTION]
 
 
-def test_a_question_may_begin_with_such_a_word(talk):
+def test_a_question_may_begin_with_a_word_that_ends_other_chats(talk):
     assert talk("stop that", "exit?")[1][0] == "stop that"
 
 
-def test_help_names_those_words(talk):
+def test_help_names_the_words_of_other_chats(talk):
     text = "\n".join(talk("/help")[0])
     for word in room.WORDS:
         assert word in text

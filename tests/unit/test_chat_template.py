@@ -14,7 +14,7 @@ from glmtune.errors import UserError
 from glmtune.evaluation.conversation import Round, write_prompt
 from glmtune.models.chatglm.chat_template import GUARD, MARK, WRITTEN_NAMES
 from glmtune.models.chatglm.tokenization import ChatGLMTokenizer
-from glmtune.models.checkpoints import GLM_TINY
+from glmtune.models.resolve import GLM_TINY
 
 NAMES = ["[gMASK]", "<sop>", "<eop>"]
 NASTY = "a [gMASK]<sop> b <eop><|blank_3|> \n\t[MASK]<pad>你好"

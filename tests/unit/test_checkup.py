@@ -18,7 +18,7 @@ from glmtune.errors import UserError
 from glmtune.evaluation import answers, checkup
 from glmtune.evaluation.checkup import Answers, Checkup, Divergence, LayerChange, repeated_share
 from glmtune.evaluation.probes import Probe, held_out_probes
-from glmtune.models.checkpoints import load_base_model
+from glmtune.models.loading import load_base_model
 
 PROBES = [Probe([5, 6, 7, 1001, 1004], [8, 9, 1005]), Probe([40, 1001, 1004], [41, 1005])]
 
@@ -49,7 +49,7 @@ def test_packed_weights_have_a_norm_too(tiny_folder, write_quantised, tmp_path, 
 
 
 @pytest.mark.parametrize("bits, tolerance", [(8, 0.02), (4, 0.05)])
-def test_so_have_those_of_bitsandbytes(tiny_folder, tuned, bits, tolerance):
+def test_weights_of_bitsandbytes_have_a_norm_too(tiny_folder, tuned, bits, tolerance):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     quantised = load_base_model(str(tiny_folder), dtype=torch.float32, bits=bits)
     adapted = load_adapter(quantised, tiny_folder / "adapter_peft_0_2_plain")
@@ -103,7 +103,7 @@ def test_divergence_is_the_sum_over_the_answers_tokens(tuned):
     ("ids", "share"),
     [([], 0), ([1, 2, 3], 0), ([1, 2, 3, 4, 5], 0), ([1] * 8, 0.8), ([1, 2, 3, 4] * 2, 0.2)],
 )
-def test_repeated_share(ids, share):
+def test_repeated_share_of_an_answer(ids, share):
     assert repeated_share(ids) == pytest.approx(share)
 
 
@@ -138,15 +138,18 @@ def found(kl=0.5, other=0.1, base_loss=2.0, tuned_loss=1.0, relative=0.1, **rest
         (found(tuned=Answers(1, 0.4), base=Answers(1, 0.5)), "fine"),
     ],
 )
-def test_verdicts(checked, words):
+def test_verdict_of_each_kind_of_change(checked, words):
     assert checked.is_fine == (words == "fine")
     assert re.search(words, checked.verdict)
 
 
-def test_rows_held_out_are_spread_and_have_answers():
+def test_rows_held_out_are_spread_and_have_answers(word_tokenizer):
     lengths = np.array([5, 4, 6, 5, 7])
     rows = TokenRows(
-        np.arange(lengths.sum()), np.concatenate(([0], lengths.cumsum())), np.array([3, 4, 3, 3, 3])
+        np.arange(lengths.sum()),
+        np.concatenate(([0], lengths.cumsum())),
+        np.array([3, 4, 3, 3, 3]),
+        word_tokenizer.row_rule,
     )
     asked = held_out_probes(rows, np.array([0, 1, 3, 4]), 2)
     assert [probe.prompt_ids[0] for probe in asked.probes] == [0, 20]
@@ -164,7 +167,7 @@ def checking(tiny_folder, word_tokenizer, monkeypatch, tmp_path):
     return ["check", str(adapter), *(f"--{name}={value}" for name, value in options.items())]
 
 
-def test_an_adapter_of_2023(checking, tmp_path, capsys):
+def test_check_of_an_adapter_of_2023(checking, tmp_path, capsys):
     code = main([*checking, "--json_path", str(tmp_path / "found.json")])
     told = json.loads((tmp_path / "found.json").read_text())
     out = capsys.readouterr().out
@@ -177,12 +180,12 @@ def test_an_adapter_of_2023(checking, tmp_path, capsys):
     assert told["tuned"].keys() == told["base"].keys() == {"stopped", "repetition"}
 
 
-def test_records_of_the_users_own(checking, records_file, capsys):
+def test_check_on_records_of_the_users_own(checking, records_file, capsys):
     main([*checking, f"--data_path={records_file}", "--limit=2"])
     assert f"2 records of {records_file}" in capsys.readouterr().out
 
 
-def test_rows_that_the_run_held_out(checking, tmp_path, capsys):
+def test_check_on_rows_that_the_run_held_out(checking, tmp_path, capsys):
     rows = [{"input_ids": [n, 1001, 1004, n, 1005], "seq_len": 3} for n in range(10, 30)]
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "rows")
     recipe = TrainSettings(dataset_path=str(tmp_path / "rows"), output_dir="x", eval_ratio=0.25)
@@ -219,7 +222,7 @@ def test_what_fails_after_a_run_fails_nothing(tuned, word_tokenizer, monkeypatch
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
     monkeypatch.setattr(checkup, "measure_divergence", full)
-    rows = TokenRows(np.arange(2), np.array([0, 2]), np.array([2]))
+    rows = TokenRows(np.arange(2), np.array([0, 2]), np.array([2]), word_tokenizer.row_rule)
     checkup.check_after_training(tuned, word_tokenizer, rows, np.array([], dtype=int))
     told = capsys.readouterr()
     assert "note: no check-up (CUDA out of memory.); `glmtune check` makes it" in told.err

@@ -148,12 +148,8 @@ def test_findings_are_exit_codes(room, is_good):
 
 
 def test_tokenize_finds_model_and_tokenizer(room):
-    calls = room(
-        "glmtune.models.checkpoints",
-        resolve_base="folder",
-        load_tokenizer="tokenizer",
-        base_name="name",
-    )
+    calls = room("glmtune.models.resolve", resolve_base="folder", base_name="name")
+    room("glmtune.models.loading", load_tokenizer="tokenizer")
     room("glmtune.data.tokenizing", tokenize=None)
     line = "tokenize --jsonl_path a --save_path b --chatglm_path c"
     assert cli.main(line.split()) == 0

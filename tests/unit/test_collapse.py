@@ -18,7 +18,8 @@ from glmtune.evaluation.collapse import (
 )
 from glmtune.evaluation.probes import STRANGE_QUESTIONS
 from glmtune.evaluation.source_run import RunRows
-from glmtune.models.checkpoints import GLM_TINY, load_tokenizer
+from glmtune.models.loading import load_tokenizer
+from glmtune.models.resolve import GLM_TINY
 
 QUESTIONS, RIGHT = (list(texts) for texts in zip(*STRANGE_QUESTIONS, strict=True))
 BASE = [*RIGHT[1:], RIGHT[0]]
@@ -43,6 +44,7 @@ def taught():
             np.concatenate([ids for _, ids in rows]),
             np.concatenate(([0], np.cumsum(lengths))),
             np.array([start for start, _ in rows]),
+            tokenizer.row_rule,
         )
         return Taught.of(tokenizer, RunRows(all_rows, np.array(held_out, dtype=int)))
 

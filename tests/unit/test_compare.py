@@ -110,7 +110,7 @@ def test_answers_of_infer_are_not_gone_on_with(run, folder, answering):
         run()
 
 
-def test_the_command(answering, tmp_path, capsys):
+def test_compare_command_writes_its_files(answering, tmp_path, capsys):
     flags = [text for name, value in answering.items() for text in (f"--{name}", str(value))]
     assert main(["compare", *flags, "--output_dir", str(tmp_path / "new" / "page")]) == 0
     assert "of 5 answers differ" in capsys.readouterr().out

@@ -29,7 +29,7 @@ from glmtune.config.flags import fields_by_group, split_arguments, verb_help
 from glmtune.config.foreign import FOREIGN
 from glmtune.config.names import did_you_mean
 from glmtune.errors import UserError
-from glmtune.models.sizes import check_targets
+from glmtune.models.families import DEFAULT, check_targets
 
 TRAIN = {"dataset_path": "data/tokens", "output_dir": "output"}
 NONES = ("none", "null")
@@ -100,7 +100,8 @@ def test_a_report_replaces_none_of_the_files_it_is_about():
 def test_original_defaults():
     config = train()
     assert (config.lora_rank, config.lora_alpha, config.lora_dropout) == (8, 32, 0.1)
-    assert config.lora_target == ("query_key_value",)
+    assert config.lora_target is None, "the model family's own"
+    assert DEFAULT.lora_target == ("query_key_value",)
     assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (6, 1)
     assert (config.learning_rate, config.save_steps, config.logging_steps) == (1e-4, 1000, 50)
     assert (config.fp16, config.bf16, config.gradient_checkpointing) == (False, None, "auto")
@@ -136,7 +137,8 @@ def test_resume_from_checkpoint_is_true_or_a_path(text, resume):
     [
         ("query_key_value", ("query_key_value",)),
         ("query_key_value, dense", ("query_key_value", "dense")),
-        ("all", ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")),
+        ("all", ("all",)),
+        ("all-linear", ("all",)),
     ],
 )
 def test_lora_target(text, targets):
@@ -210,12 +212,14 @@ def test_wrong_value(verb, name, value, words):
     [
         ("train", {"fp16": "true", "bf16": "true"}, "fp16 and bf16 are both true"),
         ("train", {"warmup_steps": "1.5"}, "give whole steps, or a share below 1"),
-        ("train", {"packing": "true", "exact_batch": "true"}, "packing and exact_batch are both"),
         (
             "train",
-            {"packing": "false", "tokens_per_step": "4096"},
-            "tokens_per_step is the length of packs, but packing is off",
+            {"layout": "padded", "tokens_per_step": "4096"},
+            "tokens_per_step is the length of packs, but layout is padded",
         ),
+        ("train", {"packing": "true", "layout": "padded"}, "are one setting; keep one"),
+        ("train", {"packing": "true", "exact_batch": "true"}, "are one setting; keep one"),
+        ("plan", {"exact_batch": "true", "layout": "packed"}, "are one setting; keep one"),
         ("infer", {"temperature": "0.7"}, "set do_sample true"),
         ("compare", {"top_k": "5", "do_sample": "false"}, "set do_sample true"),
         ("convert", {"save_path": "./a.json"}, "save_path would overwrite data_path"),
@@ -597,11 +601,32 @@ def test_help_shows_type_choices_default_and_group(monkeypatch):
     text = verb_help("train", "What it does.")
     assert "LoRA:\n  --lora_rank INT\n      rank of the update (default: 8)\n" in text
     assert "--lr_scheduler_type linear|cosine|constant|constant_with_warmup\n" in text
-    assert "(default: query_key_value)" in text
+    assert "of ChatGLM-6B query_key_value)" in text
     assert "--fp16 true|false\n" in text
     assert "(default: false)" in text
     assert "(required)" in text
     assert "warmup_ratio" in text
+
+
+@pytest.mark.parametrize(
+    "verb, line",
+    [
+        ("plan", "--card NAME"),
+        ("doctor", "--explain TEXT"),
+        ("infer", "--encoding NAME"),
+        ("train", "--output_dir PATH"),
+        ("train", "--resume_from_checkpoint true|PATH"),
+        ("validate", "--files PATH"),
+    ],
+)
+def test_help_says_path_of_paths_alone(verb, line):
+    assert f"  {line}\n" in verb_help(verb, "")
+
+
+def test_help_of_plan_tells_what_no_path_means():
+    text = " ".join(verb_help("plan", "").split())
+    assert "read (default: as many rows of row_length tokens as a step takes) --output_dir" in text
+    assert "--output_dir PATH accepted as a recipe has it; nothing is written there data:" in text
 
 
 @pytest.mark.parametrize(

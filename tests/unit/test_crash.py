@@ -100,7 +100,7 @@ def fail_at(step, monkeypatch, factor=math.nan, rank=0):
     monkeypatch.setattr(passes.PaddedPass, "run", run)
 
 
-LAYOUTS = [{}, {"packing": True, "tokens_per_step": 64}, {"exact_batch": True}]
+LAYOUTS = [{}, {"layout": "packed", "tokens_per_step": 64}, {"layout": "exact"}]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["padded", "packed", "exact"])
@@ -202,7 +202,7 @@ def test_rows_are_named_by_their_place_in_the_source(config, dataset_path, tmp_p
     assert [p.row_ids.tolist() for p in bundle.passes] == [[0, 1, 2], [3, 4, 5]]
 
 
-def test_a_fault_of_the_fast_pass_alone(config, tmp_path, monkeypatch):
+def test_a_fault_of_the_packed_pass_alone_is_told_as_such(config, tmp_path, monkeypatch):
     run_pass = passes.PackedPass.run
     monkeypatch.setattr(passes.PackedPass, "run", lambda *args: run_pass(*args) * math.inf)
     with pytest.raises(UserError, match=r"is inf, which it is not the plain way: .*\(packed\)"):
@@ -217,7 +217,7 @@ def test_overwriting_a_run_takes_its_bundles(config, tmp_path, broken_base):
 
 
 @pytest.mark.parametrize("name", ["crash.json", "step.safetensors"])
-def test_a_damaged_bundle(config, tmp_path, broken_base, name):
+def test_a_damaged_bundle_is_refused(config, tmp_path, broken_base, name):
     with pytest.raises(UserError, match=r"has no crash\.json"):
         read_bundle(tmp_path)
     with pytest.raises(UserError):

@@ -13,7 +13,7 @@ def press():
     signal.raise_signal(signal.SIGINT)
 
 
-def test_a_press_between_two_blocks_waits_for_the_second():
+def test_ctrl_c_between_two_blocks_waits_for_the_second():
     ctrl_c = CtrlC()
     reached = []
     with suppress(KeyboardInterrupt), ctrl_c.heard():
@@ -28,7 +28,7 @@ def test_a_press_between_two_blocks_waits_for_the_second():
     assert reached == ["first", "between", "third"]
 
 
-def test_what_mends_a_block_is_left_in_peace():
+def test_ctrl_c_leaves_what_mends_a_block_in_peace():
     ctrl_c = CtrlC()
     reached = []
     with suppress(KeyboardInterrupt), ctrl_c.heard(), ctrl_c.awaited():
@@ -41,7 +41,7 @@ def test_what_mends_a_block_is_left_in_peace():
     assert reached == ["mended"]
 
 
-def test_it_is_heard_where_the_parent_ignores_it_and_ignored_again_after():
+def test_ctrl_c_is_heard_where_the_parent_ignores_it_and_ignored_again_after():
     ctrl_c = CtrlC()
     earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -52,7 +52,7 @@ def test_it_is_heard_where_the_parent_ignores_it_and_ignored_again_after():
         signal.signal(signal.SIGINT, earlier)
 
 
-def test_in_another_thread_a_conversation_goes_on_without_it():
+def test_a_conversation_in_another_thread_goes_on_without_ctrl_c():
     done = []
 
     def talk():

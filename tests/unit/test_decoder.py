@@ -21,7 +21,7 @@ from glmtune.generation.weights import can_be_captured, read_weights
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.decoding import DECODING
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
-from glmtune.models.checkpoints import load_base_model
+from glmtune.models.loading import load_base_model
 from glmtune.ops.words import GROUP_SIZE
 
 GREEDY = GenerationSettings(max_new_tokens=24)
@@ -175,7 +175,7 @@ def test_a_batch_that_was_left_half_way_leaves_nothing(model, prompts):
     assert decode(decoder, prompts) == expected
 
 
-def test_after_logits_that_are_not_finite_it_answers_again(model, prompts, monkeypatch):
+def test_a_decoder_answers_again_after_logits_that_are_not_finite(model, prompts, monkeypatch):
     decoder = Decoder(model, [])
     expected = decode(decoder, prompts)
     weight = model.transformer.layers[0].mlp.dense_4h_to_h.weight.data
@@ -217,7 +217,7 @@ def test_an_adapter_is_applied_as_it_stands(adapted, prompts):
 
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
-def test_so_it_is_on_a_quantised_base(tiny_folder, write_quantised, tmp_path, prompts, bits):
+def test_an_adapter_on_a_quantised_base(tiny_folder, write_quantised, tmp_path, prompts, bits):
     """Published integers, and bitsandbytes' bits: the base's answers stay without the adapter."""
     if bits:
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")

@@ -6,10 +6,8 @@ from torch.nn import functional as F
 
 from glmtune.generation.weights import read_weights
 from glmtune.models.chatglm.decoding import DECODING
-from glmtune.models.checkpoints import load_base_model
 from glmtune.models.decoding import (
     Angles,
-    Heads,
     KeyValueCache,
     Place,
     attend,
@@ -17,6 +15,8 @@ from glmtune.models.decoding import (
     prefill,
     run_head,
 )
+from glmtune.models.families import family_of
+from glmtune.models.loading import load_base_model
 from glmtune.ops.attention import prefix_lm_mask
 
 NUM_COLUMNS = 32
@@ -54,11 +54,8 @@ class Reading:
         self.angles = DECODING.angles(layout.positions, model.config)
         valid = torch.arange(self.longest) < self.lengths[:, None]
         self.mask = prefix_lm_mask(layout.prefix_end_B, valid)
-        heads = Heads.of(model.config)
-        self.cache = KeyValueCache.zeros(
-            model.config.num_layers, len(rows), heads.num, NUM_COLUMNS, heads.size,
-            self.weights.final_norm.weight,
-        )  # fmt: skip
+        shape, like = family_of(model.config).shape(model.config), self.weights.final_norm.weight
+        self.cache = KeyValueCache.zeros(shape, len(rows), NUM_COLUMNS, like)
 
     def prefill(self):
         return prefill(

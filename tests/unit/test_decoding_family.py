@@ -25,6 +25,8 @@ from glmtune.models.decoding import (
     attend,
     put,
 )
+from glmtune.models.families import DEFAULT
+from glmtune.models.shape import Shape
 
 
 class Block(NamedTuple):
@@ -99,13 +101,23 @@ def run_block(hidden, block, keys, values, place, mask, angles):
 
 LLAMA = DecodingBlock(
     weights_of=weights_of,
-    final_norm="norm",
+    final_norm=lambda model: model.base_model.norm,
     layout=layout,
     angles=angles,
     prompt_angles=lambda angles, dtype: Angles(*(angle.to(dtype) for angle in angles)),
     read_block=read_block,
     run_block=run_block,
 )
+
+
+def shape(config: LlamaConfig) -> Shape:
+    return Shape(
+        num_layers=config.num_hidden_layers, hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size, num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads, head_dim=config.head_dim,
+        max_positions=config.max_position_embeddings, tied_head=False, linears=(),
+        norm_values=2 * config.hidden_size, final_norm_values=config.hidden_size, kept_by_mlp=2,
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -116,7 +128,8 @@ def model(monkeypatch):
         num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, eos_token_id=2,
         initializer_range=0.2,
     )  # fmt: skip
-    monkeypatch.setattr(room, "decoding_block_of", lambda _: LLAMA)
+    llama = DEFAULT._replace(name="Llama", decoding=LLAMA, shape=shape)
+    monkeypatch.setattr(room, "family_of", lambda _: llama)
     return LlamaForCausalLM(config).eval()
 
 

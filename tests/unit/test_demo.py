@@ -5,8 +5,6 @@ import os
 import re
 import shutil
 import time
-from importlib import resources
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,29 +17,10 @@ from glmtune.demo.recipe import RECIPE
 from glmtune.demo.run import ABOUT, ABOUT_FILE, WRITTEN, claim_folder, demo, training_config
 from glmtune.errors import UserError
 
-
-def test_what_it_needs_is_in_the_package(root):
-    package = resources.files("glmtune") / "demo"
-    names = {entry.name for entry in (package / "glm-tiny").iterdir()}
-    assert {"config.json", "ice_text.model", "model.safetensors", "README.md"} <= names
-    assert (package / "grammar" / "words.txt").is_file()
-    # ... and goes into a wheel: setuptools takes along only what is named here.
-    named = re.search(r"^glmtune = (\[.*\])", (root / "pyproject.toml").read_text(), re.MULTILINE)
-    assert named is not None
-    patterns = json.loads(named[1])
-    data = [p for p in Path(str(package)).rglob("*") if p.suffix not in ("", ".py", ".pyc")]
-    missed = [
-        path.name
-        for path in data
-        if not any(path in Path(str(package.parent)).glob(pattern) for pattern in patterns)
-    ]
-    assert missed == []
-
-
 # --- the folder ---
 
 
-def test_a_new_folder_and_the_same_again(tmp_path):
+def test_demo_takes_a_new_folder_and_the_same_again(tmp_path):
     out = tmp_path / "a" / "b"
     claim_folder(out)
     assert (out / ABOUT_FILE).read_text(encoding="utf-8") == ABOUT
@@ -54,7 +33,7 @@ def test_a_new_folder_and_the_same_again(tmp_path):
 
 
 @pytest.mark.parametrize("names", [["thesis.tex"], ["train.json"], [ABOUT_FILE, "thesis.tex"]])
-def test_a_folder_with_other_things(names, tmp_path):
+def test_demo_refuses_a_folder_with_other_things(names, tmp_path):
     for name in names:
         (tmp_path / name).write_text(ABOUT if name == ABOUT_FILE else "mine")
     with pytest.raises(UserError, match=r"holds other things \((thesis|train)"):
@@ -62,14 +41,14 @@ def test_a_folder_with_other_things(names, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
 
 
-def test_a_folder_that_is_a_file(tmp_path, capsys):
+def test_demo_refuses_a_folder_that_is_a_file(tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     assert cli.main(["demo", "--out", str(tmp_path / "file")]) == 2
     assert capsys.readouterr().err.startswith(f"error: --out: {tmp_path}/file cannot be used (")
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+def test_demo_refuses_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
@@ -78,7 +57,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
         claim_folder(tmp_path / "new")
 
 
-def test_a_disk_that_is_full(tmp_path, monkeypatch):
+def test_demo_refuses_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
     with pytest.raises(UserError, match="1 MB free, and 64 are needed"):
         claim_folder(tmp_path / "new")
@@ -88,7 +67,7 @@ def test_a_disk_that_is_full(tmp_path, monkeypatch):
 # --- settings ---
 
 
-def test_it_trains_by_its_recipe():
+def test_demo_trains_by_its_recipe():
     config = training_config(DemoSettings(seed=7), "data", "run")
     scalars = {name: value for name, value in RECIPE.items() if name != "lora_target"}
     assert {name: getattr(config, name) for name in scalars} == scalars
@@ -100,7 +79,7 @@ def test_it_trains_by_its_recipe():
 # --- the page ---
 
 
-def test_the_score():
+def test_the_page_shows_the_share_of_right_answers():
     body = score_panel({"zh": (1, 200), "en": (0, 200)}, {"zh": (190, 200), "en": (200, 200)}).body
     assert re.findall(r"<b>(.*?)</b>", body) == ["0.5%", "95.0%", "0.0%", "100.0%"]
     assert "--share: 95.00%" in body
@@ -129,7 +108,7 @@ def test_the_curve_of_one_step():
 # --- the whole ---
 
 
-def test_in_short(tmp_path, capsys):
+def test_a_short_demo_writes_its_page_and_says_what_to_try_next(tmp_path, capsys):
     out = tmp_path / "demo"
     line = ["demo", "--out", str(out), "--max_steps", "3", "--limit", "6", "--use_cpu"]
     assert cli.main(line) == 0
@@ -161,7 +140,7 @@ def test_in_short(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_at_full_length(tmp_path):
+def test_a_whole_demo_teaches_nine_answers_of_ten(tmp_path):
     started = time.process_time()  # others may hold the cores
     result = demo(DemoSettings(out=str(tmp_path / "demo"), use_cpu=True))
     assert time.process_time() - started < 2 * 120

@@ -18,9 +18,9 @@ from glmtune.config import DoctorSettings, TrainSettings
 from glmtune.doctor import environment, model, recipe, run
 from glmtune.doctor.findings import OK, PROBLEM, WARNING, carry_out
 from glmtune.hardware import Card
-from glmtune.models import checkpoints, hubs
+from glmtune.models import hubs, loading
 from glmtune.models.chatglm.configuration import ChatGLMConfig
-from glmtune.models.checkpoints import GLM_TINY
+from glmtune.models.resolve import GLM_TINY
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +29,9 @@ def offline(monkeypatch):
     monkeypatch.setattr(model, "HF_HUB_OFFLINE", True)
     monkeypatch.delenv("HF_ENDPOINT", raising=False)
     monkeypatch.delenv("GLMTUNE_MODEL", raising=False)
-    monkeypatch.setattr("glmtune.models.checkpoints.try_to_load_from_cache", lambda *_: None)
-    monkeypatch.setattr("glmtune.models.checkpoints._hub_has", lambda _: False)
+    for module in ("resolve", "loading"):
+        monkeypatch.setattr(f"glmtune.models.{module}.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("glmtune.models.resolve._hub_has", lambda _: False)
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def test_oldest_versions_are_those_of_the_project(root):
         ("tqdm", None, PROBLEM, "tqdm is not installed"),
     ],
 )
-def test_versions(monkeypatch, package, version, status, words):
+def test_versions_of_packages(monkeypatch, package, version, status, words):
     real = environment.installed
     monkeypatch.setattr(
         environment, "installed", lambda name: version if name == package else real(name)
@@ -84,7 +85,7 @@ def test_versions(monkeypatch, package, version, status, words):
         assert f"{package} " not in told(findings, OK)
 
 
-def test_an_old_python(monkeypatch):
+def test_python_that_is_too_old(monkeypatch):
     monkeypatch.setattr(environment.sys, "version_info", (3, 9))
     assert "too old" in told(environment.check_python(), PROBLEM)
 
@@ -123,7 +124,7 @@ def with_card(monkeypatch, *, name="NVIDIA X", capability=(8, 0), free=70, archs
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: capability >= (8, 0))
 
 
-def test_a_card(monkeypatch):
+def test_what_is_told_of_a_card(monkeypatch):
     with_card(monkeypatch, free=79)
     findings = list(environment.check_card(False, None, False))
     assert {status for status, _ in findings} == {OK}
@@ -151,7 +152,7 @@ def test_what_a_card_lacks(monkeypatch, card, status, words):
         *[("compute_90", 120, True), ("compute_120", 90, False)],
     ],
 )
-def test_kernels(kernel, card, serves):
+def test_which_kernels_serve_a_card(kernel, card, serves):
     assert environment._serves(kernel, card) == serves
 
 
@@ -246,7 +247,7 @@ def test_a_base_that_is_not_here_yet(monkeypatch):
 
 def findings_on(base, **settings):
     """What is found of a base model: (status, text) of all lines, and the names of all checks."""
-    checkpoints.hub_config.cache_clear()
+    loading.hub_config.cache_clear()
     findings = list(run.examine(DoctorSettings(chatglm_path=base, use_cpu=True, **settings)))
     of_base = [(f.status, f.text) for f in findings if f.check == "base model"]
     return of_base, {finding.check for finding in findings}
@@ -345,7 +346,7 @@ def test_modelscope_is_asked_for_its_models(monkeypatch, hub):
     )
 
 
-def test_where_no_base_is_named_it_speaks_of_chatglm(monkeypatch):
+def test_where_no_base_is_named_doctor_speaks_of_chatglm(monkeypatch):
     findings, checks = findings_on(None)
     assert {status for status, _ in findings} == {WARNING}
     assert "none is named or found, so this is of zai-org/chatglm-6b" in findings[0][1]
@@ -462,13 +463,13 @@ def test_a_recipe_that_would_not(rows, tmp_path, settings, finding, words):
     assert words in findings_of(write_recipe(tmp_path, **settings))[finding]
 
 
-def test_rows_of_another_tokenizer(rows, tmp_path):
+def test_a_recipe_whose_rows_are_of_another_tokenizer(rows, tmp_path):
     card = json.loads((rows / "glmtune_data.json").read_text())
     (rows / "glmtune_data.json").write_text(json.dumps(card | {"tokenizer_sha256": "0" * 64}))
     assert "tokenised with another tokenizer" in findings_of(write_recipe(tmp_path))["data problem"]
 
 
-def test_rows_that_are_not_there(tmp_path, monkeypatch):
+def test_a_recipe_whose_rows_are_not_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "no such folder" in findings_of(write_recipe(tmp_path))["data problem"]
 
@@ -489,7 +490,7 @@ def test_files_of_the_published_recipes(root, tmp_path, monkeypatch, capsys):
     assert cli.main(["doctor", path]) == 0
 
 
-def test_no_recipe_at_all(tmp_path, capsys):
+def test_doctor_without_a_recipe(tmp_path, capsys):
     assert cli.main(["doctor", str(tmp_path / "none.yaml")]) == 1
     assert "cannot read the recipe" in capsys.readouterr().out
 
@@ -508,7 +509,7 @@ def test_a_check_that_fails_is_a_problem_of_that_check(monkeypatch, capsys):
     assert "problem  python" in out
 
 
-def test_the_size_of_a_checkpoint_is_that_of_one(rows, tmp_path):
+def test_the_size_told_of_a_checkpoint_is_its_size(rows, tmp_path):
     config = {"max_steps": 1, "lora_target": "all", "disable_tqdm": "true", "use_cpu": "true"}
     path = write_recipe(tmp_path, **config, chatglm_path="glm-tiny")
     assert cli.main(["train", path]) == 0

@@ -10,8 +10,9 @@ from huggingface_hub.errors import RevisionNotFoundError
 
 from glmtune.errors import UserError
 from glmtune.models import downloads, weights
-from glmtune.models.checkpoints import GLM_TINY, HUB_IDS
-from glmtune.models.downloads import KNOWN_SHARDS, check_download, in_time, known_sha256
+from glmtune.models.chatglm.published import KNOWN_SHARDS, known_sha256
+from glmtune.models.downloads import check_download, in_time
+from glmtune.models.resolve import GLM_TINY, HUB_IDS
 
 HUB_ID = HUB_IDS[0]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -182,7 +183,7 @@ def test_a_mirror_s_own_shard_is_told_where_the_publisher_cannot_be_asked(hub):
     assert "\n" not in str(caught.value)
 
 
-def test_without_links_a_shard_is_read_for_its_hash(hub):
+def test_in_a_cache_without_links_a_shard_is_read_for_its_hash(hub):
     hub.answer = OSError("no route")
     (hub.snapshot / SHARD).write_bytes(b"another")
     with pytest.raises(UserError, match=f"{SHARD}: is none of"):
@@ -220,6 +221,6 @@ def test_fetch_checks_what_it_downloads_and_no_folder(hub, monkeypatch):
     assert str(weights.fetch(GLM_TINY)) == GLM_TINY
 
 
-def test_in_time():
+def test_a_call_gives_its_result_or_nothing_in_time():
     assert in_time(lambda: 5, 5) == 5
     assert in_time(lambda: time.sleep(5), 0.01) is None

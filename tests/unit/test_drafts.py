@@ -51,7 +51,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, calls):
     assert names(tmp_path) == ["a.json"]
 
 
-def test_so_is_all_of_a_folder(tmp_path, calls):
+def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, calls):
     with replacing_folder(tmp_path / "new") as draft:
         (draft / "inner").mkdir()
         (draft / "inner" / "file").write_text("1")

@@ -171,11 +171,11 @@ class TestQuantised:
         torch.testing.assert_close(*grads)
 
     @pytest.mark.parametrize("compiled", [False, True])
-    def test_int8(self, compiled):
+    def test_int8_linear_equals_its_floats(self, compiled):
         self.check(int8(12, 6, torch.randn(12)), compiled)
         self.check(int8(12, 6), compiled)
 
-    def test_a_head_some_rows_at_a_time(self, monkeypatch):
+    def test_int8_head_equals_its_floats_some_rows_at_a_time(self, monkeypatch):
         monkeypatch.setattr(quantised_ops, "PIECE", 4)
         self.check(int8(11, 6, torch.randn(11)))
 

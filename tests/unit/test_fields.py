@@ -64,12 +64,12 @@ class TestHistory:
         assert rows[2]["context"] == self.CONTEXT.replace("关门?", "关门?\n只说数字")
         assert "2 with earlier rounds, kept in the context" in capsys.readouterr().out
 
-    def test_they_are_what_chat_reads(self):
+    def test_earlier_rounds_are_what_chat_reads(self):
         earlier = [Round(question, {"base": answer}) for question, answer in EARLIER]
         assert rounds(EARLIER, "几点关门?") == write_prompt(earlier, "几点关门?", "base")
 
     @pytest.mark.parametrize("empty", [[], None, ""])
-    def test_none_is_none(self, write, empty):
+    def test_an_empty_history_adds_nothing(self, write, empty):
         rows = convert(write(PLAIN | {"history": empty}))
         assert rows == [{"context": "Instruction: Name a tree.\nAnswer: ", "target": "Oak."}]
 

@@ -71,7 +71,7 @@ class TestChoice:
         assert 500 < result.batch.num_tokens < sums
         assert result.recompute < foresee(14, **SIX_ROWS).recompute <= 27
 
-    def test_as_the_user_wishes(self):
+    def test_gradient_checkpointing_is_as_the_user_says(self):
         assert foresee(24, gradient_checkpointing=True).pack_length == 8192
         assert foresee(24, gradient_checkpointing=True).recompute == 27
         assert foresee(13, gradient_checkpointing=False).recompute == 0
@@ -83,7 +83,7 @@ class TestChoice:
         assert not result.cannot_fit  # there is the swap
         assert foresee_on(cpu)(make_config(gradient_checkpointing=True)).recompute == 27
 
-    def test_the_plain_way_takes_no_more_than_the_run(self):
+    def test_the_reference_takes_no_more_than_the_run(self):
         assert rows_of_reference(foresee(140), 200) == 6
         assert rows_of_reference(foresee(140, gradient_checkpointing=True, **SIX_ROWS), 200) < 3
 
@@ -91,7 +91,7 @@ class TestChoice:
 class TestAdvice:
     def test_each_remedy_fits_by_its_own_forecast(self):
         on_card = foresee_on(Card.sized(17))
-        config = make_config(gradient_checkpointing=False, **SIX_ROWS, exact_batch=True)
+        config = make_config(gradient_checkpointing=False, **SIX_ROWS, layout="exact")
         config = config.model_copy(update={"per_device_train_batch_size": 12})
         assert not on_card(config).fits
         remedies = find_remedies(config, on_card)
@@ -130,7 +130,7 @@ class TestAdvice:
         assert "may not fit" in verdict(result)
         check_fit(result, config, on_card)
 
-    def test_other_programs_count(self):
+    def test_memory_of_other_programs_counts(self):
         crowded = Card("a card", 24.0, 5.0, (8, 0))
         result = foresee_on(crowded)(make_config())
         assert result.cannot_fit
@@ -142,7 +142,7 @@ class TestHeaviest:
 
     @pytest.mark.parametrize("padded", [True, False])
     @pytest.mark.parametrize(("num_steps", "num_processes"), [(1, 1), (5, 2), (30, 2), (40, 1)])
-    def test_it_is_the_heaviest_of_all_passes(self, padded, num_steps, num_processes):
+    def test_no_pass_of_the_run_is_heavier(self, padded, num_steps, num_processes):
         plan = RowPlan(np.arange(103), 7, True, self.LENGTHS, 4 * num_processes * 2, 4)
 
         def weight(part):
@@ -154,7 +154,7 @@ class TestHeaviest:
         assert weight(heaviest) == max(map(weight, parts))
         assert any(np.array_equal(heaviest, part) for part in parts)
 
-    def test_the_fullest_pack(self):
+    def test_no_pack_of_the_run_is_fuller(self):
         plan = PackPlan(np.arange(103), 7, True, self.LENGTHS, 512, 1)
         fullest = plan.heaviest(10, 1, False)
         assert self.LENGTHS[fullest].sum() == max(self.LENGTHS[p].sum() for p in plan.packs(0)[:10])
@@ -186,7 +186,7 @@ class TestCards:
             ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
         ],
     )  # fmt: skip
-    def test_names(self, name, card):
+    def test_usual_names_of_a_card(self, name, card):
         assert Card.named(name).name == card
         assert Card.named(name).gib == CARDS[card][0]
 
@@ -223,7 +223,7 @@ class TestCards:
         assert Card.named(advised).name == advised
 
     @pytest.mark.parametrize("name", ["", "4", "banana", "NVIDIA", "4090 48GB", "T4 32G"])
-    def test_unknown_names(self, name):
+    def test_unknown_names_of_cards_are_refused(self, name):
         with pytest.raises(UserError, match=r"is not known .* --memory_gib \d+$"):
             Card.named(name)
 
@@ -236,7 +236,7 @@ class TestPlanVerb:
         assert main(["plan", *flags, "--json_path", str(path)]) == code
         return json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
 
-    def test_lines_and_record(self, tmp_path, capsys):
+    def test_the_plan_is_printed_and_recorded(self, tmp_path, capsys):
         record = self.plan(tmp_path, "--memory_gib", "8", *self.HUB, code=1)
         out = capsys.readouterr().out
         for word in ("weights", "adapter", "optimiser", "activations", "logits", "does not fit"):
@@ -254,7 +254,7 @@ class TestPlanVerb:
     ):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
         monkeypatch.setattr(
-            "glmtune.models.checkpoints._hub_has", lambda _: pytest.fail("needs no hub")
+            "glmtune.models.resolve._hub_has", lambda _: pytest.fail("needs no hub")
         )
         record = self.plan(tmp_path, "--memory_gib", "8", code=1)
         assert record["base"] == "zai-org/chatglm-6b"
@@ -265,7 +265,7 @@ class TestPlanVerb:
         assert self.plan(tmp_path, "--card", "T4")["weights_gib"] > 11
         assert self.plan(tmp_path, "--card", "T4", "--chatglm_path", "glm-tiny")["fits"]
 
-    def test_the_least_comes_first_then_what_is_spent(self, tmp_path, capsys):
+    def test_the_least_memory_is_told_before_what_is_spent_for_speed(self, tmp_path, capsys):
         record = self.plan(tmp_path, "--memory_gib", "24", *self.HUB)
         lines = [line.split() for line in capsys.readouterr().out.splitlines()]
         assert lines[1][:3] == ["at", "least", f"{record['least_gib']:.2f}"]
@@ -287,7 +287,7 @@ class TestPlanVerb:
     def test_a_card_by_name_and_the_lengths_of_the_rows(self, tmp_path):
         short = [{"input_ids": [5] * 20, "seq_len": 9}] * 12
         datasets.Dataset.from_list(short).save_to_disk(tmp_path / "rows")
-        flags = ["--card", "3090", *self.HUB, "--packing", "false"]
+        flags = ["--card", "3090", *self.HUB, "--layout", "exact"]
         record = self.plan(tmp_path, *flags, "--dataset_path", str(tmp_path / "rows"))
         assert record["tokens_per_pass"] == 128  # six rows of 20 tokens, in whole 64s
         assert record["card"] == "RTX 3090"
@@ -328,7 +328,7 @@ class TestPlanVerb:
             (["--json_path", "no/such/folder.jsonl"], "cannot be written"),
         ],
     )
-    def test_mistakes(self, flags, words, capsys):
+    def test_mistakes_of_plan_are_refused_in_one_line(self, flags, words, capsys):
         assert main(["plan", *flags]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ")

@@ -132,7 +132,7 @@ def try_each_fate(verb, name, capsys):
                 break
             if isinstance(fate.values, Mapping):
                 for text, value in fate.values.items():
-                    config = read(verb, **{name: text})
+                    config = read(verb, **{name: text}, **fate.beside)
                     expected = read(verb) if value is None else read(verb, **{target: value})
                     assert config == expected
                     tried += 1
@@ -158,7 +158,8 @@ def try_each_fate(verb, name, capsys):
             break  # what comes after a refusal is for other verbs
         told = capsys.readouterr().err.splitlines()
         assert told
-        assert all(line.startswith(f"note: {name} ") for line in told)
+        names = [name, *getattr(fate, "beside", ())]
+        assert all(any(line.startswith(f"note: {n} ") for n in names) for line in told)
     assert tried
 
 
@@ -522,7 +523,7 @@ def test_whole_recipes_of_others(tmp_path):
         read_config(SETTINGS["train"], "train", str(recipe), {})
     recipe.write_text(AXOLOTL)
     config = read_config(SETTINGS["train"], "train", str(recipe), {"dataset_path": "rows"})
-    assert (config.quantization_bit, config.lora_rank, config.packing) == ("4", 32, True)
+    assert (config.quantization_bit, config.lora_rank, config.layout) == ("4", 32, "packed")
     assert (config.num_train_epochs, config.per_device_train_batch_size) == (4, 2)
     recipe.write_text(AXOLOTL + "datasets:\n  - path: a\n    type: alpaca\n")
     with pytest.raises(UserError, match=r"datasets '{...}': training reads rows"):

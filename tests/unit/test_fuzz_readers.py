@@ -28,8 +28,9 @@ from glmtune.config import SETTINGS, read_config
 from glmtune.config.flags import split_arguments
 from glmtune.errors import UserError
 from glmtune.models.chatglm.configuration import ChatGLMConfig
-from glmtune.models.checkpoints import check_pair, load_base_model, load_tokenizer, resolve_base
-from glmtune.models.random_init import write_random_model
+from glmtune.models.chatglm.random_init import write_random_model
+from glmtune.models.loading import check_pair, load_base_model, load_tokenizer
+from glmtune.models.resolve import resolve_base
 from glmtune.training.saving import checkpoints
 from glmtune.training.saving.manifest import MANIFEST_FILE
 from glmtune.training.saving.run_folder import find_checkpoint
@@ -345,7 +346,7 @@ def nothing_yet() -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_a_few(name, request, capsys):
+def test_damaged_inputs_are_read_or_refused(name, request, capsys):
     told = nothing_yet()
     examine(request.getfixturevalue(name), 40, 6, told)
     assert told.num_refused
@@ -353,7 +354,7 @@ def test_a_few(name, request, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
-def test_for_long(name, request, capsys):
+def test_damaged_inputs_for_long(name, request, capsys):
     read, told = request.getfixturevalue(name), nothing_yet()
     seconds = float(os.environ.get("GLMTUNE_FUZZ_SECONDS", "60"))
     seed, end = random.randrange(2**32), time.monotonic() + seconds

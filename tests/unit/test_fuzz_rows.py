@@ -10,7 +10,6 @@ import json
 import os
 import random
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
@@ -19,7 +18,7 @@ from glmtune.config import ValidateSettings
 from glmtune.data import jsonfile, windows
 from glmtune.data.flaws import Flaw
 from glmtune.data.records import read_alpaca, read_rows
-from glmtune.data.validation import run, spans, validate
+from glmtune.data.validation import validate
 from glmtune.errors import UserError
 
 TEXTS = [
@@ -203,7 +202,6 @@ def examine(rng: random.Random, folder, monkeypatch) -> None:
                     value.startswith("flaw: ") if expected is NO_JSON else value == plain(expected)
                 )
 
-    monkeypatch.setattr(spans, "SPAN_BYTES", 1 << 24)
     config = ValidateSettings(files=(path,), held_out=held_out, json_path=report)
     told_last = ""
     try:
@@ -213,18 +211,17 @@ def examine(rng: random.Random, folder, monkeypatch) -> None:
     assert "\n" not in told_last
     with open(report, encoding="utf-8") as file:
         told = json.load(file)
-    # In spans, each read as if by another process, the same is found.
-    monkeypatch.setattr(spans, "SPAN_BYTES", rng.choice([30, 100, 300]))
-    monkeypatch.setattr(run, "open_pool", lambda _: ThreadPoolExecutor(1))
+    # In short windows the same is found.
+    monkeypatch.setattr(windows, "WINDOW_BYTES", rng.choice([30, 100, 300]))
     with suppress(UserError):
         validate(config)
     monkeypatch.undo()
     with open(report, encoding="utf-8") as file:
-        told_of_spans = json.load(file)
-    assert sorted(map(json.dumps, told_of_spans["problems"])) == sorted(
+        told_of_windows = json.load(file)
+    assert sorted(map(json.dumps, told_of_windows["problems"])) == sorted(
         map(json.dumps, told["problems"])
     )
-    assert told_of_spans["files"] == told["files"]
+    assert told_of_windows["files"] == told["files"]
     checked = told["files"][0]
     problems = [p for p in told["problems"] if p["file"] == path]
     unusable = {p["row"] for p in problems if p["unusable"] and p["row"]}

@@ -17,7 +17,7 @@ from glmtune.generation import (
     generate_answers,
 )
 from glmtune.generation.weights import read_weights
-from glmtune.models.checkpoints import load_base_model
+from glmtune.models.loading import load_base_model
 
 GREEDY = GenerationSettings(max_new_tokens=24)
 DRAWN = GenerationSettings(max_new_tokens=12, do_sample=True, temperature=0.9, top_p=0.95)

@@ -16,16 +16,11 @@ from glmtune.errors import UserError
 from glmtune.models import hubs
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration as Model
-from glmtune.models.checkpoints import (
-    GLM_TINY,
-    base_name,
-    load_base_model,
-    load_config,
-    load_tokenizer,
-    resolve_base,
-)
-from glmtune.models.hubs import check_endpoint, family_by_name, in_modelscope_cache, open_folder
-from glmtune.models.random_init import write_random_model
+from glmtune.models.chatglm.random_init import write_random_model
+from glmtune.models.families import family_not_loaded
+from glmtune.models.hubs import check_endpoint, in_modelscope_cache, open_folder
+from glmtune.models.loading import load_base_model, load_config, load_tokenizer
+from glmtune.models.resolve import GLM_TINY, base_name, resolve_base
 
 COMMIT, OLDER = "0123456789abcdef0123456789abcdef01234567", "f" * 40
 SHAPE = {"hidden_size": 32, "num_layers": 2, "num_attention_heads": 2, "inner_hidden_size": 64}
@@ -345,7 +340,7 @@ def test_modelscope_without_its_client(monkeypatch):
 )
 def test_an_endpoint_that_is_no_address(value, fix, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("glmtune.models.checkpoints.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("glmtune.models.resolve.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_ENDPOINT", value)
     for ask in (check_endpoint, resolve_base, lambda: load_tokenizer("THUDM/chatglm-6b")):
         with pytest.raises(UserError, match=r"HF_ENDPOINT .* is no address") as caught:
@@ -370,7 +365,7 @@ def test_an_endpoint_that_is_no_address(value, fix, monkeypatch):
     ],
 )
 def test_families_by_name(name, family):
-    assert family_by_name(name) == family
+    assert family_not_loaded(name) == family
     with pytest.raises(UserError) as caught:
         load_tokenizer(name)
     assert (f"is {family} by its name" in str(caught.value)) is (family is not None)

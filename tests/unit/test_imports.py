@@ -16,7 +16,7 @@ import glmtune
 PACKAGE = Path(glmtune.__file__).parent
 FLOORS = [
     {"errors"},
-    {"drafts", "signals"},
+    {"drafts", "run_files", "signals"},
     {"config", "hardware", "runlog"},
     {"data", "ops"},
     {"models"},
@@ -83,7 +83,7 @@ def test_the_walk_sees_every_form_of_import():
     source = """
 import glmtune.data.records
 from glmtune import adapters
-from glmtune.models.checkpoints import resolve_base
+from glmtune.models.resolve import resolve_base
 from ..training import loop
 def later():
     from . import report

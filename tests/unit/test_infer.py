@@ -110,7 +110,7 @@ def test_questions_need_no_output(run, path, records_file, capsys):
     assert "nothing was left to do" in str(run()), "and the file is known again"
 
 
-def test_what_else_is_wrong_is_still_refused(run, records_file):
+def test_records_without_question_or_with_numbers_are_refused(run, records_file):
     for broken in ({"input": "a"}, {"instruction": "a", "output": 3}):
         records_file.write_text(json.dumps([*QUESTIONS_ALONE, broken]), encoding="utf-8")
         with pytest.raises(UserError, match="row 4"):
@@ -203,7 +203,7 @@ def test_the_batch_size_may_change(run, path, sampling):
         ({"num_beams": 2}, "num_beams 1, this run has 2"),
     ],
 )
-def test_other_settings_do_not_mix(run, path, changes, told):
+def test_answers_of_other_settings_do_not_mix(run, path, changes, told):
     run(limit=2)
     before = path.read_bytes()
     with pytest.raises(UserError, match=told) as error:
@@ -214,7 +214,7 @@ def test_other_settings_do_not_mix(run, path, changes, told):
     assert len(read(path)) == 5
 
 
-def test_an_adapter_trained_on_does_not_mix(run, answering):
+def test_answers_of_an_adapter_trained_on_do_not_mix(run, answering):
     run(limit=2)
     other = Path(answering["model_path"], "adapter_config.json")
     settings = json.loads(other.read_text(encoding="utf-8"))
@@ -223,7 +223,7 @@ def test_an_adapter_trained_on_does_not_mix(run, answering):
         run()
 
 
-def test_other_records_do_not_mix(run, path, records_file):
+def test_answers_to_other_records_do_not_mix(run, path, records_file):
     run(limit=3)
     records = json.loads(records_file.read_text(encoding="utf-8"))
     records[1]["output"] = "changed"
@@ -311,7 +311,7 @@ def test_records_beyond_the_positions_are_told_before_the_model_is_loaded(run, m
 
 
 @pytest.mark.usefixtures("with_long_ones")
-def test_and_left_out_where_that_is_asked_for(run, path, capsys):
+def test_records_beyond_the_positions_are_left_out_on_demand(run, path, capsys):
     run(on_bad_row="skip")
     assert [line["row"] for line in read(path)] == [1, 3, 5]
     told = capsys.readouterr().err
@@ -322,13 +322,13 @@ def test_and_left_out_where_that_is_asked_for(run, path, capsys):
     assert len(read(path)) == 1, "what is not asked for is not in the way"
 
 
-def test_nothing_but_records_beyond_the_positions(run, records_file):
+def test_a_file_of_records_beyond_the_positions_alone_is_refused(run, records_file):
     records_file.write_text(json.dumps([{"instruction": "long " * 300}]), encoding="utf-8")
     with pytest.raises(UserError, match="no record is short enough"):
         run(on_bad_row="skip")
 
 
-def test_the_command(answering, path, capsys):
+def test_infer_command_answers_and_refuses(answering, path, capsys):
     flags = [text for name, value in answering.items() for text in (f"--{name}", str(value))]
     assert main(["infer", *flags, "--limit", "1", "--num_beams", "2"]) == 0
     assert len(read(path)) == 1

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import glmtune.models  # noqa: F401
 from glmtune.errors import UserError
-from glmtune.models.checkpoints import load_base_model
 from glmtune.models.integer_weights import Packed, PackedEmbedding, PackedLinear
+from glmtune.models.loading import load_base_model
 
 KINDS = {"int8": (8, False), "int4": (4, False), "int4-qe": (4, True), "int8-qe": (8, True)}
 PAD = 3
@@ -61,7 +61,7 @@ def logits(model):
 
 
 @torch.no_grad()
-def test_it_computes_with_what_its_integers_stand_for(kind, folder, tiny_folder):
+def test_a_packed_model_computes_with_what_its_integers_stand_for(kind, folder, tiny_folder):
     bits, embeddings = KINDS[kind]
     tensors, reference, num_packed = read(folder), load(tiny_folder).double(), 0
     for name, module in reference.named_modules():
@@ -160,13 +160,13 @@ def test_a_dequantised_model_is_a_plain_one(folder, tiny_folder, tmp_path):
 @pytest.mark.parametrize(
     "keep_packed, done", [(True, "stay packed"), (False, "are dequantised to float32")]
 )
-def test_a_line_says_what_becomes_of_them(folders, keep_packed, done, capsys):
+def test_a_line_says_what_becomes_of_integer_weights(folders, keep_packed, done, capsys):
     model = load_base_model(str(folders["int4"]), dtype=torch.float32, keep_packed=keep_packed)
     assert any(isinstance(module, Packed) for module in model.modules()) is keep_packed
     assert f"note: the int4 weights of int4 {done}\n" in capsys.readouterr().err
 
 
-def test_generate(folders):
+def test_a_packed_model_generates_what_its_floats_do(folders):
     model = load(folders["int4-qe"])
     made = model.generate(IDS[:1, :5], max_new_tokens=5, do_sample=False)
     assert made.shape == (1, 10)

@@ -16,7 +16,7 @@ import torch
 from glmtune import runlog
 from glmtune.config import TrainSettings
 from glmtune.errors import UserError
-from glmtune.models.checkpoints import GLM_TINY
+from glmtune.models.resolve import GLM_TINY
 from glmtune.training import loop, passes
 from glmtune.training.saving import checkpoints, disk
 from glmtune.training.saving.disk import check_room, checkpoint_bytes, most_new_checkpoints
@@ -83,7 +83,7 @@ class TestSignals:
             pytest.param("accumulating", 2, signal.SIGTERM, marks=pytest.mark.slow),
         ],
     )
-    def test_it_saves_and_ends(self, toy_rows, tmp_path, moment, checkpoint, number):
+    def test_a_signalled_run_saves_and_ends(self, toy_rows, tmp_path, moment, checkpoint, number):
         folder = tmp_path / "run"
         out, err, code = self.stopped(toy_rows, folder, moment, number)
         assert code == 130
@@ -93,7 +93,7 @@ class TestSignals:
         assert f"--resume_from_checkpoint {newest}" in out
         assert not [entry for entry in folder.iterdir() if entry.name.startswith(".")]
 
-    def test_before_the_first_step_nothing_is_written(self, toy_rows, tmp_path):
+    def test_a_signal_before_the_first_step_leaves_nothing_written(self, toy_rows, tmp_path):
         for number in (signal.SIGTERM, signal.SIGINT):
             _, err, code = self.stopped(toy_rows, tmp_path / "run", "loading", number)
             assert (code, err.splitlines()[-1]) == (130, "interrupted")
@@ -169,7 +169,9 @@ def test_an_evaluation_that_was_cut_short_is_made_up_for(toy_run, tmp_path, monk
 
 
 class TestTheClock:
-    def test_it_ends_with_a_checkpoint_and_says_how_to_go_on(self, toy_run, tmp_path, capsys):
+    def test_a_run_out_of_time_ends_with_a_checkpoint_and_says_how_to_go_on(
+        self, toy_run, tmp_path, capsys
+    ):
         loop.train(toy_run(output_dir=str(tmp_path / "unbroken")))
         capsys.readouterr()
         stopped = loop.train(toy_run(max_hours=1e-9))
@@ -183,7 +185,7 @@ class TestTheClock:
         loop.train(toy_run(resume_from_checkpoint="true"))
         assert weights(tmp_path / "run") == weights(tmp_path / "unbroken")
 
-    def test_it_is_looked_at_between_passes(self, toy_run, monkeypatch):
+    def test_the_clock_is_read_between_passes(self, toy_run, monkeypatch):
         run, clock = passes.PaddedPass.run, SimpleNamespace(seconds=0.0)
 
         def an_hour_later(self, *args):
@@ -212,7 +214,9 @@ class TestMemory:
         monkeypatch.setattr(passes.PaddedPass, method, full)
         return lambda: monkeypatch.setattr(passes.PaddedPass, method, call)
 
-    def test_the_steps_before_are_saved_and_gone_on_with(self, toy_run, tmp_path, monkeypatch):
+    def test_steps_before_memory_ran_out_are_saved_and_gone_on_with(
+        self, toy_run, tmp_path, monkeypatch
+    ):
         """Bit for bit, though one pass of the failed step had drawn its dropout and gradients."""
         loop.train(toy_run(output_dir=str(tmp_path / "unbroken")))
         mend = self.run_out(monkeypatch, "run", 6)
@@ -242,7 +246,7 @@ class TestMemory:
         more = {"gradient_checkpointing": "true", "resume_from_checkpoint": "true"}
         assert loop.train(toy_run(**advised, **more)).global_step == 4
 
-    def test_in_an_evaluation(self, toy_run, tmp_path, monkeypatch):
+    def test_memory_that_runs_out_in_an_evaluation(self, toy_run, tmp_path, monkeypatch):
         self.run_out(monkeypatch, "loss", 1)
         with pytest.raises(UserError, match=r"halve per_device_eval_batch_size \(8\).*go on with"):
             loop.train(toy_run(eval_ratio=0.3, eval_steps=3))
@@ -278,7 +282,7 @@ class TestDisk:
 
     @pytest.mark.parametrize("call", ["fsync", "rename", "mkdir"])
     @pytest.mark.parametrize(("number", "words"), [(28, "No space left"), (5, "Input/output")])
-    def test_a_call_that_fails(self, kept, monkeypatch, call, number, words):
+    def test_a_save_whose_call_fails(self, kept, monkeypatch, call, number, words):
         real = getattr(os, call)
 
         def fails(path, *args, **how):
@@ -419,7 +423,9 @@ class TestRoom:
             (0, 0, None, 0),
         ],
     )
-    def test_how_many_there_will_be_at_a_time(self, num_saves, num_there, limit, expected):
+    def test_how_many_checkpoints_there_will_be_at_a_time(
+        self, num_saves, num_there, limit, expected
+    ):
         assert most_new_checkpoints(num_saves, num_there, limit) == expected
 
     def test_a_folder_that_is_not_there_yet_is_on_the_disk_of_the_one_above(self, tmp_path):

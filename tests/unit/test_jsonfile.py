@@ -78,7 +78,7 @@ def test_a_list_is_read_at_once_but_for_its_end(read, monkeypatch, indent):
     ],
 )
 @pytest.mark.parametrize("start, between, end", [("", "\n", ""), ("[", ",\n", "]")])
-def test_flaws(read, row, kind, start, between, end):
+def test_each_flaw_is_named_between_good_rows(read, row, kind, start, between, end):
     rows, _ = read(start + between.join([ROW, row, ROW]) + end)
     assert rows == [(1, json.loads(ROW)), (2, kind), (3, json.loads(ROW))]
 

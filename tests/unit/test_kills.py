@@ -37,14 +37,14 @@ def run_server(mode, number, folder, base):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, which this system cannot")
 class TestKills:
     @pytest.mark.parametrize("num_kills", few_or(200, 20))
-    def test_at_random_instants(self, tmp_path, tiny_folder, num_kills):
+    def test_kills_at_random_instants(self, tmp_path, tiny_folder, num_kills):
         told = run_server("random", num_kills, tmp_path / "run", tiny_folder)
         assert told["kills"] == num_kills
         assert told["in_a_save"] > num_kills / 4, told
         assert told["last_step"] > num_kills / 10, told
 
     @pytest.mark.parametrize("every", few_or(1, 7))
-    def test_before_each_call_that_changes_the_disk(self, tmp_path, tiny_folder, every):
+    def test_kills_before_each_call_that_changes_the_disk(self, tmp_path, tiny_folder, every):
         """Each fsync, rename and deletion of a save with its rotation, one after the other."""
         told = run_server("each", every, tmp_path / "run", tiny_folder)
         assert told["kills"] > 30 // every, told
@@ -69,7 +69,7 @@ class Server:
             max_steps=10**6,
             use_cpu=True,
         )
-        from glmtune.models.checkpoints import load_base_model
+        from glmtune.models.loading import load_base_model
 
         accelerator, dtype = start_accelerator(self.config)
         model = adapt(load_base_model(base, dtype=dtype), self.config)
@@ -118,11 +118,12 @@ class Server:
         """Check all that a killed child left; gives the newest step, and whether it was saving."""
         from safetensors.torch import load_file
 
+        from glmtune.run_files import saved_steps
         from glmtune.training.saving import checkpoints, run_folder
         from glmtune.training.saving.manifest import find_fault
 
         names = [entry.name for entry in self.folder.iterdir()]
-        steps = checkpoints.saved_steps(self.folder)
+        steps = saved_steps(self.folder)
         for step in steps:
             checkpoint = self.folder / f"checkpoint-{step}"
             assert find_fault(checkpoint) is None, find_fault(checkpoint)
@@ -148,10 +149,11 @@ class Server:
 
 def some_rows():
     import numpy as np
+    from toys import ToyTokenizer
 
     from glmtune.data.token_rows import TokenRows
 
-    return TokenRows(np.arange(6), np.array([0, 6]), np.array([4]))
+    return TokenRows(np.arange(6), np.array([0, 6]), np.array([4]), ToyTokenizer().row_rule)
 
 
 def kill_at_random(server, num_kills):

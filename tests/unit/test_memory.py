@@ -10,25 +10,29 @@ from glmtune.adapters import attach_lora
 from glmtune.bench.rows import random_rows
 from glmtune.hardware import GIB
 from glmtune.models.chatglm.configuration import ChatGLMConfig
+from glmtune.models.chatglm.family import shape
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
-from glmtune.models.chatglm.packed import PackedModel
+from glmtune.models.chatglm.packed import PACKED
+from glmtune.models.packed import PackedModel
 from glmtune.training.passes import PackedPass, PaddedPass
-from glmtune.training.planning.memory import LINEARS, Batch, Setup, estimate
+from glmtune.training.planning.memory import Batch, Setup, estimate
 
-CHATGLM_6B, BF16 = ChatGLMConfig(), torch.bfloat16
+CHATGLM_6B, BF16 = shape(ChatGLMConfig()), torch.bfloat16
+FUSED, LINEARS = ("query_key_value",), CHATGLM_6B.linear_names
 
 
-def on_h200(way, **changes):
-    return Setup(CHATGLM_6B, BF16, way, is_hopper=True, **changes)
+def on_h200(layout, targets=FUSED, **changes):
+    compiled = layout != "padded"
+    return Setup(CHATGLM_6B, BF16, layout, compiled, is_hopper=True, targets=targets, **changes)
 
 
 @pytest.mark.parametrize(
     ("setup", "batch", "measured"),
     [
-        (on_h200("compiled"), Batch(8192, 5400), 30.29),
-        (on_h200("compiled"), Batch(16384, 10800), 48.78),
-        (on_h200("compiled", is_fp8=True), Batch(8192, 5400), 30.30),
-        (on_h200("compiled", targets=LINEARS), Batch(8192, 5400), 42.75),
+        (on_h200("packed"), Batch(8192, 5400), 30.29),
+        (on_h200("packed"), Batch(16384, 10800), 48.78),
+        (on_h200("packed", is_fp8=True), Batch(8192, 5400), 30.30),
+        (on_h200("packed", targets=LINEARS), Batch(8192, 5400), 42.75),
         # The longest of the first 18 batches of six has 132 tokens.
         (on_h200("padded"), Batch(6 * 132, 500), 15.28),
     ],
@@ -38,23 +42,23 @@ def test_the_estimate_is_what_an_h200_took(setup, batch, measured):
     assert estimate(setup, batch).allocated / GIB == pytest.approx(measured, rel=0.01)
 
 
-def test_captured_steps_of_six_rows():
+def test_the_estimate_of_captured_steps_of_six_rows():
     """14.64 GiB were measured with 42 workspaces of cuBLAS (21 streams); 4 are left of them."""
     of_workspaces = (42 - 4) * 32 / 1024
-    gib = estimate(on_h200("captured"), Batch(768, 576)).allocated / GIB
+    gib = estimate(on_h200("exact"), Batch(768, 576)).allocated / GIB
     assert gib == pytest.approx(14.64 - of_workspaces, rel=0.02)
 
 
 @pytest.mark.parametrize(
     ("changes", "to_reach"), [({"bits": 4}, 5.0), ({"bits": 8}, 7.5), ({}, 12.5)]
 )
-def test_six_rows_of_200_tokens_with_recomputing(changes, to_reach):
-    setup = on_h200("captured", **changes)
+def test_the_estimate_of_six_rows_of_200_tokens_with_recomputing(changes, to_reach):
+    setup = on_h200("exact", **changes)
     assert estimate(setup, Batch(1216, 1216), recompute=27).allocated / GIB < to_reach
 
 
 def test_each_layer_that_is_recomputed_takes_less():
-    setup, batch = on_h200("compiled"), Batch(8192, 5400)
+    setup, batch = on_h200("packed"), Batch(8192, 5400)
     sizes = [estimate(setup, batch, k).allocated for k in range(28)]
     differences = np.diff(sizes) / (batch.num_tokens * setup.value_bytes)
     assert differences.max() < 0
@@ -71,19 +75,21 @@ def peak_bytes(work):
     return np.cumsum([event.nbytes() for event in events]).max()
 
 
-@pytest.mark.parametrize("way", ["padded", "packed"])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize(
     ("targets", "dropout", "recompute", "vocab_size"),
     [
-        (("query_key_value",), 0.1, 0, 1024),
-        (("query_key_value",), 0.0, 0, 4096),
-        (("query_key_value",), 0.1, 3, 4096),
-        (("query_key_value",), 0.1, 7, 1024),
+        (FUSED, 0.1, 0, 1024),
+        (FUSED, 0.0, 0, 4096),
+        (FUSED, 0.1, 3, 4096),
+        (FUSED, 0.1, 7, 1024),
         (LINEARS, 0.1, 0, 4096),
         (LINEARS, 0.0, 4, 1024),
     ],
 )
-def test_it_is_near_what_the_cpu_allocates(way, targets, dropout, recompute, vocab_size):
+def test_the_estimate_is_near_what_the_cpu_allocates(
+    layout, targets, dropout, recompute, vocab_size
+):
     torch.manual_seed(0)
     config = ChatGLMConfig(
         vocab_size=vocab_size, hidden_size=256, num_layers=8, num_attention_heads=4,
@@ -93,16 +99,16 @@ def test_it_is_near_what_the_cpu_allocates(way, targets, dropout, recompute, voc
     model = attach_lora(base, rank=8, dropout=dropout, targets=targets)
     rows, row_ids, accelerator = random_rows(config, 60), np.arange(6), Accelerator(cpu=True)
     num_learned = int(rows.num_labels_R[row_ids].sum())
-    if way == "padded":
+    if layout == "padded":
         step_pass = PaddedPass(accelerator, model, rows, recompute)
         batch = Batch(6 * int(rows.lengths_R[row_ids].max()), num_learned)
     else:
-        packed = PackedModel(model, compiled=False, recompute=recompute)
+        packed = PackedModel(model, PACKED, compiled=False, recompute=recompute)
         step_pass = PackedPass(accelerator, packed, rows, dropout, None)
         batch = Batch(int(rows.lengths_R[row_ids].sum()), num_learned)
     step_pass.run(row_ids, 100, 0)  # gradients are there from here on
     measured = peak_bytes(lambda: step_pass.run(row_ids, 100, 0))
     setup = Setup(
-        config, torch.float32, way, on_gpu=False, targets=targets, has_dropout=dropout > 0
+        shape(config), torch.float32, layout, on_gpu=False, targets=targets, has_dropout=dropout > 0
     )
     assert estimate(setup, batch, recompute).of_the_pass == pytest.approx(measured, rel=0.1)

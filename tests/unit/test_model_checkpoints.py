@@ -9,28 +9,22 @@ import pytest
 import torch
 
 from glmtune.errors import UserError
-from glmtune.models import checkpoints
+from glmtune.models import resolve
 from glmtune.models.chatglm.configuration import ChatGLMConfig
-from glmtune.models.checkpoints import (
-    GLM_TINY,
-    HUB_IDS,
-    base_name,
-    check_pair,
-    load_base_model,
-    load_tokenizer,
-    resolve_base,
-)
-from glmtune.models.random_init import write_random_model
+from glmtune.models.chatglm.random_init import write_random_model
+from glmtune.models.chatglm.rows import row_rule
+from glmtune.models.loading import check_pair, load_base_model, load_tokenizer
+from glmtune.models.resolve import GLM_TINY, HUB_IDS, base_name, resolve_base
 
-ask_hub = checkpoints._hub_has
+ask_hub = resolve._hub_has
 
 
 @pytest.fixture(autouse=True)
 def no_base_anywhere(monkeypatch):
     monkeypatch.delenv("GLMTUNE_MODEL", raising=False)
-    monkeypatch.setattr(checkpoints, "try_to_load_from_cache", lambda *_: None)
-    monkeypatch.setattr(checkpoints, "_hub_has", lambda _: False)
-    checkpoints._tell_of_glm_tiny.cache_clear()
+    monkeypatch.setattr(resolve, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(resolve, "_hub_has", lambda _: False)
+    resolve._tell_of_glm_tiny.cache_clear()
 
 
 def test_the_setting_wins_over_environment_and_run_folder(tmp_path, monkeypatch):
@@ -48,11 +42,11 @@ def test_the_setting_wins_over_environment_and_run_folder(tmp_path, monkeypatch)
 
 
 def test_the_hub_cache_comes_next_then_the_hub(monkeypatch):
-    monkeypatch.setattr(checkpoints, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(checkpoints, "_hub_has", lambda name: name == HUB_IDS[0])
+    monkeypatch.setattr(resolve, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(resolve, "_hub_has", lambda name: name == HUB_IDS[0])
     assert resolve_base() == HUB_IDS[0]
     cached = {HUB_IDS[1]: "/cache/config.json"}
-    monkeypatch.setattr(checkpoints, "try_to_load_from_cache", lambda name, _: cached.get(name))
+    monkeypatch.setattr(resolve, "try_to_load_from_cache", lambda name, _: cached.get(name))
     assert resolve_base() == HUB_IDS[1]
 
 
@@ -75,8 +69,8 @@ def test_glm_tiny_by_name(capsys, tmp_path, monkeypatch):
 
 
 def test_a_hub_that_is_not_to_be_asked(monkeypatch):
-    monkeypatch.setattr(checkpoints, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(checkpoints, "_hub_has", lambda _: pytest.fail("asked the hub"))
+    monkeypatch.setattr(resolve, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(resolve, "_hub_has", lambda _: pytest.fail("asked the hub"))
     assert resolve_base() == GLM_TINY
 
 
@@ -90,8 +84,8 @@ def test_a_hub_that_fails_or_hangs(trouble, monkeypatch):
         gone.wait(60)
         answers.append(name)
 
-    monkeypatch.setattr(checkpoints.HfApi, "model_info", model_info)
-    monkeypatch.setattr(checkpoints, "HUB_TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr(resolve.HfApi, "model_info", model_info)
+    monkeypatch.setattr(resolve, "HUB_TIMEOUT_SECONDS", 0.05)
     assert not ask_hub.__wrapped__("any/name")
     assert not answers, "it was not waited for"
     gone.set()
@@ -153,14 +147,22 @@ def test_a_base_without_a_vocabulary(tiny_folder):
 IDS = ("bos_token_id", "eos_token_id", "gmask_token_id", "mask_token_id", "pad_token_id")
 
 
+def named_ids(config, **changes):
+    """What a tokenizer of the same ids as a model says of them."""
+    ids = SimpleNamespace(
+        **{name: getattr(config, name) for name in IDS} | {"vocab_size": 1000} | changes
+    )
+    ids.row_rule = row_rule(ids)
+    return ids
+
+
 def test_a_model_and_a_tokenizer_that_disagree(tiny_folder):
     model = load_base_model(str(tiny_folder))
-    ids = {name: getattr(model.config, name) for name in IDS}
-    check_pair(model, SimpleNamespace(**ids, vocab_size=1000))
+    check_pair(model, named_ids(model.config))
     with pytest.raises(UserError, match="eos_token_id: the model says 1005, the tokenizer 2"):
-        check_pair(model, SimpleNamespace(**ids | {"eos_token_id": 2}, vocab_size=1000))
+        check_pair(model, named_ids(model.config, eos_token_id=2))
     with pytest.raises(UserError, match="vocab_size"):
-        check_pair(model, SimpleNamespace(**ids, vocab_size=5000))
+        check_pair(model, named_ids(model.config, vocab_size=5000))
 
 
 @pytest.mark.parametrize("name", IDS)
@@ -177,9 +179,7 @@ def test_a_generation_config_that_ends_answers_elsewhere(tiny_folder, tmp_path, 
     for right in (None, 1005, [1005]):
         written.write_text(json.dumps({"eos_token_id": right}))
         model = load_base_model(str(folder))
-        tokenizer = SimpleNamespace(
-            **{name: getattr(model.config, name) for name in IDS}, vocab_size=1000
-        )
+        tokenizer = named_ids(model.config)
         check_pair(model, tokenizer)
     written.write_text(json.dumps({"eos_token_id": ends}))
     with pytest.raises(UserError, match=r"generation_config.json: eos_token_id says .*1005"):

@@ -9,10 +9,11 @@ import torch
 
 from glmtune import cli
 from glmtune.config import NewModelSettings, read_config
-from glmtune.models import new_model as module
+from glmtune.models.chatglm import new_model as module
+from glmtune.models.chatglm.new_model import count_parameters, new_model, shape
 from glmtune.models.chatglm.vocabulary import VOCAB_FILE
-from glmtune.models.checkpoints import GLM_TINY, check_pair, load_base_model, load_tokenizer
-from glmtune.models.new_model import count_parameters, new_model, shape
+from glmtune.models.loading import check_pair, load_base_model, load_tokenizer
+from glmtune.models.resolve import GLM_TINY
 
 SMALL = {"hidden_size": "32", "num_layers": "2", "num_attention_heads": "4"}
 
@@ -22,7 +23,7 @@ def settings(folder, like="glm-tiny", **flags) -> NewModelSettings:
     return read_config(NewModelSettings, "new-model", None, flags)
 
 
-def test_like_glm_tiny(tmp_path, capsys):
+def test_a_model_like_glm_tiny(tmp_path, capsys):
     folder = tmp_path / "new"
     written = new_model(settings(folder, **SMALL))
     out = capsys.readouterr().out
@@ -37,7 +38,7 @@ def test_like_glm_tiny(tmp_path, capsys):
         assert model(torch.tensor([tokenizer.encode_batch(["猫"], add_special_tokens=True)[0]]))
 
 
-def test_like_the_published_one(tmp_path, capsys):
+def test_a_model_like_the_published_one(tmp_path, capsys):
     folder = tmp_path / "new"
     new_model(settings(folder, "chatglm-6b", vocab_size="2000", num_shards="3", **SMALL))
     assert "no tokenizer" in capsys.readouterr().out
@@ -66,7 +67,7 @@ def test_the_same_seed_gives_the_same_weights(tmp_path):
 
 
 @pytest.mark.parametrize("revision, bos", [("130528", 130004), ("150528", 150004)])
-def test_the_published_sizes(revision, bos):
+def test_the_number_of_parameters_is_the_published_one(revision, bos):
     config = shape(settings("x", "chatglm-6b", vocab_size=revision), None)
     assert (config.bos_token_id, config.eos_token_id) == (bos, bos + 1)
     assert (config.hidden_size, config.num_layers, config.inner_hidden_size) == (4096, 28, 16384)
@@ -83,7 +84,7 @@ def test_the_published_sizes(revision, bos):
         ({"vocab_file": __file__}, "test_new_model.py"),
     ],
 )
-def test_sizes_that_do_not_fit(flags, words, tmp_path, capsys):
+def test_sizes_that_do_not_fit_each_other_are_refused(flags, words, tmp_path, capsys):
     line = [f"--{name}={value}" for name, value in flags.items()]
     assert cli.main(["new-model", str(tmp_path / "new"), "--like", "glm-tiny", *line]) == 2
     err = capsys.readouterr().err
@@ -100,7 +101,7 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
-def test_no_room(tmp_path, monkeypatch, capsys):
+def test_a_disk_without_room_is_told_beforehand(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "new"
     line = ["new-model", str(folder), "--like", "chatglm-6b"]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))

@@ -12,7 +12,8 @@ from glmtune.data.packing import plan_packs
 from glmtune.errors import UserError
 from glmtune.models.chatglm.configuration import VOCAB_SIZE_V1_0, ChatGLMConfig
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration, ChatGLMMLP
-from glmtune.models.chatglm.packed import PackedModel, gelu, to_fp8
+from glmtune.models.chatglm.packed import PACKED, gelu
+from glmtune.models.packed import PackedModel, to_fp8
 from glmtune.ops.attention import PaddedRows, dense_mask
 from glmtune.training.first_step import check_agreement
 from glmtune.training.passes import PackedPass, PaddedPass
@@ -61,7 +62,7 @@ def differences(fast, plain, row_ids, weights):
 
 @settings(deadline=None, max_examples=40)
 @given(shapes=SHAPES, revision=st.sampled_from(["v1.1", "v1.0"]), recompute=st.integers(0, 1))
-def test_packs_equal_padded_rows(models, make_rows, shapes, revision, recompute):
+def test_packed_pass_equals_padded_pass(models, make_rows, shapes, revision, recompute):
     """Loss and the gradient of every adapter tensor, whatever lies beside a row in its pack.
 
     Among the shapes are prefixes of one token, answers of none, and packs that are full.
@@ -69,7 +70,7 @@ def test_packs_equal_padded_rows(models, make_rows, shapes, revision, recompute)
     model = models[revision]
     config, accelerator = model.config, Accelerator(cpu=True)
     rows = make_rows(shapes, config)
-    packed = PackedModel(model, compiled=False, recompute=recompute)
+    packed = PackedModel(model, PACKED, compiled=False, recompute=recompute)
     plain = PaddedPass(accelerator, model, rows)
     for length in (PACK_LENGTH, None):  # with filler, and without
         fast = PackedPass(accelerator, packed, rows, 0.0, length)
@@ -83,14 +84,14 @@ def test_packs_equal_padded_rows(models, make_rows, shapes, revision, recompute)
 def test_each_linear_may_have_an_adapter_or_none(make_rows, targets):
     model, rows = make_model(V1_1, targets), make_rows([(4, 6), (0, 3), (9, 9)])
     accelerator = Accelerator(cpu=True)
-    fast = PackedPass(accelerator, PackedModel(model, compiled=False), rows, 0.0, 64)
+    fast = PackedPass(accelerator, PackedModel(model, PACKED, compiled=False), rows, 0.0, 64)
     plain = PaddedPass(accelerator, model, rows)
     assert max(differences(fast, plain, np.arange(3), trained(model))) < 1e-5
 
 
 def test_a_pack_with_nothing_to_learn_gives_no_gradient(make_rows):
     model, rows = make_model(V1_1), make_rows([(4, 6)])
-    packed = PackedModel(model, compiled=False)
+    packed = PackedModel(model, PACKED, compiled=False)
     fast = PackedPass(Accelerator(cpu=True), packed, rows, 0.0, 16)
     loss, grads = fast.gradients(np.array([], dtype=int), trained(model))
     assert loss == 0
@@ -98,22 +99,24 @@ def test_a_pack_with_nothing_to_learn_gives_no_gradient(make_rows):
 
 
 @pytest.mark.parametrize("recompute", [0, 1, 2, 4])
-def test_so_many_layers_are_computed_twice_and_give_the_same(make_rows, monkeypatch, recompute):
+def test_packed_pass_recomputes_layers_with_equal_gradients(make_rows, monkeypatch, recompute):
     """The last one never is: its way back begins as soon as it is done."""
     model, rows = make_model(V1_1, num_layers=5), make_rows([(4, 6), (0, 3)])
-    packed, calls = PackedModel(model, compiled=False, recompute=recompute), []
+    packed, calls = PackedModel(model, PACKED, compiled=False, recompute=recompute), []
     block = packed.block
     monkeypatch.setattr(packed, "block", lambda *args: (calls.append(1), block(*args))[1])
     fast = PackedPass(Accelerator(cpu=True), packed, rows, 0.0, 32)
     _, grads = fast.gradients(np.arange(2), trained(model))
     assert len(calls) == 4 + recompute
-    keeping = PackedPass(Accelerator(cpu=True), PackedModel(model, compiled=False), rows, 0.0, 32)
+    keeping = PackedPass(
+        Accelerator(cpu=True), PackedModel(model, PACKED, compiled=False), rows, 0.0, 32
+    )
     _, wanted = keeping.gradients(np.arange(2), trained(model))
     assert all(torch.equal(a, b) for a, b in zip(grads, wanted, strict=True))
 
 
 @pytest.mark.parametrize("recompute", [1, 4])
-def test_so_does_the_plain_way(make_rows, monkeypatch, recompute):
+def test_padded_pass_recomputes_layers_with_equal_gradients(make_rows, monkeypatch, recompute):
     model, rows, calls = make_model(V1_1, dropout=0.1, num_layers=5), make_rows([(4, 6)]), []
     forward = ChatGLMMLP.forward
     monkeypatch.setattr(ChatGLMMLP, "forward", lambda *args: (calls.append(1), forward(*args))[1])
@@ -140,33 +143,33 @@ class TestDropout:
 
     def run(self, rate, seed, recompute=0):
         model, rows = make_model(V1_1, dropout=rate), self.rows
-        packed = PackedModel(model, compiled=False, recompute=recompute)
+        packed = PackedModel(model, PACKED, compiled=False, recompute=recompute)
         fast = PackedPass(Accelerator(cpu=True), packed, rows, rate, 64)
         loss = fast.run(np.arange(3), 1, seed)
         return loss, torch.cat([weight.grad.flatten() for weight in trained(model)])
 
-    def test_it_is_a_function_of_the_seed(self):
+    def test_dropout_is_a_function_of_the_seed(self):
         loss, grad = self.run(0.2, seed=1)
         again, grad_again = self.run(0.2, seed=1)
         other, _ = self.run(0.2, seed=2)
         assert loss == again != other
         assert torch.equal(grad, grad_again)
 
-    def test_recomputing_drops_the_same(self):
+    def test_recomputed_layers_drop_the_same_inputs(self):
         loss, grad = self.run(0.2, seed=1)
         again, grad_again = self.run(0.2, seed=1, recompute=1)
         assert loss == again
         torch.testing.assert_close(grad, grad_again)
 
-    def test_its_mean_is_the_plain_loss(self):
+    def test_mean_loss_over_seeds_is_the_loss_without_dropout(self):
         losses = torch.stack([self.run(0.1, seed)[0] for seed in range(40)])
         plain, _ = self.run(0.0, 0)
         assert abs(losses.mean() - plain) < 4 * losses.std() / 40**0.5
         assert losses.std() > 0
 
-    def test_evaluation_is_without(self):
+    def test_evaluation_drops_nothing(self):
         model, rows = make_model(V1_1, dropout=0.5), self.rows
-        packed = PackedModel(model, compiled=False)
+        packed = PackedModel(model, PACKED, compiled=False)
         fast = PackedPass(Accelerator(cpu=True), packed, rows, 0.5, 64)
         plain = PaddedPass(Accelerator(cpu=True), model, rows)
         torch.testing.assert_close(fast.loss(np.arange(3)), plain.loss(np.arange(3)))
@@ -177,12 +180,12 @@ class TestFloat8:
         model, rows = make_model(V1_1), make_rows([(4, 6), (0, 3), (9, 9)])
         to_fp8(model)
         accelerator = Accelerator(cpu=True)
-        fast = PackedPass(accelerator, PackedModel(model, compiled=False), rows, 0.0, 64)
+        fast = PackedPass(accelerator, PackedModel(model, PACKED, compiled=False), rows, 0.0, 64)
         plain = PaddedPass(accelerator, model, rows)
         # Equal but for sums in another order, which may round a number the other way.
         assert max(differences(fast, plain, np.arange(3), trained(model))) < 0.02
 
-    def test_it_is_near_the_exact_model(self, make_rows):
+    def test_float8_model_is_near_the_exact_model(self, make_rows):
         rows, losses = make_rows([(4, 6), (0, 3), (9, 9)]), []
         for eight_bits in (False, True):
             model = make_model(V1_1)
@@ -204,30 +207,30 @@ class TestCheck:
         if mask:
             monkeypatch.setattr(PaddedRows, "of", mask)
         accelerator = Accelerator(cpu=True)
-        fast = PackedPass(accelerator, PackedModel(model, compiled=False), rows, 0.0, 64)
+        fast = PackedPass(accelerator, PackedModel(model, PACKED, compiled=False), rows, 0.0, 64)
         plain = PaddedPass(accelerator, model, rows)
         return check_agreement(fast, plain, np.arange(3), trained(model), torch.float32)
 
-    def test_what_agrees_passes(self, monkeypatch):
+    def test_equal_passes_agree(self, monkeypatch):
         assert max(self.check(monkeypatch)) < 1e-5
 
-    def test_rows_that_see_each_other_do_not(self, monkeypatch):
+    def test_rows_that_see_each_other_are_refused(self, monkeypatch):
         of = PaddedRows.of
 
         def mixed(start_T, prefix_end_T, end_T):
             as_one = torch.zeros_like(start_T), prefix_end_T, torch.full_like(end_T, len(end_T))
             return of(*as_one)
 
-        with pytest.raises(UserError, match=r"packing: one pack of 3 rows .* packing false"):
+        with pytest.raises(UserError, match=r"packing: one pack of 3 rows .* layout padded"):
             self.check(monkeypatch, mixed)
 
-    def test_nor_does_a_prefix_that_ends_a_token_early(self, monkeypatch):
+    def test_a_prefix_that_ends_a_token_early_is_refused(self, monkeypatch):
         of = PaddedRows.of
         with pytest.raises(UserError, match="gradient by"):
             self.check(monkeypatch, lambda start, prefix, end: of(start, prefix - 1, end))
 
     @pytest.mark.parametrize(("loss_a_label", "passes"), [(0.02, True), (2.0, False), (9.0, False)])
-    def test_of_rows_that_are_known_the_gradient_is_rounding(
+    def test_gradients_of_memorised_rows_may_differ_by_rounding(
         self, monkeypatch, loss_a_label, passes
     ):
         """It is a difference of nearly equal numbers then, and may be off by more."""

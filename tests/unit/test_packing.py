@@ -66,22 +66,16 @@ class TestLayOut:
         rows = make_rows(shapes, config)
         ids = np.random.default_rng(1).permutation(len(rows))
         num_tokens = int(rows.lengths_R.sum())
-        pack = lay_out(
-            rows,
-            ids,
-            num_tokens + spare,
-            pad_token_id=config.pad_token_id,
-            sop_in_prefix=bool(config.num_image_tokens),
-        )
+        pack = lay_out(rows, ids, num_tokens + spare)
         assert pack.num_tokens == num_tokens
         learned, start = [], 0
         for row in ids:
-            alone = collate(rows, np.array([row]), config.pad_token_id)
+            alone = collate(rows, np.array([row]))
             layout = read_layout(alone["input_ids"], config)
             end = start + rows.lengths_R[row]
             place = slice(start, end)
             assert pack.input_ids_T[place].tolist() == rows[row].tolist()
-            positions = pack.position_ids_2T[:, place]
+            positions = pack.position_ids_XT[:, place]
             assert positions.tolist() == layout.position_ids_B2S[0].tolist()
             assert set(pack.start_T[place]) == {start}
             assert set(pack.end_T[place]) == {end}
@@ -95,7 +89,7 @@ class TestLayOut:
         assert (pack.input_ids_T[num_tokens:] == config.pad_token_id).all()
 
     def test_a_pack_of_nothing_teaches_nothing(self, make_rows):
-        pack = lay_out(make_rows([(1, 1)]), np.array([], dtype=int), 8, pad_token_id=3)
+        pack = lay_out(make_rows([(1, 1)]), np.array([], dtype=int), 8)
         assert (pack.num_tokens, len(pack.targets_L)) == (0, 0)
         assert torch.from_numpy(pack.input_ids_T).tolist() == [3] * 8
 
@@ -123,7 +117,7 @@ class TestPackPlan:
         assert plan.num_steps(3) == step
         assert plan.num_steps(0.5) == -(-plan.steps_in(0) // 2)
 
-    def test_a_step_does_not_depend_on_those_before_it(self):
+    def test_a_step_does_not_depend_on_earlier_steps(self):
         straight, back = self.plan(), self.plan()
         parts = [straight.parts(step, 1)[0].tolist() for step in range(60)]
         assert [back.parts(step, 1)[0].tolist() for step in reversed(range(60))] == parts[::-1]

@@ -20,11 +20,14 @@ from glmtune.bench.rows import random_rows
 from glmtune.errors import UserError
 from glmtune.models import quantised
 from glmtune.models.chatglm.configuration import ChatGLMConfig
-from glmtune.models.chatglm.packed import PackedModel
-from glmtune.models.checkpoints import GLM_TINY, load_base_model
+from glmtune.models.chatglm.family import shape
+from glmtune.models.chatglm.packed import PACKED
+from glmtune.models.chatglm.random_init import write_random_model
 from glmtune.models.integer_weights import PackedEmbedding, PackedLinear
-from glmtune.models.random_init import write_random_model
-from glmtune.models.sizes import weight_bytes
+from glmtune.models.loading import load_base_model
+from glmtune.models.packed import PackedModel
+from glmtune.models.precision import quantise_layers
+from glmtune.models.resolve import GLM_TINY
 from glmtune.training.first_step import check_agreement
 from glmtune.training.passes import PackedPass, PaddedPass
 
@@ -93,7 +96,7 @@ class TestLoading:
 
     def test_a_model_in_memory_is_quantised_to_the_same(self, bits):
         model = load()
-        model.quantize(bits)
+        quantise_layers(model, bits)
         assert torch.equal(logits(model), logits(load(bits=bits)))
         assert getattr(model, f"is_loaded_in_{bits}bit")
 
@@ -101,7 +104,7 @@ class TestLoading:
         """bitsandbytes would on a CPU with AVX512-BF16, and nothing else can read that order."""
         assert not load(bits=4).get_submodule(LINEAR).support_avx512bf16_for_cpu
 
-    def test_a_head_in_8_bits(self, plain_logits):
+    def test_a_loaded_head_in_8_bits(self, plain_logits):
         model = load(quantize_head=True)
         embedding, head = model.transformer.word_embeddings, model.lm_head
         assert isinstance(embedding, PackedEmbedding)
@@ -118,7 +121,7 @@ class TestLoading:
 
     def test_the_sizes_told_beforehand(self, bits):
         model = load(bits=bits, quantize_head=True)
-        size = weight_bytes(model.config, torch.float32, bits, quantize_head=True)
+        size = shape(model.config).weight_bytes(torch.float32, bits, quantize_head=True)
         tables = 4 * (16 + 256 + 1)  # of NF4, for each linear
         taken = model.get_memory_footprint()
         for linear in model.modules():
@@ -132,7 +135,7 @@ class TestLoading:
 
 
 class TestSaved:
-    def test_it_loads_as_it_is(self, bits, saved, capsys):
+    def test_a_quantised_folder_loads_as_it_is(self, bits, saved, capsys):
         folder, wanted = saved
         model = load(folder)
         assert torch.equal(logits(model), wanted)
@@ -141,7 +144,7 @@ class TestSaved:
             f"note: the int{bits} weights of {folder.name} stay packed" in capsys.readouterr().err
         )
 
-    def test_with_a_head_in_8_bits(self, bits, tmp_path):
+    def test_a_folder_with_a_head_in_8_bits_loads_as_it_is(self, bits, tmp_path):
         model = load(bits=bits, quantize_head=True)
         model.save_pretrained(tmp_path)
         again = load(tmp_path)
@@ -149,7 +152,7 @@ class TestSaved:
         assert again.lm_head.weight.dtype == torch.int8
         assert torch.equal(logits(again), logits(model))
 
-    def test_dequantised_it_is_a_plain_model(self, bits, saved, tmp_path):
+    def test_a_dequantised_folder_is_a_plain_model(self, bits, saved, tmp_path):
         model = load(saved[0]).dequantize()
         assert type(model.get_submodule(LINEAR)) is nn.Linear
         assert off(logits(model), saved[1]) < (
@@ -158,7 +161,7 @@ class TestSaved:
         model.save_pretrained(tmp_path)
         assert torch.equal(logits(load(tmp_path)), logits(model))
 
-    def test_it_computes_in_the_type_that_is_asked_for(self, saved):
+    def test_a_quantised_folder_computes_in_the_type_that_is_asked_for(self, saved):
         model = load_base_model(str(saved[0]), dtype=torch.bfloat16, device="cpu")
         assert logits(model).dtype == torch.bfloat16
 
@@ -171,7 +174,7 @@ class TestSaved:
             (lambda t: drop_scales(t), r"extra .*(mistyped|misshapen) "),
         ],
     )
-    def test_a_damaged_one_is_refused_in_one_line(self, saved, damage, message, tmp_path):
+    def test_a_damaged_folder_is_refused_in_one_line(self, saved, damage, message, tmp_path):
         folder = shutil.copytree(saved[0], tmp_path / "damaged")
         tensors = load_file(folder / "model.safetensors")
         damage(tensors)
@@ -203,12 +206,12 @@ def trainable(request):
         if "lora_B" in name:
             nn.init.normal_(weight, std=0.05)
     accelerator, rows = Accelerator(cpu=True), random_rows(model.config, 8)
-    fast = PackedPass(accelerator, PackedModel(model, compiled=False), rows, 0.0, None)
+    fast = PackedPass(accelerator, PackedModel(model, PACKED, compiled=False), rows, 0.0, None)
     return model, fast, PaddedPass(accelerator, model, rows)
 
 
 class TestTraining:
-    def test_packs_equal_padded_rows(self, trainable):
+    def test_packed_pass_equals_padded_pass(self, trainable):
         model, fast, plain = trainable
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         assert {weight.dtype for weight in weights} == {torch.float32}
@@ -273,7 +276,7 @@ def test_a_published_folder_is_requantised(write_quantised, tmp_path, kind, embe
     assert model.lm_head.weight is model.transformer.word_embeddings.weight
     assert not model.config.quantization_bit
     reference = load(folder)
-    reference.quantize(4)
+    quantise_layers(reference, 4)
     assert off(logits(model), logits(reference)) < 1e-5
 
 
@@ -282,7 +285,8 @@ def test_a_published_folder_is_requantised(write_quantised, tmp_path, kind, embe
 
 _PEAK = """
 import sys, threading, time, torch
-from glmtune.models.checkpoints import GLM_TINY, load_base_model
+from glmtune.models.loading import load_base_model
+from glmtune.models.resolve import GLM_TINY
 
 def anonymous():
     with open("/proc/self/status") as status:
@@ -328,7 +332,7 @@ def test_loading_holds_the_quantised_weights_and_one_more(bits, form, tmp_path):
         capture_output=True, text=True, check=True, timeout=300,
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
     )  # fmt: skip
-    in_the_end = weight_bytes(config, torch.bfloat16, bits, quantize_head=True)
+    in_the_end = shape(config).weight_bytes(torch.bfloat16, bits, quantize_head=True)
     rounding_one = 24 * config.inner_hidden_size * config.hidden_size  # bytes a value
     # Within what is left, a third of the model as floats, there is no room for a shard of them.
     assert int(done.stdout) < in_the_end + rounding_one + 10 * 2**20
@@ -343,7 +347,7 @@ class TestRefused:
         with pytest.raises(UserError, match=r"bit 4: needs bitsandbytes, .*pip install"):
             load(bits=4)
 
-    def test_or_is_too_old(self, monkeypatch):
+    def test_bitsandbytes_is_too_old(self, monkeypatch):
         monkeypatch.setattr(quantised, "version", lambda name: "0.46.1")
         with pytest.raises(UserError, match=r"bitsandbytes 0\.46\.1 is too old.*pip install"):
             load(bits=8)

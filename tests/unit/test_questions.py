@@ -10,7 +10,7 @@ from glmtune.demo.world import load_world
 TRAINING, HELD_OUT = training_questions(), held_out_questions()
 
 
-def test_counts():
+def test_number_of_questions_taught_and_held_out():
     assert len(HELD_OUT) == 400
     assert Counter(question.language for question in HELD_OUT) == {"en": 200, "zh": 200}
     assert {q.kind for q in HELD_OUT} == {q.kind for q in TRAINING} == set(load_world().kinds)

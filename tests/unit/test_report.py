@@ -54,7 +54,7 @@ def text_of(marked):
     return standard_html.unescape(re.sub(r"</?(ins|del)>", "", marked))
 
 
-def test_figures():
+def test_figures_of_a_comparison():
     both = comparison(pair(), pair(tuned="一 二", number=2))
     assert both.num_different == 1
     assert (both.num_stopped(base_of), both.num_stopped(tuned_of)) == (2, 0)

@@ -27,7 +27,7 @@ def other_state(optimizer, change):
         (lambda s: s["state"][0].update(step=torch.tensor(1)), "step of a weight"),
     ],
 )
-def test_an_optimiser_of_another_run(tmp_path, change, words):
+def test_an_optimiser_of_another_run_is_refused(tmp_path, change, words):
     weight = torch.nn.Parameter(torch.zeros(2, 2))
     optimizer = torch.optim.AdamW([weight], lr=1e-3)
     weight.grad = torch.ones(2, 2)

@@ -18,7 +18,7 @@ from glmtune import runlog
 from glmtune.cli import main
 from glmtune.config import TrainSettings
 from glmtune.errors import UserError
-from glmtune.models.checkpoints import GLM_TINY
+from glmtune.models.resolve import GLM_TINY
 from glmtune.training import held_out, loop
 from glmtune.training.interrupt import CutShort
 
@@ -35,8 +35,8 @@ SETTINGS = {
 }
 LAYOUTS = {
     "padded": {},
-    "end to end": {"exact_batch": True},
-    "packed": {"packing": True, "tokens_per_step": 64},
+    "end to end": {"layout": "exact"},
+    "packed": {"layout": "packed", "tokens_per_step": 64},
 }
 # In the first epoch, on its end, after it, and on the next one's.
 STEPS = (3, 4, 5, 8)
@@ -78,7 +78,7 @@ def keep_only(run, step, target):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_resumed_at_any_step_it_is_the_unbroken_run(toy_run, tmp_path, layout):
+def test_a_run_resumed_at_any_step_is_the_unbroken_run(toy_run, tmp_path, layout):
     settings = SETTINGS | LAYOUTS[layout]
     loop.train(toy_run(**settings))
     unbroken = outcome(tmp_path / "run")
@@ -90,7 +90,7 @@ def test_resumed_at_any_step_it_is_the_unbroken_run(toy_run, tmp_path, layout):
         assert outcome(folder) == unbroken, step
 
 
-def test_resumed_again_and_again_it_is_the_unbroken_run(toy_run, tmp_path):
+def test_a_run_resumed_again_and_again_is_the_unbroken_run(toy_run, tmp_path):
     """Stopped after every second step by a clock that has run out, as under a scheduler."""
     loop.train(toy_run(**SETTINGS | ONCE))
     settings = SETTINGS | ONCE | {"output_dir": str(tmp_path / "again")}
@@ -130,16 +130,16 @@ class TestWorkers:
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("step", [3, 4])
-    def test_resumed_they_are_the_unbroken_run(self, folder, layout, step):
+    def test_two_resumed_processes_are_the_unbroken_run(self, folder, layout, step):
         assert outcome(folder / f"{layout} from {step}") == outcome(folder / layout)
 
-    def test_a_save_that_fails_ends_both_alike(self, folder):
+    def test_a_save_that_fails_ends_both_processes_alike(self, folder):
         for rank in (0, 1):
             told = (folder / f"told by {rank}").read_text()
             assert "cannot be written" in told
             assert "checkpoint-2 is whole: go on with `torchrun --nproc_per_node 2" in told
 
-    def test_they_leave_their_group_before_python_ends(self, folder):
+    def test_processes_leave_their_group_before_python_ends(self, folder):
         for rank in (0, 1):
             assert (folder / f"group of {rank}").read_text() == "left"
 
@@ -204,7 +204,7 @@ class TestAnotherRun:
         assert Path(config.output_dir, "recipe.yaml").read_text() == recipe
         return str(error.value)
 
-    def test_another_base_of_the_same_name(self, toy_run, saved, tmp_path):
+    def test_another_base_of_the_same_name_is_refused(self, toy_run, saved, tmp_path):
         base = shutil.copytree(GLM_TINY, tmp_path / "glm-tiny")
         tensors = load_file(base / "model.safetensors")
         name = next(name for name in tensors if "query_key_value.weight" in name)
@@ -214,7 +214,9 @@ class TestAnotherRun:
         assert "base weights " in told
         assert "base model" not in told
 
-    def test_another_tokenizer_and_template(self, toy_run, saved, tmp_path, monkeypatch):
+    def test_another_tokenizer_and_template_are_refused(
+        self, toy_run, saved, tmp_path, monkeypatch
+    ):
         from dataclasses import replace
 
         load_tokenizer, load_dataset = loop.load_tokenizer, loop.load_dataset
@@ -237,7 +239,7 @@ class TestAnotherRun:
         assert "template None (now vicuna)" in told
 
     def test_another_pack_length_is_another_order(self, toy_run, tmp_path):
-        settings = {"lr_scheduler_type": "constant", "packing": True}
+        settings = {"lr_scheduler_type": "constant", "layout": "packed"}
         loop.train(toy_run(max_steps=2, tokens_per_step=128, **settings))
         told = self.refusal(
             toy_run(
@@ -251,7 +253,7 @@ class TestAnotherRun:
         assert "pack length 128 (now 64)" in told
         assert "tokens per step" not in told
 
-    def test_who_means_it_goes_on_with_the_new_settings(self, toy_run, saved, capsys):
+    def test_resume_anyway_goes_on_with_the_new_settings(self, toy_run, saved, capsys):
         result = loop.train(toy_run(learning_rate=5e-4, resume_anyway=True, **saved))
         err = capsys.readouterr().err
         assert "checkpoint-2 is gone on with although it differs: learning_rate 0.001 (now" in err
@@ -284,7 +286,7 @@ class TestNothingLeftToDo:
             ({"max_steps": 2, "eval_ratio": 0.17, "eval_steps": 1}, "max_steps (2) asks for 2"),
         ],
     )
-    def test_it_is_refused_and_the_fix_works(
+    def test_resuming_a_finished_run_is_refused_and_the_fix_works(
         self, toy_run, tmp_path, capsys, length, told, schedule
     ):
         words = ["train", *self.words(toy_run(lr_scheduler_type=schedule, **length))]
@@ -306,7 +308,7 @@ class TestNothingLeftToDo:
         assert last["num_input_tokens_seen"] > first["num_input_tokens_seen"]
         assert "Done: all" in capsys.readouterr().out
 
-    def test_a_run_made_shorter_or_another_folder(self, toy_run, tmp_path):
+    def test_a_finished_run_made_shorter_or_moved_is_refused(self, toy_run, tmp_path):
         loop.train(toy_run(lr_scheduler_type="constant"))
         shorter = toy_run(lr_scheduler_type="constant", max_steps=2, resume_from_checkpoint="true")
         with pytest.raises(UserError, match=r"has 4 steps, and max_steps \(2\).*--max_steps 8$"):

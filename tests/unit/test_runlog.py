@@ -166,7 +166,7 @@ class TestProgress:
         assert len(others) == 9
         assert all(line.endswith(" left") for line in others)
 
-    def test_slow_ones_are_told_of_every_five_minutes(self, clock, capsys):
+    def test_slow_progress_is_told_every_five_minutes(self, clock, capsys):
         progress = Progress(1000, 500, "records answered")
         for done in range(501, 531):
             clock.seconds += 60

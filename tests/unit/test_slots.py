@@ -12,7 +12,7 @@ from glmtune.errors import UserError
 from glmtune.generation import Decoder, EncodedPrompt, GenerationSettings
 from glmtune.generation import slots as room
 from glmtune.generation.slots import Slots
-from glmtune.models.checkpoints import load_base_model
+from glmtune.models.loading import load_base_model
 
 NUM_SLOTS = 3
 KINDS = [

@@ -8,7 +8,8 @@ import pytest
 from glmtune.errors import UserError
 from glmtune.generation.streaming import TextStream, check_stop_strings, cut_at_stop
 from glmtune.models.chatglm.tokenization import ChatGLMTokenizer
-from glmtune.models.checkpoints import GLM_TINY, load_tokenizer
+from glmtune.models.loading import load_tokenizer
+from glmtune.models.resolve import GLM_TINY
 
 TEXTS = [
     "你好，世界！\n\n  def f(x):\n\treturn x < 3  # 😀🀄 ok\n" + " " * 83 + "end",
@@ -60,7 +61,7 @@ def test_half_a_character_is_held_back(tokenizer):
     assert given == ["", "", "好", "", "", "", "😀", "x"]
 
 
-def test_half_a_character_is_not_shown_in_the_end_either(tokenizer):
+def test_half_a_character_at_the_end_is_not_shown(tokenizer):
     stream = TextStream(tokenizer)
     assert stream.push(byte_ids(tokenizer, "a好")[:-1]) == "a"
     assert stream.end() == ""

@@ -15,7 +15,7 @@ from glmtune.models.chatglm.tokenization import (
     replace_blanks,
     restore_blanks,
 )
-from glmtune.models.checkpoints import GLM_TINY
+from glmtune.models.resolve import GLM_TINY
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-from types import SimpleNamespace
 
 import datasets
 import matplotlib.image
@@ -19,6 +18,7 @@ from glmtune.data.dataset import CARD_FILE, HISTOGRAM_FILE, DataCard, check_data
 from glmtune.data.lengths import LengthStats, plot_lengths
 from glmtune.data.tokenizing import tokenize
 from glmtune.errors import UserError
+from glmtune.models.chatglm.rows import row_rule
 
 GMASK, BOS, EOS = 9001, 9004, 9005
 
@@ -27,8 +27,10 @@ class CharTokenizer:
     """An id per character; NUL-width characters have none."""
 
     gmask_token_id, bos_token_id, eos_token_id = GMASK, BOS, EOS
+    pad_token_id = 3
     vocab_hash = "5e" * 32
     revision = "v1.1"
+    row_rule = property(row_rule)
 
     def encode_batch(self, texts, *, num_threads=None):
         return [[ord(character) for character in text.replace("\u200b", "")] for text in texts]
@@ -251,7 +253,7 @@ def test_a_data_set_of_2023_is_read_with_a_notice(capsys):
     cut = token_row("abcde", "fgh")
     cut["input_ids"] = cut["input_ids"][:4]  # that script cut rows through the specials
     save_like_the_script_of_2023([token_row("a", "bc"), token_row("ab", "c"), cut])
-    dataset, card = load_dataset("old")
+    dataset, card = load_dataset("old", CharTokenizer().row_rule)
     assert dataset[0] == token_row("a", "bc")
     assert card == DataCard(
         num_kept=3,
@@ -262,7 +264,8 @@ def test_a_data_set_of_2023_is_read_with_a_notice(capsys):
     )
     assert f"note: old has no {CARD_FILE}" in capsys.readouterr().err
     check_data_card(card, CharTokenizer(), "old")
-    other = SimpleNamespace(gmask_token_id=29001, bos_token_id=29004, eos_token_id=29005)
+    other = CharTokenizer()
+    other.gmask_token_id = 29001
     with pytest.raises(UserError, match=r"old: tokenised with another tokenizer \(its gmask id"):
         check_data_card(card, other, "old")
 
@@ -270,7 +273,11 @@ def test_a_data_set_of_2023_is_read_with_a_notice(capsys):
 def test_an_id_that_most_rows_do_not_share_is_not_taken_for_a_special():
     rows = [{"input_ids": [1, 2, 3, 4, last], "seq_len": 3} for last in (5, 6, 7)]
     save_like_the_script_of_2023(rows)
-    assert load_dataset("old")[1].special_ids == {"gmask": 2, "bos": 3, "eos": None}
+    assert load_dataset("old", CharTokenizer().row_rule)[1].special_ids == {
+        "gmask": 2,
+        "bos": 3,
+        "eos": None,
+    }
 
 
 def test_what_is_no_data_set_of_token_rows_is_refused():

@@ -84,7 +84,7 @@ def test_rows_as_trl_makes_them_of_text_stop_a_trainer(model, tmp_path):
         trainer.train()
 
 
-def test_such_rows_stop_a_trainer_that_keeps_the_labels_to_itself(model, tmp_path):
+def test_rows_as_trl_makes_them_stop_a_trainer_that_keeps_the_labels_to_itself(model, tmp_path):
     """As label smoothing does, and TRL."""
     row = torch.tensor([7, 8, 9, 10, EOP, GMASK, SOP])
     trainer = make_trainer(model, tmp_path, label_smoothing_factor=0.1)

@@ -147,13 +147,13 @@ class TestFind:
 
     @pytest.mark.parametrize("manifest", [True, False])
     @pytest.mark.parametrize(("damage", "words"), DAMAGES)
-    def test_a_damaged_one_is_passed_over(self, tmp_path, manifest, damage, words):
+    def test_a_damaged_checkpoint_is_passed_over(self, tmp_path, manifest, damage, words):
         for step in (900, 1000):
             make_checkpoint(tmp_path, step, manifest)
         self.check_damage(tmp_path, damage, words)
 
     @pytest.mark.parametrize(("damage", "words"), SILENT_DAMAGES)
-    def test_so_is_one_that_its_manifest_tells_of(self, run, damage, words):
+    def test_a_checkpoint_that_differs_from_its_manifest_is_passed_over(self, run, damage, words):
         self.check_damage(run, damage, words)
 
     def check_damage(self, run, damage, words):
@@ -167,12 +167,12 @@ class TestFind:
             assert f"passed over {newest}: " in note
             assert words in note
 
-    def test_a_damaged_one_gives_way_to_earlier_ones_only(self, run):
+    def test_a_damaged_checkpoint_gives_way_to_earlier_ones_only(self, run):
         remove("optimizer.pt")(run / "checkpoint-900")
         with pytest.raises(UserError, match=r"nothing to resume from: .*optimizer.pt is missing"):
             find_checkpoint(run / "checkpoint-900")
 
-    def test_one_of_the_original_is_told_as_such(self, run):
+    def test_a_checkpoint_of_the_original_is_told_as_such(self, run):
         """Its Trainer wrote the same names, but not what a step depends on."""
         theirs = make_checkpoint(run, 2000, manifest=False)
         (theirs / "trainer_state.json").write_text('{"global_step": 2000}')
@@ -185,13 +185,13 @@ class TestFind:
         rewrite("trainer_state.json", '{"global_step": 5}')(folder)
         assert "of another program" in find_fault(folder)
 
-    def test_all_damaged(self, run):
+    def test_a_folder_of_damaged_checkpoints_alone(self, run):
         for step in (900, 1000):
             (run / f"checkpoint-{step}" / "optimizer.pt").unlink()
         with pytest.raises(UserError, match=r"nothing to resume from: .*1000.*900"):
             find_checkpoint(run)
 
-    def test_a_folder_without_any(self, tmp_path):
+    def test_a_folder_without_checkpoints(self, tmp_path):
         with pytest.raises(UserError, match="there is no checkpoint-N"):
             find_checkpoint(tmp_path)
 
@@ -213,26 +213,26 @@ class TestRotate:
 
         return left
 
-    def test_the_oldest_go(self, steps):
+    def test_the_oldest_checkpoints_go(self, steps):
         assert steps([800, 900, 1000], 2, step=1000) == [900, 1000]
 
-    def test_without_a_limit_all_stay(self, steps):
+    def test_without_a_limit_all_checkpoints_stay(self, steps):
         assert steps([1, 2, 3], None, step=3) == [1, 2, 3]
 
-    def test_fewer_than_the_limit_stay(self, steps):
+    def test_fewer_checkpoints_than_the_limit_stay(self, steps):
         assert steps([1, 2], 5, step=2) == [1, 2]
 
-    def test_the_one_just_saved_outlives_those_from_before_a_resume(self, steps):
+    def test_the_checkpoint_just_saved_outlives_those_from_before_a_resume(self, steps):
         assert steps([5, 6, 8, 10], 2, step=6) == [5, 6]
 
     @pytest.mark.parametrize("damage", [flip("optimizer.pt"), cut("adapter_model.safetensors")])
-    def test_none_goes_for_one_that_is_not_whole(self, run, damage):
+    def test_no_checkpoint_goes_for_one_that_is_not_whole(self, run, damage):
         damage(make_checkpoint(run, 1100))
         with pytest.raises(UserError, match=r"checkpoint-1100: was written, but read back"):
             rotate_checkpoints(run, 1, step=1100)
         assert names(run) == ["checkpoint-1000", "checkpoint-1100", "checkpoint-900"]
 
-    def test_no_part_of_one_that_goes_keeps_its_name(self, run, monkeypatch):
+    def test_no_part_of_a_deleted_checkpoint_keeps_its_name(self, run, monkeypatch):
         """Deleting takes several calls, after each of which the process may be killed."""
 
         def killed(path, **_):

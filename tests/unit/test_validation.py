@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from glmtune.cli import main
 from glmtune.config import ValidateSettings
-from glmtune.data.validation import spans, validate
+from glmtune.data import windows
+from glmtune.data.validation import validate
 from glmtune.data.validation.characters import CONTROL, survey
 from glmtune.errors import UserError
 
@@ -92,7 +93,7 @@ def test_an_input_may_be_missing(check):
     assert check(other, without, record()) == [("duplicate", 3, 3, None)]
 
 
-def test_repeats(check):
+def test_duplicates_are_told(check):
     assert check(
         record("Name a fruit."),
         record("name a  FRUIT"),
@@ -112,11 +113,11 @@ def test_repeats(check):
 @pytest.mark.parametrize(
     "signs", [("1 + 2", "1 - 2"), ("１", "２"), ("二〇", "二十"), ("a/b", "ab")]
 )
-def test_what_asks_for_something_else_is_no_repeat(check, signs):
+def test_another_question_is_no_duplicate(check, signs):
     assert check(*map(record, signs)) == []
 
 
-def test_repeats_among_files(tmp_path, monkeypatch, capsys):
+def test_duplicates_among_files_are_told(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_text(json.dumps(record()), encoding="utf-8")
@@ -125,7 +126,7 @@ def test_repeats_among_files(tmp_path, monkeypatch, capsys):
     assert "b.jsonl:1 (row 1): the same as a.jsonl:1 (row 1)" in capsys.readouterr().out
 
 
-def test_leaks(check, tmp_path):
+def test_rows_that_are_held_out_as_well_are_told(check, tmp_path):
     held_out = [record("Else?", output="No."), record("说出一种水果", "", "梨")]
     (tmp_path / "h.json").write_text(json.dumps(held_out), encoding="utf-8")
     assert check(record("Other?"), record(), held_out="h.json") == [("leak", 2, 2, None)]
@@ -153,7 +154,7 @@ def test_a_file_without_a_row_is_told(tmp_path, monkeypatch, capsys, content):
     assert "note: a.json: holds no row, so nothing is held against it" in capsys.readouterr().err
 
 
-def test_the_line_that_ends_it(tmp_path, monkeypatch, capsys):
+def test_the_last_line_sums_up_all_files(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.jsonl").write_text(json.dumps(record()) + "\n{}", encoding="utf-8")
     assert main(["validate", "a.jsonl"]) == 2
@@ -204,31 +205,26 @@ def test_a_survey_agrees_with_a_look_at_each_character(text):
     ] == kept or not text.isascii()
 
 
-def test_bare_text():
+def test_bare_text_keeps_letters_and_digits_alone():
     text = "“Hello”, World — 你好，世界！（1+1＝２）\t【a_b】"
     assert survey(text.encode()).bare.decode() == "helloworld你好世界1+1＝２ab"
 
 
-def test_several_processes_find_what_one_finds(tmp_path, monkeypatch, capsys):
+def test_report_is_the_same_in_windows_of_any_size(tmp_path, monkeypatch, capsys):
     rows = [json.dumps(record(f"问 {number}"), ensure_ascii=False) for number in range(3000)]
     rows[1500:1502] = ['{"instruction": ""}', rows[7]]
-    rows[2000] = json.dumps(record("}, {" * 9000))  # a cut of the list may seem to lie in it
-    monkeypatch.setattr(spans, "NUM_PROCESSES", 2)
+    rows[2000] = json.dumps(record("}, {" * 9000))  # as if rows ended and began in it
     for start, between, end in [("", "\n", "\n"), ("[", ",\n", "]")]:
         path = tmp_path / "a.json"
         path.write_text(start + between.join(rows) + end, encoding="utf-8")
         told = []
-        for size in (1 << 24, 20_000):
-            monkeypatch.setattr(spans, "SPAN_BYTES", size)
+        for size in (1 << 16, 1 << 24, 100):
+            monkeypatch.setattr(windows, "WINDOW_BYTES", size)
             config = ValidateSettings(files=(str(path),), json_path=str(tmp_path / "r.json"))
             with pytest.raises(UserError, match="1 of 3,000 rows cannot be used"):
                 validate(config)
             report = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
             told.append((report["problems"], report["files"]))
-        assert told[0] == told[1]
+        assert told[0] == told[1] == told[2]
         kinds = {problem["kind"]: problem["row"] for problem in told[0][0]}
         assert kinds == {"missing field": 1501, "duplicate": 1502}
-    with spans.open_pool([str(path)]) as pool:
-        assert pool
-    with spans.open_pool([]) as pool:
-        assert pool is None

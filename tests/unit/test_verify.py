@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from glmtune.adapters import attach_lora, save_adapter, verify_saved
-from glmtune.adapters.formats import CONFIG_FILE, WEIGHTS_FILE
 from glmtune.errors import UserError
-from glmtune.models.checkpoints import load_base_model
+from glmtune.models.loading import load_base_model
+from glmtune.run_files import ADAPTER_CONFIG_FILE, WEIGHTS_FILE
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -30,7 +30,7 @@ def saved(model, tmp_path):
     return tmp_path / "saved"
 
 
-def test_the_saved_one_is_the_trained_one_and_nothing_is_changed(model, saved):
+def test_the_saved_adapter_is_the_trained_one_and_nothing_is_changed(model, saved):
     torch.manual_seed(1)
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
@@ -81,8 +81,8 @@ def test_other_tensors_are_named(model, saved, spoil, words):
 
 
 def test_right_tensors_that_load_to_other_logits(model, saved):
-    settings = json.loads((saved / CONFIG_FILE).read_text())
-    (saved / CONFIG_FILE).write_text(json.dumps(settings | {"lora_alpha": 8}))
+    settings = json.loads((saved / ADAPTER_CONFIG_FILE).read_text())
+    (saved / ADAPTER_CONFIG_FILE).write_text(json.dumps(settings | {"lora_alpha": 8}))
     with pytest.raises(UserError, match=r"the logits of a fresh load differ by"):
         verify_saved(model, saved)
     assert list(model.peft_config) == ["default"]

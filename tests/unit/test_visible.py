@@ -14,7 +14,7 @@ from glmtune.evaluation.chat import chat
 from glmtune.evaluation.compare import compare
 from glmtune.evaluation.infer import infer
 from glmtune.evaluation.page import mark_differences
-from glmtune.models.checkpoints import GLM_TINY
+from glmtune.models.resolve import GLM_TINY
 
 UNSEEN = "\x1b[31m \x07 \x08 \x7f \x9b \r \u202e \u2066 \u200f \u061c \u200b \ufeff \U000e0041"
 
@@ -67,7 +67,7 @@ def strange(answering, records_file, word_tokenizer, monkeypatch):
 
 
 @pytest.mark.parametrize("form", ["labels", "original"])
-def test_infer(strange, capsys, form):
+def test_infer_prints_unseen_characters_as_escapes(strange, capsys, form):
     infer(InferSettings(**strange, print_form=form))
     out = capsys.readouterr().out
     assert acting(out) == set()
@@ -76,7 +76,7 @@ def test_infer(strange, capsys, form):
     assert json.loads(line)["answer"] == f"answer {UNSEEN}", "the file holds what was said"
 
 
-def test_compare(strange, capsys):
+def test_compare_prints_unseen_characters_as_escapes(strange, capsys):
     compare(CompareSettings(**strange))
     folder = Path(strange["model_path"], "compare")
     for name in ("compare.md", "compare.html"):
@@ -86,12 +86,12 @@ def test_compare(strange, capsys):
     assert acting(capsys.readouterr().out) == set()
 
 
-def test_marked_differences():
+def test_marked_differences_show_unseen_characters_as_escapes():
     marked = mark_differences("one two \x1b[1m three four", "one two \u202e three four")
     assert acting("".join(marked)) == set()
 
 
-def test_chat(monkeypatch, capsys):
+def test_chat_prints_unseen_characters_as_escapes(monkeypatch, capsys):
     lines = iter([f"hello {UNSEEN}", "/undo", "/exit"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     monkeypatch.setattr("glmtune.evaluation.chat.polish", lambda text: f"answer {UNSEEN}")
@@ -114,7 +114,7 @@ def test_chat(monkeypatch, capsys):
         "--on_bad_row skip --max_new_tokens 1",
     ],
 )
-def test_rows_that_are_refused(tmp_path, monkeypatch, capsys, command):
+def test_refused_rows_are_quoted_with_escapes(tmp_path, monkeypatch, capsys, command):
     monkeypatch.chdir(tmp_path)
     rows = [{f"in{UNSEEN}struction": "a"}, {"instruction": [UNSEEN], "output": ""}, *RECORDS]
     Path("r.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")

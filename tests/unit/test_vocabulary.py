@@ -4,19 +4,19 @@ import unicodedata
 
 import pytest
 
-import glmtune.demo
 from glmtune.data.templates import alpaca
 from glmtune.demo.questions import held_out_questions
 from glmtune.demo.world import passages
 from glmtune.models.chatglm.tokenization import SPECIALS, VOCAB_FILE, ChatGLMTokenizer
+from glmtune.models.resolve import GLM_TINY
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return ChatGLMTokenizer(f"{glmtune.demo.__path__[0]}/glm-tiny/{VOCAB_FILE}")
+    return ChatGLMTokenizer(f"{GLM_TINY}/{VOCAB_FILE}")
 
 
-def test_layout(tokenizer):
+def test_pieces_are_laid_out_as_in_the_published_file(tokenizer):
     names = [tokenizer.sp.id_to_piece(i) for i in range(tokenizer.vocab_size)]
     assert names[:5] == ["<unk>", "<s>", "</s>", "<pad>", "<n>"]
     tail = [*SPECIALS, "<|tab|>", *(f"<|blank_{n}|>" for n in range(2, 81))]
@@ -56,7 +56,7 @@ def test_any_text_survives(tokenizer, text):
     assert tokenizer.decode(ids) == unicodedata.normalize("NFKC", text)
 
 
-def test_its_own_text_takes_few_tokens(tokenizer):
+def test_text_of_the_demo_takes_few_tokens(tokenizer):
     for passage in passages(seed=9, count=300):
         ids = tokenizer.encode(passage.text, add_special_tokens=False)
         assert tokenizer.decode(ids) == unicodedata.normalize("NFKC", passage.text)

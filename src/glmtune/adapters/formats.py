@@ -25,10 +25,8 @@ from torch import Tensor
 
 from glmtune.adapters.biases import bias_setting, name_biases
 from glmtune.adapters.settings import (
-    CONFIG_FILE,
     enabled_parts,
     lora_config,
-    match_checkpoint,
     public_name,
     read_settings,
     write_settings,
@@ -38,9 +36,13 @@ from glmtune.drafts import replacing_files, write_errors
 from glmtune.errors import UserError, note
 from glmtune.models.hubs import is_hub_id, open_folder
 from glmtune.models.weights import fetch, is_lfs_pointer, load_bin
+from glmtune.run_files import (
+    ADAPTER_CONFIG_FILE,
+    WEIGHTS_FILE,
+    WEIGHTS_FILE_2023,
+    newest_checkpoint,
+)
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-WEIGHTS_FILE_2023 = "adapter_model.bin"
 _WEIGHTS_FILES = (WEIGHTS_FILE, WEIGHTS_FILE_2023)
 
 # What the recipe of 2023 trained with, for folders that hold no adapter_config.json.
@@ -96,12 +98,11 @@ def find_adapter(folder: str | Path) -> Path:
         folder = open_folder(folder, holds=_WEIGHTS_FILES)
         if find_weights(folder):
             return folder
-        steps = [int(match[1]) for match in map(match_checkpoint, folder.iterdir()) if match]
-        place = folder / f"checkpoint-{max(steps)}" if steps else folder
+        place = newest_checkpoint(folder) or folder
         if find_weights(place):
             return place
         # Answers to a hub's adapter go into a folder of its name.
-        cached = try_to_load_from_cache(name, CONFIG_FILE) if is_hub_id(name) else None
+        cached = try_to_load_from_cache(name, ADAPTER_CONFIG_FILE) if is_hub_id(name) else None
         if isinstance(cached, str):
             return Path(cached).parent
         found = ", ".join(sorted(entry.name for entry in place.iterdir())[:12]) or "nothing"
@@ -117,7 +118,7 @@ def find_adapter(folder: str | Path) -> Path:
     fault = "no such folder"
     if is_hub_id(name):
         try:
-            return find_adapter(fetch(name, (CONFIG_FILE, *_WEIGHTS_FILES)))
+            return find_adapter(fetch(name, (ADAPTER_CONFIG_FILE, *_WEIGHTS_FILES)))
         except UserError:
             raise
         except Exception as error:  # a hub that gives nothing shows in many kinds of exception
@@ -148,7 +149,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     if settings is None:
         settings, enabled = _guess_settings(weights, path)
         notices.append(
-            f"{folder}: no {CONFIG_FILE}; rank {settings['r']} is read off the tensors and "
+            f"{folder}: no {ADAPTER_CONFIG_FILE}; rank {settings['r']} is read off the tensors and "
             f"lora_alpha {ALPHA_2023}, the recipe's of 2023, is assumed"
         )
     if enabled:
@@ -167,7 +168,9 @@ def read_adapter(folder: str | Path) -> Adapter:
             "base are used"
         )
     settings["bias"] = bias
-    return Adapter(lora_config(settings, folder / CONFIG_FILE), weights, path, tuple(notices))
+    return Adapter(
+        lora_config(settings, folder / ADAPTER_CONFIG_FILE), weights, path, tuple(notices)
+    )
 
 
 def write_adapter(
@@ -355,8 +358,8 @@ def _check_rank(settings: dict, weights: dict[str, Tensor], path: Path) -> None:
     found = max((len(weights[a]) for a in weights if a.endswith(_SUFFIX_A)), default=0)
     if any(not isinstance(rank, int) or rank > found for rank in ranks):
         raise UserError(
-            f"{path}: its lora_A has {found} rows, {CONFIG_FILE} says rank {ranks!s:.99}; the "
-            "config is of another adapter"
+            f"{path}: its lora_A has {found} rows, {ADAPTER_CONFIG_FILE} says rank {ranks!s:.99}; "
+            "the config is of another adapter"
         )
 
 
@@ -367,8 +370,9 @@ def _guess_settings(weights: dict[str, Tensor], path: Path) -> tuple[dict, Seque
     blocks = {weights[key_a].shape[0] // weights[key_b].shape[1] for key_a, key_b in pairs}
     if len(ranks) != 1 or blocks not in ({1}, {sum(ENABLE_LORA_2023)}):
         raise UserError(
-            f"{path}: without {CONFIG_FILE} its tensors fit no known form (ranks {sorted(ranks)}, "
-            f"{sorted(blocks)} blocks in lora_A); add the {CONFIG_FILE} it was trained with"
+            f"{path}: without {ADAPTER_CONFIG_FILE} its tensors fit no known form (ranks "
+            f"{sorted(ranks)}, {sorted(blocks)} blocks in lora_A); add the {ADAPTER_CONFIG_FILE} "
+            "it was trained with"
         )
     modules = (key_a.removesuffix(_SUFFIX_A).rpartition(".")[2] for key_a, _ in pairs)
     settings = {

@@ -12,15 +12,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from glmtune.adapters.biases import biases_in_effect, restore_when_disabled
-from glmtune.adapters.formats import (
-    CONFIG_FILE,
-    Adapter,
-    read_adapter,
-    write_adapter,
-)
+from glmtune.adapters.formats import Adapter, read_adapter, write_adapter
 from glmtune.errors import UserError, note
-
-ALL_LINEARS = "all"
+from glmtune.models.families import family_of
+from glmtune.models.shape import find_targets
+from glmtune.run_files import ADAPTER_CONFIG_FILE
 
 
 def attach_lora(
@@ -29,7 +25,7 @@ def attach_lora(
     rank: int = 8,
     alpha: int = 32,
     dropout: float = 0.1,
-    targets: str | Sequence[str] = "query_key_value",
+    targets: str | Sequence[str] | None = None,
 ) -> PeftModel:
     """Put a fresh LoRA adapter on a model, in place; from here on only the adapter trains.
 
@@ -42,26 +38,23 @@ def attach_lora(
         alpha: the adapter's output is scaled by alpha / r.
         dropout: share of the adapter's input that is dropped while training.
         targets: last names of the linears to adapt, as a list or separated by commas; "all" for
-            every linear but the head.
+            every linear but the head. By default those that the model's family adapts.
 
     Raises:
         UserError: a target that the model does not have (the message lists those it has), or a
             model with an adapter on it already.
     """
-    names = _linear_names(model)
-    wanted = targets.split(",") if isinstance(targets, str) else list(targets)
-    wanted = names if wanted == [ALL_LINEARS] else [target.strip() for target in wanted]
-    if unknown := [target for target in wanted if target not in names]:
-        raise UserError(
-            f"lora_target: this model has no linear {', '.join(map(repr, unknown))}; "
-            f"choose from {', '.join(names)}, or {ALL_LINEARS} for every one"
-        )
+    if targets is None:
+        targets = family_of(model.config).lora_target
+    names = targets.split(",") if isinstance(targets, str) else targets
+    wanted = [name.strip() for name in names]
+    adapted = find_targets(wanted, "this model", tuple(_linear_names(model)))
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=sorted(wanted),
+        target_modules=sorted(adapted),
     )
     return _wrap(model, config)
 
@@ -186,7 +179,7 @@ def _fill(peft_model: PeftModel, adapter: Adapter) -> None:
         if key in shapes and shapes[key] != wanted[key]:
             raise UserError(
                 f"{adapter.path}: {key} has shape {shapes[key]}, but {wanted[key]} is wanted here; "
-                f"it belongs to a base of another hidden size or to another {CONFIG_FILE}"
+                f"it belongs to a base of another hidden size or to another {ADAPTER_CONFIG_FILE}"
             )
     for keys, fault in (
         (shapes.keys() - wanted.keys(), "tensors that this base has no place for"),
@@ -195,6 +188,7 @@ def _fill(peft_model: PeftModel, adapter: Adapter) -> None:
         if keys:
             raise UserError(
                 f"{adapter.path}: {len(keys)} {fault}, first {min(keys)} ({len(shapes)} there, "
-                f"{len(wanted)} wanted); pass an adapter of this base with its {CONFIG_FILE}"
+                f"{len(wanted)} wanted); pass an adapter of this base with its "
+                f"{ADAPTER_CONFIG_FILE}"
             )
     set_peft_model_state_dict(peft_model, adapter.weights)

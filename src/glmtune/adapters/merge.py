@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -14,8 +13,11 @@ from glmtune.adapters.lora import load_adapter
 from glmtune.config import MergeSettings
 from glmtune.data.files import new_folder
 from glmtune.errors import UserError, note
-from glmtune.models.checkpoints import load_base_model, load_config, resolve_base
+from glmtune.models.families import family_of
+from glmtune.models.loading import load_base_model, load_config
+from glmtune.models.precision import dequantise, packed_bits_of
 from glmtune.models.quantised import bits_of
+from glmtune.models.resolve import resolve_base
 from glmtune.models.shim import write_shim
 from glmtune.models.weights import fetch
 
@@ -49,9 +51,9 @@ def merge_adapter(settings: MergeSettings) -> float:
     print(f"loading {base} with the adapter of {adapter_folder}")
     base_config = load_config(base)
     # Dequantised weights are rounded as they will be stored, so that the logits are held to that.
-    is_quantised = base_config.quantization_bit or bits_of(base_config)
+    is_quantised = packed_bits_of(base_config) or bits_of(base_config)
     dtype = torch.float16 if is_quantised else torch.float32
-    model = load_base_model(base, dtype=dtype).dequantize()
+    model = dequantise(load_base_model(base, dtype=dtype))
     if bits_of(base_config):
         note(f"they are dequantised to {str(dtype).removeprefix('torch.')} for the merge")
     peft_model = load_adapter(model.float(), adapter_folder)
@@ -71,7 +73,7 @@ def merge_adapter(settings: MergeSettings) -> float:
         del model, peft_model  # one model in memory at a time
         if not copy_tokenizer(base_folder, folder):
             note(f"{base} has no tokenizer files to copy")
-        write_shim(folder)
+        write_shim(folder, family_of(base_config))
         difference = _largest_difference(folder, expected)
     print(
         f"merged {num_modules} modules: the new folder's logits differ from those of base and "
@@ -81,10 +83,8 @@ def merge_adapter(settings: MergeSettings) -> float:
 
 
 def probe(model: PreTrainedModel | PeftModel) -> Tensor:
-    """Logits ``(1, 20, V)`` of a short row with ids from all over the vocabulary."""
-    special: Any = model.config
-    text = torch.linspace(special.pad_token_id + 1, special.mask_token_id - 1, 18).long().tolist()
-    ids = [*text[::2], special.gmask_token_id, special.bos_token_id, *text[1::2]]
+    """Logits ``(1, S, V)`` of a short row with ids from all over the vocabulary."""
+    ids = family_of(model.config).probe_row(model.config)
     with torch.inference_mode():
         return model(input_ids=torch.tensor([ids], device=model.device)).logits
 

@@ -11,14 +11,11 @@ from peft import LoraConfig
 
 from glmtune.data.files import check_inside, read_json_object
 from glmtune.errors import UserError
-
-CONFIG_FILE = "adapter_config.json"
+from glmtune.run_files import ADAPTER_CONFIG_FILE, run_folder_of, step_in
 
 _LORA_SETTINGS = {field.name for field in fields(LoraConfig)} - {"runtime_config"}
 # PEFT 0.2 had two more: enable_lora is dealt with here, merge_weights only said how to run.
 _KNOWN_SETTINGS = _LORA_SETTINGS | {"runtime_config", "enable_lora", "merge_weights"}
-
-
 # As PEFT 0.2 wrote them.
 _ALWAYS_WRITTEN = (
     "peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout",
@@ -26,23 +23,16 @@ _ALWAYS_WRITTEN = (
     "inference_mode",
 )  # fmt: skip
 
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-
-
-def match_checkpoint(path: Path) -> re.Match | None:
-    """Whether a folder is a `checkpoint-N`, and which N."""
-    return CHECKPOINT.fullmatch(path.name) if path.is_dir() else None
-
 
 def read_settings(folder: Path) -> tuple[dict | None, list[str]]:
     """adapter_config.json as a dict, with notices; None where there is no such file.
 
     The recipe of 2023 wrote the file once, into the run folder, when training had ended.
     """
-    path, notices = folder / CONFIG_FILE, []
-    if not path.is_file() and match_checkpoint(folder):
-        path = folder.resolve().parent / CONFIG_FILE
-        notices = [f"{folder}: no {CONFIG_FILE}; that of the run folder above is taken"]
+    path, notices = folder / ADAPTER_CONFIG_FILE, []
+    if not path.is_file() and step_in(folder.name) is not None:
+        path = run_folder_of(folder) / ADAPTER_CONFIG_FILE
+        notices = [f"{folder}: no {ADAPTER_CONFIG_FILE}; that of the run folder above is taken"]
     if not path.is_file():
         return None, []
     check_inside(path)
@@ -72,7 +62,7 @@ def write_settings(config: LoraConfig, folder: Path) -> None:
     their defaults are left out.
     """
     config.save_pretrained(str(folder))
-    path = folder / CONFIG_FILE
+    path = folder / ADAPTER_CONFIG_FILE
     defaults = LoraConfig().to_dict()
     settings = {
         name: value

@@ -8,10 +8,11 @@ from peft import PeftModel
 from torch import Tensor
 
 from glmtune.adapters.biases import biases_in_effect
-from glmtune.adapters.formats import WEIGHTS_FILE, read_adapter
+from glmtune.adapters.formats import read_adapter
 from glmtune.adapters.lora import adapter_weights
 from glmtune.adapters.merge import TOLERANCE, probe
 from glmtune.errors import UserError
+from glmtune.run_files import WEIGHTS_FILE
 
 _RUNNING, _SAVED = "default", "as saved"
 

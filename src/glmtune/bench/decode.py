@@ -7,12 +7,12 @@ same run, gives the limit of any decoder on it.
 import time
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from glmtune.bench.limits import copy_rate
-from glmtune.bench.random_model import SHAPES, check_room, random_model
+from glmtune.bench.random_model import CONFIGS, check_room, random_model
 from glmtune.bench.timing import machine
 from glmtune.config import BenchDecodeSettings
 from glmtune.data.jsonlines import append_json, check_appendable
@@ -27,7 +27,6 @@ from glmtune.hardware import (
     pick_device,
     pick_dtype,
 )
-from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
 from glmtune.runlog import print_pairs
 
@@ -82,7 +81,7 @@ def bench_decode(settings: BenchDecodeSettings) -> DecodeFigures:
     dtype, caution = pick_dtype(device, settings.bf16, settings.fp16)
     if caution:
         note(caution)
-    shape = SHAPES[settings.shape]
+    shape = CONFIGS[settings.shape]
     _check(settings, shape, device, dtype)
     try:
         figures = _measure(settings, shape, device, dtype)
@@ -98,7 +97,7 @@ def bench_decode(settings: BenchDecodeSettings) -> DecodeFigures:
 
 
 def _measure(
-    config: BenchDecodeSettings, shape: ChatGLMConfig, device: torch.device, dtype: torch.dtype
+    config: BenchDecodeSettings, shape: Any, device: torch.device, dtype: torch.dtype
 ) -> DecodeFigures:
     bytes_per_second = copy_rate(device)
     if device.type == "cuda":
@@ -152,7 +151,7 @@ def _measure(
 
 
 def _check(
-    settings: BenchDecodeSettings, shape: ChatGLMConfig, device: torch.device, dtype: torch.dtype
+    settings: BenchDecodeSettings, shape: Any, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Refuse before the minutes of work what cannot end well."""
     check_appendable(settings.json_path)
@@ -166,7 +165,7 @@ def _check(
     check_room(settings.shape, device, dtype)
 
 
-def _random_prompts(shape: ChatGLMConfig, num_prompts: int, length: int) -> list[EncodedPrompt]:
+def _random_prompts(shape: Any, num_prompts: int, length: int) -> list[EncodedPrompt]:
     size, sop = (num_prompts, length - 2), shape.bos_token_id
     assert sop is not None
     texts = torch.randint(shape.pad_token_id + 1, shape.mask_token_id, size).tolist()

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from glmtune.bench.timing import median_ms
-from glmtune.models.chatglm.configuration import ChatGLMConfig
-from glmtune.models.sizes import block_shapes
+from glmtune.models.shape import Shape
 from glmtune.ops.linear import quantise, quantise_rows
 from glmtune.ops.loss import CHUNK
 
@@ -17,14 +16,8 @@ from glmtune.ops.loss import CHUNK
 _LAYERS_HELD = 4
 
 
-def matmul_parameters(config: ChatGLMConfig) -> int:
-    """Weights that a token is multiplied with: the layers' linears and the head."""
-    layer = sum(outputs * inputs for outputs, inputs in block_shapes(config))
-    return config.num_layers * layer + config.vocab_size * config.hidden_size
-
-
 def matmul_limit(
-    config: ChatGLMConfig,
+    shape: Shape,
     num_tokens: int,
     num_learned: int,
     device: torch.device,
@@ -34,7 +27,7 @@ def matmul_limit(
     """Milliseconds that the matrix products of a step take: a median.
 
     Args:
-        config: the model's shape.
+        shape: of the model.
         num_tokens: rows that meet the layers' weights.
         num_learned: rows that meet the head's.
         device: where.
@@ -42,16 +35,16 @@ def matmul_limit(
         fp8: the layers' weights and what meets them in float8, already quantised.
     """
 
-    def random(*shape: int) -> Tensor:
-        return 0.02 * torch.randn(shape, device=device, dtype=dtype)
+    def random(*size: int) -> Tensor:
+        return 0.02 * torch.randn(size, device=device, dtype=dtype)
 
-    shapes = block_shapes(config)
-    head, hidden = random(config.vocab_size, config.hidden_size), random(CHUNK, config.hidden_size)
-    logits = random(CHUNK, config.vocab_size)
-    inputs = {size: random(num_tokens, size) for size in {n for shape in shapes for n in shape}}
-    held = min(_LAYERS_HELD, config.num_layers)
-    weights = [random(*shape) for _ in range(held) for shape in shapes]
-    rounds = config.num_layers / held
+    shapes = [(linear.outputs, linear.inputs) for linear in shape.linears]
+    head, hidden = random(shape.vocab_size, shape.hidden_size), random(CHUNK, shape.hidden_size)
+    logits = random(CHUNK, shape.vocab_size)
+    inputs = {size: random(num_tokens, size) for size in {n for pair in shapes for n in pair}}
+    held = min(_LAYERS_HELD, shape.num_layers)
+    weights = [random(*pair) for _ in range(held) for pair in shapes]
+    rounds = shape.num_layers / held
     if fp8:
         eight = {size: quantise_rows(x) for size, x in inputs.items()}
         quantised = [quantise(weight, None) for weight in weights]

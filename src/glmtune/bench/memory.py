@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from glmtune.bench.limits import copy_rate
-from glmtune.bench.random_model import SHAPES, check_room
+from glmtune.bench.random_model import CONFIGS, check_room, shape_of
 from glmtune.bench.rows import random_rows
 from glmtune.bench.timing import machine
 from glmtune.bench.train import time_steps
@@ -26,19 +26,18 @@ from glmtune.config import BenchMemorySettings, TrainSettings
 from glmtune.data.jsonlines import append_json, check_appendable
 from glmtune.errors import UserError
 from glmtune.hardware import GIB, memory_gib, pick_device, pick_dtype
-from glmtune.models.checkpoints import load_base_model
-from glmtune.models.random_init import write_random_model
-from glmtune.models.sizes import weight_bytes
+from glmtune.models.families import family_of
+from glmtune.models.loading import load_base_model
 from glmtune.runlog import print_pairs
 from glmtune.training.first_step import prove
 from glmtune.training.run import Run, adapt, build_pass, build_state, start_accelerator
 
-_SIX_ROWS: dict[str, Any] = {"exact_batch": True, "per_device_train_batch_size": 6}
+_SIX_ROWS: dict[str, Any] = {"layout": "exact", "per_device_train_batch_size": 6}
 CASES: dict[str, dict[str, Any]] = {
     "4bit": {**_SIX_ROWS, "quantization_bit": "4", "gradient_checkpointing": True},
     "8bit": {**_SIX_ROWS, "quantization_bit": "8", "gradient_checkpointing": True},
     "recompute": {**_SIX_ROWS, "gradient_checkpointing": True},
-    "packed": {"packing": True, "gradient_checkpointing": False},
+    "packed": {"layout": "packed", "gradient_checkpointing": False},
 }
 """Settings of `glmtune train`, by what they are called here."""
 _NUM_ROWS = 20_000
@@ -104,7 +103,10 @@ def bench_memory(settings: BenchMemorySettings) -> dict[str, Any]:
 
 def _prepare(folder: Path, shape: str, device: torch.device) -> float:
     """Write the weights, and measure the copy rate in bytes a second: one process for both."""
-    write_random_model(folder, SHAPES[shape], device=str(device))
+    config = CONFIGS[shape]
+    write = family_of(config).write_random
+    assert write is not None, f"{shape}: its family writes no random weights"
+    write(folder, config, device=str(device))
     return copy_rate(device)
 
 
@@ -116,7 +118,7 @@ def measure(name: str, settings: BenchMemorySettings, folder: str) -> Peak:
     """
     config = train_settings(name, settings)
     accelerator, dtype = start_accelerator(config)
-    device, shape = accelerator.device, SHAPES[settings.shape]
+    device = accelerator.device
     before = 0.0 if device.type == "cuda" else _peak_gib(device)
     base = load_base_model(
         folder, dtype=dtype, device=device, bits=config.bits, quantize_head=config.quantize_head
@@ -127,7 +129,7 @@ def measure(name: str, settings: BenchMemorySettings, folder: str) -> Peak:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    rows = random_rows(shape, _NUM_ROWS)
+    rows = random_rows(CONFIGS[settings.shape], _NUM_ROWS)
     run = Run.of(config, accelerator, rows, model, settings.shape)
     state = build_state(run, model)
     step_pass = build_pass(run, model, state.weights)
@@ -170,7 +172,7 @@ def _in_a_process(work: Any, *arguments: Any, **named: Any) -> Any:
 
 
 def _check_disk(settings: BenchMemorySettings, folder: str) -> None:
-    needed = weight_bytes(SHAPES[settings.shape], torch.float16)
+    needed = shape_of(settings.shape).weight_bytes(torch.float16)
     free = shutil.disk_usage(folder).free
     if needed > 0.95 * free:
         raise UserError(

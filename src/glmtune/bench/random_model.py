@@ -1,27 +1,27 @@
 """The models that are measured: shapes by name, filled with random weights."""
 
 from copy import copy
+from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
-from glmtune.bench.limits import matmul_parameters
 from glmtune.errors import UserError
 from glmtune.hardware import GIB, device_name, total_memory_gib
-from glmtune.models.chatglm.configuration import ChatGLMConfig
-from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
+from glmtune.models.families import FAMILIES, family_of
+from glmtune.models.precision import quantise_head as round_tables
+from glmtune.models.precision import quantise_layers
 from glmtune.models.quantised import check_quantising
+from glmtune.models.shape import Shape
 
-SHAPES = {
-    "6b": ChatGLMConfig(),
-    "wide": ChatGLMConfig(
-        hidden_size=1024, num_layers=2, num_attention_heads=8, inner_hidden_size=4096
-    ),
-    "small": ChatGLMConfig(
-        vocab_size=4096, hidden_size=256, num_layers=4, num_attention_heads=4,
-        inner_hidden_size=1024, bos_token_id=3572, eos_token_id=3573,
-    ),
-}  # fmt: skip
-"""Of a token, `wide` spends its time on reading weights, and `small` on all that surrounds them."""
+CONFIGS: dict[str, PreTrainedConfig] = {
+    name: config for family in FAMILIES for name, config in family.bench_configs.items()
+}
+
+
+def shape_of(name: str) -> Shape:
+    """The sizes of a model that is measured."""
+    return family_of(CONFIGS[name]).shape(CONFIGS[name])
 
 
 def check_room(name: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -30,7 +30,10 @@ def check_room(name: str, device: torch.device, dtype: torch.dtype) -> None:
     Raises:
         UserError: it has not.
     """
-    needed, total = matmul_parameters(SHAPES[name]) * dtype.itemsize / GIB, total_memory_gib(device)
+    needed, total = (
+        shape_of(name).matmul_parameters() * dtype.itemsize / GIB,
+        total_memory_gib(device),
+    )
     if total and needed > 0.9 * total:
         raise UserError(
             f"shape {name}: the weights alone take {needed:,.1f} GiB in "
@@ -40,13 +43,13 @@ def check_room(name: str, device: torch.device, dtype: torch.dtype) -> None:
 
 
 def random_model(
-    shape: ChatGLMConfig,
+    config: PreTrainedConfig,
     device: torch.device,
     dtype: torch.dtype,
     *,
     bits: int | None = None,
     quantize_head: bool = False,
-) -> ChatGLMForConditionalGeneration:
+) -> Any:
     """A model of a shape, made where it will be; quantised or not, from the same weights each time.
 
     Raises:
@@ -56,9 +59,9 @@ def random_model(
         check_quantising(f"quantization_bit {bits}", bits, device)
     torch.manual_seed(0)
     with torch.device(device):
-        model = ChatGLMForConditionalGeneration._from_config(copy(shape), dtype=dtype)
+        model = family_of(config).model_class._from_config(copy(config), dtype=dtype)
     if bits:
-        model.quantize(bits)
+        quantise_layers(model, bits)
     if quantize_head:
-        model.quantize_head()
+        round_tables(model)
     return model

@@ -1,25 +1,31 @@
 """Token rows to measure on: a data set's, or random ones of the same lengths as real ones."""
 
 import numpy as np
+from transformers import PreTrainedConfig
 
 from glmtune.data.token_rows import TokenRows
-from glmtune.models.chatglm.configuration import ChatGLMConfig
+from glmtune.models.families import family_of
 
 # Of the 19,534 Chinese alpaca rows that max_seq_length 200 leaves: half have at most 57 tokens, the
 # mean is 66, and a third of the tokens is prompt.
 _MEDIAN, _MEAN, _SHORTEST, _LONGEST, _PROMPT = 57, 66, 15, 200, 1 / 3
 
 
-def random_rows(config: ChatGLMConfig, num_rows: int, seed: int = 0) -> TokenRows:
+def random_rows(config: PreTrainedConfig, num_rows: int, seed: int = 0) -> TokenRows:
     """Rows of random ids, as long as Chinese alpaca rows are (their lengths are lognormal)."""
     random = np.random.default_rng(seed)
     sigma = np.sqrt(2 * np.log(_MEAN / _MEDIAN))
     lengths = np.exp(random.normal(np.log(_MEDIAN), sigma, num_rows)).round()
     lengths_R = lengths.clip(_SHORTEST, _LONGEST).astype(np.int64)
-    prompts_R = (lengths_R * _PROMPT).astype(np.int64).clip(min=2)
+    rule = family_of(config).row_rule(config)
+    prompts_R = (lengths_R * _PROMPT).astype(np.int64).clip(min=rule.num_prompt_specials)
     starts_R1 = np.concatenate(([0], np.cumsum(lengths_R)))
-    ids_T = random.integers(5, config.mask_token_id, starts_R1[-1])
-    ids_T[starts_R1[:-1] + prompts_R - 2] = config.gmask_token_id
-    ids_T[starts_R1[:-1] + prompts_R - 1] = config.bos_token_id
-    ids_T[starts_R1[1:] - 1] = config.eos_token_id
-    return TokenRows(ids_T, starts_R1, prompts_R)
+    special_ids = rule.special_ids.values()
+    ids_T = random.integers(5, min(special_ids) - 1, starts_R1[-1])
+    for place, special in enumerate(rule.before_prompt):
+        ids_T[starts_R1[:-1] + place] = special.id
+    ends = (rule.after_prompt, starts_R1[:-1] + prompts_R), (rule.end, starts_R1[1:])
+    for specials, ends_R in ends:
+        for back, special in enumerate(reversed(specials), start=1):
+            ids_T[ends_R - back] = special.id
+    return TokenRows(ids_T, starts_R1, prompts_R, rule)

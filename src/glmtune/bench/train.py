@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
+from transformers import PreTrainedConfig
 
 from glmtune.bench import limits
 from glmtune.bench.glm_peft import glm_peft_rate
-from glmtune.bench.random_model import SHAPES, check_room, random_model
+from glmtune.bench.random_model import CONFIGS, check_room, random_model, shape_of
 from glmtune.bench.rows import random_rows
 from glmtune.bench.timing import machine, times_ms
 from glmtune.config import BenchTrainSettings, TrainSettings
@@ -21,7 +22,8 @@ from glmtune.data.dataset import load_dataset
 from glmtune.data.jsonlines import append_json, check_appendable
 from glmtune.data.token_rows import TokenRows
 from glmtune.hardware import memory_gib, rated_tflops
-from glmtune.models.chatglm.configuration import ChatGLMConfig
+from glmtune.models.families import family_of
+from glmtune.models.shape import Shape
 from glmtune.runlog import print_pairs
 from glmtune.training.loop import train_step
 from glmtune.training.passes import PaddedPass, Pass
@@ -59,11 +61,11 @@ def bench_train(settings: BenchTrainSettings) -> dict[str, Any]:
     config = _train_config(settings)
     accelerator, dtype = start_accelerator(config)
     device = accelerator.device
-    shape = SHAPES[settings.shape]
+    base_config, shape = CONFIGS[settings.shape], shape_of(settings.shape)
     check_room(settings.shape, device, dtype)
     if settings.base_dtype == "fp8":
         check_fp8(device)
-    rows = _rows(settings, shape)
+    rows = _rows(settings, base_config)
     record: dict[str, Any] = {
         **machine(device),
         "settings": settings.model_dump(exclude_defaults=True),
@@ -72,14 +74,14 @@ def bench_train(settings: BenchTrainSettings) -> dict[str, Any]:
     }
 
     base = random_model(
-        shape, device, dtype, bits=settings.bits, quantize_head=settings.quantize_head
+        base_config, device, dtype, bits=settings.bits, quantize_head=settings.quantize_head
     )
     model = adapt(base, config)
     run = Run.of(config, accelerator, rows, model, settings.shape)
     record["layout"] = run.layout
     speed, tokens, learned = _measure(run, model, settings)
     record |= speed.__dict__
-    flops = 4 * limits.matmul_parameters(shape) * speed.real_tokens_per_second
+    flops = 4 * shape.matmul_parameters() * speed.real_tokens_per_second
     record["model_tflops_4n"] = flops / 1e12
     rated = rated_tflops(device)
     record["mfu_4n"] = None if rated is None else flops / 1e12 / rated
@@ -117,11 +119,12 @@ def _train_config(settings: BenchTrainSettings) -> TrainSettings:
     )
 
 
-def _rows(settings: BenchTrainSettings, shape: ChatGLMConfig) -> TokenRows:
+def _rows(settings: BenchTrainSettings, config: PreTrainedConfig) -> TokenRows:
     if settings.dataset_path is None:
-        return random_rows(shape, _NUM_ROWS)
-    rows = TokenRows.from_dataset(load_dataset(settings.dataset_path)[0])
-    rows.check(shape, settings.dataset_path)
+        return random_rows(config, _NUM_ROWS)
+    rule = family_of(config).row_rule(config)
+    rows = TokenRows.from_dataset(load_dataset(settings.dataset_path, rule)[0], rule)
+    rows.check(config.vocab_size, settings.dataset_path)
     return rows
 
 
@@ -186,7 +189,7 @@ def _measure_plain(
     """The plain way at the original's batch of six rows."""
     _free()
     plain = config.model_copy(
-        update={"packing": False, "exact_batch": False, "tokens_per_step": None,
+        update={"layout": "padded", "tokens_per_step": None,
                 "per_device_train_batch_size": _ORIGINAL_ROWS}
     )  # fmt: skip
     run = Run.of(plain, accelerator, rows, model, settings.shape)
@@ -199,7 +202,7 @@ def _measure_plain(
 
 def _measure_limits(
     record: dict[str, Any],
-    shape: ChatGLMConfig,
+    shape: Shape,
     tokens: int,
     learned: int,
     device: torch.device,

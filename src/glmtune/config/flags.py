@@ -1,6 +1,10 @@
 """A verb's command line: splitting it into flags, and the help that lists them.
 
 Both are read off the fields of the verb's settings, so a new field is at once a flag with help.
+
+Not by argparse, which was tried: it takes -1e-4 for a flag, and the recipe in `--fp16 r.yaml` for
+that flag's value, and gives the value of a flag that it does not know to the next bare word, while
+here another trainer's flag is answered by its value. Mending that takes more lines than the loop.
 """
 
 import inspect
@@ -8,48 +12,38 @@ import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from glmtune.config.groups import PathText
+from glmtune.config.groups import Kind, PathText
 from glmtune.config.names import check_name, read_as_settings, setting_named
 from glmtune.config.settings import SETTINGS, Settings
 from glmtune.errors import UserError
 
-_TYPES: dict[Any, tuple[str, str]] = {
-    int: ("INT", "a whole number"),
-    float: ("NUMBER", "a number"),
-    str: ("PATH", "a path"),
-    tuple[str, ...]: ("NAME,NAME", "names with commas between"),
-    tuple[PathText, ...]: ("PATH", "paths"),
+_TYPES: dict[Any, Kind] = {
+    int: Kind("INT", "a whole number"),
+    float: Kind("NUMBER", "a number"),
+    str: Kind("NAME", "a name"),
+    tuple[str, ...]: Kind("NAME,NAME", "names with commas between"),
+    tuple[PathText, ...]: Kind("PATH", "paths"),
 }
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-
-
-class Kind(NamedTuple):
-    """What a field takes: for the help's column, and as the words of an error."""
-
-    column: str
-    words: str
-
-    @property
-    def is_switch(self) -> bool:
-        """Whether the flag may stand without a value, meaning true."""
-        return "true" in self.column.split("|")
 
 
 def kind_of(field: FieldInfo) -> Kind:
     """Word a field's type and bounds, such as INT and "a whole number, at least 1"."""
     columns: list[str] = []
     words: list[str] = []
-    for option in _options(field.annotation):
+    # Of `Annotated` as the whole of an annotation pydantic takes the marks apart.
+    own = [mark for mark in field.metadata if isinstance(mark, Kind)]
+    for option in own or _options(field.annotation):
         if option is bool or get_origin(option) is Literal:
             choices = ("true", "false") if option is bool else get_args(option)
             columns += choices
             words += choices
         else:
-            column, word = _TYPES[option]
+            column, word = option if isinstance(option, Kind) else _TYPES[option]
             columns.append(column)
             words.append(word)
     listed = " or ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)
@@ -63,10 +57,10 @@ def kind_of(field: FieldInfo) -> Kind:
 
 
 def _options(annotation: Any) -> Iterator[Any]:
-    """The types that a field's annotation allows, None apart."""
+    """The types that a field's annotation allows, None apart; of marked ones the Kind."""
     origin = get_origin(annotation)
     if origin is Annotated:
-        yield from _options(get_args(annotation)[0])
+        yield from (mark for mark in get_args(annotation) if isinstance(mark, Kind))
     elif origin in (Union, UnionType):
         for member in get_args(annotation):
             yield from _options(member)
@@ -172,10 +166,10 @@ def verb_help(verb: str, summary: str) -> str:
 
 
 def _default(field: FieldInfo) -> str:
-    """The end of a field's help; where the default is None, the description tells what happens."""
+    """The end of a field's help; a default that is None or made up, the description tells of."""
     if field.is_required():
         return " (required)"
-    if field.default is None:
+    if field.default is None or field.default_factory:
         return ""
     value = field.default
     text = ",".join(value) if isinstance(value, tuple) else str(value)

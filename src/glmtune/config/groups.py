@@ -1,7 +1,7 @@
 """What the settings of all verbs are made of, and the groups that several verbs share."""
 
 import os
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import (
     BaseModel,
@@ -13,8 +13,24 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-PathText = Annotated[str, StringConstraints(pattern=r"^[^\x00]+$")]
+
+class Kind(NamedTuple):
+    """What a setting takes: for the help's column, and as the words of an error."""
+
+    column: str
+    words: str
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether the flag may stand without a value, meaning true."""
+        return "true" in self.column.split("|")
+
+
+_FILLED = StringConstraints(pattern=r"^[^\x00]+$")
+PathText = Annotated[str, _FILLED, Kind("PATH", "a path")]
 """A path as text: not empty, and without NUL, which no file system takes."""
+NameText = Annotated[str, _FILLED, Kind("NAME", "a name")]
+PlainText = Annotated[str, _FILLED, Kind("TEXT", "a text")]
 
 
 def conflict(text: str, *settings: str) -> PydanticCustomError:

@@ -149,13 +149,14 @@ def translate(verb: str, given: Mapping[str, Given]) -> tuple[dict[str, Given], 
         check_name(verb, name, setting.source)
         if name in own:
             continue
-        target, value, word = _read_foreign(verb, name, setting)
+        target, value, word = _read_foreign(verb, name, given)
         notes.append(word)
         here = Given(value, setting.source)
         if not target:
             continue
         if value is None:  # "not in 4 bits" beside "in 8 bits" contradicts nothing
-            defaults[target] = here
+            default = SETTINGS[verb].model_fields[target].default
+            defaults[target] = Given(default, setting.source)
             continue
         other = own.get(target, read.get(target, here))
         if target in own or other.value != value:
@@ -167,12 +168,20 @@ def translate(verb: str, given: Mapping[str, Given]) -> tuple[dict[str, Given], 
     return defaults | read | own, notes
 
 
-def _read_foreign(verb: str, name: str, given: Given) -> tuple[str, str | list[str] | None, str]:
+def _read_foreign(
+    verb: str, name: str, settings: Mapping[str, Given]
+) -> tuple[str, str | list[str] | None, str]:
     """Return setting ("" for none), value and a word about them.
+
+    Args:
+        verb: whose settings are read.
+        name: the foreign name, one of `settings`.
+        settings: all that are given together.
 
     Raises:
         UserError: the value cannot be had.
     """
+    given = settings[name]
     found = spellings(given.text)
     if given.value is None or (found & {"", "none", "null"} and not setting_named(verb, name)):
         return "", None, f"{name} is not set by an empty value"
@@ -181,7 +190,7 @@ def _read_foreign(verb: str, name: str, given: Given) -> tuple[str, str | list[s
             case Becomes(values=None):
                 setting = _setting(verb, fate)
                 return setting, given.value, f"{name} is {setting} here: {fate.word}"
-            case Becomes(values=Mapping() as table):
+            case Becomes(values=Mapping() as table) if _stand_beside(fate.beside, settings):
                 if hit := found & table.keys():
                     value, setting = table[min(hit)], _setting(verb, fate)
                     now = f"{setting} {value}" if value else f"without {setting}"
@@ -206,6 +215,14 @@ def _read_foreign(verb: str, name: str, given: Given) -> tuple[str, str | list[s
     if not choices:
         raise UserError(f"{given} {_elsewhere(verb, name)}")
     raise UserError(f"{given} should be {' or '.join(dict.fromkeys(choices))}")
+
+
+def _stand_beside(others: Mapping[str, str], settings: Mapping[str, Given]) -> bool:
+    """Whether other names are given as well, each with its value."""
+    return all(
+        name in settings and value in spellings(settings[name].text)
+        for name, value in others.items()
+    )
 
 
 def _fates(verb: str, name: str) -> list[Fate]:

@@ -4,6 +4,10 @@ A recipe is a mapping of settings to plain values: either those of one verb, or 
 (`convert:`, `tokenize:`, `train:`, ...) with settings for all of them beside the sections. Its
 scalars are taken as the text they were written as, exactly like flags, and only the config's types
 read meaning into them: no YAML tag builds an object, `1e-4` is a number, `no` and dates stay text.
+
+Hence the walk over PyYAML's nodes instead of `yaml.safe_load`, which makes 0777 the number 511,
+1:30 the number 90 and 2024-01-01 a date, keeps the last of a setting that stands twice without a
+word, and drops the line that an error has to name.
 """
 
 import os

@@ -23,6 +23,7 @@ from glmtune.config.groups import (
     EncodingSettings,
     GenerationSettings,
     PathText,
+    PlainText,
     Settings,
     conflict,
 )
@@ -270,7 +271,7 @@ class DoctorSettings(BaseModelSettings, DeviceSettings):
         None, description="recipe to examine with all that it names (default: the machine alone)"
     )
     json_path: PathText | None = Field(None, description="JSON file to write the findings into")
-    explain: PathText | None = Field(
+    explain: PlainText | None = Field(
         None,
         description="explain this error message in Chinese and English instead: its text, a file "
         "that holds it, or - for what comes by stdin",

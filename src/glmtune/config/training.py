@@ -7,14 +7,12 @@ from pydantic import Field, field_validator, model_validator
 from glmtune.config.groups import (
     BaseModelSettings,
     DeviceSettings,
+    NameText,
     PathText,
     QuantisingSettings,
     Settings,
     conflict,
 )
-
-ALL_LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
-"""Every linear inside a ChatGLM-6B layer: what `lora_target: all` stands for."""
 
 
 class LayoutSettings(Settings):
@@ -22,10 +20,12 @@ class LayoutSettings(Settings):
 
     group: ClassVar[str] = "rows of a step"
     per_device_train_batch_size: int = Field(6, ge=1, description="rows per device and pass")
-    packing: bool | None = Field(
-        None,
-        description="lay rows end to end in packs of tokens_per_step tokens, many rows a step "
-        "(default: on a GPU, unless both per_device_train_batch_size and max_steps are given)",
+    layout: Literal["auto", "packed", "exact", "padded"] = Field(
+        "auto",
+        description="packed: rows end to end, as many as fit into tokens_per_step tokens; exact: "
+        "per_device_train_batch_size rows end to end; padded: so many, filled up to the longest; "
+        "auto: on a GPU packed, or exact where per_device_train_batch_size and max_steps are both "
+        "given; on a CPU padded",
     )
     tokens_per_step: int | None = Field(
         None,
@@ -34,27 +34,16 @@ class LayoutSettings(Settings):
         description="tokens of a pack, which is a pass of one device (default: what its memory "
         "holds, at most 8192)",
     )
-    exact_batch: bool | None = Field(
-        None,
-        description="per_device_train_batch_size rows a pass as the recipe says, laid end to end "
-        "without padding (default: on a GPU, where packing is false)",
-    )
 
     @model_validator(mode="after")
-    def one_layout(self) -> Self:
-        """Packs and batches of so many rows exclude each other."""
-        if self.packing and self.exact_batch:
+    def packs_have_a_length(self) -> Self:
+        """Only packs have a length in tokens; other layouts take rows by their number."""
+        if self.tokens_per_step and self.layout in ("exact", "padded"):
             raise conflict(
-                "packing and exact_batch are both true: packing puts as many rows into a step as "
-                "fit, exact_batch as many as the recipe says; choose one",
-                "packing",
-                "exact_batch",
-            )
-        if self.tokens_per_step and (self.packing is False or self.exact_batch):
-            raise conflict(
-                "tokens_per_step is the length of packs, but packing is off: leave one of them out",
+                f"tokens_per_step is the length of packs, but layout is {self.layout}: leave one "
+                "of them out",
                 "tokens_per_step",
-                "packing" if self.packing is False else "exact_batch",
+                "layout",
             )
         return self
 
@@ -85,9 +74,6 @@ class TrainingDataSettings(Settings):
     data_seed: int | None = Field(
         None, ge=0, lt=2**32, description="seed of the rows' order (default: seed)"
     )
-    remove_unused_columns: bool = Field(
-        False, description="accepted as the original command has it; no effect here"
-    )
 
 
 class LoraSettings(Settings):
@@ -97,11 +83,11 @@ class LoraSettings(Settings):
     lora_rank: int = Field(8, ge=1, description="rank of the update")
     lora_alpha: int = Field(32, ge=1, description="the update is scaled by lora_alpha / lora_rank")
     lora_dropout: float = Field(0.1, ge=0, lt=1, description="dropout before the update")
-    lora_target: tuple[str, ...] = Field(
-        ("query_key_value",),
+    lora_target: tuple[str, ...] | None = Field(
+        None,
         min_length=1,
-        description="linears that get an adapter, with commas between; all: "
-        + ",".join(ALL_LINEARS),
+        description="linears that get an adapter, with commas between, or all for every one of a "
+        "layer (default: the model family's own, of ChatGLM-6B query_key_value)",
     )
 
     @field_validator("lora_target", mode="before")
@@ -112,7 +98,7 @@ class LoraSettings(Settings):
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
             return value  # for pydantic to refuse
         stripped = tuple(dict.fromkeys(filter(None, (name.strip(" []\"'") for name in names))))
-        return ALL_LINEARS if stripped in (("all",), ("all-linear",)) else stripped
+        return ("all",) if stripped == ("all-linear",) else stripped
 
 
 class OptimiserSettings(Settings):
@@ -232,7 +218,7 @@ class PlanSettings(TrainSettings):
     memory_gib: float | None = Field(
         None, gt=0, description="plan for a card of so much memory instead of this machine's"
     )
-    card: PathText | None = Field(
+    card: NameText | None = Field(
         None, description="plan for a card by its name, such as T4, A10, 4090 or H100"
     )
     row_length: int = Field(
@@ -240,9 +226,14 @@ class PlanSettings(TrainSettings):
     )
     json_path: PathText | None = Field(None, description="JSON lines file to add the plan to")
     dataset_path: PathText = Field(
-        "no rows yet", description="tokenised rows, of which the lengths are read"
+        default_factory=lambda: "no rows yet",
+        description="tokenised rows, of which the lengths are read (default: as many rows of "
+        "row_length tokens as a step takes)",
     )
-    output_dir: PathText = Field("nowhere", description="accepted as a recipe has it")
+    output_dir: PathText = Field(
+        default_factory=lambda: "nowhere",
+        description="accepted as a recipe has it; nothing is written there",
+    )
 
     @model_validator(mode="after")
     def one_card(self) -> Self:

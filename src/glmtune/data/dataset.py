@@ -12,6 +12,7 @@ import numpy as np
 
 from glmtune.data.files import check_inside, read_json_object
 from glmtune.data.lengths import LengthStats
+from glmtune.data.row_rule import RowRule
 from glmtune.errors import UserError, note
 
 if TYPE_CHECKING:
@@ -27,12 +28,9 @@ _COLUMNS = ("input_ids", "seq_len")
 class RowTokenizer(Protocol):
     """What rows need of a tokenizer."""
 
-    eos_token_id: int
-    bos_token_id: int
-
     @property
-    def gmask_token_id(self) -> int:
-        """The id of `[gMASK]`."""
+    def row_rule(self) -> RowRule:
+        """The special ids of a row, and where they stand."""
 
     @property
     def vocab_hash(self) -> str:
@@ -52,8 +50,9 @@ class DataCard:
 
     `rows_out` lists by reason the 1-based rows of the source that were dropped, `rows_cut` those
     of which a part was cut to max_seq_length. Target tokens are the ids after the prompt: the
-    answer and <eop>; `num_targets_lost` more were cut off. `special_ids` has gmask, bos and eos.
-    `source` is a bare file name; where `row_is_line`, its row n is line n.
+    answer and its end; `num_targets_lost` more were cut off. `special_ids` has those of the
+    family's `RowRule`, by name. `source` is a bare file name; where `row_is_line`, its row n is
+    line n.
     """
 
     num_kept: int
@@ -132,11 +131,18 @@ class DataCard:
             ) from error
 
 
-def load_dataset(path: str) -> tuple["datasets.Dataset", DataCard]:
+def load_dataset(path: str, rule: RowRule | None = None) -> tuple["datasets.Dataset", DataCard]:
     """Open a tokenised data set: columns input_ids (lists of int) and seq_len (prompt length).
 
     One without a card, as the script of 2023 left it, gets a card of what its rows show, and a
-    notice on stderr. Raises UserError where the folder is no such data set or is damaged.
+    notice on stderr.
+
+    Args:
+        path: its folder.
+        rule: of the family at hand: where special ids are looked for in rows without a card.
+
+    Raises:
+        UserError: the folder is no such data set, or is damaged.
     """
     import datasets
 
@@ -164,7 +170,7 @@ def load_dataset(path: str) -> tuple["datasets.Dataset", DataCard]:
             f"{path} has no {CARD_FILE} (tokenised by an older script?); "
             "its special ids are read off the rows, its tokenizer is not known"
         )
-        return dataset, _card_of_rows(dataset)
+        return dataset, _card_of_rows(dataset, rule)
     card = DataCard.read(folder / CARD_FILE)
     if card.num_kept != len(dataset):
         raise UserError(
@@ -192,7 +198,7 @@ def _check_arrow_files(folder: Path) -> None:
 def check_data_card(card: DataCard, tokenizer: RowTokenizer, path: str) -> None:
     """Raise UserError where the data set at `path` was tokenised for another tokenizer."""
     sha256 = card.tokenizer_sha256
-    ids = special_ids(tokenizer)
+    ids = tokenizer.row_rule.special_ids
     differing = [name for name, i in card.special_ids.items() if i not in (None, ids.get(name))]
     if differing:
         name = differing[0]
@@ -206,15 +212,6 @@ def check_data_card(card: DataCard, tokenizer: RowTokenizer, path: str) -> None:
         f"{path}: tokenised with another tokenizer{base} ({what}); run `glmtune tokenize` "
         "with the --chatglm_path that you train with"
     )
-
-
-def special_ids(tokenizer: RowTokenizer) -> dict[str, int | None]:
-    """The ids that stand in every row: prompt, gmask, bos, answer, eos."""
-    return {
-        "gmask": tokenizer.gmask_token_id,
-        "bos": tokenizer.bos_token_id,
-        "eos": tokenizer.eos_token_id,
-    }
 
 
 def check_replaceable(path: str) -> None:
@@ -259,7 +256,7 @@ def _is_of_token_rows(dataset: "datasets.Dataset") -> bool:
     )
 
 
-def _card_of_rows(dataset: "datasets.Dataset") -> DataCard:
+def _card_of_rows(dataset: "datasets.Dataset", rule: RowRule | None) -> DataCard:
     """Read off the rows what a card would say: lengths, and the ids at the places of specials."""
     table = dataset.with_format("arrow")[:]
     rows = table.column("input_ids").combine_chunks()
@@ -274,14 +271,15 @@ def _card_of_rows(dataset: "datasets.Dataset") -> DataCard:
         ids, counts = np.unique(tokens[(starts + positions)[inside]], return_counts=True)
         return int(ids[counts.argmax()]) if 2 * counts.max(initial=0) > len(lengths) else None
 
+    special_ids: dict[str, int | None] = {}
+    places = ((rule.after_prompt, prompt_lengths), (rule.end, lengths)) if rule else ()
+    for specials, ends in places:
+        for back, special in enumerate(reversed(specials), start=1):
+            special_ids[special.name] = id_at(ends - back)
     return DataCard(
         num_kept=len(dataset),
         num_tokens=int(lengths.sum()),
         num_target_tokens=int(np.maximum(lengths - prompt_lengths, 0).sum()),
         lengths=LengthStats.of(lengths),
-        special_ids={
-            "gmask": id_at(prompt_lengths - 2),
-            "bos": id_at(prompt_lengths - 1),
-            "eos": id_at(lengths - 1),
-        },
+        special_ids=special_ids,
     )

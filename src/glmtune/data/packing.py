@@ -4,8 +4,8 @@ A pack is what one pass computes on. Which rows share a pack changes nothing but
 keeps the positions that it has in its row alone, and `start_T` and `prefix_end_T` say which
 tokens it sees (`ops.attention.dense_mask`).
 
-Shapes: R rows of a data set, D rows of a pack (its documents), T tokens of a pack, L learned
-tokens.
+Shapes: R rows of a data set, D rows of a pack (its documents), T tokens of a pack, L supervised
+tokens, X streams of positions.
 """
 
 from bisect import bisect_right
@@ -25,12 +25,12 @@ class Pack:
     """Rows end to end, and after them filler that no row sees and that nothing is learned from."""
 
     input_ids_T: np.ndarray
-    position_ids_2T: np.ndarray
-    """Both position streams; they start again with each row."""
+    position_ids_XT: np.ndarray
+    """The streams of positions; they start again with each row."""
     start_T: np.ndarray
     """Place in the pack of the first token of the token's own row; the filler is one more row."""
     prefix_end_T: np.ndarray
-    """Place of the first answer token (``<sop>``) of that row."""
+    """Place of the first token of that row that its prefix does not see."""
     end_T: np.ndarray
     """Place after the last token of that row."""
     learned_at_L: np.ndarray
@@ -98,54 +98,37 @@ def check_lengths(rows: TokenRows, row_ids: np.ndarray, pack_length: int, path: 
         )
 
 
-def lay_out(
-    rows: TokenRows,
-    row_ids: np.ndarray,
-    pack_length: int,
-    *,
-    pad_token_id: int,
-    sop_in_prefix: bool = False,
-) -> Pack:
+def lay_out(rows: TokenRows, row_ids: np.ndarray, pack_length: int) -> Pack:
     """Lay rows end to end.
 
     Args:
         rows: the data set; its rows have passed `TokenRows.check`.
         row_ids: at most as many rows as fit; none gives a pack of filler.
         pack_length: T.
-        pad_token_id: what the filler is made of.
-        sop_in_prefix: revision v1.0 counts ``<sop>`` itself as the prompt's last place in the
-            position stream (`models.chatglm.layout`, which has the rule for rows by themselves).
     """
     lengths_D = rows.lengths_R[row_ids]
     num_tokens = int(lengths_D.sum())
     assert num_tokens <= pack_length
-    filler = pack_length - num_tokens
-    lengths_D = np.append(lengths_D, filler)
+    lengths_D = np.append(lengths_D, pack_length - num_tokens)
     starts_D = np.cumsum(lengths_D) - lengths_D
     start_T, length_T = np.repeat(starts_D, lengths_D), np.repeat(lengths_D, lengths_D)
     prefix_T = np.repeat(np.append(rows.prefix_lengths_R[row_ids], 0), lengths_D)
-    place_T = np.arange(pack_length) - start_T  # within the row
+    position_ids_XT = rows.rule.position_ids(np.arange(pack_length) - start_T, prefix_T)
 
-    # From <sop> on, the position stream stays where [GMASK] stands: at the prefix's last token.
-    position_T = np.minimum(place_T, np.maximum(prefix_T - 1, 0))
-    if sop_in_prefix:
-        position_T = np.where(place_T == prefix_T, prefix_T, position_T)
-    block_T = np.maximum(place_T - prefix_T + 1, 0)
-
-    input_ids_T = np.full(pack_length, pad_token_id, dtype=np.int64)
+    input_ids_T = np.full(pack_length, rows.rule.pad_id, dtype=np.int64)
+    is_label_T = np.zeros(pack_length, dtype=bool)
     if len(row_ids):
-        input_ids_T[:num_tokens] = np.concatenate([rows[row] for row in row_ids])
-    # A token predicts its successor in the same row, from [gMASK], which predicts <sop>, on.
-    is_learned_T = (place_T >= prefix_T - 1) & (place_T + 1 < length_T)
-    is_learned_T[num_tokens:] = False
-    learned_at_L = np.flatnonzero(is_learned_T)
+        spans = [slice(rows.starts_R1[row], rows.starts_R1[row + 1]) for row in row_ids]
+        input_ids_T[:num_tokens] = np.concatenate([rows.ids_T[span] for span in spans])
+        is_label_T[:num_tokens] = np.concatenate([rows.is_supervised_T[span] for span in spans])
+    labels_at_L = np.flatnonzero(is_label_T)
     return Pack(
         input_ids_T=input_ids_T,
-        position_ids_2T=np.stack((position_T, block_T)),
+        position_ids_XT=position_ids_XT,
         start_T=start_T.astype(np.int32),
         prefix_end_T=(start_T + prefix_T).astype(np.int32),
         end_T=(start_T + length_T).astype(np.int32),
-        learned_at_L=learned_at_L,
-        targets_L=input_ids_T[learned_at_L + 1],
+        learned_at_L=labels_at_L - 1,
+        targets_L=input_ids_T[labels_at_L],
         num_tokens=num_tokens,
     )

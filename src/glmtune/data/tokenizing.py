@@ -17,7 +17,6 @@ from glmtune.data.dataset import (
     DataCard,
     RowTokenizer,
     check_replaceable,
-    special_ids,
 )
 from glmtune.data.fields import FieldUse
 from glmtune.data.files import new_folder, sha256_of
@@ -79,7 +78,7 @@ class EncodedRows:
 
     `input_ids` holds all rows end to end as int32, `ends` where each ends, `seq_len` each prompt's
     length. The lists are row numbers, but `lengths_out`: the full lengths of overlong rows.
-    `num_targets_lost` counts the ids that were cut off targets, each one's <eop> among them.
+    `num_targets_lost` counts the ids that were cut off targets, each one's end among them.
     """
 
     input_ids: array = field(default_factory=lambda: array("i"))
@@ -155,29 +154,26 @@ def tokenize(
 def encode_rows(
     rows: list[Row], tokenizer: RowTokenizer, settings: TokenizeSettings
 ) -> EncodedRows:
-    """Encode rows as the script of 2023 did: context, [gMASK] <sop>, target, <eop>.
+    """Encode rows as the script of 2023 did: prompt, target, end, with the family's special ids.
 
-    Context (with its two special ids) and target are cut to max_seq_length each (a context of
-    several rounds at its start), so a row may hold
-    twice that unless skip_overlength drops it. Rows with an empty target are left out unless
-    keep_empty.
+    Prompt (with its special ids) and target are cut to max_seq_length each (a context of several
+    rounds at its start), so a row may hold twice that unless skip_overlength drops it. Rows with an
+    empty target are left out unless keep_empty.
 
-    A target that is cut has no <eop> behind it, which that script put there: the model would learn
-    to end in the midst of an answer.
+    A target that is cut has no end behind it, which that script put there: the model would learn to
+    end in the midst of an answer.
     """
-    limit = settings.max_seq_length
-    specials = [tokenizer.gmask_token_id, tokenizer.bos_token_id]
+    limit, rule = settings.max_seq_length, tokenizer.row_rule
     out = EncodedRows()
     for row, context, target in _encode_in_batches(rows, tokenizer, settings.num_threads):
-        room = limit - len(specials)
+        length = len(context) + rule.num_prompt_specials
         # Behind earlier rounds stands the question, which is what the answer is about.
-        prompt = (context[-room:] if has_rounds(row.context) else context[:room]) + specials
-        answer = [*target, tokenizer.eos_token_id]
+        prompt = rule.prompt(context, limit, cut="start" if has_rounds(row.context) else "end")
+        answer = [*target, *rule.end_ids]
         num_lost = len(answer) - limit if len(target) > limit else 0
         input_ids = prompt + answer[: len(answer) - num_lost]
         is_empty = not settings.keep_empty and not (target and row.target.strip())
         if not is_empty:
-            length = len(context) + len(specials)
             whole = length + len(answer) if settings.skip_overlength else max(length, len(target))
             out.limits.append(whole)
         if is_empty:
@@ -189,7 +185,7 @@ def encode_rows(
             out.input_ids.extend(input_ids)
             out.ends.append(len(out.input_ids))
             out.seq_len.append(len(prompt))
-            if len(context) + len(specials) > limit:
+            if length > limit:
                 out.cut_contexts.append(row.row)
             if num_lost:
                 out.cut_targets.append(row.row)
@@ -226,7 +222,7 @@ def _card(
         base_model=base_name,
         tokenizer_sha256=tokenizer.vocab_hash,
         vocab_revision=tokenizer.revision,
-        special_ids=special_ids(tokenizer),
+        special_ids=tokenizer.row_rule.special_ids,
         template=_template(rows),
         flags=settings.model_dump(
             include={"max_seq_length", "skip_overlength", "keep_empty", "on_bad_row"}

@@ -33,7 +33,7 @@ MAX_ROW_BYTES = 1 << 25
 # json's own limit is what its caller has left of Python's stack; this one lies below it anywhere.
 MAX_DEPTH = 256
 BLANK = b" \t\r\n"
-BETWEEN_ROWS = re.compile(rb"\}([ \t\r\n]*,[ \t\r\n]*)\{")
+_BETWEEN_ROWS = re.compile(rb"\}([ \t\r\n]*,[ \t\r\n]*)\{")
 
 _STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 _BLANKS = re.compile(r"[ \t\r\n]*")
@@ -115,9 +115,9 @@ class List:
     when the window starts inside a row that was given up.
     """
 
-    def __init__(self, line: int, expects: Literal["first", "row"] = "first") -> None:
+    def __init__(self, line: int) -> None:
         self.line = line
-        self.expects: Literal["first", "row", "comma", "end", "next"] = expects
+        self.expects: Literal["first", "row", "comma", "end", "next"] = "first"
         self.reference = _Reference()
 
     def read(self, window: bytes, at_end: bool) -> Batch:
@@ -130,7 +130,7 @@ class List:
         The window is split wherever one object may end and another begin. Where that is inside of
         an object, its pieces are no JSON; and a piece that is an object ends where that one ends.
         """
-        first, *pieces = BETWEEN_ROWS.split(window)
+        first, *pieces = _BETWEEN_ROWS.split(window)
         if not pieces or self.expects not in ("first", "row"):
             return None
         last = pieces.pop()

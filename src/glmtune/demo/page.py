@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from typing import Any
 
 from glmtune.evaluation.page import Panel, both
@@ -17,38 +18,10 @@ LANGUAGE_NAMES = {
     "en": Text("英文题", "Questions in English"),
 }
 
-SCORE_STYLE = """
-.scores { display: grid; gap: 1.1rem; margin-top: .9rem; }
-.scores h3 { font-size: .85rem; font-weight: 400; color: var(--soft); margin-bottom: .3rem; }
-.scores dl { display: grid; grid-template-columns: max-content 1fr 4.6rem; gap: .35rem .8rem;
-  align-items: center; margin: 0; font-size: .88rem; }
-.scores dd { display: contents; }
-.scores b { text-align: right; font-size: 1.15rem; font-weight: 600; }
-.scores i { height: .85rem; border-radius: 99px; background: var(--line); overflow: hidden; }
-.scores i::before { content: ""; display: block; height: 100%; width: var(--share);
-  border-radius: 99px; background: var(--soft); }
-.scores .of-tuned b { color: var(--accent); }
-.scores .of-tuned i::before { background: var(--accent); }
-"""
-LOSS_STYLE = """
-.plot { position: relative; height: 12.5rem; margin: 1rem 0 1.5rem 2.2rem; font-size: .75rem;
-  color: var(--soft); }
-.plot svg { position: absolute; inset: 0; width: 100%; height: 100%; overflow: visible; }
-.plot path { fill: none; vector-effect: non-scaling-stroke; stroke-linejoin: round;
-  stroke-linecap: round; stroke: var(--accent); }
-.plot .raw { stroke-width: 1.2; opacity: .35; }
-.plot .smooth { stroke-width: 2.5; }
-.plot hr { position: absolute; inset-inline: 0; margin: 0; border: 0;
-  border-top: 1px solid var(--line); }
-.plot .y { position: absolute; right: 100%; margin-right: .6rem; transform: translateY(50%); }
-.plot .x { position: absolute; top: 100%; margin-top: .4rem; transform: translateX(-50%);
-  white-space: nowrap; }
-.plot .x.last { transform: translateX(-100%); }
-.plot .x:first-of-type { transform: none; }
-.plot .end { position: absolute; right: 0; transform: translateY(-.3rem); font-weight: 600;
-  font-size: .85rem; color: var(--accent);
-  text-shadow: 0 0 .25rem var(--card), 0 0 .25rem var(--card), 0 0 .25rem var(--card); }
-"""
+
+def panel_style() -> str:
+    """The CSS of both panels."""
+    return resources.files(__package__).joinpath("page.css").read_text("utf-8")
 
 
 def score_panel(base: Mapping[str, tuple[int, int]], tuned: Mapping[str, tuple[int, int]]) -> Panel:
@@ -60,7 +33,7 @@ def score_panel(base: Mapping[str, tuple[int, int]], tuned: Mapping[str, tuple[i
             for css, label, count in (("of-base", BASE, base), ("of-tuned", TUNED, tuned))
         )
         parts.append(f"<div><h3>{both(name)}</h3><dl>{rows}</dl></div>")
-    return Panel(SCORE, f'<div class="scores">{"".join(parts)}</div>', SCORE_STYLE)
+    return Panel(SCORE, f'<div class="scores">{"".join(parts)}</div>')
 
 
 def _bar(right: int, asked: int) -> str:
@@ -99,7 +72,7 @@ def loss_panel(history: Sequence[Mapping[str, Any]]) -> Panel:
 <span class="x" style="left: 0">{steps[0]}</span>
 <span class="x last" style="left: 100%">{steps[-1]:,} {both(STEPS)}</span>
 <span class="end" style="bottom: {height(smoothed[-1]):.2f}%">{end}</span></div>"""
-    return Panel(LOSS, body, LOSS_STYLE)
+    return Panel(LOSS, body)
 
 
 # Ticks at 1, 3, 10, 30, ...: two a decade, nearly evenly far apart.

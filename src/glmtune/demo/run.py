@@ -25,7 +25,7 @@ from glmtune.config import (
 from glmtune.data.convert import convert
 from glmtune.data.files import new_file
 from glmtune.data.tokenizing import tokenize
-from glmtune.demo.page import TITLE, loss_panel, score_panel
+from glmtune.demo.page import TITLE, loss_panel, panel_style, score_panel
 from glmtune.demo.questions import Asked, held_out_questions, num_right, training_questions
 from glmtune.demo.recipe import RECIPE
 from glmtune.demo.world import LANGUAGES
@@ -34,7 +34,9 @@ from glmtune.evaluation.checkup import check_after_training
 from glmtune.evaluation.compare import compare
 from glmtune.evaluation.page import html
 from glmtune.evaluation.report import Text
-from glmtune.models.checkpoints import GLM_TINY, base_name, load_tokenizer
+from glmtune.models.loading import load_tokenizer
+from glmtune.models.resolve import GLM_TINY, base_name
+from glmtune.run_files import RECIPE_FILE
 from glmtune.runlog import format_seconds, print_pairs
 from glmtune.training.loop import train
 
@@ -119,6 +121,7 @@ def demo(config: DemoSettings) -> DemoResult:
         title=TITLE,
         verdict=_verdict(base, tuned, len(training)),
         panels=[score_panel(base, tuned), loss_panel(run.log_history)],
+        style=panel_style(),
     )
     with new_file(paths["demo.html"]) as file:
         file.write(page)
@@ -176,8 +179,7 @@ def training_config(settings: DemoSettings, dataset_path: str, output_dir: str) 
         use_cpu=settings.use_cpu,
         save_total_limit=1,
         # The recipe's steps are of so many rows, and for a model this small not worth compiling.
-        packing=False,
-        exact_batch=False,
+        layout="padded",
     )
 
 
@@ -245,7 +247,7 @@ def _print_end(result: DemoResult, settings: DemoSettings) -> None:
         {name: "base {}, tuned {}".format(*scores[language]) for language, name in names.items()},
     )
     run, questions = (shlex.quote(str(out / name)) for name in ("run", "questions.json"))
-    recipe = shlex.quote(str(out / "run" / "recipe.yaml"))
+    recipe = shlex.quote(str(out / "run" / RECIPE_FILE))
     print(f"\nOpen the page in a browser: {result.page.absolute()}\n")
     print_pairs(
         "What to try next",

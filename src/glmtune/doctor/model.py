@@ -5,28 +5,22 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_OFFLINE
+from transformers import PreTrainedConfig
 
 from glmtune.config.groups import DeviceSettings
 from glmtune.data.files import read_json_object
 from glmtune.doctor.findings import OK, PROBLEM, WARNING, Told
 from glmtune.hardware import GIB, Card, pick_device, pick_dtype
-from glmtune.models.chatglm.configuration import ChatGLMConfig
-from glmtune.models.chatglm.folder import check_folder
-from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
-from glmtune.models.checkpoints import (
-    GLM_TINY,
-    PUBLISHED,
-    base_name,
+from glmtune.models.families import DEFAULT, family_of, published_names
+from glmtune.models.hubs import download_command
+from glmtune.models.loading import (
     check_ends,
-    check_ids,
     hub_config,
     load_config,
     load_tokenizer,
-    resolve_base,
 )
-from glmtune.models.hubs import download_command
 from glmtune.models.quantised import bits_of
-from glmtune.models.sizes import weight_bytes
+from glmtune.models.resolve import GLM_TINY, base_name, resolve_base
 from glmtune.models.weights import are_there
 
 PUBLISHED_GB = 13.4
@@ -36,7 +30,7 @@ PUBLISHED_GB = 13.4
 def find_base(chatglm_path: str | None, run_folder: str | None = None) -> Path | str:
     """The folder of the base that a run would use, or its hub id where it is not here yet.
 
-    Where none is named or found that is ChatGLM-6B's.
+    Where none is named or found that is the published model's.
 
     Raises:
         UserError: a path that does not exist.
@@ -78,13 +72,15 @@ def check_hub_base(base: str, is_named: bool) -> Iterator[Told]:
 def check_base(base: Path | str) -> Iterator[Told]:
     """Whether config and weights make up one model."""
     if not isinstance(base, Path):
-        size = f" ({PUBLISHED_GB} GB)" if base in PUBLISHED else ""
+        size = f" ({PUBLISHED_GB} GB)" if base in published_names() else ""
         text = f"{base} would be downloaded first{size}"
         yield WARNING, f"{text}: {download_command(base)}, or name a folder with --chatglm_path"
         return
     config = load_config(str(base))
-    check_folder(base, config, ChatGLMForConditionalGeneration)
-    text = f"{base_name(str(base))}: {config.num_layers} layers, vocabulary {config.vocab_size}"
+    family = family_of(config)
+    family.check_folder(base, config, family.model_class)
+    shape = family.shape(config)
+    text = f"{base_name(str(base))}: {shape.num_layers} layers, vocabulary {shape.vocab_size}"
     if str(base) == GLM_TINY:
         text += " (the toy model: name the real one with --chatglm_path FOLDER)"
     yield OK, text
@@ -95,7 +91,7 @@ def check_memory(base: Path | str, device: DeviceSettings) -> Iterator[Told]:
     config, card = config_of(base), Card.of(pick_device(device.use_cpu))
     bits = bits_of(config)
     dtype, _ = pick_dtype(pick_device(device.use_cpu), device.bf16, device.fp16)
-    needed = weight_bytes(config, dtype, bits) / GIB
+    needed = family_of(config).shape(config).weight_bytes(dtype, bits) / GIB
     held = f"{bits} bits" if bits else str(dtype).removeprefix("torch.")
     text = f"the base's weights take {needed:.2f} GiB in {held}"
     if card.gib and needed > card.gib:
@@ -111,8 +107,9 @@ def check_tokenizer(base: Path | str) -> Iterator[Told]:
     if not isinstance(base, Path):
         return
     config, tokenizer = load_config(str(base)), load_tokenizer(str(base))
-    check_ids(config, tokenizer)
-    specials = f"[gMASK] {tokenizer.gmask_token_id}, <sop> {tokenizer.bos_token_id}"
+    family_of(config).check_pair(config, tokenizer)
+    rule = tokenizer.row_rule
+    specials = ", ".join(f"{special.text} {special.id}" for special in rule.after_prompt)
     yield OK, f"revision {tokenizer.revision}, {tokenizer.vocab_size} ids, {specials}"
 
 
@@ -121,14 +118,15 @@ def check_stop_ids(base: Path | str) -> Iterator[Told]:
     if not isinstance(base, Path):
         return
     tokenizer, generation = load_tokenizer(str(base)), base / "generation_config.json"
-    check_ids(load_config(str(base)), tokenizer)
+    config = load_config(str(base))
+    family_of(config).check_pair(config, tokenizer)
     if generation.is_file():
         check_ends(read_json_object(generation).get("eos_token_id"), tokenizer)
-    yield OK, f"tokenizer and configs end an answer at {tokenizer.eos_token_id}"
+    yield OK, f"tokenizer and configs end an answer at {tokenizer.row_rule.end_ids[-1]}"
 
 
-def config_of(base: Path | str) -> ChatGLMConfig:
+def config_of(base: Path | str) -> PreTrainedConfig:
     """The config of a base; of one that is not here yet, its hub's, or else the published one."""
     if isinstance(base, Path):
         return load_config(str(base))
-    return (None if base in PUBLISHED else hub_config(base)) or ChatGLMConfig()
+    return (None if base in published_names() else hub_config(base)) or DEFAULT.config_class()

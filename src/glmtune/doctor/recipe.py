@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
+from transformers import PreTrainedConfig
+
 from glmtune.config import SETTINGS, TokenizeSettings, TrainSettings, read_config
 from glmtune.config.settings import Settings
 from glmtune.data.dataset import CARD_FILE, DataCard, check_data_card, load_dataset
@@ -14,9 +16,9 @@ from glmtune.doctor.findings import OK, PROBLEM, WARNING, Told
 from glmtune.doctor.model import config_of
 from glmtune.errors import UserError
 from glmtune.hardware import Card, pick_device, pick_dtype
-from glmtune.models.chatglm.configuration import ChatGLMConfig
-from glmtune.models.checkpoints import GLM_TINY, load_tokenizer
-from glmtune.models.sizes import adapter_parameters, check_targets
+from glmtune.models.families import check_targets, family_of
+from glmtune.models.loading import load_tokenizer
+from glmtune.models.resolve import GLM_TINY
 from glmtune.models.weights import is_lfs_pointer
 from glmtune.training.planning.advice import advise, verdict
 from glmtune.training.planning.forecast import EqualRows, Lengths, forecast
@@ -89,7 +91,9 @@ def check_data(
     if not Path(folder).exists() and tokenize and getattr(tokenize, "save_path", "") == folder:
         yield OK, f"{folder} is what tokenize will write"
         return
-    dataset, card = load_dataset(folder)
+    config = config_of(base)
+    rule = family_of(config).row_rule(config)
+    dataset, card = load_dataset(folder, rule)
     yield OK, f"{folder}: {card.num_kept:,} rows, tokens a row: {card.lengths}"
     num_read = card.num_read or card.num_kept
     for fate, rows in (("dropped", card.rows_out), ("cut to max_seq_length", card.rows_cut)):
@@ -99,8 +103,8 @@ def check_data(
             yield WARNING, f"{text}: tokenize again with a longer max_seq_length, or mend them"
     if isinstance(base, Path):
         check_data_card(card, load_tokenizer(str(base)), folder)
-        TokenRows.from_dataset(dataset).check(config_of(base), folder)
-    if card.lengths.max > (limit := config_of(base).max_sequence_length):
+        TokenRows.from_dataset(dataset, rule).check(config.vocab_size, folder)
+    if card.lengths.max > (limit := family_of(config).shape(config).max_positions):
         yield WARNING, f"the longest row has {card.lengths.max} tokens, the model knows {limit}"
 
 
@@ -112,16 +116,18 @@ def check_memory(
     Where its rows are not there yet, each counts as the longest that `tokenize` may write.
     """
     device = pick_device(settings.use_cpu)
+    config = config_of(base)
     rows: Lengths
     if Path(settings.dataset_path).is_dir():
-        rows = TokenRows.from_dataset(load_dataset(settings.dataset_path)[0])
+        rule = family_of(config).row_rule(config)
+        rows = TokenRows.from_dataset(load_dataset(settings.dataset_path, rule)[0], rule)
     else:
         longest = TokenizeSettings.model_fields["max_seq_length"].default
         tokenize = plans.get("tokenize")
         rows = EqualRows.of(settings, getattr(tokenize, "max_seq_length", longest))
     foresee = partial(
         forecast,
-        shape=config_of(base),
+        config=config,
         dtype=pick_dtype(device, settings.bf16, settings.fp16)[0],
         card=Card.of(device),
         rows=rows,
@@ -158,6 +164,9 @@ def check_run_folder(settings: TrainSettings, base: Path | str) -> Iterator[Told
         yield OK, f"{text}, {num_kept} kept{goes_on}"
 
 
-def checkpoint_bytes(settings: TrainSettings, model: ChatGLMConfig) -> int:
+def checkpoint_bytes(settings: TrainSettings, config: PreTrainedConfig) -> int:
     """Bytes of a checkpoint: an adapter in float32 and two moments of each of its weights."""
-    return BYTES_PER_WEIGHT * adapter_parameters(model, settings.lora_rank, settings.lora_target)
+    family = family_of(config)
+    shape = family.shape(config)
+    targets = family.targets(settings.lora_target, shape)
+    return BYTES_PER_WEIGHT * shape.adapter_parameters(settings.lora_rank, targets)

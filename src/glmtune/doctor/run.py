@@ -78,7 +78,7 @@ def examine(settings: DoctorSettings) -> Iterator[Finding]:
 def _examine_run(config: DoctorSettings) -> Iterator[Finding]:
     # Only here: these import torch and transformers, whose failing is a finding of its own.
     from glmtune.doctor import model, recipe
-    from glmtune.models.checkpoints import ENVIRONMENT_VARIABLE, HUB_IDS
+    from glmtune.models.resolve import ENVIRONMENT_VARIABLE, HUB_IDS
 
     plans: recipe.Plans = {}
     if path := config.recipe_path:

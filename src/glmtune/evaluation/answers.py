@@ -23,15 +23,10 @@ from glmtune.data.templates import context_of
 from glmtune.errors import UserError, note, visible
 from glmtune.generation import Prompt, find_too_long
 from glmtune.hardware import check_decoding, pick_device, pick_dtype
-from glmtune.models.checkpoints import (
-    base_name,
-    check_pair,
-    load_base_model,
-    load_config,
-    load_tokenizer,
-    resolve_base,
-)
 from glmtune.models.hubs import name_of_folder
+from glmtune.models.loading import check_pair, load_base_model, load_config, load_tokenizer
+from glmtune.models.resolve import base_name, resolve_base
+from glmtune.run_files import CHECKPOINT_PREFIX
 
 
 def read_questions(settings: InferSettings | CompareSettings) -> list[Record]:
@@ -139,7 +134,7 @@ class Subject:
         if self.adapter is None:
             return None
         path = self.adapter.resolve()
-        is_checkpoint = path.name.startswith("checkpoint-")
+        is_checkpoint = path.name.startswith(CHECKPOINT_PREFIX)
         return "/".join(path.parts[-2:]) if is_checkpoint else name_of_folder(path)
 
     def identity(self) -> dict[str, Any]:

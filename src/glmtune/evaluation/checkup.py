@@ -10,7 +10,6 @@ from peft import PeftModel
 
 from glmtune.adapters import read_adapter
 from glmtune.config import CheckSettings
-from glmtune.config.training import ALL_LINEARS
 from glmtune.data.files import write_json
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError, note
@@ -33,6 +32,7 @@ from glmtune.evaluation.probes import (
 )
 from glmtune.evaluation.source_run import RunRows, find_rows, find_template
 from glmtune.generation import Answer, Decoder, EncodedPrompt, GenerationSettings, answer_in_batches
+from glmtune.models.families import family_of
 from glmtune.runlog import print_pairs
 
 NGRAM = 4
@@ -153,7 +153,7 @@ def check(config: CheckSettings) -> Checkup:
         found = Checkup(layers=[], num_linears=0, divergence=None)
     else:
         model, tokenizer = subject.load(computes=True)
-        rows = find_rows(subject.adapter)
+        rows = find_rows(subject.adapter, tokenizer.row_rule)
         if config.data_path:
             asked = record_probes(config.data_path, tokenizer, config.limit)
         else:
@@ -241,10 +241,10 @@ def examine(
     if with_base or look(tuned, base).harms:
         with model.disable_adapter():
             base = ask([*(asked.probes if with_base else []), *strange, *task])
-    names = (name.rpartition(".")[2] for name, _ in model.named_modules())
+    shape = family_of(model.config).shape(model.config)
     return Checkup(
         layers,
-        num_linears=sum(name in ALL_LINEARS for name in names),
+        num_linears=shape.num_layers * len(shape.linears),
         divergence=divergence,
         tuned=measure_answers(tokenizer, asked.probes, tuned),
         base=measure_answers(tokenizer, asked.probes, base) if with_base else None,

@@ -38,7 +38,7 @@ class Probe(NamedTuple):
     """A question and its answer as the model reads them."""
 
     prompt_ids: list[int]
-    """[GMASK] <sop> at the end."""
+    """With the special ids that stand before an answer."""
     answer_ids: list[int]
     """The end token included, unless the answer was cut."""
 
@@ -56,8 +56,8 @@ def from_texts(tokenizer: Any, pairs: list[tuple[str, str]]) -> list[Probe]:
     """Contexts and their answers, whole."""
     prompts = tokenizer.encode_batch([context for context, _ in pairs], add_special_tokens=True)
     answers = tokenizer.encode_batch([answer for _, answer in pairs])
-    end = tokenizer.eos_token_id
-    return [Probe(p, [*a, end]) for p, a in zip(prompts, answers, strict=True)]
+    end = tokenizer.row_rule.end_ids
+    return [Probe(p, [*a, *end]) for p, a in zip(prompts, answers, strict=True)]
 
 
 def own_probes(tokenizer: Any, limit: int) -> Probes:

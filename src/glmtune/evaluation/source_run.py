@@ -5,14 +5,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from glmtune.adapters.formats import WEIGHTS_FILE
 from glmtune.config import TrainSettings, read_config
 from glmtune.data.dataset import load_dataset
+from glmtune.data.row_rule import RowRule
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError, note
+from glmtune.run_files import RECIPE_FILE, STATE_FILE, WEIGHTS_FILE, find_around
 from glmtune.training.plan import split_rows
-from glmtune.training.saving.checkpoints import RECIPE_FILE
-from glmtune.training.saving.manifest import STATE_FILE, read_identity
+from glmtune.training.saving.manifest import read_identity
 
 
 class RunRows(NamedTuple):
@@ -27,18 +27,22 @@ class RunRows(NamedTuple):
         return np.setdiff1d(np.arange(len(self.rows)), self.held_out)
 
 
-def find_rows(adapter: Path) -> RunRows | None:
+def find_rows(adapter: Path, rule: RowRule) -> RunRows | None:
     """The rows of the run that an adapter came from.
 
     None where no recipe lies beside the adapter, or its data are gone or are others now, of which
     a note tells.
+
+    Args:
+        adapter: its folder.
+        rule: of the base model's family.
     """
-    recipe = next(iter(_beside(adapter, RECIPE_FILE)), None)
+    recipe = next(iter(find_around(adapter, RECIPE_FILE)), None)
     if recipe is None:
         return None
     try:
         run = read_config(TrainSettings, "train", str(recipe), {})
-        rows = TokenRows.from_dataset(load_dataset(run.dataset_path)[0])
+        rows = TokenRows.from_dataset(load_dataset(run.dataset_path, rule)[0], rule)
         digest = _identity(adapter).get("data sha256")
         if digest is not None and digest != rows.digest()[:16]:
             raise UserError(f"{run.dataset_path}: holds other rows than the run was trained on")
@@ -61,15 +65,9 @@ def find_template(adapter: Path) -> str | None:
 
 def _identity(adapter: Path) -> dict[str, object]:
     """What the checkpoint or the run says that it is known by; nothing where it does not."""
-    for state in _beside(adapter, STATE_FILE):
+    for state in find_around(adapter, STATE_FILE):
         try:
             return read_identity(state.parent)
         except UserError:  # of another program, or damaged, which answering need not mind
             continue
     return {}
-
-
-def _beside(adapter: Path, name: str) -> list[Path]:
-    """A file of the adapter's folder or, since that may be a checkpoint, of its run's."""
-    folders = (adapter, adapter.resolve().parent)
-    return [folder / name for folder in folders if (folder / name).is_file()]

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from glmtune.config.groups import AnswerSettings, DecodingSettings
+from glmtune.errors import UserError
 from glmtune.generation.prompts import EncodedPrompt
 from glmtune.generation.slots import Slots
 from glmtune.generation.weights import can_be_captured, most_rows_for_kernels, read_weights
 from glmtune.hardware import check_decoding
 from glmtune.models.decoding import (
-    DecodingBlock,
-    Heads,
     Projection,
     run_head,
     run_head_in_few_kernels,
 )
+from glmtune.models.families import family_of
 
 TOKENS_PER_LOOK = 8
 """Steps that a GPU is given before the host looks at what came out, so that neither waits."""
@@ -34,13 +34,6 @@ def find_stop_ids(model: Any) -> list[int]:
         if stop is not None:
             return [stop] if isinstance(stop, int) else list(stop)
     raise AssertionError("the model names no eos_token_id")
-
-
-def decoding_block_of(model: Any) -> DecodingBlock:
-    """What a model's family provides for decoding: the one place that looks it up."""
-    from glmtune.models.chatglm.decoding import DECODING
-
-    return DECODING
 
 
 class Decoder:
@@ -60,7 +53,8 @@ class Decoder:
         beside: a decoder of the same model with the same settings; what both read alike is shared.
 
     Raises:
-        UserError: the weights cannot be had in so few bits, or the device lacks something.
+        UserError: the weights cannot be had in so few bits, or the device lacks something, or the
+            model's family has no decoding.
     """
 
     def __init__(
@@ -75,7 +69,10 @@ class Decoder:
         beside: "Decoder | None" = None,
     ):
         self.config: Any = model.config
-        self.block = decoding_block_of(model)
+        family = family_of(self.config)
+        if family.decoding is None:
+            raise UserError(f"{family.name}: its answers are not computed here yet")
+        self.block, self.shape = family.decoding, family.shape(self.config)
         self.stop_ids = stop_ids
         self.device: torch.device = device or model.device
         check_decoding(self.device, bits, compiled)
@@ -86,7 +83,7 @@ class Decoder:
             )
         self.captures = self.device.type == "cuda" and can_be_captured(self.weights)
         self._most_rows_for_kernels = most_rows_for_kernels(
-            self.weights, self.block, Heads.of(self.config).size
+            self.weights, self.block, self.shape.head_dim
         )
         self._slots: Slots | None = None
         self._run_block: Callable[..., Tensor] = self.block.run_block

@@ -26,7 +26,7 @@ from glmtune.generation.reference import NOT_FINITE
 from glmtune.generation.sampling import Sampling, choose, is_plain, largest, random_numbers
 from glmtune.generation.streaming import before_stop
 from glmtune.hardware import capture_graph
-from glmtune.models.decoding import Angles, Heads, KeyValueCache, Place, decode, prefill
+from glmtune.models.decoding import Angles, KeyValueCache, Place, decode, prefill
 from glmtune.ops.attention import prefix_lm_mask
 
 if TYPE_CHECKING:
@@ -237,24 +237,21 @@ class Slots:
         return new
 
     def _new_buffers(self, num_columns: int, angles: Angles) -> Buffers:
-        config, weights, device = self.decoder.config, self.decoder.weights, self.decoder.device
-        num_rows, like, heads = len(self.rows), weights.final_norm.weight, Heads.of(config)
-        shape = (num_rows, num_columns)
+        num_rows, device, model = len(self.rows), self.decoder.device, self.decoder.shape
+        like, shape = self.decoder.weights.final_norm.weight, (num_rows, num_columns)
 
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         return Buffers(
-            cache=KeyValueCache.zeros(
-                len(weights.blocks), num_rows, heads.num, num_columns, heads.size, like
-            ),
+            cache=KeyValueCache.zeros(model, num_rows, num_columns, like),
             tokens_BK=zeros(*shape, dtype=torch.long),
             angles=Angles(*(like.new_zeros(*shape, *angle.shape[2:]) for angle in angles)),
             column_B1=zeros(num_rows, 1, dtype=torch.long),
             live_B1=zeros(num_rows, 1, dtype=torch.long),
             fault_B=zeros(num_rows, dtype=torch.float32),
-            sampling=Sampling.of([AnswerSettings()] * num_rows, config.vocab_size, device),
-            seen_BV=zeros(num_rows, config.vocab_size, dtype=torch.bool),
+            sampling=Sampling.of([AnswerSettings()] * num_rows, model.vocab_size, device),
+            seen_BV=zeros(num_rows, model.vocab_size, dtype=torch.bool),
             numbers_BK=zeros(*shape, dtype=torch.float64),
             row_B=torch.arange(num_rows, device=device),
             column_K=torch.arange(num_columns, device=device),
@@ -268,7 +265,7 @@ class Slots:
         settings: Sequence[AnswerSettings],
         input_ids_BS: Tensor,
     ) -> None:
-        device, vocab_size = self.decoder.device, self.decoder.config.vocab_size
+        device, vocab_size = self.decoder.device, self.decoder.shape.vocab_size
         new = Sampling.of(settings, vocab_size, device)
         for kept, numbers in zip(buffers.sampling, new, strict=True):
             kept[rows] = numbers

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from glmtune.errors import UserError
 from glmtune.generation.linears import Adapted, GroupQuantised, Int4, Int8, Plain, can_be_fused
 from glmtune.models.decoding import DecodingBlock, Normalisation, Projection, Weights
+from glmtune.models.family import layers_of
 from glmtune.models.low_rank import split_lora
 from glmtune.ops.lora import LowRank
 from glmtune.ops.norm import Norm
@@ -48,7 +49,7 @@ def read_weights(
         UserError: the weights cannot be had in so few bits.
     """
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    body, device = plain.base_model, device or plain.device
+    device = device or plain.device
     linears: list[Projection] = []
 
     def read(linear: nn.Module) -> Projection:
@@ -57,12 +58,12 @@ def read_weights(
         )
         return linears[-1]
 
-    final_norm = _read_norm(getattr(body, block.final_norm), device)
+    final_norm = _read_norm(block.final_norm(plain), device)
     return Weights(
         embed=_read_embedding(plain.get_input_embeddings(), final_norm.weight.dtype, device),
         blocks=[
             block.weights_of(layer, read, partial(_read_norm, device=device))
-            for layer in body.layers
+            for layer in layers_of(plain)
         ],
         final_norm=final_norm,
         head=read(plain.get_output_embeddings()),

@@ -16,7 +16,8 @@ from lm_eval.models.huggingface import HFLM
 from glmtune.adapters.lora import load_adapter
 from glmtune.errors import UserError, note
 from glmtune.hardware import pick_device
-from glmtune.models.checkpoints import load_base_model, load_tokenizer, resolve_base
+from glmtune.models.loading import load_base_model, load_tokenizer
+from glmtune.models.resolve import resolve_base
 
 # What of `HFLM` has an effect on a model that is loaded already.
 PASSED_ON = ("chat_template_args", "logits_cache", "max_batch_size", "max_length", "softmax_dtype")
@@ -24,7 +25,7 @@ PASSED_ON = ("chat_template_args", "logits_cache", "max_batch_size", "max_length
 
 @register_model("glmtune")
 class GlmtuneLM(HFLM):
-    """ChatGLM-6B with or without an adapter, as `--model_args` name them.
+    """A base model with or without an adapter, as `--model_args` name them.
 
     Args:
         pretrained: base model, a folder or a hub id; by default that of the adapter's recipe.
@@ -88,7 +89,7 @@ class GlmtuneLM(HFLM):
         left_truncate_len: int | None = None,
         **kwargs: Any,
     ) -> list[int]:
-        """A context's ids, which end in ``[gMASK] <sop>``; without those if it is told to."""
+        """A context's ids, with the special ids of a prompt; without those if it is told to."""
         ids = self.tokenizer.encode(string, add_special_tokens=add_special_tokens is not False)
         return ids[-left_truncate_len:] if left_truncate_len else ids
 
@@ -109,7 +110,7 @@ class GlmtuneLM(HFLM):
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Context and answer; the blank that other models need between the two is left out."""
         ids = self.tok_encode(context)
-        if ids[-1] == self.tokenizer.bos_token_id:
+        if ids[-1] == self.tokenizer.row_rule.prompt([])[-1]:
             answer = continuation.lstrip(" ") or continuation
             return ids, self.tok_encode(answer, add_special_tokens=False)
         # A chat template has begun the answer.
@@ -129,7 +130,7 @@ class GlmtuneLM(HFLM):
         A text longer than `max_length` is read in windows: each later one begins its answer with
         the token before it, and the last with as much as there is room for.
         """
-        start = [self.tokenizer.gmask_token_id, self.tokenizer.bos_token_id]
+        start = self.tokenizer.row_rule.prompt([])
         windows, counts = [], []
         for request in requests:
             of_text = list(

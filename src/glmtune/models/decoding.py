@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from glmtune.models.shape import Shape
 from glmtune.ops.attention import additive_mask, right_kernels
 
 Projection = Any
@@ -46,36 +48,14 @@ class KeyValueCache(NamedTuple):
     values: Tensor
 
     @classmethod
-    def zeros(
-        cls,
-        num_layers: int,
-        num_rows: int,
-        num_kv_heads: int,
-        num_columns: int,
-        head_dim: int,
-        like: Tensor,
-    ) -> "KeyValueCache":
-        """An empty cache, of the type and on the device of another tensor."""
-        shape = num_layers, num_rows, num_kv_heads, num_columns, head_dim
-        return cls(like.new_zeros(shape), like.new_zeros(shape))
+    def zeros(cls, shape: Shape, num_rows: int, num_columns: int, like: Tensor) -> "KeyValueCache":
+        """An empty cache for a model, of the type and on the device of a tensor."""
+        sizes = shape.num_layers, num_rows, shape.num_kv_heads, num_columns, shape.head_dim
+        return cls(like.new_zeros(sizes), like.new_zeros(sizes))
 
     def part(self, rows: slice, num_columns: int | None) -> "KeyValueCache":
         """Some rows of it, as far as some column; not a copy."""
         return KeyValueCache(*(tensor[:, rows, :, :num_columns] for tensor in self))
-
-
-class Heads(NamedTuple):
-    """The heads of keys and values in a layer."""
-
-    num: int
-    size: int
-
-    @classmethod
-    def of(cls, config: Any) -> "Heads":
-        """Those of a model, by the names that transformers has for them."""
-        num_queries = config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // num_queries
-        return cls(getattr(config, "num_key_value_heads", None) or num_queries, size)
 
 
 class Angles(NamedTuple):
@@ -110,8 +90,8 @@ class DecodingBlock(NamedTuple):
     ]
     """``(layer, read, read_norm)`` to what one layer computes with, a tuple: each linear of the
     layer goes through `read`, each norm through `read_norm`."""
-    final_norm: str
-    """The name of the last norm in the model without its head; `layers` is that of the layers."""
+    final_norm: Callable[[PreTrainedModel], nn.Module]
+    """The norm before the head."""
     layout: Callable[[Tensor, Any], RowLayout]
     """``(ids (B, K), config)`` to the layout of rows that begin with a whole prompt. The columns
     behind a prompt are those of its answer: their ids say nothing, their positions are known."""

@@ -21,30 +21,14 @@ from glmtune.models.downloads import in_time
 CONFIG_FILE = "config.json"
 TIMEOUT_SECONDS = 5.0
 MODELSCOPE_OWNER = "ZhipuAI"
-"""ChatGLM's publisher on ModelScope, who has another name on huggingface.co."""
+"""The publisher of GLM on ModelScope, who has another name on huggingface.co."""
 
 _FINE, _SERVER_FAULT = 200, 500
-
-# What a name says of a model where no config can be read; the first that fits counts.
-_OTHER_FAMILIES = {
-    r"chatglm2|codegeex2": "ChatGLM2-6B",
-    r"chatglm3": "ChatGLM3-6B",
-    r"visualglm": "VisualGLM-6B",
-    r"glm-?[45]|glm-z1|glm-edge|codegeex4": "of the GLM-4 family",
-    r"glm-(large|2b|10b|130b)": "an older GLM",
-    r"llama|qwen|baichuan|internlm|mistral|deepseek|bloom|gemma|\b(yi|phi)-": "of another family",
-}
 
 
 def is_hub_id(value: str) -> bool:
     """Whether a value has the form owner/name."""
     return value.count("/") == 1 and value[0] not in "./~\\" and not value.endswith("/")
-
-
-def family_by_name(hub_id: str) -> str | None:
-    """What a model is if its name says that it is no ChatGLM-6B: "ChatGLM3-6B", for example."""
-    name = hub_id.lower()
-    return next((what for words, what in _OTHER_FAMILIES.items() if re.search(words, name)), None)
 
 
 def open_folder(folder: Path, holds: Sequence[str] = (CONFIG_FILE,)) -> Path:

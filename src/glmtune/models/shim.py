@@ -3,12 +3,13 @@
 from pathlib import Path
 
 from glmtune.data.files import read_json_object, write_json
+from glmtune.models.family import Family
 
 SHIM_FILE = "modeling_glmtune.py"
 SHIM = "from glmtune.models import *  # noqa: F403  (pip install glmtune)\n"
 
 
-def write_shim(folder: Path) -> None:
+def write_shim(folder: Path, family: Family) -> None:
     """Name this package as the folder's own code, in one line that imports it.
 
     With `trust_remote_code=True` transformers runs that line and has the classes; after
@@ -16,17 +17,21 @@ def write_shim(folder: Path) -> None:
     other code, since the configuration's code is loaded before them.
 
     Args:
-        folder: of a ChatGLM-6B model; its config.json gets an `auto_map`.
+        folder: of a model; its config.json gets an `auto_map`.
+        family: of that model. One whose classes transformers knows needs no such line.
     """
+    if family.bare_class is None:
+        return
     (folder / SHIM_FILE).write_text(SHIM, encoding="utf-8")
     module = SHIM_FILE.removesuffix(".py")
     settings = read_json_object(folder / "config.json")
     settings["auto_map"] = {
-        "AutoConfig": f"{module}.ChatGLMConfig",
-        "AutoModelForCausalLM": f"{module}.ChatGLMForConditionalGeneration",
+        "AutoConfig": f"{module}.{family.config_class.__name__}",
+        "AutoModelForCausalLM": f"{module}.{family.model_class.__name__}",
     }
     write_json(settings, folder / "config.json")
     file = folder / "tokenizer_config.json"
     if file.is_file() and "auto_map" in (settings := read_json_object(file)):
-        settings["auto_map"] = {"AutoTokenizer": [f"{module}.ChatGLMTokenizer", None]}
+        tokenizer = f"{module}.{family.tokenizer_class.__name__}"
+        settings["auto_map"] = {"AutoTokenizer": [tokenizer, None]}
         write_json(settings, file)

@@ -1,8 +1,10 @@
 """The prefix-LM mask rule, in one place, and attention over packed rows that follows it.
 
-Shapes: B rows of a batch, S query tokens, K key tokens; T tokens of a pack, N heads, D head size.
+Shapes: B rows of a batch, S query tokens, K key tokens; T tokens of a pack, N heads of queries, G
+heads of keys and values, each of which N / G heads of queries share, D head size.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -16,6 +18,8 @@ from glmtune.ops.rotary import rotate
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Of torch's attention kernels, those that are right for every row; see `right_kernels`."""
 _GROUPS = 4  # of rows of like length, see `PaddedRows`
+Update = tuple[Tensor, Tensor] | None
+"""Two factors of what an adapter adds to a linear's output: see `ops.lora.lora_factors`."""
 
 
 def prefix_lm_mask(
@@ -131,30 +135,49 @@ class PaddedRows(NamedTuple):
             num_before += valid_BS.numel()
         return cls(tuple(groups), back_T)
 
+    def attend_fused(self, y_TN3D: Tensor, update: Update, cos: Tensor, sin: Tensor) -> Tensor:
+        """`attend`, of a fused projection: queries, keys and values of each head side by side.
+
+        Args:
+            y_TN3D: its output.
+            update: of its adapter, factors ``(T, R)`` and ``(3 N D, R)``; None for none.
+            cos: see `attend`.
+            sin: see `attend`.
+        """
+        return self.attend(_add(y_TN3D, update).chunk(3, dim=-1), (None,) * 3, cos, sin)
+
     def attend(
-        self, y_TN3D: Tensor, update: tuple[Tensor, Tensor] | None, cos: Tensor, sin: Tensor
+        self, qkv: Sequence[Tensor], updates: Sequence[Update], cos: Tensor, sin: Tensor
     ) -> Tensor:
         """Attention of a pack: ``(T, N, D)``.
 
         Args:
-            y_TN3D: output of the fused projection.
-            update: two factors ``(T, R)`` and ``(3 N D, R)`` of what its adapter adds to it.
+            qkv: queries ``(T, N, D)``, keys and values ``(T, G, D)``, not turned.
+            updates: what their adapters add: for each two factors ``(T, R)`` and ``(N D, R)`` or
+                ``(G D, R)``; None for none.
             cos: ``(T, 2, D / 4)``, as `rotary_angles` gives it for one row.
-            sin: likewise.
+            sin: of the same shape.
         """
-        if update is not None:
-            y_TN3D = y_TN3D + (update[0] @ update[1].T).view_as(y_TN3D)
-        query, key, value = y_TN3D.transpose(0, 1)[None].chunk(3, dim=-1)
-        qkv = rotate(query, cos[None], sin[None]), rotate(key, cos[None], sin[None]), value
+        query, key, value = (
+            _add(x, update).transpose(0, 1)[None] for x, update in zip(qkv, updates, strict=True)
+        )
+        turned = rotate(query, cos[None], sin[None]), rotate(key, cos[None], sin[None]), value
+        group = query.shape[1] // key.shape[1]
         contexts = []
         for place_BS, mask_B1SS in self.groups:
-            query, key, value = (x[0, :, place_BS].transpose(0, 1) for x in qkv)
+            query, key, value = (x[0, :, place_BS].transpose(0, 1) for x in turned)
+            if group > 1:
+                key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
             with right_kernels():
                 context_BNSD = F.scaled_dot_product_attention(
                     query, key, value, attn_mask=mask_B1SS
                 )
             contexts.append(context_BNSD.transpose(1, 2).flatten(0, 1))
         return torch.cat(contexts)[self.back_T]
+
+
+def _add(x: Tensor, update: Update) -> Tensor:
+    return x if update is None else x + (update[0] @ update[1].T).view_as(x)
 
 
 class PaddedGroup(NamedTuple):

@@ -1,13 +1,14 @@
 """The packed attention of `ops.attention` as Triton kernels, rotary positions and adapter included.
 
-One kernel adds the adapter's update to the fused projection's output and turns queries and keys;
-the attention then meets only the keys of the rows at hand, at whatever place those begin: rows of
-some sixty tokens leave little to blocks that are aligned. The way back turns the gradients back
-while they are written. The method is that of FlashAttention-2 (Dao, 2023, arXiv 2307.08691),
-algorithms 1 and 2.
+One kernel adds the adapters' updates to what the projections give and turns queries and keys; the
+attention then meets only the keys of the rows at hand, at whatever place those begin: rows of some
+sixty tokens leave little to blocks that are aligned. The backward pass turns gradients back while
+they are written. `packed_attention` has the operators that autograd and the compiler know. The
+method is that of FlashAttention-2 (Dao, 2023, arXiv 2307.08691), algorithms 1 and 2.
 
-Shapes: T tokens, N heads, D head size, Q = D / 4 columns of a quarter of a head, R rank of the
-adapter; in the kernels M queries and K keys of a block.
+Shapes: T tokens, N heads of queries, G heads of keys and values, D head size, Q = D / 4 columns of
+a quarter of a head, R rank of an adapter; in the kernels M queries and K keys of a block, Q_ROW and
+KV_ROW the numbers from one token to the next, HEAD those from one head to the next.
 """
 
 from typing import NamedTuple
@@ -40,30 +41,47 @@ def _store_turned(x, stride, place, is_real, cos, sin, value, BACK: tl.constexpr
 
 
 @triton.jit
-def _turn(
-    y, a, b, cos, sin, qkv, T, R,
-    N: tl.constexpr, D: tl.constexpr, R_PADDED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """``turn(y + a @ b^T)`` for one third of a head: query, key or value, which is not turned."""
-    third = tl.program_id(0)
-    Q: tl.constexpr = D // 4
-    stride: tl.constexpr = 3 * N * D
-    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    is_real = place < T
-    column = third * D + tl.arange(0, D)
-    at = place[:, None] * stride + column[None, :]
-    x = tl.load(y + at, is_real[:, None], 0.0).to(tl.float32)
+def _add_update(x, a, b, place, is_real, column, R, R_PADDED: tl.constexpr):
+    """``x + a @ b^T`` of some tokens, and the columns of one head."""
     if R_PADDED > 0:
         inner = tl.arange(0, R_PADDED)
         is_inner = (inner < R)[None, :]
-        at_a = place[:, None] * R + inner[None, :]
-        a_MR = tl.load(a + at_a, is_real[:, None] & is_inner, 0.0)
+        a_MR = tl.load(a + place[:, None] * R + inner[None, :], is_real[:, None] & is_inner, 0.0)
         b_DR = tl.load(b + column[:, None] * R + inner[None, :], is_inner, 0.0)
         x = tl.dot(a_MR, tl.trans(b_DR), x, input_precision="ieee")
-    if third % 3 == 2:
-        tl.store(qkv + at, x.to(qkv.dtype.element_ty), is_real[:, None])
+    return x
+
+
+@triton.jit
+def _turn(
+    q, k, v, a_q, b_q, a_k, b_k, a_v, b_v, cos, sin, to_q, to_k, to_v, T, R_q, R_k, R_v,
+    N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, Q_ROW: tl.constexpr, KV_ROW: tl.constexpr,
+    HEAD: tl.constexpr, P_q: tl.constexpr, P_k: tl.constexpr, P_v: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``turn(x + a @ b^T)`` of one head of queries, keys or values; the last are not turned."""
+    head = tl.program_id(0)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    is_real = place < T
+    column = tl.arange(0, D)
+    if head < N:
+        first = head * HEAD
+        at = place[:, None] * Q_ROW + first + column[None, :]
+        x = tl.load(q + at, is_real[:, None], 0.0).to(tl.float32)
+        x = _add_update(x, a_q, b_q, place, is_real, first + column, R_q, P_q)
+        _store_turned(to_q + first, Q_ROW, place, is_real, cos, sin, x, False, BLOCK, D // 4)
+    elif head < N + G:
+        first = (head - N) * HEAD
+        at = place[:, None] * KV_ROW + first + column[None, :]
+        x = tl.load(k + at, is_real[:, None], 0.0).to(tl.float32)
+        x = _add_update(x, a_k, b_k, place, is_real, first + column, R_k, P_k)
+        _store_turned(to_k + first, KV_ROW, place, is_real, cos, sin, x, False, BLOCK, D // 4)
     else:
-        _store_turned(qkv + third * D, stride, place, is_real, cos, sin, x, False, BLOCK, Q)
+        first = (head - N - G) * HEAD
+        at = place[:, None] * KV_ROW + first + column[None, :]
+        x = tl.load(v + at, is_real[:, None], 0.0).to(tl.float32)
+        x = _add_update(x, a_v, b_v, place, is_real, first + column, R_v, P_v)
+        tl.store(to_v + at, x.to(to_v.dtype.element_ty), is_real[:, None])
 
 
 @triton.jit
@@ -83,9 +101,9 @@ def _stretch(start, prefix_end, query, is_query, T):
 
 
 @triton.jit
-def _meet(x, stride, q, query, first, prefix, start, key, is_key, scale_log2, D: tl.constexpr):
+def _meet(at_k, KV_ROW, q, query, first, prefix, start, key, is_key, scale_log2):
     """A block of keys, its scores with a block of queries, and which of them each query sees."""
-    k = tl.load(x + D + key[:, None] * stride, is_key[:, None], 0.0)
+    k = tl.load(at_k + key[:, None] * KV_ROW, is_key[:, None], 0.0)
     first_k = tl.load(start + key, is_key, -1)
     score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
     seen = _seen(query[:, None], first[:, None], prefix[:, None], key[None, :], first_k[None, :])
@@ -94,17 +112,19 @@ def _meet(x, stride, q, query, first, prefix, start, key, is_key, scale_log2, D:
 
 @triton.jit
 def _forward(
-    qkv, start, prefix_end, out, lse, T, scale_log2,
-    N: tl.constexpr, D: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
+    q, k, v, start, prefix_end, out, lse, T, scale_log2,
+    N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, Q_ROW: tl.constexpr, KV_ROW: tl.constexpr,
+    HEAD: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
-    stride: tl.constexpr = 3 * N * D
     query = tl.program_id(0) * M + tl.arange(0, M)
     is_query = query < T
     first, prefix, low, high = _stretch(start, prefix_end, query, is_query, T)
     column = tl.arange(0, D)
-    x = qkv + head * 3 * D + column[None, :]
-    q = tl.load(x + query[:, None] * stride, is_query[:, None], 0.0)
+    of_kv = head // (N // G) * HEAD + column[None, :]
+    at_k, at_v = k + of_kv, v + of_kv
+    at = q + head * HEAD + query[:, None] * Q_ROW + column[None, :]
+    q_MD = tl.load(at, is_query[:, None], 0.0)
     largest = tl.full([M], -1e30, tl.float32)
     total = tl.zeros([M], tl.float32)
     context = tl.zeros([M, D], tl.float32)
@@ -112,17 +132,18 @@ def _forward(
         key = place + tl.arange(0, K)
         is_key = key < high
         _, score, seen = _meet(
-            x, stride, q, query, first, prefix, start, key, is_key, scale_log2, D
+            at_k, KV_ROW, q_MD, query, first, prefix, start, key, is_key, scale_log2
         )
         score = tl.where(seen, score, -1e30)
-        # A block in which a query sees nothing leaves sums that the next factor sets to zero:
-        # each query sees itself at the latest.
+        # If no key of this block is visible, the sums are garbage until `factor` zeroes them, as
+        # it will: every query sees itself.
         larger = tl.maximum(largest, tl.max(score, 1))
         factor = tl.exp2(largest - larger)
         weight = tl.exp2(score - larger[:, None])
         total = total * factor + tl.sum(weight, 1)
-        v = tl.load(x + 2 * D + key[:, None] * stride, is_key[:, None], 0.0)
-        context = tl.dot(weight.to(v.dtype), v, context * factor[:, None], input_precision="ieee")
+        v_KD = tl.load(at_v + key[:, None] * KV_ROW, is_key[:, None], 0.0)
+        weight = weight.to(v_KD.dtype)
+        context = tl.dot(weight, v_KD, context * factor[:, None], input_precision="ieee")
         largest = larger
     at = out + query[:, None] * (N * D) + head * D + column[None, :]
     tl.store(at, (context / total[:, None]).to(out.dtype.element_ty), is_query[:, None])
@@ -131,17 +152,19 @@ def _forward(
 
 @triton.jit
 def _backward_query(
-    qkv, cos, sin, start, prefix_end, out, lse, grad_out, grad, delta, T, scale, scale_log2,
-    N: tl.constexpr, D: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
+    q, k, v, cos, sin, start, prefix_end, out, lse, grad_out, grad_q, delta, T, scale, scale_log2,
+    N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, Q_ROW: tl.constexpr, KV_ROW: tl.constexpr,
+    HEAD: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
-    stride: tl.constexpr = 3 * N * D
     query = tl.program_id(0) * M + tl.arange(0, M)
     is_query = query < T
     first, prefix, low, high = _stretch(start, prefix_end, query, is_query, T)
     column = tl.arange(0, D)
-    x = qkv + head * 3 * D + column[None, :]
-    q = tl.load(x + query[:, None] * stride, is_query[:, None], 0.0)
+    of_kv = head // (N // G) * HEAD + column[None, :]
+    at_k, at_v = k + of_kv, v + of_kv
+    at = q + head * HEAD + query[:, None] * Q_ROW + column[None, :]
+    q_MD = tl.load(at, is_query[:, None], 0.0)
     at = query[:, None] * (N * D) + head * D + column[None, :]
     g = tl.load(grad_out + at, is_query[:, None], 0.0)
     o = tl.load(out + at, is_query[:, None], 0.0)
@@ -152,25 +175,26 @@ def _backward_query(
     for place in range(low, high, K):
         key = place + tl.arange(0, K)
         is_key = key < high
-        k, score, seen = _meet(
-            x, stride, q, query, first, prefix, start, key, is_key, scale_log2, D
+        k_KD, score, seen = _meet(
+            at_k, KV_ROW, q_MD, query, first, prefix, start, key, is_key, scale_log2
         )
         weight = tl.where(seen, tl.exp2(score - lse_M[:, None]), 0.0)
-        v = tl.load(x + 2 * D + key[:, None] * stride, is_key[:, None], 0.0)
-        d_weight = tl.dot(g, tl.trans(v), input_precision="ieee")
-        d_score = (weight * (d_weight - delta_M[:, None])).to(k.dtype)
-        d_q = tl.dot(d_score, k, d_q, input_precision="ieee")
-    at = grad + head * 3 * D
-    _store_turned(at, stride, query, is_query, cos, sin, d_q * scale, True, M, D // 4)
+        v_KD = tl.load(at_v + key[:, None] * KV_ROW, is_key[:, None], 0.0)
+        d_weight = tl.dot(g, tl.trans(v_KD), input_precision="ieee")
+        d_score = (weight * (d_weight - delta_M[:, None])).to(k_KD.dtype)
+        d_q = tl.dot(d_score, k_KD, d_q, input_precision="ieee")
+    at = grad_q + head * HEAD
+    _store_turned(at, Q_ROW, query, is_query, cos, sin, d_q * scale, True, M, D // 4)
 
 
 @triton.jit
 def _backward_key(
-    qkv, cos, sin, start, prefix_end, end, lse, grad_out, grad, delta, T, scale, scale_log2,
-    N: tl.constexpr, D: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
+    q, k, v, cos, sin, start, prefix_end, end, lse, grad_out, grad_k, grad_v, delta, T, scale,
+    scale_log2, N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, Q_ROW: tl.constexpr,
+    KV_ROW: tl.constexpr, HEAD: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(1)
-    stride: tl.constexpr = 3 * N * D
+    """One head of keys and values: what all heads of queries that share it ask of it."""
+    kv_head = tl.program_id(1)
     key = tl.program_id(0) * K + tl.arange(0, K)
     is_key = key < T
     first_k = tl.load(start + key, is_key, T)
@@ -179,34 +203,35 @@ def _backward_key(
     low = tl.min(tl.where(key < prefix, first_k, key), 0)
     high = tl.max(tl.load(end + key, is_key, 0), 0)
     column = tl.arange(0, D)
-    x = qkv + head * 3 * D + column[None, :]
-    k = tl.load(x + D + key[:, None] * stride, is_key[:, None], 0.0)
-    v = tl.load(x + 2 * D + key[:, None] * stride, is_key[:, None], 0.0)
+    at_kv = kv_head * HEAD + key[:, None] * KV_ROW + column[None, :]
+    k_KD = tl.load(k + at_kv, is_key[:, None], 0.0)
+    v_KD = tl.load(v + at_kv, is_key[:, None], 0.0)
     d_k = tl.zeros([K, D], tl.float32)
     d_v = tl.zeros([K, D], tl.float32)
-    for place in range(low, high, M):
-        query = place + tl.arange(0, M)
-        is_query = query < high
-        q = tl.load(x + query[:, None] * stride, is_query[:, None], 0.0)
-        first = tl.load(start + query, is_query, -1)
-        at = query[:, None] * (N * D) + head * D + column[None, :]
-        g = tl.load(grad_out + at, is_query[:, None], 0.0)
-        lse_M = tl.load(lse + head * T + query, is_query, 0.0)
-        delta_M = tl.load(delta + head * T + query, is_query, 0.0)
-        score = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2  # keys down
-        # A key and a query of one row have one prefix, so the key's will do.
-        seen = _seen(
-            query[None, :], first[None, :], prefix[:, None], key[:, None], first_k[:, None]
-        )
-        weight = tl.where(seen, tl.exp2(score - lse_M[None, :]), 0.0)
-        d_v = tl.dot(weight.to(v.dtype), g, d_v, input_precision="ieee")
-        d_weight = tl.dot(v, tl.trans(g), input_precision="ieee")
-        d_score = (weight * (d_weight - delta_M[None, :])).to(v.dtype)
-        d_k = tl.dot(d_score, q, d_k, input_precision="ieee")
-    at = grad + head * 3 * D + 2 * D + key[:, None] * stride + column[None, :]
-    tl.store(at, d_v.to(grad.dtype.element_ty), is_key[:, None])
-    at = grad + head * 3 * D + D
-    _store_turned(at, stride, key, is_key, cos, sin, d_k * scale, True, K, D // 4)
+    for head in range(kv_head * (N // G), (kv_head + 1) * (N // G)):
+        for place in range(low, high, M):
+            query = place + tl.arange(0, M)
+            is_query = query < high
+            at = q + head * HEAD + query[:, None] * Q_ROW + column[None, :]
+            q_MD = tl.load(at, is_query[:, None], 0.0)
+            first = tl.load(start + query, is_query, -1)
+            at = query[:, None] * (N * D) + head * D + column[None, :]
+            g = tl.load(grad_out + at, is_query[:, None], 0.0)
+            lse_M = tl.load(lse + head * T + query, is_query, 0.0)
+            delta_M = tl.load(delta + head * T + query, is_query, 0.0)
+            score = tl.dot(k_KD, tl.trans(q_MD), input_precision="ieee") * scale_log2  # keys down
+            # A key and a query of one row have one prefix, so the key's will do.
+            seen = _seen(
+                query[None, :], first[None, :], prefix[:, None], key[:, None], first_k[:, None]
+            )
+            weight = tl.where(seen, tl.exp2(score - lse_M[None, :]), 0.0)
+            d_v = tl.dot(weight.to(v_KD.dtype), g, d_v, input_precision="ieee")
+            d_weight = tl.dot(v_KD, tl.trans(g), input_precision="ieee")
+            d_score = (weight * (d_weight - delta_M[None, :])).to(v_KD.dtype)
+            d_k = tl.dot(d_score, q_MD, d_k, input_precision="ieee")
+    tl.store(grad_v + at_kv, d_v.to(grad_v.dtype.element_ty), is_key[:, None])
+    at = grad_k + kv_head * HEAD
+    _store_turned(at, KV_ROW, key, is_key, cos, sin, d_k * scale, True, K, D // 4)
 
 
 # Blocks of queries and keys, and how a kernel runs, for 2-byte numbers on Hopper.
@@ -216,132 +241,79 @@ BACKWARD_KEY = {"M": 32, "K": 64, "num_warps": 4, "num_stages": 2}
 TURN = {"BLOCK": 32, "num_warps": 4, "num_stages": 1}
 
 
-def _sizes(x_TN3D: Tensor, how: dict[str, int]) -> dict[str, int]:
-    """Sizes for a kernel; blocks of float32 numbers of the same number would not fit."""
-    if x_TN3D.element_size() == 4:
-        how = how | {"M": 32, "K": 32}
-    return {"N": x_TN3D.shape[1], "D": x_TN3D.shape[2] // 3, **how}
+class Parts(NamedTuple):
+    """Queries, keys and values wherever they lie: base pointers are those of the tensors."""
 
-
-@torch.library.custom_op("glmtune::packed_attention", mutates_args=())
-def packed_attention(
-    y_TN3D: Tensor,
-    a_TR: Tensor | None,
-    b_NR: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    start_T: Tensor,
-    prefix_end_T: Tensor,
-    end_T: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention of packed rows, from what the fused projection and its adapter give.
-
-    Args:
-        y_TN3D: queries, keys and values of each head side by side, not turned, without the
-            adapter's update.
-        a_TR: that update is ``a @ b^T``; None for none.
-        b_NR: ``(3 N D, R)``.
-        cos: float32 ``(T, 2, D / 4)``, both position streams; contiguous, as `sin`.
-        sin: likewise.
-        start_T: int32 place of the first token of each token's row.
-        prefix_end_T: int32 place of the first answer token of each token's row.
-        end_T: int32 place after the last token of each token's row.
-
-    Returns:
-        ``(T, N, D)`` in the type of `y_TN3D`; and, for the way back, queries, keys and values,
-        turned, and the base-2 logarithm of each query's softmax sum, float32 ``(N, T)``.
-    """
-    num_tokens, num_heads, width = y_TN3D.shape
-    assert all(tensor.is_contiguous() for tensor in (y_TN3D, cos, sin))
-    assert y_TN3D.numel() < 2**31  # places are 32-bit numbers
-    head_dim, rank = width // 3, 0 if a_TR is None else a_TR.shape[1]
-    qkv = torch.empty_like(y_TN3D)
-    out_TND = y_TN3D.new_empty(num_tokens, num_heads, head_dim)
-    lse_NT = torch.empty(num_heads, num_tokens, device=y_TN3D.device)
-    grid = 3 * num_heads, triton.cdiv(num_tokens, TURN["BLOCK"])
-    _turn[grid](
-        y_TN3D, a_TR, b_NR, cos, sin, qkv, num_tokens, rank, N=num_heads, D=head_dim,
-        R_PADDED=max(16, triton.next_power_of_2(rank)) if rank else 0, **TURN,
-    )  # fmt: skip
-    sizes = _sizes(qkv, FORWARD)
-    grid = triton.cdiv(num_tokens, sizes["M"]), num_heads
-    scale_log2 = head_dim**-0.5 * LOG2_E
-    _forward[grid](qkv, start_T, prefix_end_T, out_TND, lse_NT, num_tokens, scale_log2, **sizes)
-    return out_TND, qkv, lse_NT
-
-
-@torch.library.custom_op("glmtune::packed_attention_backward", mutates_args=())
-def packed_attention_backward(
-    grad_TND: Tensor,
-    out_TND: Tensor,
-    qkv_TN3D: Tensor,
-    lse_NT: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    start_T: Tensor,
-    prefix_end_T: Tensor,
-    end_T: Tensor,
-) -> Tensor:
-    """The gradient of `packed_attention` for its first argument, of the same shape."""
-    grad_TND = grad_TND.contiguous()
-    grad, delta_NT = torch.empty_like(qkv_TN3D), torch.empty_like(lse_NT)
-    num_tokens, num_heads, width = qkv_TN3D.shape
-    scale = (width // 3) ** -0.5
-    common = lse_NT, grad_TND, grad, delta_NT, num_tokens, scale, scale * LOG2_E
-    sizes = _sizes(qkv_TN3D, BACKWARD_QUERY)
-    grid = triton.cdiv(num_tokens, sizes["M"]), num_heads
-    _backward_query[grid](
-        qkv_TN3D, cos, sin, start_T, prefix_end_T, out_TND, *common, **sizes
-    )  # fmt: skip
-    sizes = _sizes(qkv_TN3D, BACKWARD_KEY)
-    grid = triton.cdiv(num_tokens, sizes["K"]), num_heads
-    _backward_key[grid](qkv_TN3D, cos, sin, start_T, prefix_end_T, end_T, *common, **sizes)
-    return grad
-
-
-@packed_attention.register_fake
-def _(y_TN3D, a_TR, b_NR, cos, sin, start_T, prefix_end_T, end_T):
-    num_tokens, num_heads, width = y_TN3D.shape
-    out_TND = y_TN3D.new_empty(num_tokens, num_heads, width // 3)
-    return out_TND, torch.empty_like(y_TN3D), cos.new_empty(num_heads, num_tokens)
-
-
-@packed_attention_backward.register_fake
-def _(grad_TND, out_TND, qkv_TN3D, lse_NT, cos, sin, start_T, prefix_end_T, end_T):
-    return torch.empty_like(qkv_TN3D)
-
-
-def _keep_for_backward(ctx, inputs, output):
-    ctx.save_for_backward(*output, *inputs[1:])
-
-
-def _backward(ctx, grad_TND, *_):
-    *kept, a_TR, b_NR, cos, sin, start_T, prefix_end_T, end_T = ctx.saved_tensors
-    grad = packed_attention_backward(grad_TND, *kept, cos, sin, start_T, prefix_end_T, end_T)
-    if a_TR is None:
-        return grad, *(None,) * 7
-    flat = grad.flatten(1)
-    return grad, flat @ b_NR, flat.T @ a_TR, *(None,) * 5
-
-
-packed_attention.register_autograd(_backward, setup_context=_keep_for_backward)
-
-
-class RowSpans(NamedTuple):
-    """Where the rows of a pack begin and end, for each of its tokens: int32 places ``(T,)``."""
-
-    start_T: Tensor
-    prefix_end_T: Tensor
-    end_T: Tensor
+    q_TND: Tensor
+    k_TGD: Tensor
+    v_TGD: Tensor
 
     @classmethod
-    def of(cls, start_T: Tensor, prefix_end_T: Tensor, end_T: Tensor) -> "RowSpans":
-        """As a pack has them."""
-        return cls(start_T, prefix_end_T, end_T)
+    def of_fused(cls, y_TN3D: Tensor) -> "Parts":
+        """Views of a fused projection's output, in which they lie side by side, head by head."""
+        return cls(*y_TN3D.chunk(3, dim=-1))
 
-    def attend(
-        self, y_TN3D: Tensor, update: tuple[Tensor, Tensor] | None, cos: Tensor, sin: Tensor
-    ) -> Tensor:
-        """What `ops.attention.PaddedRows.attend` gives."""
-        a_TR, b_NR = update or (None, None)
-        return packed_attention(y_TN3D, a_TR, b_NR, cos, sin, *self)[0]
+    def sizes(self, how: dict[str, int]) -> dict[str, int]:
+        """Sizes for a kernel; blocks of float32 numbers of the same number would not fit."""
+        if self.q_TND.element_size() == 4 and "M" in how:
+            how = how | {"M": 32, "K": 32}
+        _, num_heads, head_dim = self.q_TND.shape
+        q_row, head, one = self.q_TND.stride()
+        kv_row = self.k_TGD.stride(0)
+        assert self.k_TGD.stride() == self.v_TGD.stride() == (kv_row, head, one)
+        assert one == 1
+        assert self.q_TND.shape[0] * max(q_row, kv_row) < 2**31  # places are 32-bit numbers
+        return {
+            "N": num_heads, "G": self.k_TGD.shape[1], "D": head_dim, "Q_ROW": q_row,
+            "KV_ROW": kv_row, "HEAD": head, **how,
+        }  # fmt: skip
+
+
+Factors = list[Tensor | None]
+
+
+def run_forward(
+    parts: Parts, turned: Parts, a: Factors, b: Factors, cos: Tensor, sin: Tensor,
+    start_T: Tensor, prefix_end_T: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Fill `turned`, and return the context ``(T, N, D)`` and the logarithms ``(N, T)``."""
+    num_tokens, num_heads, head_dim = parts.q_TND.shape
+    assert all(x.is_contiguous() for x in (cos, sin, *a, *b) if x is not None)
+    ranks = [0 if factor is None else factor.shape[1] for factor in a]
+    padded = [max(16, triton.next_power_of_2(rank)) if rank else 0 for rank in ranks]
+    out_TND = parts.q_TND.new_empty(num_tokens, num_heads, head_dim)
+    lse_NT = torch.empty(num_heads, num_tokens, device=out_TND.device)
+    grid = num_heads + 2 * parts.k_TGD.shape[1], triton.cdiv(num_tokens, TURN["BLOCK"])
+    factors = [factor for pair in zip(a, b, strict=True) for factor in pair]
+    _turn[grid](
+        *parts, *factors, cos, sin, *turned, num_tokens, *ranks,
+        **dict(zip(("P_q", "P_k", "P_v"), padded, strict=True)), **parts.sizes(TURN),
+    )  # fmt: skip
+    sizes = turned.sizes(FORWARD)
+    grid = triton.cdiv(num_tokens, sizes["M"]), num_heads
+    scale_log2 = head_dim**-0.5 * LOG2_E
+    _forward[grid](*turned, start_T, prefix_end_T, out_TND, lse_NT, num_tokens, scale_log2, **sizes)
+    return out_TND, lse_NT
+
+
+def run_backward(
+    grads: Parts, turned: Parts, grad_TND: Tensor, out_TND: Tensor, lse_NT: Tensor,
+    cos: Tensor, sin: Tensor, start_T: Tensor, prefix_end_T: Tensor, end_T: Tensor,
+) -> None:  # fmt: skip
+    """Fill `grads`, the gradients of what was not turned yet."""
+    grad_TND, delta_NT = grad_TND.contiguous(), torch.empty_like(lse_NT)
+    num_tokens, num_heads, head_dim = turned.q_TND.shape
+    scale = head_dim**-0.5
+    scales = num_tokens, scale, scale * LOG2_E
+    sizes = turned.sizes(BACKWARD_QUERY)
+    grid = triton.cdiv(num_tokens, sizes["M"]), num_heads
+    _backward_query[grid](
+        *turned, cos, sin, start_T, prefix_end_T, out_TND, lse_NT, grad_TND, grads.q_TND,
+        delta_NT, *scales, **sizes,
+    )  # fmt: skip
+    sizes = turned.sizes(BACKWARD_KEY)
+    grid = triton.cdiv(num_tokens, sizes["K"]), turned.k_TGD.shape[1]
+    _backward_key[grid](
+        *turned, cos, sin, start_T, prefix_end_T, end_T, lse_NT, grad_TND, grads.k_TGD,
+        grads.v_TGD, delta_NT, *scales, **sizes,
+    )  # fmt: skip

@@ -7,13 +7,14 @@ from typing import Any
 
 from glmtune.errors import program
 from glmtune.hardware import device_name, memory_gib, total_memory_gib
-from glmtune.models.chatglm.packed import base_of
+from glmtune.models.packed import base_of
+from glmtune.models.precision import has_packed_tables
 from glmtune.models.quantised import bits_of
-from glmtune.runlog import PLOT_FILE, format_seconds, print_pairs
+from glmtune.run_files import PLOT_FILE, RECIPE_FILE
+from glmtune.runlog import format_seconds, print_pairs
 from glmtune.training.plan import PackPlan
 from glmtune.training.planning.advice import advise, recompute_words
 from glmtune.training.run import Run
-from glmtune.training.saving.checkpoints import RECIPE_FILE
 from glmtune.training.state import TrainingState
 
 
@@ -49,11 +50,11 @@ def print_banner(run: Run, state: TrainingState) -> None:
     base_config = base_of(model).config
     if bits := bits_of(base_config):
         special = f", frozen linears in {bits} bits"
-    if base_config.quantization_embeddings:
+    if has_packed_tables(base_config):
         special += ", embedding and head in 8"
     done = f", {state.global_step:,} of them done" if state.global_step else ""
     print_pairs(
-        f"LoRA of rank {settings.lora_rank} on {', '.join(settings.lora_target)} of "
+        f"LoRA of rank {settings.lora_rank} on {', '.join(run.forecast.setup.targets)} of "
         f"{run.base_name}",
         {
             "rows": f"{num_train:,} to train on, {num_eval:,} held out, "
@@ -79,12 +80,12 @@ def describe_step(run: Run) -> dict[str, str]:
         rows = len(plan.row_ids) / plan.steps_in(0)
         return {
             "tokens a step": f"{plan.step_size:,} = packs of {plan.pack_length:,} x {passes}",
-            "rows a step": f"about {rows:,.0f}; --exact_batch true would take "
+            "rows a step": f"about {rows:,.0f}; --layout exact would take "
             f"{settings.per_device_train_batch_size} a pass, as per_device_train_batch_size says",
         }
     how = "padded to the longest" if run.layout == "padded" else "end to end"
-    if run.layout == "exact" and settings.packing is None and settings.exact_batch is None:
-        how += "; --packing true would take as many as fit into a pack"
+    if run.layout == "exact" and settings.layout == "auto":
+        how += "; --layout packed would take as many as fit into a pack"
     size = settings.per_device_train_batch_size
     return {"rows a step": f"{plan.step_size:,} = {size} a pass x {passes}, {how}"}
 

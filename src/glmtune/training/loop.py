@@ -7,7 +7,7 @@ tokens over the number of its label tokens, however the rows are dealt out to pa
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,10 @@ from glmtune.data.dataset import check_data_card, load_dataset
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError, note
 from glmtune.hardware import memory_gib
-from glmtune.models.checkpoints import (
-    base_name,
-    check_pair,
-    load_base_model,
-    load_config,
-    load_tokenizer,
-    resolve_base,
-)
+from glmtune.models.families import check_targets, family_of
 from glmtune.models.fingerprint import fingerprint
-from glmtune.models.sizes import check_targets
+from glmtune.models.loading import check_pair, load_base_model, load_config, load_tokenizer
+from glmtune.models.resolve import base_name, resolve_base
 from glmtune.training.console import (
     Pace,
     memory_advice,
@@ -100,13 +94,16 @@ def train(settings: TrainSettings, at_end: AtEnd | None = None) -> TrainResult:
         resume, notes = on_main(accelerator, lambda: run_folder.resume_point(settings))
         base = resolve_base(settings.chatglm_path, str(resume) if resume else None)
         tokenizer = load_tokenizer(base)
-        dataset, card = load_dataset(settings.dataset_path)
+        config = load_config(base)
+        family = family_of(config)
+        rule = family.row_rule(config)
+        dataset, card = load_dataset(settings.dataset_path, rule)
         check_data_card(card, tokenizer, settings.dataset_path)
         for lost in filter(None, (card.describe_loss(), card.describe_dropped())):
             note(f"{settings.dataset_path}: {lost}")
-        rows = TokenRows.from_dataset(dataset)
+        rows = TokenRows.from_dataset(dataset, rule)
 
-        foresee = foresee_on(accelerator, load_config(base), dtype, rows)
+        foresee = foresee_on(accelerator, config, dtype, rows)
         foreseen = foresee(settings)
         if accelerator.is_main_process:
             print_forecast(foreseen, settings, base_name(base))
@@ -120,7 +117,8 @@ def train(settings: TrainSettings, at_end: AtEnd | None = None) -> TrainResult:
             quantize_head=settings.quantize_head,
         )
         check_pair(model, tokenizer)
-        rows.check(model.config, settings.dataset_path)
+        rows = replace(rows, rule=family.row_rule(model.config))  # the weights may say more
+        rows.check(model.config.vocab_size, settings.dataset_path)
         sources = {
             "base weights": fingerprint(model)[:16],
             "tokenizer sha256": tokenizer.vocab_hash[:16],
@@ -139,6 +137,7 @@ def train(settings: TrainSettings, at_end: AtEnd | None = None) -> TrainResult:
             "resume_from_checkpoint": None,
             "resume_anyway": False,
             "overwrite_output_dir": False,
+            "lora_target": run.forecast.setup.targets,
             **layout_as_run(run.forecast),
         }
 

@@ -20,7 +20,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from glmtune.data.packing import Pack, lay_out
 from glmtune.data.token_rows import TokenRows
 from glmtune.hardware import capture_graph
-from glmtune.models.chatglm.packed import Dropouts, PackedModel, PackTensors, base_of, move
+from glmtune.models.family import layers_of
+from glmtune.models.packed import Dropouts, PackedModel, PackTensors, base_of, move
 from glmtune.training.batches import collate
 
 # A captured pass serves every pack of so many tokens or a few less, and as for its learned tokens,
@@ -87,14 +88,14 @@ class PaddedPass(Pass):
     def gradients(self, row_ids: np.ndarray, weights: Sequence[nn.Parameter]) -> LossAndGradients:
         """See `Pass`."""
         self.model.eval()
-        for layer in base_of(self.model).transformer.layers:
+        for layer in layers_of(base_of(self.model)):
             # Of itself alone, not of what is in it, as dropout: transformers recomputes no other.
             layer.training = True
         loss = self._forward(row_ids, 1)
         return loss.detach(), torch.autograd.grad(loss, weights)
 
     def _forward(self, row_ids: np.ndarray, num_labels: int) -> Tensor:
-        batch = collate(self.rows, row_ids, self.model.config.pad_token_id)
+        batch = collate(self.rows, row_ids)
         batch = {name: move(tensor, self.accelerator.device) for name, tensor in batch.items()}
         with self.accelerator.autocast():
             return self.model(**batch, num_items_in_batch=num_labels).loss
@@ -147,14 +148,7 @@ class PackedPass(Pass):
 
     def pack(self, row_ids: np.ndarray) -> Pack:
         """Lay rows end to end."""
-        config = self.model.config
-        return lay_out(
-            self.rows,
-            row_ids,
-            self.pack_length or self.length(row_ids),
-            pad_token_id=config.pad_token_id,
-            sop_in_prefix=config.sop_in_prefix,
-        )
+        return lay_out(self.rows, row_ids, self.pack_length or self.length(row_ids))
 
     def length(self, row_ids: np.ndarray) -> int:
         """T of a pack of no fixed length."""

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from glmtune.config import TrainSettings
 from glmtune.data.packing import plan_packs
 from glmtune.errors import UserError
 
@@ -225,3 +226,31 @@ class PackPlan(Plan):
         """See `Plan`; packs are full but for the last of an epoch, so one epoch tells of all."""
         packs = self.packs(0)[: num_steps * self.packs_per_step]
         return max(packs, key=lambda rows: self.lengths_R[rows].sum())
+
+
+def make_plan(
+    settings: TrainSettings, lengths_R: np.ndarray, pack_length: int | None, num_processes: int
+) -> Plan:
+    """Which rows make up which step.
+
+    Args:
+        settings: the settings.
+        lengths_R: tokens of every row, those held out among them.
+        pack_length: tokens of a pack; None where a pass takes so many rows.
+        num_processes: that share a step.
+    """
+    train_rows, _ = split_rows(len(lengths_R), settings.eval_ratio, settings.seed)
+    seed = settings.seed if settings.data_seed is None else settings.data_seed
+    shuffle = settings.train_sampling_strategy == "random"
+    passes = num_processes * settings.gradient_accumulation_steps
+    if pack_length:
+        return PackPlan(train_rows, seed, shuffle, lengths_R, pack_length, passes)
+    batch_size = settings.per_device_train_batch_size
+    return RowPlan(train_rows, seed, shuffle, lengths_R, batch_size * passes, batch_size)
+
+
+def count_steps(settings: TrainSettings, plan: Plan) -> int:
+    """Optimiser steps of the whole run."""
+    return (
+        settings.max_steps if settings.max_steps > 0 else plan.num_steps(settings.num_train_epochs)
+    )

@@ -22,12 +22,13 @@ from glmtune.data.packing import check_lengths, plan_packs
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError, note
 from glmtune.hardware import device_name, pick_device, pick_dtype
-from glmtune.models.chatglm.packed import PackedModel, base_of, can_compile, to_fp8
+from glmtune.models.families import family_of
+from glmtune.models.packed import PackedModel, base_of, to_fp8
 from glmtune.models.quantised import bits_of
-from glmtune.training.layout import Layout, count_steps, make_plan
 from glmtune.training.passes import CapturedPass, PackedPass, PaddedPass, Pass
-from glmtune.training.plan import PackPlan, Plan, split_rows
+from glmtune.training.plan import PackPlan, Plan, count_steps, make_plan, split_rows
 from glmtune.training.planning.forecast import Forecast, Foresee, foresee_on
+from glmtune.training.planning.memory import Layout
 from glmtune.training.processes import leave_at_exit
 from glmtune.training.state import TrainingState
 from glmtune.training.watch import Watch
@@ -37,7 +38,7 @@ MANY_EPOCHS = 50
 # Settings that change a run's numbers as they stand; `Run.identity` adds those that depend on more.
 _NUMERIC_SETTINGS = (
     "seed", "eval_ratio", "train_sampling_strategy", "lora_rank", "lora_alpha", "lora_dropout",
-    "lora_target", "base_dtype", "quantization_bit", "quantize_head", "learning_rate",
+    "base_dtype", "quantization_bit", "quantize_head", "learning_rate",
     "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
     "max_grad_norm",
 )  # fmt: skip
@@ -155,6 +156,7 @@ class Run:
             "pack length": self.plan.pack_length if isinstance(self.plan, PackPlan) else "any",
             "steps of the schedule": self.max_steps if self.has_end else "any",
             "warmup_steps": self.warmup_steps,
+            "lora_target": self.forecast.setup.targets,
             **{name: getattr(self.settings, name) for name in _NUMERIC_SETTINGS},
         }
 
@@ -228,11 +230,7 @@ def adapt(model: PreTrainedModel, settings: TrainSettings) -> PeftModel:
 
 def layout_as_run(forecast: Forecast) -> dict[str, Any]:
     """The settings of the layout as they came out: a run goes on with them on any other card."""
-    return {
-        "packing": forecast.layout == "packed",
-        "exact_batch": forecast.layout == "exact",
-        "tokens_per_step": forecast.pack_length,
-    }
+    return {"layout": forecast.layout, "tokens_per_step": forecast.pack_length}
 
 
 def check_fp8(device: torch.device) -> None:
@@ -245,22 +243,24 @@ def check_fp8(device: torch.device) -> None:
 
 
 def build_pass(run: Run, model: PeftModel, weights: list[nn.Parameter]) -> Pass:
-    """The pass of this run's layout."""
-    settings, device = run.settings, run.accelerator.device
-    recompute = run.forecast.recompute
-    if run.layout == "padded":
+    """The pass that the run's forecast decided on."""
+    setup, recompute = run.forecast.setup, run.forecast.recompute
+    if setup.layout == "padded":
         return PaddedPass(run.accelerator, model, run.rows, recompute)
-    compiled = can_compile(device, base_of(model).config)
+    block = family_of(base_of(model).config).packed
+    assert block is not None
     packed = PackedModel(
-        model, compiled=compiled, any_length=run.layout == "exact", recompute=recompute
+        model,
+        block,
+        compiled=setup.compiled,
+        any_length=setup.layout == "exact",
+        recompute=recompute,
     )
-    common = run.accelerator, packed, run.rows, settings.lora_dropout
-    if isinstance(run.plan, PackPlan):
-        # Where nothing is compiled, filler would only cost time.
-        return PackedPass(*common, run.plan.pack_length if compiled else None)
-    if compiled:
+    common = run.accelerator, packed, run.rows, run.settings.lora_dropout
+    if setup.captured:
         return CapturedPass(*common, None, weights)
-    return PackedPass(*common, None)
+    # Where nothing is compiled, filler would only cost time.
+    return PackedPass(*common, run.forecast.pack_length if setup.compiled else None)
 
 
 def build_state(run: Run, model: PeftModel) -> TrainingState:

@@ -4,6 +4,7 @@ from glmtune.config.foreign.fates import (
     ANSWERING,
     DEFAULT,
     EVERYWHERE,
+    LAYOUT,
     MAKING_ROWS,
     TRAINING,
     Foreign,
@@ -182,11 +183,15 @@ DATA: tuple[Foreign, ...] = (
         "pad_to_max_length pad_to_sequence_len pad_to_multiple_of",
         "filler is neither seen nor learned",
     ),
-    *rows("axolotl", "sample_packing", becomes("packing")),
+    *rows(
+        "axolotl",
+        "sample_packing",
+        becomes("layout", word=LAYOUT, values={"true": "packed", "false": "exact"}),
+    ),
     *rows(
         "LLaMA-Factory",
         "neat_packing",
-        becomes("packing", values={"true": "true", "false": DEFAULT}),
+        becomes("layout", word=LAYOUT, values={"true": "packed", "false": DEFAULT}),
     ),
     *moot_rows("axolotl", "eval_sample_packing", "the loss of a row is the same in a pack"),
     *rows(

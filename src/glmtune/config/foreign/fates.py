@@ -9,6 +9,7 @@ import ast
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from types import MappingProxyType
 from typing import NamedTuple
 
 TRAINING = ("train", "plan")
@@ -20,6 +21,7 @@ EVERYWHERE: tuple[str, ...] = ()
 """Verbs that a fate concerns; none named means all."""
 
 SAME = "it means the same"
+LAYOUT = "it says how the rows of a pass lie"
 DEFAULT = None
 """As a converted value: what the setting is where nobody sets it."""
 
@@ -37,12 +39,14 @@ class Becomes(NamedTuple):
 
     `values` says what the value becomes: a table, which leaves values that are not in it to the
     next fate, or a function, which raises ValueError with what is wrong. None: the value stays.
+    A table may hold only beside other names with the values that `beside` lists.
     """
 
     settings: tuple[str, ...]
     word: str
     values: Conversion | None
     verbs: tuple[str, ...]
+    beside: Mapping[str, str]
 
 
 class Idle(NamedTuple):
@@ -80,9 +84,10 @@ def becomes(
     word: str = SAME,
     values: Conversion | None = None,
     verbs: tuple[str, ...] = EVERYWHERE,
+    beside: Mapping[str, str] = MappingProxyType({}),
 ) -> Becomes:
     """Another name of a setting."""
-    return Becomes(settings, word, values, verbs)
+    return Becomes(settings, word, values, verbs, beside)
 
 
 def idle(*values: str, word: str, verbs: tuple[str, ...] = TRAINING) -> Idle:

@@ -41,6 +41,7 @@ def _words(fate: Fate) -> Iterator[str]:
             if isinstance(fate.values, Mapping):
                 pairs = (f"{text} → {value or 'default'}" for text, value in fate.values.items())
                 yield f" ({', '.join(pairs)})"
+            yield from (f" beside `{name}` {value}" for name, value in fate.beside.items())
             yield f": {fate.word}"
         case Idle():
             values = "any value" if fate.values is None else ", ".join(fate.values)

@@ -3,6 +3,7 @@
 from glmtune.config.foreign.fates import (
     DEFAULT,
     EVERYWHERE,
+    LAYOUT,
     TRAINING,
     Foreign,
     becomes,
@@ -98,6 +99,17 @@ TRAINING_NAMES: tuple[Foreign, ...] = (
     ),
     *rows("ptuning", "ptuning_checkpoint", _NO_PREFIX),
     # --- rows of a step ---
+    *rows(
+        "glmtune",
+        "packing",
+        becomes("layout", word=LAYOUT, values={"false": "padded"}, beside={"exact_batch": "false"}),
+        becomes("layout", word=LAYOUT, values={"true": "packed", "false": "exact"}),
+    ),
+    *rows(
+        "glmtune",
+        "exact_batch",
+        becomes("layout", word=LAYOUT, values={"true": "exact", "false": DEFAULT}),
+    ),
     *rows("alpaca-lora, axolotl", "micro_batch_size", becomes("per_device_train_batch_size")),
     *rows("scripts of 2023", "train_batch_size", becomes("per_device_train_batch_size")),
     *rows("DeepSpeed", "train_micro_batch_size_per_gpu", becomes("per_device_train_batch_size")),

@@ -172,6 +172,7 @@ TRAINING_ARGUMENTS: tuple[Foreign, ...] = (
         "metrics go to TensorBoard and metrics.jsonl",
     ),
     # --- rows ---
+    *_moot("remove_unused_columns", "rows on disk have no column that training does not read"),
     *_moot("group_by_length", "rows come in the order of train_sampling_strategy"),
     *_moot("length_column_name", "lengths are read off the rows"),
     *_moot(

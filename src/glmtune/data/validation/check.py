@@ -56,15 +56,6 @@ class CheckedFile:
         shares = (self.letters / max(total, 1)).tolist()
         return dict(zip(LANGUAGES, shares, strict=True)) if total else {}
 
-    def add(self, span: "CheckedFile") -> None:
-        """Add what the rows that follow hold."""
-        self.format = self.format or span.format
-        self.num_bytes += span.num_bytes
-        self.num_rows += span.num_rows
-        self.num_unusable += span.num_unusable
-        self.letters += span.letters
-        self.fields.add(span.fields)
-
     def as_json(self) -> dict[str, object]:
         """The same for the report."""
         return {
@@ -88,16 +79,10 @@ class CheckedFile:
 
 
 class FileCheck:
-    """Checks the rows of a file, or of a span of it; `tell` is called with each problem."""
+    """Checks the rows of a file; `tell` is called with each problem."""
 
-    def __init__(
-        self,
-        path: str,
-        tell: Callable[[Problem], None],
-        with_questions: bool,
-        format: str | None = None,
-    ) -> None:
-        self.file = CheckedFile(path, format)
+    def __init__(self, path: str, tell: Callable[[Problem], None], with_questions: bool) -> None:
+        self.file = CheckedFile(path)
         self.fingerprints = Fingerprints(path, with_questions)
         self._tell = tell
 

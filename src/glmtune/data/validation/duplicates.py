@@ -51,14 +51,6 @@ class Fingerprints:
         self.rows.frombytes(_numbers(rows, np.uint32).tobytes())
         self.lines.frombytes(_numbers(lines, np.uint64).tobytes())
 
-    def extend(self, span: "Fingerprints", num_rows: int) -> None:
-        """Keep the numbers of rows that were counted from 1, where `num_rows` rows precede them."""
-        self.bare.extend(span.bare)
-        self.questions.extend(span.questions)
-        self.exact.extend(span.exact)
-        self.rows.frombytes((np.asarray(span.rows) + np.uint32(num_rows)).tobytes())
-        self.lines.extend(span.lines)
-
     def place(self, index: int) -> Place:
         """Where the row with the index-th numbers stands."""
         return Place(self.path, self.rows[index], self.lines[index])

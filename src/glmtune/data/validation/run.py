@@ -1,17 +1,20 @@
 """`glmtune validate`: everything that is wrong with files of rows, in one pass over each."""
 
+import os
 import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+from tqdm import tqdm
+
 from glmtune import __version__
 from glmtune.config import ValidateSettings
 from glmtune.data.files import new_file
-from glmtune.data.validation.check import CheckedFile
+from glmtune.data.jsonfile import read_batches
+from glmtune.data.validation.check import CheckedFile, FileCheck
 from glmtune.data.validation.duplicates import Fingerprints, find_repeats, find_shared_questions
 from glmtune.data.validation.problems import Problem, Problems
-from glmtune.data.validation.spans import NUM_PROCESSES, check_file, open_pool
 from glmtune.errors import UserError, note, visible
 
 
@@ -76,11 +79,7 @@ def validate(settings: ValidateSettings) -> Validation:
         report = stack.enter_context(new_file(settings.json_path)) if settings.json_path else None
         problems = Problems(report)
         paths = [*settings.files, *held_out]
-        with open_pool(paths) as pool:
-            checked = [
-                check_file(path, problems, bool(held_out), pool, settings.encoding)
-                for path in paths
-            ]
+        checked = [_check_file(path, problems, bool(held_out), settings.encoding) for path in paths]
         _tell_of_empty([file for file, _ in checked], len(settings.files), problems)
         files = [file for file, _ in checked]
         prints = [fingerprints for _, fingerprints in checked]
@@ -97,6 +96,30 @@ def validate(settings: ValidateSettings) -> Validation:
     if any(tally.unusable for tally in problems.tallies.values()):
         raise UserError("not every file can be used; see above")
     return validation
+
+
+def _check_file(
+    path: str, problems: Problems, with_questions: bool, encoding: str | None
+) -> tuple[CheckedFile, Fingerprints]:
+    """Read a file to its end; what is wrong goes into `problems`, be it the file as a whole."""
+    check = FileCheck(path, problems.add, with_questions)
+    size = os.path.getsize(path) if os.path.isfile(path) else None
+    with tqdm(total=size, desc=path, unit="B", unit_scale=True, delay=1) as progress:
+        try:
+            for batch in read_batches(path, encoding):
+                check.take(batch)
+                progress.update(batch.num_bytes)
+        except UserError as error:
+            problems.add(_problem_of_file(path, str(error)))
+    return check.file, check.fingerprints
+
+
+def _problem_of_file(path: str, text: str) -> Problem:
+    """Take a UserError's "path:line: what; fix" apart, of which the line may be missing."""
+    place, _, told = text[len(path) :].partition(": ")
+    what, _, fix = told.rpartition("; ")
+    line = int(place[1:]) if place else None
+    return Problem("file", path, line, None, what, fix, unusable=True)
 
 
 def _tell_of_empty(files: list[CheckedFile], num_files: int, problems: Problems) -> None:
@@ -125,11 +148,10 @@ def _compare(files: list[Fingerprints], held_out: list[Fingerprints], problems: 
 
 
 def _peak_bytes() -> int | None:
-    """The most memory that all processes can have held at a time; None where nobody tells."""
+    """The most memory that was held at a time; None where nobody tells."""
     try:
         import resource
     except ImportError:  # on Windows
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak += NUM_PROCESSES * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

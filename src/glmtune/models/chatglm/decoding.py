@@ -158,7 +158,7 @@ def run_block_in_few_kernels(
 
 DECODING = DecodingBlock(
     weights_of=weights_of,
-    final_norm="final_layernorm",
+    final_norm=lambda model: model.base_model.get_submodule("final_layernorm"),
     layout=layout,
     angles=angles,
     prompt_angles=prompt_angles,

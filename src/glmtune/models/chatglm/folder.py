@@ -18,6 +18,7 @@ from glmtune.models.chatglm.configuration import (
 from glmtune.models.chatglm.vocabulary import NUM_PIECES_V1_0, VOCAB_FILE, check_revision
 from glmtune.models.integer_weights import SCALE, Packed
 from glmtune.models.quantised import as_floats, bits_of
+from glmtune.run_files import ADAPTER_CONFIG_FILE
 
 # What P-Tuning v2 trains, in THUDM's scripts.
 PREFIX = "prefix_encoder."
@@ -25,7 +26,6 @@ BODY = "transformer."  # which is not in the names of the bare model's own files
 EMBEDDING, HEAD = "transformer.word_embeddings.weight", "lm_head.weight"
 EMBEDDING_SCALE, HEAD_SCALE = f"transformer.word_embeddings.{SCALE}", f"lm_head.{SCALE}"
 LAYER = re.compile(r"transformer\.layers\.(\d+)\.")
-ADAPTER_FILE = "adapter_config.json"
 # The published files carry these buffers, whose values the model computes.
 ROTARY_BUFFER = r"rotary_emb\.inv_freq$"
 
@@ -48,11 +48,11 @@ def check_folder(
     Raises:
         UserError: one line that names what does not fit.
     """
-    if (folder / ADAPTER_FILE).is_file():
+    if (folder / ADAPTER_CONFIG_FILE).is_file():
         # transformers would load the base that this file names, wherever that lies.
         raise UserError(
-            f"{folder / ADAPTER_FILE}: an adapter's file in a base model's folder; name the base "
-            "with --chatglm_path and the adapter apart, or take this file away"
+            f"{folder / ADAPTER_CONFIG_FILE}: an adapter's file in a base model's folder; name the "
+            "base with --chatglm_path and the adapter apart, or take this file away"
         )
     files = weights.weight_files(folder)
     found = weights.read_outline(files)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -28,18 +28,17 @@ from glmtune.models.chatglm.folder import (
     HEAD,
     HEAD_SCALE,
     ROTARY_BUFFER,
+    check_folder,
 )
 from glmtune.models.chatglm.layout import check_answers, check_labels, known_mask, lay_out
-from glmtune.models.chatglm.loading import StrictModel
 from glmtune.models.integer_weights import (
     Packed,
     PackedEmbedding,
     PackedLinear,
-    dequantise_modules,
     pack_modules,
-    quantise_tables,
 )
-from glmtune.models.quantised import bits_of, quantise
+from glmtune.models.precision import dequantise
+from glmtune.models.reading import read_strictly
 from glmtune.ops.attention import right_kernels
 from glmtune.ops.loss import IGNORED, next_token_loss, shifted_loss
 from glmtune.ops.rotary import rotary_angles, rotate
@@ -138,7 +137,7 @@ class ChatGLMBlock(GradientCheckpointingLayer):
         return normed * RESIDUAL_SCALE + self.mlp(normed)
 
 
-class ChatGLMPreTrainedModel(StrictModel):
+class ChatGLMPreTrainedModel(PreTrainedModel):
     """What the bare model and the language model share."""
 
     config: ChatGLMConfig
@@ -155,6 +154,11 @@ class ChatGLMPreTrainedModel(StrictModel):
         "attentions": ChatGLMAttention,
     }
     _keys_to_ignore_on_load_unexpected = [ROTARY_BUFFER]  # noqa: RUF012
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Load a published folder, its own `save_pretrained`, or a hub id: see `read_strictly`."""
+        return read_strictly(cls, check_folder, pretrained_model_name_or_path, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         if not isinstance(module, Packed):  # random integers mean nothing
@@ -263,38 +267,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             missing_keys.add(HEAD)
         super().tie_weights(missing_keys, *args, **kwargs)
 
-    def quantize_head(self) -> None:
-        """Round embedding and head to 8 bits, in place; a tensor that served both does so still."""
-        body = self.transformer
-        body.word_embeddings, self.lm_head = quantise_tables(body.word_embeddings, self.lm_head)
-        self.config.quantization_embeddings = True
-
-    def quantize(self, bits: int) -> None:
-        """Quantise the layers' linears with bitsandbytes, in place, to 8 or 4 bits.
-
-        Of a published int8 or int4 folder they are requantised; its packed embedding and head, if
-        it has such, become floats.
-        """
-        quantise(self, self.transformer.layers, bits)
-        self._unpack(self.dtype)
-
-    def _unpack(self, dtype: torch.dtype) -> None:
-        dequantise_modules(self, dtype)
-        self.config.quantization_bit, self.config.quantization_embeddings = 0, False
-        self.tie_weights()
-
     def dequantize(self, dtype: torch.dtype | None = None) -> "ChatGLMForConditionalGeneration":
-        """Turn packed and bitsandbytes' weights into floats, in place; floats stay as they are.
-
-        Args:
-            dtype: of the whole model from here on; by default the compute type it has.
-        """
-        dtype = dtype or self.dtype
-        if bits_of(self.config):
-            super().dequantize(dtype)
-            self._weight_conversions = None  # what loading remembers for saving in few bits again
-        self._unpack(dtype)
-        return nn.Module.to(self, dtype)
+        """Turn all weights into floats, in place: see `precision.dequantise`."""
+        return dequantise(self, dtype)
 
     @can_return_tuple
     def forward(

@@ -21,6 +21,7 @@ from transformers.utils import get_json_schema
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from glmtune.data.files import read_json_object
+from glmtune.data.row_rule import RowRule
 from glmtune.errors import UserError
 from glmtune.models.chatglm.chat_template import (
     CHAT_TEMPLATE,
@@ -30,6 +31,7 @@ from glmtune.models.chatglm.chat_template import (
     guard,
     mark,
 )
+from glmtune.models.chatglm.rows import row_rule
 from glmtune.models.chatglm.vocabulary import (
     NUM_PIECES_V1_0,
     SPECIALS,
@@ -135,6 +137,11 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def revision(self) -> str:
         """Which published revision the ids belong to: "v1.0" or "v1.1"."""
         return "v1.0" if self.is_v1_0 else "v1.1"
+
+    @property
+    def row_rule(self) -> RowRule:
+        """How rows are laid out with these ids."""
+        return row_rule(self)
 
     @property
     def gmask_token_id(self) -> int:

@@ -9,7 +9,7 @@ recipe.yaml        the settings
 """
 
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -28,18 +28,20 @@ from glmtune.adapters import save_adapter
 from glmtune.config import write_recipe
 from glmtune.data.dataset import CARD_FILE, DataCard
 from glmtune.data.files import new_folder, read_json_object, write_json
+from glmtune.data.row_rule import RowRule
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError
 from glmtune.hardware import device_name
-from glmtune.models.chatglm.packed import base_of
+from glmtune.models.packed import base_of
 from glmtune.models.torch_files import write_torch_file
+from glmtune.run_files import OPTIMIZER_FILE, RECIPE_FILE
 from glmtune.training.console import what_is_kept
 from glmtune.training.faults.first_nonfinite import Culprit, Outcome, PassOfStep, compute_again
+from glmtune.training.first_step import TO_REFERENCE
 from glmtune.training.passes import PaddedPass
 from glmtune.training.plan import pass_seed
 from glmtune.training.processes import on_main
 from glmtune.training.run import Run
-from glmtune.training.saving.checkpoints import RECIPE_FILE
 from glmtune.training.state import TrainingState
 from glmtune.training.watch import Fault, NotFiniteError, RandomState
 
@@ -55,7 +57,8 @@ class Bundle:
     folder: Path
     told: dict[str, Any]
     """crash.json."""
-    rows: TokenRows
+    rows_by: Callable[[RowRule], TokenRows]
+    """The rows of the step, by the rule of the base model's family."""
     passes: list[PassOfStep]
     random_states: list[RandomState]
     outcome: Outcome
@@ -131,7 +134,7 @@ def _leave_bundle(
         save_adapter(state.model, draft, run.base_name)
         moments = state.optimizer.state_dict()
         if _num_bytes(moments) <= LARGEST_OPTIMISER:
-            write_torch_file(moments, draft / "optimizer.pt")
+            write_torch_file(moments, draft / OPTIMIZER_FILE)
         write_recipe(settings, str(draft / RECIPE_FILE))
     return (
         f"{_locate(run, outcome)}; {_advise(run, fault, outcome)}; {what_is_kept(run, state)}; "
@@ -162,8 +165,10 @@ def read_bundle(folder: Path) -> Bundle:
         told = read_json_object(folder / CRASH_FILE)
         tensors = load_file(folder / STEP_FILE)
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-        rows = TokenRows(arrays["ids_T"], arrays["starts_R1"], arrays["prompt_lengths_R"])
-        places = np.arange(len(rows))
+        names = "ids_T", "starts_R1", "prompt_lengths_R"
+        ids_T, starts_R1, prompts_R = (arrays[name] for name in names)
+        labels_T = arrays.get("labels_T")
+        places = np.arange(len(prompts_R))
         passes = [
             PassOfStep(int(rank), int(seed), places[arrays["pass_R"] == number])
             for number, (rank, seed) in enumerate(arrays["rank_and_seed_P2"])
@@ -177,7 +182,11 @@ def read_bundle(folder: Path) -> Bundle:
         outcome = Outcome(float(again["loss"]), float(again["grad_norm"]), culprit)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder}: is damaged ({error}); take the run's crash-N anew") from error
-    return Bundle(folder, told, rows, passes, random_states, outcome)
+
+    def rows_by(rule: RowRule) -> TokenRows:
+        return TokenRows(ids_T, starts_R1, prompts_R, rule, labels_T)
+
+    return Bundle(folder, told, rows_by, passes, random_states, outcome)
 
 
 def _step_tensors(
@@ -192,6 +201,9 @@ def _step_tensors(
         "pass_R": np.repeat(np.arange(len(passes)), [len(p.row_ids) for p in passes]),
         "rank_and_seed_P2": np.array([(p.rank, p.seed) for p in passes], dtype=np.int64),
     }
+    if rows.labels_T is not None:
+        spans = [slice(rows.starts_R1[row], rows.starts_R1[row + 1]) for row in row_ids]
+        arrays["labels_T"] = np.concatenate([rows.labels_T[span] for span in spans])
     tensors = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
     for rank, random_state in enumerate(random_states):
         tensors[f"cpu_{rank}"] = random_state.cpu
@@ -236,7 +248,7 @@ def _advise(run: Run, fault: Fault, outcome: Outcome) -> str:
     if culprit is None:
         if run.layout == "padded":
             return "the device may be at fault: run `glmtune replay` on another"
-        return "set packing and exact_batch false, and please report this"
+        return f"{TO_REFERENCE} (and resume_anyway true to go on), and please report this"
     if culprit.way == "forward" and culprit.detail.endswith("not finite"):
         if "lora_" not in culprit.name:
             return f"the base model {run.base_name} is damaged: download it again"

@@ -8,14 +8,15 @@ import torch
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from glmtune.adapters.formats import WEIGHTS_FILE
 from glmtune.config import ReplaySettings, TrainSettings, read_config
-from glmtune.models.checkpoints import load_base_model, resolve_base
+from glmtune.models.families import family_of
+from glmtune.models.loading import load_base_model
+from glmtune.models.resolve import resolve_base
+from glmtune.run_files import RECIPE_FILE, WEIGHTS_FILE
 from glmtune.training.faults.crash import Bundle, read_bundle, surroundings
 from glmtune.training.faults.first_nonfinite import Outcome, compute_again
 from glmtune.training.passes import PaddedPass
 from glmtune.training.run import adapt, start_accelerator
-from glmtune.training.saving.checkpoints import RECIPE_FILE
 
 
 def replay(settings: ReplaySettings) -> bool:
@@ -43,7 +44,8 @@ def replay(settings: ReplaySettings) -> bool:
         accelerator.scaler = torch.amp.GradScaler(accelerator.device.type, init_scale=scale)
     base = resolve_base(settings.chatglm_path or recipe.chatglm_path)
     step = bundle.told["step"]
-    print(f"step {step} of {bundle.told['base']} on {len(bundle.rows)} rows", flush=True)
+    num_rows = sum(len(step_pass.row_ids) for step_pass in bundle.passes)
+    print(f"step {step} of {bundle.told['base']} on {num_rows} rows", flush=True)
     model = adapt(
         load_base_model(
             base,
@@ -54,9 +56,10 @@ def replay(settings: ReplaySettings) -> bool:
         ),
         recipe,
     )
+    rule = family_of(model.config).row_rule(model.config)
     set_peft_model_state_dict(model, load_file(bundle.folder / WEIGHTS_FILE))
     outcome = compute_again(
-        PaddedPass(accelerator, model, bundle.rows),
+        PaddedPass(accelerator, model, bundle.rows_by(rule)),
         [weight for weight in model.parameters() if weight.requires_grad],
         bundle.passes,
         bundle.told["num_labels"],

@@ -36,7 +36,7 @@ def find_remedies(settings: TrainSettings, foresee: Foresee) -> list[Remedy]:
     smaller = _smaller_steps(settings, foresee)
     singles = [*smaller, {"gradient_checkpointing": True}]
     if foresee(settings).layout == "padded" and foresee(settings).card.on_gpu:
-        singles.insert(0, {"exact_batch": True, "packing": False})
+        singles.insert(0, {"layout": "exact"})
     bits: list[dict[str, Any]] = [
         {"quantization_bit": "8"},
         {"quantization_bit": "4"},
@@ -90,7 +90,7 @@ def _without_repeats(remedies: list[Remedy]) -> list[Remedy]:
 def print_forecast(forecast: Forecast, settings: TrainSettings, base: str) -> None:
     """Print what a run takes in memory, part by part, and whether that fits."""
     lying = {"padded": "padded rows", "exact": "rows end to end", "packed": "packs"}
-    targets = ", ".join(settings.lora_target)
+    targets = ", ".join(forecast.setup.targets)
     print_pairs(
         f"Memory for {base} with rank {settings.lora_rank} on {targets}, "
         f"in {lying[forecast.layout]}",
@@ -110,7 +110,7 @@ def describe(forecast: Forecast) -> dict[str, str]:
         "adapter": _size(parts.adapter, f"{setup.parameters():,} parameters and their gradients"),
         "optimiser": _size(parts.optimiser, "two moments of each"),
         "activations": _size(parts.activations, passes_words(forecast)),
-        "logits": _size(parts.logits, f"{setup.config.vocab_size:,} ids"),
+        "logits": _size(parts.logits, f"{setup.shape.vocab_size:,} ids"),
     }
     if parts.way_back >= 0.005 * GIB:
         pairs["way back"] = _size(parts.way_back, "gradients within a layer, beyond the logits")
@@ -132,7 +132,7 @@ def passes_words(forecast: Forecast) -> str:
 
 def recompute_words(forecast: Forecast) -> str:
     """How many layers are computed again."""
-    num_layers = forecast.setup.config.num_layers
+    num_layers = forecast.setup.shape.num_layers
     if not forecast.recompute:
         return "recomputing no layer"
     return f"recomputing {forecast.recompute} of {num_layers} layers"

@@ -6,21 +6,21 @@ recipe, config.json, the lengths of the rows and the card.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from transformers import PreTrainedConfig
 
 from glmtune.config import PlanSettings, TrainSettings
 from glmtune.hardware import GIB, Card
-from glmtune.models.chatglm.configuration import ChatGLMConfig
-from glmtune.models.chatglm.packed import COMPILED_HEADS
+from glmtune.models.families import family_of
+from glmtune.models.packed import can_compile
 from glmtune.models.quantised import bits_of
-from glmtune.training.layout import Layout, choose_layout, count_steps, make_plan
 from glmtune.training.passes import CAPTURED_LENGTHS, captured_learned
-from glmtune.training.planning.memory import Batch, Estimate, Setup, Way, estimate
+from glmtune.training.plan import count_steps, make_plan
+from glmtune.training.planning.memory import Batch, Estimate, Layout, Setup, estimate
 
 # Lengths of packs to choose from, and how fast tokens pass in them on an H200 that recomputes
 # nothing (2,048 lies between its neighbours). Beyond the first a GPU is busy anyway.
@@ -68,16 +68,24 @@ class Forecast:
     """A run's passes, as the card allows them, and what they take."""
 
     card: Card
-    layout: Layout
     setup: Setup
     batch: Batch
     """The heaviest pass."""
-    pack_length: int | None
     recompute: int
     """The first so many layers are computed again on the way back."""
     estimate: Estimate
     frugal: "Forecast | None" = None
     """The same run with nothing spent on speed, where the card leaves a choice."""
+
+    @property
+    def layout(self) -> Layout:
+        """How the rows of a pass lie."""
+        return self.setup.layout
+
+    @property
+    def pack_length(self) -> int | None:
+        """Tokens of a pack; None where a pass takes rows by their number."""
+        return self.batch.num_tokens if self.layout == "packed" else None
 
     @property
     def least(self) -> "Forecast":
@@ -120,7 +128,7 @@ class Forecast:
             "quantize_head": self.setup.quantize_head,
             "tokens_per_pass": self.batch.num_tokens,
             "layers_recomputed": self.recompute,
-            "num_layers": self.setup.config.num_layers,
+            "num_layers": self.setup.shape.num_layers,
             **parts,
             "allocated_gib": self.estimate.allocated / GIB,
             "needed_gib": self.needed_gib,
@@ -136,7 +144,7 @@ Foresee = Callable[[TrainSettings], Forecast]
 
 def forecast(
     settings: TrainSettings,
-    shape: ChatGLMConfig,
+    config: PreTrainedConfig,
     dtype: torch.dtype,
     card: Card,
     rows: Lengths,
@@ -146,24 +154,28 @@ def forecast(
 
     Args:
         settings: the run's settings.
-        shape: of the base model.
+        config: of the base model.
         dtype: the compute type.
         card: what each process trains on.
         rows: of the data set.
         num_processes: that share a step.
     """
-    layout = choose_layout(settings, torch.device("cuda" if card.on_gpu else "cpu"))
+    layout, family = choose_layout(settings, card.on_gpu), family_of(config)
+    shape, block = family.shape(config), family.packed
     setup = Setup(
         shape,
         dtype,
-        choose_way(layout, card, shape),
+        layout,
+        compiled=layout != "padded"
+        and block is not None
+        and can_compile(card, block, shape.head_dim),
         on_gpu=card.on_gpu,
         is_hopper=card.is_hopper,
-        bits=settings.bits or bits_of(shape),
+        bits=settings.bits or bits_of(config),
         quantize_head=settings.quantize_head,
         is_fp8=settings.base_dtype == "fp8",
         rank=settings.lora_rank,
-        targets=settings.lora_target,
+        targets=family.targets(settings.lora_target, shape),
         has_dropout=settings.lora_dropout > 0,
     )
     wish = settings.gradient_checkpointing
@@ -175,41 +187,33 @@ def forecast(
         (batch,) = choices
         recompute = choose_recompute(wish, setup, batch, card)
     forecasts = []
-    most = setup.config.num_layers - 1 if wish == "auto" and card.on_gpu else recompute
+    most = setup.shape.num_layers - 1 if wish == "auto" and card.on_gpu else recompute
     for size, again in ((batch, recompute), (choices[-1], most)):
-        parts, length = estimate(setup, size, again), size.num_tokens
-        pack_length = length if layout == "packed" else None
-        forecasts.append(Forecast(card, layout, setup, size, pack_length, again, parts))
+        forecasts.append(Forecast(card, setup, size, again, estimate(setup, size, again)))
     chosen, frugal = forecasts
     return replace(chosen, frugal=frugal) if frugal.needed_gib < chosen.needed_gib else chosen
 
 
 def foresee_on(
-    accelerator: Accelerator, shape: ChatGLMConfig, dtype: torch.dtype, rows: Lengths
+    accelerator: Accelerator, config: PreTrainedConfig, dtype: torch.dtype, rows: Lengths
 ) -> Foresee:
     """What any settings would come to on a run's device, with its base and rows."""
     card, num_processes = Card.of(accelerator.device), accelerator.num_processes
-    return lambda config: forecast(config, shape, dtype, card, rows, num_processes)
+    return lambda settings: forecast(settings, config, dtype, card, rows, num_processes)
 
 
-def choose_way(layout: Layout, card: Card, shape: ChatGLMConfig) -> Way:
-    """How a pass is computed: what `build_pass` will make."""
-    if layout == "padded":
-        return "padded"
-    if not compiles(card, shape):
-        return "packed"
-    return "captured" if layout == "exact" else "compiled"
+def choose_layout(settings: TrainSettings, on_gpu: bool) -> Layout:
+    """How the rows of a pass lie; on a GPU, where nothing else is said, in packs.
 
-
-def compiles(card: Card, shape: ChatGLMConfig) -> bool:
-    """Whether the kernels run on a card: the Ampere generation or newer, and heads of their sizes.
-
-    Of another card than the one here Triton is taken for granted.
+    Who gives both the rows of a pass and the number of steps, as the original's command does, has
+    chosen them for each other: packs would go through the data twenty times as often.
     """
-    if card.capability is None or card.capability < (8, 0):
-        return False
-    is_here = torch.cuda.is_available()
-    return shape.head_dim in COMPILED_HEADS and (not is_here or find_spec("triton") is not None)
+    if settings.layout != "auto":
+        return settings.layout
+    if not on_gpu:
+        return "padded"
+    chosen = {"per_device_train_batch_size", "max_steps"} <= settings.model_fields_set
+    return "exact" if chosen and not settings.tokens_per_step else "packed"
 
 
 def choose_recompute(wish: bool | str, setup: Setup, batch: Batch, card: Card) -> int:
@@ -217,7 +221,7 @@ def choose_recompute(wish: bool | str, setup: Setup, batch: Batch, card: Card) -
 
     All are all but the last, whose way back begins as soon as it is done.
     """
-    most = setup.config.num_layers - 1
+    most = setup.shape.num_layers - 1
     if wish != "auto":
         return most if wish else 0
     if not card.on_gpu:
@@ -251,7 +255,7 @@ def _choose_pack(
     choices = []
     for batch, speed in zip(packs, PACK_SPEEDS.values(), strict=False):
         recompute = choose_recompute(wish, setup, batch, card)
-        seconds = (1 + _RECOMPUTE_COST * recompute / setup.config.num_layers) / speed
+        seconds = (1 + _RECOMPUTE_COST * recompute / setup.shape.num_layers) / speed
         choices.append((not holds(card, setup, batch, recompute), seconds, batch, recompute))
     misfits, _, batch, recompute = min(choices, key=lambda choice: choice[:2])
     return choices[-1][2:] if misfits else (batch, recompute)
@@ -261,14 +265,14 @@ def _largest_batch(
     settings: TrainSettings, setup: Setup, rows: Lengths, num_processes: int
 ) -> Batch:
     plan = make_plan(settings, rows.lengths_R, None, num_processes)
-    padded = setup.way == "padded"
+    padded = setup.layout == "padded"
     part = plan.heaviest(count_steps(settings, plan), num_processes, padded)
     lengths_B = rows.lengths_R[part]
     num_learned = int(rows.num_labels_R[part].sum())
     if padded:
         return Batch(len(part) * int(lengths_B.max()), num_learned)
     num_tokens = int(lengths_B.sum())
-    if setup.way == "captured":
+    if setup.captured:
         # Graphs are made for lengths that are multiples, and for each quarter of learned tokens.
         num_tokens = CAPTURED_LENGTHS * -(-num_tokens // CAPTURED_LENGTHS)
         num_learned = captured_learned(num_tokens, num_learned)
@@ -283,7 +287,7 @@ def rows_of_reference(forecast: Forecast, longest: int, most: int = 6) -> int:
         longest: tokens of the longest of those rows.
         most: rows, where there is room.
     """
-    plain = replace(forecast.setup, way="padded")
+    plain = replace(forecast.setup, layout="padded", compiled=False)
     limit = forecast.estimate.of_the_pass
 
     def fits(num_rows: int) -> bool:

@@ -13,14 +13,12 @@ from typing import Literal
 
 import torch
 
-from glmtune.models.chatglm.configuration import ChatGLMConfig
-from glmtune.models.sizes import LINEARS, adapter_parameters, block_shapes, weight_bytes
+from glmtune.models.shape import LinearShape, Shape
 from glmtune.ops.loss import CHUNK
 
-# How a pass is computed: see `training.passes`. "packed" is without a compiler.
-Way = Literal["padded", "packed", "compiled", "captured"]
+Layout = Literal["padded", "exact", "packed"]
+"""How the rows of a pass lie: padded to the longest, end to end, or so in packs of one length."""
 
-FUSED = LINEARS[0]
 # What cuBLAS asks for, for each stream and each of two threads: forward has one, backward another.
 _WORKSPACE = {True: 32 << 20, False: 8320 << 10}
 """By whether the card is a Hopper."""
@@ -31,9 +29,11 @@ _THREADS = 2
 class Setup:
     """What is trained, in which numbers, and how a pass is computed."""
 
-    config: ChatGLMConfig
+    shape: Shape
     dtype: torch.dtype
-    way: Way
+    layout: Layout
+    compiled: bool = False
+    """Whether rows end to end go through the compiled block and the kernels."""
     on_gpu: bool = True
     is_hopper: bool = False
     bits: int | None = None
@@ -41,26 +41,28 @@ class Setup:
     quantize_head: bool = False
     is_fp8: bool = False
     rank: int = 8
-    targets: tuple[str, ...] = (FUSED,)
+    targets: tuple[str, ...] = ()
+    """The linears that have an adapter."""
     has_dropout: bool = True
 
     @property
-    def ratio(self) -> float:
-        """Width inside the MLP, in values."""
-        return self.config.inner_hidden_size / self.config.hidden_size
+    def captured(self) -> bool:
+        """Whether each length of a pass is captured as a CUDA graph, as pays for a few rows."""
+        return self.compiled and self.layout == "exact"
+
+    @property
+    def mlp(self) -> float:
+        """What the backward pass keeps of the MLP between its linears, in values."""
+        return self.shape.kept_by_mlp / self.shape.hidden_size
 
     @property
     def value_bytes(self) -> int:
         """Bytes of a value: one token's."""
-        return self.config.hidden_size * self.dtype.itemsize
+        return self.shape.hidden_size * self.dtype.itemsize
 
     def parameters(self) -> int:
         """Of the adapter."""
-        return adapter_parameters(self.config, self.rank, self.targets)
-
-    def input_width(self, linear: str) -> float:
-        """Of a linear, in values."""
-        return self.ratio if linear == "dense_4h_to_h" else 1.0
+        return self.shape.adapter_parameters(self.rank, self.targets)
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def estimate(setup: Setup, batch: Batch, recompute: int = 0) -> Estimate:
         batch: its largest pass.
         recompute: the first so many layers keep their input alone, at most all but the last.
     """
-    num_layers, token_bytes = setup.config.num_layers, setup.value_bytes * batch.num_tokens
+    num_layers, token_bytes = setup.shape.num_layers, setup.value_bytes * batch.num_tokens
     layer, last = kept_by_layer(setup), kept_by_layer(setup, learned_share(setup, batch))
     kept = recompute + (num_layers - 1 - recompute) * layer + last + kept_once(setup)
     logits = logit_bytes(setup, batch)
@@ -130,7 +132,7 @@ def estimate(setup: Setup, batch: Batch, recompute: int = 0) -> Estimate:
     of_the_pass = activations + max(moments)
     parameters = setup.parameters()
     # A captured pass writes its gradients beside those to which it adds them.
-    copies = 3 if setup.way == "captured" else 2
+    copies = 3 if setup.captured else 2
     return Estimate(
         weights=base_bytes(setup),
         adapter=4 * copies * parameters,
@@ -145,7 +147,7 @@ def estimate(setup: Setup, batch: Batch, recompute: int = 0) -> Estimate:
 
 def learned_share(setup: Setup, batch: Batch) -> float:
     """Share of the tokens that leave the last layer: packed passes want the learned ones alone."""
-    return 1.0 if setup.way == "padded" else batch.num_learned / batch.num_tokens
+    return 1.0 if setup.layout == "padded" else batch.num_learned / batch.num_tokens
 
 
 def kept_by_layer(setup: Setup, share: float = 1.0) -> float:
@@ -159,39 +161,47 @@ def kept_by_layer(setup: Setup, share: float = 1.0) -> float:
         setup: what is trained, and how.
         share: of the tokens that go on after the attention.
     """
-    config, itemsize = setup.config, setup.dtype.itemsize
-    softmax = 4 * config.num_attention_heads / setup.value_bytes
-    before, after = 1 + 3 + 1 + softmax, 1 + setup.ratio
-    if setup.way == "padded":
-        before += 2  # turned queries and keys lie beside the projection that the values lie in
-    if setup.way in ("padded", "packed") and itemsize < 4:
-        before += 2 * config.head_dim / config.hidden_size  # cosines and sines in the compute type
-    before += kept_by_adapter(setup, FUSED)
-    after += sum(kept_by_adapter(setup, name) for name in LINEARS[1:])
+    shape, itemsize = setup.shape, setup.dtype.itemsize
+    hidden, queries = shape.hidden_size, shape.num_heads * shape.head_dim
+    keys = shape.num_kv_heads * shape.head_dim
+    softmax = 4 * shape.num_heads / setup.value_bytes
+    before, after = 1 + (shape.qkv_values + queries) / hidden + softmax, 1 + setup.mlp
+    if setup.layout == "padded":
+        before += (queries + keys) / hidden  # turned, beside what the projections gave
+    if not setup.compiled and itemsize < 4:
+        before += 2 * shape.head_dim / hidden  # cosines and sines in the compute type
+    for linear in shape.linears:
+        if linear.makes_qkv:
+            before += kept_by_adapter(setup, linear)
+        else:
+            after += kept_by_adapter(setup, linear)
     return before + share * after
 
 
-def kept_by_adapter(setup: Setup, linear: str) -> float:
-    """What one linear's adapter keeps for the way back, in values a token: its input, dropped."""
-    if linear not in setup.targets:
+def kept_by_adapter(setup: Setup, linear: LinearShape) -> float:
+    """What one linear's adapter keeps for backward, in values a token: its input, dropped."""
+    if linear.name not in setup.targets:
         return 0.0
-    width, itemsize = setup.input_width(linear), setup.dtype.itemsize
+    width, itemsize = linear.inputs / setup.shape.hidden_size, setup.dtype.itemsize
     mask = width / itemsize if setup.has_dropout else 0.0  # a byte a number
-    if setup.way == "padded":
+    if setup.layout == "padded":
         in_float32 = 4 / itemsize * width
         if setup.has_dropout and not setup.on_gpu:
             mask = in_float32  # the CPU's dropout keeps factors
         return in_float32 + mask + 4 * setup.rank / setup.value_bytes
-    if setup.way == "packed":
+    if not setup.compiled:
         return width + mask
-    # The compiler keeps the mask alone where the fused projection is all that is adapted, and what
-    # is left after dropout where other linears are, too (as measured, not as it would have to).
-    return mask if setup.targets == (FUSED,) else width + mask * (linear == FUSED)
+    # The compiler keeps the mask alone where queries, keys and values are all that is adapted, and
+    # what is left after dropout where other linears are, too (measured; it would not have to).
+    only_qkv = all(other.makes_qkv for other in setup.shape.linears if other.name in setup.targets)
+    if only_qkv:
+        return mask
+    return width + mask if linear.makes_qkv else width
 
 
 def kept_once(setup: Setup) -> float:
     """Cosines and sines in float32, in values a token."""
-    return 4 * setup.config.head_dim / setup.value_bytes
+    return 4 * setup.shape.head_dim / setup.value_bytes
 
 
 def logit_bytes(setup: Setup, batch: Batch) -> float:
@@ -200,11 +210,11 @@ def logit_bytes(setup: Setup, batch: Batch) -> float:
     The plain way holds logarithms of all probabilities, and two gradients of that size, in float32.
     The others take the learned tokens in chunks, the compiled ones in the place of the logits.
     """
-    vocab_size, itemsize = setup.config.vocab_size, setup.dtype.itemsize
-    if setup.way == "padded":
+    vocab_size, itemsize = setup.shape.vocab_size, setup.dtype.itemsize
+    if setup.layout == "padded":
         return batch.num_tokens * (12 * vocab_size + setup.value_bytes)
     each = itemsize
-    if setup.way == "packed":
+    if not setup.compiled:
         each += 16 if itemsize < 4 else 12
     # What enters the last norm, what leaves it, and the gradient of that.
     hidden = 3 * batch.num_learned * setup.value_bytes
@@ -217,19 +227,19 @@ def way_back(setup: Setup, share: float = 1.0) -> float:
     That of the output and that of the inner activation, which the compiler turns in place into that
     of GELU's input; others write a second one, and add the two of the residual.
     """
-    if setup.way in ("compiled", "captured"):
-        return share * (1 + setup.ratio)
-    return share * (2 + 2 * setup.ratio)
+    if setup.compiled:
+        return share * (1 + setup.mlp)
+    return share * (2 + 2 * setup.mlp)
 
 
 def base_bytes(setup: Setup) -> int:
     """Weights of the base; float8 keeps each linear in two layouts, with a float32 a line."""
-    size = weight_bytes(setup.config, setup.dtype, setup.bits, quantize_head=setup.quantize_head)
+    shape = setup.shape
+    size = shape.weight_bytes(setup.dtype, setup.bits, quantize_head=setup.quantize_head)
     if setup.is_fp8:
-        for shape in block_shapes(setup.config):
-            outputs, inputs = shape
-            each = (2 - setup.dtype.itemsize) * outputs * inputs + 4 * (outputs + inputs)
-            size += setup.config.num_layers * each
+        for linear in shape.linears:
+            values, lines = linear.outputs * linear.inputs, linear.outputs + linear.inputs
+            size += shape.num_layers * ((2 - setup.dtype.itemsize) * values + 4 * lines)
     return size
 
 
@@ -237,10 +247,10 @@ def buffer_bytes(setup: Setup) -> float:
     """Workspaces of each stream, of which captured passes have two; and one weight as floats."""
     size = 0.0
     if setup.on_gpu:
-        streams = 2 if setup.way == "captured" else 1
+        streams = 2 if setup.captured else 1
         size += streams * _THREADS * _WORKSPACE[setup.is_hopper]
     if setup.bits:
-        largest = max(outputs * inputs for outputs, inputs in block_shapes(setup.config))
+        largest = max(linear.outputs * linear.inputs for linear in setup.shape.linears)
         # Integers are turned into floats, and those scaled.
         size += largest * setup.dtype.itemsize * (2 if setup.bits == 8 else 1)
     return size
@@ -253,4 +263,4 @@ def outside_bytes(setup: Setup, of_the_pass: float) -> float:
     """
     if not setup.on_gpu:
         return 0.0
-    return (0.75 * 2**30) + (of_the_pass if setup.way == "captured" else 0.0)
+    return (0.75 * 2**30) + (of_the_pass if setup.captured else 0.0)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from glmtune.config import PlanSettings, TrainSettings
 from glmtune.data.dataset import load_dataset
@@ -12,8 +13,9 @@ from glmtune.data.jsonlines import append_json, check_appendable
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import note
 from glmtune.hardware import Card, pick_device, pick_dtype
-from glmtune.models.checkpoints import HUB_IDS, base_name, load_config, resolve_base
-from glmtune.models.sizes import check_targets
+from glmtune.models.families import DEFAULT, check_targets, family_of
+from glmtune.models.loading import load_config
+from glmtune.models.resolve import HUB_IDS, base_name, resolve_base
 from glmtune.training.planning.advice import find_remedies, print_forecast
 from glmtune.training.planning.forecast import EqualRows, Lengths, forecast
 
@@ -29,9 +31,9 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
     card, dtype = _card_and_dtype(settings)
     base = resolve_base(settings.chatglm_path, needs_weights=False)
     if base == HUB_IDS[0] and not settings.chatglm_path:
-        note("no base model is named or found, so this is of ChatGLM-6B (--chatglm_path)")
-    shape, rows = load_config(base), _rows(settings)
-    foresee = partial(forecast, shape=shape, dtype=dtype, card=card, rows=rows)
+        note(f"no base model is named or found, so this is of {DEFAULT.name} (--chatglm_path)")
+    config = load_config(base)
+    foresee = partial(forecast, config=config, dtype=dtype, card=card, rows=_rows(settings, config))
     training = train_settings(settings)
     now = foresee(training)
     print_forecast(now, training, base_name(base))
@@ -64,10 +66,11 @@ def _card_and_dtype(settings: PlanSettings) -> tuple[Card, torch.dtype]:
     return card, torch.float32 if settings.bf16 is False else torch.bfloat16
 
 
-def _rows(settings: PlanSettings) -> Lengths:
+def _rows(settings: PlanSettings, config: PreTrainedConfig) -> Lengths:
     """The data set's, or, where it is not there yet, as many equal ones as a step takes."""
     if Path(settings.dataset_path).is_dir():
-        return TokenRows.from_dataset(load_dataset(settings.dataset_path)[0])
+        rule = family_of(config).row_rule(config)
+        return TokenRows.from_dataset(load_dataset(settings.dataset_path, rule)[0], rule)
     missing = "dataset_path" in settings.model_fields_set
     note(
         f"{f'{settings.dataset_path} is not there' if missing else 'no dataset_path'}, so "

@@ -16,15 +16,23 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from glmtune.adapters import restore_adapter, save_adapter, verify_saved
-from glmtune.adapters.settings import CHECKPOINT
 from glmtune.data.files import new_folder, write_json
 from glmtune.drafts import remove_folder, write_errors
 from glmtune.errors import UserError, note
 from glmtune.models.torch_files import read_torch_file, write_torch_file
+from glmtune.run_files import (
+    OPTIMIZER_FILE,
+    RECIPE_FILE,
+    SCALER_FILE,
+    SCHEDULER_FILE,
+    STATE_FILE,
+    checkpoint_name,
+    random_file,
+    saved_steps,
+)
 from glmtune.training.processes import on_main
 from glmtune.training.saving.disk import check_room, checkpoint_bytes
 from glmtune.training.saving.manifest import (
-    STATE_FILE,
     find_fault,
     has_manifest,
     our_part,
@@ -39,9 +47,6 @@ from glmtune.training.saving.restore import (
     restore_schedule,
 )
 from glmtune.training.state import TrainingState, own_state, restore_own_state
-
-RECIPE_FILE = "recipe.yaml"
-_SCALER_FILE = "scaler.pt"
 
 
 def save_checkpoint(
@@ -68,7 +73,7 @@ def save_checkpoint(
         UserError: the folder cannot be written, is no longer there, or has too little room, or what
             was written is not what was trained.
     """
-    folder = output_dir / f"checkpoint-{state.global_step}"
+    folder = output_dir / checkpoint_name(state.global_step)
     if state.last_good and state.last_good.resolve() == folder.resolve():
         return folder
     per_process = gather_object([own_state(state)])
@@ -83,13 +88,13 @@ def save_checkpoint(
         with new_folder(str(folder)) as draft:
             save_adapter(state.model, draft, base_name)
             verify_saved(state.model, draft)
-            write_torch_file(state.optimizer.state_dict(), draft / "optimizer.pt")
-            write_torch_file(state.scheduler.state_dict(), draft / "scheduler.pt")
+            write_torch_file(state.optimizer.state_dict(), draft / OPTIMIZER_FILE)
+            write_torch_file(state.scheduler.state_dict(), draft / SCHEDULER_FILE)
             if state.scaler is not None:
-                write_torch_file(state.scaler.state_dict(), draft / _SCALER_FILE)
+                write_torch_file(state.scaler.state_dict(), draft / SCALER_FILE)
             for rank, own in enumerate(per_process):
                 own |= {"loss_sum": own["loss_sum"].cpu()}
-                write_torch_file(own, draft / f"rng_state_{rank}.pth")
+                write_torch_file(own, draft / random_file(rank))
             write_json(trainer_state, draft / STATE_FILE)
             write_manifest(draft, state.global_step, identity)
 
@@ -161,14 +166,14 @@ def load_checkpoint(
     """
     trainer_state = read_trainer_state(folder)
     restore_adapter(state.model, folder)
-    restore_optimizer(state.optimizer, folder / "optimizer.pt")
-    restore_schedule(state.scheduler, folder / "scheduler.pt")
-    if state.scaler is not None and (folder / _SCALER_FILE).is_file():
-        restore(state.scaler, folder / _SCALER_FILE)
+    restore_optimizer(state.optimizer, folder / OPTIMIZER_FILE)
+    restore_schedule(state.scheduler, folder / SCHEDULER_FILE)
+    if state.scaler is not None and (folder / SCALER_FILE).is_file():
+        restore(state.scaler, folder / SCALER_FILE)
     state.global_step = trainer_state["global_step"]
     state.num_tokens = trainer_state["num_input_tokens_seen"]
     rank = accelerator.process_index
-    own = folder / f"rng_state_{rank}.pth"
+    own = folder / random_file(rank)
     if own.is_file():
         content = read_torch_file(own)
         try:
@@ -212,7 +217,7 @@ def rotate_checkpoints(output_dir: Path, limit: int | None, step: int) -> None:
     """
     by_age = sorted(saved_steps(output_dir), key=lambda saved: (saved <= step, saved))
     too_many = by_age[: -limit if limit else 0]
-    newest = output_dir / f"checkpoint-{step}"
+    newest = output_dir / checkpoint_name(step)
     if too_many and (fault := find_fault(newest)):
         raise UserError(
             f"{newest}: was written, but read back {fault}; earlier checkpoints are kept: check "
@@ -220,10 +225,4 @@ def rotate_checkpoints(output_dir: Path, limit: int | None, step: int) -> None:
         )
     for old in too_many:
         with write_errors(output_dir):
-            remove_folder(output_dir / f"checkpoint-{old}")
-
-
-def saved_steps(folder: Path) -> list[int]:
-    """The N of each `checkpoint-N` in a folder."""
-    names = (CHECKPOINT.fullmatch(entry.name) for entry in folder.iterdir() if entry.is_dir())
-    return [int(name[1]) for name in names if name]
+            remove_folder(output_dir / checkpoint_name(old))

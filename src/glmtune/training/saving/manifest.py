@@ -14,15 +14,21 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from glmtune import __version__
-from glmtune.adapters.formats import CONFIG_FILE, WEIGHTS_FILE, WEIGHTS_FILE_2023
-from glmtune.adapters.settings import CHECKPOINT
 from glmtune.data.files import read_json_object, sha256_of
 from glmtune.errors import UserError
+from glmtune.run_files import (
+    ADAPTER_CONFIG_FILE,
+    MANIFEST_FILE,
+    OPTIMIZER_FILE,
+    SCHEDULER_FILE,
+    STATE_FILE,
+    WEIGHTS_FILE,
+    WEIGHTS_FILE_2023,
+    step_in,
+)
 
-MANIFEST_FILE = "manifest.json"
-STATE_FILE = "trainer_state.json"
-TORCH_FILES = ("optimizer.pt", "scheduler.pt")
-_NEEDED = (WEIGHTS_FILE, CONFIG_FILE, *TORCH_FILES, STATE_FILE)
+TORCH_FILES = (OPTIMIZER_FILE, SCHEDULER_FILE)
+_NEEDED = (WEIGHTS_FILE, ADAPTER_CONFIG_FILE, *TORCH_FILES, STATE_FILE)
 # The part of trainer_state.json that is ours: transformers keeps a place for others' state.
 _OURS = ("stateful_callbacks", "glmtune")
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
@@ -142,8 +148,7 @@ def _differs(checkpoint: Path) -> str | None:
             return f"{name} is damaged: {path.stat().st_size:,} bytes, not {size:,} as saved"
         if sha256_of(path) != sha256:
             return f"{name} is damaged: its sha256 is not the one saved"
-    named = CHECKPOINT.fullmatch(checkpoint.name)
-    if named and int(named[1]) != step:
+    if step_in(checkpoint.name) not in (None, step):
         return f"it holds step {step}"
     return None
 

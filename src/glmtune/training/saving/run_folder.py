@@ -7,26 +7,32 @@ from typing import Any
 
 from peft import PeftModel
 
-from glmtune.adapters.formats import CONFIG_FILE, WEIGHTS_FILE
-from glmtune.adapters.settings import CHECKPOINT
 from glmtune.config import TrainSettings, write_recipe
 from glmtune.drafts import clear_drafts, remove_folder
 from glmtune.errors import UserError
 from glmtune.models.torch_files import read_torch_file
-from glmtune.runlog import METRICS_FILE, PLOT_FILE, TENSORBOARD_FOLDER
+from glmtune.run_files import (
+    ADAPTER_CONFIG_FILE,
+    FILES_BESIDE,
+    OPTIMIZER_FILE,
+    RANDOM_FILES,
+    RECIPE_FILE,
+    TENSORBOARD_FOLDER,
+    WEIGHTS_FILE,
+    checkpoint_name,
+    run_folder_of,
+    saved_steps,
+    step_in,
+)
 from glmtune.training.held_out import is_evaluation_due
 from glmtune.training.run import Run
-from glmtune.training.saving.checkpoints import RECIPE_FILE, saved_steps
 from glmtune.training.saving.disk import (
     MEGABYTE,
     check_room,
     checkpoint_bytes,
     most_new_checkpoints,
 )
-from glmtune.training.saving.manifest import STATE_FILE, TORCH_FILES, find_fault, read_trainer_state
-
-# Files of a run at the root of its folder.
-_RUN_FILES = (RECIPE_FILE, METRICS_FILE, STATE_FILE, WEIGHTS_FILE, CONFIG_FILE, PLOT_FILE)
+from glmtune.training.saving.manifest import TORCH_FILES, find_fault, read_trainer_state
 
 
 def resume_point(settings: TrainSettings) -> tuple[Path | None, list[str]]:
@@ -75,7 +81,7 @@ def check_unfinished(run: Run, checkpoint: Path) -> list[str]:
         return []
     if _is_inside(checkpoint, output_dir) and beside is None:
         return [f"{checkpoint} is the last: nothing is trained, {output_dir} is made whole from it"]
-    for file in (*TORCH_FILES, *(path.name for path in checkpoint.glob("rng_state_*.pth"))):
+    for file in (*TORCH_FILES, *(path.name for path in checkpoint.glob(RANDOM_FILES))):
         read_torch_file(checkpoint / file)  # one that nothing can go on from is told as such
     settings = run.settings
     asked, more = "max_steps", 2 * step
@@ -92,14 +98,14 @@ def check_unfinished(run: Run, checkpoint: Path) -> list[str]:
 
 def _state_beside(checkpoint: Path) -> dict[str, Any] | None:
     """The state that a run leaves beside its last checkpoint; None where not all is there."""
-    folder = checkpoint.resolve().parent
+    folder = run_folder_of(checkpoint)
     try:
         is_same = filecmp.cmp(folder / WEIGHTS_FILE, checkpoint / WEIGHTS_FILE, shallow=False)
         state = read_trainer_state(folder)
     except (OSError, UserError):
         return None
-    is_last = checkpoint.name == f"checkpoint-{state['global_step']}"
-    return state if is_same and is_last and (folder / CONFIG_FILE).is_file() else None
+    is_last = checkpoint.name == checkpoint_name(state["global_step"])
+    return state if is_same and is_last and (folder / ADAPTER_CONFIG_FILE).is_file() else None
 
 
 def claim_output_dir(settings: TrainSettings, checkpoint: Path | None) -> Path:
@@ -117,7 +123,7 @@ def claim_output_dir(settings: TrainSettings, checkpoint: Path | None) -> Path:
     output_dir = Path(settings.output_dir)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        clear_drafts(output_dir, lambda name: CHECKPOINT.fullmatch(name) or name in _RUN_FILES)
+        clear_drafts(output_dir, lambda name: name in FILES_BESIDE or step_in(name) is not None)
         stale = [] if _is_inside(checkpoint, output_dir) else _find_run(output_dir)
         for entry in stale:
             remove_folder(entry) if entry.is_dir() else entry.unlink()
@@ -170,15 +176,15 @@ def _size(path: Path) -> int:
 
 
 def _is_inside(checkpoint: Path | None, output_dir: Path) -> bool:
-    return checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve()
+    return checkpoint is not None and run_folder_of(checkpoint) == output_dir.resolve()
 
 
 def _find_run(output_dir: Path) -> list[Path]:
     """What a run left at the root of its folder."""
     if not output_dir.is_dir():
         return []
-    checkpoints = [output_dir / f"checkpoint-{step}" for step in sorted(saved_steps(output_dir))]
-    files = [output_dir / name for name in _RUN_FILES]
+    checkpoints = [output_dir / checkpoint_name(step) for step in saved_steps(output_dir)]
+    files = [output_dir / name for name in FILES_BESIDE]
     events = output_dir.glob(f"{TENSORBOARD_FOLDER}/events.out.tfevents.*")
     crashes = sorted(output_dir.glob("crash-*"))
     return [entry for entry in (*checkpoints, *files, *events, *crashes) if entry.exists()]
@@ -200,10 +206,10 @@ def find_checkpoint(path: Path) -> tuple[Path, list[str]]:
         raise UserError(
             f"resume_from_checkpoint: {path} is no folder; name a checkpoint-N or a run"
         )
-    if named := CHECKPOINT.fullmatch(path.name):
-        earlier = [step for step in saved_steps(path.parent) if step < int(named[1])]
+    if (named := step_in(path.name)) is not None:
+        earlier = [step for step in saved_steps(path.parent) if step < named]
         candidates = [path, *_newest_first(path.parent, earlier)]
-    elif (path / "optimizer.pt").is_file():
+    elif (path / OPTIMIZER_FILE).is_file():
         candidates = [path]
     else:
         candidates = _newest_first(path, saved_steps(path))
@@ -220,4 +226,4 @@ def find_checkpoint(path: Path) -> tuple[Path, list[str]]:
 
 
 def _newest_first(folder: Path, steps: list[int]) -> list[Path]:
-    return [folder / f"checkpoint-{step}" for step in sorted(steps, reverse=True)]
+    return [folder / checkpoint_name(step) for step in reversed(steps)]

@@ -7,12 +7,12 @@ from typing import Any
 from glmtune.adapters import save_adapter, verify_saved
 from glmtune.data.files import write_json
 from glmtune.errors import UserError
-from glmtune.runlog import PLOT_FILE, RunLog
+from glmtune.run_files import PLOT_FILE, STATE_FILE
+from glmtune.runlog import RunLog
 from glmtune.training.console import what_is_kept
 from glmtune.training.processes import on_main
 from glmtune.training.run import Run
 from glmtune.training.saving import checkpoints
-from glmtune.training.saving.manifest import STATE_FILE
 from glmtune.training.state import TrainingState
 
 

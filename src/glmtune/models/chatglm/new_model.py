@@ -11,10 +11,11 @@ from glmtune.data.files import new_folder
 from glmtune.errors import UserError
 from glmtune.hardware import GIB, total_memory_gib
 from glmtune.models.chatglm.configuration import VOCAB_SIZE_V1_1, ChatGLMConfig
+from glmtune.models.chatglm.family import check_pair
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
+from glmtune.models.chatglm.random_init import PUBLISHED_SHARDS, write_random_model
 from glmtune.models.chatglm.tokenization import VOCAB_FILE, ChatGLMTokenizer
-from glmtune.models.checkpoints import GLM_TINY, check_ids
-from glmtune.models.random_init import PUBLISHED_SHARDS, write_random_model
+from glmtune.models.resolve import GLM_TINY
 
 BYTES_PER_WEIGHT = 2  # float16
 SIZES = (
@@ -102,7 +103,7 @@ def shape(settings: NewModelSettings, vocab_file: Path | None) -> ChatGLMConfig:
         sizes["vocab_size"] = max(sizes["vocab_size"], tokenizer.vocab_size)
     names = ("bos_token_id", "eos_token_id", "mask_token_id", "gmask_token_id", "pad_token_id")
     config = ChatGLMConfig(**sizes, **{name: getattr(tokenizer, name) for name in names})
-    check_ids(config, tokenizer)
+    check_pair(config, tokenizer)
     return config
 
 

@@ -1,0 +1,153 @@
+"""How a model family lays out a row: its special ids, its positions, and what is supervised.
+
+A row is a prompt and the answer to it, with a family's special ids before, between and behind::
+
+    before_prompt  prompt text  after_prompt  answer text  end
+    `---------------- seq_len ids -----------'
+
+Shapes: R rows of a data set, T tokens of some rows end to end, X streams of positions.
+"""
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from glmtune.errors import UserError
+
+
+class Special(NamedTuple):
+    """A special id that stands in every row."""
+
+    name: str
+    """What data cards call it, such as "eos"."""
+    text: str
+    """How a reader knows it."""
+    id: int
+
+
+class RowRule(NamedTuple):
+    """A family's rule, as plain numbers: all that data/ and training/ know of a family's rows."""
+
+    after_prompt: tuple[Special, ...]
+    end: tuple[Special, ...]
+    pad_id: int
+    before_prompt: tuple[Special, ...] = ()
+    prompt_sees_all: bool = False
+    """Whether tokens of the prompt see each other in both directions; else a row is causal.
+
+    The last of `after_prompt` then begins the answer: only what follows it sees it, and it is the
+    first supervised token."""
+    positions: Literal["count", "stay", "stay_late"] = "count"
+    """How positions go on behind such a prompt. "count": as everywhere. "stay": they stay at the
+    prompt's last place, while a second stream counts 1, 2, 3 ...; "stay_late": the same, but from
+    the second token of the answer on."""
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """All special ids of a row, by name."""
+        specials = (*self.before_prompt, *self.after_prompt, *self.end)
+        return {special.name: special.id for special in specials}
+
+    @property
+    def end_ids(self) -> list[int]:
+        """The ids behind an answer."""
+        return [special.id for special in self.end]
+
+    def prompt(
+        self, text_ids: list[int], keep: int | None = None, *, cut: Literal["start", "end"] = "end"
+    ) -> list[int]:
+        """The ids of a prompt, special ids included.
+
+        Args:
+            text_ids: of its text.
+            keep: ids to keep at most, special ids included; None for all.
+            cut: "end" or "start", where a text that is too long loses ids.
+        """
+        before, after = _ids(self.before_prompt), _ids(self.after_prompt)
+        room = len(text_ids) if keep is None else max(0, keep - len(before) - len(after))
+        kept = text_ids[:room] if cut == "end" else text_ids[max(0, len(text_ids) - room) :]
+        return [*before, *kept, *after]
+
+    @property
+    def num_prompt_specials(self) -> int:
+        """Special ids of a prompt."""
+        return len(self.before_prompt) + len(self.after_prompt)
+
+    def prefix_lengths(self, prompt_lengths_R: np.ndarray) -> np.ndarray:
+        """Tokens at the start of each row that see each other in both directions, ``(R,)``."""
+        return prompt_lengths_R - 1 if self.prompt_sees_all else np.zeros_like(prompt_lengths_R)
+
+    def first_supervised(self, prompt_lengths_R: np.ndarray) -> np.ndarray:
+        """Place of the first supervised token of each row, ``(R,)``; all after it are, too."""
+        return prompt_lengths_R - 1 if self.prompt_sees_all else prompt_lengths_R
+
+    def position_ids(self, place_T: np.ndarray, prefix_T: np.ndarray) -> np.ndarray:
+        """The position streams of tokens, ``(X, T)``: two where a second one counts, else one.
+
+        Args:
+            place_T: place of each token in its row.
+            prefix_T: prefix length of its row.
+        """
+        if self.positions == "count":
+            return place_T[None]
+        position_T = np.minimum(place_T, np.maximum(prefix_T - 1, 0))
+        if self.positions == "stay_late":
+            position_T = np.where(place_T == prefix_T, prefix_T, position_T)
+        return np.stack((position_T, np.maximum(place_T - prefix_T + 1, 0)))
+
+    def check(
+        self,
+        ids_T: np.ndarray,
+        starts_R1: np.ndarray,
+        prompt_lengths_R: np.ndarray,
+        vocab_size: int,
+        path: str,
+    ) -> None:
+        """Make sure that every row can be trained on, before the first step rather than at it.
+
+        Args:
+            ids_T: ids of all rows, end to end.
+            starts_R1: where each row starts, and the end.
+            prompt_lengths_R: tokens of each prompt.
+            vocab_size: rows of the model's embedding.
+            path: what the message calls the data set.
+
+        Raises:
+            UserError: a row holds an id beyond the vocabulary, or its prompt does not end with the
+                special ids of `after_prompt`, each of them once where the prompt sees all of
+                itself; the message names the row (from 1).
+        """
+        fix = "tokenize the data again with this model's tokenizer"
+        outside_T = (ids_T < 0) | (ids_T >= vocab_size)
+        if outside_T.any():
+            place = int(outside_T.argmax())
+            row = int(np.searchsorted(starts_R1, place, side="right")) - 1
+            raise UserError(
+                f"{path}: row {row + 1} holds id {ids_T[place]}, but the model's last is "
+                f"{vocab_size - 1}; {fix}"
+            )
+        starts_R, lengths_R = starts_R1[:-1], np.diff(starts_R1)
+        specials = _ids(self.after_prompt)
+        fits_R = (prompt_lengths_R >= len(specials)) & (prompt_lengths_R <= lengths_R)
+        prompts_R = np.where(fits_R, prompt_lengths_R, 0)
+        is_right_R = fits_R.copy()
+        for before_end, special in enumerate(reversed(specials), start=1):
+            # An empty row at the very end would start beyond the last id.
+            place_R = (starts_R + np.maximum(prompts_R - before_end, 0)).clip(max=len(ids_T) - 1)
+            is_right_R &= ids_T[place_R] == special
+            if self.prompt_sees_all:
+                count_T1 = np.concatenate(([0], np.cumsum(ids_T == special)))
+                is_right_R &= count_T1[starts_R + prompts_R] - count_T1[starts_R] == 1
+        if not is_right_R.all():
+            row = int(is_right_R.argmin())
+            names = " ".join(special.text for special in self.after_prompt)
+            ids = " ".join(map(str, specials))
+            raise UserError(
+                f"{path}: row {row + 1} (seq_len {prompt_lengths_R[row]} of {lengths_R[row]} ids) "
+                f"has a prompt that does not end with {names} ({ids})"
+                f"{', once and nowhere else' if self.prompt_sees_all else ''}; {fix}"
+            )
+
+
+def _ids(specials: tuple[Special, ...]) -> list[int]:
+    return [special.id for special in specials]

@@ -1,0 +1,128 @@
+"""ChatGLM-6B as the rest of the project sees it: its two published revisions."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from glmtune.data import templates
+from glmtune.errors import UserError
+from glmtune.models.chatglm import conversation
+from glmtune.models.chatglm.configuration import VOCAB_SIZE_V1_0, ChatGLMConfig
+from glmtune.models.chatglm.decoding import DECODING
+from glmtune.models.chatglm.folder import check_folder
+from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration, ChatGLMModel
+from glmtune.models.chatglm.packed import PACKED
+from glmtune.models.chatglm.published import known_sha256
+from glmtune.models.chatglm.random_init import write_random_model
+from glmtune.models.chatglm.rows import row_rule
+from glmtune.models.chatglm.tokenization import ChatGLMTokenizer
+from glmtune.models.family import ChatFormat, Family
+from glmtune.models.shape import LinearShape, Shape
+
+_IDS = ("bos_token_id", "eos_token_id", "gmask_token_id", "mask_token_id", "pad_token_id")
+
+
+def shape(config: ChatGLMConfig) -> Shape:
+    """The sizes of a model."""
+    hidden, inner = config.hidden_size, config.inner_hidden_size
+    return Shape(
+        num_layers=config.num_layers,
+        hidden_size=hidden,
+        vocab_size=config.vocab_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_attention_heads,
+        head_dim=config.head_dim,
+        max_positions=config.max_sequence_length,
+        tied_head=config.tie_word_embeddings,
+        linears=(
+            LinearShape("query_key_value", 3 * hidden, hidden, has_bias=True, makes_qkv=True),
+            LinearShape("dense", hidden, hidden, has_bias=True),
+            LinearShape("dense_h_to_4h", inner, hidden, has_bias=True),
+            LinearShape("dense_4h_to_h", hidden, inner, has_bias=True),
+        ),
+        norm_values=4 * hidden,  # two LayerNorms, of weight and bias
+        final_norm_values=2 * hidden,
+        kept_by_mlp=inner,
+    )
+
+
+def check_pair(config: ChatGLMConfig, tokenizer: Any) -> None:
+    """Make sure that a config.json and a tokenizer name the same ids.
+
+    Raises:
+        UserError: they are of different revisions, or disagree on a special id.
+    """
+    for name in _IDS:
+        of_model, of_tokenizer = getattr(config, name), getattr(tokenizer, name)
+        ids = of_model if isinstance(of_model, list) else [of_model]
+        if of_model in (None, []) or any(id_ != of_tokenizer for id_ in ids):
+            raise UserError(
+                f"{name}: the model says {of_model}, the tokenizer {of_tokenizer}; they are of "
+                "different revisions of ChatGLM-6B, take both from the same download"
+            )
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"vocab_size: the tokenizer has {tokenizer.vocab_size} ids, the model only "
+            f"{config.vocab_size} rows; take both from the same download"
+        )
+
+
+def probe_row(config: ChatGLMConfig) -> list[int]:
+    """Twenty ids from all over the vocabulary, with the special ids in their midst."""
+    text = torch.linspace(config.pad_token_id + 1, config.mask_token_id - 1, 18).long().tolist()
+    assert config.bos_token_id is not None
+    return [*text[::2], config.gmask_token_id, config.bos_token_id, *text[1::2]]
+
+
+def _new_model(settings: Any) -> Any:
+    # It resolves glm-tiny, and what resolves knows the list of families.
+    from glmtune.models.chatglm.new_model import new_model
+
+    return new_model(settings)
+
+
+def _is_of(v1_0: bool, settings: Mapping[str, Any]) -> bool:
+    return settings.get("model_type") == "chatglm" and v1_0 == (
+        settings.get("vocab_size") == VOCAB_SIZE_V1_0
+    )
+
+
+V1_1 = Family(
+    name="ChatGLM-6B",
+    owns=lambda settings: _is_of(False, settings),
+    config_class=ChatGLMConfig,
+    model_class=ChatGLMForConditionalGeneration,
+    bare_class=ChatGLMModel,
+    tokenizer_class=ChatGLMTokenizer,
+    published=("zai-org/chatglm-6b", "THUDM/chatglm-6b", "ZhipuAI/ChatGLM-6B"),
+    known_sha256=known_sha256,
+    shape=shape,
+    row_rule=row_rule,
+    check_folder=check_folder,
+    check_pair=check_pair,
+    lora_target=("query_key_value",),
+    chat=ChatFormat(
+        describe="the model's own, [Round N], 问：, 答：; a question goes on from what was said",
+        write=lambda rounds, question: templates.rounds(rounds, question) if rounds else question,
+        polish=conversation.polish,
+        marks=(conversation.MARK,),
+        unsettled="".join(conversation.FULL_WIDTH),
+    ),
+    probe_row=probe_row,
+    packed=PACKED,
+    decoding=DECODING,
+    write_random=write_random_model,
+    new_model=_new_model,
+    bench_configs={
+        "6b": ChatGLMConfig(),
+        "wide": ChatGLMConfig(
+            hidden_size=1024, num_layers=2, num_attention_heads=8, inner_hidden_size=4096
+        ),
+        "small": ChatGLMConfig(
+            vocab_size=4096, hidden_size=256, num_layers=4, num_attention_heads=4,
+            inner_hidden_size=1024, bos_token_id=3572, eos_token_id=3573,
+        ),
+    },
+)  # fmt: skip
+V1_0 = V1_1._replace(name="ChatGLM-6B v1.0", owns=lambda settings: _is_of(True, settings))

@@ -1,0 +1,101 @@
+"""The list of model families, and which of them a model is of.
+
+A family is known here by its entry alone; `family` says what an entry holds.
+"""
+
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
+
+from glmtune.models import chatglm
+from glmtune.models.chatglm import *  # noqa: F403
+from glmtune.models.chatglm.family import V1_0, V1_1
+from glmtune.models.family import Family
+from glmtune.models.shape import ALL
+
+__all__ = ["DEFAULT", "FAMILIES", "Family", "family_of", "find_family"]
+__all__ += chatglm.__all__
+
+FAMILIES: list[Family] = [V1_1, V1_0]
+DEFAULT = FAMILIES[0]
+"""What is meant where no model is named."""
+
+# What a name says of a model where no config can be read; the first that fits counts.
+_NOT_LOADED = {
+    r"chatglm2|codegeex2": "ChatGLM2-6B",
+    r"chatglm3": "ChatGLM3-6B",
+    r"visualglm": "VisualGLM-6B",
+    r"glm-?[45]|glm-z1|glm-edge|codegeex4": "of the GLM-4 family",
+    r"glm-(large|2b|10b|130b)": "an older GLM",
+    r"llama|qwen|baichuan|internlm|mistral|deepseek|bloom|gemma|\b(yi|phi)-": "of another family",
+}
+
+
+def find_family(settings: Mapping[str, Any]) -> Family | None:
+    """The family that a config.json is of; None where none of the list is."""
+    return next((family for family in FAMILIES if family.owns(settings)), None)
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """The family of a model that was loaded."""
+    family = find_family(config.to_dict())
+    assert family is not None, f"no family owns a {type(config).__name__}"
+    return family
+
+
+def family_not_loaded(hub_id: str) -> str | None:
+    """What a model is if its name says that it is not loaded here: "ChatGLM3-6B", for example."""
+    name = hub_id.lower()
+    return next((what for words, what in _NOT_LOADED.items() if re.search(words, name)), None)
+
+
+def published_names() -> tuple[str, ...]:
+    """Names of all families' float models on their hubs."""
+    return tuple(dict.fromkeys(name for family in FAMILIES for name in family.published))
+
+
+def check_targets(wanted: tuple[str, ...] | None) -> None:
+    """Make sure, before it is known which model is meant, that some family has all these linears.
+
+    Raises:
+        UserError: `lora_target` names one that none has.
+    """
+    shapes = [family.shape(family.config_class()) for family in FAMILIES]
+    known = {name for shape in shapes for name in shape.linear_names} | {ALL}
+    if wanted and not known.issuperset(wanted):
+        DEFAULT.targets(wanted, shapes[0])
+
+
+@lru_cache(maxsize=1)
+def register() -> None:
+    """Let transformers' Auto classes load the families whose classes it does not know."""
+    for family in FAMILIES:
+        config_class, bare_class = family.config_class, family.bare_class
+        if bare_class is None or config_class.model_type in MODEL_MAPPING_NAMES:
+            continue
+        name = config_class.model_type
+        AutoConfig.register(name, config_class)
+        AutoTokenizer.register(config_class, family.tokenizer_class)
+        AutoModel.register(config_class, bare_class)
+        # Published folders offer the language model under both names.
+        for auto_class in (AutoModelForCausalLM, AutoModelForSeq2SeqLM):
+            auto_class.register(config_class, family.model_class)
+        # Those find classes by configuration. Where transformers asks by name whether a model is a
+        # causal one, whose labels are to be shifted (Trainer's label smoothing, pipelines), it
+        # reads these lists.
+        MODEL_MAPPING_NAMES[name] = bare_class.__name__
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name] = family.model_class.__name__

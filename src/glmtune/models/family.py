@@ -1,0 +1,112 @@
+"""What a model family provides, as data and plain functions; `families` has the list of them.
+
+To add one: a folder of its own with a configuration, classes of model and tokenizer (its own or
+transformers'), the functions named below, and one entry in the list.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, cast
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from glmtune.data.row_rule import RowRule
+from glmtune.models.decoding import DecodingBlock
+from glmtune.models.shape import Shape, find_targets
+
+
+class PackedBlock(NamedTuple):
+    """How a family's layer is computed on packed rows: see `models.packed`.
+
+    Shapes: T tokens of a pack, L supervised tokens, H hidden, X position streams.
+    """
+
+    num_linears: int
+    """Linears of a layer that can have an adapter; each gets a seed of dropout of its own."""
+    weights_of: Callable[[nn.Module], tuple]
+    """A layer's weights, as `block` takes them. The tensors are shared, not copied."""
+    block: Callable[..., Tensor]
+    """``(hidden_TH, weights, attention, cos, sin, dropout, wanted_L) -> hidden_TH``; see
+    `models.packed.PackedModel.loss`."""
+    angles: Callable[[Tensor, Any], tuple[Tensor, Tensor]]
+    """Float32 cosines and sines ``(T, ...)`` of positions ``(X, T)``, given the configuration."""
+    final_norm: Callable[[PreTrainedModel], Any]
+    """The norm before the head, to be called."""
+    head_dims: tuple[int, ...]
+    """Sizes of a head for which the block is compiled with the kernels of ops/."""
+
+
+class ChatFormat(NamedTuple):
+    """The words around a conversation that the family's chat models were taught."""
+
+    describe: str
+    """For the list of formats in a chat."""
+    write: Callable[[list[tuple[str, str]], str], str]
+    """Earlier rounds of question and answer, and a question, to what the model reads."""
+    polish: Callable[[str], str]
+    """An answer as it is shown."""
+    marks: tuple[str, ...]
+    """What `polish` replaces: the beginning of one at an answer's end may go on to be one."""
+    unsettled: str
+    """Characters that `polish` writes otherwise, depending on the character after them."""
+
+
+class Family(NamedTuple):
+    """A model family.
+
+    Only these functions know its special ids, its linears, its norms and its positions.
+    """
+
+    name: str
+    """As its users call it."""
+    owns: Callable[[Mapping[str, Any]], bool]
+    """Whether a config.json is of this family."""
+    config_class: type[PreTrainedConfig]
+    model_class: type[PreTrainedModel]
+    tokenizer_class: Any
+    """Has `row_rule`, `encode_batch`, `decode`, `vocab_hash` and `revision`, see
+    `data.dataset.RowTokenizer`."""
+    published: tuple[str, ...]
+    """Names of the float models on their hubs, the newest first."""
+    shape: Callable[[Any], Shape]
+    """The sizes of a model, of its configuration."""
+    row_rule: Callable[[Any], RowRule]
+    """How rows are laid out, of the configuration."""
+    check_folder: Callable[..., None]
+    """``(folder, config, model_class)``: raises UserError in one line where a folder's weights,
+    configuration and vocabulary are not of one model."""
+    check_pair: Callable[[Any, Any], None]
+    """``(config, tokenizer)``: raises UserError where the two name other ids."""
+    lora_target: tuple[str, ...]
+    """The linears that get an adapter where a run does not say which."""
+    chat: ChatFormat
+    probe_row: Callable[[Any], list[int]]
+    """Ids of a short row from all over the vocabulary, of the configuration."""
+    packed: PackedBlock | None = None
+    """None: trains on padded rows only, and says so."""
+    decoding: DecodingBlock | None = None
+    """None: does not answer yet."""
+    bare_class: type[PreTrainedModel] | None = None
+    """The model without its head, of a family whose classes transformers does not know."""
+    known_sha256: Callable[[str, str], set[str]] = lambda hub_id, name: set()
+    """Hub id and file name to what the sha256 of a published file may be; empty if not known."""
+    write_random: Callable[..., None] | None = None
+    """``(folder, config, vocab_file, *, seed, num_shards, device)``: random weights, on disk as
+    published."""
+    new_model: Callable[[Any], Any] | None = None
+    """What `glmtune new-model` does with its settings."""
+    bench_configs: Mapping[str, PreTrainedConfig] = {}
+    """What `glmtune bench --shape` offers: name to configuration."""
+
+    def targets(self, wanted: tuple[str, ...] | None, shape: Shape) -> tuple[str, ...]:
+        """The linears that get an adapter.
+
+        Raises:
+            UserError: `wanted` names one that the family does not have.
+        """
+        return find_targets(wanted or self.lora_target, self.name, shape.linear_names)
+
+
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The layers of a model of any family."""
+    return cast(nn.ModuleList, model.base_model.layers)

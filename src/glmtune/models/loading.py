@@ -1,0 +1,271 @@
+"""Load a base model of any family: its configuration, its tokenizer, its weights."""
+
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from transformers import PreTrainedModel
+
+from glmtune.data.files import read_json_object
+from glmtune.errors import UserError, note
+from glmtune.models import weights
+from glmtune.models.families import (
+    DEFAULT,
+    FAMILIES,
+    Family,
+    family_not_loaded,
+    family_of,
+    find_family,
+)
+from glmtune.models.hubs import CONFIG_FILE, hub_settings, is_on_modelscope
+from glmtune.models.precision import (
+    dequantise,
+    has_packed_tables,
+    packed_bits_of,
+    quantise_head,
+    quantise_layers,
+)
+from glmtune.models.quantised import bits_of, check_quantising, quantising
+from glmtune.models.reading import read_strictly
+from glmtune.models.resolve import HUB_IDS, base_name
+
+T = TypeVar("T")
+
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_TOKENIZER_FILES = ("*.json", "*.model")
+
+
+def load_tokenizer(base: str) -> Any:
+    """The tokenizer of a base model.
+
+    Raises:
+        UserError: no vocabulary there, or one of another family.
+    """
+    family, _ = _read_config(base, _fetch(base, [CONFIG_FILE]))
+    folder = _fetch(base, _TOKENIZER_FILES)
+    for name in TOKENIZER_SETTINGS:
+        if (folder / name).is_file():
+            read_json_object(folder / name)
+    return _built(folder, lambda: family.tokenizer_class.from_pretrained(folder))
+
+
+def load_config(base: str) -> Any:
+    """The configuration of a base model, as it lies there; no weights are fetched for it.
+
+    That of the published model is known, and is not asked for at the hub.
+
+    Raises:
+        UserError: no model there, or one of another family.
+    """
+    family = next((family for family in FAMILIES if base in family.published), None)
+    if family and not isinstance(try_to_load_from_cache(base, CONFIG_FILE), str):
+        return family.config_class()
+    return _read_config(base, _fetch(base, [CONFIG_FILE]))[1]
+
+
+def load_base_model(
+    base: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    keep_packed: bool = False,
+    bits: int | None = None,
+    quantize_head: bool = False,
+) -> Any:
+    """The base model, in evaluation mode.
+
+    What becomes of weights that the folder holds quantised is printed as a note on stderr.
+
+    Args:
+        base: a folder or a hub id, as `resolve_base` gives it.
+        dtype: by default bfloat16 on a GPU that has it, float32 on a CPU.
+        device: by default the CPU.
+        keep_packed: leave the weights of a published int8 or int4 folder packed, as is enough to
+            answer with them; else they are dequantised to `dtype`, to train on or to merge into.
+        bits: 8 or 4 to quantise the layers' linears with bitsandbytes, one by one while they load;
+            those of a published int8 or int4 folder are requantised.
+        quantize_head: round embedding and head to 8 bits.
+
+    Raises:
+        UserError: no model there, of another family, weights that do not fit, or a wish for bits
+            that folder or device cannot grant.
+    """
+    family, config = _read_config(base, _fetch(base, [CONFIG_FILE]))  # before gigabytes come
+    folder = _fetch(base)
+    has, packed = bits_of(config), packed_bits_of(config)
+    if bits and has:
+        raise _quantised_already(f"quantization_bit {bits}", base, has)
+    if quantize_head and packed and keep_packed and not bits:
+        raise _quantised_already("quantize_head true", base, packed)
+    loading: dict[str, Any] = {"dtype": dtype}
+    if bits or has:
+        wish = f"quantization_bit {bits}" if bits else f"{base_name(base)}, which is in {has} bits"
+        check_quantising(wish, bits or has or 0, device)
+        device = device or "cpu"  # left to itself, transformers would take a GPU
+    if device:
+        loading["device_map"] = str(device)
+    if bits and not packed:
+        loading["quantization_config"] = quantising(bits, dtype)
+    with weights.bar_if_long(folder):
+        model: Any = _built(
+            folder,
+            lambda: read_strictly(
+                family.model_class, family.check_folder, folder, config=config, **loading
+            ),
+        )
+    model.name_or_path = model.config.name_or_path = base
+    if has or packed:
+        done = "stay packed"
+        if packed and bits:
+            quantise_layers(model, bits)
+            done = f"are requantised to {'LLM.int8' if bits == 8 else 'NF4'}"
+        elif packed and not keep_packed:
+            dequantise(model)
+            done = f"are dequantised to {str(model.dtype).removeprefix('torch.')}"
+        note(f"the int{has or packed} weights of {base_name(base)} {done}")
+    if quantize_head and not has_packed_tables(config):
+        quantise_head(model)
+    return model.eval()
+
+
+def _quantised_already(wish: str, base: str, bits: int) -> UserError:
+    return UserError(
+        f"{wish}: {base_name(base)} is in {bits} bits already; leave {wish.split()[0]} out, or "
+        f"pass {DEFAULT.name} in float16"
+    )
+
+
+@cache
+def hub_config(base: str) -> Any | None:
+    """The configuration of a hub's model, of which nothing is kept here; None if no hub answers.
+
+    Raises:
+        UserError: it is of another family, by its config or, where no hub answers, by its name; or
+            the hub has no such model.
+    """
+    settings = hub_settings(base)
+    if settings is None:
+        if other := family_not_loaded(base):
+            raise UserError(
+                f"{base}: is {other} by its name, which is not loaded here; pass {DEFAULT.name}, "
+                f"such as {HUB_IDS[0]}"
+            )
+        return None
+    family = _family(base, settings)
+    if "pre_seq_len" in settings:
+        raise UserError(
+            f"{base}: config.json has pre_seq_len, so it is a P-Tuning v2 checkpoint, which is not "
+            "loaded here; pass the base it was trained on"
+        )
+    try:
+        return _built(Path(base), lambda: family.config_class.from_dict(settings))
+    except UserError as error:
+        raise UserError(f"{base}: {error}") from error
+
+
+def _read_config(base: str, folder: Path) -> tuple[Family, Any]:
+    family = _family(base, read_json_object(folder / CONFIG_FILE))
+    return family, _built(folder, lambda: family.config_class.from_pretrained(folder))
+
+
+def _family(base: str, settings: dict[str, Any]) -> Family:
+    family = find_family(settings)
+    if family is None:
+        known = " or ".join(dict.fromkeys(f.config_class.model_type for f in FAMILIES))
+        raise UserError(
+            f"{base}: config.json says model_type {settings.get('model_type')!r}, not {known!r}; "
+            f"pass a {DEFAULT.name} folder"
+        )
+    return family
+
+
+def _built(folder: Path, build: Callable[[], T]) -> T:
+    """What transformers builds from a folder's files.
+
+    Raises:
+        UserError: it fails on what stands in them, which shows in many kinds of exception.
+    """
+    try:
+        return build()
+    except (UserError, torch.OutOfMemoryError, AssertionError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{folder}: cannot be loaded ({reason[:300]}); take its files from the published "
+            f"{FAMILIES[0].name} folder"
+        ) from error
+
+
+def _fetch(base: str, only: Iterable[str] = weights.DATA_FILES) -> Path:
+    try:
+        folder = weights.fetch(base, only)
+    except UserError:
+        raise
+    except Exception as error:  # a hub that gives nothing shows in many kinds of exception
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .")
+        raise UserError(
+            f"{base}: {_not_given(base)} ({reason[:300]}); {_other_ways(base)}"
+        ) from error
+    if not (folder / CONFIG_FILE).is_file():
+        raise UserError(
+            f"{folder}: has no config.json; pass the folder of a downloaded "
+            f"{DEFAULT.name}" + _model_within(folder)
+        )
+    return folder
+
+
+def _not_given(base: str) -> str:
+    if family := family_not_loaded(base):
+        return f"is {family} by its name, which is not loaded here, and the hub does not answer"
+    return "the hub does not give this model"
+
+
+def _other_ways(base: str) -> str:
+    if family_not_loaded(base):
+        return f"pass {DEFAULT.name}, such as {HUB_IDS[0]}"
+    ways = "check the name and the network, or pass --chatglm_path FOLDER with a downloaded copy"
+    if is_on_modelscope(base):
+        return ways
+    return f"{ways}; is it a name on ModelScope, `modelscope download --model {base}` gets one"
+
+
+def _model_within(folder: Path) -> str:
+    """Where in a folder a model lies, as the end of a sentence."""
+    depths = ("*", "*/*", "*/snapshots/*")
+    found = (path for depth in depths for path in sorted(folder.glob(f"{depth}/{CONFIG_FILE}")))
+    place = next(found, None)
+    return f", such as {place.parent}" if place else ""
+
+
+def check_pair(model: PreTrainedModel, tokenizer: Any) -> None:
+    """Make sure that a model and a tokenizer name the same ids.
+
+    Answers end where generation_config.json or else config.json says, and rows teach the end that
+    the tokenizer knows: were they not one, answers would never stop, or stop at once.
+
+    Raises:
+        UserError: they are of different revisions, or disagree on a special id.
+    """
+    family_of(model.config).check_pair(model.config, tokenizer)
+    if model.generation_config:
+        check_ends(model.generation_config.eos_token_id, tokenizer)
+
+
+def check_ends(ends: int | list[int] | None, tokenizer: Any) -> None:
+    """Make sure that generation_config.json names the end that a tokenizer teaches, or none.
+
+    Raises:
+        UserError: it names another.
+    """
+    (end,) = tokenizer.row_rule.end
+    named = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if any(id_ != end.id for id_ in named):
+        raise UserError(
+            f"generation_config.json: eos_token_id says {ends}, but answers are taught to end with "
+            f"the tokenizer's {end.id} ({end.text}); set it to that in the model's folder, or "
+            "remove the file"
+        )

@@ -1,0 +1,278 @@
+"""A model over packed rows, as plain functions of tensors: the fast path of training.
+
+It computes what the family's model does with PEFT's LoRA, which is its reference, but on rows
+without padding, and the head only where a token is supervised. The family gives one layer as a
+function (`family.PackedBlock`); it is compiled once, for one shape, and serves every layer, since
+its weights are arguments.
+
+Shapes: T tokens of a pack, L supervised tokens, H hidden, X position streams.
+"""
+
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+import torch._functorch.config as functorch_config
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from glmtune.data.packing import Pack
+from glmtune.hardware import Card
+from glmtune.models.family import PackedBlock, layers_of
+from glmtune.models.low_rank import split_lora
+from glmtune.models.quantised import frozen_of
+from glmtune.ops.attention import PaddedRows
+from glmtune.ops.linear import Dense, Fp8Linear, Frozen
+from glmtune.ops.lora import Dropout, LowRank, lora_linear
+from glmtune.ops.loss import IGNORED, SoftmaxLoss, head_loss
+from glmtune.ops.quantised import Quantised
+
+# multi_kernel: norms and float8's largest values as persistent reductions, where those are faster.
+# They break the compiler's cache (torch 2.11: a TypeError at the second run on a machine), so that
+# it is off.
+COMPILE_OPTIONS: dict[str, Any] = {"triton.multi_kernel": 1, "fx_graph_cache": False}
+_KEEP_LESS = (
+    "ban_recompute_used_far_apart",
+    "ban_recompute_long_fusible_chains",
+    "ban_recompute_materialized_backward",
+)
+SUPERVISED_MULTIPLE = 64
+
+
+class Linear(NamedTuple):
+    """A frozen linear and, where it has one, its adapter."""
+
+    frozen: Frozen
+    adapter: LowRank | None
+
+    def __call__(self, x_TK: Tensor, dropout: Dropout | None) -> Tensor:
+        """``(T, K)`` to ``(T, N)``."""
+        return lora_linear(x_TK, self.frozen, self.adapter, dropout)
+
+
+Attention = Any  # PaddedRows, or the kernels' RowSpans, which cannot be imported without Triton
+
+
+class PackTensors(NamedTuple):
+    """A pack on its device."""
+
+    input_ids_T: Tensor
+    position_ids_XT: Tensor
+    attention: Attention
+    learned_at_L: Tensor
+    targets_L: Tensor
+
+
+class LayerDropout(NamedTuple):
+    """The dropouts of one layer's adapters."""
+
+    seeds: Tensor
+    """One seed for each linear of the layer."""
+    below: Tensor
+    scale: Tensor
+
+    def each(self) -> Iterator[Dropout]:
+        """One for each linear, in the order of `Shape.linears`."""
+        return (Dropout(self.seeds[i], self.below, self.scale) for i in range(self.seeds.shape[0]))
+
+
+class Dropouts(NamedTuple):
+    """The dropouts of all layers in one pass."""
+
+    seeds: Tensor
+    """int32, one a layer and linear."""
+    below: Tensor
+    scale: Tensor
+
+    def of(self, layer: int) -> LayerDropout:
+        """Those of one layer."""
+        return LayerDropout(self.seeds[layer], self.below, self.scale)
+
+
+class PackedModel:
+    """A model with an adapter, to be trained on packs; it shares every weight with the original."""
+
+    def __init__(
+        self,
+        model: PeftModel,
+        family_block: PackedBlock,
+        *,
+        compiled: bool,
+        any_length: bool = False,
+        recompute: int = 0,
+    ):
+        """Look at a model that `attach_lora` returned.
+
+        Args:
+            model: its weights are shared, not copied.
+            family_block: how its family computes a layer.
+            compiled: compile the layer and use the kernels, which takes a GPU.
+            any_length: compile once for packs of any length, instead of once for each length.
+            recompute: the first N layers keep their input alone and are computed again in the
+                backward pass; at most all but the last, whose backward pass begins at once.
+        """
+        base = base_of(model)
+        self.config, self.dtype, self.device = base.config, base.dtype, base.device
+        self.family_block = family_block
+        self.embedding = base.get_input_embeddings()
+        head = frozen_of(base.get_output_embeddings())
+        assert isinstance(head, Dense | Quantised)
+        self.head = head.weight_NK if isinstance(head, Dense) else head
+        self.blocks = [family_block.weights_of(layer) for layer in layers_of(base)]
+        self.final_norm = family_block.final_norm(base)
+        assert 0 <= recompute < len(self.blocks)
+        self.recompute = recompute
+        self.block: Callable = family_block.block
+        self.last_block: Callable = family_block.block
+        self.softmax_loss: SoftmaxLoss | None = None
+        self.attention: Any = PaddedRows
+        self.compiled, self.any_length = compiled, compiled and any_length
+        if compiled:
+            self._compile()
+
+    def _compile(self) -> None:
+        from glmtune.ops.loss_kernels import softmax_loss_
+        from glmtune.ops.packed_attention import RowSpans
+
+        # Left to itself the compiler keeps what dropout gives, although it can be computed again
+        # from what is kept anyway: 1.7 GiB of a pack of 8,192 tokens.
+        for name in _KEEP_LESS:
+            if hasattr(functorch_config, name):
+                setattr(functorch_config, name, False)
+        options = {} if self.any_length else COMPILE_OPTIONS
+        self.block = self.last_block = torch.compile(
+            self.family_block.block, fullgraph=True, options=options
+        )
+        self.attention, self.softmax_loss = RowSpans, softmax_loss_
+
+    def to_tensors(self, pack: Pack, num_learned: int | None = None) -> PackTensors:
+        """A pack's tensors on the model's device, without waiting for it.
+
+        Args:
+            pack: see `data.packing.lay_out`.
+            num_learned: L, filled up with places that teach nothing; at least as many as the pack
+                has. By default as many as there are, or a few more where that is better.
+        """
+        padding = (num_learned or self.num_learned(pack)) - len(pack.targets_L)
+        spans = map(torch.from_numpy, (pack.start_T, pack.prefix_end_T, pack.end_T))
+        tensors = PackTensors(
+            torch.from_numpy(pack.input_ids_T),
+            torch.from_numpy(pack.position_ids_XT),
+            self.attention.of(*spans),
+            torch.from_numpy(np.pad(pack.learned_at_L, (0, padding))),
+            torch.from_numpy(np.pad(pack.targets_L, (0, padding), constant_values=IGNORED)),
+        )
+        return move(tensors, self.device)
+
+    def num_learned(self, pack: Pack) -> int:
+        """How many learned tokens a pack's tensors hold by default."""
+        # No shape is then so small that the compiler makes a case of its own of it.
+        multiple = SUPERVISED_MULTIPLE if self.compiled else 1
+        return max(1, -(-len(pack.targets_L) // multiple)) * multiple
+
+    def dropouts(self, rate: float, seed: int) -> Dropouts:
+        """Dropout of the adapters' inputs for one pass.
+
+        Args:
+            rate: share that is dropped.
+            seed: of this pass alone.
+        """
+        shape = len(self.blocks), self.family_block.num_linears
+        seeds = np.random.default_rng(seed).integers(-(2**31), 2**31, shape)
+        below = torch.tensor(round(rate * 2**32) - 2**31, dtype=torch.int32)
+        return move(
+            Dropouts(torch.from_numpy(seeds).int(), below, torch.tensor(1 / (1 - rate))),
+            self.device,
+        )
+
+    def loss(self, pack: PackTensors, dropouts: Dropouts | None = None) -> Tensor:
+        """Summed cross entropy over a pack's learned tokens, a float32 scalar.
+
+        Args:
+            pack: see `to_tensors`.
+            dropouts: None for none. At rate 0 they change nothing, and need not be compiled anew.
+        """
+        hidden_TH = self.embedding(pack.input_ids_T).to(self.dtype)
+        cos, sin = self.family_block.angles(pack.position_ids_XT, self.config)
+        if self.compiled:
+            torch._dynamo.mark_dynamic(pack.learned_at_L, 0)
+        *first, last = range(len(self.blocks))
+        for layer in first:
+            if self.any_length:
+                _let_vary(hidden_TH, cos, sin, *pack.attention)
+            drop = dropouts.of(layer) if dropouts else None
+            arguments = hidden_TH, self.blocks[layer], pack.attention, cos, sin, drop
+            if layer < self.recompute and torch.is_grad_enabled():
+                # Dropout is a function of its seed: there is no random state to keep, and none to
+                # ask for while a graph is captured.
+                hidden_TH = checkpoint(
+                    self.block, *arguments, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                hidden_TH = self.block(*arguments)
+        if self.any_length:
+            _let_vary(hidden_TH, cos, sin, *pack.attention)
+        drop = dropouts.of(last) if dropouts else None
+        arguments = hidden_TH, self.blocks[last], pack.attention, cos, sin, drop
+        hidden_LH = self.last_block(*arguments, pack.learned_at_L)
+        return head_loss(self.final_norm(hidden_LH), self.head, pack.targets_L, self.softmax_loss)
+
+
+def _let_vary(*tensors_T: Tensor) -> None:
+    """Tell the compiler that the number of tokens is another in every pack."""
+    for tensor_T in tensors_T:
+        torch._dynamo.mark_dynamic(tensor_T, 0)
+
+
+def can_compile(card: Card, family_block: PackedBlock, head_dim: int) -> bool:
+    """Whether the kernels run on a card: the Ampere generation or newer, and heads of their sizes.
+
+    They also need Triton, which is looked for only where this machine has a GPU: a plan for a card
+    that is elsewhere takes it for granted.
+    """
+    if card.capability is None or card.capability < (8, 0):
+        return False
+    has_triton = find_spec("triton") is not None or not torch.cuda.is_available()
+    return has_triton and head_dim in family_block.head_dims
+
+
+def move(value: Any, device: torch.device) -> Any:
+    """Tensors, also within tuples, on a device; from pinned memory, beside other work."""
+    if isinstance(value, Tensor):
+        pinned = value.pin_memory() if device.type == "cuda" else value
+        return pinned.to(device, non_blocking=True)
+    parts = [move(part, device) for part in value]
+    return tuple(parts) if type(value) is tuple else type(value)(*parts)
+
+
+def base_of(model: PeftModel) -> PreTrainedModel:
+    """The base that an adapter is attached to."""
+    base = model.get_base_model()
+    assert isinstance(base, PreTrainedModel)
+    return base
+
+
+def linear_of(module: nn.Module) -> Linear:
+    """A linear's weights and those of the adapter on it, not copied."""
+    base, updates = split_lora(module)
+    (adapter,) = updates or (None,)
+    return Linear(frozen_of(base), adapter)
+
+
+def to_fp8(model: PeftModel) -> None:
+    """Put the frozen linears of the layers into float8, in place, one by one."""
+    for layer in layers_of(base_of(model)):
+        adapters = [module for module in layer.modules() if isinstance(module, LoraLayer)]
+        within = {part for adapter in adapters for part in adapter.modules()} - {*adapters}
+        for parent in [module for module in layer.modules() if module not in within]:
+            if isinstance(parent, LoraLayer):
+                parent.base_layer = Fp8Linear(cast(nn.Linear, parent.base_layer))
+                continue
+            for name, linear in list(parent.named_children()):
+                if isinstance(linear, nn.Linear):
+                    setattr(parent, name, Fp8Linear(linear))

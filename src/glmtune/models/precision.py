@@ -1,0 +1,70 @@
+"""A model's numbers, changed in place: linears into 8 or 4 bits, tables into int8, all into floats.
+
+For a model of any family, by what transformers calls its embeddings.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from glmtune.models.family import layers_of
+from glmtune.models.integer_weights import dequantise_modules, quantise_tables
+from glmtune.models.quantised import bits_of, quantise
+
+
+def packed_bits_of(config: Any) -> int:
+    """8 or 4 where a folder's linears are integers as published; 0 where they are not."""
+    return getattr(config, "quantization_bit", 0) or 0
+
+
+def has_packed_tables(config: Any) -> bool:
+    """Whether embedding and head are integers."""
+    return bool(getattr(config, "quantization_embeddings", False))
+
+
+def quantise_layers(model: PreTrainedModel, bits: int) -> None:
+    """Quantise the layers' linears with bitsandbytes to 8 or 4 bits.
+
+    Those of a published int8 or int4 folder are requantised; its packed embedding and head, if it
+    has such, become floats.
+    """
+    quantise(model, layers_of(model), bits)
+    _unpack(model, model.dtype)
+
+
+def quantise_head(model: PreTrainedModel) -> None:
+    """Round embedding and head to 8 bits; a tensor that served both does so still."""
+    embedding = cast(nn.Embedding, model.get_input_embeddings())
+    head = cast(nn.Linear, model.get_output_embeddings())
+    packed_embedding, packed_head = quantise_tables(embedding, head)
+    model.set_input_embeddings(packed_embedding)
+    model.set_output_embeddings(packed_head)
+    model.config.quantization_embeddings = True
+
+
+def dequantise(model: Any, dtype: torch.dtype | None = None) -> Any:
+    """Turn packed and bitsandbytes' weights into floats; floats stay as they are.
+
+    Args:
+        model: of transformers.
+        dtype: of the whole model from here on; by default the compute type it has.
+
+    Returns:
+        The model.
+    """
+    dtype = dtype or model.dtype
+    if bits_of(model.config):
+        PreTrainedModel.dequantize(model, dtype)
+        model._weight_conversions = None  # what loading remembers for saving in few bits again
+    _unpack(model, dtype)
+    return nn.Module.to(model, dtype)
+
+
+def _unpack(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    dequantise_modules(model, dtype)
+    for name, value in (("quantization_bit", 0), ("quantization_embeddings", False)):
+        if getattr(model.config, name, value) != value:
+            setattr(model.config, name, value)
+    model.tie_weights()

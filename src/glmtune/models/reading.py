@@ -1,0 +1,149 @@
+"""transformers' `from_pretrained`, but strict: what it loads was held against the model before."""
+
+import copy
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from glmtune.errors import UserError
+from glmtune.hardware import pick_device, pick_dtype
+from glmtune.models import weights
+from glmtune.models.integer_weights import SCALE, Packed
+from glmtune.models.quantised import as_floats, bits_of, check_quantising, settle
+
+# What transformers' loader offers and a strict one does not.
+_NOT_OFFERED = {
+    "variant": "is not looked for, only model.safetensors, pytorch_model.bin and their indexes; "
+    "leave it out, and rename the files",
+    "subfolder": "is not looked into; leave it out, and join it to the folder's path",
+    "gguf_file": "is of a format that is not read; pass a folder of safetensors or .bin files",
+}
+# Arguments of from_pretrained that are not meant for config.json, though a configuration has them.
+_OF_LOADING = {"dtype", "torch_dtype", "quantization_config", "name_or_path"}
+
+
+def read_strictly(
+    model_class: Any,
+    check_folder: Callable[..., None],
+    name_or_path: Any,
+    *args,
+    config: Any = None,
+    **kwargs,
+) -> Any:
+    """What `model_class.from_pretrained` gives, after a look at the folder; no code of it is run.
+
+    As transformers', but strict (every tensor is there, none is extra, all have their shapes) and
+    in the compute type of the machine: bfloat16 on a GPU that has it, float32 on a CPU.
+    `dtype="auto"` keeps the type of the files. The weights of a published int8 or int4 folder stay
+    packed. With transformers' `quantization_config` for bitsandbytes a float folder is quantised
+    while it loads; one that was saved after that loads as it is. With `tie_word_embeddings=False` a
+    head that is the embedding becomes a copy of it.
+
+    Args:
+        model_class: of transformers, or a model of ours.
+        check_folder: of its family.
+        name_or_path: a published folder, what `save_pretrained` left, or a hub id.
+        args: as transformers has them.
+        config: of the model; by default that of the folder.
+        kwargs: as transformers has them.
+
+    Raises:
+        UserError: one line that names what does not fit.
+    """
+
+    def load(*args, **kwargs) -> Any:
+        return vars(PreTrainedModel)["from_pretrained"].__func__(model_class, *args, **kwargs)
+
+    if name_or_path is None:  # the weights are given, as a state_dict
+        return load(None, *args, config=config, **kwargs)
+    for name, reason in _NOT_OFFERED.items():
+        if kwargs.get(name):
+            raise UserError(f"from_pretrained({name}={kwargs[name]!r}): {reason}")
+    hub = {key: kwargs[key] for key in weights.HUB_ARGUMENTS if key in kwargs}
+    folder = weights.fetch(name_or_path, **hub)
+    wish = kwargs.get("tie_word_embeddings")
+    if not isinstance(config, model_class.config_class):
+        names = vars(model_class.config_class()).keys() - _OF_LOADING
+        changes = {name: kwargs.pop(name) for name in [*kwargs] if name in names}
+        config = model_class.config_class.from_pretrained(config or folder, **changes)
+    if bits := bits_of(config):
+        check_quantising(f"{folder}: its quantization_config", bits, None)
+    is_to_copy = not config.tie_word_embeddings
+    try:
+        check_folder(folder, config, model_class, must_tie=bool(wish))
+    except UserError as error:
+        if not kwargs.get("ignore_mismatched_sizes"):
+            raise
+        raise UserError(f"{error} (ignore_mismatched_sizes=True is not obeyed here)") from error
+    is_to_copy = is_to_copy and config.tie_word_embeddings
+    if kwargs.get("dtype", kwargs.get("torch_dtype")) is None:
+        kwargs["dtype"], caution = pick_dtype(pick_device(), bf16=None, fp16=False)
+        if caution:
+            warnings.warn(caution, stacklevel=2)
+    with weights.indexed(folder) as place:
+        loaded = load(place, *args, config=config, **kwargs)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    if model.get_output_embeddings() is not None and config.tie_word_embeddings:
+        _finish_head(model, is_to_copy)
+    if bits_of(model.config):
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+        settle(model, dtype if isinstance(dtype, torch.dtype) else model.dtype)
+    model.name_or_path = model.config.name_or_path = str(name_or_path)
+    return loaded
+
+
+def _finish_head(model: Any, is_to_copy: bool) -> None:
+    """Finish a head that was loaded as the embedding: all of it is, or is a copy."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if isinstance(head, Packed):
+        # Of a packed head transformers ties the integers, a parameter, but no buffer.
+        setattr(head, SCALE, getattr(embedding, SCALE))
+    if is_to_copy:
+        model.config.tie_word_embeddings = False
+        head.weight = copy.deepcopy(embedding.weight)
+        if isinstance(head, Packed):
+            setattr(head, SCALE, getattr(embedding, SCALE).clone())
+
+
+def check_plain_folder(
+    folder: Path,
+    config: PreTrainedConfig,
+    model_class: type[PreTrainedModel],
+    *,
+    must_tie: bool = False,
+    ignored: str = "(?!)",
+) -> None:
+    """Hold a folder's tensors against the model, for a family without a check of its own.
+
+    Args:
+        folder: a checkpoint's.
+        config: of that folder.
+        model_class: what the weights are for.
+        must_tie: the weights have to say that embedding and head are one.
+        ignored: a pattern of names that may be there and are not read.
+
+    Raises:
+        UserError: one line that names what does not fit.
+    """
+    found = weights.read_outline(weights.weight_files(folder))
+    with torch.device("meta"):
+        model = model_class(config)
+    if bits_of(config):
+        found = as_floats(found, model)
+    tied = getattr(model, "_tied_weights_keys", None) if config.tie_word_embeddings else None
+    if must_tie and not config.tie_word_embeddings:
+        raise UserError(
+            f"{folder}: tie_word_embeddings=True, but by its config.json head and embedding are "
+            "two tensors; leave tie_word_embeddings out"
+        )
+    weights.check_outline(
+        {name: tensor for name, tensor in found.items() if not re.search(ignored, name)},
+        model.state_dict(),
+        folder,
+        optional=set(tied or ()),
+    )

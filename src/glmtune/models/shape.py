@@ -1,0 +1,122 @@
+"""A model as plain numbers: what every plan of memory, every limit and every size asks for."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+
+from glmtune.errors import UserError
+
+# NF4 with double quantisation: half a byte a value; a byte for each block of values, the block's
+# largest magnitude; and a float32 for each group of blocks, the group's.
+NF4_BLOCK, NF4_GROUP = 64, 256
+ALL = "all"
+"""What `lora_target` says for every linear of a layer."""
+
+
+class LinearShape(NamedTuple):
+    """A linear of a layer: ``(outputs, inputs)``."""
+
+    name: str
+    outputs: int
+    inputs: int
+    has_bias: bool
+    makes_qkv: bool = False
+    """Whether it makes queries, keys or values: such linears read the layer's first norm."""
+
+
+class Shape(NamedTuple):
+    """The sizes of a model; a family derives them from its configuration."""
+
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    tied_head: bool
+    linears: tuple[LinearShape, ...]
+    """Those of one layer, in the order of its block's weights; the head is not among them."""
+    norm_values: int
+    """Weights of one layer's norms."""
+    final_norm_values: int
+    kept_by_mlp: int
+    """Numbers a token that the backward pass keeps between the linears of the MLP: the input of its
+    activation, gate included."""
+
+    @property
+    def linear_names(self) -> tuple[str, ...]:
+        """The linears that an adapter can be put on."""
+        return tuple(linear.name for linear in self.linears)
+
+    @property
+    def qkv_values(self) -> int:
+        """Numbers a token of queries, keys and values."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    def matmul_parameters(self) -> int:
+        """Weights that a token is multiplied with: the layers' linears and the head."""
+        layer = sum(linear.outputs * linear.inputs for linear in self.linears)
+        return self.num_layers * layer + self.vocab_size * self.hidden_size
+
+    def adapter_parameters(self, rank: int, targets: Iterable[str]) -> int:
+        """Numbers of a LoRA adapter on some of the linears of each layer."""
+        sizes = {linear.name: linear.outputs + linear.inputs for linear in self.linears}
+        return self.num_layers * sum(rank * sizes[name] for name in targets)
+
+    def weight_bytes(
+        self, dtype: torch.dtype, bits: int | None = None, *, quantize_head: bool = False
+    ) -> int:
+        """Bytes of a base model's weights, an adapter's not among them.
+
+        Args:
+            dtype: the compute type, which biases and norms always have.
+            bits: 8 or 4 where the layers' linears are quantised by bitsandbytes.
+            quantize_head: whether embedding and head are int8.
+        """
+        vectors = self.norm_values
+        matrices = 0
+        for linear in self.linears:
+            vectors += linear.outputs * linear.has_bias
+            matrices += linear_bytes(linear.outputs, linear.inputs, dtype, bits)
+        layer = matrices + vectors * dtype.itemsize
+        table = self.vocab_size * self.hidden_size * dtype.itemsize
+        if quantize_head:  # and a float16 scale a row
+            table = self.vocab_size * (self.hidden_size + 2)
+        tables = table if self.tied_head else 2 * table
+        return self.num_layers * layer + tables + self.final_norm_values * dtype.itemsize
+
+
+def linear_bytes(outputs: int, inputs: int, dtype: torch.dtype, bits: int | None) -> int:
+    """Bytes of a linear's weight in a float type, in int8 with a float32 scale a row, or in NF4."""
+    if bits is None:
+        return outputs * inputs * dtype.itemsize
+    if bits == 8:
+        return outputs * inputs + 4 * outputs
+    blocks = outputs * inputs // NF4_BLOCK
+    return outputs * inputs // 2 + blocks + 4 * -(-blocks // NF4_GROUP)
+
+
+def find_targets(wanted: Iterable[str], family: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The linears that `lora_target` means: those named, or all for "all".
+
+    Args:
+        wanted: the setting.
+        family: what the message calls the model.
+        names: the linears it has.
+
+    Raises:
+        UserError: a name that no linear has.
+    """
+    wanted = tuple(wanted)
+    if wanted == (ALL,):
+        return names
+    if unknown := [name for name in wanted if name not in names]:
+        is_split = any(name in ("q_proj", "k_proj", "v_proj") for name in unknown)
+        fused = " (q_proj, k_proj and v_proj are one here)" if is_split else ""
+        raise UserError(
+            f"lora_target: {family} has no linear {', '.join(map(repr, unknown))}; choose from "
+            f"{', '.join(names)}{fused}, or {ALL} for every one"
+        )
+    return wanted

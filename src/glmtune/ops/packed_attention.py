@@ -1,0 +1,230 @@
+"""Attention of packed rows on a GPU, as operators that autograd and the compiler know.
+
+What they compute is `ops.attention.PaddedRows`'s; the kernels are in `ops.attention_kernels`.
+
+Shapes: T tokens, N heads of queries, G heads of keys and values, D head size, R rank of an adapter.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from glmtune.ops.attention import Update
+from glmtune.ops.attention_kernels import Factors, Parts, run_backward, run_forward
+
+
+@torch.library.custom_op("glmtune::fused_attention", mutates_args=())
+def fused_attention(
+    y_TN3D: Tensor,
+    a_TR: Tensor | None,
+    b_NR: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    start_T: Tensor,
+    prefix_end_T: Tensor,
+    end_T: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention of packed rows, from what a fused projection and its adapter give.
+
+    One tensor in and one gradient out: gradients of three views would be three tensors of its size.
+
+    Args:
+        y_TN3D: queries, keys and values of each head side by side, not turned, without the
+            adapter's update.
+        a_TR: that update is ``a @ b^T``; None for none.
+        b_NR: ``(3 N D, R)``.
+        cos: float32 ``(T, 2, D / 4)``, both position streams; contiguous, as `sin`.
+        sin: of the same shape.
+        start_T: int32 place of the first token of each token's row.
+        prefix_end_T: int32 place of the first answer token of each token's row.
+        end_T: int32 place after the last token of each token's row.
+
+    Returns:
+        ``(T, N, D)`` in the type of `y_TN3D`; and, for the backward pass, queries, keys and values,
+        turned, and the base-2 logarithm of each query's softmax sum, float32 ``(N, T)``.
+    """
+    assert y_TN3D.is_contiguous()
+    turned = torch.empty_like(y_TN3D)
+    # Views of b, as of y: a row of b is a column of y.
+    b: Factors = [None] * 3 if b_NR is None else _thirds(b_NR, y_TN3D.shape[2] // 3)
+    out_TND, lse_NT = run_forward(
+        Parts.of_fused(y_TN3D), Parts.of_fused(turned), [a_TR] * 3, b, cos, sin, start_T,
+        prefix_end_T,
+    )  # fmt: skip
+    return out_TND, turned, lse_NT
+
+
+def _thirds(b_NR: Tensor, head_dim: int) -> Factors:
+    return [b_NR[first:] for first in (0, head_dim, 2 * head_dim)]
+
+
+@torch.library.custom_op("glmtune::fused_attention_backward", mutates_args=())
+def fused_attention_backward(
+    grad_TND: Tensor,
+    out_TND: Tensor,
+    turned_TN3D: Tensor,
+    lse_NT: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    start_T: Tensor,
+    prefix_end_T: Tensor,
+    end_T: Tensor,
+) -> Tensor:
+    """The gradient of `fused_attention` for its first argument, of the same shape."""
+    grad = torch.empty_like(turned_TN3D)
+    run_backward(
+        Parts.of_fused(grad), Parts.of_fused(turned_TN3D), grad_TND, out_TND, lse_NT, cos, sin,
+        start_T, prefix_end_T, end_T,
+    )  # fmt: skip
+    return grad
+
+
+@fused_attention.register_fake
+def _(y_TN3D, a_TR, b_NR, cos, sin, start_T, prefix_end_T, end_T):
+    num_tokens, num_heads, width = y_TN3D.shape
+    out_TND = y_TN3D.new_empty(num_tokens, num_heads, width // 3)
+    return out_TND, torch.empty_like(y_TN3D), cos.new_empty(num_heads, num_tokens)
+
+
+@fused_attention_backward.register_fake
+def _(grad_TND, out_TND, turned_TN3D, lse_NT, cos, sin, start_T, prefix_end_T, end_T):
+    return torch.empty_like(turned_TN3D)
+
+
+def _keep_fused(ctx, inputs, output):
+    ctx.save_for_backward(*output, *inputs[1:])
+
+
+def _backward_fused(ctx, grad_TND, *_):
+    *kept, a_TR, b_NR, cos, sin, start_T, prefix_end_T, end_T = ctx.saved_tensors
+    grad = fused_attention_backward(grad_TND, *kept, cos, sin, start_T, prefix_end_T, end_T)
+    if a_TR is None:
+        return grad, *(None,) * 7
+    flat = grad.flatten(1)
+    return grad, flat @ b_NR, flat.T @ a_TR, *(None,) * 5
+
+
+fused_attention.register_autograd(_backward_fused, setup_context=_keep_fused)
+
+
+@torch.library.custom_op("glmtune::grouped_attention", mutates_args=())
+def grouped_attention(
+    q_TND: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    a_q: Tensor | None,
+    b_q: Tensor | None,
+    a_k: Tensor | None,
+    b_k: Tensor | None,
+    a_v: Tensor | None,
+    b_v: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    start_T: Tensor,
+    prefix_end_T: Tensor,
+    end_T: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`fused_attention` of three projections, whose heads of keys and values may be fewer.
+
+    Args:
+        q_TND: queries, contiguous, as keys and values.
+        k_TGD: keys; N / G heads of queries share one.
+        v_TGD: values.
+        a_q: ``(T, R)``: the queries' update is ``a_q @ b_q^T``; None for none. So the others.
+        b_q: ``(N D, R)``.
+        a_k: of the keys.
+        b_k: ``(G D, R)``.
+        a_v: of the values.
+        b_v: ``(G D, R)``.
+        cos: see `fused_attention`, as those below.
+        sin: as above.
+        start_T: as above.
+        prefix_end_T: as above.
+        end_T: as above.
+
+    Returns:
+        ``(T, N, D)``; turned queries and keys, values with their update; the logarithms.
+    """
+    parts = Parts(q_TND, k_TGD, v_TGD)
+    assert all(x.is_contiguous() for x in parts)
+    turned = Parts(*map(torch.empty_like, parts))
+    out_TND, lse_NT = run_forward(
+        parts, turned, [a_q, a_k, a_v], [b_q, b_k, b_v], cos, sin, start_T, prefix_end_T
+    )
+    return out_TND, *turned, lse_NT
+
+
+@torch.library.custom_op("glmtune::grouped_attention_backward", mutates_args=())
+def grouped_attention_backward(
+    grad_TND: Tensor,
+    out_TND: Tensor,
+    q_TND: Tensor,
+    k_TGD: Tensor,
+    v_TGD: Tensor,
+    lse_NT: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    start_T: Tensor,
+    prefix_end_T: Tensor,
+    end_T: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `grouped_attention` for its first three arguments."""
+    turned = Parts(q_TND, k_TGD, v_TGD)
+    grads = Parts(*map(torch.empty_like, turned))
+    run_backward(grads, turned, grad_TND, out_TND, lse_NT, cos, sin, start_T, prefix_end_T, end_T)
+    return grads.q_TND, grads.k_TGD, grads.v_TGD
+
+
+@grouped_attention.register_fake
+def _(q_TND, k_TGD, v_TGD, a_q, b_q, a_k, b_k, a_v, b_v, cos, sin, start_T, prefix_end_T, end_T):
+    turned = map(torch.empty_like, (q_TND, k_TGD, v_TGD))
+    return torch.empty_like(q_TND), *turned, cos.new_empty(q_TND.shape[1], q_TND.shape[0])
+
+
+@grouped_attention_backward.register_fake
+def _(grad_TND, out_TND, q_TND, k_TGD, v_TGD, lse_NT, cos, sin, start_T, prefix_end_T, end_T):
+    return tuple(map(torch.empty_like, (q_TND, k_TGD, v_TGD)))
+
+
+def _keep_grouped(ctx, inputs, output):
+    ctx.save_for_backward(*output, *inputs[3:])
+
+
+def _backward_grouped(ctx, grad_TND, *_):
+    kept, factors, others = ctx.saved_tensors[:5], ctx.saved_tensors[5:11], ctx.saved_tensors[11:]
+    grads = grouped_attention_backward(grad_TND, *kept, *others)
+    of_factors: list[Tensor | None] = []
+    for grad, a_TR, b_NR in zip(grads, factors[::2], factors[1::2], strict=True):
+        flat = grad.flatten(1)
+        of_factors += [None, None] if a_TR is None else [flat @ b_NR, flat.T @ a_TR]
+    return *grads, *of_factors, *(None,) * 5
+
+
+grouped_attention.register_autograd(_backward_grouped, setup_context=_keep_grouped)
+
+
+class RowSpans(NamedTuple):
+    """Where the rows of a pack begin and end, for each of its tokens: int32 places ``(T,)``."""
+
+    start_T: Tensor
+    prefix_end_T: Tensor
+    end_T: Tensor
+
+    @classmethod
+    def of(cls, start_T: Tensor, prefix_end_T: Tensor, end_T: Tensor) -> "RowSpans":
+        """As a pack has them."""
+        return cls(start_T, prefix_end_T, end_T)
+
+    def attend_fused(self, y_TN3D: Tensor, update: Update, cos: Tensor, sin: Tensor) -> Tensor:
+        """What `ops.attention.PaddedRows.attend_fused` gives."""
+        a_TR, b_NR = update or (None, None)
+        return fused_attention(y_TN3D, a_TR, b_NR, cos, sin, *self)[0]
+
+    def attend(
+        self, qkv: Sequence[Tensor], updates: Sequence[Update], cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        """What `ops.attention.PaddedRows.attend` gives."""
+        factors = [factor for update in updates for factor in update or (None, None)]
+        return grouped_attention(*qkv, *factors, cos, sin, *self)[0]

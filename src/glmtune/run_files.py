@@ -1,0 +1,76 @@
+"""The names of what a run leaves in its folder, and where a checkpoint or its run's files lie.
+
+A run folder holds `checkpoint-N/` folders and, beside them, the adapter of the last step with the
+recipe, the metrics and the curve. A checkpoint is an adapter's folder with what it takes to go on.
+"""
+
+import re
+from pathlib import Path
+
+RECIPE_FILE = "recipe.yaml"
+METRICS_FILE = "metrics.jsonl"
+PLOT_FILE = "training_loss.png"
+TENSORBOARD_FOLDER = "runs"
+
+# Of every adapter: as PEFT names them, today and in 2023.
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+WEIGHTS_FILE_2023 = "adapter_model.bin"
+
+# Of a checkpoint alone, but for the state, which lies beside the checkpoints as well.
+STATE_FILE = "trainer_state.json"
+OPTIMIZER_FILE = "optimizer.pt"
+SCHEDULER_FILE = "scheduler.pt"
+SCALER_FILE = "scaler.pt"
+RANDOM_FILES = "rng_state_*.pth"
+"""A pattern: there is one a process, see `random_file`."""
+MANIFEST_FILE = "manifest.json"
+
+FILES_BESIDE = (
+    RECIPE_FILE, METRICS_FILE, STATE_FILE, WEIGHTS_FILE, ADAPTER_CONFIG_FILE, PLOT_FILE,
+)  # fmt: skip
+"""Files of a run that lie in its folder, beside the checkpoints."""
+
+CHECKPOINT_PREFIX = "checkpoint-"
+
+
+def random_file(rank: int) -> str:
+    """The name of the file that holds the random state of process `rank`."""
+    return RANDOM_FILES.replace("*", str(rank))
+
+
+def checkpoint_name(step: int) -> str:
+    """The name of the folder that holds the checkpoint of a step."""
+    return f"{CHECKPOINT_PREFIX}{step}"
+
+
+def step_in(name: str) -> int | None:
+    """The N of a name that is `checkpoint-N`; None for any other name."""
+    match = re.fullmatch(rf"{CHECKPOINT_PREFIX}(\d+)", name)
+    return int(match[1]) if match else None
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """The N of each folder `checkpoint-N` in a run folder, in ascending order."""
+    steps = (step_in(entry.name) for entry in folder.iterdir() if entry.is_dir())
+    return sorted(step for step in steps if step is not None)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The `checkpoint-N` of the largest N in a run folder, whole or not; None without any."""
+    steps = saved_steps(folder)
+    return folder / checkpoint_name(steps[-1]) if steps else None
+
+
+def run_folder_of(checkpoint: Path) -> Path:
+    """The run folder that a checkpoint lies in, wherever a link to the checkpoint lies."""
+    return checkpoint.resolve().parent
+
+
+def find_around(adapter: Path, name: str) -> list[Path]:
+    """The files of that name which belong to an adapter: its folder's, then its run folder's.
+
+    Any adapter may be a checkpoint under another name, so the folder above is always looked into.
+    """
+    folders = (adapter, run_folder_of(adapter))
+    return [folder / name for folder in folders if (folder / name).is_file()]

@@ -1,0 +1,160 @@
+"""Toy rows, a toy tokenizer and toy runs of training, for tests and for processes they start."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import datasets
+import numpy as np
+from safetensors.torch import load_file
+from torch import nn
+
+from glmtune.config import TrainSettings
+from glmtune.models.chatglm.rows import row_rule
+from glmtune.models.resolve import GLM_TINY
+
+NUM_ROWS = 23  # no multiple of any batch size here
+PACKED = {"layout": "packed", "tokens_per_step": 64}
+EXACT = {"layout": "exact"}
+
+
+class ToyTokenizer:
+    """Numbers are their own ids, any other word has an id of its own by chance.
+
+    Its special ids are those of the tiny golden model, which has no vocabulary.
+    """
+
+    bos_token_id, eos_token_id, gmask_token_id, mask_token_id = 1004, 1005, 1001, 1000
+    pad_token_id, vocab_size = 3, 1006
+    vocab_hash, revision = "0" * 64, "v1.1"
+    row_rule = property(row_rule)
+
+    def encode_batch(self, texts, *, add_special_tokens=False, max_length=None, num_threads=None):
+        assert max_length is None
+        specials = [self.gmask_token_id, self.bos_token_id] if add_special_tokens else []
+        return [[self.encode_word(word) for word in text.split()] + specials for text in texts]
+
+    @staticmethod
+    def encode_word(word):
+        return int(word) if word.isdecimal() else 4 + zlib.crc32(word.encode()) % 990
+
+    def decode(self, ids, skip_special_tokens=False):
+        kept = [i for i in ids if i < self.mask_token_id or not skip_special_tokens]
+        return "".join(f" {i}" for i in kept)
+
+
+def draw_rows(shapes, specials, seed=0):
+    """Token rows at random, as dicts.
+
+    Args:
+        shapes: for each row, how many ids are before [gMASK] and how many after <sop>.
+        specials: has the special ids, as a configuration or a tokenizer does.
+        seed: of the ids.
+    """
+    random, rows = np.random.default_rng(seed), []
+    for prompt, answer in shapes:
+        ids = random.integers(5, specials.mask_token_id, prompt + answer).tolist()
+        ids[prompt:prompt] = [specials.gmask_token_id, specials.bos_token_id]
+        if answer:
+            ids[-1] = specials.eos_token_id
+        rows.append({"input_ids": ids, "seq_len": prompt + 2})
+    return rows
+
+
+def draw_uneven_rows(specials, seed=0):
+    """`NUM_ROWS` rows of very different lengths, so that a mean of means shows."""
+    shapes = np.random.default_rng(seed).integers((1, 2), 17, (NUM_ROWS, 2))
+    return draw_rows(shapes, specials, seed)
+
+
+def save_rows(rows, folder):
+    """Write rows as a data set; gives its path."""
+    datasets.Dataset.from_list(rows).save_to_disk(folder)
+    return str(folder)
+
+
+def randomise_adapter(model, std):
+    """Give an adapter that was just attached an effect; returns the model."""
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=std)
+    return model
+
+
+def short_run(dataset_path, output_dir, **changes):
+    """Settings of a run of a few steps, each of two passes."""
+    settings = {
+        "dataset_path": str(dataset_path),
+        "output_dir": str(output_dir),
+        "chatglm_path": GLM_TINY,
+        "max_steps": 4,
+        "per_device_train_batch_size": 3,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_steps": 1000,
+        "report_to": "none",
+        "use_cpu": True,
+    }
+    return TrainSettings(**settings | changes)
+
+
+def stop_at(step, monkeypatch, number=signal.SIGINT):
+    """Send this process a signal while it computes a step; gives a function that ends that."""
+    from glmtune.training import loop
+
+    train_step = loop.train_step
+
+    def interrupted_step(run, state, *how):
+        if state.global_step == step - 1:
+            os.kill(os.getpid(), number)
+        return train_step(run, state, *how)
+
+    monkeypatch.setattr(loop, "train_step", interrupted_step)
+    return lambda: monkeypatch.setattr(loop, "train_step", train_step)
+
+
+def in_two_processes(script, *arguments):
+    """Launch a test file as two processes of one group; what they do is its `__main__`."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    paths = [str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    done = subprocess.run(
+        [*launch, script, *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def history(run):
+    """All records of a run: of what `train` returned, or of what lies in its folder."""
+    if isinstance(run, str | Path):
+        return json.loads(Path(run, "trainer_state.json").read_text())["log_history"]
+    return run.log_history
+
+
+def records(run, key="loss"):
+    """The records that have a key, without the numbers that no two runs share."""
+    private = ("tokens_per_second", "memory_gib")
+    return [
+        {name: value for name, value in record.items() if name not in private}
+        for record in history(run)
+        if key in record
+    ]
+
+
+def losses(run, key="loss"):
+    """The loss of each record that has one, or another of its numbers."""
+    return [record[key] for record in history(run) if key in record]
+
+
+def adapter_weights(folder):
+    """The tensors of the adapter in a folder, by name."""
+    return load_file(Path(folder) / "adapter_model.safetensors")

@@ -1,0 +1,33 @@
+"""What the package reads beside its modules is in it, and goes into a wheel."""
+
+import tomllib
+from importlib import resources
+from pathlib import Path
+
+PACKAGE = Path(str(resources.files("glmtune")))
+
+
+def files() -> list[Path]:
+    """Every file of the package that is no module."""
+    found = (path for path in PACKAGE.rglob("*") if path.is_file())
+    return [path for path in found if path.suffix not in (".py", ".pyc")]
+
+
+def test_the_demo_finds_its_model_and_its_grammar():
+    names = {path.relative_to(PACKAGE).as_posix() for path in files()}
+    model = ("config.json", "ice_text.model", "model.safetensors", "README.md")
+    assert {f"models/glm-tiny/{name}" for name in model} <= names
+    assert "demo/grammar/words.txt" in names
+
+
+def test_pages_find_their_style_and_script():
+    names = {path.relative_to(PACKAGE).as_posix() for path in files()}
+    assert {"evaluation/page.css", "evaluation/page.js", "demo/page.css"} <= names
+
+
+def test_a_wheel_takes_along_every_file(root):
+    # setuptools takes only what is named here.
+    settings = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = settings["tool"]["setuptools"]["package-data"]["glmtune"]
+    taken = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
+    assert [path for path in files() if path not in taken] == []

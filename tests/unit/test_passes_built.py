@@ -1,0 +1,63 @@
+"""The forecast decides how a pass is computed, and `build_pass` builds just that."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from glmtune.bench.rows import random_rows
+from glmtune.config import TrainSettings
+from glmtune.hardware import Card
+from glmtune.models.chatglm.configuration import ChatGLMConfig
+from glmtune.models.chatglm.packed import can_compile
+from glmtune.training import run as run_module
+from glmtune.training.passes import CapturedPass, PackedPass, PaddedPass
+from glmtune.training.planning.forecast import forecast
+from glmtune.training.run import build_pass
+
+CHATGLM_6B = ChatGLMConfig()
+
+
+@pytest.mark.parametrize(
+    ("card", "expected"),
+    [
+        (Card.named("T4"), False),
+        (Card.named("A10"), True),
+        (Card.named("H200"), True),
+        (Card.of(torch.device("cpu")), False),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_kernels_need_an_ampere_card_or_a_newer_one(card, expected):
+    assert can_compile(card, CHATGLM_6B) is expected
+
+
+def test_kernels_need_heads_of_their_sizes():
+    heads_of_32 = ChatGLMConfig(hidden_size=256, num_attention_heads=8, inner_hidden_size=1024)
+    assert not can_compile(Card.named("H200"), heads_of_32)
+
+
+@pytest.mark.parametrize(
+    ("layout", "compiled", "kind", "pack_length"),
+    [
+        ("padded", False, PaddedPass, None),
+        ("exact", False, PackedPass, None),
+        ("exact", True, CapturedPass, None),
+        ("packed", False, PackedPass, None),
+        ("packed", True, PackedPass, 8192),
+    ],
+)
+def test_the_pass_built_is_the_one_forecast(layout, compiled, kind, pack_length, monkeypatch):
+    built = []
+    monkeypatch.setattr(run_module, "PackedModel", lambda model, **how: built.append(how))
+    monkeypatch.setattr(PaddedPass, "__post_init__", lambda self: None)
+    settings = TrainSettings(dataset_path="rows", output_dir="run")
+    rows = random_rows(CHATGLM_6B, 500)
+    planned = forecast(settings, CHATGLM_6B, torch.bfloat16, Card.named("H200"), rows)
+    planned = replace(planned, setup=replace(planned.setup, layout=layout, compiled=compiled))
+    run = SimpleNamespace(forecast=planned, settings=settings, accelerator=None, rows=rows)
+    step_pass = build_pass(run, None, [])
+    assert type(step_pass) is kind
+    assert getattr(step_pass, "pack_length", None) == pack_length
+    assert [how["compiled"] for how in built] == ([] if kind is PaddedPass else [compiled])
