@@ -101,7 +101,7 @@ def run_block(hidden, block, keys, values, place, mask, angles):
 
 LLAMA = DecodingBlock(
     weights_of=weights_of,
-    final_norm=lambda model: model.base_model.norm,
+    final_norm=lambda model, read_norm: read_norm(model.base_model.norm),
     layout=layout,
     angles=angles,
     prompt_angles=lambda angles, dtype: Angles(*(angle.to(dtype) for angle in angles)),

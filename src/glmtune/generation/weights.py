@@ -13,11 +13,10 @@ from torch.nn import functional as F
 
 from glmtune.errors import UserError
 from glmtune.generation.linears import Adapted, GroupQuantised, Int4, Int8, Plain, can_be_fused
-from glmtune.models.decoding import DecodingBlock, Normalisation, Projection, Weights
+from glmtune.models.decoding import DecodingBlock, Projection, Weights
 from glmtune.models.family import layers_of
 from glmtune.models.low_rank import split_lora
 from glmtune.ops.lora import LowRank
-from glmtune.ops.norm import Norm
 
 
 def read_weights(
@@ -58,13 +57,11 @@ def read_weights(
         )
         return linears[-1]
 
-    final_norm = _read_norm(block.final_norm(plain), device)
+    read_norm = partial(_read_norm, device=device)
+    final_norm = block.final_norm(plain, read_norm)
     return Weights(
         embed=_read_embedding(plain.get_input_embeddings(), final_norm.weight.dtype, device),
-        blocks=[
-            block.weights_of(layer, read, partial(_read_norm, device=device))
-            for layer in layers_of(plain)
-        ],
+        blocks=[block.weights_of(layer, read, read_norm) for layer in layers_of(plain)],
         final_norm=final_norm,
         head=read(plain.get_output_embeddings()),
         linears=linears,
@@ -113,10 +110,7 @@ def _base_of(linear: Projection) -> Projection:
     return linear.base if isinstance(linear, Adapted) else linear
 
 
-def _read_norm(norm: nn.Module, device: torch.device) -> Normalisation:
-    """A LayerNorm as a tuple of its weights, another norm as it is, brought to a device."""
-    if isinstance(norm, nn.LayerNorm):
-        return Norm(norm.weight.to(device), norm.bias.to(device), norm.eps)
+def _read_norm(norm: nn.Module, device: torch.device) -> nn.Module:
     there = all(parameter.device == device for parameter in norm.parameters())
     return norm if there else deepcopy(norm).to(device)
 

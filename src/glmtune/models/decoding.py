@@ -86,12 +86,12 @@ class DecodingBlock(NamedTuple):
     """What a family provides for decoding."""
 
     weights_of: Callable[
-        [nn.Module, Callable[[nn.Module], Projection], Callable[[nn.Module], Normalisation]], Any
+        [nn.Module, Callable[[nn.Module], Projection], Callable[[nn.Module], nn.Module]], Any
     ]
-    """``(layer, read, read_norm)`` to what one layer computes with, a tuple: each linear of the
-    layer goes through `read`, each norm through `read_norm`."""
-    final_norm: Callable[[PreTrainedModel], nn.Module]
-    """The norm before the head."""
+    """``(layer, read, read_norm)`` to what one layer computes with, a tuple. Each linear of the
+    layer goes through `read`, each norm through `read_norm`, which brings it to the device."""
+    final_norm: Callable[[PreTrainedModel, Callable[[nn.Module], nn.Module]], Normalisation]
+    """``(model, read_norm)`` to the norm before the head."""
     layout: Callable[[Tensor, Any], RowLayout]
     """``(ids (B, K), config)`` to the layout of rows that begin with a whole prompt. The columns
     behind a prompt are those of its answer: their ids say nothing, their positions are known."""

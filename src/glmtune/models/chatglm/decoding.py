@@ -8,11 +8,12 @@ N heads, D head size.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.layout import read_layout
@@ -44,18 +45,27 @@ class Block(NamedTuple):
 def weights_of(
     layer: nn.Module,
     read: Callable[[nn.Module], Projection],
-    read_norm: Callable[[nn.Module], Norm],
+    read_norm: Callable[[nn.Module], nn.Module],
 ) -> Block:
     """The weights of a `ChatGLMBlock`, in PEFT's wrapping or plain."""
     get = layer.get_submodule
     return Block(
-        input_norm=read_norm(get("input_layernorm")),
+        input_norm=_norm(read_norm(get("input_layernorm"))),
         query_key_value=read(get("attention.query_key_value")),
         dense=read(get("attention.dense")),
-        post_attention_norm=read_norm(get("post_attention_layernorm")),
+        post_attention_norm=_norm(read_norm(get("post_attention_layernorm"))),
         dense_h_to_4h=read(get("mlp.dense_h_to_4h")),
         dense_4h_to_h=read(get("mlp.dense_4h_to_h")),
     )
+
+
+def final_norm(model: PreTrainedModel, read_norm: Callable[[nn.Module], nn.Module]) -> Norm:
+    """The LayerNorm before the head."""
+    return _norm(read_norm(model.base_model.get_submodule("final_layernorm")))
+
+
+def _norm(module: nn.Module) -> Norm:
+    return Norm.of(cast(nn.LayerNorm, module))
 
 
 def layout(ids_BK: Tensor, config: ChatGLMConfig) -> RowLayout:
@@ -158,7 +168,7 @@ def run_block_in_few_kernels(
 
 DECODING = DecodingBlock(
     weights_of=weights_of,
-    final_norm=lambda model: model.base_model.get_submodule("final_layernorm"),
+    final_norm=final_norm,
     layout=layout,
     angles=angles,
     prompt_angles=prompt_angles,
