@@ -108,7 +108,7 @@ def print_steps() -> None:
     """Milliseconds of six padded rows forward and backward, torch's choice and ours by turns."""
     from glmtune.bench.random_model import SHAPES, random_model
     from glmtune.bench.rows import random_rows
-    from glmtune.config import TrainSettings
+    from glmtune.config.settings import TrainSettings
     from glmtune.models.chatglm import modeling
     from glmtune.training.passes import PaddedPass
     from glmtune.training.run import adapt, start_accelerator

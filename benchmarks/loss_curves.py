@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from glmtune.bench.random_model import CONFIGS, random_model
-from glmtune.config import TrainSettings
+from glmtune.config.settings import TrainSettings
 from glmtune.data.dataset import load_dataset
 from glmtune.data.token_rows import TokenRows
 from glmtune.models.families import family_of

@@ -28,6 +28,7 @@ def pytest_sessionfinish(session):
     skipped = reporter.stats.get("skipped", []) if reporter else []
     unfounded = SHARED.is_dir() and any(NO_SHARED in str(report.longrepr) for report in skipped)
     if os.environ.get("CI") and unfounded:
+        reporter.write_line(f"\n{SHARED} is there, but tests were skipped for want of it", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from safetensors.torch import load_file
 from torch import nn
 
-from glmtune.config import TrainSettings
+from glmtune.config.settings import TrainSettings
 from glmtune.models.chatglm.rows import row_rule
 from glmtune.models.resolve import GLM_TINY
 
@@ -118,13 +118,18 @@ def stop_at(step, monkeypatch, number=signal.SIGINT):
     return lambda: monkeypatch.setattr(loop, "train_step", train_step)
 
 
+def child_environment():
+    """Environment of a test file that is run as a program: one core, and this module."""
+    paths = filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH")))
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+
+
 def in_two_processes(script, *arguments):
     """Launch a test file as two processes of one group; what they do is its `__main__`."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    paths = [str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     done = subprocess.run(
         [*launch, script, *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
+        env=child_environment(),
         capture_output=True,
         text=True,
         timeout=300,
@@ -134,9 +139,9 @@ def in_two_processes(script, *arguments):
 
 
 def history(run):
-    """All records of a run: of what `train` returned, or of what lies in its folder."""
-    if isinstance(run, str | Path):
-        return json.loads(Path(run, "trainer_state.json").read_text())["log_history"]
+    """All records of a run: of what `train` returned, or of the log in its folder."""
+    if isinstance(run, Path):
+        return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return run.log_history
 
 
@@ -153,6 +158,11 @@ def records(run, key="loss"):
 def losses(run, key="loss"):
     """The loss of each record that has one, or another of its numbers."""
     return [record[key] for record in history(run) if key in record]
+
+
+def saved(folder):
+    """Names of the checkpoints in a run's folder."""
+    return sorted(path.name for path in Path(folder).glob("checkpoint-*"))
 
 
 def adapter_weights(folder):

@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 
 from glmtune.adapters import load_adapter
-from glmtune.config import ConvertSettings, TokenizeSettings, TrainSettings, read_config
+from glmtune.config.reading import read_config
+from glmtune.config.settings import ConvertSettings, TokenizeSettings, TrainSettings
 from glmtune.data.convert import convert
 from glmtune.data.templates import alpaca
 from glmtune.data.tokenizing import tokenize
@@ -48,7 +49,7 @@ def main() -> int:
     for seed in range(flags.seeds):
         run = flags.out / f"seed-{seed}"
         fixed = {"chatglm_path": flags.model, "dataset_path": str(data), "output_dir": str(run)}
-        config = read_config(TrainSettings, "train", None, fixed | settings | {"seed": str(seed)})
+        config = read_config(TrainSettings, None, fixed | settings | {"seed": str(seed)})
         started = time.monotonic()
         train(config)
         seconds = round(time.monotonic() - started, 1)

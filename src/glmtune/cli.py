@@ -16,7 +16,7 @@ from glmtune import __version__
 from glmtune.errors import UserError
 
 if TYPE_CHECKING:
-    from glmtune import config
+    from glmtune.config import settings as config
 
 
 def validate(settings: config.ValidateSettings) -> None:
@@ -252,9 +252,10 @@ def run(arguments: list[str]) -> int:
         print(f"glmtune {__version__}")
         return 0
     # Only from here on: pydantic alone takes a tenth of a second.
-    from glmtune.config import SETTINGS, read_config
     from glmtune.config.flags import split_arguments, verb_help
     from glmtune.config.names import did_you_mean
+    from glmtune.config.reading import read_config
+    from glmtune.config.settings import SETTINGS
 
     two_words = " ".join(arguments[:2])
     verb = two_words if two_words in VERBS else arguments[0]
@@ -266,7 +267,7 @@ def run(arguments: list[str]) -> int:
         print(verb_help(verb, summary(verb)))
         return 0
     recipe, flags = split_arguments(verb, arguments)
-    return VERBS[verb](read_config(SETTINGS[verb], verb, recipe, flags)) or 0
+    return VERBS[verb](read_config(SETTINGS[verb], recipe, flags)) or 0
 
 
 def summary(verb: str) -> str:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch.nn import functional as F
+from toys import randomise_adapter
 
 from glmtune.adapters import attach_lora
 from glmtune.data.packing import plan_packs
@@ -30,7 +31,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.usefixtures("fresh_compiler"),
     pytest.mark.skipif(
-        not torch.cuda.is_available() or not can_compile(Card.of(CUDA), CONFIG),
+        not torch.cuda.is_available() or not can_compile(Card.of(CUDA), PACKED, CONFIG.head_dim),
         reason="no CUDA device of the Ampere generation or newer here, or no Triton",
     ),
 ]
@@ -42,9 +43,7 @@ def make_model(dtype, targets="all", rank=8):
     with CUDA:
         base = ChatGLMForConditionalGeneration._from_config(CONFIG, dtype=dtype)
     model = attach_lora(base, rank=rank, dropout=0.1, targets=targets)
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.05)
+    randomise_adapter(model, std=0.05)
     return model, [weight for weight in model.parameters() if weight.requires_grad]
 
 
@@ -115,32 +114,50 @@ def test_a_captured_pass_equals_the_packed_pass(rows, dtype):
         assert (grad - wanted).norm() / wanted.norm() < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
+HEADS = 6
+
+
+@pytest.mark.parametrize(
+    "num_kv_heads", [None, 6, 2, 1], ids=["fused", "own", "shared by 3", "one"]
+)
 @pytest.mark.parametrize(("head_dim", "rank"), itertools.product([64, 128], [0, 8]))
-def test_attention_kernels_equal_dense_attention(head_dim, rank):
+def test_attention_kernels_equal_dense_attention(head_dim, rank, num_kv_heads):
     """Rows of one token, prefixes of one, answers of none, rows that no block holds whole."""
     from glmtune.ops.packed_attention import RowSpans
 
     torch.manual_seed(0)
-    lengths, prefixes = [1, 70, 3, 300, 20, 64], [1, 30, 1, 300, 1, 63]
+    lengths, prefixes = [1, 70, 3, 300, 20, 64], [1, 30, 0, 300, 1, 63]
     spans = []
     for values in (np.cumsum(lengths) - lengths, prefixes, lengths):
         spans.append(np.repeat(values, lengths))
     start, prefix, length = (torch.tensor(span, dtype=torch.int32, device=CUDA) for span in spans)
-    tokens, heads = sum(lengths), 3
+    tokens = sum(lengths)
     positions = torch.randint(0, 300, (1, 2, tokens), device=CUDA)
     cos, sin = (x[0].contiguous() for x in rotary_angles(positions, head_dim))
-    y = torch.randn(tokens, heads, 3 * head_dim, device=CUDA, requires_grad=True)
-    update, inputs = None, [y]
-    if rank:
-        a = torch.randn(tokens, rank, device=CUDA, requires_grad=True)
-        b = (0.1 * torch.randn(3 * heads * head_dim, rank, device=CUDA)).requires_grad_()
-        update = a, b
-        inputs += update
-    upstream = torch.randn(tokens, heads, head_dim, device=CUDA)
+
+    def leaf(*shape, size=1.0):
+        return (size * torch.randn(shape, device=CUDA)).requires_grad_()
+
+    if num_kv_heads is None:
+        sizes = [(HEADS, 3 * head_dim)]
+    else:
+        sizes = [(heads, head_dim) for heads in (HEADS, num_kv_heads, num_kv_heads)]
+    parts = [leaf(tokens, *size) for size in sizes]
+    updates = [
+        (leaf(tokens, rank), leaf(heads * width, rank, size=0.1)) if rank else None
+        for heads, width in sizes
+    ]
+    if rank and num_kv_heads is not None:
+        updates[1] = None  # an adapter on two of the three
+    inputs = [*parts, *(factor for update in updates if update for factor in update)]
+    upstream = torch.randn(tokens, HEADS, head_dim, device=CUDA)
     results = []
     for way in (RowSpans, PaddedRows):
         rows = way.of(start, start + prefix, start + length)
-        context = rows.attend(y, update, cos, sin)
+        if num_kv_heads is None:
+            context = rows.attend_fused(parts[0], updates[0], cos, sin)
+        else:
+            context = rows.attend(parts, updates, cos, sin)
         results.append([context, *torch.autograd.grad(context, inputs, upstream)])
     for fast, plain in zip(*results, strict=True):
         assert (fast - plain).norm() / plain.norm() < 1e-5

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from toys import randomise_adapter
 
 from glmtune.adapters import attach_lora
 from glmtune.bench.random_model import random_model
@@ -37,7 +38,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.usefixtures("fresh_compiler"),
     pytest.mark.skipif(
-        not torch.cuda.is_available() or not can_compile(Card.of(CUDA), CONFIG),
+        not torch.cuda.is_available() or not can_compile(Card.of(CUDA), PACKED, CONFIG.head_dim),
         reason="no CUDA device of the Ampere generation or newer here, or no Triton",
     ),
 ]
@@ -50,9 +51,7 @@ def make_model(bits, quantize_head, dtype=torch.bfloat16, targets="all"):
     base = random_model(CONFIG, CUDA, dtype, bits=bits, quantize_head=quantize_head)
     torch.manual_seed(0)
     model = attach_lora(base, rank=8, dropout=0.1, targets=targets)
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.05)
+    randomise_adapter(model, std=0.05)
     return model, [weight for weight in model.parameters() if weight.requires_grad]
 
 

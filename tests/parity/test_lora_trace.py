@@ -9,7 +9,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from glmtune.adapters import attach_lora
-from glmtune.config import TrainSettings
+from glmtune.config.settings import TrainSettings
 from glmtune.data.token_rows import TokenRows
 from glmtune.models.chatglm.rows import row_rule
 from glmtune.models.loading import load_base_model

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from glmtune.config import ConvertSettings, TokenizeSettings
+from glmtune.config.settings import ConvertSettings, TokenizeSettings
 from glmtune.data.convert import convert
 from glmtune.data.dataset import load_dataset
 from glmtune.data.tokenizing import tokenize

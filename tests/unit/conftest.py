@@ -89,6 +89,18 @@ def todays_adapter(tiny_folder, tmp_path) -> Path:
     return tmp_path / "today"
 
 
+@pytest.fixture
+def offline(monkeypatch):
+    """No hub, no cache of one, and no base in the environment."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("glmtune.doctor.model.HF_HUB_OFFLINE", True)
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    monkeypatch.delenv("GLMTUNE_MODEL", raising=False)
+    for module in ("resolve", "loading"):
+        monkeypatch.setattr(f"glmtune.models.{module}.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("glmtune.models.resolve._hub_has", lambda _: False)
+
+
 @pytest.fixture(scope="session")
 def make_rows():
     """Make token rows of so many ids before [gMASK] and so many after <sop>, at random."""
@@ -112,6 +124,12 @@ def toy_rows(tmp_path_factory):
 def tiny_rows(tmp_path_factory, word_tokenizer):
     """A data set for the tiny golden model."""
     return save_rows(draw_uneven_rows(word_tokenizer), tmp_path_factory.mktemp("tiny") / "rows")
+
+
+@pytest.fixture
+def no_curve(monkeypatch):
+    """Drawing takes longer than training these few rows."""
+    monkeypatch.setattr("glmtune.runlog.RunLog.plot_loss", lambda *_: None)
 
 
 @pytest.fixture

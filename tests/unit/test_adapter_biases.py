@@ -18,7 +18,7 @@ from glmtune.adapters import (
     save_adapter,
     verify_saved,
 )
-from glmtune.config import MergeSettings
+from glmtune.config.settings import MergeSettings
 from glmtune.generation import Decoder, EncodedPrompt, GenerationSettings
 from glmtune.models.loading import load_base_model
 

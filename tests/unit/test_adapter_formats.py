@@ -96,6 +96,14 @@ def test_a_checkpoint_without_config_takes_that_of_its_run(fused_adapter, tmp_pa
     assert "run folder above" in adapter.notices[0]
 
 
+def test_a_folder_that_is_no_checkpoint_takes_no_config_from_above(fused_adapter, tmp_path):
+    folder = tmp_path / "run" / "best"
+    folder.mkdir(parents=True)
+    shutil.move(fused_adapter / BIN, folder)
+    shutil.move(fused_adapter / CONFIG, folder.parent)
+    assert "is read off the tensors" in read_adapter(folder).notices[0]
+
+
 def test_settings_of_a_newer_peft_are_named(todays_adapter):
     edit_config(todays_adapter, use_magic=True, magic_size=None)
     assert "does not know use_magic: ignored" in read_adapter(todays_adapter).notices[0]

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from glmtune.adapters import attach_lora, save_adapter
-from glmtune.config import CompareSettings
+from glmtune.config.settings import CompareSettings
 from glmtune.data.templates import alpaca
 from glmtune.demo.questions import held_out_questions
 from glmtune.evaluation.compare import compare

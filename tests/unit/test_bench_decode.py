@@ -10,7 +10,7 @@ from glmtune.bench import decode as room
 from glmtune.bench.decode import bench_decode
 from glmtune.bench.random_model import CONFIGS
 from glmtune.cli import main
-from glmtune.config import BenchDecodeSettings
+from glmtune.config.settings import BenchDecodeSettings
 from glmtune.errors import UserError
 from glmtune.generation.linears import GroupQuantised
 from glmtune.generation.weights import num_bytes, read_weights

@@ -7,7 +7,7 @@ import pytest
 from glmtune.bench import memory as room
 from glmtune.bench.memory import train_settings
 from glmtune.cli import main
-from glmtune.config import BenchMemorySettings
+from glmtune.config.settings import BenchMemorySettings
 from glmtune.errors import UserError
 
 SMALL = ["--shape", "small", "--use_cpu", "true", "--steps", "1", "--warmup", "0"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from glmtune.cli import main
-from glmtune.config import ChatSettings
+from glmtune.config.settings import ChatSettings
 from glmtune.data.files import write_json
 from glmtune.data.templates import alpaca
 from glmtune.evaluation import chat as room

@@ -5,14 +5,15 @@ import math
 import re
 import shutil
 
-import datasets
 import numpy as np
 import pytest
 import torch
+from toys import ToyTokenizer, draw_rows, save_rows
 
 from glmtune.adapters import attach_lora, load_adapter, save_adapter
 from glmtune.cli import main
-from glmtune.config import TrainSettings, write_recipe
+from glmtune.config.reading import write_recipe
+from glmtune.config.settings import TrainSettings
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError
 from glmtune.evaluation import answers, checkup
@@ -186,9 +187,8 @@ def test_check_on_records_of_the_users_own(checking, records_file, capsys):
 
 
 def test_check_on_rows_that_the_run_held_out(checking, tmp_path, capsys):
-    rows = [{"input_ids": [n, 1001, 1004, n, 1005], "seq_len": 3} for n in range(10, 30)]
-    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "rows")
-    recipe = TrainSettings(dataset_path=str(tmp_path / "rows"), output_dir="x", eval_ratio=0.25)
+    rows = save_rows(draw_rows([(1, 2)] * 20, ToyTokenizer), tmp_path / "rows")
+    recipe = TrainSettings(dataset_path=rows, output_dir="x", eval_ratio=0.25)
     write_recipe(recipe, str(tmp_path / "run" / "recipe.yaml"))
     main(checking)
     assert "5 rows that the run held out" in capsys.readouterr().out

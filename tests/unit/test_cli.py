@@ -9,7 +9,8 @@ import types
 import pytest
 
 from glmtune import __version__, cli
-from glmtune.config import (
+from glmtune.config.settings import (
+    SETTINGS,
     CompareSettings,
     ConvertSettings,
     InferSettings,
@@ -271,6 +272,11 @@ def test_overview_names_every_verb(arguments, capsys):
     assert cli.main(arguments) == 0
     text = capsys.readouterr().out
     assert all(f"\n  {verb} " in text for verb in cli.VERBS)
+
+
+def test_every_verb_has_settings_that_know_it():
+    assert list(cli.VERBS) == list(SETTINGS)
+    assert all(settings.verb == verb for verb, settings in SETTINGS.items())
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from glmtune.cli import main
-from glmtune.config import CompareSettings, InferSettings
+from glmtune.config.settings import CompareSettings, InferSettings
 from glmtune.errors import UserError
 from glmtune.evaluation.compare import compare
 from glmtune.evaluation.infer import infer

@@ -13,21 +13,18 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from glmtune.cli import main
-from glmtune.config import (
+from glmtune.config.flags import fields_by_group, split_arguments, verb_help
+from glmtune.config.foreign import FOREIGN
+from glmtune.config.names import did_you_mean
+from glmtune.config.reading import read_config, recipe_verbs, shared_setting, write_recipe
+from glmtune.config.settings import (
     SETTINGS,
     CompareSettings,
     ConvertSettings,
     InferSettings,
     TokenizeSettings,
     TrainSettings,
-    read_config,
-    recipe_verbs,
-    shared_setting,
-    write_recipe,
 )
-from glmtune.config.flags import fields_by_group, split_arguments, verb_help
-from glmtune.config.foreign import FOREIGN
-from glmtune.config.names import did_you_mean
 from glmtune.errors import UserError
 from glmtune.models.families import DEFAULT, check_targets
 
@@ -56,13 +53,13 @@ REQUIRED = {
 
 
 def train(recipe: str | None = None, **flags: str) -> TrainSettings:
-    return read_config(TrainSettings, "train", recipe, TRAIN | flags)
+    return read_config(TrainSettings, recipe, TRAIN | flags)
 
 
 def refusal(verb: str, recipe: str | None = None, **flags: str) -> str:
     """The error line of settings that must be refused."""
     with pytest.raises(UserError) as caught:
-        read_config(SETTINGS[verb], verb, recipe, REQUIRED[verb] | flags)
+        read_config(SETTINGS[verb], recipe, REQUIRED[verb] | flags)
     line = str(caught.value)
     assert "\n" not in line
     return line
@@ -87,7 +84,7 @@ def recipe(tmp_path, monkeypatch):
 def test_a_verb_may_take_several_files():
     recipe, flags = split_arguments("validate", ["a.json", "--held_out", "c", "b.yaml"])
     assert (recipe, flags) == (None, {"files": ["a.json", "b.yaml"], "held_out": "c"})
-    config = read_config(SETTINGS["validate"], "validate", None, flags)
+    config = read_config(SETTINGS["validate"], None, flags)
     assert (config.files, config.held_out) == (("a.json", "b.yaml"), "c")
     assert "usage: glmtune validate FILES ... [--name" in verb_help("validate", "")
 
@@ -105,10 +102,10 @@ def test_original_defaults():
     assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (6, 1)
     assert (config.learning_rate, config.save_steps, config.logging_steps) == (1e-4, 1000, 50)
     assert (config.fp16, config.bf16, config.gradient_checkpointing) == (False, None, "auto")
-    rows = read_config(TokenizeSettings, "tokenize", None, REQUIRED["tokenize"])
+    rows = read_config(TokenizeSettings, None, REQUIRED["tokenize"])
     assert (rows.max_seq_length, rows.skip_overlength) == (200, False)
-    assert read_config(InferSettings, "infer", None, REQUIRED["infer"]).max_new_tokens == 150
-    assert read_config(CompareSettings, "compare", None, REQUIRED["compare"]).limit == 20
+    assert read_config(InferSettings, None, REQUIRED["infer"]).max_new_tokens == 150
+    assert read_config(CompareSettings, None, REQUIRED["compare"]).limit == 20
 
 
 def test_flags_are_typed():
@@ -236,7 +233,7 @@ def test_settings_that_contradict(verb, flags, words):
 @pytest.mark.parametrize("verb", ["infer", "compare", "chat"])
 def test_a_temperature_of_nothing_is_taken_everywhere(verb, flags):
     paths = {} if verb == "chat" else {"data_path": "a.json", "model_path": "run"}
-    config = read_config(SETTINGS[verb], verb, None, {"temperature": "0", **paths, **flags})
+    config = read_config(SETTINGS[verb], None, {"temperature": "0", **paths, **flags})
     assert config.temperature == 0
 
 
@@ -247,7 +244,7 @@ def test_a_contradiction_names_every_place(recipe):
 
 def test_all_that_is_missing_in_one_line():
     with pytest.raises(UserError, match="missing: --data_path --save_path"):
-        read_config(ConvertSettings, "convert", None, {})
+        read_config(ConvertSettings, None, {})
 
 
 def test_none_undoes_a_recipe(recipe):
@@ -255,7 +252,7 @@ def test_none_undoes_a_recipe(recipe):
     assert train(path).save_total_limit == 2
     assert train(path, save_total_limit="none", chatglm_path="None").save_total_limit is None
     assert read_config(
-        CompareSettings, "compare", None, REQUIRED["compare"] | {"limit": "none"}
+        CompareSettings, None, REQUIRED["compare"] | {"limit": "none"}
     ).limit is None  # fmt: skip
     assert "should be a whole number" in refusal("train", lora_rank="none")
 
@@ -352,7 +349,7 @@ def test_old_names_are_read_as_todays(old, value, today, expected, capsys):
 
 
 def test_old_length_of_an_answer(capsys):
-    config = read_config(InferSettings, "infer", None, {"data_path": "a", "max_length": "99"})
+    config = read_config(InferSettings, None, {"data_path": "a", "max_length": "99"})
     assert config.max_new_tokens == 99
     assert "note: max_length is max_new_tokens here" in capsys.readouterr().err
 
@@ -383,11 +380,11 @@ def test_sections_and_what_they_share(recipe):
         "tokenize:\n  jsonl_path: rows\n  save_path: tokens\n"
         "train:\n  dataset_path: tokens\n  output_dir: out\n  seed: 2\ninfer:\n"
     )
-    rows = read_config(TokenizeSettings, "tokenize", path, {})
+    rows = read_config(TokenizeSettings, path, {})
     assert (rows.chatglm_path, rows.max_seq_length, rows.save_path) == ("base", 100, "tokens")
-    config = read_config(TrainSettings, "train", path, {})
+    config = read_config(TrainSettings, path, {})
     assert (config.chatglm_path, config.seed) == ("base", 2)
-    assert read_config(InferSettings, "infer", path, {"data_path": "a"}).seed == 1
+    assert read_config(InferSettings, path, {"data_path": "a"}).seed == 1
 
 
 def test_scalars_are_taken_as_written(recipe):
@@ -476,10 +473,10 @@ def test_unreadable_recipe(tmp_path):
 
 @pytest.mark.parametrize("verb", SETTINGS)
 def test_a_written_recipe_reads_back(verb, tmp_path):
-    config = read_config(SETTINGS[verb], verb, None, REQUIRED[verb])
+    config = read_config(SETTINGS[verb], None, REQUIRED[verb])
     path = tmp_path / "recipe.yaml"
     write_recipe(config, str(path))
-    assert read_config(SETTINGS[verb], verb, str(path), {}) == config
+    assert read_config(SETTINGS[verb], str(path), {}) == config
     assert path.read_text(encoding="utf-8").startswith("# As run by glmtune")
     assert f"glmtune {verb} recipe.yaml" in path.read_text(encoding="utf-8")
     assert set(yaml.safe_load(path.read_text(encoding="utf-8"))) == set(SETTINGS[verb].model_fields)
@@ -509,7 +506,7 @@ def test_any_value_survives_the_recipe(path, rate, targets, resume, tmp_path_fac
         resume_from_checkpoint=resume,
     )
     write_recipe(config, str(file))
-    assert read_config(TrainSettings, "train", str(file), {}) == config
+    assert read_config(TrainSettings, str(file), {}) == config
 
 
 def test_published_recipes(root):
@@ -525,7 +522,7 @@ def test_published_recipes(root):
             assert f"glmtune {verb} recipes/{path.name}".split() in [
                 line.lstrip("# ").split() for line in head.splitlines()
             ]
-            configs[verb] = read_config(SETTINGS[verb], verb, str(path), {})
+            configs[verb] = read_config(SETTINGS[verb], str(path), {})
         assert configs["convert"].save_path == configs["tokenize"].jsonl_path
         assert configs["tokenize"].save_path == configs["train"].dataset_path
         assert configs["train"].output_dir == configs["infer"].model_path
@@ -640,12 +637,12 @@ def test_help_of_plan_tells_what_no_path_means():
 )
 def test_stop_strings_of_a_flag(text, expected):
     flags = {"data_path": "a.json", "stop_strings": text}
-    assert read_config(InferSettings, "infer", None, flags).stop_strings == expected
+    assert read_config(InferSettings, None, flags).stop_strings == expected
 
 
 def test_stop_strings_of_a_recipe_may_hold_commas(recipe):
     path = recipe('stop_strings: ["a, b", "c\\n"]')
-    config = read_config(InferSettings, "infer", path, {"data_path": "a.json"})
+    config = read_config(InferSettings, path, {"data_path": "a.json"})
     assert config.stop_strings == ("a, b", "c\n")
 
 

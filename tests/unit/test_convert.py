@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from glmtune.config import ConvertSettings
+from glmtune.config.settings import ConvertSettings
 from glmtune.data import files
 from glmtune.data.convert import convert
 from glmtune.errors import UserError

@@ -4,71 +4,53 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
-import datasets
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from toys import (
+    EXACT,
+    PACKED,
+    ToyTokenizer,
+    adapter_weights,
+    draw_rows,
+    in_two_processes,
+    losses,
+    save_rows,
+    short_run,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from glmtune.config import ReplaySettings, TrainSettings
+from glmtune.config.settings import ReplaySettings
 from glmtune.errors import UserError
+from glmtune.models.chatglm.configuration import ChatGLMConfig
+from glmtune.models.chatglm.rows import row_rule
 from glmtune.training import loop, passes
 from glmtune.training.faults.crash import read_bundle
 from glmtune.training.faults.replay import replay
 
-TOKENIZER = SimpleNamespace(
-    vocab_size=1024, vocab_hash="0" * 64, revision="v1.1", pad_token_id=3, mask_token_id=1000,
-    gmask_token_id=1001, bos_token_id=1004, eos_token_id=1005,
-)  # fmt: skip
 BROKEN = "transformer.layers.2.mlp.dense_h_to_4h"
 
 
-@pytest.fixture(autouse=True)
-def tiny_tokenizer(monkeypatch):
-    monkeypatch.setattr(loop, "load_tokenizer", lambda base: TOKENIZER)
-
-
 @pytest.fixture(scope="module")
-def dataset_path(tmp_path_factory):
+def numbered_rows(tmp_path_factory):
     """Twenty rows, row n with the answer n."""
-    random = np.random.default_rng(0)
-    rows = []
-    for number in range(1, 21):
-        prompt = random.integers(100, 990, random.integers(2, 12)).tolist()
-        rows.append({"input_ids": [*prompt, 1001, 1004, number, 1005], "seq_len": len(prompt) + 2})
-    folder = tmp_path_factory.mktemp("data") / "rows"
-    datasets.Dataset.from_list(rows).save_to_disk(folder)
-    return str(folder)
-
-
-def settings(dataset_path, base, output_dir, **changes):
-    defaults = {
-        "per_device_train_batch_size": 3,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 6,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "report_to": "none",
-        "use_cpu": True,
-    }
-    return TrainSettings(
-        dataset_path=dataset_path,
-        chatglm_path=str(base),
-        output_dir=str(output_dir),
-        **defaults | changes,
-    )
+    lengths = np.random.default_rng(0).integers(2, 12, 20)
+    rows = draw_rows([(length, 2) for length in lengths], ToyTokenizer)
+    for number, row in enumerate(rows, 1):
+        row["input_ids"][-2] = number
+    return save_rows(rows, tmp_path_factory.mktemp("data") / "rows")
 
 
 @pytest.fixture
-def config(dataset_path, tiny_folder, tmp_path):
-    def make(base=tiny_folder, dataset_path=dataset_path, **changes):
-        return settings(dataset_path, base, tmp_path / "run", **changes)
+def crash_run(tiny_run, numbered_rows):
+    """Make settings of a short run, on the tiny model unless another base is given."""
+
+    def make(base=None, **settings):
+        bases = {} if base is None else {"chatglm_path": str(base)}
+        return tiny_run(**{"dataset_path": numbered_rows} | bases | settings)
 
     return make
 
@@ -100,13 +82,10 @@ def fail_at(step, monkeypatch, factor=math.nan, rank=0):
     monkeypatch.setattr(passes.PaddedPass, "run", run)
 
 
-LAYOUTS = [{}, {"layout": "packed", "tokens_per_step": 64}, {"layout": "exact"}]
-
-
-@pytest.mark.parametrize("layout", LAYOUTS, ids=["padded", "packed", "exact"])
-def test_a_broken_base_is_found_and_found_again(config, broken_base, tmp_path, layout, capsys):
+@pytest.mark.parametrize("layout", [{}, PACKED, EXACT], ids=["padded", "packed", "exact"])
+def test_a_broken_base_is_found_and_found_again(crash_run, broken_base, tmp_path, layout, capsys):
     with pytest.raises(UserError) as error:
-        loop.train(config(broken_base, **layout))
+        loop.train(crash_run(broken_base, **layout))
     told = str(error.value)
     assert told.startswith("step 1: the loss is nan, first the output of " + BROKEN)
     assert "its weight is not finite" in told
@@ -117,7 +96,7 @@ def test_a_broken_base_is_found_and_found_again(config, broken_base, tmp_path, l
     assert "reproduced\n  device, number format and versions are those" in capsys.readouterr().out
 
 
-def test_what_lies_between_two_modules_is_named_by_both(config, monkeypatch):
+def test_what_lies_between_two_modules_is_named_by_both(crash_run, monkeypatch):
     """The attention itself, here of the second layer, is no module of its own."""
     attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
@@ -128,12 +107,12 @@ def test_what_lies_between_two_modules_is_named_by_both(config, monkeypatch):
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", overflows)
     place = r"transformer\.layers\.1\.attention \(in what it computes before dense\)"
     with pytest.raises(UserError, match="the loss is nan, first the output of " + place):
-        loop.train(config())
+        loop.train(crash_run())
 
 
-def test_a_mended_base_does_not_reproduce_it(config, broken_base, tiny_folder, tmp_path, capsys):
+def test_a_mended_base_does_not_reproduce_it(crash_run, broken_base, tiny_folder, tmp_path, capsys):
     with pytest.raises(UserError):
-        loop.train(config(broken_base))
+        loop.train(crash_run(broken_base))
     bundle = tmp_path / "run" / "crash-1"
     told = json.loads((bundle / "crash.json").read_text())
     told["surroundings"] |= {"device": "NVIDIA T4", "torch": "2.0"}
@@ -145,19 +124,19 @@ def test_a_mended_base_does_not_reproduce_it(config, broken_base, tiny_folder, t
     assert f"torch then 2.0, now {torch.__version__}" in out
 
 
-def test_a_bundle_holds_what_was_before_the_step(config, tmp_path, monkeypatch):
+def test_a_bundle_holds_what_was_before_the_step(crash_run, tmp_path, monkeypatch):
     """The third step fails: adapter, moments and random state are those after the second."""
-    loop.train(config(max_steps=2, save_steps=2, lr_scheduler_type="constant"))
+    loop.train(crash_run(max_steps=2, save_steps=2, lr_scheduler_type="constant"))
     good = tmp_path / "run" / "checkpoint-2"
     fail_at(3, monkeypatch)
     with pytest.raises(UserError, match=r"step 3: the loss is nan, which it is not when computed"):
-        loop.train(config(lr_scheduler_type="constant", resume_from_checkpoint="true"))
+        loop.train(crash_run(lr_scheduler_type="constant", resume_from_checkpoint="true"))
     crash = tmp_path / "run" / "crash-3"
     assert {path.name for path in crash.iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "crash.json", "optimizer.pt",
         "recipe.yaml", "step.safetensors",
     }  # fmt: skip
-    before, kept = (load_file(f / "adapter_model.safetensors") for f in (good, crash))
+    before, kept = map(adapter_weights, (good, crash))
     assert all(torch.equal(kept[name], before[name]) for name in before)
     moments = [torch.load(f / "optimizer.pt", weights_only=True)["state"] for f in (good, crash)]
     for then, now in zip(*(states.values() for states in moments), strict=True):
@@ -168,20 +147,22 @@ def test_a_bundle_holds_what_was_before_the_step(config, tmp_path, monkeypatch):
     assert sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-2"]
 
 
-def test_replay_computes_the_losses_of_the_run(config, tmp_path, monkeypatch, capsys):
+def test_replay_computes_the_losses_of_the_run(crash_run, tmp_path, monkeypatch, capsys):
     """Dropout included: the bundle's third step has the loss that the run would have had."""
-    history = loop.train(config()).log_history
+    wanted = losses(loop.train(crash_run()))
     fail_at(3, monkeypatch)
     with pytest.raises(UserError):
-        loop.train(config(overwrite_output_dir=True))
+        loop.train(crash_run(overwrite_output_dir=True))
     monkeypatch.undo()
     bundle = tmp_path / "run" / "crash-3"
     assert replay(ReplaySettings(bundle=str(bundle), use_cpu=True))
-    assert f"now   loss {history[2]['loss']:.6g}" in capsys.readouterr().out
+    assert f"now   loss {wanted[2]:.6g}" in capsys.readouterr().out
 
 
-def test_rows_are_named_by_their_place_in_the_source(config, dataset_path, tmp_path, broken_base):
-    rows = shutil.copytree(dataset_path, tmp_path / "rows")
+def test_rows_are_named_by_their_place_in_the_source(
+    crash_run, numbered_rows, tmp_path, tiny_folder, broken_base
+):
+    rows = shutil.copytree(numbered_rows, tmp_path / "rows")
     card = {
         "num_kept": 20, "num_read": 21, "num_tokens": 220, "num_target_tokens": 40,
         "lengths": {"min": 6, "median": 10, "p95": 15, "max": 15}, "special_ids": {},
@@ -190,38 +171,39 @@ def test_rows_are_named_by_their_place_in_the_source(config, dataset_path, tmp_p
     (rows / "glmtune_data.json").write_text(json.dumps(card))
     settings = {"dataset_path": str(rows), "train_sampling_strategy": "sequential"}
     with pytest.raises(UserError):
-        loop.train(config(broken_base, **settings))
+        loop.train(crash_run(broken_base, **settings))
     told = json.loads((tmp_path / "run" / "crash-1" / "crash.json").read_text())["rows"]
     assert [place["row"] for place in told] == [1, 2, 3, 4, 5, 6]
     assert [place["pass"] for place in told] == [1, 1, 1, 2, 2, 2]
     assert told[0]["source"] == "a.jsonl:1 (row 1)"
     assert told[1]["source"] == "a.jsonl:3 (row 3)"
     bundle = read_bundle(tmp_path / "run" / "crash-1")
-    answers = [bundle.rows[row][-2] for row in range(6)]
+    step_rows = bundle.rows_by(row_rule(ChatGLMConfig.from_pretrained(tiny_folder)))
+    answers = [step_rows[row][-2] for row in range(6)]
     assert answers == [1, 2, 3, 4, 5, 6]
     assert [p.row_ids.tolist() for p in bundle.passes] == [[0, 1, 2], [3, 4, 5]]
 
 
-def test_a_fault_of_the_packed_pass_alone_is_told_as_such(config, tmp_path, monkeypatch):
+def test_a_fault_of_the_packed_pass_alone_is_told_as_such(crash_run, tmp_path, monkeypatch):
     run_pass = passes.PackedPass.run
     monkeypatch.setattr(passes.PackedPass, "run", lambda *args: run_pass(*args) * math.inf)
     with pytest.raises(UserError, match=r"is inf, which it is not the plain way: .*\(packed\)"):
-        loop.train(config(**LAYOUTS[1]))
+        loop.train(crash_run(**PACKED))
 
 
-def test_overwriting_a_run_takes_its_bundles(config, tmp_path, broken_base):
+def test_overwriting_a_run_takes_its_bundles(crash_run, tmp_path, broken_base):
     with pytest.raises(UserError):
-        loop.train(config(broken_base))
-    loop.train(config(max_steps=1, overwrite_output_dir=True))
+        loop.train(crash_run(broken_base))
+    loop.train(crash_run(max_steps=1, overwrite_output_dir=True))
     assert not (tmp_path / "run" / "crash-1").exists()
 
 
 @pytest.mark.parametrize("name", ["crash.json", "step.safetensors"])
-def test_a_damaged_bundle_is_refused(config, tmp_path, broken_base, name):
+def test_a_damaged_bundle_is_refused(crash_run, tmp_path, broken_base, name):
     with pytest.raises(UserError, match=r"has no crash\.json"):
         read_bundle(tmp_path)
     with pytest.raises(UserError):
-        loop.train(config(broken_base))
+        loop.train(crash_run(broken_base))
     file = tmp_path / "run" / "crash-1" / name
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(UserError, match="is damaged"):
@@ -229,7 +211,7 @@ def test_a_damaged_bundle_is_refused(config, tmp_path, broken_base, name):
 
 
 @pytest.mark.parametrize("file", ["step.safetensors", "optimizer.pt"])
-def test_a_full_disk_leaves_no_half_bundle(config, tmp_path, broken_base, monkeypatch, file):
+def test_a_full_disk_leaves_no_half_bundle(crash_run, tmp_path, broken_base, monkeypatch, file):
     write_bytes = Path.write_bytes
 
     def full(path, content):
@@ -239,20 +221,13 @@ def test_a_full_disk_leaves_no_half_bundle(config, tmp_path, broken_base, monkey
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(UserError, match="crash-1: cannot be written"):
-        loop.train(config(broken_base))
+        loop.train(crash_run(broken_base))
     assert [p.name for p in (tmp_path / "run").iterdir() if "crash" in p.name] == []
 
 
-def test_two_processes_stop_at_the_same_step(dataset_path, tiny_folder, tmp_path):
+def test_two_processes_stop_at_the_same_step(numbered_rows, tiny_folder, tmp_path):
     """The fault is in the second one; both stop, and the first leaves the bundle."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run(
-        [*launch, __file__, str(tmp_path / "run"), dataset_path, str(tiny_folder)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=True,
-        capture_output=True,
-        timeout=300,
-    )
+    in_two_processes(__file__, tmp_path / "run", numbered_rows, tiny_folder)
     said = [(tmp_path / f"run.{rank}").read_text() for rank in (0, 1)]
     assert all(text.startswith("step 2: the loss is nan") for text in said)
     bundle = read_bundle(tmp_path / "run" / "crash-2")
@@ -262,11 +237,12 @@ def test_two_processes_stop_at_the_same_step(dataset_path, tiny_folder, tmp_path
 
 def stop_in_one_of_two(folder, dataset_path, base):
     """What each of two launched processes does."""
-    loop.load_tokenizer = lambda base: TOKENIZER
+    loop.load_tokenizer = lambda base: ToyTokenizer()
+    settings = {"gradient_accumulation_steps": 1, "max_steps": 6}
     with pytest.MonkeyPatch.context() as patch:
         fail_at(2, patch, rank=1)
         with pytest.raises(UserError) as error:
-            loop.train(settings(dataset_path, base, folder, gradient_accumulation_steps=1))
+            loop.train(short_run(dataset_path, folder, chatglm_path=base, **settings))
     Path(f"{folder}.{os.environ['RANK']}").write_text(str(error.value))
 
 

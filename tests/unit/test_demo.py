@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from glmtune import cli
-from glmtune.config import DemoSettings
+from glmtune.config.settings import DemoSettings
 from glmtune.demo.page import loss_panel, score_panel
 from glmtune.demo.questions import held_out_questions
 from glmtune.demo.recipe import RECIPE

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from glmtune.cli import main
-from glmtune.config import TokenizeSettings, ValidateSettings
+from glmtune.config.settings import TokenizeSettings, ValidateSettings
 from glmtune.data.templates import rounds
 from glmtune.data.validation import validate
 from glmtune.errors import UserError

@@ -2,14 +2,14 @@
 
 import json
 
-import datasets
 import numpy as np
 import pytest
 import torch
+from toys import draw_rows, save_rows
 
 from glmtune.bench.rows import random_rows
 from glmtune.cli import main
-from glmtune.config import TrainSettings
+from glmtune.config.settings import TrainSettings
 from glmtune.errors import UserError
 from glmtune.hardware import CARDS, Card
 from glmtune.models.chatglm.configuration import ChatGLMConfig
@@ -285,10 +285,9 @@ class TestPlanVerb:
         assert words in capsys.readouterr().out
 
     def test_a_card_by_name_and_the_lengths_of_the_rows(self, tmp_path):
-        short = [{"input_ids": [5] * 20, "seq_len": 9}] * 12
-        datasets.Dataset.from_list(short).save_to_disk(tmp_path / "rows")
+        rows = save_rows(draw_rows([(7, 11)] * 12, CHATGLM_6B), tmp_path / "rows")
         flags = ["--card", "3090", *self.HUB, "--layout", "exact"]
-        record = self.plan(tmp_path, *flags, "--dataset_path", str(tmp_path / "rows"))
+        record = self.plan(tmp_path, *flags, "--dataset_path", rows)
         assert record["tokens_per_pass"] == 128  # six rows of 20 tokens, in whole 64s
         assert record["card"] == "RTX 3090"
         assert self.plan(tmp_path, *flags)["tokens_per_pass"] == 1216

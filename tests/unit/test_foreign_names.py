@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
-from glmtune.config import SETTINGS, read_config, recipe_verbs
 from glmtune.config.flags import split_arguments, verb_help
 from glmtune.config.foreign import FOREIGN, TABLE
 from glmtune.config.foreign.fates import OWN_RANK, Becomes, Fate, Idle
 from glmtune.config.foreign.page import names_page
 from glmtune.config.names import check_name
+from glmtune.config.reading import read_config
+from glmtune.config.settings import SETTINGS
 from glmtune.errors import UserError
 
 from .test_config import REQUIRED
@@ -29,7 +30,7 @@ CONVERTED = {
         ("[query_key_value,dense]", ("query_key_value", "dense")),
         ("['query_key_value', \"dense\"]", ("query_key_value", "dense")),
         ('["dense"]', ("dense",)),
-        ("all-linear", ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")),
+        ("all-linear", ("all",)),
     ],
 }
 
@@ -62,7 +63,7 @@ def read(verb: str, **flags: str):
         for fate in fates(verb, name) if name in FOREIGN else ():
             given |= dict.fromkeys(getattr(fate, "settings", ()))
     required = {name: text for name, text in REQUIRED[verb].items() if name not in given}
-    return read_config(SETTINGS[verb], verb, None, required | flags)
+    return read_config(SETTINGS[verb], None, required | flags)
 
 
 def complaint(call: Callable, *arguments) -> str:
@@ -83,11 +84,11 @@ def follow(verb: str, line: str) -> None:
         recipe, flags = split_arguments(told, words[len(told.split()) :])
         assert recipe in (None, "RECIPE.yaml")
         assert set(flags) <= set(SETTINGS[told].model_fields), command
-        read_config(SETTINGS[told], told, None, REQUIRED[told] | flags)
+        read_config(SETTINGS[told], None, REQUIRED[told] | flags)
     line = re.sub(r"`[^`]*`", "", line.partition(": ")[2])
     for name, value in re.findall(r"--(\w+) ([^\s,;]+)", line):
         assert name in SETTINGS[verb].model_fields, f"{verb}: {line}"
-        read_config(SETTINGS[verb], verb, None, REQUIRED[verb] | {name: value})
+        read_config(SETTINGS[verb], None, REQUIRED[verb] | {name: value})
 
 
 def test_the_table_has_each_name_once_with_its_source():
@@ -183,11 +184,11 @@ def test_a_recipe_is_answered_as_flags_are(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for text in ("false", "0.5", "null", "[a, b]", "{a: 1}", ""):
         (tmp_path / "r.yaml").write_text(f"{name}: {text}\n")
-        told = complaint(read_config, SETTINGS["train"], "train", "r.yaml", REQUIRED["train"])
+        told = complaint(read_config, SETTINGS["train"], "r.yaml", REQUIRED["train"])
         assert told == "" or told.startswith(f"r.yaml:1: {name} ")
         assert "did you mean" not in told
         if text in ("null", ""):
-            config = read_config(SETTINGS["train"], "train", "r.yaml", REQUIRED["train"])
+            config = read_config(SETTINGS["train"], "r.yaml", REQUIRED["train"])
             assert config == read("train")
 
 
@@ -284,111 +285,11 @@ def test_what_becomes_of_names(verb, flags, today):
 
 
 # Names that other projects have and the table has not: none of them is a slip of one of ours.
-STRANGE = {
-    "LLaMA-Factory": """
-        media_dir mix_strategy eval_on_each_dataset enable_thinking
-        data_shared_file_system freeze_trainable_modules loraplus_lr_embedding
-        pissa_convert oft_rank oft_target pref_ftx pref_loss kto_chosen_weight
-        simpo_gamma ppo_epochs ppo_target ref_model ref_model_quantization_bit
-        reward_model_quantization_bit ld_alpha galore_rank galore_scale galore_layerwise
-        apollo_rank apollo_scale apollo_proj_type apollo_layerwise badam_mode
-        badam_switch_mode badam_update_ratio badam_verbose swanlab_workspace
-        swanlab_mode swanlab_logdir swanlab_lark_secret use_megatron_bridge
-        use_hyper_parallel hyper_parallel_cp_size use_asft_loss use_eaft_loss
-        freeze_vision_tower freeze_language_model adapter_folder
-        new_special_tokens_config mixture_of_depths upcast_lmhead_output use_v1_kernels
-        om_hub_token quantization_device_map image_min_pixels crop_to_patches
-        video_min_pixels video_maxlen audio_sampling_rate export_device
-        export_quantization_nsamples export_hub_model_id vllm_gpu_util
-        vllm_max_lora_rank sglang_maxlen sglang_tp_size sglang_lora_backend
-        kt_cpu_activation kt_non_expert_weight_path kt_use_lora_experts
-        kt_lora_expert_intermediate_size ray_num_workers enable_torch_profiler
-        profiler_wait_steps profiler_active_steps
-    """,
-    "ChatGLM-Efficient-Tuning": """
-        load_from dataset_sha1 num_layer_trainable name_module_trainable
-    """,
-    "MedicalGPT": """
-        hf_hub_model_id single_tune
-    """,
-    "ptuning": """
-        forced_bos_token
-    """,
-    "qlora": """
-        mmlu_split mmlu_dataset do_mmlu_eval max_mmlu_samples mmlu_source_max_len
-        max_memory_MB num_beam_groups diversity_penalty tokenizer
-    """,
-    "ChatGLM-Finetuning": """
-        freeze_module_name
-    """,
-    "axolotl": """
-        cls_model_config tokenizer_use_mistral_common processor_kwargs
-        experimental_skip_move_to_device model_quantization_config use_onebitllms
-        eos_token unk_token loftq_bits lora_rank_pattern peft_layers_to_transform peft
-        peft_init_lora_weights peft_ensure_weight_tying qlora_sharded_model_loading gptq
-        merge_lora relora_prune_ratio relora_cpu_offload modules save_sliding_window
-        offload embedding_lr_scale lr_quadratic_warmup cosine_constant_lr_ratio
-        lr_groups dion_momentum dion_rank_multiple_of qgalore_update_proj_gap
-        qgalore_proj_type qgalore_proj_bits qgalore_cos_threshold qgalore_queue_size
-        jagged_restart_warmup_steps feature_layers use_whitening diversity_coef
-        adaptive_max_tokens stride generate_max_len rl_coef min_completion_prefix
-        mean_resizing_embeddings embeddings_skip_upcast trainer_cls vllm qat
-        dynamic_checkpoint center_rewards_coefficient dpo_use_weighting
-        dpo_use_liger_kernel dpo_loss_type shuffle_merged_datasets dataset_shard_num
-        skip_prepare_dataset pretraining_dataset dataset_keep_in_memory ddp
-        eval_causal_lm_metrics bench_dataset loss_watchdog_threshold gc_steps
-        selective_checkpointing layer_offloading unfrozen_parameters min_sample_len
-        sample_packing_group_size sample_packing_sequentially curriculum_sampling
-        batch_flattening pose_split_on_token_ids pose_num_chunks pretrain_multipack_attn
-        streaming_multipack_buffer_size flex_attn_compile_kwargs flash_attn_fuse_mlp
-        sage_attention large_head_attention sdpa_varlen experts_implementation
-        scaling_softmax scaling_softmax_bias chunked_cross_entropy use_eaft tiled_mlp
-        tiled_mlp_use_original_mlp deepcompile fp32_norms fsdp_final_state_dict_type
-        dp_replicate_size
-    """,
-    "PEFT": """
-        ephemeral_gpu_offload scale loftq_iter use_gks gks_adapter_names
-        target_modules_bd_a nblocks rho use_label_mask whiten beta cache_file
-        corda_method use_float16_for_covariance exclude_modules megatron_config
-        trainable_token_indices corda_config velora_config use_qalora monteclora_config
-        runtime_config use_bdlora kasa_config direction
-    """,
-    "ms-swift": """
-        tuner_backend custom_register_path enable_npu_model_patch load_data_args
-        packing_num_proc lazy_tokenize ignore_args_error cached_dataset
-        load_from_cache_file interleave_prob shuffle_buffer_size columns model_author
-        logprobs structured_outputs_regex new_special_tokens max_model_len init_strategy
-        bnb_4bit_quant_storage agent_template use_chat_template padding_free
-        sequence_parallel_size template_backend add_non_thinking_prefix swanlab_token
-        swanlab_notification_method swanlab_secret swanlab_receiver_email
-        swanlab_smtp_port add_version zero_hpz_partition_size freeze_parameters
-        freeze_parameters_ratio trainable_parameters_regex freeze_vit target_regex
-        lorap_lr_ratio lora_ga_iters lora_ga_direction lora_ga_stable_gamma
-        fourier_n_frequency boft_block_size boft_n_butterfly_factor vera_rank
-        vera_dropout adapter_act adalora_target_r adalora_tinit adalora_deltaT
-        adalora_beta2 llamapro_num_new_blocks reft_layer_key reft_rank reft_args
-        lmdeploy_session_len lmdeploy_quant_policy sglang_pp_size sglang_ep_size
-        sglang_mem_fraction_static
-    """,
-}
-
-
-@pytest.mark.parametrize("project", STRANGE)
-def test_a_name_that_is_not_ours_gets_no_wrong_guess(project):
-    assert sum(len(names.split()) for names in STRANGE.values()) >= 200
-    for name in STRANGE[project].split():
-        assert name not in FOREIGN
-        for verb in SETTINGS:
-            told = complaint(check_name, verb, name, f"--{name}")
-            help_line = f"`glmtune {verb} --help` lists its settings"
-            assert told == f"--{name} is not a setting of {verb}; {help_line}"
-
-
 def test_off_undoes_a_recipe_and_never_another_name(tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("quantization_bit: 4\n")
     given = REQUIRED["train"] | {"load_in_4bit": "false"}
-    assert read_config(SETTINGS["train"], "train", str(recipe), given).quantization_bit is None
+    assert read_config(SETTINGS["train"], str(recipe), given).quantization_bit is None
     with pytest.raises(UserError, match="--load_in_8bit and --load_in_4bit are one setting"):
         read("train", load_in_8bit="true", load_in_4bit="true")
     with pytest.raises(UserError, match="are one setting"):
@@ -419,115 +320,6 @@ def test_help_lists_the_names_that_are_read():
     assert "load_in_4bit" in verb_help("train", "")
     assert "peft_path" in verb_help("chat", "")
     assert "optim," not in verb_help("train", "")
-
-
-def test_what_a_recipe_shares_is_for_the_verbs_that_call_it_so(tmp_path):
-    recipe = tmp_path / "r.yaml"
-    recipe.write_text(
-        "output_dir: out\nmodel_path: out\nbase_model: m\noptim: adamw_torch\n"
-        "tokenize:\n  cutoff_len: 100\ntrain:\n  lora_r: 4\n"
-    )
-    rows = read_config(SETTINGS["tokenize"], "tokenize", str(recipe), REQUIRED["tokenize"])
-    assert (rows.save_path, rows.chatglm_path, rows.max_seq_length) == ("tokens", "m", 100)
-    train = read_config(SETTINGS["train"], "train", str(recipe), REQUIRED["train"])
-    assert (train.chatglm_path, train.lora_rank) == ("m", 4)
-    assert read_config(SETTINGS["chat"], "chat", str(recipe), {}).adapter == "out"
-    assert recipe_verbs(str(recipe)) == ["tokenize", "train"]
-    recipe.write_text("tokenize:\n  optim: sgd\ntrain:\n")
-    with pytest.raises(UserError, match=r"r\.yaml:2: optim concerns train, plan, not tokenize"):
-        read_config(SETTINGS["train"], "train", str(recipe), REQUIRED["train"])
-
-
-LLAMA_FACTORY = """\
-### model
-model_name_or_path: THUDM/chatglm-6b
-trust_remote_code: true
-### method
-stage: sft
-do_train: true
-finetuning_type: lora
-lora_rank: 8
-lora_target: all
-### dataset
-overwrite_cache: true
-preprocessing_num_workers: 16
-dataloader_num_workers: 4
-### output
-output_dir: saves/chatglm
-logging_steps: 10
-save_steps: 500
-plot_loss: true
-overwrite_output_dir: true
-save_only_model: false
-report_to: none
-### train
-per_device_train_batch_size: 1
-gradient_accumulation_steps: 8
-learning_rate: 1.0e-4
-num_train_epochs: 3.0
-lr_scheduler_type: cosine
-warmup_ratio: 0.1
-bf16: true
-ddp_timeout: 180000000
-resume_from_checkpoint: null
-### eval
-val_size: 0.1
-per_device_eval_batch_size: 1
-eval_strategy: steps
-eval_steps: 500
-"""
-AXOLOTL = """\
-base_model: THUDM/chatglm-6b
-load_in_8bit: false
-load_in_4bit: true
-strict: false
-val_set_size: 0.02
-output_dir: ./out
-adapter: qlora
-lora_model_dir:
-sample_packing: true
-pad_to_sequence_len: true
-lora_r: 32
-lora_alpha: 16
-lora_dropout: 0.05
-lora_target_linear: true
-wandb_project:
-wandb_entity:
-gradient_accumulation_steps: 4
-micro_batch_size: 2
-num_epochs: 4
-optimizer: adamw_bnb_8bit
-lr_scheduler: cosine
-learning_rate: 0.0002
-bf16: auto
-tf32: false
-gradient_checkpointing: true
-gradient_checkpointing_kwargs:
-  use_reentrant: false
-resume_from_checkpoint:
-flash_attention: true
-weight_decay: 0.0
-special_tokens:
-"""
-
-
-def test_whole_recipes_of_others(tmp_path):
-    """Their own forms, but for the rows, which a verb of ours makes."""
-    recipe = tmp_path / "theirs.yaml"
-    recipe.write_text(LLAMA_FACTORY)
-    config = read_config(SETTINGS["train"], "train", str(recipe), {"dataset_path": "rows"})
-    assert (config.chatglm_path, config.eval_ratio) == ("THUDM/chatglm-6b", 0.1)
-    assert (config.warmup_steps, len(config.lora_target), config.bf16) == (0.1, 4, True)
-    recipe.write_text(LLAMA_FACTORY + "dataset: identity\n")
-    with pytest.raises(UserError, match=r"theirs.yaml:37: dataset 'identity': training reads rows"):
-        read_config(SETTINGS["train"], "train", str(recipe), {})
-    recipe.write_text(AXOLOTL)
-    config = read_config(SETTINGS["train"], "train", str(recipe), {"dataset_path": "rows"})
-    assert (config.quantization_bit, config.lora_rank, config.layout) == ("4", 32, "packed")
-    assert (config.num_train_epochs, config.per_device_train_batch_size) == (4, 2)
-    recipe.write_text(AXOLOTL + "datasets:\n  - path: a\n    type: alpaca\n")
-    with pytest.raises(UserError, match=r"datasets '{...}': training reads rows"):
-        read_config(SETTINGS["train"], "train", str(recipe), {})
 
 
 def test_the_page_is_in_step(root):

@@ -24,8 +24,9 @@ from torch.optim import AdamW
 from transformers import get_scheduler
 
 from glmtune.adapters import attach_lora, load_adapter, save_adapter
-from glmtune.config import SETTINGS, read_config
 from glmtune.config.flags import split_arguments
+from glmtune.config.reading import read_config
+from glmtune.config.settings import SETTINGS
 from glmtune.errors import UserError
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.random_init import write_random_model
@@ -198,7 +199,7 @@ def recipe(root, tmp_path_factory):
         path.write_bytes(data.draw(damaged(start) | st.binary(max_size=60)))
         verb = data.draw(st.sampled_from(sorted(SETTINGS)))
         given, flags = split_arguments(verb, data.draw(st.just([]) | st.lists(words, max_size=3)))
-        read_config(SETTINGS[verb], verb, str(path) if given is None else given, flags)
+        read_config(SETTINGS[verb], str(path) if given is None else given, flags)
 
     return read
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 
 import pytest
 
-from glmtune.config import ValidateSettings
+from glmtune.config.settings import ValidateSettings
 from glmtune.data import jsonfile, windows
 from glmtune.data.flaws import Flaw
 from glmtune.data.records import read_alpaca, read_rows

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from glmtune.config import InferSettings
+from glmtune.config.settings import InferSettings
 from glmtune.errors import UserError
 from glmtune.generation import (
     Answer,

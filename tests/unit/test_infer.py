@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from glmtune.cli import main
-from glmtune.config import InferSettings
+from glmtune.config.settings import InferSettings
 from glmtune.errors import UserError
 from glmtune.evaluation.infer import infer
 from glmtune.generation import answers

@@ -50,15 +50,13 @@ def test_lines_without_flaw_are_read_at_once(read, no_reference, text):
 
 
 @pytest.mark.parametrize("indent", [None, 1])
-def test_a_list_is_read_at_once_but_for_its_end(read, monkeypatch, indent):
+def test_a_list_is_read_at_once_but_for_its_end(read, spy, indent):
     records = [{"a": f"{number}}}", "b": ["{"]} for number in range(5000)]
-    seen = []
-    parse = windows._Reference.parse
-    monkeypatch.setattr(windows._Reference, "parse", lambda *args: seen.append(1) or parse(*args))
+    calls = spy(windows._Reference, "parse")
     text = "\n\n" + json.dumps(records, indent=indent)
     rows, between = read(text)
     assert [value for _, value in rows] == records
-    assert len(seen) < 3000  # the last window, of a list of more than two
+    assert len(calls) < 3000  # the last window, of a list of more than two
     assert not between
     if indent:
         assert [line for line, _ in rows] == list(range(4, 4 + 6 * 5000, 6))

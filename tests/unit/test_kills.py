@@ -57,7 +57,7 @@ class Server:
     def __init__(self, folder, base):
         import torch
 
-        from glmtune.config import TrainSettings
+        from glmtune.config.settings import TrainSettings
         from glmtune.training.run import Run, adapt, build_state, start_accelerator
 
         torch.set_num_threads(1)

@@ -6,8 +6,9 @@ import types
 import pytest
 
 from glmtune import cli
-from glmtune.config import SETTINGS, DoctorSettings, read_config
 from glmtune.config.flags import split_arguments
+from glmtune.config.reading import read_config
+from glmtune.config.settings import SETTINGS, DoctorSettings
 from glmtune.doctor import run
 from glmtune.doctor.errors import KNOWN_ERRORS
 from glmtune.doctor.explain import errors_page, explain, find_known
@@ -223,7 +224,7 @@ def test_an_explanation_is_in_both_languages_with_a_command_that_exists(known):
             recipe, flags = split_arguments(verb, words[len(verb.split()) :])
             assert set(flags) <= set(SETTINGS[verb].model_fields)  # no name of others, either
             if recipe is None:
-                read_config(SETTINGS[verb], verb, None, flags)  # nothing is missing or wrong
+                read_config(SETTINGS[verb], None, flags)  # nothing is missing or wrong
 
 
 @pytest.mark.parametrize("known", KNOWN_ERRORS, ids=lambda known: known.message[:30])

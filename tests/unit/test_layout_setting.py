@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from glmtune.config import SETTINGS, TrainSettings, read_config
+from glmtune.config.reading import read_config
+from glmtune.config.settings import SETTINGS, TrainSettings
 from glmtune.errors import UserError
 from glmtune.training import first_step, loop, passes
 
@@ -33,13 +34,13 @@ def switches(packing, exact_batch):
 def test_the_old_switches_are_read_as_a_layout_with_a_note(verb, pair, tmp_path, capsys):
     paths = {"dataset_path": "rows", "output_dir": "run"} if verb == "train" else {}
     given = switches(*pair)
-    by_flags = read_config(SETTINGS[verb], verb, None, given | paths)
+    by_flags = read_config(SETTINGS[verb], None, given | paths)
     told = capsys.readouterr().err
     assert by_flags.layout == OLD_SWITCHES[pair]
     assert all(f"note: {name} {value} is " in told for name, value in given.items())
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("".join(f"{name}: {value}\n" for name, value in (given | paths).items()))
-    assert read_config(SETTINGS[verb], verb, str(recipe), {}) == by_flags
+    assert read_config(SETTINGS[verb], str(recipe), {}) == by_flags
 
 
 @pytest.mark.parametrize(
@@ -56,14 +57,14 @@ def test_what_contradicts_is_refused_in_one_line(lines, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(lines)
     with pytest.raises(UserError, match=r"recipe.yaml:\d: .* are one setting; keep one") as caught:
-        read_config(TrainSettings, "train", str(recipe), {})
+        read_config(TrainSettings, str(recipe), {})
     assert "\n" not in str(caught.value)
 
 
 def test_a_flag_overrides_the_switches_of_a_recipe(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("dataset_path: r\noutput_dir: o\npacking: true\nexact_batch: false\n")
-    assert read_config(TrainSettings, "train", str(recipe), {"layout": "padded"}).layout == "padded"
+    assert read_config(TrainSettings, str(recipe), {"layout": "padded"}).layout == "padded"
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_a_run_folder_with_the_old_switches_is_resumed(layout, quick, tmp_path, 
     recipe = tmp_path / "run" / "recipe.yaml"
     write_as_before(recipe, layout)
     flags = {"resume_from_checkpoint": "true", "max_steps": "4"}
-    resumed = loop.train(read_config(TrainSettings, "train", str(recipe), flags))
+    resumed = loop.train(read_config(TrainSettings, str(recipe), flags))
     told = capsys.readouterr().err
     assert f"is layout {layout} here" in told
     assert "remove_unused_columns has no effect here" in told
@@ -108,7 +109,7 @@ def test_the_advice_of_the_check_before_the_first_step_works(quick, tmp_path, mo
             loop.train(packed)
     flags = {"layout": "padded", "tokens_per_step": "none", "overwrite_output_dir": "true"}
     recipe = str(tmp_path / "run" / "recipe.yaml")
-    assert loop.train(read_config(TrainSettings, "train", recipe, flags)).global_step == 4
+    assert loop.train(read_config(TrainSettings, recipe, flags)).global_step == 4
 
 
 def test_the_advice_after_a_fault_of_the_fast_pass_works(quick, tmp_path, monkeypatch):
@@ -120,6 +121,6 @@ def test_the_advice_after_a_fault_of_the_fast_pass_works(quick, tmp_path, monkey
         patch.setattr(passes.PackedPass, "run", lambda *args: run_pass(*args) * math.inf)
         advice = r"set layout padded and tokens_per_step none \(and resume_anyway true to go on\)"
         with pytest.raises(UserError, match=advice):
-            loop.train(read_config(TrainSettings, "train", recipe, flags))
+            loop.train(read_config(TrainSettings, recipe, flags))
     flags |= {"layout": "padded", "tokens_per_step": "none", "resume_anyway": "true"}
-    assert loop.train(read_config(TrainSettings, "train", recipe, flags)).global_step == 3
+    assert loop.train(read_config(TrainSettings, recipe, flags)).global_step == 3

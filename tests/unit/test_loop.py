@@ -11,7 +11,8 @@ from toys import NUM_ROWS, losses
 from transformers import TrainerState
 
 from glmtune.adapters import load_adapter
-from glmtune.config import TrainSettings, read_config
+from glmtune.config.reading import read_config
+from glmtune.config.settings import TrainSettings
 from glmtune.models.loading import load_base_model
 from glmtune.training import held_out, loop, passes
 from glmtune.training.plan import split_rows
@@ -98,7 +99,7 @@ class TestRunFolder:
         as_run = settings.model_copy(
             update={"layout": "padded", "lora_target": ("query_key_value",)}
         )
-        assert read_config(TrainSettings, "train", str(folder / "recipe.yaml"), {}) == as_run
+        assert read_config(TrainSettings, str(folder / "recipe.yaml"), {}) == as_run
 
     def test_nothing_half_written_is_left(self, run):
         _, folder, _ = run

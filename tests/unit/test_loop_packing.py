@@ -18,7 +18,8 @@ from toys import (
 )
 
 from glmtune.adapters import load_adapter
-from glmtune.config import TrainSettings, read_config
+from glmtune.config.reading import read_config
+from glmtune.config.settings import TrainSettings
 from glmtune.errors import UserError
 from glmtune.models.loading import load_base_model
 from glmtune.training import loop, passes
@@ -114,7 +115,7 @@ class TestPacking:
 
     def test_the_recipe_as_run_says_what_the_card_chose(self, tiny_run, tmp_path):
         loop.train(tiny_run(max_steps=2, **{**PACKED, "tokens_per_step": None}))
-        as_run = read_config(TrainSettings, "train", str(tmp_path / "run" / "recipe.yaml"), {})
+        as_run = read_config(TrainSettings, str(tmp_path / "run" / "recipe.yaml"), {})
         assert (as_run.layout, as_run.tokens_per_step) == ("packed", 2048)
 
     @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from toys import (
     stop_at,
 )
 
-from glmtune.config import TrainSettings, read_config
+from glmtune.config.reading import read_config
+from glmtune.config.settings import TrainSettings
 from glmtune.errors import UserError
 from glmtune.training import loop
 
@@ -69,7 +70,7 @@ class TestResume:
         assert f"glmtune train {recipe} --resume_from_checkpoint {checkpoint}\n" in out
         go_on()
         flags = {"resume_from_checkpoint": str(checkpoint)}
-        resumed = loop.train(read_config(TrainSettings, "train", str(recipe), flags))
+        resumed = loop.train(read_config(TrainSettings, str(recipe), flags))
         assert not resumed.interrupted
         assert records(resumed) == records(unbroken)
         assert records(resumed, "eval_loss") == records(unbroken, "eval_loss")

@@ -18,7 +18,7 @@ from glmtune.adapters import (
     merge,
     merge_adapter,
 )
-from glmtune.config import MergeSettings
+from glmtune.config.settings import MergeSettings
 from glmtune.models.loading import load_base_model
 from glmtune.models.resolve import GLM_TINY
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from glmtune import cli
-from glmtune.config import NewModelSettings, read_config
+from glmtune.config.reading import read_config
+from glmtune.config.settings import NewModelSettings
 from glmtune.models.chatglm import new_model as module
 from glmtune.models.chatglm.new_model import count_parameters, new_model, shape
 from glmtune.models.chatglm.vocabulary import VOCAB_FILE
@@ -20,7 +21,7 @@ SMALL = {"hidden_size": "32", "num_layers": "2", "num_attention_heads": "4"}
 
 def settings(folder, like="glm-tiny", **flags) -> NewModelSettings:
     flags = {"folder": str(folder), "like": like} | flags
-    return read_config(NewModelSettings, "new-model", None, flags)
+    return read_config(NewModelSettings, None, flags)
 
 
 def test_a_model_like_glm_tiny(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The fast way equals the plain way: packs and their rows by themselves, in float32."""
+"""The packed pass equals the padded one: packs and their rows by themselves, in float32."""
 
 import numpy as np
 import pytest
@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toys import randomise_adapter
 
 from glmtune.adapters import attach_lora
 from glmtune.data.packing import plan_packs
@@ -35,10 +36,7 @@ def make_model(like, targets="all", dropout=0.0, num_layers=2):
     model = attach_lora(
         ChatGLMForConditionalGeneration(config), rank=4, dropout=dropout, targets=targets
     )
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.1)
-    return model
+    return randomise_adapter(model, std=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -99,12 +97,11 @@ def test_a_pack_with_nothing_to_learn_gives_no_gradient(make_rows):
 
 
 @pytest.mark.parametrize("recompute", [0, 1, 2, 4])
-def test_packed_pass_recomputes_layers_with_equal_gradients(make_rows, monkeypatch, recompute):
-    """The last one never is: its way back begins as soon as it is done."""
+def test_packed_pass_recomputes_layers_with_equal_gradients(make_rows, spy, recompute):
+    """The last layer never is: its backward pass begins as soon as it is done."""
     model, rows = make_model(V1_1, num_layers=5), make_rows([(4, 6), (0, 3)])
-    packed, calls = PackedModel(model, PACKED, compiled=False, recompute=recompute), []
-    block = packed.block
-    monkeypatch.setattr(packed, "block", lambda *args: (calls.append(1), block(*args))[1])
+    packed = PackedModel(model, PACKED, compiled=False, recompute=recompute)
+    calls = spy(packed, "block")
     fast = PackedPass(Accelerator(cpu=True), packed, rows, 0.0, 32)
     _, grads = fast.gradients(np.arange(2), trained(model))
     assert len(calls) == 4 + recompute
@@ -116,10 +113,9 @@ def test_packed_pass_recomputes_layers_with_equal_gradients(make_rows, monkeypat
 
 
 @pytest.mark.parametrize("recompute", [1, 4])
-def test_padded_pass_recomputes_layers_with_equal_gradients(make_rows, monkeypatch, recompute):
-    model, rows, calls = make_model(V1_1, dropout=0.1, num_layers=5), make_rows([(4, 6)]), []
-    forward = ChatGLMMLP.forward
-    monkeypatch.setattr(ChatGLMMLP, "forward", lambda *args: (calls.append(1), forward(*args))[1])
+def test_padded_pass_recomputes_layers_with_equal_gradients(make_rows, spy, recompute):
+    model, rows = make_model(V1_1, dropout=0.1, num_layers=5), make_rows([(4, 6)])
+    calls = spy(ChatGLMMLP, "forward")
     row_ids, weights = np.array([0]), trained(model)
     results = []
     for count in (recompute, 0):

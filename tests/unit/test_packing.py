@@ -122,17 +122,13 @@ class TestPackPlan:
         parts = [straight.parts(step, 1)[0].tolist() for step in range(60)]
         assert [back.parts(step, 1)[0].tolist() for step in reversed(range(60))] == parts[::-1]
 
-    def test_how_many_steps_an_epoch_has_is_learned_once(self, monkeypatch):
+    def test_how_many_steps_an_epoch_has_is_learned_once(self, spy):
         """Packing a million rows takes seconds: a run's banner must not do it for each number."""
-        packed = []
-        original = plan_module.plan_packs
-        monkeypatch.setattr(
-            plan_module, "plan_packs", lambda *args: (packed.append(1), original(*args))[1]
-        )
+        calls = spy(plan_module, "plan_packs")
         plan = self.plan()
         steps = plan.num_steps(3)
         assert (plan.epoch(steps), plan.num_steps(3)) == (3, steps)
-        assert len(packed) == 3
+        assert len(calls) == 3
         assert len(plan._packs) == 1, "one epoch's packs are held at a time"
 
     def test_without_shuffling_all_epochs_are_alike(self):

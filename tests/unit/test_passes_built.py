@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from glmtune.bench.rows import random_rows
-from glmtune.config import TrainSettings
+from glmtune.config.settings import TrainSettings
 from glmtune.hardware import Card
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.packed import can_compile

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import nn
+from toys import randomise_adapter
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from glmtune.adapters import attach_lora
@@ -202,9 +203,7 @@ def trainable(request):
         rank=4, dropout=0.0, targets="all",
     )  # fmt: skip
     torch.manual_seed(1)
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(weight, std=0.05)
+    randomise_adapter(model, std=0.05)
     accelerator, rows = Accelerator(cpu=True), random_rows(model.config, 8)
     fast = PackedPass(accelerator, PackedModel(model, PACKED, compiled=False), rows, 0.0, None)
     return model, fast, PaddedPass(accelerator, model, rows)
@@ -222,14 +221,16 @@ class TestTraining:
             assert all(grad.isfinite().all() and grad.abs().max() > 0 for grad in grads)
 
     def test_no_weight_is_kept_as_floats(self, trainable):
-        """From the way forward to the way back; activations are of another size."""
+        """From the forward pass to the backward one; activations are of another size."""
         model, fast, _ = trainable
         sizes = {linear.in_features * linear.out_features for linear in linears(model)}
         saved = []
-        hooks = torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor: (saved.append(tensor), tensor)[1], lambda tensor: tensor
-        )
-        with hooks:
+
+        def keep(tensor):
+            saved.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             fast.model.loss(fast.model.to_tensors(fast.pack(np.arange(3))))
         assert saved
         assert not [t for t in saved if t.is_floating_point() and t.numel() in sizes]

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from toys import EXACT, PACKED, adapter_weights, in_two_processes, records, short_run
+from transformers import TrainerState
 
 from glmtune import runlog
 from glmtune.cli import main
-from glmtune.config import TrainSettings
 from glmtune.errors import UserError
 from glmtune.models.resolve import GLM_TINY
 from glmtune.training import held_out, loop
@@ -33,39 +33,19 @@ SETTINGS = {
     "lr_scheduler_type": "cosine",
     "warmup_steps": 3,
 }
-LAYOUTS = {
-    "padded": {},
-    "end to end": {"layout": "exact"},
-    "packed": {"layout": "packed", "tokens_per_step": 64},
-}
+LAYOUTS = {"padded": {}, "end to end": EXACT, "packed": PACKED}
 # In the first epoch, on its end, after it, and on the next one's.
 STEPS = (3, 4, 5, 8)
-
-
 ONCE = {"save_steps": 1000}  # at the end; how often is no part of what a run computes
 
-
-@pytest.fixture(autouse=True)
-def no_curve(monkeypatch):
-    """Drawing takes longer than training these few rows."""
-    monkeypatch.setattr("glmtune.runlog.RunLog.plot_loss", lambda *_: None)
+pytestmark = pytest.mark.usefixtures("no_curve")
 
 
 def outcome(folder):
     """What two runs must have the same: every tensor's bits, and every record but its speed."""
-    folder = Path(folder)
-    state = json.loads((folder / "trainer_state.json").read_text())
-    records = [
-        {
-            key: value
-            for key, value in record.items()
-            if key not in ("tokens_per_second", "memory_gib")
-        }
-        for record in state["log_history"]
-    ]
-    weights = load_file(folder / "adapter_model.safetensors")
-    bits = {name: weight.numpy().tobytes() for name, weight in weights.items()}
-    return bits, records, state["num_input_tokens_seen"]
+    state = TrainerState.load_from_json(Path(folder, "trainer_state.json"))
+    bits = {name: weight.numpy().tobytes() for name, weight in adapter_weights(folder).items()}
+    return bits, records(state, "step"), state.num_input_tokens_seen
 
 
 def keep_only(run, step, target):
@@ -117,15 +97,7 @@ class TestWorkers:
     @pytest.fixture(scope="class")
     def folder(self, toy_rows, tmp_path_factory):
         folder = tmp_path_factory.mktemp("workers")
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
-        done = subprocess.run(
-            [sys.executable, *launch, str(folder), toy_rows],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        in_two_processes(__file__, folder, toy_rows)
         return folder
 
     @pytest.mark.parametrize("layout", LAYOUTS)
@@ -156,16 +128,8 @@ def work(folder, rows):
     runlog.RunLog.plot_loss = lambda *_: None
 
     def settings(name, **changes):
-        return TrainSettings(
-            dataset_path=rows,
-            output_dir=str(folder / name),
-            chatglm_path=GLM_TINY,
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=2,
-            learning_rate=1e-3,
-            report_to="none",
-            use_cpu=True,
-            **SETTINGS | changes,
+        return short_run(
+            rows, folder / name, **{"per_device_train_batch_size": 2} | SETTINGS | changes
         )
 
     for name, layout in LAYOUTS.items():

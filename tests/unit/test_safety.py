@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 import glmtune
 from glmtune import cli
 from glmtune.adapters import convert_adapter, load_adapter
-from glmtune.config import SETTINGS, read_config
+from glmtune.config.reading import read_config
+from glmtune.config.settings import SETTINGS
 from glmtune.data.dataset import load_dataset
 from glmtune.data.files import check_inside
 from glmtune.errors import UserError
@@ -314,7 +315,7 @@ def test_an_expression_for_the_targets_is_not_tried(adapter_folder, base):
 def test_recipes(tmp_path, monkeypatch, text, words):
     monkeypatch.chdir(tmp_path)
     Path("r.yaml").write_text(text)
-    refused(words, read_config, SETTINGS["train"], "train", "r.yaml", {})
+    refused(words, read_config, SETTINGS["train"], "r.yaml", {})
     assert not Path("sprung").exists()
 
 

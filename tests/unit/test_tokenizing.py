@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from glmtune import __version__
-from glmtune.config import TokenizeSettings
+from glmtune.config.settings import TokenizeSettings
 from glmtune.data import tokenizing
 from glmtune.data.dataset import CARD_FILE, HISTOGRAM_FILE, DataCard, check_data_card, load_dataset
 from glmtune.data.lengths import LengthStats, plot_lengths

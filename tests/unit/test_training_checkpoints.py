@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from glmtune.config import TrainSettings
+from glmtune.config.settings import TrainSettings
 from glmtune.data.files import write_json
 from glmtune.errors import UserError
 from glmtune.training.saving.checkpoints import rotate_checkpoints

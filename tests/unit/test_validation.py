@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glmtune.cli import main
-from glmtune.config import ValidateSettings
+from glmtune.config.settings import ValidateSettings
 from glmtune.data import windows
 from glmtune.data.validation import validate
 from glmtune.data.validation.characters import CONTROL, survey

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from toys import randomise_adapter
 
 from glmtune.adapters import attach_lora, save_adapter, verify_saved
 from glmtune.errors import UserError
@@ -17,11 +18,7 @@ def model(request, tiny_folder):
     """A model whose adapter has moved, in training mode."""
     torch.manual_seed(0)
     model = attach_lora(load_base_model(str(tiny_folder), dtype=request.param), rank=4)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_B" in name:
-                weight.normal_()
-    return model.train()
+    return randomise_adapter(model, std=1.0).train()
 
 
 @pytest.fixture

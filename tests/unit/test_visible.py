@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from glmtune.cli import main
-from glmtune.config import ChatSettings, CompareSettings, InferSettings
+from glmtune.config.settings import ChatSettings, CompareSettings, InferSettings
 from glmtune.errors import visible
 from glmtune.evaluation.chat import chat
 from glmtune.evaluation.compare import compare

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from glmtune.adapters.formats import find_adapter, refuse_existing
 from glmtune.adapters.lora import load_adapter
-from glmtune.config import MergeSettings
+from glmtune.config.settings import MergeSettings
 from glmtune.data.files import new_folder
 from glmtune.errors import UserError, note
 from glmtune.models.families import family_of

@@ -14,7 +14,7 @@ import torch
 from glmtune.bench.limits import copy_rate
 from glmtune.bench.random_model import CONFIGS, check_room, random_model
 from glmtune.bench.timing import machine
-from glmtune.config import BenchDecodeSettings
+from glmtune.config.settings import BenchDecodeSettings
 from glmtune.data.jsonlines import append_json, check_appendable
 from glmtune.errors import UserError, note
 from glmtune.generation import Decoder, EncodedPrompt, GenerationSettings

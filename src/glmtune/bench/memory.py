@@ -22,7 +22,7 @@ from glmtune.bench.random_model import CONFIGS, check_room, shape_of
 from glmtune.bench.rows import random_rows
 from glmtune.bench.timing import machine
 from glmtune.bench.train import time_steps
-from glmtune.config import BenchMemorySettings, TrainSettings
+from glmtune.config.settings import BenchMemorySettings, TrainSettings
 from glmtune.data.jsonlines import append_json, check_appendable
 from glmtune.errors import UserError
 from glmtune.hardware import GIB, memory_gib, pick_device, pick_dtype

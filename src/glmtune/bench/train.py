@@ -17,7 +17,7 @@ from glmtune.bench.glm_peft import glm_peft_rate
 from glmtune.bench.random_model import CONFIGS, check_room, random_model, shape_of
 from glmtune.bench.rows import random_rows
 from glmtune.bench.timing import machine, times_ms
-from glmtune.config import BenchTrainSettings, TrainSettings
+from glmtune.config.settings import BenchTrainSettings, TrainSettings
 from glmtune.data.dataset import load_dataset
 from glmtune.data.jsonlines import append_json, check_appendable
 from glmtune.data.token_rows import TokenRows

@@ -24,6 +24,7 @@ class BenchSettings(Settings):
 class BenchTrainSettings(BenchSettings, LayoutSettings, LoraSettings, TrainingDeviceSettings):
     """Settings of `glmtune bench train`."""
 
+    verb = "bench train"
     group: ClassVar[str] = "benchmark"
     dataset_path: PathText | None = Field(
         None,
@@ -40,6 +41,7 @@ class BenchTrainSettings(BenchSettings, LayoutSettings, LoraSettings, TrainingDe
 class BenchDecodeSettings(BenchSettings, DecodingSettings, DeviceSettings):
     """Settings of `glmtune bench decode`."""
 
+    verb = "bench decode"
     group: ClassVar[str] = "benchmark"
     prompt_length: int = Field(64, ge=3, description="tokens of each prompt")
     max_new_tokens: int = Field(256, ge=2, description="tokens of each answer")
@@ -50,6 +52,7 @@ class BenchDecodeSettings(BenchSettings, DecodingSettings, DeviceSettings):
 class BenchMemorySettings(BenchSettings, LoraSettings, DeviceSettings):
     """Settings of `glmtune bench memory`."""
 
+    verb = "bench memory"
     group: ClassVar[str] = "benchmark"
     steps: int = Field(10, ge=1, description="steps to take and time in each setting")
     warmup: int = Field(3, ge=0, description="steps before them")

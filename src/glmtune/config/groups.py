@@ -41,14 +41,16 @@ def conflict(text: str, *settings: str) -> PydanticCustomError:
 class Settings(BaseModel):
     """What all groups share.
 
-    `group` is the heading of a class's fields in `--help`, `bare_words` names what a command line
-    may give without a flag, `reads_and_writes` the two path settings that must differ, and
-    `reads_section_of` the verb whose section of a recipe counts as well.
+    `verb` is the command that a class has the settings of, empty for a group of them, and `group`
+    the heading of its fields in `--help`. `bare_words` names what a command line may give without a
+    flag, `reads_and_writes` the two path settings that must differ, and `reads_section_of` the verb
+    whose section of a recipe counts as well.
     """
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True
     )
+    verb: ClassVar[str] = ""
     group: ClassVar[str] = ""
     bare_words: ClassVar[tuple[str, ...]] = ("recipe",)
     reads_and_writes: ClassVar[tuple[str, str] | None] = None

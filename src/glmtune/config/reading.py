@@ -1,8 +1,8 @@
-"""A verb's config from a YAML recipe and flags, and a recipe from a config.
+"""A verb's settings from a YAML recipe and flags, and a recipe from settings.
 
 A recipe is a mapping of settings to plain values: either those of one verb, or a section per verb
 (`convert:`, `tokenize:`, `train:`, ...) with settings for all of them beside the sections. Its
-scalars are taken as the text they were written as, exactly like flags, and only the config's types
+scalars are taken as the text they were written as, exactly like flags, and only the settings' types
 read meaning into them: no YAML tag builds an object, `1e-4` is a number, `no` and dates stay text.
 
 Hence the walk over PyYAML's nodes instead of `yaml.safe_load`, which makes 0777 the number 511,
@@ -36,7 +36,7 @@ from glmtune.config.settings import SETTINGS, Settings
 from glmtune.drafts import replacing_file
 from glmtune.errors import UserError
 
-Config = TypeVar("Config", bound=Settings)
+VerbSettings = TypeVar("VerbSettings", bound=Settings)
 
 _TAG = "tag:yaml.org,2002:"
 _PLAIN_TAGS = {_TAG + kind for kind in ("bool", "float", "int", "null", "str", "timestamp")}
@@ -48,12 +48,9 @@ _MAX_BYTES = 100_000
 
 
 def read_config(
-    cls: type[Config],
-    verb: str,
-    recipe_path: str | None,
-    flags: Mapping[str, str | list[str]],
-) -> Config:
-    """Return the checked settings of `verb`: the recipe's, overridden by the flags.
+    cls: type[VerbSettings], recipe_path: str | None, flags: Mapping[str, str | list[str]]
+) -> VerbSettings:
+    """Return the checked settings of a verb: the recipe's, overridden by the flags.
 
     Args:
         cls: the verb's class of settings.
@@ -64,9 +61,9 @@ def read_config(
         UserError: an unreadable recipe, an unknown name, a wrong or missing value, or settings
             that contradict each other.
     """
-    given = recipe_settings(verb, recipe_path) if recipe_path is not None else {}
+    given = recipe_settings(cls.verb, recipe_path) if recipe_path is not None else {}
     from_flags = {name: Given(text, f"--{name}") for name, text in flags.items()}
-    given |= with_todays_names(verb, from_flags)
+    given |= with_todays_names(cls.verb, from_flags)
     values = {
         name: None if _means_none(cls, name, setting.value) else setting.value
         for name, setting in given.items()
@@ -77,19 +74,19 @@ def read_config(
         raise UserError(_explain(error, cls, given)) from None
 
 
-def change_setting(config: Config, verb: str, name: str, text: str) -> Config:
-    """Return a config with one setting changed to what a text says.
+def change_setting(settings: VerbSettings, name: str, text: str) -> VerbSettings:
+    """Return settings of which one is changed to what a text says.
 
     Raises:
         UserError: an unknown name or a wrong value.
     """
+    cls, verb = type(settings), settings.verb
     check_name(verb, name, name)
     if (own := setting_named(verb, name)) != name:
         raise UserError(f"{name} is {own} here" if own else f"{name} is no setting of {verb}")
-    cls = type(config)
     value = None if _means_none(cls, name, text) else text
     try:
-        return cls.model_validate(config.model_dump() | {name: value})
+        return cls.model_validate(settings.model_dump() | {name: value})
     except ValidationError as error:
         raise UserError(_explain(error, cls, {name: Given(text, name)})) from None
 
@@ -222,17 +219,16 @@ def _given(name: str, where: str, node: yaml.Node) -> Given:
     raise UserError(f"{source} should be plain text, a number, true or false, or a list of texts")
 
 
-def write_recipe(config: Settings, path: str) -> None:
-    """Write a config as a recipe that the same verb reads back to an equal one.
+def write_recipe(settings: Settings, path: str) -> None:
+    """Write settings as a recipe that the same verb reads back to equal ones.
 
     Raises:
         UserError: the file cannot be written.
     """
-    verb = next(verb for verb, cls in SETTINGS.items() if cls is type(config))
-    again = f"glmtune {verb} {Path(path).name}"
+    again = f"glmtune {settings.verb} {Path(path).name}"
     text = f"# As run by glmtune {__version__}; to run it again: {again}\n"
-    for heading, fields in fields_by_group(type(config)).items():
-        values = {name: getattr(config, name) for name in fields}
+    for heading, fields in fields_by_group(type(settings)).items():
+        values = {name: getattr(settings, name) for name in fields}
         # YAML takes these for line breaks, and folds them into a blank, unless they are escaped.
         readable = not any(mark in str(value) for value in values.values() for mark in _LINE_BREAKS)
         text += f"\n# {heading}\n"

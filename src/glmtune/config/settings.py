@@ -35,6 +35,7 @@ from glmtune.config.training import PlanSettings, TrainSettings
 class ValidateSettings(EncodingSettings):
     """Settings of `glmtune validate`."""
 
+    verb = "validate"
     group: ClassVar[str] = "data"
     bare_words = ("files",)
     files: tuple[PathText, ...] = Field(
@@ -72,6 +73,7 @@ class ValidateSettings(EncodingSettings):
 class ConvertSettings(BadRowSettings, BaseModelSettings):
     """Settings of `glmtune convert`."""
 
+    verb = "convert"
     group: ClassVar[str] = "data"
     reads_and_writes = ("data_path", "save_path")
     data_path: PathText = Field(description="alpaca records to read: .json (a list) or .jsonl")
@@ -86,6 +88,7 @@ class ConvertSettings(BadRowSettings, BaseModelSettings):
 class TokenizeSettings(BadRowSettings, BaseModelSettings):
     """Settings of `glmtune tokenize`."""
 
+    verb = "tokenize"
     group: ClassVar[str] = "data"
     reads_and_writes = ("jsonl_path", "save_path")
     jsonl_path: PathText = Field(description="rows to read, as `glmtune convert` wrote them")
@@ -145,6 +148,7 @@ class AnsweringSettings(
 class InferSettings(AnsweringSettings):
     """Settings of `glmtune infer`."""
 
+    verb = "infer"
     group: ClassVar[str] = "data"
     reads_and_writes = ("data_path", "output_path")
     model_path: PathText | None = Field(
@@ -166,6 +170,7 @@ class InferSettings(AnsweringSettings):
 class CompareSettings(AnsweringSettings):
     """Settings of `glmtune compare`."""
 
+    verb = "compare"
     group: ClassVar[str] = "data"
     model_path: PathText = Field(description="run folder or adapter")
     output_dir: PathText | None = Field(
@@ -181,6 +186,7 @@ class CompareSettings(AnsweringSettings):
 class ChatSettings(AnswerSettings, AnsweringWeightSettings, BaseModelSettings, DeviceSettings):
     """Settings of `glmtune chat`; those of the draw are the published code's."""
 
+    verb = "chat"
     group: ClassVar[str] = "chat"
     adapter: PathText | None = Field(
         None, description="run folder or adapter to talk to (default: the base model alone)"
@@ -206,6 +212,7 @@ class ChatSettings(AnswerSettings, AnsweringWeightSettings, BaseModelSettings, D
 class ReplaySettings(BaseModelSettings):
     """Settings of `glmtune replay`."""
 
+    verb = "replay"
     group: ClassVar[str] = "bundle"
     bare_words = ("bundle",)
     bundle: PathText = Field(description="crash-N folder that a run left")
@@ -215,6 +222,7 @@ class ReplaySettings(BaseModelSettings):
 class CheckSettings(AnsweringWeightSettings, BaseModelSettings, DeviceSettings):
     """Settings of `glmtune check`."""
 
+    verb = "check"
     group: ClassVar[str] = "check-up"
     bare_words = ("adapter",)
     adapter: PathText = Field(description="run folder or adapter to look over")
@@ -241,6 +249,7 @@ class CheckSettings(AnsweringWeightSettings, BaseModelSettings, DeviceSettings):
 class MergeSettings(BaseModelSettings):
     """Settings of `glmtune merge`."""
 
+    verb = "merge"
     group: ClassVar[str] = "data"
     reads_and_writes = ("model_path", "save_path")
     model_path: PathText = Field(description="run folder or adapter to merge")
@@ -252,6 +261,7 @@ class MergeSettings(BaseModelSettings):
 class ConvertAdapterSettings(Settings):
     """Settings of `glmtune adapters convert`."""
 
+    verb = "adapters convert"
     group: ClassVar[str] = "data"
     bare_words = ("old", "new")
     reads_and_writes = ("old", "new")
@@ -265,6 +275,7 @@ class ConvertAdapterSettings(Settings):
 class DoctorSettings(BaseModelSettings, DeviceSettings):
     """Settings of `glmtune doctor`."""
 
+    verb = "doctor"
     group: ClassVar[str] = "doctor"
     bare_words = ("recipe_path",)
     recipe_path: PathText | None = Field(
@@ -285,6 +296,7 @@ class DoctorSettings(BaseModelSettings, DeviceSettings):
 class DemoSettings(Settings):
     """Settings of `glmtune demo`."""
 
+    verb = "demo"
     group: ClassVar[str] = "demo"
     bare_words = ()
     out: PathText = Field(
@@ -303,6 +315,7 @@ class DemoSettings(Settings):
 class NewModelSettings(Settings):
     """Settings of `glmtune new-model`; a size that is None is that of the model in `like`."""
 
+    verb = "new-model"
     group: ClassVar[str] = "new model"
     bare_words = ("folder",)
     folder: PathText = Field(description="folder to write, new or empty")
@@ -331,23 +344,26 @@ class NewModelSettings(Settings):
 
 
 SETTINGS: dict[str, type[Settings]] = {
-    "validate": ValidateSettings,
-    "convert": ConvertSettings,
-    "tokenize": TokenizeSettings,
-    "train": TrainSettings,
-    "plan": PlanSettings,
-    "infer": InferSettings,
-    "compare": CompareSettings,
-    "merge": MergeSettings,
-    "adapters convert": ConvertAdapterSettings,
-    "doctor": DoctorSettings,
-    "demo": DemoSettings,
-    "new-model": NewModelSettings,
-    "bench train": BenchTrainSettings,
-    "bench decode": BenchDecodeSettings,
-    "bench memory": BenchMemorySettings,
-    "chat": ChatSettings,
-    "replay": ReplaySettings,
-    "check": CheckSettings,
+    settings.verb: settings
+    for settings in (
+        ValidateSettings,
+        ConvertSettings,
+        TokenizeSettings,
+        TrainSettings,
+        PlanSettings,
+        InferSettings,
+        CompareSettings,
+        MergeSettings,
+        ConvertAdapterSettings,
+        DoctorSettings,
+        DemoSettings,
+        NewModelSettings,
+        BenchTrainSettings,
+        BenchDecodeSettings,
+        BenchMemorySettings,
+        ChatSettings,
+        ReplaySettings,
+        CheckSettings,
+    )
 }
 """Verb -> its settings."""

@@ -207,12 +207,14 @@ class TrainSettings(
 ):
     """Settings of `glmtune train`."""
 
+    verb = "train"
     reads_and_writes = ("dataset_path", "output_dir")
 
 
 class PlanSettings(TrainSettings):
     """Settings of `glmtune plan`: those of the run, and for which card."""
 
+    verb = "plan"
     group: ClassVar[str] = "plan"
     reads_section_of: ClassVar[str | None] = "train"
     memory_gib: float | None = Field(

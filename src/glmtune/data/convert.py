@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 
-from glmtune.config import ConvertSettings
+from glmtune.config.settings import ConvertSettings
 from glmtune.data.fields import FieldUse
 from glmtune.data.files import new_file
 from glmtune.data.records import BadRow, list_bad_rows, name_rows, read_alpaca

@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from glmtune import __version__
-from glmtune.config import TokenizeSettings
+from glmtune.config.settings import TokenizeSettings
 from glmtune.data.dataset import (
     CARD_FILE,
     HISTOGRAM_FILE,

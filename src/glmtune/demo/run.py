@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from glmtune.config import (
+from glmtune.config.settings import (
     CompareSettings,
     ConvertSettings,
     DemoSettings,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from glmtune.config import SETTINGS, TokenizeSettings, TrainSettings, read_config
-from glmtune.config.settings import Settings
+from glmtune.config.reading import read_config
+from glmtune.config.settings import SETTINGS, Settings, TokenizeSettings, TrainSettings
 from glmtune.data.dataset import CARD_FILE, DataCard, check_data_card, load_dataset
 from glmtune.data.token_rows import TokenRows
 from glmtune.doctor.findings import OK, PROBLEM, WARNING, Told
@@ -46,7 +46,7 @@ def check_settings(path: str, verbs: list[str], plans: Plans) -> Iterator[Told]:
     """Read what a recipe sets for each verb into `plans`."""
     for verb in verbs:
         try:
-            settings = read_config(SETTINGS[verb], verb, path, {})
+            settings = read_config(SETTINGS[verb], path, {})
             if isinstance(settings, TrainSettings):
                 check_targets(settings.lora_target)
             plans[verb] = settings

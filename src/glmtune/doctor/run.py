@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from glmtune import __version__
-from glmtune.config import DoctorSettings, TrainSettings, recipe_verbs
+from glmtune.config.reading import recipe_verbs
+from glmtune.config.settings import DoctorSettings, TrainSettings
 from glmtune.data.files import read_text, write_json
 from glmtune.doctor import environment
 from glmtune.doctor.explain import errors_page, explain, find_known

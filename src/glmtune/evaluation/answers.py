@@ -15,7 +15,7 @@ import torch
 
 from glmtune.adapters import find_adapter, load_adapter
 from glmtune.adapters.formats import find_weights
-from glmtune.config import ChatSettings, CheckSettings, CompareSettings, InferSettings
+from glmtune.config.settings import ChatSettings, CheckSettings, CompareSettings, InferSettings
 from glmtune.data.fields import FieldUse
 from glmtune.data.files import new_file, read_text
 from glmtune.data.records import BadRow, Record, list_bad_rows, read_alpaca

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from glmtune.config import ChatSettings, change_setting
 from glmtune.config.groups import AnswerSettings
 from glmtune.config.names import did_you_mean
+from glmtune.config.reading import change_setting
+from glmtune.config.settings import ChatSettings
 from glmtune.data.files import new_file
 from glmtune.errors import UserError, visible
 from glmtune.evaluation.answers import Subject
@@ -275,7 +276,7 @@ class Chat:
             return
         name, _, value = words.partition(" ")
         name = name.removeprefix("--").replace("-", "_")
-        config = change_setting(self.config, "chat", name, value.strip())
+        config = change_setting(self.config, name, value.strip())
         if name not in AnswerSettings.model_fields:
             raise UserError(f"/set: {name} is fixed; start another chat with --{name} {value}")
         check_stop_strings(config.stop_strings or (), self.tokenizer)

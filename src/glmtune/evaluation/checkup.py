@@ -9,7 +9,7 @@ import numpy as np
 from peft import PeftModel
 
 from glmtune.adapters import read_adapter
-from glmtune.config import CheckSettings
+from glmtune.config.settings import CheckSettings
 from glmtune.data.files import write_json
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError, note

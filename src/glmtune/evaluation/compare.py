@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from glmtune.config import CompareSettings
+from glmtune.config.settings import CompareSettings
 from glmtune.data.files import new_file
 from glmtune.evaluation.answers import AnswerFile, Subject, fit_positions, prompt_of, read_questions
 from glmtune.evaluation.page import html

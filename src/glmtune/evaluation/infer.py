@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from glmtune.config import InferSettings
+from glmtune.config.settings import InferSettings
 from glmtune.data.records import Record
 from glmtune.errors import visible
 from glmtune.evaluation.answers import AnswerFile, Subject, fit_positions, prompt_of, read_questions

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from glmtune.config import TrainSettings, read_config
+from glmtune.config.reading import read_config
+from glmtune.config.settings import TrainSettings
 from glmtune.data.dataset import load_dataset
 from glmtune.data.row_rule import RowRule
 from glmtune.data.token_rows import TokenRows
@@ -41,7 +42,7 @@ def find_rows(adapter: Path, rule: RowRule) -> RunRows | None:
     if recipe is None:
         return None
     try:
-        run = read_config(TrainSettings, "train", str(recipe), {})
+        run = read_config(TrainSettings, str(recipe), {})
         rows = TokenRows.from_dataset(load_dataset(run.dataset_path, rule)[0], rule)
         digest = _identity(adapter).get("data sha256")
         if digest is not None and digest != rows.digest()[:16]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_OFFLINE
 
-from glmtune.config import shared_setting
+from glmtune.config.reading import shared_setting
 from glmtune.errors import UserError, note
 from glmtune.models import weights
 from glmtune.models.downloads import in_time

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor, nn
 
-from glmtune.config import TrainSettings
+from glmtune.config.settings import TrainSettings
 from glmtune.data.dataset import check_data_card, load_dataset
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError, note

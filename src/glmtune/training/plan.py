@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from glmtune.config import TrainSettings
+from glmtune.config.settings import TrainSettings
 from glmtune.data.packing import plan_packs
 from glmtune.errors import UserError
 

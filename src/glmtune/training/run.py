@@ -17,7 +17,7 @@ from torch.optim import AdamW
 from transformers import PreTrainedModel, get_scheduler
 
 from glmtune.adapters import attach_lora
-from glmtune.config import TrainSettings
+from glmtune.config.settings import TrainSettings
 from glmtune.data.packing import check_lengths, plan_packs
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError, note

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from glmtune import __version__
-from glmtune.config import ValidateSettings
+from glmtune.config.settings import ValidateSettings
 from glmtune.data.files import new_file
 from glmtune.data.jsonfile import read_batches
 from glmtune.data.validation.check import CheckedFile, FileCheck

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from glmtune.config import NewModelSettings
+from glmtune.config.settings import NewModelSettings
 from glmtune.data.files import new_folder
 from glmtune.errors import UserError
 from glmtune.hardware import GIB, total_memory_gib

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from glmtune import __version__
 from glmtune.adapters import save_adapter
-from glmtune.config import write_recipe
+from glmtune.config.reading import write_recipe
 from glmtune.data.dataset import CARD_FILE, DataCard
 from glmtune.data.files import new_folder, read_json_object, write_json
 from glmtune.data.row_rule import RowRule

@@ -8,7 +8,8 @@ import torch
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from glmtune.config import ReplaySettings, TrainSettings, read_config
+from glmtune.config.reading import read_config
+from glmtune.config.settings import ReplaySettings, TrainSettings
 from glmtune.models.families import family_of
 from glmtune.models.loading import load_base_model
 from glmtune.models.resolve import resolve_base
@@ -29,7 +30,7 @@ def replay(settings: ReplaySettings) -> bool:
         UserError: no bundle, one that is damaged, or its base model is not there.
     """
     bundle = read_bundle(Path(settings.bundle))
-    recipe = read_config(TrainSettings, "train", str(bundle.folder / RECIPE_FILE), {})
+    recipe = read_config(TrainSettings, str(bundle.folder / RECIPE_FILE), {})
     then = bundle.told["surroundings"]
     on_gpu = not settings.use_cpu and torch.cuda.is_available()
     on_this_device: dict[str, Any] = {

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from glmtune.config import TrainSettings
+from glmtune.config.settings import TrainSettings
 from glmtune.errors import UserError
 from glmtune.hardware import GIB
 from glmtune.runlog import print_pairs

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedConfig
 
-from glmtune.config import PlanSettings, TrainSettings
+from glmtune.config.settings import PlanSettings, TrainSettings
 from glmtune.hardware import GIB, Card
 from glmtune.models.families import family_of
 from glmtune.models.packed import can_compile

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from glmtune.config import PlanSettings, TrainSettings
+from glmtune.config.settings import PlanSettings, TrainSettings
 from glmtune.data.dataset import load_dataset
 from glmtune.data.jsonlines import append_json, check_appendable
 from glmtune.data.token_rows import TokenRows

@@ -7,7 +7,8 @@ from typing import Any
 
 from peft import PeftModel
 
-from glmtune.config import TrainSettings, write_recipe
+from glmtune.config.reading import write_recipe
+from glmtune.config.settings import TrainSettings
 from glmtune.drafts import clear_drafts, remove_folder
 from glmtune.errors import UserError
 from glmtune.models.torch_files import read_torch_file
