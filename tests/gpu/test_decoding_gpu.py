@@ -7,13 +7,15 @@ import torch
 
 from glmtune.errors import UserError
 from glmtune.generation import Decoder, EncodedPrompt, GenerationSettings
-from glmtune.generation import decoder as room
-from glmtune.generation.linears import InWords, Plain
+from glmtune.generation.linears import GroupQuantised, Plain
 from glmtune.generation.reference import generate_ids
-from glmtune.models.chatglm import decoding
+from glmtune.generation.slots import Slots
+from glmtune.generation.streaming import before_stop
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
+from glmtune.models.decoding import Place, attend, put
 from glmtune.models.loading import load_base_model
+from glmtune.ops.rotary import rotate
 
 if torch.cuda.is_available():
     from glmtune.ops import decoding_attention
@@ -72,8 +74,9 @@ def test_ids_are_those_of_generate(model, prompts, settings, compiled):
     for batch in (prompts[:1], prompts, prompts[::-1]):
         expected = generate_ids(model, batch, settings, stops)
         found = decode(decoder, batch, settings)
-        assert decoder._buffers.replay is not None, "the step must be captured"
-        assert [row[: len(expected[0])] for row in found] == expected
+        assert decoder._slots._replays, "the step must be captured"
+        for row, whole in zip(found, expected, strict=True):
+            assert row == whole[: len(before_stop(whole, stops)) + 1]
 
 
 def test_a_captured_step_waits_for_nothing(model, prompts):
@@ -83,17 +86,16 @@ def test_a_captured_step_waits_for_nothing(model, prompts):
         torch.cuda.set_sync_debug_mode("error")
         try:
             for _ in range(4):
-                decoder._buffers.replay()
+                for replay in decoder._slots._replays.values():
+                    replay()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
 
 def test_one_capture_serves_batches_of_one_size(model, prompts, monkeypatch):
     captures = []
-    capture = room.Decoder._capture
-    monkeypatch.setattr(
-        room.Decoder, "_capture", lambda *given: captures.append(given) or capture(*given)
-    )
+    capture = Slots._capture
+    monkeypatch.setattr(Slots, "_capture", lambda *given: captures.append(1) or capture(*given))
     decoder = Decoder(model, [])
     for batch in (prompts[:2], prompts[1:3], prompts[:2]):
         decode(decoder, batch)
@@ -115,7 +117,7 @@ def test_fewer_bits_give_nearly_the_same_product(bits, tolerance):
     torch.manual_seed(0)
     weight, bias, x = draw(1024, 512), draw(1024), draw(5, 1, 512)
     exact = torch.nn.functional.linear(x, weight, bias).float()
-    rounded = InWords.of(weight, bias, bits)(x).float()
+    rounded = GroupQuantised.of(weight, bias, bits)(x).float()
     assert 0 < (exact - rounded).norm() / exact.norm() < tolerance
 
 
@@ -132,7 +134,7 @@ def test_a_product_in_one_kernel_is_what_its_parts_are(bits, shape, num_rows):
     torch.manual_seed(0)
     (num_outputs, num_inputs), kind = shape, torch.float32
     weight, bias = 0.02 * draw(*shape, dtype=kind), draw(num_outputs, dtype=kind)
-    linear = Plain(weight, bias) if bits == 16 else InWords.of(weight, bias, bits)
+    linear = Plain(weight, bias) if bits == 16 else GroupQuantised.of(weight, bias, bits)
     if bits < 16:
         plain = linear.weight.unpack(kind)
         assert torch.allclose(kernels.unpack(linear.weight, kind), plain, rtol=1e-6, atol=1e-7)
@@ -143,34 +145,58 @@ def test_a_product_in_one_kernel_is_what_its_parts_are(bits, shape, num_rows):
     low, up = draw(num_rows, 6, dtype=kind), draw(num_outputs, 6, dtype=kind)
     residual = draw(num_rows, 1, num_outputs, dtype=kind)
     expected = torch.nn.functional.gelu(product + 0.5 * (low @ up.T)[:, None], approximate="tanh")
-    found = linear.fused(
-        x, update=kernels.LowRank(low, up, 0.5), gelu=True, residual=residual, alpha=7.5
-    )
+    found = linear.fused(x, update=(low, up, 0.5), gelu=True, residual=residual, alpha=7.5)
     assert torch.allclose(found.double(), expected + 7.5 * residual, atol=1e-4)
 
 
-@pytest.mark.parametrize("column", [0, 70, 600])
+@pytest.mark.parametrize("columns", [(0, 0), (70, 3), (600, 65), (31, 703)])
+@pytest.mark.parametrize("heads, kv_heads", [(3, 3), (6, 2), (4, 1)])
 @torch.inference_mode()
-def test_attention_in_one_kernel_is_what_its_parts_are(column):
+def test_attention_in_one_kernel_is_what_its_parts_are(columns, heads, kv_heads):
+    """Each row with a column of its own, and heads of queries that share those of keys."""
     torch.manual_seed(0)
-    rows, heads, size, columns, kind = 2, 3, 64, 704, torch.float32
-    mixed = draw(rows, 1, heads * 3 * size, dtype=kind)
-    cache = [draw(rows, heads, columns, size, dtype=kind) for _ in range(2)]
+    rows, size, num_columns, kind = 2, 64, 704, torch.float32
+    query, key, value = draw(rows, heads + 2 * kv_heads, 1, size, dtype=kind).split(
+        (heads, kv_heads, kv_heads), dim=1
+    )
+    cache = [draw(rows, kv_heads, num_columns, size, dtype=kind) for _ in range(2)]
     cos, sin = (draw(rows, 1, 2, size // 4, dtype=kind) for _ in range(2))
-    place = torch.tensor([column], device="cuda")
-    seen = torch.rand(rows, 1, 1, columns, device="cuda") > 0.3
-    seen &= torch.arange(columns, device="cuda") <= column
-    seen[..., column] = True
-    parts = mixed.unflatten(-1, (heads, 3, size)).movedim(1, 3)
-    turned = decoding.rotate(parts[:, :, :2], cos[:, None], sin[:, None])
+    place = Place(*torch.tensor([range(rows), columns], device="cuda"))
     filled = [tensor.clone() for tensor in cache]
-    filled[0].index_copy_(2, place, turned[:, :, 1])
-    filled[1].index_copy_(2, place, parts[:, :, 2])
-    expected = decoding.attend(turned[:, :, 0], *filled, seen)
+    put(filled[0], place, rotate(key, cos, sin))
+    put(filled[1], place, value)
+    seen = torch.arange(num_columns, device="cuda") <= place.column_B[:, None]
+    expected = attend(rotate(query, cos, sin), *filled, seen[:, None, None])
     for _ in range(3):  # what is counted must be set back
-        found = decoding_attention.attend(mixed, *cache, place, seen, cos, sin)
+        found = decoding_attention.attend(
+            query[:, :, 0], key[:, :, 0], value[:, :, 0], *cache, place.column_B, cos, sin
+        )
         assert torch.allclose(found, expected, atol=1e-5)
     assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(cache, filled, strict=True))
+
+
+def test_rows_that_join_a_captured_batch_answer_as_alone(model, prompts):
+    """Also while the first that draws joins, or a longer one for which the buffers grow."""
+    stops = [model.config.eos_token_id]
+    each = [
+        GREEDY,
+        GenerationSettings(max_new_tokens=40, do_sample=True, top_p=0.9),
+        GenerationSettings(max_new_tokens=140),
+    ]
+    asked = list(zip(prompts, each, strict=False))
+    alone = [decode(Decoder(model, stops), [prompt], settings)[0] for prompt, settings in asked]
+    slots, found = Slots(Decoder(model, stops), 3), [[], [], []]
+    joins = {0: 0, 2: 1, 5: 2}
+    for turn in range(200):
+        if turn in joins:
+            prompt, settings = asked[joins[turn]]
+            slots.admit(joins[turn], [prompt], [settings])
+        for row, ids in zip(found, slots.look(), strict=True):
+            row += ids
+        if turn > max(joins) and not slots.num_live:
+            break
+        slots.step(3)
+    assert found == alone
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -182,7 +208,7 @@ def test_every_kind_of_weights_is_captured(wide, bits, compiled, num_rows):
     prompts = [EncodedPrompt([5 + n, 6, 7, *specials], n) for n in range(num_rows)]
     decoder = Decoder(wide, [], bits=bits, compiled=compiled)
     rows = decode(decoder, prompts)
-    assert decoder._buffers.replay is not None
+    assert decoder._slots._replays
     assert [len(row) for row in rows] == [24] * num_rows
     assert all(0 <= i < config.vocab_size for row in rows for i in row)
 

@@ -12,8 +12,9 @@ from glmtune.bench.random_model import CONFIGS
 from glmtune.cli import main
 from glmtune.config.settings import BenchDecodeSettings
 from glmtune.errors import UserError
-from glmtune.generation.linears import InWords
+from glmtune.generation.linears import GroupQuantised
 from glmtune.generation.weights import num_bytes, read_weights
+from glmtune.models.chatglm.decoding import DECODING
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
 from glmtune.models.loading import load_base_model
 
@@ -51,15 +52,15 @@ def test_bytes_of_the_weights_are_those_of_the_parameters(tiny_folder):
     model = load_base_model(str(tiny_folder), dtype=torch.float32)
     size = sum(parameter.nbytes for parameter in model.parameters())
     size -= model.transformer.word_embeddings.weight.nbytes  # not the head here
-    assert num_bytes(read_weights(model)) == size
+    assert num_bytes(read_weights(model, DECODING)) == size
     with torch.inference_mode():
-        rounded = num_bytes(read_weights(model, bits=8))
+        rounded = num_bytes(read_weights(model, DECODING, bits=8))
     assert size / 4 < rounded < size / 3
 
 
 def test_bytes_of_words_are_those_of_their_numbers_and_scales(tiny_folder):
-    weights = read_weights(load_base_model(str(tiny_folder), dtype=torch.float32))
-    head = InWords.of(torch.zeros(32, 256), None, bits=4)
+    weights = read_weights(load_base_model(str(tiny_folder), dtype=torch.float32), DECODING)
+    head = GroupQuantised.of(torch.zeros(32, 256), None, bits=4)
     without = num_bytes(weights) - weights.head.weight_OI.nbytes
     in_words = num_bytes(weights._replace(head=head)) - without
     assert in_words == 32 * (256 // 2 + 2 * 2 * 2)  # two groups a row, of two bfloat16

@@ -644,3 +644,21 @@ def test_stop_strings_of_a_recipe_may_hold_commas(recipe):
     path = recipe('stop_strings: ["a, b", "c\\n"]')
     config = read_config(InferSettings, path, {"data_path": "a.json"})
     assert config.stop_strings == ("a, b", "c\n")
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ({"do_sample": "true"}, "num_beams 2 .*do_sample"),
+        ({"decode_bits": "8"}, "num_beams 2 .*decode_bits 8"),
+    ],
+)
+def test_a_beam_search_that_draws_or_rounds_is_refused(flags, expected):
+    flags = {"data_path": "a.json", "num_beams": "2"} | flags
+    with pytest.raises(UserError, match=expected):
+        read_config(InferSettings, "infer", None, flags)
+
+
+def test_a_beam_search_at_temperature_zero_draws_nothing():
+    flags = {"data_path": "a.json", "num_beams": "2", "do_sample": "true", "temperature": "0"}
+    assert not read_config(InferSettings, "infer", None, flags).draws

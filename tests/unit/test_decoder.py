@@ -2,7 +2,6 @@
 
 import functools
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -16,8 +15,11 @@ from glmtune.generation import Decoder, EncodedPrompt, GenerationSettings, find_
 from glmtune.generation import decoder as room
 from glmtune.generation.linears import _FEW_ROWS, Int4, Int8, Plain
 from glmtune.generation.reference import generate_ids
+from glmtune.generation.slots import Slots
+from glmtune.generation.streaming import before_stop
 from glmtune.generation.weights import can_be_captured, read_weights
 from glmtune.models.chatglm.configuration import ChatGLMConfig
+from glmtune.models.chatglm.decoding import DECODING
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
 from glmtune.models.loading import load_base_model
 from glmtune.ops.words import GROUP_SIZE
@@ -65,6 +67,11 @@ def adapted(tiny_folder):
     return model
 
 
+def ended(rows, stops):
+    """What `generate` gives without the padding behind a stop id."""
+    return [[*before_stop(row, stops), *row[len(before_stop(row, stops)) :][:1]] for row in rows]
+
+
 def decode(decoder, prompts, settings=GREEDY):
     rows = [[] for _ in prompts]
     for more in decoder.stream(prompts, settings):
@@ -77,9 +84,9 @@ def as_captured(decoder, monkeypatch):
     """Take the step over all columns, which a GPU would have captured."""
     monkeypatch.setattr(decoder, "captures", True)
     monkeypatch.setattr(
-        decoder, "_capture", lambda buffers: functools.partial(decoder._step, buffers)
+        Slots, "_capture", lambda slots, *given: functools.partial(slots._step, *given)
     )
-    monkeypatch.setattr(Decoder, "_tokens_per_look", 8)
+    monkeypatch.setattr(Decoder, "tokens_per_look", 8)
     return decoder
 
 
@@ -91,13 +98,7 @@ def test_ids_are_those_of_generate(model, prompts, stops, settings, captured, mo
         as_captured(decoder, monkeypatch)
     for batch in (prompts[:1], prompts, prompts[1:2]):
         expected = generate_ids(model, batch, settings, stops)
-        found = decode(decoder, batch, settings)
-        longest = len(expected[0])
-        assert [row[:longest] for row in found] == expected
-        # Looking at every eighth token, it ends that much later at most.
-        assert len(found[0]) <= longest + (7 if captured else 0)
-        pad = model.config.pad_token_id
-        assert all(set(row[longest:]) <= {pad} for row in found)
+        assert decode(decoder, batch, settings) == ended(expected, stops)
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -110,7 +111,8 @@ def test_ids_of_the_first_revision(shared, settings):
     assert len({len(row) for row in ids}) > 1
     decoder, stops = Decoder(model, find_stop_ids(model)), find_stop_ids(model)
     for batch in (prompts[:1], prompts):
-        assert decode(decoder, batch, settings) == generate_ids(model, batch, settings, stops)
+        expected = ended(generate_ids(model, batch, settings, stops), stops)
+        assert decode(decoder, batch, settings) == expected
     if settings is GREEDY:
         recorded = json.loads((folder / "expected.json").read_text())["generate_greedy_16"]
         found = [
@@ -126,8 +128,9 @@ def test_steps_do_without_the_module(model, prompts, monkeypatch):
     expected = decode(decoder, prompts)
     monkeypatch.setattr(nn.Module, "__call__", lambda *_, **__: pytest.fail("a module was called"))
     calls = []
-    read_layout = room.read_layout
-    monkeypatch.setattr(room, "read_layout", lambda *a: calls.append(a) or read_layout(*a))
+    layout = decoder.block.layout
+    counted = decoder.block._replace(layout=lambda *a: calls.append(a) or layout(*a))
+    monkeypatch.setattr(decoder, "block", counted)
     assert decode(decoder, prompts) == expected
     assert len(calls) == 1
 
@@ -136,14 +139,14 @@ def test_steps_do_without_the_module(model, prompts, monkeypatch):
 def test_buffers_are_kept_and_carry_nothing_over(model, prompts, stops, drawn):
     decoder = Decoder(model, stops)
     long = GenerationSettings(max_new_tokens=40, repetition_penalty=1.2, do_sample=drawn)
-    short = replace(long, max_new_tokens=5, seed=1)
+    short = long.model_copy(update={"max_new_tokens": 5, "seed": 1})
     decode(decoder, prompts, long)
-    buffers = decoder._buffers
+    buffers = decoder._slots._buffers
     for batch, settings in ((prompts[::-1], short), (prompts, long)):
         assert decode(decoder, batch, settings) == decode(Decoder(model, stops), batch, settings)
-        assert decoder._buffers is buffers
+        assert decoder._slots._buffers is buffers
     decode(decoder, prompts[:1], short)
-    assert decoder._buffers is not buffers
+    assert decoder._slots._buffers is not buffers
 
 
 def test_tokens_come_as_they_are_made(model, prompts):
@@ -159,9 +162,17 @@ def test_a_row_can_be_ended_from_outside(model, prompts):
     next(stream)
     decoder.finish(0)
     ended, other = next(stream)
-    assert ended == [model.config.pad_token_id] != other
+    assert ended == []
+    assert len(other) == 1
     decoder.finish(1)
     assert list(stream) == []
+
+
+def test_a_batch_that_was_left_half_way_leaves_nothing(model, prompts):
+    decoder = Decoder(model, [])
+    expected = decode(decoder, prompts)
+    next(decoder.stream(prompts[::-1], GREEDY))
+    assert decode(decoder, prompts) == expected
 
 
 def test_a_decoder_answers_again_after_logits_that_are_not_finite(model, prompts, monkeypatch):
@@ -198,8 +209,8 @@ def test_an_adapter_is_applied_as_it_stands(adapted, prompts):
     tuned = Decoder(adapted, stops)
     with adapted.disable_adapter():
         base = Decoder(adapted, stops)
-        of_base = generate_ids(adapted, prompts, GREEDY, stops)
-    of_tuned = generate_ids(adapted, prompts, GREEDY, stops)
+        of_base = ended(generate_ids(adapted, prompts, GREEDY, stops), stops)
+    of_tuned = ended(generate_ids(adapted, prompts, GREEDY, stops), stops)
     assert of_tuned != of_base, "the test needs an adapter that matters"
     assert decode(tuned, prompts) == of_tuned
     assert decode(base, prompts) == of_base
@@ -223,8 +234,9 @@ def test_an_adapter_on_a_quantised_base(tiny_folder, write_quantised, tmp_path, 
             nn.init.normal_(parameter, std=0.1)
     with model.disable_adapter():
         without = Decoder(model, stops)
-    assert decode(Decoder(model, stops), prompts) == generate_ids(model, prompts, GREEDY, stops)
-    assert decode(without, prompts) == of_base != generate_ids(model, prompts, GREEDY, stops)
+    of_tuned = ended(generate_ids(model, prompts, GREEDY, stops), stops)
+    assert decode(Decoder(model, stops), prompts) == of_tuned
+    assert decode(without, prompts) == of_base != of_tuned
 
 
 def test_a_merged_adapter_answers_alike_and_leaves_the_base(adapted, prompts):
@@ -274,7 +286,8 @@ def test_another_kind_of_adapter_is_called_as_it_is(tiny_folder, prompts):
     model = get_peft_model(base, config).eval()
     decoder = Decoder(model, find_stop_ids(model))
     assert not can_be_captured(decoder.weights)
-    assert decode(decoder, prompts) == generate_ids(model, prompts, GREEDY, find_stop_ids(model))
+    expected = generate_ids(model, prompts, GREEDY, decoder.stop_ids)
+    assert decode(decoder, prompts) == ended(expected, decoder.stop_ids)
     with pytest.raises(UserError, match=r"8 bits: .* not rounded again"):
         Decoder(model, [], bits=8)
 
@@ -345,7 +358,7 @@ def test_fewer_bits_give_nearly_the_same_logits(bits, tolerance):
     )  # fmt: skip
     model = ChatGLMForConditionalGeneration(config).eval()
     hidden = torch.randn(3, 128)
-    exact, rounded = (read_weights(model, bits=n).head(hidden) for n in (16, bits))
+    exact, rounded = (read_weights(model, DECODING, bits=n).head(hidden) for n in (16, bits))
     assert 0 < (exact - rounded).norm() / exact.norm() < tolerance
     prompt = EncodedPrompt([5, 6, config.gmask_token_id, config.bos_token_id], 0)
     assert len(decode(Decoder(model, [], bits=bits), [prompt])[0]) == 24

@@ -11,7 +11,7 @@ from glmtune.ops import loss
 from glmtune.ops import quantised as quantised_ops
 from glmtune.ops.integers import quantise_int8
 from glmtune.ops.linear import FP8_MAX, Dense, Fp8Linear, frozen_linear, quantise, quantise_rows
-from glmtune.ops.lora import Adapter, Dropout, hash_int32, lora_linear
+from glmtune.ops.lora import Dropout, LowRank, hash_int32, lora_linear
 from glmtune.ops.loss import IGNORED, head_loss
 from glmtune.ops.quantised import Quantised, quantised_linear
 
@@ -50,7 +50,7 @@ def test_lora_is_its_formula(has_bias, has_adapter, rate):
     x = torch.randn(7, 12, requires_grad=True)
     frozen = Dense(torch.randn(10, 12), torch.randn(10) if has_bias else None)
     a, b = torch.randn(3, 12, requires_grad=True), torch.randn(10, 3, requires_grad=True)
-    adapter = Adapter(a, b, 4.0) if has_adapter else None
+    adapter = LowRank(a, b, 4.0) if has_adapter else None
     result = lora_linear(x, frozen, adapter, dropout(rate))
     mask = dropout(rate)(torch.ones(7, 12))
     wanted = F.linear(x, *frozen)

@@ -1,7 +1,6 @@
 """Answers do not depend on their batch, are drawn as asked, and end where the model ends them."""
 
 import json
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -114,9 +113,9 @@ def test_a_drawn_answer_belongs_to_the_seed_and_the_number(answer, continuations
 
 def test_a_temperature_of_nothing_is_greedy(answer, continuations):
     prompts = [prompt for prompt, _ in continuations]
-    settings = {"temperature": 0.0, "do_sample": True, "top_p": 0.5, "top_k": 7, "seed": 3}
-    cold = GenerationSettings(max_new_tokens=8, **settings)
-    assert cold == GenerationSettings(max_new_tokens=8, seed=3)
+    draw = {"temperature": 0.0, "do_sample": True, "top_p": 0.5, "top_k": 7, "seed": 3}
+    cold = GenerationSettings(max_new_tokens=8, **draw)
+    assert cold.in_effect() == GenerationSettings(max_new_tokens=8).in_effect()
     assert answer(prompts, cold) == answer(prompts, GenerationSettings(max_new_tokens=8))
 
 
@@ -153,24 +152,27 @@ def test_no_memory_is_told_with_the_batch_size(answer, monkeypatch):
     def no_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("glmtune.generation.decoder.prefill", no_memory)
+    monkeypatch.setattr("glmtune.generation.slots.prefill", no_memory)
     with pytest.raises(UserError, match="per_device_eval_batch_size 2: no memory"):
         answer([[5, 6], [7]])
 
 
-def test_settings_come_from_the_config_and_tell_what_has_effect():
-    config = InferSettings(data_path="x.json", do_sample=True, top_p=0.7, seed=1, num_beams=1)
-    settings = GenerationSettings.from_config(config)
-    assert settings == GenerationSettings(do_sample=True, top_p=0.7, seed=1)
+def test_settings_tell_what_has_effect():
+    settings = InferSettings(data_path="x.json", do_sample=True, top_p=0.7, seed=1, num_beams=1)
     expected = {"max_new_tokens": 150, "num_beams": 1, "do_sample": True, "top_p": 0.7, "seed": 1}
-    assert settings.in_effect() == expected
+    assert list(settings.in_effect().items()) == list(expected.items())
+    assert GenerationSettings.of(settings) == GenerationSettings(do_sample=True, top_p=0.7, seed=1)
     assert "seed" not in GREEDY.in_effect()
 
 
+def test_what_has_effect_reads_back_from_json_as_it_was():
+    settings = GenerationSettings(stop_strings=("a", "b"), do_sample=True, temperature=0.5)
+    assert json.loads(json.dumps(settings.in_effect())) == settings.in_effect()
+
+
 def test_bits_are_told_where_there_are_fewer():
-    config = InferSettings(data_path="x.json", decode_bits="8", decode_compile=True)
-    settings = GenerationSettings.from_config(config)
-    assert (settings.decode_bits, settings.decode_compile) == (8, True)
+    settings = InferSettings(data_path="x.json", decode_bits="8", decode_compile=True)
+    assert settings.decoder_bits == 8
     assert settings.in_effect()["decode_bits"] == 8
     assert "decode_compile" not in settings.in_effect()
     assert "decode_bits" not in GREEDY.in_effect()
@@ -180,20 +182,10 @@ def test_fewer_bits_are_used(answer, continuations, monkeypatch):
     asked = []
     monkeypatch.setattr(
         "glmtune.generation.decoder.read_weights",
-        lambda model, bits, **_: asked.append(bits) or read_weights(model, bits=16),
+        lambda model, block, bits, **_: asked.append(bits) or read_weights(model, block),
     )
-    answer([continuations[0][0]], replace(GREEDY, decode_bits=8))
+    answer([continuations[0][0]], GREEDY.model_copy(update={"decode_bits": "8"}))
     assert asked == [8]
-
-
-def test_a_beam_search_with_fewer_bits_is_refused():
-    with pytest.raises(UserError, match=r"num_beams 2 .*decode_bits 8"):
-        GenerationSettings(decode_bits=8, num_beams=2)
-
-
-def test_a_beam_search_that_draws_is_refused():
-    with pytest.raises(UserError, match=r"num_beams 2 .*do_sample"):
-        GenerationSettings(do_sample=True, num_beams=2)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -201,7 +193,7 @@ def test_answers_end_before_a_stop_string(answer, continuations, batch_size):
     prompts = [prompt for prompt, _ in continuations]
     whole = answer(prompts, DRAWN)
     stop = f" {' '.join(whole[0].text.split()[4:6])} "
-    settings = replace(DRAWN, stop_strings=(stop,))
+    settings = DRAWN.model_copy(update={"stop_strings": (stop,)})
     first, *others = answer(prompts, settings, batch_size)
     assert first == Answer(whole[0].text.partition(stop)[0].strip(), 7, stopped=True)
     assert others == whole[1:]
@@ -217,7 +209,7 @@ def test_no_tokens_are_made_after_a_stop_string(answer, continuations, monkeypat
 
     monkeypatch.setattr(Decoder, "stream", counted)
     prompt, ids = continuations[0]
-    (stopped,) = answer([prompt], replace(GREEDY, stop_strings=(f" {ids[2]} ",)))
+    (stopped,) = answer([prompt], GREEDY.model_copy(update={"stop_strings": (f" {ids[2]} ",)}))
     assert stopped == Answer(spell(ids[:2]), 4, stopped=True)
     assert len(made) == 4
 

@@ -12,7 +12,8 @@ from transformers.generation import (
 
 from glmtune.generation import GenerationSettings
 from glmtune.generation import sampling as room
-from glmtune.generation.sampling import choose, draw, largest, penalise
+from glmtune.generation.reference import filters
+from glmtune.generation.sampling import Sampling, choose, draw, is_plain, largest, penalise
 
 NUM_TOKENS = 500
 
@@ -37,7 +38,8 @@ def seen_of(said):
 @pytest.mark.parametrize("penalty", [0.8, 1.0, 1.7])
 def test_the_repetition_penalty_is_that_of_transformers(scores, said, penalty):
     expected = RepetitionPenaltyLogitsProcessor(penalty)(said, scores.clone())
-    assert torch.equal(penalise(scores, seen_of(said), penalty), expected)
+    found = penalise(scores, seen_of(said), torch.full((3, 1), penalty))
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("num_tokens", [500, 512, 499])
@@ -50,8 +52,19 @@ def test_the_largest_is_the_first_of_equal_ones(num_tokens):
     assert largest(scores)[0].isnan().nonzero().tolist() == [[3]]
 
 
-@pytest.mark.parametrize("top_k", [None, 7])
-@pytest.mark.parametrize("top_p", [None, 0.7])
+def filtered(scores, said, settings, monkeypatch):
+    """The scores that each row's token is drawn from."""
+    given = []
+    monkeypatch.setattr(
+        room, "draw", lambda scores, number: given.append(scores) or scores.argmax(-1)
+    )
+    sampling = Sampling.of(settings, NUM_TOKENS, scores.device)
+    choose(scores, sampling, seen_of(said), torch.zeros(3, 1))
+    return given[0]
+
+
+@pytest.mark.parametrize("top_k", [None, 7, NUM_TOKENS, NUM_TOKENS + 1])
+@pytest.mark.parametrize("top_p", [None, 0.7, 1.0, 1e-6])
 @pytest.mark.parametrize("penalty", [None, 1.4])
 def test_what_is_drawn_from_is_what_transformers_filters(
     scores, said, penalty, top_p, top_k, monkeypatch
@@ -64,13 +77,42 @@ def test_what_is_drawn_from_is_what_transformers_filters(
         processors.append(TopKLogitsWarper(top_k))
     if top_p is not None:
         processors.append(TopPLogitsWarper(top_p))
-    given = []
-    monkeypatch.setattr(room, "draw", lambda scores, number: given.append(scores))
     settings = GenerationSettings(
         do_sample=True, temperature=0.8, top_p=top_p, top_k=top_k, repetition_penalty=penalty
     )
-    choose(scores, settings, seen_of(said), torch.zeros(3, 1))
-    assert torch.equal(given[0], processors(said, scores.clone()))
+    found = filtered(scores, said, [settings] * 3, monkeypatch)
+    assert torch.equal(found, processors(said, scores.clone()))
+
+
+def test_each_row_is_filtered_by_its_own_settings(scores, said, monkeypatch):
+    """Also where scores are equal, for one filter; for both, transformers sorts another row."""
+    scores[:2] = scores[:2].round()
+    each = [
+        GenerationSettings(do_sample=True, temperature=0.3, top_p=0.5),
+        GenerationSettings(do_sample=True, top_k=5, repetition_penalty=1.4),
+        GenerationSettings(do_sample=True, temperature=1.7, top_k=40, top_p=0.9),
+    ]
+    found = filtered(scores, said, each, monkeypatch)
+    for row, settings in enumerate(each):
+        alone = scores[row : row + 1].clone()
+        if settings.repetition_penalty:
+            penalise_as_theirs = RepetitionPenaltyLogitsProcessor(settings.repetition_penalty)
+            alone = penalise_as_theirs(said[row : row + 1], alone)
+        for keep in filters(settings):
+            alone = keep(None, alone)
+        assert torch.equal(found[row : row + 1], alone)
+
+
+def test_a_row_that_draws_nothing_takes_the_likeliest_beside_one_that_draws(scores, said):
+    cold = GenerationSettings(do_sample=True, temperature=0)
+    each = [GenerationSettings(), cold, GenerationSettings(do_sample=True, temperature=50)]
+    sampling = Sampling.of(each, NUM_TOKENS, scores.device)
+    numbers = torch.full((3, 1), 0.01, dtype=torch.float64)
+    found = choose(scores, sampling, seen_of(said), numbers)
+    likeliest = scores.argmax(-1)
+    assert (found == likeliest).tolist() == [True, True, False]
+    assert [is_plain(settings) for settings in each] == [True, True, False]
+    assert not is_plain(GenerationSettings(repetition_penalty=1.1))
 
 
 def test_tokens_are_drawn_with_their_probabilities():

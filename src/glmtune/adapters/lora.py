@@ -3,11 +3,9 @@
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
@@ -129,36 +127,6 @@ def restore_adapter(peft_model: PeftModel, folder: str | Path) -> None:
     adapter = read_adapter(folder)
     note(*adapter.notices)
     _fill(peft_model, adapter)
-
-
-class Update(NamedTuple):
-    """What an adapter adds to a linear of I inputs and O outputs: ``x @ a.T @ b.T * scale``."""
-
-    a_RI: torch.Tensor
-    b_OR: torch.Tensor
-    scale: float
-
-
-def split_lora(linear: nn.Module) -> tuple[nn.Module, tuple[Update, ...]]:
-    """A linear without its adapter, and the updates that are in effect on it now.
-
-    None are where the adapter is disabled, or merged into the weight already. The linear may be of
-    any kind, quantised ones too; one with another kind of adapter than plain LoRA is given back
-    whole.
-    """
-    if not isinstance(linear, LoraLayer):
-        return linear, ()
-    if linear.merged or linear.disable_adapters:
-        return linear.get_base_layer(), ()
-    names = [name for name in linear.active_adapters if name in linear.lora_A]
-    if any(name in linear.lora_variant for name in names):  # DoRA and the like
-        return linear, ()
-    a, b = (
-        {name: linear.get_parameter(f"{side}.{name}.weight") for name in names}
-        for side in ("lora_A", "lora_B")
-    )
-    updates = tuple(Update(a[name], b[name], linear.scaling[name]) for name in names)
-    return linear.get_base_layer(), updates
 
 
 def _linear_names(model: PreTrainedModel) -> list[str]:

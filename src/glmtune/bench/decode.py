@@ -110,7 +110,7 @@ def _measure(
     print("setting up the decoder" + ", compiling" * config.decode_compile, flush=True)
     start = time.perf_counter()
     # Without stop ids every answer has its full length.
-    bits, compiled = int(config.decode_bits), config.decode_compile
+    bits, compiled = config.decoder_bits, config.decode_compile
     decoder = Decoder(model, [], bits=bits, compiled=compiled)
     _time_decoder(decoder, prompts, settings)
     set_up = time.perf_counter() - start
@@ -155,7 +155,7 @@ def _check(
 ) -> None:
     """Refuse before the minutes of work what cannot end well."""
     check_appendable(settings.json_path)
-    check_decoding(device, int(settings.decode_bits), settings.decode_compile)
+    check_decoding(device, settings.decoder_bits, settings.decode_compile)
     limit = shape.max_position_embeddings
     if settings.prompt_length + settings.max_new_tokens > limit:
         raise UserError(

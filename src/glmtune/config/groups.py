@@ -1,7 +1,7 @@
 """What the settings of all verbs are made of, and the groups that several verbs share."""
 
 import os
-from typing import Annotated, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import (
     BaseModel,
@@ -171,6 +171,17 @@ class DecodingSettings(Settings):
         False, description="compile the layers first, which takes a minute and needs a GPU"
     )
 
+    @field_validator("decode_bits", mode="before")
+    @classmethod
+    def spell_decode_bits(cls, value: object) -> object:
+        """Accept 8 for "8"."""
+        return str(value) if isinstance(value, int) else value
+
+    @property
+    def decoder_bits(self) -> int:
+        """`decode_bits` as a number."""
+        return int(self.decode_bits)
+
 
 class AnsweringWeightSettings(DecodingSettings, QuantisingSettings):
     """How weights that answer are held, and how they are read."""
@@ -181,7 +192,7 @@ class AnsweringWeightSettings(DecodingSettings, QuantisingSettings):
     def round_once(self) -> Self:
         """What is quantised already is not rounded again."""
         wish = "quantization_bit" if self.quantization_bit else "quantize_head"
-        if self.decode_bits != "16" and (self.quantization_bit or self.quantize_head):
+        if self.decoder_bits != 16 and (self.quantization_bit or self.quantize_head):
             raise conflict(
                 f"{wish} and decode_bits {self.decode_bits} would both round the weights: choose "
                 "one",
@@ -189,6 +200,13 @@ class AnsweringWeightSettings(DecodingSettings, QuantisingSettings):
                 "decode_bits",
             )
         return self
+
+
+OF_THE_DRAW = ("temperature", "top_p", "top_k")
+_SHAPING_ANSWERS = (
+    "max_new_tokens", "num_beams", "do_sample", *OF_THE_DRAW, "repetition_penalty",
+    "stop_strings", "seed", "decode_bits",
+)  # fmt: skip
 
 
 class AnswerSettings(Settings):
@@ -221,19 +239,57 @@ class AnswerSettings(Settings):
             return tuple(text.replace("\\n", "\n") for text in value.split(","))
         return value
 
+    @property
+    def draws(self) -> bool:
+        """Whether tokens are drawn: at temperature 0, the limit, they are the likeliest ones."""
+        return self.do_sample and self.temperature != 0
+
+
+class GenerationSettings(AnswerSettings, DecodingSettings):
+    """All that decides how records are answered; what is None has no effect."""
+
+    group: ClassVar[str] = "answers"
+    num_beams: int = Field(1, ge=1, description="beams of the search; 1 searches none")
+
     @model_validator(mode="after")
-    def sampling_is_on(self) -> Self:
-        """Settings of the draw without a draw would be ignored in silence."""
-        for name in ("temperature", "top_p", "top_k"):
-            value = getattr(self, name)
-            if not self.do_sample and value is not None and (name, value) != ("temperature", 0):
-                raise conflict(
-                    f"{name} has no effect while do_sample is false: set do_sample true, "
-                    f"or leave {name} out",
-                    name,
-                    "do_sample",
-                )
+    def search_alone(self) -> Self:
+        """Beams are searched by transformers' generate, for the likeliest answer."""
+        if self.num_beams > 1 and self.draws:
+            raise conflict(
+                f"num_beams {self.num_beams} searches for the likeliest answer, do_sample true "
+                "draws one at random; choose one of them",
+                "num_beams",
+                "do_sample",
+            )
+        if self.num_beams > 1 and self.decoder_bits != 16:
+            raise conflict(
+                f"num_beams {self.num_beams} goes through transformers' generate, which cannot use "
+                f"decode_bits {self.decode_bits}; leave one of them out",
+                "num_beams",
+                "decode_bits",
+            )
         return self
+
+    @classmethod
+    def of(cls, settings: Settings) -> "GenerationSettings":
+        """Those of a verb's settings that decide how answers are generated."""
+        names = cls.model_fields.keys() & type(settings).model_fields.keys()
+        return cls(**{name: getattr(settings, name) for name in names})
+
+    def in_effect(self) -> dict[str, Any]:
+        """The settings that shape the answers: those that are set, and of a draw where one draws.
+
+        JSON writes and reads the values as they are, so that what a file keeps of them can be
+        compared.
+        """
+        values: dict[str, Any] = {name: getattr(self, name) for name in _SHAPING_ANSWERS}
+        values |= {"do_sample": self.draws, "decode_bits": self.decoder_bits}
+        if self.stop_strings is not None:
+            values["stop_strings"] = list(self.stop_strings)
+        unused = set() if self.draws else {"seed", *OF_THE_DRAW}
+        if self.decoder_bits == 16:
+            unused.add("decode_bits")
+        return {n: value for n, value in values.items() if value is not None and n not in unused}
 
 
 class BatchSettings(Settings):
@@ -241,4 +297,3 @@ class BatchSettings(Settings):
 
     group: ClassVar[str] = "answers"
     per_device_eval_batch_size: int = Field(8, ge=1, description="records answered at a time")
-    num_beams: int = Field(1, ge=1, description="beams of the search; 1 searches none")

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from glmtune.config.benchmarks import BenchDecodeSettings, BenchMemorySettings, BenchTrainSettings
 from glmtune.config.groups import (
+    OF_THE_DRAW,
     AnsweringWeightSettings,
     AnswerSettings,
     BadRowSettings,
@@ -20,6 +21,7 @@ from glmtune.config.groups import (
     BatchSettings,
     DeviceSettings,
     EncodingSettings,
+    GenerationSettings,
     PathText,
     PlainText,
     Settings,
@@ -119,7 +121,7 @@ class RecordSettings(BadRowSettings):
 class AnsweringSettings(
     RecordSettings,
     BatchSettings,
-    AnswerSettings,
+    GenerationSettings,
     AnsweringWeightSettings,
     BaseModelSettings,
     DeviceSettings,
@@ -127,6 +129,20 @@ class AnsweringSettings(
     """All that the verbs that answer records have in common."""
 
     group: ClassVar[str] = "data"
+
+    @model_validator(mode="after")
+    def sampling_is_on(self) -> Self:
+        """Settings of the draw without a draw would be ignored in silence."""
+        for name in OF_THE_DRAW:
+            value = getattr(self, name)
+            if not self.do_sample and value is not None and (name, value) != ("temperature", 0):
+                raise conflict(
+                    f"{name} has no effect while do_sample is false: set do_sample true, "
+                    f"or leave {name} out",
+                    name,
+                    "do_sample",
+                )
+        return self
 
 
 class InferSettings(AnsweringSettings):
@@ -188,11 +204,6 @@ class ChatSettings(AnswerSettings, AnsweringWeightSettings, BaseModelSettings, D
     def model_path(self) -> str | None:
         """The adapter, by the name it has in other verbs."""
         return self.adapter
-
-    @model_validator(mode="after")
-    def sampling_is_on(self) -> Self:
-        """A draw's settings may stand while there is none: `/set do_sample` comes and goes."""
-        return self
 
 
 # --- replay, check ---

@@ -116,11 +116,11 @@ class Subject:
         adapter = find_adapter(settings.model_path) if settings.model_path else None
         base = resolve_base(settings.chatglm_path, settings.model_path)
         device = pick_device(settings.use_cpu)
-        check_decoding(device, int(settings.decode_bits), settings.decode_compile)
+        check_decoding(device, settings.decoder_bits, settings.decode_compile)
         dtype, caution = pick_dtype(device, settings.bf16, settings.fp16)
         if caution:
             note(caution)
-        rounds = settings.decode_bits != "16"
+        rounds = settings.decoder_bits != 16
         return cls(base, adapter, device, dtype, rounds, settings.bits, settings.quantize_head)
 
     @property

@@ -12,10 +12,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glmtune.adapters.lora import Update, split_lora
 from glmtune.evaluation.probes import Probe
+from glmtune.models.low_rank import split_lora
 from glmtune.models.quantised import frozen_of
 from glmtune.ops.linear import Dense
+from glmtune.ops.lora import LowRank
 from glmtune.ops.quantised import Quantised
 
 
@@ -84,7 +85,7 @@ def _answer_logits(model: PeftModel, probe: Probe) -> Tensor:
     return logits[0, :-1].float()
 
 
-def _norm_of(updates: Sequence[Update]) -> float:
+def _norm_of(updates: Sequence[LowRank]) -> float:
     """Frobenius norm of ``scale * B @ A``, summed over updates, without that ``(O, I)`` matrix."""
     a_RI = torch.cat([update.a_RI for update in updates]).double()
     b_OR = torch.cat([update.b_OR * update.scale for update in updates], dim=1).double()

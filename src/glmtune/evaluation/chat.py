@@ -38,7 +38,7 @@ from glmtune.generation import (
     encode_prompts,
     find_stop_ids,
 )
-from glmtune.generation.streaming import TextStream, check_stop_strings
+from glmtune.generation.streaming import TextStream, before_stop, check_stop_strings
 from glmtune.runlog import print_pairs
 
 ASK = "> "
@@ -85,7 +85,7 @@ class Chat:
         self.num_asked = 0
         self.ctrl_c = CtrlC()
         check_stop_strings(config.stop_strings or (), tokenizer)
-        settings = GenerationSettings.from_config(config)
+        settings = GenerationSettings.of(config)
         self.decoders: dict[str, Decoder] = {}
         if subject.adapter is None:
             self.decoders[BASE] = Decoder.of(model, settings, subject.device)
@@ -179,7 +179,7 @@ class Chat:
 
     def _stream(self, side: str, question: str) -> tuple[str, bool]:
         """Print an answer as it comes; the answer, and whether it came to its end."""
-        settings = GenerationSettings.from_config(self.config)
+        settings = GenerationSettings.of(self.config)
         encoded = [self._encode(side, question, settings.max_new_tokens)]
         stream = TextStream(self.tokenizer, settings.stop_strings or ())
         stop_ids = find_stop_ids(self.model)
@@ -187,10 +187,9 @@ class Chat:
         try:
             for (ids,) in self.decoders[side].stream(encoded, settings):
                 self.ctrl_c.raise_if_lost()
-                end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
-                said += stream.push(ids[:end])
+                said += stream.push(before_stop(ids, stop_ids))
                 shown = self._show(shown, polish_beginning(said))
-                if end is not None or stream.stopped:
+                if stream.stopped:
                     break
         except KeyboardInterrupt:
             whole = False
@@ -290,7 +289,7 @@ class Chat:
         path = path or f"chat-{datetime.now():%Y-%m-%d-%H%M%S}.json"
         if Path(path).exists():
             raise UserError(f"/save: {path} exists; name another file")
-        settings = GenerationSettings.from_config(self.config)
+        settings = GenerationSettings.of(self.config)
         content = {
             **self.subject.identity(),
             "settings": settings.in_effect(),

@@ -31,7 +31,7 @@ from glmtune.evaluation.probes import (
     strange_probes,
 )
 from glmtune.evaluation.source_run import RunRows, find_rows, find_template
-from glmtune.generation import Answer, Decoder, EncodedPrompt, GenerationSettings, answer_batch
+from glmtune.generation import Answer, Decoder, EncodedPrompt, GenerationSettings, answer_in_batches
 from glmtune.models.families import family_of
 from glmtune.runlog import print_pairs
 
@@ -159,7 +159,7 @@ def check(config: CheckSettings) -> Checkup:
         else:
             of_run = held_out_probes(*rows, config.limit) if rows else None
             asked = of_run or own_probes(tokenizer, config.limit)
-        settings = GenerationSettings.from_config(config)
+        settings = GenerationSettings.of(config)
         template = find_template(subject.adapter)
         found = examine(model, tokenizer, asked, settings, rows, template, with_base=True)
     report(found, f"Check-up of {subject.adapter_name}")
@@ -275,13 +275,9 @@ def give_answers(
     """Answer the probes' questions, each of them once."""
     decoder = Decoder.of(model, settings)
     prompts = list(dict.fromkeys(tuple(probe.prompt_ids) for probe in probes))
-    said: Said = {}
-    for start in range(0, len(prompts), ANSWERS_AT_A_TIME):
-        batch = prompts[start : start + ANSWERS_AT_A_TIME]
-        encoded = [EncodedPrompt(list(ids), start + i) for i, ids in enumerate(batch)]
-        answers = answer_batch(model, tokenizer, encoded, settings, decoder)
-        said |= zip(batch, answers, strict=True)
-    return said
+    encoded = [EncodedPrompt(list(ids), number) for number, ids in enumerate(prompts)]
+    answers = answer_in_batches(model, tokenizer, encoded, settings, ANSWERS_AT_A_TIME, decoder)
+    return dict(zip(prompts, answers, strict=True))
 
 
 def measure_answers(tokenizer: Any, probes: Sequence[Probe], said: Said) -> Answers:

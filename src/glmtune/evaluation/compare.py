@@ -11,12 +11,12 @@ from glmtune.data.files import new_file
 from glmtune.evaluation.answers import AnswerFile, Subject, fit_positions, prompt_of, read_questions
 from glmtune.evaluation.page import html
 from glmtune.evaluation.report import Comparison, Pair, markdown
-from glmtune.generation import Decoder, GenerationSettings, answer_batch, encode_prompts
+from glmtune.generation import Decoder, answer_batch, encode_prompts
 from glmtune.generation.streaming import check_stop_strings
 from glmtune.runlog import Progress
 
 
-def compare(config: CompareSettings) -> Comparison:
+def compare(settings: CompareSettings) -> Comparison:
     """Answer records with the adapter off and on, and write the answers side by side.
 
     Both answers to a record are drawn with the same random numbers, so that what differs is the
@@ -26,23 +26,23 @@ def compare(config: CompareSettings) -> Comparison:
     Raises:
         UserError: records, model, adapter or output folder cannot be used; see `answers`.
     """
-    records = read_questions(config)
-    subject, settings = Subject.of(config), GenerationSettings.from_config(config)
-    if config.on_bad_row == "skip":
-        records = fit_positions(records, config, subject.base)
-    folder = Path(config.output_dir or Path(config.model_path, "compare"))
+    records = read_questions(settings)
+    subject = Subject.of(settings)
+    if settings.on_bad_row == "skip":
+        records = fit_positions(records, settings, subject.base)
+    folder = Path(settings.output_dir or Path(settings.model_path, "compare"))
     file = AnswerFile(
         folder / "compare.jsonl",
         records,
         {"verb": "compare"} | subject.identity() | settings.in_effect(),
-        overwrite=config.overwrite_output,
+        overwrite=settings.overwrite_output,
         elsewhere="--output_dir",
     )
-    size = config.per_device_eval_batch_size
-    todo = file.to_answer(config.limit, size if subject.is_batch_sensitive else None)
+    size = settings.per_device_eval_batch_size
+    todo = file.to_answer(settings.limit, size if subject.is_batch_sensitive else None)
     if todo:
-        if config.on_bad_row == "fail":
-            fit_positions(todo, config, subject.base)
+        if settings.on_bad_row == "fail":
+            fit_positions(todo, settings, subject.base)
         model, tokenizer = subject.load()
         prompts = [prompt_of(record) for record in todo]
         encoded = encode_prompts(model, tokenizer, prompts, settings.max_new_tokens)
@@ -79,7 +79,7 @@ def compare(config: CompareSettings) -> Comparison:
         dtype=file.settings["dtype"],
         settings=settings.in_effect(),
         date=datetime.fromtimestamp(file.path.stat().st_mtime).strftime("%Y-%m-%d %H:%M"),
-        pairs=[Pair.from_line(line) for line in file.lines[: config.limit]],
+        pairs=[Pair.from_line(line) for line in file.lines[: settings.limit]],
     )
     for name, write in (("compare.md", markdown), ("compare.html", html)):
         with new_file(str(folder / name)) as output:

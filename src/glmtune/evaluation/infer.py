@@ -11,7 +11,7 @@ from glmtune.config.settings import InferSettings
 from glmtune.data.records import Record
 from glmtune.errors import visible
 from glmtune.evaluation.answers import AnswerFile, Subject, fit_positions, prompt_of, read_questions
-from glmtune.generation import Answer, GenerationSettings, generate_answers
+from glmtune.generation import Answer, generate_answers
 
 LINE_EVERY = 100
 """Records between two lines that tell how far it is, where there is no terminal for a bar."""
@@ -41,7 +41,7 @@ class InferSummary:
         )
 
 
-def infer(config: InferSettings) -> InferSummary:
+def infer(settings: InferSettings) -> InferSummary:
     """Answer records, print some beside their original outputs, and write all as JSON lines.
 
     A line has `row`, `instruction`, `input`, `output`, `answer`, `num_tokens` and `stopped`. Lines
@@ -50,30 +50,30 @@ def infer(config: InferSettings) -> InferSummary:
     Raises:
         UserError: records, model, adapter or file of answers cannot be used; see `answers`.
     """
-    records = read_questions(config)
-    subject, settings = Subject.of(config), GenerationSettings.from_config(config)
-    if config.on_bad_row == "skip":
-        records = fit_positions(records, config, subject.base)
+    records = read_questions(settings)
+    subject = Subject.of(settings)
+    if settings.on_bad_row == "skip":
+        records = fit_positions(records, settings, subject.base)
     file = AnswerFile(
-        Path(config.output_path or Path(config.model_path or "", "answers.jsonl")),
+        Path(settings.output_path or Path(settings.model_path or "", "answers.jsonl")),
         records,
         {"verb": "infer"} | subject.identity() | settings.in_effect(),
-        overwrite=config.overwrite_output,
+        overwrite=settings.overwrite_output,
         elsewhere="--output_path",
     )
-    size = config.per_device_eval_batch_size
-    todo = file.to_answer(config.limit, size if subject.is_batch_sensitive else None)
+    size = settings.per_device_eval_batch_size
+    todo = file.to_answer(settings.limit, size if subject.is_batch_sensitive else None)
     answers: list[Answer] = []
     start = time.perf_counter()
     if todo:
-        if config.on_bad_row == "fail":
-            fit_positions(todo, config, subject.base)
+        if settings.on_bad_row == "fail":
+            fit_positions(todo, settings, subject.base)
         model, tokenizer = subject.load()
         prompts = [prompt_of(record) for record in todo]
         stream = generate_answers(model, tokenizer, prompts, settings, size, subject.device)
         start = time.perf_counter()
-        form = labelled if config.print_form == "labels" else as_in_2023
-        num_printed = len(todo) if config.print_limit is None else config.print_limit
+        form = labelled if settings.print_form == "labels" else as_in_2023
+        num_printed = len(todo) if settings.print_limit is None else settings.print_limit
         bar = tqdm(
             total=len(todo), desc="infer", unit="record", disable=not sys.stderr.isatty(), delay=1
         )

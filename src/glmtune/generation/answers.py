@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
+from glmtune.config.groups import GenerationSettings
 from glmtune.errors import UserError
 from glmtune.generation.decoder import Decoder, find_stop_ids
+from glmtune.generation.prompts import Answer, EncodedPrompt, Prompt
 from glmtune.generation.reference import generate_ids
-from glmtune.generation.settings import Answer, EncodedPrompt, GenerationSettings, Prompt
-from glmtune.generation.streaming import check_stop_strings, cut_at_stop
+from glmtune.generation.streaming import before_stop, check_stop_strings, cut_at_stop
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -24,7 +25,7 @@ def generate_answers(
     batch_size: int,
     device: torch.device | None = None,
 ) -> Iterator[Answer]:
-    """Answer prompts in left-padded batches, and deliver the answers in order as batches finish.
+    """Answer prompts in batches, and deliver the answers in order as batches finish.
 
     An answer depends on the prompts beside it by rounding alone: padding is masked, and a drawn
     answer has random numbers of its own, given by the seed and the prompt's number. In 16-bit
@@ -33,7 +34,7 @@ def generate_answers(
 
     Args:
         model: in evaluation mode, with or without an adapter.
-        tokenizer: any with `encode_batch` and `decode` (see models.chatglm.tokenization).
+        tokenizer: any with `encode_batch` and `decode`, as the project's own have them.
         prompts: all are checked before the first is answered.
         settings: how to generate.
         batch_size: prompts answered at a time.
@@ -45,13 +46,26 @@ def generate_answers(
     check_stop_strings(settings.stop_strings or (), tokenizer)
     encoded = encode_prompts(model, tokenizer, prompts, settings.max_new_tokens)
     decoder = Decoder.of(model, settings, device)
-    return (
-        answer
-        for start in range(0, len(encoded), batch_size)
-        for answer in answer_batch(
-            model, tokenizer, encoded[start : start + batch_size], settings, decoder
-        )
-    )
+    return answer_in_batches(model, tokenizer, encoded, settings, batch_size, decoder)
+
+
+def answer_in_batches(
+    model: "PreTrainedModel | PeftModel",
+    tokenizer: Any,
+    prompts: Sequence[EncodedPrompt],
+    settings: GenerationSettings,
+    batch_size: int,
+    decoder: Decoder,
+) -> Iterator[Answer]:
+    """Answer encoded prompts, and deliver the answers in order; see `answer_batch`.
+
+    A slot whose answer has ended waits for its batch. With the next prompt in it, what is beside an
+    answer would depend on the lengths of others, and so, in 16-bit formats, would the answer: base
+    and adapter would not be compared under equal conditions, nor a broken run resumed as it was.
+    """
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        yield from answer_batch(model, tokenizer, batch, settings, decoder)
 
 
 class TooLongError(UserError):
@@ -150,7 +164,7 @@ def _decode(
     return rows
 
 
-def _stops(ids: list[int], settings: GenerationSettings, tokenizer: Any) -> bool:
+def _stops(ids: Sequence[int], settings: GenerationSettings, tokenizer: Any) -> bool:
     text = tokenizer.decode(ids, skip_special_tokens=True)
     return cut_at_stop(text, settings.stop_strings or ()) is not None
 
@@ -159,8 +173,8 @@ def _read_answer(
     ids: list[int], stop_ids: Sequence[int], settings: GenerationSettings, tokenizer: Any
 ) -> Answer:
     """The answer that some ids are: it ends before a stop id, and before a stop string."""
-    end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
-    kept, stopped = ids[:end], end is not None
+    kept = before_stop(ids, stop_ids)
+    stopped = len(kept) < len(ids)
     if settings.stop_strings and _stops(kept, settings, tokenizer):
         # Tokens count up to the one that completes the stop string.
         lengths = range(1, len(kept) + 1)

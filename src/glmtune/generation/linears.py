@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from glmtune.adapters.lora import Update
 from glmtune.errors import UserError
-from glmtune.models.chatglm.decoding import Projection
-from glmtune.ops.words import GROUP_SIZE, Words
+from glmtune.models.decoding import Projection
+from glmtune.ops.lora import LowRank
+from glmtune.ops.words import GROUP_SIZE, Words, round_groups
 
 
 def _goes_through_onednn(x: Tensor) -> bool:
@@ -52,8 +52,8 @@ class Plain:
         return _kernels().project(x, self.weight_OI, self.bias_O, **more)
 
 
-# Up to so many rows torch's product with int8 weights is faster than one with them as floats. Where
-# inputs are no multiple of so many, it reads what is not its own.
+# torch's product with int8 weights is faster than one with them as floats up to 64 rows, and reads
+# out of bounds unless the inputs are a multiple of 32 (docs/log.md).
 _FEW_ROWS, _INPUTS = 64, 32
 
 
@@ -107,14 +107,8 @@ class Int4:
             UserError: a width that the packed product does not take.
         """
         _check_width(weight_OI, 4)
-        groups_OGI = weight_OI.float().unflatten(1, (-1, GROUP_SIZE))
-        low, high = groups_OGI.amin(-1, keepdim=True), groups_OGI.amax(-1, keepdim=True)
-        scale = ((high - low).clamp(min=1e-6) / 15).bfloat16()
-        middle = (low + 8 * scale).bfloat16()
-        # By what is stored, not by what was computed: the rounding of a scale then costs nothing.
-        steps = ((groups_OGI - middle.float()) / scale.float()).round() + 8
-        quantised_OI = steps.clamp(0, 15).flatten(1).to(torch.int32)
-        packed = torch._convert_weight_to_int4pack_for_cpu(quantised_OI, 1)
+        numbers_OGI, scale, middle = round_groups(weight_OI.unflatten(1, (-1, GROUP_SIZE)), -1, 4)
+        packed = torch._convert_weight_to_int4pack_for_cpu(numbers_OGI.flatten(1), 1)
         scale_middle = torch.cat((scale, middle), -1).transpose(0, 1)
         return cls(packed, scale_middle.contiguous(), bias_O)
 
@@ -127,14 +121,14 @@ class Int4:
 
 
 @dataclass(frozen=True)
-class InWords:
+class GroupQuantised:
     """A linear of 8 or 4 bits on a GPU, in groups of inputs; see `ops.words`."""
 
     weight: Words
     bias_O: Tensor | None
 
     @classmethod
-    def of(cls, weight_OI: Tensor, bias_O: Tensor | None, bits: int) -> "InWords":
+    def of(cls, weight_OI: Tensor, bias_O: Tensor | None, bits: int) -> "GroupQuantised":
         """Round the weights.
 
         Raises:
@@ -163,7 +157,7 @@ class Adapted:
     """A linear with low-rank updates beside it, computed in their own type as PEFT does."""
 
     base: Projection
-    updates: tuple[Update, ...]
+    updates: tuple[LowRank, ...]
 
     def __call__(self, x: Tensor) -> Tensor:
         """``(..., I)`` to ``(..., O)``."""
@@ -183,14 +177,14 @@ class Adapted:
         kernels = _kernels()
         ((a_RI, b_OR, scale),) = self.updates
         low_BR = kernels.project(x, a_RI, dtype=torch.float32).flatten(0, -2)
-        return self.base.fused(x, update=kernels.LowRank(low_BR, b_OR, scale), **more)
+        return self.base.fused(x, update=(low_BR, b_OR, scale), **more)
 
 
 def can_be_fused(linear: Projection) -> bool:
     """Whether a linear has kernels for one token of a few rows."""
     if isinstance(linear, Adapted):
         return len(linear.updates) == 1 and can_be_fused(linear.base)
-    return isinstance(linear, (Plain, InWords))
+    return isinstance(linear, (Plain, GroupQuantised))
 
 
 def _kernels() -> ModuleType:

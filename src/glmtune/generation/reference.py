@@ -3,13 +3,20 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.generation import (
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
+from glmtune.config.groups import GenerationSettings
 from glmtune.errors import UserError
-from glmtune.generation.sampling import draw, filters, random_numbers
-from glmtune.generation.settings import EncodedPrompt, GenerationSettings
+from glmtune.generation.prompts import EncodedPrompt
+from glmtune.generation.sampling import draw, random_numbers
 
 NOT_FINITE = (
     "the model's logits are not finite: its weights are damaged, or float16 overflowed (then pass "
@@ -43,8 +50,9 @@ def generate_ids(
     input_ids_BS, valid_BS = left_padded(prompts, pad_id, model.device)
     num_columns = input_ids_BS.shape[1]
     processors: list[LogitsProcessor] = [RefuseNonFinite()]
-    if settings.do_sample:
-        numbers_BT = random_numbers(settings, prompts, model.device)
+    if settings.draws:
+        numbers = random_numbers([settings] * len(prompts), prompts)
+        numbers_BT = torch.from_numpy(numpy.stack(numbers)).to(model.device)
         processors += [*filters(settings), DrawToken(numbers_BT, num_columns)]
     rows = model.generate(
         input_ids=input_ids_BS,
@@ -60,6 +68,18 @@ def generate_ids(
         ),
     )
     return rows[:, num_columns:].tolist()
+
+
+def filters(settings: GenerationSettings) -> list[LogitsProcessor]:
+    """transformers' temperature, top_k and top_p, in its order, as far as they are set."""
+    chosen: list[LogitsProcessor] = []
+    if settings.temperature is not None:
+        chosen.append(TemperatureLogitsWarper(settings.temperature))
+    if settings.top_k is not None:
+        chosen.append(TopKLogitsWarper(settings.top_k))
+    if settings.top_p is not None:
+        chosen.append(TopPLogitsWarper(settings.top_p))
+    return chosen
 
 
 class DrawToken(LogitsProcessor):

@@ -5,18 +5,59 @@ Shapes: B rows of a batch, T tokens of the longest answer, V vocabulary.
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
-from transformers.generation import (
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
-from glmtune.generation.settings import EncodedPrompt, GenerationSettings
+from glmtune.config.groups import AnswerSettings
+from glmtune.generation.prompts import EncodedPrompt
+
+
+class Sampling(NamedTuple):
+    """How the next token of each row is chosen, as numbers that one captured step reads."""
+
+    draws_B1: Tensor
+    """Whether it is drawn, else it is the likeliest."""
+    penalty_B1: Tensor
+    temperature_B1: Tensor
+    top_k_B1: Tensor
+    """int64; the vocabulary's size where all tokens may be drawn."""
+    tail_B1: Tensor
+    """``1 - top_p``, the share of the least likely tokens that is left out; -1 for none."""
+
+    @classmethod
+    def of(
+        cls, settings: Sequence[AnswerSettings], vocab_size: int, device: torch.device
+    ) -> "Sampling":
+        """The numbers of each row's settings, without effect where a setting is None."""
+        rows = [
+            (
+                row.draws,
+                row.repetition_penalty or 1.0,
+                row.temperature or 1.0,
+                min(row.top_k or vocab_size, vocab_size),
+                -1.0 if row.top_p is None else 1 - row.top_p,
+            )
+            for row in settings
+        ]
+        kinds = torch.bool, torch.float32, torch.float32, torch.int64, torch.float32
+        return cls(
+            *(
+                torch.tensor(column, dtype=kind, device=device)[:, None]
+                for column, kind in zip(zip(*rows, strict=True), kinds, strict=True)
+            )
+        )
+
+    def part(self, rows: slice) -> "Sampling":
+        """Those of some rows; not a copy."""
+        return Sampling(*(tensor[rows] for tensor in self))
+
+
+def is_plain(settings: AnswerSettings) -> bool:
+    """Whether each token is simply the likeliest."""
+    return not settings.draws and settings.repetition_penalty is None
 
 
 def largest(scores_BV: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,62 +72,52 @@ def largest(scores_BV: Tensor) -> tuple[Tensor, Tensor]:
     return value_B, within_B.add(part_B, alpha=scores_BV.shape[-1] // num_parts)
 
 
-def choose(
-    scores_BV: Tensor,
-    settings: GenerationSettings,
-    seen_BV: Tensor | None,
-    draw_B1: Tensor | None,
-) -> Tensor:
-    """The next token of each row, ``(B,)``.
+def choose(scores_BV: Tensor, sampling: Sampling, seen_BV: Tensor, draw_B1: Tensor) -> Tensor:
+    """The next token of each row, ``(B,)``, by the settings of each.
 
     Args:
         scores_BV: float32 logits.
-        settings: which penalty and filters there are, and whether the token is drawn.
-        seen_BV: true for the tokens that a repetition penalty is about; only used with one.
-        draw_B1: float64 in [0, 1), a random number a row; only used where tokens are drawn.
+        sampling: each row's settings.
+        seen_BV: true for the tokens that a repetition penalty is about.
+        draw_B1: float64 in [0, 1), a random number a row.
     """
-    if settings.repetition_penalty is not None:
-        assert seen_BV is not None
-        scores_BV = penalise(scores_BV, seen_BV, settings.repetition_penalty)
-    if not settings.do_sample:
-        return largest(scores_BV)[1]
-    assert draw_B1 is not None
-    for keep in filters(settings):
-        scores_BV = keep(None, scores_BV)
-    return draw(scores_BV, draw_B1)
+    penalised_BV = penalise(scores_BV, seen_BV, sampling.penalty_B1)
+    drawn_B = draw(filter_scores(penalised_BV, sampling), draw_B1)
+    return torch.where(sampling.draws_B1[:, 0], drawn_B, largest(penalised_BV)[1])
 
 
-def penalise(scores_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
+def penalise(scores_BV: Tensor, seen_BV: Tensor, penalty_B1: Tensor) -> Tensor:
     """transformers' repetition penalty, with a mask in the place of a list of ids."""
-    penalised_BV = torch.where(scores_BV < 0, scores_BV * penalty, scores_BV / penalty)
+    penalised_BV = torch.where(scores_BV < 0, scores_BV * penalty_B1, scores_BV / penalty_B1)
     return torch.where(seen_BV, penalised_BV, scores_BV)
 
 
-def filters(settings: GenerationSettings) -> list[LogitsProcessor]:
-    """transformers' temperature, top_k and top_p, in its order, as far as they are set."""
-    chosen: list[LogitsProcessor] = []
-    if settings.temperature is not None:
-        chosen.append(TemperatureLogitsWarper(settings.temperature))
-    if settings.top_k is not None:
-        chosen.append(TopKLogitsWarper(settings.top_k))
-    if settings.top_p is not None:
-        chosen.append(TopPLogitsWarper(settings.top_p))
-    return chosen
+def filter_scores(scores_BV: Tensor, sampling: Sampling) -> Tensor:
+    """transformers' temperature, top_k and top_p, in its order, with numbers of each row.
+
+    Both filters look at the scores in order, from the lowest, and take one sort.
+    """
+    scores_BV = scores_BV / sampling.temperature_B1
+    sorted_BV, token_BV = scores_BV.sort(-1)
+    lowest_B1 = sorted_BV.gather(-1, scores_BV.shape[-1] - sampling.top_k_B1)
+    sorted_BV = sorted_BV.masked_fill(sorted_BV < lowest_B1, -torch.inf)
+    is_tail_BV = sorted_BV.softmax(-1).cumsum(-1) <= sampling.tail_B1
+    is_tail_BV[:, -1] = False
+    return scores_BV.scatter(-1, token_BV, sorted_BV.masked_fill(is_tail_BV, -torch.inf))
 
 
 def random_numbers(
-    settings: GenerationSettings, prompts: Sequence[EncodedPrompt], device: torch.device
-) -> Tensor:
-    """Random numbers ``(B, T)`` that belong to seed, prompt and place in the answer alone.
+    settings: Sequence[AnswerSettings], prompts: Sequence[EncodedPrompt]
+) -> list[numpy.ndarray]:
+    """Random numbers of each answer that belong to seed, prompt and place in the answer alone.
 
     transformers draws from one generator for the whole batch, so that an answer would change with
     its neighbours, and with where a broken run was resumed.
     """
-    rows = [
-        numpy.random.default_rng((settings.seed, prompt.number)).random(settings.max_new_tokens)
-        for prompt in prompts
+    return [
+        numpy.random.default_rng((each.seed, prompt.number)).random(each.max_new_tokens)
+        for each, prompt in zip(settings, prompts, strict=True)
     ]
-    return torch.from_numpy(numpy.stack(rows)).to(device)
 
 
 def draw(scores_BV: Tensor, draw_B1: Tensor) -> Tensor:
@@ -95,6 +126,6 @@ def draw(scores_BV: Tensor, draw_B1: Tensor) -> Tensor:
     # The sum over a vocabulary is only nearly 1; scaling keeps the draw below it.
     target_B1 = draw_B1 * cumulative_BV[:, -1:]
     token_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True)
-    # Scores that are not finite lead beyond the vocabulary, which a GPU does not survive; that they
-    # are not finite is told a few tokens later.
+    # NaN scores give a place beyond the vocabulary, an illegal access on a GPU. They are reported
+    # when the host looks, a few tokens later.
     return token_B1.clamp(max=scores_BV.shape[-1] - 1).squeeze(-1)

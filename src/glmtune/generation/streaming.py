@@ -1,11 +1,11 @@
 """Text as it comes: never half a character, and never text that later turns into another.
 
-A character may be spelled by several byte pieces, and a newline, a tab or a run of blanks by a name
-such as ``<n>`` that may itself come in pieces. What could still change is held back.
+A character may be spelled by several byte pieces, and of some vocabularies a newline or a run of
+blanks by a name that may itself come in pieces. What could still change is held back.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from glmtune.errors import UserError
@@ -13,17 +13,14 @@ from glmtune.errors import UserError
 # A character of UTF-8 has at most four bytes, so at most three wait for the rest. Each shows as the
 # replacement character meanwhile.
 _HALF_CHARACTER = "\ufffd{1,3}$"
-# The beginning of <n>, <|tab|> or <|blank_12|> may become another character too.
-_UNFINISHED = re.compile(
-    _HALF_CHARACTER + r"|<(\|(t(a(b\|?)?)?|b(l(a(n(k(_(\d{1,2}\|?)?)?)?)?)?)?)?|n)?$"
-)
 
 
 class TextStream:
     """The text of one answer while its tokens come; what it gives adds up to the answer's.
 
     Args:
-        tokenizer: any with `decode` (see models.chatglm.tokenization).
+        tokenizer: any with `decode`; `unfinished`, where it has one, is a pattern of an end of text
+            that more tokens may turn into something else.
         stop_strings: the text ends before the first of them.
     """
 
@@ -33,6 +30,8 @@ class TextStream:
         self.ids: list[int] = []
         self.stopped = False
         self._shown = 0
+        patterns = _HALF_CHARACTER, getattr(tokenizer, "unfinished", None)
+        self._unfinished = re.compile("|".join(filter(None, patterns)))
 
     def push(self, ids: Iterable[int]) -> str:
         """Take some more tokens, and return the text that is certain now and was not before."""
@@ -42,7 +41,7 @@ class TextStream:
         if cut is not None:
             self.stopped = True
             return self._show(cut.rstrip())
-        if unfinished := _UNFINISHED.search(text):
+        if unfinished := self._unfinished.search(text):
             text = text[: unfinished.start()]
         return self._show(without_beginning(text, self.stop_strings).rstrip())
 
@@ -59,6 +58,11 @@ class TextStream:
         new = text[self._shown :]
         self._shown = max(self._shown, len(text))
         return new
+
+
+def before_stop(ids: Sequence[int], stop_ids: Collection[int]) -> Sequence[int]:
+    """The ids before the first stop id among them; all of them where there is none."""
+    return ids[: next((i for i, token in enumerate(ids) if token in stop_ids), None)]
 
 
 def cut_at_stop(text: str, stop_strings: Sequence[str]) -> str | None:

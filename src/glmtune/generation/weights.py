@@ -1,6 +1,8 @@
 """A model's weights as decoding wants them: adapter applied or merged, in 16, 8 or 4 bits."""
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import is_dataclass
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -9,16 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glmtune.adapters.lora import Update, split_lora
 from glmtune.errors import UserError
-from glmtune.generation.linears import Adapted, Int4, Int8, InWords, Plain, can_be_fused
-from glmtune.models.chatglm.configuration import ChatGLMConfig
-from glmtune.models.chatglm.decoding import Block, Projection, Weights
-from glmtune.ops.norm import Norm
+from glmtune.generation.linears import Adapted, GroupQuantised, Int4, Int8, Plain, can_be_fused
+from glmtune.models.decoding import DecodingBlock, Projection, Weights
+from glmtune.models.family import layers_of
+from glmtune.models.low_rank import split_lora
+from glmtune.ops.lora import LowRank
 
 
 def read_weights(
     model: Any,
+    block: DecodingBlock,
     *,
     bits: int = 16,
     merge: bool = False,
@@ -31,8 +34,9 @@ def read_weights(
     that device.
 
     Args:
-        model: a ChatGLM-6B, plain or in PEFT's wrapping. A linear of a kind unknown here (of a
-            quantised base, say) is called as it is.
+        model: plain or in PEFT's wrapping. A linear of a kind unknown here (of a quantised base,
+            say) is called as it is.
+        block: of the model's family.
         bits: 16; 8 or 4 round the linears, the head included, and keep copies of them.
         merge: add the adapter to copies of the weights it adapts, instead of applying it anew to
             each token; faster, and rounded to the weights' type.
@@ -44,82 +48,71 @@ def read_weights(
         UserError: the weights cannot be had in so few bits.
     """
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    body, device = plain.transformer, device or plain.device
+    device = device or plain.device
+    linears: list[Projection] = []
 
     def read(linear: nn.Module) -> Projection:
-        return _read_projection(linear, bits, merge, device, {} if known is None else known)
-
-    def read_norm(norm: nn.LayerNorm) -> Norm:
-        return Norm(norm.weight.to(device), norm.bias.to(device), norm.eps)
-
-    blocks = [
-        Block(
-            input_norm=read_norm(layer.input_layernorm),
-            query_key_value=read(layer.attention.query_key_value),
-            dense=read(layer.attention.dense),
-            post_attention_norm=read_norm(layer.post_attention_layernorm),
-            dense_h_to_4h=read(layer.mlp.dense_h_to_4h),
-            dense_4h_to_h=read(layer.mlp.dense_4h_to_h),
+        linears.append(
+            _read_projection(linear, bits, merge, device, {} if known is None else known)
         )
-        for layer in body.layers
-    ]
+        return linears[-1]
+
+    read_norm = partial(_read_norm, device=device)
+    final_norm = block.final_norm(plain, read_norm)
     return Weights(
-        embed=_read_embedding(body.word_embeddings, body.final_layernorm.weight.dtype, device),
-        blocks=blocks,
-        final_norm=read_norm(body.final_layernorm),
-        head=read(plain.lm_head),
+        embed=_read_embedding(plain.get_input_embeddings(), final_norm.weight.dtype, device),
+        blocks=[block.weights_of(layer, read, read_norm) for layer in layers_of(plain)],
+        final_norm=final_norm,
+        head=read(plain.get_output_embeddings()),
+        linears=linears,
     )
 
 
 def can_be_captured(weights: Weights) -> bool:
     """Whether every linear is of a kind known here, and so waits for nothing but the GPU."""
-    kinds = Plain, Int8, Int4, InWords, Adapted
-    return all(isinstance(linear, kinds) for linear in _linears(weights))
+    kinds = Plain, Int8, Int4, GroupQuantised
+    return all(isinstance(_base_of(linear), kinds) for linear in weights.linears)
 
 
-def most_rows_for_kernels(weights: Weights, config: ChatGLMConfig) -> int:
+def most_rows_for_kernels(weights: Weights, block: DecodingBlock, head_dim: int) -> int:
     """Up to how many rows of a batch go through `ops.decoding_kernels`, a token at a time.
 
     Each row reads the weights anew. Where they are packed, that costs less than to unpack them for
     a product of matrices; where they are not, nothing is gained with a second row.
     """
-    on_gpu = weights.final_norm.weight.is_cuda
-    power_of_two = config.head_dim & (config.head_dim - 1) == 0
-    linears = _linears(weights)
-    if not on_gpu or not power_of_two or find_spec("triton") is None:
+    if block.run_block_in_few_kernels is None or not weights.final_norm.weight.is_cuda:
         return 0
-    if not all(can_be_fused(linear) for linear in linears):
+    if head_dim & (head_dim - 1) or find_spec("triton") is None:  # no power of two
         return 0
-    return 4 if any(isinstance(linear, InWords) for linear in linears) else 1
+    if not all(can_be_fused(linear) for linear in weights.linears):
+        return 0
+    return 4 if any(isinstance(_base_of(x), GroupQuantised) for x in weights.linears) else 1
 
 
 def num_bytes(weights: Weights) -> int:
     """What one step reads of the weights. Of the embedding that is next to nothing."""
-    norms = [norm for block in weights.blocks for norm in block if isinstance(norm, Norm)]
-    linears = [tuple(vars(linear).values()) for linear in _linears(weights)]
-    return sum(tensor.nbytes for tensor in _tensors((weights.final_norm, *norms, *linears)))
+    read = (*weights.blocks, weights.final_norm, weights.head)
+    return sum(tensor.nbytes for tensor in _tensors(read))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Those in nested tuples."""
+    """Those in nested tuples, linears and modules."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, tuple):
-        for part in value:
+    elif isinstance(value, nn.Module):
+        yield from value.parameters()
+    elif isinstance(value, tuple) or is_dataclass(value):
+        for part in value if isinstance(value, tuple) else vars(value).values():
             yield from _tensors(part)
 
 
-def _linears(weights: Weights) -> list[Projection]:
-    """Every linear, and what adapters lie on."""
-    projections = [weights.head]
-    for block in weights.blocks:
-        projections += [
-            block.query_key_value,
-            block.dense,
-            block.dense_h_to_4h,
-            block.dense_4h_to_h,
-        ]
-    return projections + [linear.base for linear in projections if isinstance(linear, Adapted)]
+def _base_of(linear: Projection) -> Projection:
+    return linear.base if isinstance(linear, Adapted) else linear
+
+
+def _read_norm(norm: nn.Module, device: torch.device) -> nn.Module:
+    there = all(parameter.device == device for parameter in norm.parameters())
+    return norm if there else deepcopy(norm).to(device)
 
 
 def _read_embedding(
@@ -145,7 +138,7 @@ def _read_projection(
                 f"{type(linear).__name__}), which are not rounded again; leave the bits out"
             )
         return Adapted(base, updates) if updates else base
-    updates = tuple(Update(a.to(device), b.to(device), scale) for a, b, scale in updates)
+    updates = tuple(LowRank(a.to(device), b.to(device), scale) for a, b, scale in updates)
     if merge and updates:
         weight = base.weight.detach().to(device)
         total = weight.float()
@@ -163,5 +156,5 @@ def _round(weight: Tensor, bias: Tensor | None, bits: int, device: torch.device)
     if bits == 16:
         return Plain(weight, bias)
     if weight.is_cuda:
-        return InWords.of(weight, bias, bits)
+        return GroupQuantised.of(weight, bias, bits)
     return {8: Int8.of, 4: Int4.of}[bits](weight, bias)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from glmtune.data.row_rule import RowRule
+from glmtune.models.decoding import DecodingBlock
 from glmtune.models.shape import Shape, find_targets
 
 
@@ -83,8 +84,8 @@ class Family(NamedTuple):
     """Ids of a short row from all over the vocabulary, of the configuration."""
     packed: PackedBlock | None = None
     """None: trains on padded rows only, and says so."""
-    decoding: Any = None
-    """A `models.decoding.DecodingBlock`; None: answers through transformers' `generate`."""
+    decoding: DecodingBlock | None = None
+    """None: does not answer yet."""
     bare_class: type[PreTrainedModel] | None = None
     """The model without its head, of a family whose classes transformers does not know."""
     known_sha256: Callable[[str, str], set[str]] = lambda hub_id, name: set()

@@ -24,10 +24,11 @@ from transformers import PreTrainedModel
 from glmtune.data.packing import Pack
 from glmtune.hardware import Card
 from glmtune.models.family import PackedBlock, layers_of
+from glmtune.models.low_rank import split_lora
 from glmtune.models.quantised import frozen_of
 from glmtune.ops.attention import PaddedRows
 from glmtune.ops.linear import Dense, Fp8Linear, Frozen
-from glmtune.ops.lora import Adapter, Dropout, lora_linear
+from glmtune.ops.lora import Dropout, LowRank, lora_linear
 from glmtune.ops.loss import IGNORED, SoftmaxLoss, head_loss
 from glmtune.ops.quantised import Quantised
 
@@ -47,7 +48,7 @@ class Linear(NamedTuple):
     """A frozen linear and, where it has one, its adapter."""
 
     frozen: Frozen
-    adapter: Adapter | None
+    adapter: LowRank | None
 
     def __call__(self, x_TK: Tensor, dropout: Dropout | None) -> Tensor:
         """``(T, K)`` to ``(T, N)``."""
@@ -258,13 +259,9 @@ def base_of(model: PeftModel) -> PreTrainedModel:
 
 def linear_of(module: nn.Module) -> Linear:
     """A linear's weights and those of the adapter on it, not copied."""
-    adapter = None
-    if isinstance(module, LoraLayer):
-        (name,) = module.active_adapters
-        a, b = cast(nn.Linear, module.lora_A[name]), cast(nn.Linear, module.lora_B[name])
-        adapter = Adapter(a.weight, b.weight, module.scaling[name])
-        module = module.base_layer
-    return Linear(frozen_of(module), adapter)
+    base, updates = split_lora(module)
+    (adapter,) = updates or (None,)
+    return Linear(frozen_of(base), adapter)
 
 
 def to_fp8(model: PeftModel) -> None:

@@ -3,7 +3,8 @@
 The columns of a head are divided among blocks, of which the last to be done adds up what all came
 to. Launched and awaited as `ops.decoding_kernels` says.
 
-Shapes: B rows of a batch, N heads, D head size, K columns of the cache.
+Shapes: B rows of a batch, N heads of queries, M of keys and values, D head size, K columns of the
+cache.
 """
 
 from functools import lru_cache
@@ -20,22 +21,25 @@ _SPLITS, _BLOCK_K, _WARPS = 16, 32, 2
 
 @triton.jit
 def _attend(
-    qkv, cos, sin, keys, values, mask, column, partial, counts, y, scale,
-    stride_b, stride_n, stride_k, stride_mask,
-    N: tl.constexpr, D: tl.constexpr, EARLY: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    query, key, value, cos, sin, keys, values, column, partial, counts, y, scale,
+    query_b, query_n, key_b, key_m, stride_b, stride_m, stride_k,
+    N: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, EARLY: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One head's share of the columns; the last share to be done adds all of them up."""
+    """One head's share of the columns; the last share to be done adds all of them up.
+
+    GROUP heads of queries share a head of keys, which the first of them writes.
+    """
     let_next_begin(EARLY)
     at_head, split = tl.program_id(0), tl.program_id(1)
     row, head = at_head // N, at_head % N
     Q: tl.constexpr = D // 4
-    d, newest = tl.arange(0, D), tl.load(column)
+    d, newest = tl.arange(0, D), tl.load(column + row)
     kind = keys.dtype.element_ty
     share = tl.cdiv(newest, SPLITS * BLOCK_K) * BLOCK_K
     start = split * share
     end = tl.minimum(start + share, newest)
-    cache = row.to(tl.int64) * stride_b + head.to(tl.int64) * stride_n
+    cache = row.to(tl.int64) * stride_b + (head // GROUP).to(tl.int64) * stride_m
     at_key, at_value = keys + cache + d[None, :], values + cache + d[None, :]
     # Nothing here is waited for: columns before the newest are of earlier steps, and the place and
     # its angles come from ordinary kernels, before the first that is launched early.
@@ -44,28 +48,32 @@ def _attend(
     value_block = tl.load(at_value + first_k[:, None] * stride_k, (first_k < end)[:, None], 0.0)
 
     # Element d of a half turns with the one a quarter away from it.
-    at, partner = qkv + at_head * 3 * D, d ^ Q
+    at_query, at_new = query + row * query_b + head * query_n, row * key_b + head // GROUP * key_m
+    partner = d ^ Q
     angle = row * 2 * Q + d // (2 * Q) * Q + d % Q
     c = tl.load(cos + angle).to(tl.float32)
     s = tl.where((d & Q) == 0, -1.0, 1.0) * tl.load(sin + angle).to(tl.float32)
     await_last(EARLY)
-    query = tl.load(at + d).to(tl.float32) * c + tl.load(at + partner).to(tl.float32) * s
-    query = query.to(kind).to(tl.float32) * scale
+    turned = tl.load(at_query + d).to(tl.float32) * c
+    turned += tl.load(at_query + partner).to(tl.float32) * s
+    turned = turned.to(kind).to(tl.float32) * scale
     largest, total, sums = -1e30, 0.0, tl.zeros([D], tl.float32)
     if split == 0:
-        key = tl.load(at + D + d).to(tl.float32) * c + tl.load(at + D + partner).to(tl.float32) * s
-        key, value = key.to(kind), tl.load(at + 2 * D + d).to(kind)
-        tl.store(keys + cache + newest * stride_k + d, key)
-        tl.store(values + cache + newest * stride_k + d, value)
-        largest, total = tl.sum(query * key.to(tl.float32), 0), 1.0
-        sums = value.to(tl.float32)
+        new_key = tl.load(key + at_new + d).to(tl.float32) * c
+        new_key += tl.load(key + at_new + partner).to(tl.float32) * s
+        new_key, new_value = new_key.to(kind), tl.load(value + at_new + d).to(kind)
+        if head % GROUP == 0:
+            tl.store(keys + cache + newest * stride_k + d, new_key)
+            tl.store(values + cache + newest * stride_k + d, new_value)
+        largest, total = tl.sum(turned * new_key.to(tl.float32), 0), 1.0
+        sums = new_value.to(tl.float32)
 
     for first in range(start, end, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
-        seen = (k < end) & (tl.load(mask + row * stride_mask + k, k < end, 0) != 0)
-        score = tl.where(seen, tl.sum(key_block.to(tl.float32) * query[None, :], 1), -1e30)
+        score = tl.sum(key_block.to(tl.float32) * turned[None, :], 1)
+        score = tl.where(k < end, score, -1e30)
         larger = tl.maximum(largest, tl.max(score, 0))
-        share_k = tl.where(seen, tl.exp(score - larger), 0.0)
+        share_k = tl.where(k < end, tl.exp(score - larger), 0.0)
         shrink = tl.exp(largest - larger)
         sums = sums * shrink + tl.sum(share_k[:, None] * value_block.to(tl.float32), 0)
         total = total * shrink + tl.sum(share_k, 0)
@@ -97,38 +105,43 @@ def _counts(num_heads: int, device: torch.device) -> Tensor:
 
 
 def attend(
-    mixed: Tensor,
-    keys_BNKD: Tensor,
-    values_BNKD: Tensor,
-    column_1: Tensor,
-    mask: Tensor,
+    query_BND: Tensor,
+    key_BMD: Tensor,
+    value_BMD: Tensor,
+    keys_BMKD: Tensor,
+    values_BMKD: Tensor,
+    column_B: Tensor,
     cos: Tensor,
     sin: Tensor,
 ) -> Tensor:
     """Turn a new token's query and key, write key and value into the cache, and attend to it.
 
     Args:
-        mixed: output of the fused projection, ``(B, 1, N 3 D)``.
-        keys_BNKD: keys of a layer, each row and head alike in memory.
-        values_BNKD: likewise.
-        column_1: the new token's column. Columns from there on are not looked at.
-        mask: true where a column holds a real token, ``(B, 1, 1, K)``.
+        query_BND: outputs of the projections, which may be views of one fused output. Where queries
+            have more heads than keys, heads next to each other share those of a key.
+        key_BMD: of the same strides as the values.
+        value_BMD: of the new token, too.
+        keys_BMKD: keys of a layer, of the same strides as the values.
+        values_BMKD: values of a layer.
+        column_B: the new token's column in each row. All columns before it are attended to.
         cos: of the new token's position, ``(B, 1, 2, D / 4)``.
-        sin: likewise.
+        sin: of the same shape.
 
     Returns:
-        ``(B, 1, N D)``, of the type of `mixed`.
+        ``(B, 1, N D)``, of the type of the query.
     """
-    num_rows, num_heads, _, head_dim = keys_BNKD.shape
-    assert keys_BNKD.stride() == values_BNKD.stride()
-    assert keys_BNKD.stride(-1) == 1
-    y = mixed.new_empty(num_rows, 1, num_heads * head_dim)
-    partial = mixed.new_empty(num_rows * num_heads, _SPLITS, head_dim + 2, dtype=torch.float32)
-    counts = _counts(num_rows * num_heads, mixed.device)
+    num_rows, num_heads, head_dim = query_BND.shape
+    assert key_BMD.stride() == value_BMD.stride()
+    assert keys_BMKD.stride() == values_BMKD.stride()
+    assert query_BND.stride(-1) == key_BMD.stride(-1) == keys_BMKD.stride(-1) == 1
+    assert column_B.is_contiguous()
+    y = query_BND.new_empty(num_rows, 1, num_heads * head_dim)
+    partial = y.new_empty(num_rows * num_heads, _SPLITS, head_dim + 2, dtype=torch.float32)
+    counts = _counts(num_rows * num_heads, y.device)
     _attend[(num_rows * num_heads, _SPLITS)](
-        mixed, cos, sin, keys_BNKD, values_BNKD, mask, column_1, partial, counts, y,
-        head_dim**-0.5, *keys_BNKD.stride()[:3], mask.stride(0),
-        num_heads, head_dim, launches_early(mixed.device), _SPLITS, _BLOCK_K,
-        num_warps=_WARPS, launch_pdl=launches_early(mixed.device),
+        query_BND, key_BMD, value_BMD, cos, sin, keys_BMKD, values_BMKD, column_B, partial, counts,
+        y, head_dim**-0.5, *query_BND.stride()[:2], *key_BMD.stride()[:2], *keys_BMKD.stride()[:3],
+        num_heads, num_heads // key_BMD.shape[1], head_dim, launches_early(y.device), _SPLITS,
+        _BLOCK_K, num_warps=_WARPS, launch_pdl=launches_early(y.device),
     )  # fmt: skip
     return y

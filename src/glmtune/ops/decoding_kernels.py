@@ -10,7 +10,6 @@ Shapes: I inputs, O outputs, R rank of an adapter, H width; W and G as in `ops.w
 """
 
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 import triton
@@ -23,14 +22,6 @@ from glmtune.ops.words import GROUP_SIZE, Words
 
 # Of a thread: sixteen warps then fit on an SM, so that all blocks of 16,384 outputs work at once.
 _REGISTERS = 128
-
-
-class LowRank(NamedTuple):
-    """What an adapter adds to a product: ``low @ up.T * scale``."""
-
-    low_BR: Tensor
-    up_OR: Tensor
-    scale: float
 
 
 @triton.jit
@@ -180,7 +171,7 @@ def project(
     weight: Tensor | Words,
     bias_O: Tensor | None = None,
     *,
-    update: LowRank | None = None,
+    update: tuple[Tensor, Tensor, float] | None = None,
     gelu: bool = False,
     residual: Tensor | None = None,
     alpha: float = 1.0,
@@ -193,7 +184,8 @@ def project(
             packed and in their type where not: threads then hold both alike.
         weight: ``(O, I)``, floats or packed.
         bias_O: is added.
-        update: of an adapter, is added.
+        update: low ``(B, R)``, up ``(O, R)`` and a scale: ``low @ up.T * scale``, what an adapter
+            adds, is added.
         gelu: whether to apply GELU, in its tanh form.
         residual: ``(..., O)``, contiguous.
         alpha: is multiplied with the residual.

@@ -1,6 +1,6 @@
 """A frozen linear with a LoRA adapter beside it, and its dropout.
 
-Shapes: T tokens, K inputs and N outputs of the linear, R rank.
+Shapes: T tokens, I inputs and O outputs of the linear, R rank.
 """
 
 from typing import NamedTuple
@@ -11,11 +11,11 @@ from torch import Tensor
 from glmtune.ops.linear import Frozen, frozen_linear
 
 
-class Adapter(NamedTuple):
-    """The update ``scale * B @ A`` of a weight; A and B are float32, and nothing else trains."""
+class LowRank(NamedTuple):
+    """The update ``scale * B @ A`` of a weight: what an adapter adds to one linear."""
 
-    a_RK: Tensor
-    b_NR: Tensor
+    a_RI: Tensor
+    b_OR: Tensor
     scale: float
 
 
@@ -33,13 +33,13 @@ class Dropout(NamedTuple):
     scale: Tensor
     """A float32 scalar, ``1 / (1 - rate)``."""
 
-    def __call__(self, x_TK: Tensor) -> Tensor:
-        """Drop elements of ``(T, K)``."""
-        num_tokens, width = x_TK.shape
-        token_T = torch.arange(num_tokens, dtype=torch.int32, device=x_TK.device)
-        column_K = torch.arange(width, dtype=torch.int32, device=x_TK.device)
-        is_kept = hash_int32((token_T[:, None] * width + column_K) ^ self.seed) >= self.below
-        return torch.where(is_kept, x_TK * self.scale.to(x_TK.dtype), 0)
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        """Drop elements of ``(T, I)``."""
+        num_tokens, width = x_TI.shape
+        token_T = torch.arange(num_tokens, dtype=torch.int32, device=x_TI.device)
+        column_I = torch.arange(width, dtype=torch.int32, device=x_TI.device)
+        is_kept = hash_int32((token_T[:, None] * width + column_I) ^ self.seed) >= self.below
+        return torch.where(is_kept, x_TI * self.scale.to(x_TI.dtype), 0)
 
 
 def hash_int32(x: Tensor) -> Tensor:
@@ -54,28 +54,28 @@ def hash_int32(x: Tensor) -> Tensor:
 
 
 def lora_factors(
-    x_TK: Tensor, adapter: Adapter, dropout: Dropout | None = None
+    x_TI: Tensor, adapter: LowRank, dropout: Dropout | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Two factors of what an adapter adds: ``(T, R)`` and ``(N, R)``, in the type of x."""
-    a_RK, b_NR = adapter.a_RK.to(x_TK.dtype), (adapter.scale * adapter.b_NR).to(x_TK.dtype)
-    return (x_TK if dropout is None else dropout(x_TK)) @ a_RK.T, b_NR
+    """Two factors of what an adapter adds: ``(T, R)`` and ``(O, R)``, in the type of x."""
+    a_RI, b_OR = adapter.a_RI.to(x_TI.dtype), (adapter.scale * adapter.b_OR).to(x_TI.dtype)
+    return (x_TI if dropout is None else dropout(x_TI)) @ a_RI.T, b_OR
 
 
 def lora_linear(
-    x_TK: Tensor, frozen: Frozen, adapter: Adapter | None, dropout: Dropout | None = None
+    x_TI: Tensor, frozen: Frozen, adapter: LowRank | None, dropout: Dropout | None = None
 ) -> Tensor:
-    """``x @ W^T + bias + scale * dropout(x) @ A^T @ B^T``: ``(T, N)``.
+    """``x @ W^T + bias + scale * dropout(x) @ A^T @ B^T``: ``(T, O)``.
 
     Args:
-        x_TK: in the compute type, in which the adapter computes, too.
+        x_TI: in the compute type, in which the adapter computes, too.
         frozen: the linear.
         adapter: None where the linear has none.
         dropout: of the adapter's input; None for none.
     """
-    y_TN = frozen_linear(x_TK, frozen)
+    y_TO = frozen_linear(x_TI, frozen)
     if adapter is None:
-        return y_TN
-    inner_TR, b_NR = lora_factors(x_TK, adapter, dropout)
+        return y_TO
+    inner_TR, b_OR = lora_factors(x_TI, adapter, dropout)
     # In float32, where the compiler joins the sum to what follows. Of a sum in the type of the
     # products it would make one more product that copies y first, at twice the traffic.
-    return (y_TN.float() + (inner_TR @ b_NR.T).float()).to(y_TN.dtype)
+    return (y_TO.float() + (inner_TR @ b_OR.T).float()).to(y_TO.dtype)

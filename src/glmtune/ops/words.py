@@ -17,6 +17,30 @@ GROUP_SIZE = 128
 """Inputs of a group."""
 
 
+def round_groups(
+    grouped: Tensor, dims: int | tuple[int, ...], bits: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Round each group to 2^bits steps between its smallest and its largest element.
+
+    Args:
+        grouped: weights, the elements of a group along some dimensions.
+        dims: those dimensions.
+        bits: 8 or 4.
+
+    Returns:
+        Numbers q as int32, and each group's scale and middle as bfloat16, in dimensions of one:
+        q means ``(q - 2^(bits - 1)) * scale + middle``.
+    """
+    most, half, grouped = 2**bits - 1, 2 ** (bits - 1), grouped.float()
+    low, high = grouped.amin(dims, keepdim=True), grouped.amax(dims, keepdim=True)
+    scale = ((high - low).clamp(min=1e-6) / most).bfloat16()
+    middle = (low + half * scale).bfloat16()
+    # The numbers are found with the scale and middle that are stored, so that rounding those adds
+    # no error.
+    steps = (grouped - middle.float()) / scale.float()
+    return (steps.round() + half).clamp(0, most).to(torch.int32), scale, middle
+
+
 class Words(NamedTuple):
     """A packed matrix: q of 0 to 2^bits - 1 means ``(q - 2^(bits - 1)) * scale + middle``."""
 
@@ -33,15 +57,10 @@ class Words(NamedTuple):
         The inputs must be a multiple of `GROUP_SIZE`.
         """
         assert weight_OI.shape[1] % GROUP_SIZE == 0
-        most, half, per_word = 2**bits - 1, 2 ** (bits - 1), 32 // bits
+        per_word = 32 // bits
         # ``(O, P, G, words of a group)``
-        grouped = weight_OI.float().unflatten(1, (per_word, -1, GROUP_SIZE // per_word))
-        low, high = grouped.amin((1, 3), keepdim=True), grouped.amax((1, 3), keepdim=True)
-        scale = ((high - low).clamp(min=1e-6) / most).bfloat16()
-        middle = (low + half * scale).bfloat16()
-        # By what is stored, not by what was computed: the rounding of a scale then costs nothing.
-        steps = (grouped - middle.float()) / scale.float()
-        numbers = (steps.round() + half).clamp(0, most).to(torch.int32)
+        grouped = weight_OI.unflatten(1, (per_word, -1, GROUP_SIZE // per_word))
+        numbers, scale, middle = round_groups(grouped, (1, 3), bits)
         words_OW = torch.zeros_like(numbers[:, 0].flatten(1))
         for n in range(per_word):
             words_OW |= numbers[:, n].flatten(1) << (n * bits)

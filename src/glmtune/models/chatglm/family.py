@@ -9,6 +9,7 @@ from glmtune.data import templates
 from glmtune.errors import UserError
 from glmtune.models.chatglm import conversation
 from glmtune.models.chatglm.configuration import VOCAB_SIZE_V1_0, ChatGLMConfig
+from glmtune.models.chatglm.decoding import DECODING
 from glmtune.models.chatglm.folder import check_folder
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration, ChatGLMModel
 from glmtune.models.chatglm.packed import PACKED
@@ -110,6 +111,7 @@ V1_1 = Family(
     ),
     probe_row=probe_row,
     packed=PACKED,
+    decoding=DECODING,
     write_random=write_random_model,
     new_model=_new_model,
     bench_configs={

@@ -35,6 +35,7 @@ from glmtune.models.chatglm.rows import row_rule
 from glmtune.models.chatglm.vocabulary import (
     NUM_PIECES_V1_0,
     SPECIALS,
+    UNFINISHED,
     VOCAB_FILE,
     compare_revisions,
     extend_v1_0,
@@ -77,6 +78,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     vocab_files_names = {"vocab_file": VOCAB_FILE}  # noqa: RUF012
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
+    unfinished = UNFINISHED
+    """The end of a decoded text that more ids may turn into something else, as a pattern."""
 
     def __init__(
         self, vocab_file: str | None = None, num_image_tokens: int | None = None, **kwargs

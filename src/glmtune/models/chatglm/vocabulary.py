@@ -22,6 +22,8 @@ NUM_PIECES_V1_1 = 130_344
 
 _BLANKS = re.compile(f" {{2,{MAX_BLANKS}}}")
 _STANDINS = re.compile(r"<n>|<\|tab\|>|<\|blank_(\d+)\|>")
+UNFINISHED = r"<(\|(t(a(b\|?)?)?|b(l(a(n(k(_(\d{1,2}\|?)?)?)?)?)?)?)?|n)?$"
+"""The beginning of such a name at the end of a text, which more pieces may make whole."""
 
 
 def replace_blanks(text: str) -> str:

@@ -1,0 +1,202 @@
+"""Any model as two plain functions, for answering: `prefill` prompts, `decode` a token.
+
+What one layer computes is a family's: its `DecodingBlock` has that as plain functions of a tuple of
+weights. Keys and values are written in place into tensors of fixed size, at columns that a tensor
+names, so that one step is the same sequence of kernels whatever its place: it can be captured and
+replayed. Positions and mask come ready made; nothing is read off the ids while decoding.
+
+Shapes: B rows of a batch, S columns of the longest prompt, K columns of a cache, H hidden, N heads
+of queries, M of keys and values, D size of a head, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from glmtune.models.shape import Shape
+from glmtune.ops.attention import additive_mask, right_kernels
+
+Projection = Any
+"""A linear with all that belongs to it, to be called: ``(..., in)`` to ``(..., out)``."""
+Normalisation = Any
+"""A norm, to be called: ``(..., H)`` to ``(..., H)``. It has a `weight`; see `ops.norm.Norm`."""
+
+
+class Weights(NamedTuple):
+    """What a whole model computes with."""
+
+    embed: Callable[[Tensor], Tensor]
+    """Ids ``(B, S)`` to hidden states in the compute type, ``(B, S, H)``."""
+    blocks: Sequence[Any]
+    """What each layer computes with, as the family's `weights_of` gives it."""
+    final_norm: Normalisation
+    head: Projection
+    linears: Sequence[Projection]
+    """Every linear of all these, for what depends on their kinds."""
+
+
+class KeyValueCache(NamedTuple):
+    """Keys and values of every layer, ``(layers, B, M, K, D)`` each, in columns of K.
+
+    Columns that are masked must still hold finite numbers, hence the zeros at the start.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    @classmethod
+    def zeros(cls, shape: Shape, num_rows: int, num_columns: int, like: Tensor) -> "KeyValueCache":
+        """An empty cache for a model, of the type and on the device of a tensor."""
+        sizes = shape.num_layers, num_rows, shape.num_kv_heads, num_columns, shape.head_dim
+        return cls(like.new_zeros(sizes), like.new_zeros(sizes))
+
+    def part(self, rows: slice, num_columns: int | None) -> "KeyValueCache":
+        """Some rows of it, as far as some column; not a copy."""
+        return KeyValueCache(*(tensor[:, rows, :, :num_columns] for tensor in self))
+
+
+class Angles(NamedTuple):
+    """Cosines and sines of some tokens' positions, ``(B, S, ...)``; what follows is a family's."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class Place(NamedTuple):
+    """Where in a cache the newest token of each row goes."""
+
+    row_B: Tensor
+    """0, 1, 2..."""
+    column_B: Tensor
+
+
+class RowLayout(NamedTuple):
+    """What the ids of prompts say of their rows."""
+
+    prefix_end_B: Tensor
+    """The first column that does not see all columns before it both ways; 0 for a causal row."""
+    positions: Tensor
+    """Of every column, as the family's `angles` takes them."""
+
+
+class DecodingBlock(NamedTuple):
+    """What a family provides for decoding."""
+
+    weights_of: Callable[
+        [nn.Module, Callable[[nn.Module], Projection], Callable[[nn.Module], nn.Module]], Any
+    ]
+    """``(layer, read, read_norm)`` to what one layer computes with, a tuple. Each linear of the
+    layer goes through `read`, each norm through `read_norm`, which brings it to the device."""
+    final_norm: Callable[[PreTrainedModel, Callable[[nn.Module], nn.Module]], Normalisation]
+    """``(model, read_norm)`` to the norm before the head."""
+    layout: Callable[[Tensor, Any], RowLayout]
+    """``(ids (B, K), config)`` to the layout of rows that begin with a whole prompt. The columns
+    behind a prompt are those of its answer: their ids say nothing, their positions are known."""
+    angles: Callable[[Tensor, Any], Angles]
+    """``(positions, config)`` to the angles of every column."""
+    prompt_angles: Callable[[Angles, torch.dtype], Any]
+    """Angles as `read_block` takes them, computed once for all layers, in a type of floats."""
+    read_block: Callable[..., Tensor]
+    """One layer on whole prompts: ``(hidden (B, S, H), weights, keys (B, M, S, D), values, mask,
+    angles)`` to ``(B, S, H)``. Writes keys and values; the mask is `additive_mask`'s."""
+    run_block: Callable[..., Tensor]
+    """One layer on one new token a row: ``(hidden (B, 1, H), weights, keys (B, M, K, D), values,
+    place, mask (B, 1, 1, K), angles)`` to ``(B, 1, H)``. Writes its key and value at `place`; the
+    mask is true for the columns to be seen."""
+    run_block_in_few_kernels: Callable[..., Tensor] | None = None
+    """`run_block` for a few rows on a GPU, by `ops.decoding_kernels`; it looks at no mask."""
+
+
+def prefill(
+    weights: Weights,
+    block: DecodingBlock,
+    input_ids_BS: Tensor,
+    length_B: Tensor,
+    mask_B1SS: Tensor,
+    angles: Angles,
+    cache: KeyValueCache,
+) -> Tensor:
+    """Read whole prompts into a cache; logits ``(B, V)`` of what follows each.
+
+    Args:
+        weights: of the model.
+        block: of its family.
+        input_ids_BS: each row padded at its end.
+        length_B: tokens of each row without padding.
+        mask_B1SS: as `prefix_lm_mask` gives it.
+        angles: of these tokens.
+        cache: is written into; its rows are B, its columns S.
+    """
+    hidden_BSH = weights.embed(input_ids_BS)
+    mask = additive_mask(mask_B1SS, hidden_BSH.dtype)
+    ready = block.prompt_angles(angles, hidden_BSH.dtype)
+    with right_kernels():
+        for layer, keys, values in zip(weights.blocks, *cache, strict=True):
+            hidden_BSH = block.read_block(hidden_BSH, layer, keys, values, mask, ready)
+    row_B = torch.arange(len(length_B), device=length_B.device)
+    return run_head(hidden_BSH[row_B, length_B - 1, None], weights.final_norm, weights.head)
+
+
+def decode(
+    weights: Weights,
+    token_B1: Tensor,
+    place: Place,
+    mask_B11K: Tensor | None,
+    angles: Angles,
+    cache: KeyValueCache,
+    run_block: Callable[..., Tensor],
+    run_head: Callable[..., Tensor],
+) -> Tensor:
+    """Read one more token a row into a cache; logits ``(B, V)`` of what follows it.
+
+    Args:
+        weights: of the model.
+        token_B1: the newest tokens.
+        place: where they go in the cache.
+        mask_B11K: true for columns that hold a real token, these included; None for functions in
+            few kernels, which look at the columns before `place`.
+        angles: of these tokens.
+        cache: is written into; K columns of it are looked at.
+        run_block: of the family's `DecodingBlock`, as it stands, compiled or in few kernels.
+        run_head: the `run_head` of this module, or another form of it.
+    """
+    hidden_B1H = weights.embed(token_B1)
+    for layer, keys, values in zip(weights.blocks, *cache, strict=True):
+        hidden_B1H = run_block(hidden_B1H, layer, keys, values, place, mask_B11K, angles)
+    return run_head(hidden_B1H, weights.final_norm, weights.head)
+
+
+def run_head(hidden_B1H: Tensor, final_norm: Normalisation, head: Projection) -> Tensor:
+    """Logits ``(B, V)`` of the last tokens' hidden states."""
+    return head(final_norm(hidden_B1H)).squeeze(1)
+
+
+def run_head_in_few_kernels(
+    hidden_B1H: Tensor, final_norm: Normalisation, head: Projection
+) -> Tensor:
+    """`run_head` of a few rows on a GPU."""
+    from glmtune.ops import decoding_kernels as kernels
+
+    normed = kernels.normalise(hidden_B1H, final_norm, head.input_dtype)
+    return head.fused(normed, dtype=final_norm.weight.dtype).squeeze(1)
+
+
+def put(columns_BMKD: Tensor, place: Place, new_BM1D: Tensor) -> None:
+    """Write keys or values of one new token a row into a cache."""
+    columns_BMKD[place.row_B, :, place.column_B] = new_BM1D[:, :, 0]
+
+
+def attend(query_BN1D: Tensor, keys_BMKD: Tensor, values_BMKD: Tensor, mask_B11K: Tensor) -> Tensor:
+    """Attention of one new token to K columns: ``(B, 1, N D)``.
+
+    Where queries have more heads than keys, heads next to each other share those of a key. For one
+    query the fused kernels start one thread block a head and are slow; these are two matrix-vector
+    products that a compiler turns into reductions.
+    """
+    query_BMGD = query_BN1D.squeeze(2).unflatten(1, (keys_BMKD.shape[1], -1))
+    scores = (query_BMGD @ keys_BMKD.transpose(-1, -2)).float() * keys_BMKD.shape[-1] ** -0.5
+    seen = scores.masked_fill(~mask_B11K, -torch.inf).softmax(-1).to(values_BMKD.dtype)
+    return (seen @ values_BMKD).flatten(1)[:, None]
