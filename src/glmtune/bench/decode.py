@@ -27,7 +27,7 @@ from glmtune.hardware import (
     pick_device,
     pick_dtype,
 )
-from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
+from glmtune.models.families import family_of
 from glmtune.runlog import print_pairs
 
 REPEATS = 3
@@ -81,10 +81,10 @@ def bench_decode(settings: BenchDecodeSettings) -> DecodeFigures:
     dtype, caution = pick_dtype(device, settings.bf16, settings.fp16)
     if caution:
         note(caution)
-    shape = CONFIGS[settings.shape]
-    _check(settings, shape, device, dtype)
+    model_config = CONFIGS[settings.shape]
+    _check(settings, model_config, device, dtype)
     try:
-        figures = _measure(settings, shape, device, dtype)
+        figures = _measure(settings, model_config, device, dtype)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"batch_size {settings.batch_size}: no memory for {settings.batch_size} prompts of "
@@ -97,14 +97,14 @@ def bench_decode(settings: BenchDecodeSettings) -> DecodeFigures:
 
 
 def _measure(
-    config: BenchDecodeSettings, shape: Any, device: torch.device, dtype: torch.dtype
+    config: BenchDecodeSettings, model_config: Any, device: torch.device, dtype: torch.dtype
 ) -> DecodeFigures:
     bytes_per_second = copy_rate(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     print(f"making a random model ({config.shape}) on {device_name(device)}", flush=True)
-    model = random_model(shape, device, dtype).eval()
-    prompts = _random_prompts(shape, config.batch_size, config.prompt_length)
+    model = random_model(model_config, device, dtype).eval()
+    prompts = _random_prompts(model_config, config.batch_size, config.prompt_length)
     settings = GenerationSettings(max_new_tokens=config.max_new_tokens)
 
     print("setting up the decoder" + ", compiling" * config.decode_compile, flush=True)
@@ -125,8 +125,9 @@ def _measure(
     num_rows, num_tokens = config.batch_size, config.batch_size * config.max_new_tokens
     rate = (num_tokens - num_rows) / (times.whole - times.first)
     middle = config.prompt_length + config.max_new_tokens / 2
-    cache_bytes = 2 * shape.num_layers * shape.hidden_size * middle * dtype.itemsize
-    token_bytes = num_bytes(decoder.weights) / num_rows + cache_bytes
+    shape = family_of(model_config).shape(model_config)
+    a_column = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * dtype.itemsize
+    token_bytes = num_bytes(decoder.weights) / num_rows + a_column * middle
     limit = bytes_per_second / token_bytes
     return DecodeFigures(
         dtype=str(dtype).removeprefix("torch."),
@@ -151,12 +152,12 @@ def _measure(
 
 
 def _check(
-    settings: BenchDecodeSettings, shape: Any, device: torch.device, dtype: torch.dtype
+    settings: BenchDecodeSettings, config: Any, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Refuse before the minutes of work what cannot end well."""
     check_appendable(settings.json_path)
     check_decoding(device, settings.decoder_bits, settings.decode_compile)
-    limit = shape.max_position_embeddings
+    limit = family_of(config).shape(config).max_positions
     if settings.prompt_length + settings.max_new_tokens > limit:
         raise UserError(
             f"prompt_length {settings.prompt_length} with max_new_tokens "
@@ -165,14 +166,11 @@ def _check(
     check_room(settings.shape, device, dtype)
 
 
-def _random_prompts(shape: Any, num_prompts: int, length: int) -> list[EncodedPrompt]:
-    size, sop = (num_prompts, length - 2), shape.bos_token_id
-    assert sop is not None
-    texts = torch.randint(shape.pad_token_id + 1, shape.mask_token_id, size).tolist()
-    return [
-        EncodedPrompt([*text, shape.gmask_token_id, sop], number)
-        for number, text in enumerate(texts)
-    ]
+def _random_prompts(config: Any, num_prompts: int, length: int) -> list[EncodedPrompt]:
+    rule = family_of(config).row_rule(config)
+    size = num_prompts, length - rule.num_prompt_specials
+    texts = torch.randint(rule.pad_id + 1, min(rule.special_ids.values()) - 1, size).tolist()
+    return [EncodedPrompt(rule.prompt(text), number) for number, text in enumerate(texts)]
 
 
 def _time_decoder(
@@ -188,7 +186,7 @@ def _time_decoder(
 
 
 def _time_generate(
-    model: ChatGLMForConditionalGeneration,
+    model: Any,
     prompts: list[EncodedPrompt],
     settings: GenerationSettings,
 ) -> Times:
