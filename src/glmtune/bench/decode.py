@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+from transformers import PreTrainedModel
 
 from glmtune.bench.limits import copy_rate
 from glmtune.bench.random_model import CONFIGS, check_room, random_model
@@ -27,7 +28,7 @@ from glmtune.hardware import (
     pick_device,
     pick_dtype,
 )
-from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
+from glmtune.models.families import family_of
 from glmtune.runlog import print_pairs
 
 REPEATS = 3
@@ -125,7 +126,9 @@ def _measure(
     num_rows, num_tokens = config.batch_size, config.batch_size * config.max_new_tokens
     rate = (num_tokens - num_rows) / (times.whole - times.first)
     middle = config.prompt_length + config.max_new_tokens / 2
-    cache_bytes = 2 * shape.num_layers * shape.hidden_size * middle * dtype.itemsize
+    sizes = decoder.shape
+    cache_values = 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim
+    cache_bytes = cache_values * middle * dtype.itemsize
     token_bytes = num_bytes(decoder.weights) / num_rows + cache_bytes
     limit = bytes_per_second / token_bytes
     return DecodeFigures(
@@ -166,13 +169,10 @@ def _check(
 
 
 def _random_prompts(shape: Any, num_prompts: int, length: int) -> list[EncodedPrompt]:
-    size, sop = (num_prompts, length - 2), shape.bos_token_id
-    assert sop is not None
-    texts = torch.randint(shape.pad_token_id + 1, shape.mask_token_id, size).tolist()
-    return [
-        EncodedPrompt([*text, shape.gmask_token_id, sop], number)
-        for number, text in enumerate(texts)
-    ]
+    rule = family_of(shape).row_rule(shape)
+    size = num_prompts, length - rule.num_prompt_specials
+    texts = torch.randint(5, min(rule.special_ids.values()) - 1, size).tolist()
+    return [EncodedPrompt(rule.prompt(text), number) for number, text in enumerate(texts)]
 
 
 def _time_decoder(
@@ -188,7 +188,7 @@ def _time_decoder(
 
 
 def _time_generate(
-    model: ChatGLMForConditionalGeneration,
+    model: PreTrainedModel,
     prompts: list[EncodedPrompt],
     settings: GenerationSettings,
 ) -> Times:
