@@ -30,9 +30,9 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
     try:
         yield draft
         if draft.exists():
-            _settle(draft, final.parent)
+            _fsync_unless_draft(draft, final.parent)
             os.replace(draft, final)
-            _settle(final.parent, final.parent)
+            _fsync_unless_draft(final.parent, final.parent)
     finally:
         draft.unlink(missing_ok=True)
 
@@ -47,10 +47,10 @@ def replacing_files(folder: Path) -> Iterator[Path]:
         yield draft
         files = list(draft.iterdir())
         for file in files:
-            _settle(file, folder)
+            _fsync_unless_draft(file, folder)
         for file in files:
             os.replace(file, folder / file.name)
-        _settle(folder, folder)
+        _fsync_unless_draft(folder, folder)
 
 
 @contextmanager
@@ -131,7 +131,7 @@ def _set_aside(path: Path) -> Path:
     return aside
 
 
-def _settle(place: Path, home: Path) -> None:
+def _fsync_unless_draft(place: Path, home: Path) -> None:
     """Flush a place, unless its home is in a draft, all of which is flushed in the end."""
     if not any(map(_DRAFT.fullmatch, home.parts)):
         _flush(place)

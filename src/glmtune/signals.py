@@ -8,7 +8,9 @@ from types import FrameType
 
 
 @contextmanager
-def told_to(handler: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
+def signal_handler(
+    handler: Callable[[int, FrameType | None], None], *numbers: int
+) -> Iterator[None]:
     """Let a function hear of signals while this lasts, and then whoever heard of them before.
 
     Outside the main thread, where Python forbids it, nothing changes.

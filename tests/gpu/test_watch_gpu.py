@@ -49,7 +49,7 @@ def test_no_step_waits_for_the_device(hand_training):
             training.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    training.watch.settle()
+    training.watch.sync()
 
 
 def test_a_saved_adapter_is_read_back(tiny_folder, tmp_path):

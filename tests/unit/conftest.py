@@ -146,6 +146,6 @@ def toy_run(toy_rows, tmp_path):
 @pytest.fixture
 def tiny_run(toy_run, tiny_rows, tiny_folder, word_tokenizer, monkeypatch):
     """The same for the tiny golden model, and let it be trained without a vocabulary."""
-    monkeypatch.setattr("glmtune.training.loop.load_tokenizer", lambda base: word_tokenizer)
+    monkeypatch.setattr("glmtune.training.prepare.load_tokenizer", lambda base: word_tokenizer)
     defaults = {"dataset_path": tiny_rows, "chatglm_path": str(tiny_folder), "max_steps": 6}
     return lambda **settings: toy_run(**defaults | settings)

@@ -27,7 +27,7 @@ from glmtune.config.settings import ReplaySettings
 from glmtune.errors import UserError
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.rows import row_rule
-from glmtune.training import loop, passes
+from glmtune.training import loop, passes, prepare
 from glmtune.training.faults.crash import read_bundle
 from glmtune.training.faults.replay import replay
 
@@ -237,7 +237,7 @@ def test_two_processes_stop_at_the_same_step(numbered_rows, tiny_folder, tmp_pat
 
 def stop_in_one_of_two(folder, dataset_path, base):
     """What each of two launched processes does."""
-    loop.load_tokenizer = lambda base: ToyTokenizer()
+    prepare.load_tokenizer = lambda base: ToyTokenizer()
     settings = {"gradient_accumulation_steps": 1, "max_steps": 6}
     with pytest.MonkeyPatch.context() as patch:
         fail_at(2, patch, rank=1)

@@ -59,7 +59,7 @@ def test_demo_refuses_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
 
 def test_demo_refuses_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
-    with pytest.raises(UserError, match="1 MB free, and 64 are needed"):
+    with pytest.raises(UserError, match="1 MB are free, but the demo takes at most 67 MB"):
         claim_folder(tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

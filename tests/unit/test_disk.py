@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from toys import adapter_weights, saved
 
-from glmtune import runlog
+from glmtune import cli, disk, runlog
+from glmtune.disk import check_room
 from glmtune.errors import UserError
 from glmtune.models.resolve import GLM_TINY
 from glmtune.training import loop
-from glmtune.training.saving import checkpoints, disk
-from glmtune.training.saving.disk import check_room, checkpoint_bytes, most_new_checkpoints
+from glmtune.training.saving import checkpoints
+from glmtune.training.saving.checkpoint_size import checkpoint_bytes, most_new_checkpoints
 from glmtune.training.saving.manifest import find_fault
 from glmtune.training.saving.run_folder import find_checkpoint
 
@@ -172,8 +173,9 @@ class TestRoom:
             result = loop.train(toy_run(output_dir=str(folder), **settings))
             tensors = loop.checkpoints.read_trainer_state(folder)
             assert len(tensors["log_history"]) == len(result.log_history) == 4
-            sizes = adapter_weights(folder).values()
-            reckoned = checkpoint_bytes(sizes, num_processes=1, num_records=4)
+            weights = adapter_weights(folder).values()
+            num_weights = sum(weight.numel() for weight in weights)
+            reckoned = checkpoint_bytes(num_weights, len(weights), num_processes=1, num_records=4)
             taken = sum(file.stat().st_size for file in (folder / "checkpoint-4").iterdir())
             assert 0.8 * reckoned < taken <= reckoned
 
@@ -199,3 +201,21 @@ class TestRoom:
         check_room(tmp_path / "a" / "b", 1, "it takes", "")
         with pytest.raises(UserError, match=r"b: [\d,]+ MB are free, but it takes 1,000,000,000"):
             check_room(tmp_path / "a" / "b", 10**15, "it takes", "free some")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("new-model {}/new --like glm-tiny", "the weights take 11 MB; name a folder on another"),
+        ("demo --out {}/new", "the demo takes at most 67 MB; free some"),
+        ("bench memory --shape small --use_cpu true", "random weights take at most"),
+    ],
+)
+def test_too_little_room_is_told_in_one_line(line, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(disk, "free_bytes", lambda folder: 10**6)
+    assert cli.main(line.format(tmp_path).split()) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert ": 1 MB are free, but " in told
+    assert words in told
+    assert not (tmp_path / "new").exists()

@@ -6,10 +6,8 @@ from pathlib import Path
 import pytest
 
 from glmtune import cli
-from glmtune.config.settings import DoctorSettings, TrainSettings
-from glmtune.doctor import recipe, run
-from glmtune.models.chatglm.configuration import ChatGLMConfig
-from glmtune.models.resolve import GLM_TINY
+from glmtune.config.settings import DoctorSettings
+from glmtune.doctor import run
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -59,7 +57,7 @@ def test_a_recipe_that_would_start(rows, tmp_path, capsys):
         ({"fp16": "true", "bf16": "true"}, "recipe problem", "fp16 and bf16 are both true"),
         ({"chatglm_path": "./no/such"}, "base model problem", "is no folder"),
         ({"resume_from_checkpoint": "true"}, "run folder problem", "is no folder"),
-        ({"lora_rank": 100_000_000}, "run folder problem", "GB are needed"),
+        ({"lora_rank": 100_000_000}, "run folder problem", "MB are free, but 1 checkpoint(s) of"),
         ({"max_steps": -1}, "run folder warning", "set save_total_limit"),
         ({"per_device_train_batch_size": 4, "use_cpu": "true"}, "memory ok", "GiB of "),
         ({"lora_rank": 100_000_000, "use_cpu": "true"}, "memory warning", "take a larger card"),
@@ -99,13 +97,3 @@ def test_files_of_the_published_recipes(root, tmp_path, monkeypatch, capsys):
 def test_doctor_without_a_recipe(tmp_path, capsys):
     assert cli.main(["doctor", str(tmp_path / "none.yaml")]) == 1
     assert "cannot read the recipe" in capsys.readouterr().out
-
-
-def test_the_size_told_of_a_checkpoint_is_its_size(rows, tmp_path):
-    config = {"max_steps": 1, "lora_target": "all", "disable_tqdm": "true", "use_cpu": "true"}
-    path = write_recipe(tmp_path, **config, chatglm_path="glm-tiny")
-    assert cli.main(["train", path]) == 0
-    written = sum(file.stat().st_size for file in Path("out/checkpoint-1").iterdir())
-    settings = TrainSettings(dataset_path="rows", output_dir="out", lora_target="all")
-    guess = recipe.checkpoint_bytes(settings, ChatGLMConfig.from_pretrained(GLM_TINY))
-    assert guess <= written < 1.05 * guess

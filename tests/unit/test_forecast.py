@@ -22,12 +22,12 @@ ROWS = random_rows(CHATGLM_6B, 2000)
 SIX_ROWS = {"max_steps": 500, "per_device_train_batch_size": 6}
 
 
-def foresee(gib, **settings):
+def forecast_on(gib, **settings):
     """The forecast of a run on a card of so much memory."""
-    return foresee_on(Card.sized(gib))(make_config(**settings))
+    return make_forecaster(Card.sized(gib))(make_config(**settings))
 
 
-def foresee_on(card):
+def make_forecaster(card):
     return lambda config: forecast(config, CHATGLM_6B, torch.bfloat16, card, ROWS)
 
 
@@ -48,49 +48,49 @@ class TestChoice:
         ],
     )
     def test_packs_and_layers_to_recompute_are_chosen_together(self, gib, length, recompute):
-        result = foresee(gib)
+        result = forecast_on(gib)
         assert (result.pack_length, result.recompute) == (length, recompute)
         assert result.fits is (gib > 12)
 
     def test_only_as_many_layers_are_recomputed_as_the_card_needs(self):
         wished = {"tokens_per_step": 8192}
-        counts = [foresee(gib, **wished).recompute for gib in (33, 30, 26, 22, 18)]
+        counts = [forecast_on(gib, **wished).recompute for gib in (33, 30, 26, 22, 18)]
         assert counts == sorted(counts)
         assert counts[0] == 0 < counts[1] < counts[-1] < 27
         for gib, count in zip((30, 26, 22, 18), counts[1:], strict=True):
-            assert foresee(gib, **wished).fits
+            assert forecast_on(gib, **wished).fits
             fewer = {"gradient_checkpointing": False, **wished}
-            assert not foresee(gib, **fewer).fits, count
-        any_number = {foresee(gib, **wished).recompute for gib in np.arange(29, 33, 0.1)}
+            assert not forecast_on(gib, **fewer).fits, count
+        any_number = {forecast_on(gib, **wished).recompute for gib in np.arange(29, 33, 0.1)}
         assert any_number == set(range(max(any_number) + 1))
 
     def test_six_rows_need_no_more_than_their_heaviest_batch(self):
-        result = foresee(16, **SIX_ROWS)
+        result = forecast_on(16, **SIX_ROWS)
         assert result.layout == "exact"
         sums = np.sort(ROWS.lengths_R)[-6:].sum()
         assert 500 < result.batch.num_tokens < sums
-        assert result.recompute < foresee(14, **SIX_ROWS).recompute <= 27
+        assert result.recompute < forecast_on(14, **SIX_ROWS).recompute <= 27
 
     def test_gradient_checkpointing_is_as_the_user_says(self):
-        assert foresee(24, gradient_checkpointing=True).pack_length == 8192
-        assert foresee(24, gradient_checkpointing=True).recompute == 27
-        assert foresee(13, gradient_checkpointing=False).recompute == 0
+        assert forecast_on(24, gradient_checkpointing=True).pack_length == 8192
+        assert forecast_on(24, gradient_checkpointing=True).recompute == 27
+        assert forecast_on(13, gradient_checkpointing=False).recompute == 0
 
     def test_a_cpu_recomputes_only_when_told(self):
         cpu = Card("CPU", 4.0, 4.0, None)
-        result = foresee_on(cpu)(make_config())
+        result = make_forecaster(cpu)(make_config())
         assert (result.layout, result.recompute, result.fits) == ("padded", 0, False)
         assert not result.cannot_fit  # there is the swap
-        assert foresee_on(cpu)(make_config(gradient_checkpointing=True)).recompute == 27
+        assert make_forecaster(cpu)(make_config(gradient_checkpointing=True)).recompute == 27
 
     def test_the_reference_takes_no_more_than_the_run(self):
-        assert rows_of_reference(foresee(140), 200) == 6
-        assert rows_of_reference(foresee(140, gradient_checkpointing=True, **SIX_ROWS), 200) < 3
+        assert rows_of_reference(forecast_on(140), 200) == 6
+        assert rows_of_reference(forecast_on(140, gradient_checkpointing=True, **SIX_ROWS), 200) < 3
 
 
 class TestAdvice:
     def test_each_remedy_fits_by_its_own_forecast(self):
-        on_card = foresee_on(Card.sized(17))
+        on_card = make_forecaster(Card.sized(17))
         config = make_config(gradient_checkpointing=False, **SIX_ROWS, layout="exact")
         config = config.model_copy(update={"per_device_train_batch_size": 12})
         assert not on_card(config).fits
@@ -109,30 +109,33 @@ class TestAdvice:
         assert np.prod(list(first.values())) == 12
 
     def test_an_eight_gib_card_is_told_to_take_four_bits(self):
-        config, on_card = make_config(), foresee_on(Card.sized(8))
+        config, on_card = make_config(), make_forecaster(Card.sized(8))
         with pytest.raises(UserError, match=r"12\.\d GiB of 8\.0 .* quantization_bit 4 would take"):
             check_fit(on_card(config), config, on_card)
 
     def test_settings_are_joined_where_one_is_not_enough(self):
-        config, on_card = make_config(gradient_checkpointing=False), foresee_on(Card.sized(5.5))
+        config, on_card = (
+            make_config(gradient_checkpointing=False),
+            make_forecaster(Card.sized(5.5)),
+        )
         (remedy,) = find_remedies(config, on_card)
         assert {"quantization_bit", "quantize_head", "gradient_checkpointing"} <= set(
             remedy.settings
         )
 
     def test_a_card_beyond_help(self):
-        on_card = foresee_on(Card.sized(2))
+        on_card = make_forecaster(Card.sized(2))
         assert advise(make_config(), on_card).startswith("no setting makes it fit")
 
     def test_a_run_within_the_error_of_the_estimate_is_tried(self):
-        config, on_card = make_config(), foresee_on(Card.sized(12.6))
+        config, on_card = make_config(), make_forecaster(Card.sized(12.6))
         result = on_card(config)
         assert "may not fit" in verdict(result)
         check_fit(result, config, on_card)
 
     def test_memory_of_other_programs_counts(self):
         crowded = Card("a card", 24.0, 5.0, (8, 0))
-        result = foresee_on(crowded)(make_config())
+        result = make_forecaster(crowded)(make_config())
         assert result.cannot_fit
         assert "19.0 taken by other programs" in verdict(result)
 

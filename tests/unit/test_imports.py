@@ -16,7 +16,7 @@ import glmtune
 PACKAGE = Path(glmtune.__file__).parent
 FLOORS = [
     {"errors"},
-    {"drafts", "run_files", "signals"},
+    {"disk", "drafts", "run_files", "signals"},
     {"config", "hardware", "runlog"},
     {"data", "ops"},
     {"models"},

@@ -15,7 +15,7 @@ from toys import child_environment, losses, records, saved
 from glmtune.config.settings import TrainSettings
 from glmtune.errors import UserError
 from glmtune.models.resolve import GLM_TINY
-from glmtune.training import loop, passes
+from glmtune.training import loop, passes, prepare
 from glmtune.training.saving import checkpoints
 from glmtune.training.saving.manifest import find_fault
 from glmtune.training.saving.run_folder import find_checkpoint
@@ -99,7 +99,7 @@ def be_stopped(moment, rows, folder):
         return slowed
 
     if moment == "loading":
-        loop.load_base_model = slow(loop.load_base_model, 40)
+        prepare.load_base_model = slow(prepare.load_base_model, 40)
     elif moment == "stepping":
         loop.sum_gradients = slow(loop.sum_gradients, 2, FromCall(3))
     elif moment == "evaluating":  # 20 s for its four rows

@@ -1,15 +1,22 @@
 """`layout` and the two switches that it replaces, in flags, recipes and old run folders."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from glmtune.bench.rows import random_rows
 from glmtune.config.reading import read_config
 from glmtune.config.settings import SETTINGS, TrainSettings
 from glmtune.errors import UserError
+from glmtune.hardware import Card
+from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.training import first_step, loop, passes
+from glmtune.training.planning.advice import find_remedies
+from glmtune.training.planning.forecast import forecast
 
 LAYOUTS = ("padded", "exact", "packed")
 # What each pair of the old switches comes to; None: not given.
@@ -124,3 +131,19 @@ def test_the_advice_after_a_fault_of_the_fast_pass_works(quick, tmp_path, monkey
             loop.train(read_config(TrainSettings, recipe, flags))
     flags |= {"layout": "padded", "tokens_per_step": "none", "resume_anyway": "true"}
     assert loop.train(read_config(TrainSettings, recipe, flags)).global_step == 3
+
+
+def test_a_padded_run_too_large_for_a_card_is_told_to_lie_end_to_end():
+    rows, config = random_rows(ChatGLMConfig(), 500), ChatGLMConfig()
+    settings = TrainSettings(
+        dataset_path="rows", output_dir="run", layout="padded", gradient_checkpointing=False
+    )
+
+    def forecaster(card):
+        return lambda changed: forecast(changed, config, torch.bfloat16, card, rows)
+
+    card = Card.named("A10")
+    gib = 0.99 * forecaster(card)(settings).needed_gib
+    remedies = find_remedies(settings, forecaster(replace(card, gib=gib, free_gib=gib)))
+    assert remedies[0].settings == {"layout": "exact"}
+    assert str(remedies[0]).startswith("layout exact would take ")

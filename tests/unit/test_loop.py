@@ -14,7 +14,7 @@ from glmtune.adapters import load_adapter
 from glmtune.config.reading import read_config
 from glmtune.config.settings import TrainSettings
 from glmtune.models.loading import load_base_model
-from glmtune.training import held_out, loop, passes
+from glmtune.training import held_out, loop, passes, prepare
 from glmtune.training.plan import split_rows
 
 
@@ -35,7 +35,7 @@ class TestRunFolder:
             use_cpu=True,
         )
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "load_tokenizer", lambda base: word_tokenizer)
+            patch.setattr(prepare, "load_tokenizer", lambda base: word_tokenizer)
             return settings, folder, loop.train(settings)
 
     def test_the_newest_checkpoints_are_kept(self, run):
@@ -258,7 +258,7 @@ class TestEvaluation:
 
     def test_rows_held_out_are_not_trained_on(self, tiny_run, spy, monkeypatch):
         calls = spy(passes, "collate")
-        monkeypatch.setattr(held_out, "evaluate", lambda *_: 0.0)
+        monkeypatch.setattr(held_out, "mean_loss", lambda *_: 0.0)
         loop.train(tiny_run(eval_ratio=0.3, max_steps=-1, num_train_epochs=2))
         train, kept_back = split_rows(NUM_ROWS, 0.3, 42)
         seen = {row_id for call in calls for row_id in call.args[1].tolist()}

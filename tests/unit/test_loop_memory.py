@@ -11,7 +11,7 @@ from toys import EXACT, NUM_ROWS, PACKED, ToyTokenizer, losses
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError
 from glmtune.hardware import Card
-from glmtune.training import loop, passes
+from glmtune.training import loop, passes, prepare
 
 
 class TestMemory:
@@ -21,13 +21,13 @@ class TestMemory:
         return {"padded": {}, "exact": EXACT, "packed": PACKED}[request.param]
 
     def test_a_run_says_its_forecast_first(self, tiny_run, capsys, monkeypatch):
-        load, said = loop.load_base_model, []
+        load, said = prepare.load_base_model, []
 
         def listen_and_load(*args, **settings):
             said.append(capsys.readouterr().out)
             return load(*args, **settings)
 
-        monkeypatch.setattr(loop, "load_base_model", listen_and_load)
+        monkeypatch.setattr(prepare, "load_base_model", listen_and_load)
         loop.train(tiny_run(max_steps=1))
         first, *lines = said[0].splitlines()
         assert first.startswith("Memory for chatglm-6b-tiny with rank 8")
@@ -39,14 +39,14 @@ class TestMemory:
     def test_what_the_card_has_free_is_asked_once_before_the_weights_are_on_it(self, tiny_run, spy):
         """Later the advice would take the weights for another program's."""
         calls = spy(Card, "of")
-        spy(loop, "load_base_model", calls)
+        spy(prepare, "load_base_model", calls)
         loop.train(tiny_run(max_steps=1))
         assert [call.name for call in calls] == ["of", "load_base_model"]
 
     def test_what_cannot_fit_is_refused_before_the_weights_are_loaded(self, tiny_run, monkeypatch):
         tiny = Card("a tiny card", 0.5, 0.5, (8, 0))
         monkeypatch.setattr(Card, "of", lambda device: tiny)
-        monkeypatch.setattr(loop, "load_base_model", lambda *a, **k: pytest.fail("loaded"))
+        monkeypatch.setattr(prepare, "load_base_model", lambda *a, **k: pytest.fail("loaded"))
         with pytest.raises(UserError, match=r"memory: 0\.\d GiB of 0\.5 .a tiny card.: does not"):
             loop.train(tiny_run(max_steps=1))
         assert not Path(tiny_run().output_dir).exists()
@@ -54,20 +54,20 @@ class TestMemory:
     def test_the_heaviest_pass_of_the_run_comes_first(self, tiny_run, layout, spy, monkeypatch):
         """And changes none of its numbers, dropout's random ones among them."""
         asked = tiny_run(max_steps=8, lora_dropout=0.3, **layout)
-        calls, prove = [], loop.prove
+        calls, check = [], loop.check_first_step
 
-        def prove_and_check(run, state, step_pass):
+        def spy_and_check(run, state, step_pass):
             spy(type(step_pass), "run", calls)
-            prove(run, state, step_pass)
+            check(run, state, step_pass)
             assert all(weight.grad is None for weight in state.weights)
 
         with monkeypatch.context() as patch:
-            patch.setattr(loop, "prove", lambda *args: None)
+            patch.setattr(loop, "check_first_step", lambda *args: None)
             wanted = losses(loop.train(asked))
-        monkeypatch.setattr(loop, "prove", prove_and_check)
+        monkeypatch.setattr(loop, "check_first_step", spy_and_check)
         asked = asked.model_copy(update={"overwrite_output_dir": True})
         assert losses(loop.train(asked)) == wanted
-        rehearsed, *others = [call.args[1] for call in calls]
+        heaviest, *others = [call.args[1] for call in calls]
         rows = TokenRows.from_dataset(
             datasets.load_from_disk(asked.dataset_path), ToyTokenizer().row_rule
         )
@@ -82,7 +82,7 @@ class TestMemory:
         if layout == PACKED:  # packs of an epoch are full but for the last: the first tells of all
             seen = np.cumsum([len(ids) for ids in others])
             others = others[: np.searchsorted(seen, NUM_ROWS) + 1]
-        assert weight(rehearsed) == max(map(weight, others))
+        assert weight(heaviest) == max(map(weight, others))
 
     def test_what_does_not_fit_is_told_with_advice_before_the_first_step(
         self, tiny_run, layout, monkeypatch

@@ -69,7 +69,7 @@ class TestPacking:
         assert load_adapter(load_base_model(tiny_run().chatglm_path), tiny_run().output_dir)
 
     def test_each_row_is_trained_on_once_an_epoch(self, tiny_run, spy, monkeypatch):
-        monkeypatch.setattr(loop, "prove", lambda *args: None)
+        monkeypatch.setattr(loop, "check_first_step", lambda *args: None)
         calls = spy(passes.PackedPass, "run")
         loop.train(tiny_run(max_steps=-1, num_train_epochs=2, **PACKED))
         seen = [row_id for call in calls for row_id in call.args[1]]

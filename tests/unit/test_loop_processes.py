@@ -10,7 +10,7 @@ import pytest
 import torch
 from toys import PACKED, ToyTokenizer, in_two_processes, losses, records, short_run, stop_at
 
-from glmtune.training import loop
+from glmtune.training import loop, prepare
 
 
 class TestTwoProcesses:
@@ -91,7 +91,7 @@ class TestTwoProcesses:
 
 def run_in_two_processes(folder, dataset_path, base):
     """What each of two launched processes does: four runs, and one that is stopped and resumed."""
-    loop.load_tokenizer = lambda base: ToyTokenizer()
+    prepare.load_tokenizer = lambda base: ToyTokenizer()
     test = TestTwoProcesses
 
     def settings(name, **changes):

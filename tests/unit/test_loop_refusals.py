@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from toys import ToyTokenizer, adapter_weights, draw_uneven_rows, save_rows
 
 from glmtune.errors import UserError
-from glmtune.training import loop, passes
+from glmtune.training import loop, passes, prepare
 from glmtune.training.run import start_accelerator
 from glmtune.training.saving import checkpoints
 
@@ -83,7 +83,7 @@ class TestRefusals:
     def test_data_of_another_tokenizer_is_refused(self, tiny_run, tmp_path, monkeypatch):
         other = ToyTokenizer()
         other.eos_token_id = 1006
-        monkeypatch.setattr(loop, "load_tokenizer", lambda base: other)
+        monkeypatch.setattr(prepare, "load_tokenizer", lambda base: other)
         with pytest.raises(UserError, match="another tokenizer"):
             loop.train(tiny_run())
         assert not (tmp_path / "run").exists()

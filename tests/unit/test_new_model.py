@@ -107,7 +107,7 @@ def test_a_disk_without_room_is_told_beforehand(tmp_path, monkeypatch, capsys):
     line = ["new-model", str(folder), "--like", "chatglm-6b"]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
     assert cli.main(line) == 2
-    assert "12.35 GB are needed and 1.00 GB free" in capsys.readouterr().err
+    assert "1,000 MB are free, but the weights take 12,347 MB" in capsys.readouterr().err
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**12))
     monkeypatch.setattr(module, "total_memory_gib", lambda _: 4.0)
     assert cli.main(line) == 2

@@ -217,7 +217,7 @@ class TestCheck:
             as_one = torch.zeros_like(start_T), prefix_end_T, torch.full_like(end_T, len(end_T))
             return of(*as_one)
 
-        with pytest.raises(UserError, match=r"packing: one pack of 3 rows .* layout padded"):
+        with pytest.raises(UserError, match=r"layout: one pass of 3 rows .* layout padded"):
             self.check(monkeypatch, mixed)
 
     def test_a_prefix_that_ends_a_token_early_is_refused(self, monkeypatch):

@@ -9,8 +9,10 @@ import torch
 from glmtune.bench.rows import random_rows
 from glmtune.config.settings import TrainSettings
 from glmtune.hardware import Card
+from glmtune.models import packed
 from glmtune.models.chatglm.configuration import ChatGLMConfig
-from glmtune.models.chatglm.packed import can_compile
+from glmtune.models.chatglm.packed import PACKED
+from glmtune.models.packed import can_compile
 from glmtune.training import run as run_module
 from glmtune.training.passes import CapturedPass, PackedPass, PaddedPass
 from glmtune.training.planning.forecast import forecast
@@ -30,12 +32,19 @@ CHATGLM_6B = ChatGLMConfig()
     ids=lambda value: getattr(value, "name", None),
 )
 def test_kernels_need_an_ampere_card_or_a_newer_one(card, expected):
-    assert can_compile(card, CHATGLM_6B) is expected
+    assert can_compile(card, PACKED, CHATGLM_6B.head_dim) is expected
+
+
+def test_kernels_need_triton_where_the_gpu_is(monkeypatch):
+    monkeypatch.setattr(packed, "find_spec", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert can_compile(Card.named("H200"), PACKED, CHATGLM_6B.head_dim), "a card that is elsewhere"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert not can_compile(Card.named("H200"), PACKED, CHATGLM_6B.head_dim)
 
 
 def test_kernels_need_heads_of_their_sizes():
-    heads_of_32 = ChatGLMConfig(hidden_size=256, num_attention_heads=8, inner_hidden_size=1024)
-    assert not can_compile(Card.named("H200"), heads_of_32)
+    assert not can_compile(Card.named("H200"), PACKED, 32)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +59,9 @@ def test_kernels_need_heads_of_their_sizes():
 )
 def test_the_pass_built_is_the_one_forecast(layout, compiled, kind, pack_length, monkeypatch):
     built = []
-    monkeypatch.setattr(run_module, "PackedModel", lambda model, **how: built.append(how))
+    monkeypatch.setattr(run_module, "PackedModel", lambda model, block, **how: built.append(how))
+    base = SimpleNamespace(config=CHATGLM_6B)
+    monkeypatch.setattr(run_module, "base_of", lambda model: base)
     monkeypatch.setattr(PaddedPass, "__post_init__", lambda self: None)
     settings = TrainSettings(dataset_path="rows", output_dir="run")
     rows = random_rows(CHATGLM_6B, 500)

@@ -19,7 +19,7 @@ from glmtune import runlog
 from glmtune.cli import main
 from glmtune.errors import UserError
 from glmtune.models.resolve import GLM_TINY
-from glmtune.training import held_out, loop
+from glmtune.training import held_out, loop, prepare
 from glmtune.training.interrupt import CutShort
 
 # 23 rows, 4 held out: steps of 6 rows make four an epoch, the last of one row. Eight steps are two.
@@ -183,7 +183,7 @@ class TestAnotherRun:
     ):
         from dataclasses import replace
 
-        load_tokenizer, load_dataset = loop.load_tokenizer, loop.load_dataset
+        load_tokenizer, load_dataset = prepare.load_tokenizer, prepare.load_dataset
 
         class Other:
             vocab_hash = "f" * 64
@@ -195,8 +195,8 @@ class TestAnotherRun:
             dataset, card = load_dataset(path)
             return dataset, replace(card, template="vicuna")
 
-        monkeypatch.setattr(loop, "load_tokenizer", lambda base: Other())
-        monkeypatch.setattr(loop, "load_dataset", other_template)
+        monkeypatch.setattr(prepare, "load_tokenizer", lambda base: Other())
+        monkeypatch.setattr(prepare, "load_dataset", other_template)
         told = self.refusal(toy_run(**saved))
         assert "tokenizer sha256 " in told
         assert "(now ffffffffffffffff)" in told
@@ -299,14 +299,14 @@ class TestNothingLeftToDo:
 
     def test_an_evaluation_that_is_due_is_made_once(self, toy_run, tmp_path, monkeypatch):
         settings = {"eval_ratio": 0.3}
-        evaluate = held_out.evaluate
+        evaluate = held_out.mean_loss
 
         def cut(*_):
             raise CutShort
 
-        monkeypatch.setattr(held_out, "evaluate", cut)
+        monkeypatch.setattr(held_out, "mean_loss", cut)
         loop.train(toy_run(**settings))
-        monkeypatch.setattr(held_out, "evaluate", evaluate)
+        monkeypatch.setattr(held_out, "mean_loss", evaluate)
         again = loop.train(toy_run(resume_from_checkpoint="true", **settings))
         assert "eval_loss" in again.log_history[-1]
         with pytest.raises(UserError, match="nothing is left to train"):

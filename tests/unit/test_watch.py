@@ -44,14 +44,14 @@ def test_on_a_gpu_no_step_changes_anything_until_the_host_comes_by(
     monkeypatch.setattr(training.watch, "_look", lambda: None)  # the device is far behind
     training.step()
     training.step()
-    training.watch.settle()
+    training.watch.sync()
     before = training.moving()
     training.step(**numbers)
     training.step()  # launched in ignorance
     training.step(loss=math.inf)
     assert all(map(torch.equal, training.moving(), before))
     with pytest.raises(NotFiniteError, match=words) as stop:
-        training.watch.settle()
+        training.watch.sync()
     assert (stop.value.fault.step, stop.value.fault.what) == (2, what)
 
 
@@ -89,7 +89,7 @@ def test_the_random_state_is_that_of_the_start_of_the_bad_step(start, monkeypatc
     torch.rand(3)
     training.step()
     with pytest.raises(NotFiniteError) as stop:
-        training.watch.settle()
+        training.watch.sync()
     assert torch.equal(stop.value.fault.random_state.cpu, wanted)
 
 
@@ -104,7 +104,7 @@ def test_float16_skips_an_overflow_and_goes_on(start):
     training.step(grads=(math.inf, 1.0))
     assert all(map(torch.equal, training.weights, before))
     training.step()
-    training.watch.settle()
+    training.watch.sync()
     assert training.scaler.get_scale() == 2.0**15
     assert not torch.equal(training.weights[0], before[0])
 

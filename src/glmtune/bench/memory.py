@@ -5,7 +5,6 @@ steps: a peak knows nothing of what was there before, and what one run lacks the
 """
 
 import gc
-import shutil
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from glmtune import disk
 from glmtune.bench.limits import copy_rate
 from glmtune.bench.random_model import CONFIGS, check_room, shape_of
 from glmtune.bench.rows import random_rows
@@ -29,7 +29,7 @@ from glmtune.hardware import GIB, memory_gib, pick_device, pick_dtype
 from glmtune.models.families import family_of
 from glmtune.models.loading import load_base_model
 from glmtune.runlog import print_pairs
-from glmtune.training.first_step import prove
+from glmtune.training.first_step import check_first_step
 from glmtune.training.run import Run, adapt, build_pass, build_state, start_accelerator
 
 _SIX_ROWS: dict[str, Any] = {"layout": "exact", "per_device_train_batch_size": 6}
@@ -133,7 +133,7 @@ def measure(name: str, settings: BenchMemorySettings, folder: str) -> Peak:
     run = Run.of(config, accelerator, rows, model, settings.shape)
     state = build_state(run, model)
     step_pass = build_pass(run, model, state.weights)
-    prove(run, state, step_pass)
+    check_first_step(run, state, step_pass)
     times, row_ids = time_steps(run, state, step_pass, settings.warmup, settings.steps)
     num_tokens = int(rows.lengths_R[row_ids].sum())
     allocated, estimate = _peak_gib(device) - before, run.forecast.estimate.allocated / GIB
@@ -172,13 +172,9 @@ def _in_a_process(work: Any, *arguments: Any, **named: Any) -> Any:
 
 
 def _check_disk(settings: BenchMemorySettings, folder: str) -> None:
-    needed = shape_of(settings.shape).weight_bytes(torch.float16)
-    free = shutil.disk_usage(folder).free
-    if needed > 0.95 * free:
-        raise UserError(
-            f"{folder}: {needed / GIB:.1f} GiB of random weights do not fit, {free / GIB:.1f} are "
-            "free; set TMPDIR to a folder on another disk, or pass --shape small"
-        )
+    needed = int(1.05 * shape_of(settings.shape).weight_bytes(torch.float16))
+    fix = "set TMPDIR to a folder on another disk, or pass --shape small"
+    disk.check_room(Path(folder), needed, "random weights take at most", fix)
 
 
 def _words(peak: dict[str, Any]) -> str:

@@ -129,14 +129,15 @@ def _rows(settings: BenchTrainSettings, config: PreTrainedConfig) -> TokenRows:
 
 
 def _measure(run: Run, model: PeftModel, settings: BenchTrainSettings) -> tuple[Speed, int, int]:
-    """Speed, and the tokens and learned tokens that a pass computes on."""
+    """Speed, and how many tokens of a pass meet the layers' weights and how many the head's."""
     state = build_state(run, model)
     start = time.perf_counter()
     step_pass = build_pass(run, model, state.weights)
     speed = _time_steps(run, state, step_pass, settings, start)
     part = run.plan.parts(0, 1)[0]
-    if run.layout == "padded":
-        return speed, len(part) * int(run.rows.lengths_R[part].max()), len(part)
+    if run.layout == "padded":  # its head meets every token, padding among them
+        num_tokens = len(part) * int(run.rows.lengths_R[part].max())
+        return speed, num_tokens, num_tokens
     pack = step_pass.pack(part)  # type: ignore[attr-defined]
     return speed, len(pack.input_ids_T), len(pack.targets_L)
 

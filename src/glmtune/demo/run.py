@@ -29,6 +29,7 @@ from glmtune.demo.page import TITLE, loss_panel, panel_style, score_panel
 from glmtune.demo.questions import Asked, held_out_questions, num_right, training_questions
 from glmtune.demo.recipe import RECIPE
 from glmtune.demo.world import LANGUAGES
+from glmtune.disk import check_room
 from glmtune.errors import UserError, program
 from glmtune.evaluation.checkup import check_after_training
 from glmtune.evaluation.compare import compare
@@ -145,13 +146,8 @@ def claim_folder(out: Path) -> None:
                 f"--out: {out} holds other things ({others[0]}); name a new folder, or one that "
                 "`glmtune demo` made"
             )
-        place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-        free = shutil.disk_usage(place).free
-        if free < NUM_BYTES:
-            raise UserError(
-                f"--out: {out} lies on a disk with {free / 2**20:.0f} MB free, and "
-                f"{NUM_BYTES / 2**20:.0f} are needed; free some, or name a folder on another disk"
-            )
+        fix = "free some, or let --out name a folder on another disk"
+        check_room(out, NUM_BYTES, "the demo takes at most", fix)
         out.mkdir(parents=True, exist_ok=True)
         about.write_text(ABOUT, encoding="utf-8")
         for name in entries - {ABOUT_FILE}:

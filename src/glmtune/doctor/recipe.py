@@ -1,17 +1,15 @@
 """Checks of a recipe: its settings, the files it names, and whether training would start."""
 
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-
-from transformers import PreTrainedConfig
 
 from glmtune.config.reading import read_config
 from glmtune.config.settings import SETTINGS, Settings, TokenizeSettings, TrainSettings
 from glmtune.data.dataset import CARD_FILE, DataCard, check_data_card, load_dataset
 from glmtune.data.token_rows import TokenRows
+from glmtune.disk import free_bytes
 from glmtune.doctor.findings import OK, PROBLEM, WARNING, Told
 from glmtune.doctor.model import config_of
 from glmtune.errors import UserError
@@ -20,10 +18,11 @@ from glmtune.models.families import check_targets, family_of
 from glmtune.models.loading import load_tokenizer
 from glmtune.models.resolve import GLM_TINY
 from glmtune.models.weights import is_lfs_pointer
+from glmtune.training.plan import count_steps, make_plan
 from glmtune.training.planning.advice import advise, verdict
-from glmtune.training.planning.forecast import EqualRows, Lengths, forecast
-from glmtune.training.saving.disk import BYTES_PER_WEIGHT
-from glmtune.training.saving.run_folder import resume_point
+from glmtune.training.planning.forecast import EqualRows, Forecaster, Lengths, forecast
+from glmtune.training.saving.checkpoint_size import last_checkpoint_bytes
+from glmtune.training.saving.run_folder import check_disk, resume_point
 
 # What a verb reads, and the setting of another verb that writes that.
 _READS = (
@@ -111,36 +110,19 @@ def check_data(
 def check_memory(
     settings: TrainSettings, plans: Mapping[str, Settings], base: Path | str
 ) -> Iterator[Told]:
-    """Whether a run of these settings fits into this machine's memory.
-
-    Where its rows are not there yet, each counts as the longest that `tokenize` may write.
-    """
-    device = pick_device(settings.use_cpu)
-    config = config_of(base)
-    rows: Lengths
-    if Path(settings.dataset_path).is_dir():
-        rule = family_of(config).row_rule(config)
-        rows = TokenRows.from_dataset(load_dataset(settings.dataset_path, rule)[0], rule)
+    """Whether a run of these settings fits into this machine's memory."""
+    forecaster = _forecaster(settings, base, _rows(settings, plans, base))
+    found = forecaster(settings)
+    if found.fits:
+        yield OK, verdict(found)
     else:
-        longest = TokenizeSettings.model_fields["max_seq_length"].default
-        tokenize = plans.get("tokenize")
-        rows = EqualRows.of(settings, getattr(tokenize, "max_seq_length", longest))
-    foresee = partial(
-        forecast,
-        config=config,
-        dtype=pick_dtype(device, settings.bf16, settings.fp16)[0],
-        card=Card.of(device),
-        rows=rows,
-    )
-    foreseen = foresee(settings)
-    if foreseen.fits:
-        yield OK, verdict(foreseen)
-    else:
-        status = PROBLEM if foreseen.cannot_fit else WARNING
-        yield status, f"{verdict(foreseen)}; {advise(settings, foresee)}"
+        status = PROBLEM if found.cannot_fit else WARNING
+        yield status, f"{verdict(found)}; {advise(settings, forecaster)}"
 
 
-def check_run_folder(settings: TrainSettings, base: Path | str) -> Iterator[Told]:
+def check_run_folder(
+    settings: TrainSettings, plans: Mapping[str, Settings], base: Path | str
+) -> Iterator[Told]:
     """Whether the run folder can be used, and whether its disk holds the checkpoints."""
     checkpoint, notes = resume_point(settings)
     yield from ((WARNING, note) for note in notes)
@@ -149,24 +131,44 @@ def check_run_folder(settings: TrainSettings, base: Path | str) -> Iterator[Told
     if not os.access(place, os.W_OK):
         yield PROBLEM, f"output_dir: {place} cannot be written: name another folder"
         return
-    size = checkpoint_bytes(settings, config_of(base))
-    num_saved = -(-settings.max_steps // settings.save_steps) if settings.max_steps > 0 else None
-    num_kept = min((n for n in (settings.save_total_limit, num_saved) if n), default=None)
-    # One more is there while the next is written, and the adapter lies at the root as well.
-    needed, free = size * ((num_kept or 1) + 2), shutil.disk_usage(place).free
-    text = f"{output_dir}: a checkpoint takes {size / 1e6:,.1f} MB, {free / 1e9:,.1f} GB are free"
+    rows = _rows(settings, plans, base)
+    found = _forecaster(settings, base, rows)(settings)
+    # How many steps an epoch has is not known before the rows are: at least some checkpoints.
+    max_steps = settings.save_steps * (settings.save_total_limit or 1)
+    if settings.max_steps > 0 or isinstance(rows, TokenRows):
+        max_steps = count_steps(settings, make_plan(settings, rows.lengths_R, found.pack_length, 1))
+    check_disk(settings, found.setup, max_steps, checkpoint=checkpoint)
+    size = last_checkpoint_bytes(settings, found.setup, max_steps)
+    text = (
+        f"{output_dir}: a checkpoint takes {size / 1e6:,.1f} MB, "
+        f"{free_bytes(output_dir) / 1e9:,.1f} GB are free"
+    )
     goes_on = f", goes on from {checkpoint.name}" if checkpoint else ""
-    if needed > free:
-        yield PROBLEM, f"{text}: {needed / 1e9:,.1f} GB are needed; set save_total_limit 1"
-    elif num_kept is None:
+    if settings.save_total_limit is None and settings.max_steps <= 0:
         yield WARNING, f"{text}, and all are kept: set save_total_limit{goes_on}"
     else:
-        yield OK, f"{text}, {num_kept} kept{goes_on}"
+        num_saved = -(-max_steps // settings.save_steps)
+        yield OK, f"{text}, {min(num_saved, settings.save_total_limit or num_saved)} kept{goes_on}"
 
 
-def checkpoint_bytes(settings: TrainSettings, config: PreTrainedConfig) -> int:
-    """Bytes of a checkpoint: an adapter in float32 and two moments of each of its weights."""
-    family = family_of(config)
-    shape = family.shape(config)
-    targets = family.targets(settings.lora_target, shape)
-    return BYTES_PER_WEIGHT * shape.adapter_parameters(settings.lora_rank, targets)
+def _rows(
+    settings: TrainSettings, plans: Mapping[str, Settings], base: Path | str
+) -> TokenRows | EqualRows:
+    """The rows to train on; where there are none yet, each as long as `tokenize` may write it."""
+    if Path(settings.dataset_path).is_dir():
+        config = config_of(base)
+        rule = family_of(config).row_rule(config)
+        return TokenRows.from_dataset(load_dataset(settings.dataset_path, rule)[0], rule)
+    longest = TokenizeSettings.model_fields["max_seq_length"].default
+    return EqualRows.of(settings, getattr(plans.get("tokenize"), "max_seq_length", longest))
+
+
+def _forecaster(settings: TrainSettings, base: Path | str, rows: Lengths) -> Forecaster:
+    device = pick_device(settings.use_cpu)
+    return partial(
+        forecast,
+        config=config_of(base),
+        dtype=pick_dtype(device, settings.bf16, settings.fp16)[0],
+        card=Card.of(device),
+        rows=rows,
+    )

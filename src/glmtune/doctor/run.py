@@ -128,6 +128,6 @@ def _examine_run(config: DoctorSettings) -> Iterator[Finding]:
     if isinstance(train, TrainSettings):
         checks["data"] = partial(recipe.check_data, train, plans, base)
         checks["memory"] = partial(recipe.check_memory, train, plans, base)
-        checks["run folder"] = partial(recipe.check_run_folder, train, base)
+        checks["run folder"] = partial(recipe.check_run_folder, train, plans, base)
     for name, check in checks.items():
         yield from carry_out(name, check)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 
-from glmtune.signals import told_to
+from glmtune.signals import signal_handler
 
 
 class CtrlC:
@@ -22,7 +22,7 @@ class CtrlC:
 
     def heard(self) -> AbstractContextManager[None]:
         """Be who hears Ctrl+C, and leave it to who heard it before at the end."""
-        return told_to(self._note, signal.SIGINT)
+        return signal_handler(self._note, signal.SIGINT)
 
     @contextmanager
     def awaited(self) -> Iterator[None]:

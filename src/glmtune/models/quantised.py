@@ -93,7 +93,7 @@ def quantise(model: Any, layers: nn.Module, bits: int) -> None:
         quantising(bits, model.dtype), pre_quantized=False
     )
     model.hf_quantizer.postprocess_model(model)  # says so in the places where PEFT looks
-    settle(model, model.dtype)
+    finish_loading(model, model.dtype)
 
 
 def _quantised(linear: nn.Linear, bits: int, dtype: torch.dtype) -> nn.Module:
@@ -157,7 +157,7 @@ def as_floats(found: Mapping[str, Tensor], model: nn.Module) -> Outline:
     return outline
 
 
-def settle(model: nn.Module, dtype: torch.dtype) -> None:
+def finish_loading(model: nn.Module, dtype: torch.dtype) -> None:
     """Let bitsandbytes' modules compute in a type, all else be of it, and no weight be repacked."""
     for parameter in model.parameters():
         # Of a folder in few bits transformers leaves some in the type that it was saved in.

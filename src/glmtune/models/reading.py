@@ -14,7 +14,7 @@ from glmtune.errors import UserError
 from glmtune.hardware import pick_device, pick_dtype
 from glmtune.models import weights
 from glmtune.models.integer_weights import SCALE, Packed
-from glmtune.models.quantised import as_floats, bits_of, check_quantising, settle
+from glmtune.models.quantised import as_floats, bits_of, check_quantising, finish_loading
 
 # What transformers' loader offers and a strict one does not.
 _NOT_OFFERED = {
@@ -92,7 +92,7 @@ def read_strictly(
         _finish_head(model, is_to_copy)
     if bits_of(model.config):
         dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-        settle(model, dtype if isinstance(dtype, torch.dtype) else model.dtype)
+        finish_loading(model, dtype if isinstance(dtype, torch.dtype) else model.dtype)
     model.name_or_path = model.config.name_or_path = str(name_or_path)
     return loaded
 

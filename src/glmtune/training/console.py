@@ -2,7 +2,6 @@
 
 import shlex
 import time
-from pathlib import Path
 from typing import Any
 
 from glmtune.errors import program
@@ -10,11 +9,12 @@ from glmtune.hardware import device_name, memory_gib, total_memory_gib
 from glmtune.models.packed import base_of
 from glmtune.models.precision import has_packed_tables
 from glmtune.models.quantised import bits_of
-from glmtune.run_files import PLOT_FILE, RECIPE_FILE
+from glmtune.run_files import PLOT_FILE
 from glmtune.runlog import format_seconds, print_pairs
 from glmtune.training.plan import PackPlan
 from glmtune.training.planning.advice import advise, recompute_words
 from glmtune.training.run import Run
+from glmtune.training.saving.run_folder import resume_command
 from glmtune.training.state import TrainingState
 
 
@@ -115,25 +115,6 @@ def print_summary(
     print_pairs(f"{how} {run.max_steps:,} steps", pairs)
 
 
-def resume_command(run: Run, checkpoint: Path, glmtune: str = "glmtune") -> str:
-    """The command that goes on from a checkpoint, with what is typed for glmtune."""
-    recipe = shlex.quote(f"{run.settings.output_dir}/{RECIPE_FILE}")
-    num_processes = run.accelerator.num_processes
-    # On CPUs `accelerate launch` starts one process, whatever number it is given.
-    if num_processes > 1:
-        glmtune = f"torchrun --nproc_per_node {num_processes} -m glmtune"
-    where = shlex.quote(str(checkpoint))
-    return f"{glmtune} train {recipe} --resume_from_checkpoint {where}"
-
-
-def what_is_kept(run: Run, state: TrainingState) -> str:
-    """Say what is left of a run that ends with an error, and how it goes on."""
-    kept = state.last_good
-    if kept is None or not kept.is_dir():
-        return "there is no checkpoint of this run to go on from"
-    return f"{kept.name} is whole: go on with `{resume_command(run, kept)}`"
-
-
 def memory_advice(run: Run, evaluating: bool = False) -> str:
     """Say that the device's memory is too small, and which settings need less of it.
 
@@ -146,4 +127,4 @@ def memory_advice(run: Run, evaluating: bool = False) -> str:
             "the device's memory is too small for an evaluation: halve per_device_eval_batch_size "
             f"({run.settings.per_device_eval_batch_size})"
         )
-    return f"the device's memory is too small for this: {advise(run.settings, run.foresee)}"
+    return f"the device's memory is too small for this: {advise(run.settings, run.forecaster)}"

@@ -30,7 +30,7 @@ TO_REFERENCE = "set layout padded and tokens_per_step none"
 _LEAST_LOSS = 2.0
 
 
-def prove(run: Run, state: TrainingState, step_pass: Pass) -> None:
+def check_first_step(run: Run, state: TrainingState, step_pass: Pass) -> None:
     """Before the first step: the heaviest pass fits, and a pass gives what its rows give alone.
 
     Raises:
@@ -38,7 +38,7 @@ def prove(run: Run, state: TrainingState, step_pass: Pass) -> None:
         UserError: the two ways differ.
     """
     accelerator = run.accelerator
-    rehearse(step_pass, run.heaviest_part(), state.weights)
+    dry_run_heaviest(step_pass, run.heaviest_part(), state.weights)
     if run.layout == "padded":
         return
     plain = PaddedPass(accelerator, state.model, run.rows, run.forecast.recompute)
@@ -50,7 +50,7 @@ def prove(run: Run, state: TrainingState, step_pass: Pass) -> None:
               f"gradient differ by {off[0]:.1e} and {off[1]:.1e}", flush=True)  # fmt: skip
 
 
-def rehearse(step_pass: Pass, row_ids: np.ndarray, weights: Sequence[nn.Parameter]) -> None:
+def dry_run_heaviest(step_pass: Pass, row_ids: np.ndarray, weights: Sequence[nn.Parameter]) -> None:
     """Compute the heaviest pass of a run once, so that what does not fit fails in the first minute.
 
     Nothing of the run is changed by it: gradients are dropped, and random states put back.
@@ -120,7 +120,7 @@ def check_agreement(
     most_grad *= (wanted_loss / least_loss).clamp(min=1e-3, max=1.0).item() ** -0.5
     if not (off_loss <= most_loss and off_grad <= most_grad):  # not: NaN must not pass
         raise UserError(
-            f"packing: one pack of {len(row_ids)} rows gives another result than its rows by "
+            f"layout: one pass of {len(row_ids)} rows gives another result than its rows by "
             f"themselves (loss off by {off_loss:.2%}, gradient by {off_grad:.2%}), so nothing was "
             f"trained; {TO_REFERENCE}, and please report this"
         )

@@ -3,11 +3,14 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate import Accelerator
 
 from glmtune.runlog import RunLog
 from glmtune.training.interrupt import CutShort, StopRequest, undone_when_cut_short
 from glmtune.training.passes import Pass
+from glmtune.training.plan import evaluation_parts
 from glmtune.training.run import Run
 from glmtune.training.state import TrainingState
 
@@ -26,33 +29,47 @@ def evaluate_if_due(
     """Evaluate after a step that asks for it, and say whether this was one.
 
     Raises:
-        CutShort: see `evaluate`; or memory is too small for it.
+        CutShort: see `mean_loss`; or memory is too small for it.
     """
     if not is_evaluation_due(run, state.global_step, log.history):
         return False
+    size = run.settings.per_device_eval_batch_size
+    parts = evaluation_parts(run.rows.lengths_R, run.eval_rows, run.forecast.pack_length, size)
+    num_labels = int(run.rows.num_labels_R[run.eval_rows].sum())
     with undone_when_cut_short(state, run.accelerator):
-        eval_loss = evaluate(run, step_pass, stop.is_wanted)
+        eval_loss = mean_loss(step_pass, parts, num_labels, run.accelerator, stop.is_wanted)
     epoch = run.plan.epoch(state.global_step)
     log.log(state.global_step, {"eval_loss": eval_loss, "epoch": epoch})
     return True
 
 
-def evaluate(run: Run, step_pass: Pass, wants_stop: Callable[[], bool]) -> float:
-    """Mean loss per label token over the held-out rows, which the processes share.
+def mean_loss(
+    step_pass: Pass,
+    parts: Sequence[np.ndarray],
+    num_labels: int,
+    accelerator: Accelerator,
+    wants_stop: Callable[[], bool] = lambda: False,
+) -> float:
+    """Mean loss per label token over some rows, which the processes share.
+
+    Args:
+        step_pass: computes the loss of rows.
+        parts: row numbers of each pass, see `evaluation_parts`.
+        num_labels: label tokens of all of them.
+        accelerator: knows the device and the other processes.
+        wants_stop: is asked before each pass.
 
     Raises:
         CutShort: a process wished to stop before the end; then all raise it.
     """
-    accelerator = run.accelerator
     total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     is_cut = False
-    for part in run.eval_parts()[accelerator.process_index :: accelerator.num_processes]:
+    for part in parts[accelerator.process_index :: accelerator.num_processes]:
         if is_cut := wants_stop():
             break
         total += step_pass.loss(part)
-    num_labels = run.rows.num_labels_R[run.eval_rows].sum()
     sums = torch.stack((total, torch.full_like(total, float(is_cut))))
     loss_sum, num_cut = accelerator.reduce(sums, reduction="sum").tolist()
     if num_cut:
         raise CutShort
-    return loss_sum / int(num_labels)
+    return loss_sum / num_labels

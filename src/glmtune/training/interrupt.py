@@ -14,7 +14,7 @@ from types import FrameType
 import torch
 from accelerate import Accelerator
 
-from glmtune.signals import told_to
+from glmtune.signals import signal_handler
 from glmtune.training.state import TrainingState, own_state, restore_own_state
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -42,7 +42,7 @@ class StopRequest:
         self._exits = ExitStack()
 
     def __enter__(self) -> "StopRequest":
-        self._exits.enter_context(told_to(self._note, *_SIGNALS))
+        self._exits.enter_context(signal_handler(self._note, *_SIGNALS))
         return self
 
     def __exit__(self, *_) -> None:

@@ -7,7 +7,7 @@ tokens over the number of its label tokens, however the rows are dealt out to pa
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,40 +18,22 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from glmtune.config.settings import TrainSettings
-from glmtune.data.dataset import check_data_card, load_dataset
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError, note
 from glmtune.hardware import memory_gib
-from glmtune.models.families import check_targets, family_of
-from glmtune.models.fingerprint import fingerprint
-from glmtune.models.loading import check_pair, load_base_model, load_config, load_tokenizer
-from glmtune.models.resolve import base_name, resolve_base
-from glmtune.training.console import (
-    Pace,
-    memory_advice,
-    print_banner,
-    print_summary,
-    what_is_kept,
-)
+from glmtune.models.families import check_targets
+from glmtune.runlog import RunLog
+from glmtune.training.console import Pace, memory_advice, print_banner, print_summary
 from glmtune.training.faults.crash import bundle_on_fault
 from glmtune.training.faults.loss_watch import check_course
-from glmtune.training.first_step import prove
+from glmtune.training.first_step import check_first_step
 from glmtune.training.held_out import evaluate_if_due, is_evaluation_due
 from glmtune.training.interrupt import CutShort, StopRequest, undone_when_cut_short
 from glmtune.training.passes import Pass
 from glmtune.training.plan import pass_seed
-from glmtune.training.planning.advice import check_fit, print_forecast
-from glmtune.training.planning.forecast import foresee_on
+from glmtune.training.prepare import prepare
 from glmtune.training.processes import on_main
-from glmtune.training.run import (
-    Run,
-    adapt,
-    build_pass,
-    build_state,
-    check_fp8,
-    layout_as_run,
-    start_accelerator,
-)
+from glmtune.training.run import Run, build_pass, build_state, start_accelerator
 from glmtune.training.saving import checkpoints, run_folder
 from glmtune.training.saving.save import open_log, save
 from glmtune.training.state import TrainingState
@@ -89,75 +71,21 @@ def train(settings: TrainSettings, at_end: AtEnd | None = None) -> TrainResult:
     check_targets(settings.lora_target)
     accelerator, dtype = start_accelerator(settings)
     with StopRequest(accelerator, settings.max_hours) as stop:
-        if settings.base_dtype == "fp8":
-            check_fp8(accelerator.device)
-        resume, notes = on_main(accelerator, lambda: run_folder.resume_point(settings))
-        base = resolve_base(settings.chatglm_path, str(resume) if resume else None)
-        tokenizer = load_tokenizer(base)
-        config = load_config(base)
-        family = family_of(config)
-        rule = family.row_rule(config)
-        dataset, card = load_dataset(settings.dataset_path, rule)
-        check_data_card(card, tokenizer, settings.dataset_path)
-        for lost in filter(None, (card.describe_loss(), card.describe_dropped())):
-            note(f"{settings.dataset_path}: {lost}")
-        rows = TokenRows.from_dataset(dataset, rule)
-
-        foresee = foresee_on(accelerator, config, dtype, rows)
-        foreseen = foresee(settings)
-        if accelerator.is_main_process:
-            print_forecast(foreseen, settings, base_name(base))
-        check_fit(foreseen, settings, foresee)
-
-        model = load_base_model(
-            base,
-            dtype=dtype,
-            device=accelerator.device,
-            bits=settings.bits,
-            quantize_head=settings.quantize_head,
-        )
-        check_pair(model, tokenizer)
-        rows = replace(rows, rule=family.row_rule(model.config))  # the weights may say more
-        rows.check(model.config.vocab_size, settings.dataset_path)
-        sources = {
-            "base weights": fingerprint(model)[:16],
-            "tokenizer sha256": tokenizer.vocab_hash[:16],
-            "template": card.template,
-        }
-        torch.manual_seed(settings.seed)
-        peft_model = adapt(model, settings)
-        run = Run.of(settings, accelerator, rows, peft_model, base_name(base), sources, foresee)
-        notes += run.cautions()
-        if resume:
-            notes += checkpoints.check_same_run(resume, run.identity, settings.resume_anyway)
-            notes += run_folder.check_unfinished(run, resume)
-        note(*notes)
-        as_run = {
-            "chatglm_path": base,
-            "resume_from_checkpoint": None,
-            "resume_anyway": False,
-            "overwrite_output_dir": False,
-            "lora_target": run.forecast.setup.targets,
-            **layout_as_run(run.forecast),
-        }
-
-        def claim() -> None:
-            run_folder.check_disk(run, peft_model, resume)
-            run_folder.claim_output_dir(settings.model_copy(update=as_run), resume)
-
-        on_main(accelerator, claim)
+        ready = prepare(settings, accelerator, dtype)
+        run, model = ready.run, ready.model
+        on_main(accelerator, lambda: run_folder.claim_output_dir(ready.recipe, ready.resume))
         try:
-            result = fit(run, peft_model, stop, resume)
+            result = fit(run, model, stop, ready.resume)
         except torch.OutOfMemoryError as error:
             raise UserError(f"{memory_advice(run)}; checkpoints are as they were") from error
     is_done = result.global_step >= run.max_steps and not result.interrupted
     if at_end is not None and accelerator.is_main_process and is_done:
-        at_end(peft_model, tokenizer, rows, run.eval_rows)
+        at_end(model, ready.tokenizer, run.rows, run.eval_rows)
     return result
 
 
 def fit(run: Run, model: PeftModel, stop: StopRequest, resume: Path | None = None) -> TrainResult:
-    """The loop: step after step, with records, evaluations and checkpoints in between.
+    """Train to the last step, or until something ends the run before; checkpoints say how far.
 
     Args:
         run: the settings, whose `output_dir` exists, and the data.
@@ -174,52 +102,24 @@ def fit(run: Run, model: PeftModel, stop: StopRequest, resume: Path | None = Non
     state = build_state(run, model)
     step_pass = build_pass(run, model, state.weights)
     torch.manual_seed(settings.seed + accelerator.process_index)
-    history: list[dict[str, Any]] = []
-    if resume:
-        history = checkpoints.load_checkpoint(resume, state, accelerator)
+    history = checkpoints.load_checkpoint(resume, state, accelerator) if resume else []
     if accelerator.is_main_process:
         print_banner(run, state)
-    prove(run, state, step_pass)
+    check_first_step(run, state, step_pass)
 
     with bundle_on_fault(run, state), open_log(run, state, history) as log:
         stop.begin()
-        pace, since_start = Pace(state), Pace(state)
+        since_start = Pace(state)
         try:
-            evaluate_if_due(run, state, step_pass, log, stop)  # the run before was cut short in it
-            if state.global_step >= run.max_steps:  # nothing to do but to leave a whole run folder
-                save(run, state, log)
-            while state.global_step < run.max_steps:
-                if stop.is_agreed():
-                    raise CutShort
-                learning_rate = state.optimizer.param_groups[0]["lr"]
-                grad_norm = train_step(run, state, step_pass, stop.is_wanted)
-                log.advance()
-                step, is_last = state.global_step, state.global_step == run.max_steps
-                if step % settings.logging_steps == 0 or step == 1 or is_last:
-                    record = {
-                        "loss": take_loss(run, state),  # here the host waits for the device
-                        "grad_norm": float(grad_norm),
-                        "learning_rate": learning_rate,
-                        "epoch": run.plan.epoch(step),
-                        "tokens_per_second": pace.tokens_per_second,
-                        "memory_gib": memory_gib(accelerator.device),
-                    }
-                    log.log(step, record)
-                    check_course(run, state, log)
-                    pace = Pace(state)
-                if evaluate_if_due(run, state, step_pass, log, stop):
-                    pace = Pace(state)
-                if step % settings.save_steps == 0 or is_last:
-                    save(run, state, log)
-                    pace = Pace(state)
+            take_steps(run, state, step_pass, log, stop)
         except CutShort as cut:  # all is as it was after the last whole step
             save(run, state, log)
             if cut.out_of_memory:
                 evaluating = is_evaluation_due(run, state.global_step, log.history)
-                advice = memory_advice(run, evaluating)
+                kept = run_folder.what_is_kept(run, state)
                 raise UserError(
-                    f"{advice}; {what_is_kept(run, state)}, with --resume_anyway true where packs, "
-                    "layout or bits are to be others"
+                    f"{memory_advice(run, evaluating)}; {kept}, with --resume_anyway true where "
+                    "packs, layout or bits are to be others"
                 ) from cut
     is_done = state.global_step >= run.max_steps and not is_evaluation_due(
         run, state.global_step, log.history
@@ -230,6 +130,74 @@ def fit(run: Run, model: PeftModel, stop: StopRequest, resume: Path | None = Non
             note(f"max_hours ({settings.max_hours:g}) was over before the first step: raise it")
     interrupted = stop.by_signal and not is_done
     return TrainResult(Path(settings.output_dir), state.global_step, log.history, interrupted)
+
+
+def take_steps(
+    run: Run, state: TrainingState, step_pass: Pass, log: RunLog, stop: StopRequest
+) -> None:
+    """The loop: step after step, with records, evaluations and checkpoints in between.
+
+    Raises:
+        CutShort: something ends the run before its last step.
+        UserError, NotFiniteError: see `fit` and `train_step`.
+    """
+    evaluate_if_due(run, state, step_pass, log, stop)  # the run before was cut short in it
+    if state.global_step >= run.max_steps:  # nothing to do but to leave a whole run folder
+        save(run, state, log)
+    pace = Pace(state)
+    while state.global_step < run.max_steps:
+        if stop.is_agreed():
+            raise CutShort
+        learning_rate = state.optimizer.param_groups[0]["lr"]
+        grad_norm = train_step(run, state, step_pass, stop.is_wanted)
+        log.advance()
+        waits = (
+            record_if_due(run, state, log, pace, learning_rate, grad_norm),
+            evaluate_if_due(run, state, step_pass, log, stop),
+            save_if_due(run, state, log),
+        )
+        if any(waits):  # the pace is that of steps alone
+            pace = Pace(state)
+
+
+def record_if_due(
+    run: Run,
+    state: TrainingState,
+    log: RunLog,
+    pace: Pace,
+    learning_rate: float,
+    grad_norm: Tensor,
+) -> bool:
+    """Log the first step, the last, and each `logging_steps`-th; say whether this was one.
+
+    Here the host waits for the device.
+
+    Raises:
+        UserError: the losses so far show that the run should stop, see `check_course`.
+    """
+    step = state.global_step
+    if step % run.settings.logging_steps and step not in (1, run.max_steps):
+        return False
+    record = {
+        "loss": take_loss(run, state),
+        "grad_norm": float(grad_norm),
+        "learning_rate": learning_rate,
+        "epoch": run.plan.epoch(step),
+        "tokens_per_second": pace.tokens_per_second,
+        "memory_gib": memory_gib(run.accelerator.device),
+    }
+    log.log(step, record)
+    check_course(run, state, log)
+    return True
+
+
+def save_if_due(run: Run, state: TrainingState, log: RunLog) -> bool:
+    """Save after the last step and each `save_steps`-th; say whether this was one."""
+    step = state.global_step
+    if step % run.settings.save_steps and step != run.max_steps:
+        return False
+    save(run, state, log)
+    return True
 
 
 def train_step(
@@ -300,7 +268,7 @@ def take_loss(run: Run, state: TrainingState) -> float:
     Raises:
         NotFiniteError: one of these steps was not made.
     """
-    state.watch.settle()
+    state.watch.sync()
     total = run.accelerator.reduce(state.loss_sum, reduction="sum").item()
     loss = total / state.num_loss_steps
     state.loss_sum.zero_()

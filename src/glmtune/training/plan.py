@@ -249,6 +249,23 @@ def make_plan(
     return RowPlan(train_rows, seed, shuffle, lengths_R, batch_size * passes, batch_size)
 
 
+def evaluation_parts(
+    lengths_R: np.ndarray, row_ids: np.ndarray, pack_length: int | None, batch_size: int
+) -> list[np.ndarray]:
+    """Row numbers of each evaluation pass.
+
+    Args:
+        lengths_R: tokens of every row.
+        row_ids: the rows to evaluate on.
+        pack_length: tokens of a pack; None where a pass takes rows by their number.
+        batch_size: rows of such a pass. Those of like length share one, so that little is padded.
+    """
+    if pack_length:
+        return plan_packs(lengths_R, row_ids, pack_length)
+    by_length = row_ids[np.argsort(lengths_R[row_ids], kind="stable")]
+    return [by_length[first : first + batch_size] for first in range(0, len(row_ids), batch_size)]
+
+
 def count_steps(settings: TrainSettings, plan: Plan) -> int:
     """Optimiser steps of the whole run."""
     return (

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from glmtune.adapters import attach_lora
 from glmtune.config.settings import TrainSettings
-from glmtune.data.packing import check_lengths, plan_packs
+from glmtune.data.packing import check_lengths
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError, note
 from glmtune.hardware import device_name, pick_device, pick_dtype
@@ -27,7 +27,7 @@ from glmtune.models.packed import PackedModel, base_of, to_fp8
 from glmtune.models.quantised import bits_of
 from glmtune.training.passes import CapturedPass, PackedPass, PaddedPass, Pass
 from glmtune.training.plan import PackPlan, Plan, count_steps, make_plan, split_rows
-from glmtune.training.planning.forecast import Forecast, Foresee, foresee_on
+from glmtune.training.planning.forecast import Forecast, Forecaster, make_forecaster
 from glmtune.training.planning.memory import Layout
 from glmtune.training.processes import leave_at_exit
 from glmtune.training.state import TrainingState
@@ -60,7 +60,7 @@ class Run:
     """Compute type of the base model."""
     base_name: str
     forecast: Forecast
-    foresee: Foresee
+    forecaster: Forecaster
     """What other settings would come to."""
     sources: Mapping[str, Any]
     """What the rows and the base were made of, by which a resumed run knows them again."""
@@ -74,15 +74,16 @@ class Run:
         model: PeftModel,
         base_name: str,
         sources: Mapping[str, Any] | None = None,
-        foresee: Foresee | None = None,
+        forecaster: Forecaster | None = None,
     ) -> "Run":
         """Work out the numbers of a run: its split, its global batch, its steps.
 
-        What the card has free must be asked before the weights are on it: `foresee` is then given.
+        What the card has free must be asked before the weights are on it: then a `forecaster` is
+        given.
         """
         base = base_of(model)
-        foresee = foresee or foresee_on(accelerator, base.config, base.dtype, rows)
-        forecast = foresee(settings)
+        forecaster = forecaster or make_forecaster(accelerator, base.config, base.dtype, rows)
+        forecast = forecaster(settings)
         _, eval_rows = split_rows(len(rows), settings.eval_ratio, settings.seed)
         if length := forecast.pack_length:
             check_lengths(rows, np.arange(len(rows)), length, settings.dataset_path)
@@ -100,7 +101,7 @@ class Run:
             dtype=base.dtype,
             base_name=base_name,
             forecast=forecast,
-            foresee=foresee,
+            forecaster=forecaster,
             sources=sources or {},
         )
 
@@ -159,15 +160,6 @@ class Run:
             "lora_target": self.forecast.setup.targets,
             **{name: getattr(self.settings, name) for name in _NUMERIC_SETTINGS},
         }
-
-    def eval_parts(self) -> list[np.ndarray]:
-        """Row numbers of each evaluation pass."""
-        if isinstance(self.plan, PackPlan):
-            return plan_packs(self.rows.lengths_R, self.eval_rows, self.plan.pack_length)
-        # Rows of like length together, so that little is padded.
-        by_length = self.eval_rows[np.argsort(self.rows.lengths_R[self.eval_rows], kind="stable")]
-        size = self.settings.per_device_eval_batch_size
-        return [by_length[first : first + size] for first in range(0, len(by_length), size)]
 
     @property
     def eval_steps(self) -> int:

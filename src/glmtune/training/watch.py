@@ -160,13 +160,13 @@ class Watch:
         ]
         self._numbers_4 = torch.where(self._was_bad, self._numbers_4, torch.stack(now))
         if self._at_once:
-            self.settle()
+            self.sync()
             return
         if self._scaler is None:
             self._optimizer.found_inf = self._is_bad.float()  # type: ignore[attr-defined]
         self._look()
 
-    def settle(self) -> None:
+    def sync(self) -> None:
         """Wait for the device, and know of every step so far.
 
         Raises:

@@ -1,6 +1,5 @@
 """`glmtune new-model`: a model with random weights in the published layout, after some checks."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import torch
 
 from glmtune.config.settings import NewModelSettings
 from glmtune.data.files import new_folder
+from glmtune.disk import check_room
 from glmtune.errors import UserError
 from glmtune.hardware import GIB, total_memory_gib
 from glmtune.models.chatglm.configuration import VOCAB_SIZE_V1_1, ChatGLMConfig
@@ -134,13 +134,8 @@ def _check_empty(folder: Path) -> None:
 
 
 def _check_room(folder: Path, num_bytes: int) -> None:
-    place = next(parent for parent in folder.absolute().parents if parent.is_dir())
-    free = shutil.disk_usage(place).free
-    if num_bytes > free:
-        raise UserError(
-            f"{folder}: {num_bytes / 1e9:,.2f} GB are needed and {free / 1e9:,.2f} GB free; name a "
-            "folder on another disk, or smaller sizes"
-        )
+    fix = "name a folder on another disk, or smaller sizes"
+    check_room(folder, num_bytes, "the weights take", fix)
     memory = total_memory_gib(torch.device("cpu"))
     if memory and num_bytes / GIB > memory:
         raise UserError(

@@ -35,13 +35,13 @@ from glmtune.hardware import device_name
 from glmtune.models.packed import base_of
 from glmtune.models.torch_files import write_torch_file
 from glmtune.run_files import OPTIMIZER_FILE, RECIPE_FILE
-from glmtune.training.console import what_is_kept
 from glmtune.training.faults.first_nonfinite import Culprit, Outcome, PassOfStep, compute_again
 from glmtune.training.first_step import TO_REFERENCE
 from glmtune.training.passes import PaddedPass
 from glmtune.training.plan import pass_seed
 from glmtune.training.processes import on_main
 from glmtune.training.run import Run
+from glmtune.training.saving.run_folder import what_is_kept
 from glmtune.training.state import TrainingState
 from glmtune.training.watch import Fault, NotFiniteError, RandomState
 

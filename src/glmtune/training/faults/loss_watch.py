@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from glmtune.errors import UserError
 from glmtune.runlog import RunLog
-from glmtune.training.console import what_is_kept
 from glmtune.training.run import Run
+from glmtune.training.saving.run_folder import what_is_kept
 from glmtune.training.saving.save import save
 from glmtune.training.state import TrainingState
 

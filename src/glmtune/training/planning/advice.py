@@ -7,7 +7,7 @@ from glmtune.config.settings import TrainSettings
 from glmtune.errors import UserError
 from glmtune.hardware import GIB
 from glmtune.runlog import print_pairs
-from glmtune.training.planning.forecast import PACK_MULTIPLE, PACK_SPEEDS, Forecast, Foresee
+from glmtune.training.planning.forecast import PACK_MULTIPLE, PACK_SPEEDS, Forecast, Forecaster
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,14 @@ class Remedy:
         return f"{names} would take {least} GiB at least, {needed} to go faster"
 
 
-def find_remedies(settings: TrainSettings, foresee: Foresee) -> list[Remedy]:
+def find_remedies(settings: TrainSettings, forecaster: Forecaster) -> list[Remedy]:
     """Changes of settings with which a run fits, those first that change least of it.
 
     One setting at a time; and where none is enough, all that save memory together.
     """
-    smaller = _smaller_steps(settings, foresee)
+    now, smaller = forecaster(settings), _smaller_steps(settings, forecaster)
     singles = [*smaller, {"gradient_checkpointing": True}]
-    if foresee(settings).layout == "padded" and foresee(settings).card.on_gpu:
+    if now.layout == "padded" and now.card.on_gpu:
         singles.insert(0, {"layout": "exact"})
     bits: list[dict[str, Any]] = [
         {"quantization_bit": "8"},
@@ -44,30 +44,30 @@ def find_remedies(settings: TrainSettings, foresee: Foresee) -> list[Remedy]:
     ]
     if settings.base_dtype == "auto":
         singles += bits
-    remedies = [remedy for change in singles if (remedy := _try(settings, change, foresee))]
+    remedies = [remedy for change in singles if (remedy := _try(settings, change, forecaster))]
     if remedies:
         return _without_repeats(remedies)
     together: dict[str, Any] = {"gradient_checkpointing": True}
     if settings.base_dtype == "auto":
         together |= bits[-1]
     for step in ({}, *smaller):
-        if remedy := _try(settings, together | step, foresee):
+        if remedy := _try(settings, together | step, forecaster):
             return [remedy]
     return []
 
 
-def _try(settings: TrainSettings, change: dict[str, Any], foresee: Foresee) -> Remedy | None:
+def _try(settings: TrainSettings, change: dict[str, Any], forecaster: Forecaster) -> Remedy | None:
     if all(getattr(settings, name) == value for name, value in change.items()):
         return None
-    changed = foresee(settings.model_copy(update=change))
-    helps = changed.fits and changed.needed_gib < foresee(settings).needed_gib
+    changed = forecaster(settings.model_copy(update=change))
+    helps = changed.fits and changed.needed_gib < forecaster(settings).needed_gib
     least_gib = changed.least.needed_gib
     return Remedy(change, least_gib, changed.needed_gib) if helps else None
 
 
-def _smaller_steps(settings: TrainSettings, foresee: Foresee) -> list[dict[str, Any]]:
+def _smaller_steps(settings: TrainSettings, forecaster: Forecaster) -> list[dict[str, Any]]:
     """Fewer tokens or rows a pass, each time half of them, largest first."""
-    now = foresee(settings)
+    now = forecaster(settings)
     if now.pack_length:
         lengths = [*PACK_SPEEDS, 512, 256, 128, PACK_MULTIPLE]
         return [{"tokens_per_step": length} for length in lengths if length < now.pack_length]
@@ -84,7 +84,10 @@ def _smaller_steps(settings: TrainSettings, foresee: Foresee) -> list[dict[str, 
 
 def _without_repeats(remedies: list[Remedy]) -> list[Remedy]:
     """Of remedies that set the same settings, the first."""
-    return list({tuple(remedy.settings): remedy for remedy in reversed(remedies)}.values())[::-1]
+    first: dict[tuple[str, ...], Remedy] = {}
+    for remedy in remedies:
+        first.setdefault(tuple(remedy.settings), remedy)
+    return list(first.values())
 
 
 def print_forecast(forecast: Forecast, settings: TrainSettings, base: str) -> None:
@@ -152,19 +155,19 @@ def verdict(forecast: Forecast) -> str:
     return text + ("does not fit" if forecast.cannot_fit else "may not fit")
 
 
-def check_fit(forecast: Forecast, settings: TrainSettings, foresee: Foresee) -> None:
+def check_fit(forecast: Forecast, settings: TrainSettings, forecaster: Forecaster) -> None:
     """Refuse a run that cannot fit even if the estimate is a tenth too high.
 
     Raises:
         UserError: it cannot.
     """
     if forecast.cannot_fit:
-        raise UserError(f"memory: {verdict(forecast)}; {advise(settings, foresee)}")
+        raise UserError(f"memory: {verdict(forecast)}; {advise(settings, forecaster)}")
 
 
-def advise(settings: TrainSettings, foresee: Foresee) -> str:
+def advise(settings: TrainSettings, forecaster: Forecaster) -> str:
     """What to change, in one line."""
-    remedies = find_remedies(settings, foresee)
+    remedies = find_remedies(settings, forecaster)
     if not remedies:
         return "no setting makes it fit: take a larger card, or a smaller base model"
     return "; or ".join(map(str, remedies[:4]))

@@ -138,7 +138,7 @@ class Forecast:
         }
 
 
-Foresee = Callable[[TrainSettings], Forecast]
+Forecaster = Callable[[TrainSettings], Forecast]
 """The forecast of any settings on the same card, with the same base and rows."""
 
 
@@ -194,9 +194,9 @@ def forecast(
     return replace(chosen, frugal=frugal) if frugal.needed_gib < chosen.needed_gib else chosen
 
 
-def foresee_on(
+def make_forecaster(
     accelerator: Accelerator, config: PreTrainedConfig, dtype: torch.dtype, rows: Lengths
-) -> Foresee:
+) -> Forecaster:
     """What any settings would come to on a run's device, with its base and rows."""
     card, num_processes = Card.of(accelerator.device), accelerator.num_processes
     return lambda settings: forecast(settings, config, dtype, card, rows, num_processes)

@@ -20,9 +20,7 @@ Layout = Literal["padded", "exact", "packed"]
 """How the rows of a pass lie: padded to the longest, end to end, or so in packs of one length."""
 
 # What cuBLAS asks for, for each stream and each of two threads: forward has one, backward another.
-_WORKSPACE = {True: 32 << 20, False: 8320 << 10}
-"""By whether the card is a Hopper."""
-_THREADS = 2
+_WORKSPACE, _HOPPER_WORKSPACE, _THREADS = 8320 << 10, 32 << 20, 2
 
 
 @dataclass(frozen=True)
@@ -248,7 +246,8 @@ def buffer_bytes(setup: Setup) -> float:
     size = 0.0
     if setup.on_gpu:
         streams = 2 if setup.captured else 1
-        size += streams * _THREADS * _WORKSPACE[setup.is_hopper]
+        workspace = _HOPPER_WORKSPACE if setup.is_hopper else _WORKSPACE
+        size += streams * _THREADS * workspace
     if setup.bits:
         largest = max(linear.outputs * linear.inputs for linear in setup.shape.linears)
         # Integers are turned into floats, and those scaled.

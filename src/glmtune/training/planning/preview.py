@@ -33,13 +33,14 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
     if base == HUB_IDS[0] and not settings.chatglm_path:
         note(f"no base model is named or found, so this is of {DEFAULT.name} (--chatglm_path)")
     config = load_config(base)
-    foresee = partial(forecast, config=config, dtype=dtype, card=card, rows=_rows(settings, config))
+    rows = _rows(settings, config)
+    forecaster = partial(forecast, config=config, dtype=dtype, card=card, rows=rows)
     training = train_settings(settings)
-    now = foresee(training)
+    now = forecaster(training)
     print_forecast(now, training, base_name(base))
     record = now.as_record() | {"base": base_name(base)}
     if not now.fits:
-        remedies = find_remedies(training, foresee)
+        remedies = find_remedies(training, forecaster)
         print("\n".join(["Changes that make it fit:", *(f"  {remedy}" for remedy in remedies)])
               if remedies else "No setting makes it fit: take a larger card.")  # fmt: skip
         record["remedies"] = [vars(remedy) for remedy in remedies]

@@ -17,6 +17,7 @@ from accelerate.utils import gather_object
 
 from glmtune.adapters import restore_adapter, save_adapter, verify_saved
 from glmtune.data.files import new_folder, write_json
+from glmtune.disk import check_room
 from glmtune.drafts import remove_folder, write_errors
 from glmtune.errors import UserError, note
 from glmtune.models.torch_files import read_torch_file, write_torch_file
@@ -31,7 +32,7 @@ from glmtune.run_files import (
     saved_steps,
 )
 from glmtune.training.processes import on_main
-from glmtune.training.saving.disk import check_room, checkpoint_bytes
+from glmtune.training.saving.checkpoint_size import checkpoint_bytes
 from glmtune.training.saving.manifest import (
     find_fault,
     has_manifest,
@@ -81,9 +82,9 @@ def save_checkpoint(
     def write() -> None:
         if not output_dir.is_dir():
             raise UserError(f"{output_dir}: this run's folder is no longer there; put it back")
-        needed = checkpoint_bytes(
-            state.weights, len(per_process), len(trainer_state["log_history"])
-        )
+        num_weights = sum(weight.numel() for weight in state.weights)
+        num_records = len(trainer_state["log_history"])
+        needed = checkpoint_bytes(num_weights, len(state.weights), len(per_process), num_records)
         check_room(folder, needed, "the checkpoint takes", "free some space there")
         with new_folder(str(folder)) as draft:
             save_adapter(state.model, draft, base_name)
@@ -216,7 +217,7 @@ def rotate_checkpoints(output_dir: Path, limit: int | None, step: int) -> None:
         UserError: it is not whole, or a folder cannot be deleted.
     """
     by_age = sorted(saved_steps(output_dir), key=lambda saved: (saved <= step, saved))
-    too_many = by_age[: -limit if limit else 0]
+    too_many = by_age[: max(0, len(by_age) - limit)] if limit else []
     newest = output_dir / checkpoint_name(step)
     if too_many and (fault := find_fault(newest)):
         raise UserError(

@@ -2,13 +2,13 @@
 
 import filecmp
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
-
 from glmtune.config.reading import write_recipe
 from glmtune.config.settings import TrainSettings
+from glmtune.disk import MEGABYTE, check_room
 from glmtune.drafts import clear_drafts, remove_folder
 from glmtune.errors import UserError
 from glmtune.models.torch_files import read_torch_file
@@ -26,14 +26,11 @@ from glmtune.run_files import (
     step_in,
 )
 from glmtune.training.held_out import is_evaluation_due
+from glmtune.training.planning.memory import Setup
 from glmtune.training.run import Run
-from glmtune.training.saving.disk import (
-    MEGABYTE,
-    check_room,
-    checkpoint_bytes,
-    most_new_checkpoints,
-)
+from glmtune.training.saving.checkpoint_size import last_checkpoint_bytes, most_new_checkpoints
 from glmtune.training.saving.manifest import TORCH_FILES, find_fault, read_trainer_state
+from glmtune.training.state import TrainingState
 
 
 def resume_point(settings: TrainSettings) -> tuple[Path | None, list[str]]:
@@ -136,18 +133,26 @@ def claim_output_dir(settings: TrainSettings, checkpoint: Path | None) -> Path:
     return output_dir
 
 
-def check_disk(run: Run, model: PeftModel, checkpoint: Path | None) -> None:
+def check_disk(
+    settings: TrainSettings,
+    setup: Setup,
+    max_steps: int,
+    num_processes: int = 1,
+    checkpoint: Path | None = None,
+) -> None:
     """Make sure, before anything is written, that all checkpoints to come have room.
 
     Args:
-        run: says how many there will be.
-        model: says how large they are.
+        settings: say how many there will be, and where.
+        setup: says how large they are.
+        max_steps: of the whole run.
+        num_processes: that share a step.
         checkpoint: what the run goes on from, if anything.
 
     Raises:
         UserError: they have not.
     """
-    settings, output_dir = run.settings, Path(run.settings.output_dir)
+    output_dir = Path(settings.output_dir)
     first_step, num_there, freed = 0, 0, 0
     if checkpoint:
         first_step = int(read_trainer_state(checkpoint)["global_step"])
@@ -155,13 +160,9 @@ def check_disk(run: Run, model: PeftModel, checkpoint: Path | None) -> None:
         num_there = len(saved_steps(output_dir))
     else:
         freed = sum(_size(entry) for entry in _find_run(output_dir))
-    num_saves = -(-run.max_steps // settings.save_steps) - first_step // settings.save_steps
+    num_saves = -(-max_steps // settings.save_steps) - first_step // settings.save_steps
     count = most_new_checkpoints(max(0, num_saves), num_there, settings.save_total_limit)
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    num_records = run.max_steps // settings.logging_steps + 2
-    if len(run.eval_rows):
-        num_records += run.max_steps // run.eval_steps + 1
-    size = checkpoint_bytes(weights, run.accelerator.num_processes, num_records)
+    size = last_checkpoint_bytes(settings, setup, max_steps, num_processes)
     check_room(
         output_dir,
         (count + 1) * size - freed,  # and what lies beside them
@@ -228,3 +229,22 @@ def find_checkpoint(path: Path) -> tuple[Path, list[str]]:
 
 def _newest_first(folder: Path, steps: list[int]) -> list[Path]:
     return [folder / checkpoint_name(step) for step in reversed(steps)]
+
+
+def resume_command(run: Run, checkpoint: Path, glmtune: str = "glmtune") -> str:
+    """The command that goes on from a checkpoint, with what is typed for glmtune."""
+    recipe = shlex.quote(f"{run.settings.output_dir}/{RECIPE_FILE}")
+    num_processes = run.accelerator.num_processes
+    # On CPUs `accelerate launch` starts one process, whatever number it is given.
+    if num_processes > 1:
+        glmtune = f"torchrun --nproc_per_node {num_processes} -m glmtune"
+    where = shlex.quote(str(checkpoint))
+    return f"{glmtune} train {recipe} --resume_from_checkpoint {where}"
+
+
+def what_is_kept(run: Run, state: TrainingState) -> str:
+    """Say what is left of a run that ends with an error, and how it goes on."""
+    kept = state.last_good
+    if kept is None or not kept.is_dir():
+        return "there is no checkpoint of this run to go on from"
+    return f"{kept.name} is whole: go on with `{resume_command(run, kept)}`"

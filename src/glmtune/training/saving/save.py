@@ -9,10 +9,10 @@ from glmtune.data.files import write_json
 from glmtune.errors import UserError
 from glmtune.run_files import PLOT_FILE, STATE_FILE
 from glmtune.runlog import RunLog
-from glmtune.training.console import what_is_kept
 from glmtune.training.processes import on_main
 from glmtune.training.run import Run
 from glmtune.training.saving import checkpoints
+from glmtune.training.saving.run_folder import what_is_kept
 from glmtune.training.state import TrainingState
 
 
@@ -39,7 +39,7 @@ def save(run: Run, state: TrainingState, log: RunLog) -> None:
             what was written is not what was trained; the message names the newest good checkpoint.
     """
     settings, accelerator, output_dir = run.settings, run.accelerator, Path(run.settings.output_dir)
-    state.watch.settle()
+    state.watch.sync()
     if not all(bool(weight.isfinite().all()) for weight in state.weights):
         raise UserError(
             f"step {state.global_step}: its update leaves weights that are not finite; lower "

@@ -1,0 +1,34 @@
+"""Room on the disk, looked at before anything is written."""
+
+import shutil
+from pathlib import Path
+
+from glmtune.errors import UserError
+
+MEGABYTE = 10**6
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that are free on the disk of a folder; it, or a folder above it, exists."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return shutil.disk_usage(there).free
+
+
+def check_room(folder: Path, needed: int, what: str, fix: str) -> None:
+    """Make sure that a folder's disk has room for something.
+
+    Args:
+        folder: where it is to lie; it, or a folder above it, exists.
+        needed: bytes.
+        what: names what takes them, and ends in a verb.
+        fix: what to do about it.
+
+    Raises:
+        UserError: fewer bytes are free.
+    """
+    free = free_bytes(folder)
+    if free < needed:
+        raise UserError(
+            f"{folder}: {free / MEGABYTE:,.0f} MB are free, but {what} {needed / MEGABYTE:,.0f} "
+            f"MB; {fix}"
+        )

@@ -1,0 +1,112 @@
+"""All that is decided before the first step of a run: data, base model, plan, forecast, adapter."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+
+from glmtune.config.settings import TrainSettings
+from glmtune.data.dataset import DataCard, check_data_card, load_dataset
+from glmtune.data.row_rule import RowRule
+from glmtune.data.token_rows import TokenRows
+from glmtune.errors import note
+from glmtune.models.families import family_of
+from glmtune.models.fingerprint import fingerprint
+from glmtune.models.loading import check_pair, load_base_model, load_config, load_tokenizer
+from glmtune.models.resolve import base_name, resolve_base
+from glmtune.training.planning.advice import check_fit, print_forecast
+from glmtune.training.planning.forecast import make_forecaster
+from glmtune.training.processes import on_main
+from glmtune.training.run import Run, adapt, check_fp8, layout_as_run
+from glmtune.training.saving import checkpoints, run_folder
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is ready for its first step; nothing of it is on the disk yet."""
+
+    run: Run
+    model: PeftModel
+    """The base with its adapter, on the run's device."""
+    tokenizer: Any
+    resume: Path | None
+    """The checkpoint that the run goes on from."""
+    recipe: TrainSettings
+    """The settings as they came out: a run goes on with them on any other card."""
+
+
+def prepare(settings: TrainSettings, accelerator: Accelerator, dtype: torch.dtype) -> Prepared:
+    """Load what a run is made of, and check all that can be checked; nothing is written.
+
+    Called by all processes.
+
+    Args:
+        settings: the run's settings.
+        accelerator: knows the device and the other processes.
+        dtype: compute type of the base model.
+
+    Raises:
+        UserError: run folder, data, base model or checkpoint do not fit the settings, or the
+            device's memory or the disk is too small.
+    """
+    if settings.base_dtype == "fp8":
+        check_fp8(accelerator.device)
+    resume, notes = on_main(accelerator, lambda: run_folder.resume_point(settings))
+    base = resolve_base(settings.chatglm_path, str(resume) if resume else None)
+    tokenizer = load_tokenizer(base)
+    config = load_config(base)
+    family = family_of(config)
+    rows, card = _load_rows(settings.dataset_path, tokenizer, family.row_rule(config))
+
+    forecaster = make_forecaster(accelerator, config, dtype, rows)
+    forecast = forecaster(settings)
+    if accelerator.is_main_process:
+        print_forecast(forecast, settings, base_name(base))
+    check_fit(forecast, settings, forecaster)
+
+    model = load_base_model(
+        base,
+        dtype=dtype,
+        device=accelerator.device,
+        bits=settings.bits,
+        quantize_head=settings.quantize_head,
+    )
+    check_pair(model, tokenizer)
+    rows = replace(rows, rule=family.row_rule(model.config))  # the weights may say more
+    rows.check(model.config.vocab_size, settings.dataset_path)
+    sources = {
+        "base weights": fingerprint(model)[:16],
+        "tokenizer sha256": tokenizer.vocab_hash[:16],
+        "template": card.template,
+    }
+    torch.manual_seed(settings.seed)
+    adapted = adapt(model, settings)
+    run = Run.of(settings, accelerator, rows, adapted, base_name(base), sources, forecaster)
+    notes += run.cautions()
+    if resume:
+        notes += checkpoints.check_same_run(resume, run.identity, settings.resume_anyway)
+        notes += run_folder.check_unfinished(run, resume)
+    note(*notes)
+    sizes = forecast.setup, run.max_steps, accelerator.num_processes
+    on_main(accelerator, lambda: run_folder.check_disk(settings, *sizes, resume))
+    as_run = {
+        "chatglm_path": base,
+        "resume_from_checkpoint": None,
+        "resume_anyway": False,
+        "overwrite_output_dir": False,
+        "lora_target": run.forecast.setup.targets,
+        **layout_as_run(run.forecast),
+    }
+    return Prepared(run, adapted, tokenizer, resume, settings.model_copy(update=as_run))
+
+
+def _load_rows(path: str, tokenizer: Any, rule: RowRule) -> tuple[TokenRows, DataCard]:
+    """Rows that this tokenizer made, and the card that says how; what they lost is noted."""
+    dataset, card = load_dataset(path, rule)
+    check_data_card(card, tokenizer, path)
+    for lost in filter(None, (card.describe_loss(), card.describe_dropped())):
+        note(f"{path}: {lost}")
+    return TokenRows.from_dataset(dataset, rule), card
