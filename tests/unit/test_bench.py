@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from glmtune.bench import limits
-from glmtune.bench.random_model import CONFIGS
+from glmtune.bench.random_model import CONFIGS, shape_of
 from glmtune.bench.rows import random_rows
 from glmtune.cli import main
-from glmtune.models.chatglm.configuration import ChatGLMConfig
 
 
 def bench(tmp_path, *flags):
@@ -105,4 +104,4 @@ def test_random_rows_are_as_long_as_real_ones():
 
 
 def test_the_weights_that_a_token_meets():
-    assert limits.matmul_parameters(ChatGLMConfig()) == 6_171_787_264
+    assert shape_of("6b").matmul_parameters() == 6_171_787_264
