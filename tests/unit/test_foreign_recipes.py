@@ -15,15 +15,15 @@ def test_what_a_recipe_shares_is_for_the_verbs_that_call_it_so(tmp_path):
         "output_dir: out\nmodel_path: out\nbase_model: m\noptim: adamw_torch\n"
         "tokenize:\n  cutoff_len: 100\ntrain:\n  lora_r: 4\n"
     )
-    rows = read_config(SETTINGS["tokenize"], "tokenize", str(recipe), REQUIRED["tokenize"])
+    rows = read_config(SETTINGS["tokenize"], str(recipe), REQUIRED["tokenize"])
     assert (rows.save_path, rows.chatglm_path, rows.max_seq_length) == ("tokens", "m", 100)
-    train = read_config(SETTINGS["train"], "train", str(recipe), REQUIRED["train"])
+    train = read_config(SETTINGS["train"], str(recipe), REQUIRED["train"])
     assert (train.chatglm_path, train.lora_rank) == ("m", 4)
-    assert read_config(SETTINGS["chat"], "chat", str(recipe), {}).adapter == "out"
+    assert read_config(SETTINGS["chat"], str(recipe), {}).adapter == "out"
     assert recipe_verbs(str(recipe)) == ["tokenize", "train"]
     recipe.write_text("tokenize:\n  optim: sgd\ntrain:\n")
     with pytest.raises(UserError, match=r"r\.yaml:2: optim concerns train, plan, not tokenize"):
-        read_config(SETTINGS["train"], "train", str(recipe), REQUIRED["train"])
+        read_config(SETTINGS["train"], str(recipe), REQUIRED["train"])
 
 
 LLAMA_FACTORY = """\
@@ -103,16 +103,16 @@ def test_whole_recipes_of_others(tmp_path):
     """Their own forms, but for the rows, which a verb of ours makes."""
     recipe = tmp_path / "theirs.yaml"
     recipe.write_text(LLAMA_FACTORY)
-    config = read_config(SETTINGS["train"], "train", str(recipe), {"dataset_path": "rows"})
+    config = read_config(SETTINGS["train"], str(recipe), {"dataset_path": "rows"})
     assert (config.chatglm_path, config.eval_ratio) == ("THUDM/chatglm-6b", 0.1)
     assert (config.warmup_steps, config.lora_target, config.bf16) == (0.1, ("all",), True)
     recipe.write_text(LLAMA_FACTORY + "dataset: identity\n")
     with pytest.raises(UserError, match=r"theirs.yaml:37: dataset 'identity': training reads rows"):
-        read_config(SETTINGS["train"], "train", str(recipe), {})
+        read_config(SETTINGS["train"], str(recipe), {})
     recipe.write_text(AXOLOTL)
-    config = read_config(SETTINGS["train"], "train", str(recipe), {"dataset_path": "rows"})
+    config = read_config(SETTINGS["train"], str(recipe), {"dataset_path": "rows"})
     assert (config.quantization_bit, config.lora_rank, config.layout) == ("4", 32, "packed")
     assert (config.num_train_epochs, config.per_device_train_batch_size) == (4, 2)
     recipe.write_text(AXOLOTL + "datasets:\n  - path: a\n    type: alpaca\n")
     with pytest.raises(UserError, match=r"datasets '{...}': training reads rows"):
-        read_config(SETTINGS["train"], "train", str(recipe), {})
+        read_config(SETTINGS["train"], str(recipe), {})
