@@ -1,16 +1,18 @@
-"""A second model family, as a newcomer would write it: Llama's block, and bytes as vocabulary."""
+"""A second model family, as a newcomer would write it: Llama's block, and bytes as vocabulary.
 
-from functools import partial
-from typing import NamedTuple
+Shapes as in `models.packed` and `models.decoding`.
+"""
+
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from glmtune.data.row_rule import RowRule, Special
+from glmtune.models.decoding import Angles, DecodingBlock, RowLayout, attend, put
 from glmtune.models.family import ChatFormat, Family, PackedBlock
-from glmtune.models.packed import Linear, linear_of
+from glmtune.models.packed import linear_of
 from glmtune.models.reading import check_plain_folder
 from glmtune.models.shape import LinearShape, Shape
 
@@ -25,6 +27,7 @@ ASK, ANSWER, END, FIRST_BYTE = 1, 3, 2, 16
 
 class ByteTokenizer:
     vocab_hash, revision, vocab_size, pad_token_id = "b" * 64, "bytes", 272, 0
+    unfinished = "(?!)"
     row_rule = RowRule(
         before_prompt=(Special("ask", "<ask>", ASK),),
         after_prompt=(Special("answer", "<answer>", ANSWER),),
@@ -45,48 +48,106 @@ class ByteTokenizer:
 
 
 def shape(c: LlamaConfig) -> Shape:
-    h, kv, ff = c.hidden_size, c.num_key_value_heads * c.head_dim, c.intermediate_size
-    sizes = (h, h), (kv, h), (kv, h), (h, h), (ff, h), (ff, h), (h, ff)
+    hidden, kv, inner = c.hidden_size, c.num_key_value_heads * c.head_dim, c.intermediate_size
+    sizes = [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden)]
+    sizes += [(inner, hidden), (inner, hidden), (hidden, inner)]
     linears = [LinearShape(n, *s, False, n[0] in "qkv") for n, s in zip(NAMES, sizes, strict=True)]
     return Shape(
-        c.num_hidden_layers, h, c.vocab_size, c.num_attention_heads, c.num_key_value_heads,
+        c.num_hidden_layers, hidden, c.vocab_size, c.num_attention_heads, c.num_key_value_heads,
         c.head_dim, c.max_position_embeddings, c.tie_word_embeddings, tuple(linears),
-        norm_values=2 * h, final_norm_values=h, kept_by_mlp=2 * ff,
+        norm_values=2 * hidden, final_norm_values=hidden, kept_by_mlp=2 * inner,
     )  # fmt: skip
 
 
-class RmsNorm(NamedTuple):
-    weight: Tensor
-    epsilon: float
-
-    @classmethod
-    def of(cls, norm):
-        return cls(norm.weight, norm.variance_epsilon)
-
-    def __call__(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
-
-
-class Weights(NamedTuple):
-    norm: RmsNorm
-    linears: tuple[Linear, ...]
-    post_norm: RmsNorm
+class Block(NamedTuple):
+    input_norm: Any
+    query: Any
+    key: Any
+    value: Any
+    output: Any
+    inner_norm: Any
+    gate: Any
+    up: Any
+    down: Any
 
 
-def weights_of(layer, read=linear_of, read_norm=RmsNorm.of) -> Weights:
+def weights_of(layer: Any, read: Any, read_norm: Any) -> Block:
     attention, mlp = layer.self_attn, layer.mlp
-    linears = [read(getattr(attention, name)) for name in NAMES[:4]]
-    linears += [read(getattr(mlp, name)) for name in NAMES[4:]]
-    norms = layer.input_layernorm, layer.post_attention_layernorm
-    return Weights(read_norm(norms[0]), tuple(linears), read_norm(norms[1]))
+    return Block(
+        read_norm(layer.input_layernorm),
+        *map(read, (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)),
+        read_norm(layer.post_attention_layernorm),
+        *map(read, (mlp.gate_proj, mlp.up_proj, mlp.down_proj)),
+    )
 
 
-def angles(position_ids_1T, config):
-    """Llama turns element i with i + D / 2; ours turn neighbouring quarters: see `_quarters`."""
-    powers = torch.arange(0, config.head_dim, 2, device=position_ids_1T.device) / config.head_dim
-    angle = position_ids_1T[0][:, None].float() * 10_000.0**-powers
-    angle = angle.unflatten(-1, (2, -1))
-    return angle.cos(), angle.sin()
+def layout(ids_BK: torch.Tensor, config: LlamaConfig) -> RowLayout:
+    causal_B = torch.zeros(len(ids_BK), dtype=torch.long)
+    return RowLayout(causal_B, torch.arange(ids_BK.shape[1]).expand(ids_BK.shape))
+
+
+def angles(positions_BK: torch.Tensor, config: LlamaConfig) -> Angles:
+    exponent = torch.arange(0, config.head_dim, 2) / config.head_dim
+    angle = positions_BK[..., None] / config.rope_parameters["rope_theta"] ** exponent
+    whole = torch.cat((angle, angle), -1)
+    return Angles(whole.cos(), whole.sin())
+
+
+def rotate(x_BMSD: torch.Tensor, angles: Angles) -> torch.Tensor:
+    first, second = x_BMSD.chunk(2, -1)
+    turned = torch.cat((-second, first), -1)
+    return x_BMSD * angles.cos[:, None] + turned * angles.sin[:, None]
+
+
+def project(hidden: torch.Tensor, block: Block, size: int, angles: Angles) -> list[torch.Tensor]:
+    normed = block.input_norm(hidden)
+    query, key, value = (
+        linear(normed).unflatten(-1, (-1, size)).transpose(1, 2)
+        for linear in (block.query, block.key, block.value)
+    )
+    return [rotate(query, angles), rotate(key, angles), value]
+
+
+def finish(hidden: torch.Tensor, context: torch.Tensor, block: Block) -> torch.Tensor:
+    hidden = hidden + block.output(context)
+    normed = block.inner_norm(hidden)
+    return hidden + block.down(F.silu(block.gate(normed)) * block.up(normed))
+
+
+def read_block(hidden, block, keys, values, mask, angles):
+    query, key, value = project(hidden, block, keys.shape[-1], angles)
+    keys.copy_(key)
+    values.copy_(value)
+    context = F.scaled_dot_product_attention(query, keys, values, mask, enable_gqa=True)
+    return finish(hidden, context.transpose(1, 2).flatten(2), block)
+
+
+def run_block(hidden, block, keys, values, place, mask, angles):
+    query, key, value = project(hidden, block, keys.shape[-1], angles)
+    put(keys, place, key)
+    put(values, place, value)
+    return finish(hidden, attend(query, keys, values, mask), block)
+
+
+LLAMA = DecodingBlock(
+    weights_of=weights_of,
+    final_norm=lambda model, read_norm: read_norm(model.base_model.norm),
+    layout=layout,
+    angles=angles,
+    prompt_angles=lambda angles, dtype: Angles(*(angle.to(dtype) for angle in angles)),
+    read_block=read_block,
+    run_block=run_block,
+)
+
+
+# --- packed rows ---
+
+
+def packed_angles(positions_1T, config):
+    """Llama turns element i with i + D / 2, ops.rotary neighbouring quarters: see `_quarters`."""
+    powers = torch.arange(0, config.head_dim, 2) / config.head_dim
+    angle = positions_1T[0][:, None] / config.rope_parameters["rope_theta"] ** powers
+    return angle.cos().unflatten(-1, (2, -1)), angle.sin().unflatten(-1, (2, -1))
 
 
 def _quarters(x):
@@ -94,23 +155,24 @@ def _quarters(x):
     return torch.cat([x.chunk(4, -1)[i] for i in (0, 2, 1, 3)], -1)
 
 
-def block(hidden, weights, attention, cos, sin, dropout, wanted_L=None):
-    drops = dropout.each() if dropout else [None] * len(NAMES)
-    q, k, v, o, gate, up, down = (
-        partial(linear, dropout=drop) for linear, drop in zip(weights.linears, drops, strict=True)
+def packed_block(hidden_TH, block, attention, cos, sin, dropout, wanted_L=None):
+    drops = [*dropout.each()] if dropout else [None] * len(NAMES)
+    normed, size = block.input_norm(hidden_TH), (-1, 4 * cos.shape[-1])
+    linears = block.query, block.key, block.value
+    query, key, value = (
+        linear(normed, drop).unflatten(-1, size)
+        for linear, drop in zip(linears, drops[:3], strict=True)
     )
-    normed, size = weights.norm(hidden), (-1, 4 * cos.shape[-1])
-    qkv = [project(normed).unflatten(-1, size) for project in (q, k, v)]
-    qkv = [_quarters(qkv[0]), _quarters(qkv[1]), qkv[2]]
-    context = attention.attend(qkv, (None,) * 3, cos, sin).flatten(1)
+    turned = _quarters(query), _quarters(key), value
+    context_TH = attention.attend(turned, (None,) * 3, cos, sin).flatten(1)
     if wanted_L is not None:
-        hidden, context = hidden[wanted_L], context[wanted_L]
-    hidden = hidden + o(context)
-    normed = weights.post_norm(hidden)
-    return hidden + down(F.silu(gate(normed)) * up(normed))
+        hidden_TH, context_TH = hidden_TH[wanted_L], context_TH[wanted_L]
+    hidden_TH = hidden_TH + block.output(context_TH, drops[3])
+    normed = block.inner_norm(hidden_TH)
+    inner = F.silu(block.gate(normed, drops[4])) * block.up(normed, drops[5])
+    return hidden_TH + block.down(inner, drops[6])
 
 
-BLOCK = PackedBlock(7, weights_of, block, angles, lambda m: RmsNorm.of(m.model.norm), (64, 128))
 TOY = Family(
     name="Toy",
     owns=lambda settings: settings.get("model_type") == "llama",
@@ -125,5 +187,13 @@ TOY = Family(
     lora_target=("q_proj", "v_proj"),
     chat=ChatFormat("a question alone", lambda rounds, question: question, str, (), ""),
     probe_row=lambda config: [ASK, *range(20, 40), ANSWER, *range(40, 50)],
-    packed=BLOCK,
+    packed=PackedBlock(
+        num_linears=len(NAMES),
+        weights_of=lambda layer: weights_of(layer, linear_of, lambda norm: norm),
+        block=packed_block,
+        angles=packed_angles,
+        final_norm=lambda model: model.base_model.norm,
+        head_dims=(64, 128),
+    ),
+    decoding=LLAMA,
 )

@@ -3,12 +3,16 @@
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
-from toy_family import CONFIG, TOY
+from toy_family import CONFIG, TOY, ByteTokenizer
 
+from glmtune.adapters import load_adapter
 from glmtune.cli import main
+from glmtune.data.token_rows import TokenRows
 from glmtune.models import families
+from glmtune.models.loading import load_base_model
 
 
 @pytest.fixture
@@ -49,3 +53,75 @@ def test_padded_and_packed_training_have_the_same_losses(rows):
     packed = train("packed", "--layout", "packed", "--tokens_per_step", "256")
     assert packed == pytest.approx(padded, abs=1e-5)
     assert padded[-1] < padded[0] - 0.5
+
+
+@pytest.fixture
+def adapter(rows):
+    train("run", "--layout", "packed", "--tokens_per_step", "256", "--max_steps", "30")
+    return "run"
+
+
+def test_check_compare_and_infer_use_the_adapter(adapter, capsys):
+    records = [{"instruction": "say ha", "input": "", "output": "haha"}]
+    Path("records.json").write_text(json.dumps(records), encoding="utf-8")
+    capsys.readouterr()
+    asked = "--data_path records.json --max_new_tokens 8 --use_cpu true"
+    assert main([*words(f"check {asked} --model_path run")]) in (0, 1)
+    assert "14 of 14 linears" in capsys.readouterr().out
+    assert main([*words(f"infer {asked} --model_path run --output_path tuned.jsonl")]) == 0
+    assert main([*words(f"infer {asked} --output_path base.jsonl")]) == 0
+    answers = [Path(name).read_text(encoding="utf-8") for name in ("tuned.jsonl", "base.jsonl")]
+    assert answers[0] != answers[1]
+    assert main([*words(f"compare {asked} --model_path run --output_dir page")]) == 0
+    assert Path("page/compare.html").is_file()
+
+
+def test_a_merged_folder_is_the_family_s_own_and_gives_the_same_logits(adapter, capsys):
+    assert main([*words("merge --model_path run --save_path merged")]) == 0
+    assert "merged 14 modules" in capsys.readouterr().out
+    merged = TOY.model_class.from_pretrained("merged", dtype=torch.float32)
+    tuned = load_adapter(load_base_model("base", dtype=torch.float32), "run")
+    ids = torch.tensor([TOY.probe_row(CONFIG)])
+    with torch.inference_mode():
+        assert (merged(ids).logits - tuned(ids).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("line", ["plan --dataset_path tokens", "doctor"])
+def test_plan_and_doctor_know_its_sizes(rows, capsys, line):
+    assert main([*words(line), "--use_cpu", "true"]) == 0
+    told = capsys.readouterr().out
+    assert ("q_proj, v_proj" if line.startswith("plan") else "2 layers, vocabulary 272") in told
+
+
+@pytest.mark.parametrize("name", ["query_key_value", "q_proj,query_key_value"])
+def test_a_linear_of_another_family_is_refused(rows, capsys, name):
+    flags = "--dataset_path tokens --output_dir run --use_cpu true --lora_target"
+    assert main([*words(f"train {flags} {name}")]) == 2
+    told = capsys.readouterr().err
+    assert "Toy has no linear 'query_key_value'; choose from q_proj" in told
+
+
+def test_rows_of_another_family_are_refused(rows, capsys):
+    with_them = "train --dataset_path tokens --output_dir run --use_cpu true"
+    assert main([*with_them.split(), "--chatglm_path", "glm-tiny"]) == 2
+    assert "another tokenizer" in capsys.readouterr().err
+
+
+def test_a_label_on_disk_says_what_is_supervised(rows, capsys):
+    """Rows of more than one prompt and one answer bring labels, as transformers has them."""
+    dataset = datasets.load_from_disk("tokens")
+
+    def only_the_end(row):
+        ids = row["input_ids"]
+        return {"labels": [-100] * (len(ids) - 1) + ids[-1:]}
+
+    dataset.map(only_the_end).save_to_disk("labelled")
+    Path("labelled/glmtune_data.json").write_bytes(Path("tokens/glmtune_data.json").read_bytes())
+    rule = ByteTokenizer.row_rule
+    read = TokenRows.from_dataset(datasets.load_from_disk("labelled"), rule)
+    assert read.num_labels_R.tolist() == [1] * 8
+    flags = ["--dataset_path", "labelled"]
+    padded = train("padded", "--layout", "padded", *flags)
+    packed = train("packed", "--layout", "packed", "--tokens_per_step", "256", *flags)
+    assert packed == pytest.approx(padded, abs=1e-5)
+    assert padded != pytest.approx(train("whole", "--layout", "padded"), abs=0.1)

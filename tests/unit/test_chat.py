@@ -318,7 +318,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(talk, press_at_third_to
 def test_a_second_ctrl_c_waits_for_the_prompt(talk, press_at_third_token, monkeypatch):
     press_at_third_token(press)
     polish = room.polish
-    monkeypatch.setattr(room, "polish", lambda text: press() or polish(text))
+    monkeypatch.setattr(room, "polish", lambda *given: press() or polish(*given))
     printed, prompts = talk(QUESTION, "你好")
     said = printed[0].removesuffix(" [stopped]")
     assert said

@@ -51,7 +51,11 @@ def room(monkeypatch):
 
     def replace(module: str, **functions) -> list:
         def recorder(name, result):
-            return lambda *arguments, **_: calls.append((name, *arguments)) or result
+            def record(*arguments, **_):
+                calls.append((name, *arguments))
+                return result
+
+            return record
 
         fake = types.ModuleType(module)
         for name, result in functions.items():

@@ -598,7 +598,7 @@ def test_help_shows_type_choices_default_and_group(monkeypatch):
     text = verb_help("train", "What it does.")
     assert "LoRA:\n  --lora_rank INT\n      rank of the update (default: 8)\n" in text
     assert "--lr_scheduler_type linear|cosine|constant|constant_with_warmup\n" in text
-    assert "of ChatGLM-6B query_key_value)" in text
+    assert "the model family's own" in text
     assert "--fp16 true|false\n" in text
     assert "(default: false)" in text
     assert "(required)" in text

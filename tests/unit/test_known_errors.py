@@ -34,7 +34,7 @@ SHORT_FORMS = [
 ]  # fmt: skip
 
 
-def test_there_are_as_many_as_the_readme_says(root):
+def test_known_errors_are_as_many_as_the_readme_says(root):
     assert len({known.message for known in KNOWN_ERRORS}) == len(KNOWN_ERRORS)
     for name in ("README.md", "README.zh.md"):
         assert f" {len(KNOWN_ERRORS)} " in (root / name).read_text(encoding="utf-8")

@@ -191,8 +191,8 @@ class TestAnotherRun:
             def __getattr__(self, name):
                 return getattr(load_tokenizer(GLM_TINY), name)
 
-        def other_template(path):
-            dataset, card = load_dataset(path)
+        def other_template(path, rule):
+            dataset, card = load_dataset(path, rule)
             return dataset, replace(card, template="vicuna")
 
         monkeypatch.setattr(prepare, "load_tokenizer", lambda base: Other())

@@ -82,10 +82,10 @@ def bench_decode(settings: BenchDecodeSettings) -> DecodeFigures:
     dtype, caution = pick_dtype(device, settings.bf16, settings.fp16)
     if caution:
         note(caution)
-    shape = CONFIGS[settings.shape]
-    _check(settings, shape, device, dtype)
+    model_config = CONFIGS[settings.shape]
+    _check(settings, model_config, device, dtype)
     try:
-        figures = _measure(settings, shape, device, dtype)
+        figures = _measure(settings, model_config, device, dtype)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"batch_size {settings.batch_size}: no memory for {settings.batch_size} prompts of "
@@ -98,47 +98,46 @@ def bench_decode(settings: BenchDecodeSettings) -> DecodeFigures:
 
 
 def _measure(
-    config: BenchDecodeSettings, shape: Any, device: torch.device, dtype: torch.dtype
+    settings: BenchDecodeSettings, model_config: Any, device: torch.device, dtype: torch.dtype
 ) -> DecodeFigures:
     bytes_per_second = copy_rate(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    print(f"making a random model ({config.shape}) on {device_name(device)}", flush=True)
-    model = random_model(shape, device, dtype).eval()
-    prompts = _random_prompts(shape, config.batch_size, config.prompt_length)
-    settings = GenerationSettings(max_new_tokens=config.max_new_tokens)
+    print(f"making a random model ({settings.shape}) on {device_name(device)}", flush=True)
+    model = random_model(model_config, device, dtype).eval()
+    prompts = _random_prompts(model_config, settings.batch_size, settings.prompt_length)
+    how = GenerationSettings(max_new_tokens=settings.max_new_tokens)
 
-    print("setting up the decoder" + ", compiling" * config.decode_compile, flush=True)
+    print("setting up the decoder" + ", compiling" * settings.decode_compile, flush=True)
     start = time.perf_counter()
     # Without stop ids every answer has its full length.
-    bits, compiled = config.decoder_bits, config.decode_compile
+    bits, compiled = settings.decoder_bits, settings.decode_compile
     decoder = Decoder(model, [], bits=bits, compiled=compiled)
-    _time_decoder(decoder, prompts, settings)
+    _time_decoder(decoder, prompts, how)
     set_up = time.perf_counter() - start
     print("decoding", flush=True)
-    times = _medians([_time_decoder(decoder, prompts, settings) for _ in range(REPEATS)])
+    times = _medians([_time_decoder(decoder, prompts, how) for _ in range(REPEATS)])
     peak = memory_gib(device)
     reference = None
-    if config.compare:
+    if settings.compare:
         print("decoding with transformers' generate", flush=True)
-        reference = _time_generate(model, prompts, settings)
+        reference = _time_generate(model, prompts, how)
 
-    num_rows, num_tokens = config.batch_size, config.batch_size * config.max_new_tokens
+    num_rows, num_tokens = settings.batch_size, settings.batch_size * settings.max_new_tokens
     rate = (num_tokens - num_rows) / (times.whole - times.first)
-    middle = config.prompt_length + config.max_new_tokens / 2
-    sizes = decoder.shape
-    cache_values = 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim
-    cache_bytes = cache_values * middle * dtype.itemsize
-    token_bytes = num_bytes(decoder.weights) / num_rows + cache_bytes
+    middle = settings.prompt_length + settings.max_new_tokens / 2
+    shape = family_of(model_config).shape(model_config)
+    a_column = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * dtype.itemsize
+    token_bytes = num_bytes(decoder.weights) / num_rows + a_column * middle
     limit = bytes_per_second / token_bytes
     return DecodeFigures(
         dtype=str(dtype).removeprefix("torch."),
-        shape=config.shape,
-        decode_bits=config.decode_bits,
-        decode_compile=config.decode_compile,
+        shape=settings.shape,
+        decode_bits=settings.decode_bits,
+        decode_compile=settings.decode_compile,
         batch_size=num_rows,
-        prompt_length=config.prompt_length,
-        max_new_tokens=config.max_new_tokens,
+        prompt_length=settings.prompt_length,
+        max_new_tokens=settings.max_new_tokens,
         tokens_per_second=num_tokens / times.whole,
         decode_tokens_per_second=rate,
         first_token_ms=1e3 * times.first,
@@ -154,12 +153,12 @@ def _measure(
 
 
 def _check(
-    settings: BenchDecodeSettings, shape: Any, device: torch.device, dtype: torch.dtype
+    settings: BenchDecodeSettings, config: Any, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Refuse before the minutes of work what cannot end well."""
     check_appendable(settings.json_path)
     check_decoding(device, settings.decoder_bits, settings.decode_compile)
-    limit = shape.max_position_embeddings
+    limit = family_of(config).shape(config).max_positions
     if settings.prompt_length + settings.max_new_tokens > limit:
         raise UserError(
             f"prompt_length {settings.prompt_length} with max_new_tokens "
@@ -168,10 +167,10 @@ def _check(
     check_room(settings.shape, device, dtype)
 
 
-def _random_prompts(shape: Any, num_prompts: int, length: int) -> list[EncodedPrompt]:
-    rule = family_of(shape).row_rule(shape)
+def _random_prompts(config: Any, num_prompts: int, length: int) -> list[EncodedPrompt]:
+    rule = family_of(config).row_rule(config)
     size = num_prompts, length - rule.num_prompt_specials
-    texts = torch.randint(5, min(rule.special_ids.values()) - 1, size).tolist()
+    texts = torch.randint(rule.pad_id + 1, min(rule.special_ids.values()) - 1, size).tolist()
     return [EncodedPrompt(rule.prompt(text), number) for number, text in enumerate(texts)]
 
 

@@ -94,7 +94,7 @@ class TokenizeSettings(BadRowSettings, BaseModelSettings):
     jsonl_path: PathText = Field(description="rows to read, as `glmtune convert` wrote them")
     save_path: PathText = Field(description="folder to write, for datasets.load_from_disk")
     max_seq_length: int = Field(
-        200, ge=4, description="tokens kept of the context, and of the target; [gMASK] <sop> count"
+        200, ge=4, description="tokens kept of the context, and of the target; special ids count"
     )
     skip_overlength: bool = Field(
         False, description="drop rows longer than max_seq_length instead of cutting them"

@@ -87,7 +87,7 @@ class LoraSettings(Settings):
         None,
         min_length=1,
         description="linears that get an adapter, with commas between, or all for every one of a "
-        "layer (default: the model family's own, of ChatGLM-6B query_key_value)",
+        "layer (default: the model family's own, as `glmtune plan` shows)",
     )
 
     @field_validator("lora_target", mode="before")

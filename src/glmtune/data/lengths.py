@@ -82,7 +82,7 @@ def plot_lengths(
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )
     beyond = f" (last bar: {last} and more)" if max(dropped, default=0) > last else ""
-    axes.set_xlabel(f"tokens in a row: prompt, answer and <eop>{beyond}")
+    axes.set_xlabel(f"tokens in a row: prompt, answer and its end{beyond}")
     axes.set_ylabel(f"rows per {width} tokens" if width > 1 else "rows")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axes.yaxis.set_major_formatter("{x:,.0f}")

@@ -20,9 +20,9 @@ from glmtune.evaluation.conversation import (
     ALPACA,
     BASE,
     CHAT,
-    FORMATS,
     TUNED,
     Round,
+    formats,
     polish,
     polish_beginning,
     write_prompt,
@@ -39,6 +39,7 @@ from glmtune.generation import (
     find_stop_ids,
 )
 from glmtune.generation.streaming import TextStream, before_stop, check_stop_strings
+from glmtune.models.families import family_of
 from glmtune.runlog import print_pairs
 
 ASK = "> "
@@ -65,7 +66,7 @@ class Chat:
     """One session: who answers, how, and what was said.
 
     Args:
-        config: of the session; `/set` changes it.
+        settings: of the session; `/set` changes them.
         model: in evaluation mode, with its adapter if there is one.
         tokenizer: of the model.
         subject: what the model is, for files and messages.
@@ -74,26 +75,27 @@ class Chat:
         UserError: a stop string that cannot occur.
     """
 
-    def __init__(self, config: ChatSettings, model: Any, tokenizer: Any, subject: Subject):
-        self.config = config
+    def __init__(self, settings: ChatSettings, model: Any, tokenizer: Any, subject: Subject):
+        self.settings = settings
         self.model = model
         self.tokenizer = tokenizer
         self.subject = subject
+        self.chat = family_of(model.config).chat
         self.rounds: list[Round] = []
         self.num_forgotten = 0
         """Rounds at the beginning that no longer fit into a prompt."""
         self.num_asked = 0
         self.ctrl_c = CtrlC()
-        check_stop_strings(config.stop_strings or (), tokenizer)
-        settings = GenerationSettings.of(config)
+        check_stop_strings(settings.stop_strings or (), tokenizer)
+        how = GenerationSettings.of(settings)
         self.decoders: dict[str, Decoder] = {}
         if subject.adapter is None:
-            self.decoders[BASE] = Decoder.of(model, settings, subject.device)
+            self.decoders[BASE] = Decoder.of(model, how, subject.device)
         else:
-            self.decoders[TUNED] = Decoder.of(model, settings, subject.device)
+            self.decoders[TUNED] = Decoder.of(model, how, subject.device)
             with model.disable_adapter():
                 self.decoders[BASE] = Decoder.of(
-                    model, settings, subject.device, beside=self.decoders[TUNED]
+                    model, how, subject.device, beside=self.decoders[TUNED]
                 )
         self.sides: tuple[str, ...] = (next(iter(self.decoders)),)
         self.formats = dict.fromkeys(self.decoders, CHAT)
@@ -109,7 +111,8 @@ class Chat:
             "/both": (lambda _: self._turn_to(BASE, TUNED), "both answer, one under the other"),
             "/format": (
                 self._format,
-                f"{' or '.join(FORMATS)}: how {self._formatted} is asked; alone, lists them",
+                f"{' or '.join(formats(self.chat))}: how {self._formatted} is asked; alone, lists "
+                "them",
             ),
             "/set": (self._set, "KEY VALUE changes a setting of the answers; alone, lists them"),
             "/save": (self._save, "[FILE] writes the conversation as JSON"),
@@ -179,7 +182,7 @@ class Chat:
 
     def _stream(self, side: str, question: str) -> tuple[str, bool]:
         """Print an answer as it comes; the answer, and whether it came to its end."""
-        settings = GenerationSettings.of(self.config)
+        settings = GenerationSettings.of(self.settings)
         encoded = [self._encode(side, question, settings.max_new_tokens)]
         stream = TextStream(self.tokenizer, settings.stop_strings or ())
         stop_ids = find_stop_ids(self.model)
@@ -188,7 +191,7 @@ class Chat:
             for (ids,) in self.decoders[side].stream(encoded, settings):
                 self.ctrl_c.raise_if_lost()
                 said += stream.push(before_stop(ids, stop_ids))
-                shown = self._show(shown, polish_beginning(said))
+                shown = self._show(shown, polish_beginning(self.chat, said))
                 if stream.stopped:
                     break
         except KeyboardInterrupt:
@@ -199,7 +202,7 @@ class Chat:
                 f"{settings.max_new_tokens} new ones; /set max_new_tokens lower, or begin /new"
             ) from error
         said += stream.end()
-        shown = self._show(shown, polish(said))
+        shown = self._show(shown, polish(self.chat, said))
         print("" if whole else " [stopped]", flush=True)
         return shown, whole
 
@@ -210,7 +213,7 @@ class Chat:
             UserError: the question alone leaves none.
         """
         for first in range(self.num_forgotten, len(self.rounds) + 1):
-            text = write_prompt(self.rounds[first:], question, side, self.formats[side])
+            text = write_prompt(self.chat, self.rounds[first:], question, side, self.formats[side])
             # A number of its own each time, so that the same question may get another answer.
             prompt = Prompt(text, "the conversation", self.num_asked)
             try:
@@ -261,9 +264,9 @@ class Chat:
 
     def _format(self, name: str) -> None:
         if not name:
-            print_pairs("formats", FORMATS)
-        elif name not in FORMATS:
-            hint = did_you_mean(name, FORMATS) or f"; choose {' or '.join(FORMATS)}"
+            print_pairs("formats", formats(self.chat))
+        elif name not in (names := formats(self.chat)):
+            hint = did_you_mean(name, names) or f"; choose {' or '.join(names)}"
             raise UserError(f"/format: there is no format {name}{hint}")
         else:
             self.formats[self._formatted] = name
@@ -271,17 +274,17 @@ class Chat:
 
     def _set(self, words: str) -> None:
         if not words:
-            values = {name: getattr(self.config, name) for name in AnswerSettings.model_fields}
+            values = {name: getattr(self.settings, name) for name in AnswerSettings.model_fields}
             print_pairs("settings", {name: _show_value(value) for name, value in values.items()})
             return
         name, _, value = words.partition(" ")
         name = name.removeprefix("--").replace("-", "_")
-        config = change_setting(self.config, name, value.strip())
+        changed = change_setting(self.settings, name, value.strip())
         if name not in AnswerSettings.model_fields:
             raise UserError(f"/set: {name} is fixed; start another chat with --{name} {value}")
-        check_stop_strings(config.stop_strings or (), self.tokenizer)
-        self.config = config
-        print(f"{name} {_show_value(getattr(config, name))}")
+        check_stop_strings(changed.stop_strings or (), self.tokenizer)
+        self.settings = changed
+        print(f"{name} {_show_value(getattr(changed, name))}")
 
     def _save(self, path: str) -> None:
         if not self.rounds:
@@ -289,7 +292,7 @@ class Chat:
         path = path or f"chat-{datetime.now():%Y-%m-%d-%H%M%S}.json"
         if Path(path).exists():
             raise UserError(f"/save: {path} exists; name another file")
-        settings = GenerationSettings.of(self.config)
+        settings = GenerationSettings.of(self.settings)
         content = {
             **self.subject.identity(),
             "settings": settings.in_effect(),

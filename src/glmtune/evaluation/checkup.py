@@ -141,30 +141,30 @@ class Checkup:
         return {"verdict": self.verdict, "is_fine": self.is_fine, **asdict(self)}
 
 
-def check(config: CheckSettings) -> Checkup:
+def check(settings: CheckSettings) -> Checkup:
     """Look an adapter over, print what was found, and write it as JSON where that is asked for.
 
     Raises:
         UserError: adapter, base or records cannot be used.
     """
-    subject = Subject.of(config)
+    subject = Subject.of(settings)
     assert subject.adapter is not None, "CheckSettings requires one"
     if not _has_effect(subject):
         found = Checkup(layers=[], num_linears=0, divergence=None)
     else:
         model, tokenizer = subject.load(computes=True)
         rows = find_rows(subject.adapter, tokenizer.row_rule)
-        if config.data_path:
-            asked = record_probes(config.data_path, tokenizer, config.limit)
+        if settings.data_path:
+            asked = record_probes(settings.data_path, tokenizer, settings.limit)
         else:
-            of_run = held_out_probes(*rows, config.limit) if rows else None
-            asked = of_run or own_probes(tokenizer, config.limit)
-        settings = GenerationSettings.of(config)
+            of_run = held_out_probes(*rows, settings.limit) if rows else None
+            asked = of_run or own_probes(tokenizer, settings.limit)
+        how = GenerationSettings.of(settings)
         template = find_template(subject.adapter)
-        found = examine(model, tokenizer, asked, settings, rows, template, with_base=True)
+        found = examine(model, tokenizer, asked, how, rows, template, with_base=True)
     report(found, f"Check-up of {subject.adapter_name}")
-    if config.json_path:
-        write_json(_without_nan(found.as_json()), config.json_path)
+    if settings.json_path:
+        write_json(_without_nan(found.as_json()), settings.json_path)
     return found
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from glmtune.config.groups import AnswerSettings, DecodingSettings
-from glmtune.errors import UserError
 from glmtune.generation.prompts import EncodedPrompt
 from glmtune.generation.slots import Slots
 from glmtune.generation.weights import can_be_captured, most_rows_for_kernels, read_weights
@@ -70,8 +69,6 @@ class Decoder:
     ):
         self.config: Any = model.config
         family = family_of(self.config)
-        if family.decoding is None:
-            raise UserError(f"{family.name}: its answers are not computed here yet")
         self.block, self.shape = family.decoding, family.shape(self.config)
         self.stop_ids = stop_ids
         self.device: torch.device = device or model.device

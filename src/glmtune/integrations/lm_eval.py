@@ -1,8 +1,8 @@
 """The model type `glmtune` of lm-evaluation-harness: base and adapter on any of its tasks.
 
 ``python -m glmtune.integrations.lm_eval`` is its command with that model type beside its own; from
-Python, importing this module is enough. Contexts end in ``[gMASK] <sop>`` and what is scored or
-written stands in the answer, as in training.
+Python, importing this module is enough. Contexts end in the special ids of a prompt, and what is
+scored or written stands in the answer, as in training.
 """
 
 import sys

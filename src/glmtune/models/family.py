@@ -82,10 +82,10 @@ class Family(NamedTuple):
     chat: ChatFormat
     probe_row: Callable[[Any], list[int]]
     """Ids of a short row from all over the vocabulary, of the configuration."""
-    packed: PackedBlock | None = None
-    """None: trains on padded rows only, and says so."""
-    decoding: DecodingBlock | None = None
-    """None: does not answer yet."""
+    packed: PackedBlock
+    """How its layer is computed on packed rows, for training."""
+    decoding: DecodingBlock
+    """How it is computed token by token, for answering."""
     bare_class: type[PreTrainedModel] | None = None
     """The model without its head, of a family whose classes transformers does not know."""
     known_sha256: Callable[[str, str], set[str]] = lambda hub_id, name: set()

@@ -38,8 +38,8 @@ def prefix_lm_mask(
              a2   x  x  x  x  x  x
 
     Args:
-        prefix_end_B: column of the first answer token (``<sop>``) of each row; 0 makes the row
-            causal. Shape ``(B,)``, or ``(1,)`` for all rows alike.
+        prefix_end_B: column of the first token of each row that its prefix does not see; 0 makes
+            the row causal. Shape ``(B,)``, or ``(1,)`` for all rows alike.
         valid_BK: true where a column holds a real token, false for padding. Shape ``(B, K)``.
         num_queries: the queries are the last ``num_queries`` columns; all of them by default.
 

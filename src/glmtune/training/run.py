@@ -239,11 +239,9 @@ def build_pass(run: Run, model: PeftModel, weights: list[nn.Parameter]) -> Pass:
     setup, recompute = run.forecast.setup, run.forecast.recompute
     if setup.layout == "padded":
         return PaddedPass(run.accelerator, model, run.rows, recompute)
-    block = family_of(base_of(model).config).packed
-    assert block is not None
     packed = PackedModel(
         model,
-        block,
+        family_of(base_of(model).config).packed,
         compiled=setup.compiled,
         any_length=setup.layout == "exact",
         recompute=recompute,

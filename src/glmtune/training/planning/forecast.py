@@ -166,9 +166,7 @@ def forecast(
         shape,
         dtype,
         layout,
-        compiled=layout != "padded"
-        and block is not None
-        and can_compile(card, block, shape.head_dim),
+        compiled=layout != "padded" and can_compile(card, block, shape.head_dim),
         on_gpu=card.on_gpu,
         is_hopper=card.is_hopper,
         bits=settings.bits or bits_of(config),
