@@ -656,9 +656,9 @@ def test_stop_strings_of_a_recipe_may_hold_commas(recipe):
 def test_a_beam_search_that_draws_or_rounds_is_refused(flags, expected):
     flags = {"data_path": "a.json", "num_beams": "2"} | flags
     with pytest.raises(UserError, match=expected):
-        read_config(InferSettings, "infer", None, flags)
+        read_config(InferSettings, None, flags)
 
 
 def test_a_beam_search_at_temperature_zero_draws_nothing():
     flags = {"data_path": "a.json", "num_beams": "2", "do_sample": "true", "temperature": "0"}
-    assert not read_config(InferSettings, "infer", None, flags).draws
+    assert not read_config(InferSettings, None, flags).draws
