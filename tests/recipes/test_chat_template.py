@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from glmtune.cli import main
-from glmtune.evaluation.conversation import polish
+from glmtune.models.families import DEFAULT
 from glmtune.models.resolve import GLM_TINY
 
 RECORDS = [
@@ -57,7 +57,7 @@ def test_chat_says_what_infer_gets(train, talk):
     asking = "--data_path r.json --model_path run --max_new_tokens 16 --use_cpu true"
     assert main(["infer", *asking.split()]) == 0
     lines = Path("run/answers.jsonl").read_text("utf-8").splitlines()
-    answers = [polish(json.loads(line)["answer"]) for line in lines]
+    answers = [DEFAULT.chat.polish(json.loads(line)["answer"]) for line in lines]
     greeting, *said = talk(*QUESTIONS)
     assert said == answers, "without /new, since the questions stand alone"
     assert "tuned is asked in the format alpaca, each question alone, as its run taught" in greeting

@@ -62,7 +62,7 @@ def packed_attention(model, rows):
     place = torch.arange(6)
     rows = PaddedRows.of(torch.zeros_like(place), torch.full((6,), 2), torch.full((6,), 6))
     angles = rotary_angles(place.expand(1, 2, 6), 8)
-    rows.attend(torch.randn(6, 2, 24), None, *(angle[0] for angle in angles))
+    rows.attend_fused(torch.randn(6, 2, 24), None, *(angle[0] for angle in angles))
 
 
 @pytest.mark.parametrize("use", [padded_forward, recomputed_forward, generated, packed_attention])

@@ -14,6 +14,7 @@ from glmtune.errors import UserError
 from glmtune.evaluation.conversation import Round, write_prompt
 from glmtune.models.chatglm.chat_template import GUARD, MARK, WRITTEN_NAMES
 from glmtune.models.chatglm.tokenization import ChatGLMTokenizer
+from glmtune.models.families import DEFAULT
 from glmtune.models.resolve import GLM_TINY
 
 NAMES = ["[gMASK]", "<sop>", "<eop>"]
@@ -65,7 +66,9 @@ def test_a_first_question_stands_alone(tokenizer, question):
 def test_turns_are_the_rounds_that_chat_writes(tokenizer, texts):
     messages = [(user if i % 2 == 0 else assistant)(text) for i, text in enumerate(texts)]
     rounds = [Round(q, {"base": a}) for q, a in zip(texts[:-2:2], texts[1:-2:2], strict=True)]
-    row, length = row_of(tokenizer, write_prompt(rounds, texts[-2], "base"), texts[-1])
+    row, length = row_of(
+        tokenizer, write_prompt(DEFAULT.chat, rounds, texts[-2], "base"), texts[-1]
+    )
     prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
     assert prompt == row[:length]
     made = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True)

@@ -10,6 +10,7 @@ from glmtune.data.templates import rounds
 from glmtune.data.validation import validate
 from glmtune.errors import UserError
 from glmtune.evaluation.conversation import Round, write_prompt
+from glmtune.models.families import DEFAULT
 
 PLAIN = {"instruction": "Name a tree.", "input": "", "output": "Oak."}
 EARLIER = [["图书馆几点开门?", "早上八点。"], ["周日呢?", "十点。"]]
@@ -66,7 +67,9 @@ class TestHistory:
 
     def test_earlier_rounds_are_what_chat_reads(self):
         earlier = [Round(question, {"base": answer}) for question, answer in EARLIER]
-        assert rounds(EARLIER, "几点关门?") == write_prompt(earlier, "几点关门?", "base")
+        assert rounds(EARLIER, "几点关门?") == write_prompt(
+            DEFAULT.chat, earlier, "几点关门?", "base"
+        )
 
     @pytest.mark.parametrize("empty", [[], None, ""])
     def test_an_empty_history_adds_nothing(self, write, empty):

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from toys import child_environment
 
 
 def few_or(number_of_all, few):
@@ -25,7 +26,7 @@ def few_or(number_of_all, few):
 def run_server(mode, number, folder, base):
     done = subprocess.run(
         [sys.executable, __file__, mode, str(number), str(folder), str(base)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=child_environment(),
         capture_output=True,
         text=True,
         timeout=600,

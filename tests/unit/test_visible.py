@@ -94,8 +94,8 @@ def test_marked_differences_show_unseen_characters_as_escapes():
 def test_chat_prints_unseen_characters_as_escapes(monkeypatch, capsys):
     lines = iter([f"hello {UNSEEN}", "/undo", "/exit"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
-    monkeypatch.setattr("glmtune.evaluation.chat.polish", lambda text: f"answer {UNSEEN}")
-    monkeypatch.setattr("glmtune.evaluation.chat.polish_beginning", lambda text: "answer ")
+    monkeypatch.setattr("glmtune.evaluation.chat.polish", lambda *_: f"answer {UNSEEN}")
+    monkeypatch.setattr("glmtune.evaluation.chat.polish_beginning", lambda *_: "answer ")
     chat(ChatSettings(chatglm_path=GLM_TINY, max_new_tokens=3, do_sample=False, use_cpu=True))
     out = capsys.readouterr().out
     assert acting(out) == set()
