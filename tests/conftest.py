@@ -176,7 +176,7 @@ class HandTraining:
             self.scaler.update()
         self.num_steps += 1
 
-    def moving(self):
+    def snapshot(self):
         """A copy of all that a step changes."""
         moments = self.optimizer.state_dict()["state"].values()
         slots = [slot for of_weight in moments for slot in of_weight.values()]

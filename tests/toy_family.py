@@ -13,8 +13,8 @@ from glmtune.data.row_rule import RowRule, Special
 from glmtune.models.decoding import Angles, DecodingBlock, RowLayout, attend, put
 from glmtune.models.family import ChatFormat, Family, PackedBlock
 from glmtune.models.packed import linear_of
-from glmtune.models.reading import check_plain_folder
 from glmtune.models.shape import LinearShape, Shape
+from glmtune.models.strict_loading import check_plain_folder
 
 CONFIG = LlamaConfig(
     vocab_size=272, hidden_size=64, intermediate_size=96, num_hidden_layers=2,

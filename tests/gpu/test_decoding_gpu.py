@@ -7,7 +7,7 @@ import torch
 
 from glmtune.errors import UserError
 from glmtune.generation import Decoder, EncodedPrompt, GenerationSettings
-from glmtune.generation.linears import GroupQuantised, Plain
+from glmtune.generation.linears import DenseLinear, GroupQuantised
 from glmtune.generation.reference import generate_ids
 from glmtune.generation.slots import Slots
 from glmtune.generation.streaming import before_stop
@@ -134,7 +134,7 @@ def test_a_product_in_one_kernel_is_what_its_parts_are(bits, shape, num_rows):
     torch.manual_seed(0)
     (num_outputs, num_inputs), kind = shape, torch.float32
     weight, bias = 0.02 * draw(*shape, dtype=kind), draw(num_outputs, dtype=kind)
-    linear = Plain(weight, bias) if bits == 16 else GroupQuantised.of(weight, bias, bits)
+    linear = DenseLinear(weight, bias) if bits == 16 else GroupQuantised.of(weight, bias, bits)
     if bits < 16:
         plain = linear.weight.unpack(kind)
         assert torch.allclose(kernels.unpack(linear.weight, kind), plain, rtol=1e-6, atol=1e-7)

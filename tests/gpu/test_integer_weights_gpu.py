@@ -1,4 +1,4 @@
-"""Packed integers on a CUDA device; run by name: pytest -m gpu tests/gpu."""
+"""IntegerModule integers on a CUDA device; run by name: pytest -m gpu tests/gpu."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_every_byte_is_the_weight_that_it_is_on_a_cpu(bits, dtype):
 @torch.no_grad()
 def test_packed_and_dequantised_give_the_same_bits(tiny_folder, write_quantised, tmp_path):
     folder = str(write_quantised(tiny_folder, tmp_path / "int4-qe", 4, True))
-    packed = load_base_model(folder, device="cuda", keep_packed=True)
+    packed = load_base_model(folder, device="cuda", keep_integers=True)
     plain = load_base_model(folder, device="cuda")
     assert packed.dtype == plain.dtype == torch.bfloat16
     assert torch.equal(packed(IDS.cuda()).logits, plain(IDS.cuda()).logits)

@@ -24,7 +24,7 @@ def test_a_bad_step_and_those_after_it_change_nothing(hand_training, with_scaler
     training = hand_training(CUDA, at_once=None, scaler=scaler)
     training.step()
     training.step()
-    before = training.moving()
+    before = training.snapshot()
     training.step(math.nan)
 
     def go_on():
@@ -36,7 +36,7 @@ def test_a_bad_step_and_those_after_it_change_nothing(hand_training, with_scaler
         go_on()
     assert stop.value.fault.step == 2
     assert stop.value.fault.random_state.cuda is not None
-    assert all(map(torch.equal, training.moving(), before))
+    assert all(map(torch.equal, training.snapshot(), before))
 
 
 def test_no_step_waits_for_the_device(hand_training):

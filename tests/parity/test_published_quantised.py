@@ -21,9 +21,9 @@ def folder(shared, bits):
     return shared / "golden" / f"chatglm-6b-tiny-int{bits}"
 
 
-@pytest.mark.parametrize("keep_packed", [True, False])
-def test_logits_and_loss(tiny_folder, folder, keep_packed):
-    model = load_base_model(str(folder), dtype=torch.float32, keep_packed=keep_packed)
+@pytest.mark.parametrize("keep_integers", [True, False])
+def test_logits_and_loss(tiny_folder, folder, keep_integers):
+    model = load_base_model(str(folder), dtype=torch.float32, keep_integers=keep_integers)
     given = load_file(tiny_folder / "forward.safetensors")
     expected = load_file(folder / "expected_logits.safetensors")
     with torch.no_grad():

@@ -57,7 +57,7 @@ def test_train_answer_compare_and_merge(base, tmp_path, capsys):
     assert {name for name, dtype in types.items() if dtype == torch.float32} == changed
     assert {types[name] for name in types.keys() - changed} == {torch.float16}
 
-    packed = load_base_model("base", dtype=torch.float32, keep_packed=True)
+    packed = load_base_model("base", dtype=torch.float32, keep_integers=True)
     expected = probe(load_adapter(packed, "run"))
     merged = probe(load_base_model("merged", dtype=torch.float32))
     # The dequantised weights of the merged folder are rounded to float16.

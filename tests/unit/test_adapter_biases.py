@@ -116,7 +116,7 @@ def test_biases_on_a_quantised_base_are_refused(
 ):
     folder = write_quantised(tiny_folder, tmp_path / "int8", 8)
     biased(todays_adapter, load_base_model(str(tiny_folder), dtype=torch.float32), "lora_only")
-    tiny_base = load_base_model(str(folder), dtype=torch.float32, keep_packed=True)
+    tiny_base = load_base_model(str(folder), dtype=torch.float32, keep_integers=True)
     with fails("a quantised base has no place for; .*glmtune merge"):
         load_adapter(tiny_base, todays_adapter)
     merge_adapter(

@@ -43,7 +43,7 @@ def test_the_norm_is_that_of_the_whole_update(tuned):
 
 def test_packed_weights_have_a_norm_too(tiny_folder, write_quantised, tmp_path, tuned):
     folder = write_quantised(tiny_folder, tmp_path / "int8", 8)
-    packed = load_base_model(str(folder), dtype=torch.float32, keep_packed=True)
+    packed = load_base_model(str(folder), dtype=torch.float32, keep_integers=True)
     changes = checkup.measure_layers(load_adapter(packed, tiny_folder / "adapter_peft_0_2_plain"))
     for found, exact in zip(changes, checkup.measure_layers(tuned), strict=True):
         assert found.relative == pytest.approx(exact.relative, rel=0.02)
@@ -73,7 +73,7 @@ def test_a_model_that_computes_is_on_the_device_whatever_its_decoder_rounds(
     monkeypatch.setattr(answers, "load_base_model", load)
     monkeypatch.setattr(answers, "load_tokenizer", lambda base: None)
     cuda = torch.device("cuda")
-    subject = answers.Subject(str(tiny_folder), None, cuda, torch.bfloat16, True, None, False)
+    subject = answers.ModelChoice(str(tiny_folder), None, cuda, torch.bfloat16, True, None, False)
     with pytest.raises(UserError, match="seen"):
         subject.load(computes)
     assert asked == [place]

@@ -13,7 +13,7 @@ from glmtune.adapters import attach_lora
 from glmtune.errors import UserError
 from glmtune.generation import Decoder, EncodedPrompt, GenerationSettings, find_stop_ids
 from glmtune.generation import decoder as room
-from glmtune.generation.linears import _FEW_ROWS, Int4, Int8, Plain
+from glmtune.generation.linears import _FEW_ROWS, DenseLinear, Int4, Int8
 from glmtune.generation.reference import generate_ids
 from glmtune.generation.slots import Slots
 from glmtune.generation.streaming import before_stop
@@ -195,8 +195,10 @@ def test_a_plain_linear_is_itself_on_any_number_of_threads(num_threads):
     try:
         for shape in ((1, 1, 96), (3, 1, 96), (2, 5, 96)):
             x = torch.randn(shape)
-            assert torch.allclose(Plain(linear.weight, linear.bias)(x), linear(x), atol=1e-6)
-            assert torch.allclose(Plain(linear.weight, None)(x), x @ linear.weight.T, atol=1e-6)
+            assert torch.allclose(DenseLinear(linear.weight, linear.bias)(x), linear(x), atol=1e-6)
+            assert torch.allclose(
+                DenseLinear(linear.weight, None)(x), x @ linear.weight.T, atol=1e-6
+            )
     finally:
         torch.set_num_threads(before)
 
@@ -224,7 +226,7 @@ def test_an_adapter_on_a_quantised_base(tiny_folder, write_quantised, tmp_path, 
         base = load_base_model(str(tiny_folder), dtype=torch.float32, bits=bits)
     else:
         folder = write_quantised(tiny_folder, tmp_path / "int8", 8)
-        base = load_base_model(str(folder), dtype=torch.float32, keep_packed=True)
+        base = load_base_model(str(folder), dtype=torch.float32, keep_integers=True)
     stops = find_stop_ids(base)
     of_base = decode(Decoder(base, stops), prompts)
     model = attach_lora(base, rank=4, alpha=32, targets="query_key_value,dense").eval()
@@ -243,7 +245,7 @@ def test_a_merged_adapter_answers_alike_and_leaves_the_base(adapted, prompts):
     before = {name: tensor.clone() for name, tensor in adapted.state_dict().items()}
     merged = Decoder(adapted, [], merge=True)
     assert all(
-        isinstance(block.query_key_value, Plain) and isinstance(block.dense, Plain)
+        isinstance(block.query_key_value, DenseLinear) and isinstance(block.dense, DenseLinear)
         for block in merged.weights.blocks
     )
     assert decode(merged, prompts) == decode(Decoder(adapted, []), prompts)

@@ -10,7 +10,7 @@ import torch
 from glmtune import cli
 from glmtune.config.settings import DoctorSettings
 from glmtune.doctor import environment, model, run
-from glmtune.doctor.findings import OK, PROBLEM, WARNING, carry_out
+from glmtune.doctor.findings import OK, PROBLEM, WARNING, run_check
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -142,7 +142,7 @@ def test_a_card_that_torch_does_not_see(monkeypatch, cuda, words):
 
 def test_half_precision_on_a_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    findings = list(carry_out("card", lambda: environment.check_card(False, None, True)))
+    findings = list(run_check("card", lambda: environment.check_card(False, None, True)))
     assert findings[-1].status == PROBLEM
     assert "float16 needs a GPU" in findings[-1].text
 

@@ -11,7 +11,7 @@ import pytest
 
 from glmtune.config.settings import DoctorSettings
 from glmtune.doctor import environment, model, run
-from glmtune.doctor.findings import OK, PROBLEM, WARNING, carry_out
+from glmtune.doctor.findings import OK, PROBLEM, WARNING, run_check
 from glmtune.hardware import Card
 from glmtune.models import hubs, loading
 from glmtune.models.resolve import GLM_TINY
@@ -171,7 +171,7 @@ def test_a_hub_that_does_not_answer(hub, trouble, monkeypatch):
 
 def test_an_endpoint_that_is_no_address(hub, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "hf-mirror.com")
-    (finding,) = carry_out("hub", environment.check_hub)
+    (finding,) = run_check("hub", environment.check_hub)
     assert finding.status == PROBLEM
     assert "export HF_ENDPOINT=https://hf-mirror.com" in finding.text
 
@@ -179,7 +179,7 @@ def test_an_endpoint_that_is_no_address(hub, monkeypatch):
 def test_stop_ids_that_differ(glm_tiny):
     path = glm_tiny / "generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": 2}))
-    (finding,) = carry_out("stop ids", lambda: model.check_stop_ids(glm_tiny))
+    (finding,) = run_check("stop ids", lambda: model.check_stop_ids(glm_tiny))
     assert finding.status == PROBLEM
     assert "generation_config.json: eos_token_id says 2" in finding.text
 
@@ -190,7 +190,7 @@ def test_a_vocabulary_and_weights_of_two_revisions(shared, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 150_528}))
     (folder / "ice_text.model").write_bytes((shared / "golden" / "ice_text.model").read_bytes())
-    findings = list(carry_out("tokenizer", lambda: model.check_tokenizer(folder)))
+    findings = list(run_check("tokenizer", lambda: model.check_tokenizer(folder)))
     assert [finding.status for finding in findings] == [PROBLEM]
     assert "different revisions" in findings[0].text
 

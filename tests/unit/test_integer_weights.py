@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import glmtune.models  # noqa: F401
 from glmtune.errors import UserError
-from glmtune.models.integer_weights import Packed, PackedEmbedding, PackedLinear
+from glmtune.models.integer_weights import IntegerEmbedding, IntegerLinear, IntegerModule
 from glmtune.models.loading import load_base_model
 
 KINDS = {"int8": (8, False), "int4": (4, False), "int4-qe": (4, True), "int8-qe": (8, True)}
@@ -71,7 +71,7 @@ def test_a_packed_model_computes_with_what_its_integers_stand_for(kind, folder, 
             module.weight = nn.Parameter(by_hand(*pair, bits))
     assert num_packed == 4 * 4 + 2 * embeddings
     model, expected = load(folder), logits(reference).float()
-    assert sum(isinstance(module, Packed) for module in model.modules()) == num_packed
+    assert sum(isinstance(module, IntegerModule) for module in model.modules()) == num_packed
     assert (logits(model) - expected).abs().max() < 1e-5
     assert (logits(model.dequantize()) - expected).abs().max() < 1e-5
     assert (logits(reference) - logits(load(tiny_folder))).abs().max() > 1e-3
@@ -110,8 +110,8 @@ def test_a_packed_head_is_the_embedding(folders, edit, tmp_path):
     )
     assert not any(told.values()), "nothing is reported missing"
     head, embedding = model.lm_head, model.transformer.word_embeddings
-    assert isinstance(head, PackedLinear)
-    assert isinstance(embedding, PackedEmbedding)
+    assert isinstance(head, IntegerLinear)
+    assert isinstance(embedding, IntegerEmbedding)
     assert head.weight is embedding.weight
     assert head.weight_scale is embedding.weight_scale
     assert torch.equal(logits(model), logits(load(folders["int4-qe"])))
@@ -158,11 +158,11 @@ def test_a_dequantised_model_is_a_plain_one(folder, tiny_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "keep_packed, done", [(True, "stay packed"), (False, "are dequantised to float32")]
+    "keep_integers, done", [(True, "stay packed"), (False, "are dequantised to float32")]
 )
-def test_a_line_says_what_becomes_of_integer_weights(folders, keep_packed, done, capsys):
-    model = load_base_model(str(folders["int4"]), dtype=torch.float32, keep_packed=keep_packed)
-    assert any(isinstance(module, Packed) for module in model.modules()) is keep_packed
+def test_a_line_says_what_becomes_of_integer_weights(folders, keep_integers, done, capsys):
+    model = load_base_model(str(folders["int4"]), dtype=torch.float32, keep_integers=keep_integers)
+    assert any(isinstance(module, IntegerModule) for module in model.modules()) is keep_integers
     assert f"note: the int4 weights of int4 {done}\n" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""Packed integers as numbers again."""
+"""IntegerModule integers as numbers again."""
 
 import pytest
 import torch

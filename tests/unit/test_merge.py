@@ -136,7 +136,7 @@ def test_a_merge_that_went_wrong_leaves_nothing(tiny_folder, fused_adapter, tmp_
         chatglm_path=str(tiny_folder),
         save_path=str(tmp_path / "merged"),
     )
-    monkeypatch.setattr(merge, "shrink", damage)
+    monkeypatch.setattr(merge, "downcast_lossless", damage)
     with fails("logits differ .*nothing was written"):
         merge_adapter(config)
     assert [path.name for path in tmp_path.iterdir()] == ["fused"]
@@ -156,6 +156,6 @@ def test_shrinking_loses_nothing():
     model = nn.Linear(2, 2)
     model.weight.data = torch.tensor([[1.0, 0.5], [2.0, 1 / 3]])
     model.bias.data = torch.tensor([0.25, -8.0])
-    merge.shrink(model, torch.float16)
+    merge.downcast_lossless(model, torch.float16)
     assert (model.weight.dtype, model.bias.dtype) == (torch.float32, torch.float16)
     assert model.bias.tolist() == [0.25, -8.0]

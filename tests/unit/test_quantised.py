@@ -24,7 +24,7 @@ from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.family import shape
 from glmtune.models.chatglm.packed import PACKED
 from glmtune.models.chatglm.random_init import write_random_model
-from glmtune.models.integer_weights import PackedEmbedding, PackedLinear
+from glmtune.models.integer_weights import IntegerEmbedding, IntegerLinear
 from glmtune.models.loading import load_base_model
 from glmtune.models.packed import PackedModel
 from glmtune.models.precision import quantise_layers
@@ -108,8 +108,8 @@ class TestLoading:
     def test_a_loaded_head_in_8_bits(self, plain_logits):
         model = load(quantize_head=True)
         embedding, head = model.transformer.word_embeddings, model.lm_head
-        assert isinstance(embedding, PackedEmbedding)
-        assert isinstance(head, PackedLinear)
+        assert isinstance(embedding, IntegerEmbedding)
+        assert isinstance(head, IntegerLinear)
         assert head.weight is embedding.weight
         assert head.weight_scale is embedding.weight_scale
         assert 0 < off(logits(model), plain_logits) < 0.05
@@ -238,7 +238,7 @@ class TestTraining:
 
 def linears(model):
     """Those that are quantised."""
-    kinds = (PackedLinear, *KINDS.values())
+    kinds = (IntegerLinear, *KINDS.values())
     return [module for module in model.modules() if isinstance(module, kinds)]
 
 
@@ -367,7 +367,7 @@ class TestRefused:
     def test_a_head_in_8_bits_on_published_integers(self, write_quantised, tmp_path):
         folder = write_quantised(GLM_TINY, tmp_path / "published", 8)
         with pytest.raises(UserError, match="quantize_head true: published is in 8 bits already"):
-            load(folder, keep_packed=True, quantize_head=True)
+            load(folder, keep_integers=True, quantize_head=True)
 
     @pytest.mark.parametrize(
         ("settings", "method"),

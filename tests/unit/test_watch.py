@@ -29,11 +29,11 @@ FAULTS = [
 def test_on_a_cpu_the_step_itself_stops(start, numbers, what, words):
     training = start(at_once=True)
     training.step()
-    before = training.moving()
+    before = training.snapshot()
     with pytest.raises(NotFiniteError, match=words) as stop:
         training.step(**numbers)
     assert (stop.value.fault.step, stop.value.fault.what) == (1, what)
-    assert all(map(torch.equal, training.moving(), before))
+    assert all(map(torch.equal, training.snapshot(), before))
 
 
 @pytest.mark.parametrize(("numbers", "what", "words"), FAULTS)
@@ -45,11 +45,11 @@ def test_on_a_gpu_no_step_changes_anything_until_the_host_comes_by(
     training.step()
     training.step()
     training.watch.sync()
-    before = training.moving()
+    before = training.snapshot()
     training.step(**numbers)
     training.step()  # launched in ignorance
     training.step(loss=math.inf)
-    assert all(map(torch.equal, training.moving(), before))
+    assert all(map(torch.equal, training.snapshot(), before))
     with pytest.raises(NotFiniteError, match=words) as stop:
         training.watch.sync()
     assert (stop.value.fault.step, stop.value.fault.what) == (2, what)

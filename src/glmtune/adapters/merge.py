@@ -15,7 +15,7 @@ from glmtune.data.files import new_folder
 from glmtune.errors import UserError, note
 from glmtune.models.families import family_of
 from glmtune.models.loading import load_base_model, load_config
-from glmtune.models.precision import dequantise, packed_bits_of
+from glmtune.models.precision import dequantise, integer_bits_of
 from glmtune.models.quantised import bits_of
 from glmtune.models.resolve import resolve_base
 from glmtune.models.shim import write_shim
@@ -51,7 +51,7 @@ def merge_adapter(settings: MergeSettings) -> float:
     print(f"loading {base} with the adapter of {adapter_folder}")
     base_config = load_config(base)
     # Dequantised weights are rounded as they will be stored, so that the logits are held to that.
-    is_quantised = packed_bits_of(base_config) or bits_of(base_config)
+    is_quantised = integer_bits_of(base_config) or bits_of(base_config)
     dtype = torch.float16 if is_quantised else torch.float32
     model = dequantise(load_base_model(base, dtype=dtype))
     if bits_of(base_config):
@@ -68,7 +68,7 @@ def merge_adapter(settings: MergeSettings) -> float:
         print(f"writing {settings.save_path}")
         model = peft_model.merge_and_unload()
         stored = base_config.dtype
-        shrink(model, stored if isinstance(stored, torch.dtype) else torch.float32)
+        downcast_lossless(model, stored if isinstance(stored, torch.dtype) else torch.float32)
         model.save_pretrained(folder)
         del model, peft_model  # one model in memory at a time
         if not copy_tokenizer(base_folder, folder):
@@ -89,7 +89,7 @@ def probe(model: PreTrainedModel | PeftModel) -> Tensor:
         return model(input_ids=torch.tensor([ids], device=model.device)).logits
 
 
-def shrink(model: PreTrainedModel, dtype: torch.dtype) -> None:
+def downcast_lossless(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Turn each parameter to `dtype` in place where that loses nothing; the others stay."""
     for parameter in model.parameters():
         small = parameter.data.to(dtype)

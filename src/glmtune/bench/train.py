@@ -58,8 +58,8 @@ def bench_train(settings: BenchTrainSettings) -> dict[str, Any]:
             not fit into packs, or a JSON file that cannot be written.
     """
     check_appendable(settings.json_path)
-    config = _train_config(settings)
-    accelerator, dtype = start_accelerator(config)
+    training = _train_settings(settings)
+    accelerator, dtype = start_accelerator(training)
     device = accelerator.device
     base_config, shape = CONFIGS[settings.shape], shape_of(settings.shape)
     check_room(settings.shape, device, dtype)
@@ -76,8 +76,8 @@ def bench_train(settings: BenchTrainSettings) -> dict[str, Any]:
     base = random_model(
         base_config, device, dtype, bits=settings.bits, quantize_head=settings.quantize_head
     )
-    model = adapt(base, config)
-    run = Run.of(config, accelerator, rows, model, settings.shape)
+    model = adapt(base, training)
+    run = Run.of(training, accelerator, rows, model, settings.shape)
     record["layout"] = run.layout
     speed, tokens, learned = _measure(run, model, settings)
     record |= speed.__dict__
@@ -88,7 +88,7 @@ def bench_train(settings: BenchTrainSettings) -> dict[str, Any]:
     if settings.kernel_table:
         _write_kernel_table(run, model, settings.kernel_table)
     if settings.plain:
-        record["plain"] = _measure_plain(config, accelerator, model, rows, settings).__dict__
+        record["plain"] = _measure_plain(training, accelerator, model, rows, settings).__dict__
     batches = [run.plan.parts(step, 1)[0] for step in range(settings.steps)]
     lengths = [rows.lengths_R[part].tolist() for part in batches]
     layout = run.layout
@@ -111,7 +111,7 @@ def bench_train(settings: BenchTrainSettings) -> dict[str, Any]:
     return record
 
 
-def _train_config(settings: BenchTrainSettings) -> TrainSettings:
+def _train_settings(settings: BenchTrainSettings) -> TrainSettings:
     """The settings of a run like the one measured; it has neither data nor a folder."""
     shared = settings.model_dump(include=set(TrainSettings.model_fields) - {"dataset_path"})
     return TrainSettings(
@@ -181,7 +181,7 @@ def time_steps(
 
 
 def _measure_plain(
-    config: TrainSettings,
+    training: TrainSettings,
     accelerator: Accelerator,
     model: PeftModel,
     rows: TokenRows,
@@ -189,7 +189,7 @@ def _measure_plain(
 ) -> Speed:
     """The plain way at the original's batch of six rows."""
     _free()
-    plain = config.model_copy(
+    plain = training.model_copy(
         update={"layout": "padded", "tokens_per_step": None,
                 "per_device_train_batch_size": _ORIGINAL_ROWS}
     )  # fmt: skip

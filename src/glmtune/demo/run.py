@@ -77,19 +77,19 @@ class DemoResult:
     """By stage."""
 
 
-def demo(config: DemoSettings) -> DemoResult:
+def demo(settings: DemoSettings) -> DemoResult:
     """Teach glm-tiny to answer questions about its toy world, and show the effect on a page.
 
     Raises:
         UserError: the folder holds other things or cannot be written, or the disk is full.
     """
-    out = Path(config.out)
+    out = Path(settings.out)
     claim_folder(out)
     paths = {name: str(out / name) for name in WRITTEN}
     seconds: dict[str, float] = {}
 
     with _stage(1, "write records about a toy world, in Chinese and English", seconds):
-        training, asked = training_questions(), _held_out(config.limit)
+        training, asked = training_questions(), _held_out(settings.limit)
         _write_records(paths["train.json"], training)
         _write_records(paths["questions.json"], asked)
         convert(ConvertSettings(data_path=paths["train.json"], save_path=paths["train.jsonl"]))
@@ -97,9 +97,9 @@ def demo(config: DemoSettings) -> DemoResult:
         rows = TokenizeSettings(jsonl_path=paths["train.jsonl"], save_path=paths["train"])
         tokenize(rows, load_tokenizer(GLM_TINY), base_name(GLM_TINY))
     with _stage(3, "train a LoRA adapter", seconds):
-        settings = training_config(config, paths["train"], paths["run"])
+        recipe = training_config(settings, paths["train"], paths["run"])
         check_up = partial(check_after_training, data_path=paths["questions.json"])
-        run = train(settings, at_end=check_up)
+        run = train(recipe, at_end=check_up)
     if run.interrupted:
         raise KeyboardInterrupt
     with _stage(4, f"answer {len(asked)} questions that it never saw, before and after", seconds):
@@ -111,7 +111,7 @@ def demo(config: DemoSettings) -> DemoResult:
                 limit=None,
                 max_new_tokens=MAX_NEW_TOKENS,
                 per_device_eval_batch_size=QUESTIONS_PER_BATCH,
-                use_cpu=config.use_cpu,
+                use_cpu=settings.use_cpu,
             )
         )
     base = num_right(asked, [pair.base.text for pair in comparison.pairs])
@@ -127,7 +127,7 @@ def demo(config: DemoSettings) -> DemoResult:
     with new_file(paths["demo.html"]) as file:
         file.write(page)
     result = DemoResult(out / "demo.html", base, tuned, seconds)
-    _print_end(result, config)
+    _print_end(result, settings)
     return result
 
 

@@ -15,7 +15,7 @@ from packaging.version import Version
 
 from glmtune.doctor.checkout import OLDEST_PYTHON
 from glmtune.doctor.explain import find_known
-from glmtune.doctor.findings import OK, PROBLEM, WARNING, Told
+from glmtune.doctor.findings import OK, PROBLEM, WARNING, CheckLine
 from glmtune.errors import UserError
 from glmtune.hardware import GIB, device_name, pick_device, pick_dtype
 
@@ -79,7 +79,7 @@ def installed(package: str) -> str | None:
         return None
 
 
-def check_python() -> Iterator[Told]:
+def check_python() -> Iterator[CheckLine]:
     """Python's version and the machine."""
     found = platform.python_version()
     if sys.version_info < OLDEST_PYTHON:
@@ -89,7 +89,7 @@ def check_python() -> Iterator[Told]:
         yield OK, f"{found}, {platform.system()} {platform.machine()}"
 
 
-def check_packages() -> Iterator[Told]:
+def check_packages() -> Iterator[CheckLine]:
     """Each library: is it there, neither too old nor newer than what was tried, not known bad."""
     fine = []
     for package in dict.fromkeys([*OLDEST, *(bad.package for bad in BAD_VERSIONS)]):
@@ -117,7 +117,7 @@ def check_packages() -> Iterator[Told]:
     yield OK, ", ".join(fine)
 
 
-def check_imports() -> Iterator[Told]:
+def check_imports() -> Iterator[CheckLine]:
     """Whether the libraries load, and with each other: a wrong pair fails at its first import."""
     names = [*_NEEDED, *(name for name in _IMPORTED_IF_THERE if installed(name))]
     failed = False
@@ -141,7 +141,7 @@ def check_imports() -> Iterator[Told]:
         yield OK, f"{', '.join(names)} load"
 
 
-def check_card(use_cpu: bool, bf16: bool | None, fp16: bool) -> Iterator[Told]:
+def check_card(use_cpu: bool, bf16: bool | None, fp16: bool) -> Iterator[CheckLine]:
     """The device a run would use, and its number format."""
     import torch
 
@@ -164,7 +164,7 @@ def check_card(use_cpu: bool, bf16: bool | None, fp16: bool) -> Iterator[Told]:
     yield (WARNING, caution) if caution else (OK, f"computes in {str(dtype)[6:]}")
 
 
-def _check_gpu(build: str) -> Iterator[Told]:
+def _check_gpu(build: str) -> Iterator[CheckLine]:
     import torch
 
     device = pick_device()
@@ -191,7 +191,7 @@ def _serves(kernel: str, card: int) -> bool:
     return number <= card and (kernel.startswith("compute") or number // 10 == card // 10)
 
 
-def check_hub_cache(hub_ids: tuple[str, ...]) -> Iterator[Told]:
+def check_hub_cache(hub_ids: tuple[str, ...]) -> Iterator[CheckLine]:
     """Copies of ChatGLM-6B in the hub's cache that are not whole, and old remote code."""
     from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
 
@@ -229,7 +229,7 @@ def check_hub_cache(hub_ids: tuple[str, ...]) -> Iterator[Told]:
         yield OK, f"no ChatGLM-6B in {HF_HUB_CACHE}"
 
 
-def check_hub() -> Iterator[Told]:
+def check_hub() -> Iterator[CheckLine]:
     """Which hub would be asked, by the environment, and whether it answers.
 
     Raises:

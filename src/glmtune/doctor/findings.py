@@ -22,11 +22,11 @@ class Finding(NamedTuple):
         return f"{self.status:8} {self.check:11} {self.text}"
 
 
-Told = tuple[Literal["ok", "warning", "problem"], str]
-Check = Callable[[], Iterable[Told]]
+CheckLine = tuple[Literal["ok", "warning", "problem"], str]
+Check = Callable[[], Iterable[CheckLine]]
 
 
-def carry_out(name: str, check: Check) -> Iterator[Finding]:
+def run_check(name: str, check: Check) -> Iterator[Finding]:
     """What a check tells, line by line. Whatever it raises is a finding as well."""
     try:
         for status, text in check():

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from glmtune.config.groups import DeviceSettings
 from glmtune.data.files import read_json_object
-from glmtune.doctor.findings import OK, PROBLEM, WARNING, Told
+from glmtune.doctor.findings import OK, PROBLEM, WARNING, CheckLine
 from glmtune.hardware import GIB, Card, pick_device, pick_dtype
 from glmtune.models.families import DEFAULT, family_of, published_names
 from glmtune.models.hubs import download_command
@@ -44,7 +44,7 @@ def find_base(chatglm_path: str | None, run_folder: str | None = None) -> Path |
     return base  # of which a download is finished by the run
 
 
-def check_hub_base(base: str, is_named: bool) -> Iterator[Told]:
+def check_hub_base(base: str, is_named: bool) -> Iterator[CheckLine]:
     """Whether a base that is not here yet can be had and loaded.
 
     Raises:
@@ -69,7 +69,7 @@ def check_hub_base(base: str, is_named: bool) -> Iterator[Told]:
         )
 
 
-def check_base(base: Path | str) -> Iterator[Told]:
+def check_base(base: Path | str) -> Iterator[CheckLine]:
     """Whether config and weights make up one model."""
     if not isinstance(base, Path):
         size = f" ({PUBLISHED_GB} GB)" if base in published_names() else ""
@@ -86,7 +86,7 @@ def check_base(base: Path | str) -> Iterator[Told]:
     yield OK, text
 
 
-def check_memory(base: Path | str, device: DeviceSettings) -> Iterator[Told]:
+def check_memory(base: Path | str, device: DeviceSettings) -> Iterator[CheckLine]:
     """Whether a base's weights fit into memory as they are, for answering."""
     config, card = config_of(base), Card.of(pick_device(device.use_cpu))
     bits = bits_of(config)
@@ -102,7 +102,7 @@ def check_memory(base: Path | str, device: DeviceSettings) -> Iterator[Told]:
         yield OK, text
 
 
-def check_tokenizer(base: Path | str) -> Iterator[Told]:
+def check_tokenizer(base: Path | str) -> Iterator[CheckLine]:
     """Whether vocabulary and model are of one revision, and name the same ids."""
     if not isinstance(base, Path):
         return
@@ -113,7 +113,7 @@ def check_tokenizer(base: Path | str) -> Iterator[Told]:
     yield OK, f"revision {tokenizer.revision}, {tokenizer.vocab_size} ids, {specials}"
 
 
-def check_stop_ids(base: Path | str) -> Iterator[Told]:
+def check_stop_ids(base: Path | str) -> Iterator[CheckLine]:
     """Whether all files of the base stop an answer at the same id."""
     if not isinstance(base, Path):
         return

@@ -10,7 +10,7 @@ from glmtune.config.settings import SETTINGS, Settings, TokenizeSettings, TrainS
 from glmtune.data.dataset import CARD_FILE, DataCard, check_data_card, load_dataset
 from glmtune.data.token_rows import TokenRows
 from glmtune.disk import free_bytes
-from glmtune.doctor.findings import OK, PROBLEM, WARNING, Told
+from glmtune.doctor.findings import OK, PROBLEM, WARNING, CheckLine
 from glmtune.doctor.model import config_of
 from glmtune.errors import UserError
 from glmtune.hardware import Card, pick_device, pick_dtype
@@ -41,7 +41,7 @@ Plans = dict[str, Settings]
 """Verb to its settings, of those verbs whose settings can be read."""
 
 
-def check_settings(path: str, verbs: list[str], plans: Plans) -> Iterator[Told]:
+def check_settings(path: str, verbs: list[str], plans: Plans) -> Iterator[CheckLine]:
     """Read what a recipe sets for each verb into `plans`."""
     for verb in verbs:
         try:
@@ -55,7 +55,7 @@ def check_settings(path: str, verbs: list[str], plans: Plans) -> Iterator[Told]:
         yield OK, f"{path}: settings of {', '.join(plans)}"
 
 
-def check_paths(plans: Mapping[str, Settings]) -> Iterator[Told]:
+def check_paths(plans: Mapping[str, Settings]) -> Iterator[CheckLine]:
     """Whether what the verbs read is there, or will be by then."""
     for verb, name, source in _READS:
         given = getattr(plans[verb], name) if verb in plans else None
@@ -84,7 +84,7 @@ def base_of_rows(dataset_path: str) -> str | None:
 
 def check_data(
     settings: TrainSettings, plans: Mapping[str, Settings], base: Path | str
-) -> Iterator[Told]:
+) -> Iterator[CheckLine]:
     """The token rows: made by this base's tokenizer, not too long, and how much of them was cut."""
     folder, tokenize = settings.dataset_path, plans.get("tokenize")
     if not Path(folder).exists() and tokenize and getattr(tokenize, "save_path", "") == folder:
@@ -109,7 +109,7 @@ def check_data(
 
 def check_memory(
     settings: TrainSettings, plans: Mapping[str, Settings], base: Path | str
-) -> Iterator[Told]:
+) -> Iterator[CheckLine]:
     """Whether a run of these settings fits into this machine's memory."""
     forecaster = _forecaster(settings, base, _rows(settings, plans, base))
     found = forecaster(settings)
@@ -122,7 +122,7 @@ def check_memory(
 
 def check_run_folder(
     settings: TrainSettings, plans: Mapping[str, Settings], base: Path | str
-) -> Iterator[Told]:
+) -> Iterator[CheckLine]:
     """Whether the run folder can be used, and whether its disk holds the checkpoints."""
     checkpoint, notes = resume_point(settings)
     yield from ((WARNING, note) for note in notes)

@@ -12,7 +12,7 @@ from glmtune.config.settings import DoctorSettings, TrainSettings
 from glmtune.data.files import read_text, write_json
 from glmtune.doctor import environment
 from glmtune.doctor.explain import errors_page, explain, find_known
-from glmtune.doctor.findings import OK, PROBLEM, WARNING, Check, Finding, Told, carry_out
+from glmtune.doctor.findings import OK, PROBLEM, WARNING, Check, CheckLine, Finding, run_check
 from glmtune.errors import UserError
 
 
@@ -66,9 +66,9 @@ def _explain(text: str) -> int:
 
 def examine(settings: DoctorSettings) -> Iterator[Finding]:
     """All checks that the settings ask for, in order; what one finds does not stop the next."""
-    yield from carry_out("python", environment.check_python)
-    yield from carry_out("packages", environment.check_packages)
-    imports = list(carry_out("imports", environment.check_imports))
+    yield from run_check("python", environment.check_python)
+    yield from run_check("packages", environment.check_packages)
+    imports = list(run_check("imports", environment.check_imports))
     yield from imports
     if any(finding.status == PROBLEM for finding in imports):
         yield Finding("other checks", WARNING, "left out until the libraries load")
@@ -76,34 +76,34 @@ def examine(settings: DoctorSettings) -> Iterator[Finding]:
     yield from _examine_run(settings)
 
 
-def _examine_run(config: DoctorSettings) -> Iterator[Finding]:
+def _examine_run(settings: DoctorSettings) -> Iterator[Finding]:
     # Only here: these import torch and transformers, whose failing is a finding of its own.
     from glmtune.doctor import model, recipe
     from glmtune.models.resolve import ENVIRONMENT_VARIABLE, HUB_IDS
 
     plans: recipe.Plans = {}
-    if path := config.recipe_path:
+    if path := settings.recipe_path:
         verbs: list[str] = []
 
-        def settings() -> Iterator[Told]:
+        def planned_settings() -> Iterator[CheckLine]:
             verbs.extend(recipe_verbs(path))
             yield from recipe.check_settings(path, verbs, plans)
 
-        yield from carry_out("recipe", settings)
-        yield from carry_out("files", partial(recipe.check_paths, plans))
+        yield from run_check("recipe", planned_settings)
+        yield from run_check("files", partial(recipe.check_paths, plans))
     train = plans.get("train")
-    device = train if isinstance(train, TrainSettings) else config
-    yield from carry_out(
+    device = train if isinstance(train, TrainSettings) else settings
+    yield from run_check(
         "card", partial(environment.check_card, device.use_cpu, device.bf16, device.fp16)
     )
-    yield from carry_out("hub", environment.check_hub)
-    yield from carry_out("hub cache", partial(environment.check_hub_cache, HUB_IDS))
+    yield from run_check("hub", environment.check_hub)
+    yield from run_check("hub cache", partial(environment.check_hub_cache, HUB_IDS))
 
     found: list[Path | str] = []
 
-    def base_model() -> Iterator[Told]:
+    def base_model() -> Iterator[CheckLine]:
         named = [getattr(plan, "chatglm_path", None) for plan in plans.values()]
-        name = config.chatglm_path or next(filter(None, named), None)
+        name = settings.chatglm_path or next(filter(None, named), None)
         if not name and isinstance(train, TrainSettings):
             name = recipe.base_of_rows(train.dataset_path)
         base = model.find_base(name)
@@ -113,7 +113,7 @@ def _examine_run(config: DoctorSettings) -> Iterator[Finding]:
         found.append(base)
         yield from model.check_base(base)
 
-    yield from carry_out("base model", base_model)
+    yield from run_check("base model", base_model)
     if not found:
         return
     base = found[0]
@@ -130,4 +130,4 @@ def _examine_run(config: DoctorSettings) -> Iterator[Finding]:
         checks["memory"] = partial(recipe.check_memory, train, plans, base)
         checks["run folder"] = partial(recipe.check_run_folder, train, plans, base)
     for name, check in checks.items():
-        yield from carry_out(name, check)
+        yield from run_check(name, check)

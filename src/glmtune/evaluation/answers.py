@@ -90,7 +90,7 @@ def question_of(record: Record) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Subject:
+class ModelChoice:
     """The model that answers, known before it is loaded."""
 
     base: str
@@ -107,7 +107,7 @@ class Subject:
     @classmethod
     def of(
         cls, settings: InferSettings | CompareSettings | ChatSettings | CheckSettings
-    ) -> "Subject":
+    ) -> "ModelChoice":
         """What a config means here.
 
         Raises:
@@ -173,7 +173,7 @@ class Subject:
             self.base,
             dtype=self.dtype,
             device=torch.device("cpu") if in_cpu_memory else self.device,
-            keep_packed=True,
+            keep_integers=True,
             bits=self.bits,
             quantize_head=self.quantize_head,
         )

@@ -15,7 +15,7 @@ from glmtune.config.reading import change_setting
 from glmtune.config.settings import ChatSettings
 from glmtune.data.files import new_file
 from glmtune.errors import UserError, visible
-from glmtune.evaluation.answers import Subject
+from glmtune.evaluation.answers import ModelChoice
 from glmtune.evaluation.conversation import (
     ALPACA,
     BASE,
@@ -57,7 +57,7 @@ def chat(settings: ChatSettings) -> None:
     """
     with suppress(ImportError):  # as on Windows, whose terminal edits lines itself
         import readline  # noqa: F401  (from here on `input` edits lines, wide letters included)
-    subject = Subject.of(settings)
+    subject = ModelChoice.of(settings)
     model, tokenizer = subject.load()
     Chat(settings, model, tokenizer, subject).run()
 
@@ -75,7 +75,7 @@ class Chat:
         UserError: a stop string that cannot occur.
     """
 
-    def __init__(self, settings: ChatSettings, model: Any, tokenizer: Any, subject: Subject):
+    def __init__(self, settings: ChatSettings, model: Any, tokenizer: Any, subject: ModelChoice):
         self.settings = settings
         self.model = model
         self.tokenizer = tokenizer

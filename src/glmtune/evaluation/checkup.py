@@ -13,7 +13,7 @@ from glmtune.config.settings import CheckSettings
 from glmtune.data.files import write_json
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError, note
-from glmtune.evaluation.answers import Subject
+from glmtune.evaluation.answers import ModelChoice
 from glmtune.evaluation.changes import (
     Divergence,
     LayerChange,
@@ -147,7 +147,7 @@ def check(settings: CheckSettings) -> Checkup:
     Raises:
         UserError: adapter, base or records cannot be used.
     """
-    subject = Subject.of(settings)
+    subject = ModelChoice.of(settings)
     assert subject.adapter is not None, "CheckSettings requires one"
     if not _has_effect(subject):
         found = Checkup(layers=[], num_linears=0, divergence=None)
@@ -324,7 +324,7 @@ def report(found: Checkup, title: str) -> None:
     print_pairs(title, pairs)
 
 
-def _has_effect(subject: Subject) -> bool:
+def _has_effect(subject: ModelChoice) -> bool:
     """Whether an adapter's numbers can do anything at all."""
     assert subject.adapter is not None
     weights = read_adapter(subject.adapter).weights

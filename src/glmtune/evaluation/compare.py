@@ -8,7 +8,13 @@ from tqdm import tqdm
 
 from glmtune.config.settings import CompareSettings
 from glmtune.data.files import new_file
-from glmtune.evaluation.answers import AnswerFile, Subject, fit_positions, prompt_of, read_questions
+from glmtune.evaluation.answers import (
+    AnswerFile,
+    ModelChoice,
+    fit_positions,
+    prompt_of,
+    read_questions,
+)
 from glmtune.evaluation.page import html
 from glmtune.evaluation.report import Comparison, Pair, markdown
 from glmtune.generation import Decoder, answer_batch, encode_prompts
@@ -27,7 +33,7 @@ def compare(settings: CompareSettings) -> Comparison:
         UserError: records, model, adapter or output folder cannot be used; see `answers`.
     """
     records = read_questions(settings)
-    subject = Subject.of(settings)
+    subject = ModelChoice.of(settings)
     if settings.on_bad_row == "skip":
         records = fit_positions(records, settings, subject.base)
     folder = Path(settings.output_dir or Path(settings.model_path, "compare"))

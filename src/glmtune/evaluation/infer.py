@@ -10,7 +10,13 @@ from tqdm import tqdm
 from glmtune.config.settings import InferSettings
 from glmtune.data.records import Record
 from glmtune.errors import visible
-from glmtune.evaluation.answers import AnswerFile, Subject, fit_positions, prompt_of, read_questions
+from glmtune.evaluation.answers import (
+    AnswerFile,
+    ModelChoice,
+    fit_positions,
+    prompt_of,
+    read_questions,
+)
 from glmtune.generation import Answer, generate_answers
 
 LINE_EVERY = 100
@@ -51,7 +57,7 @@ def infer(settings: InferSettings) -> InferSummary:
         UserError: records, model, adapter or file of answers cannot be used; see `answers`.
     """
     records = read_questions(settings)
-    subject = Subject.of(settings)
+    subject = ModelChoice.of(settings)
     if settings.on_bad_row == "skip":
         records = fit_positions(records, settings, subject.base)
     file = AnswerFile(

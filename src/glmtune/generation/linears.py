@@ -28,7 +28,7 @@ def _goes_through_onednn(x: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class Plain:
+class DenseLinear:
     """A linear as it stands."""
 
     weight_OI: Tensor
@@ -184,7 +184,7 @@ def can_be_fused(linear: Projection) -> bool:
     """Whether a linear has kernels for one token of a few rows."""
     if isinstance(linear, Adapted):
         return len(linear.updates) == 1 and can_be_fused(linear.base)
-    return isinstance(linear, (Plain, GroupQuantised))
+    return isinstance(linear, (DenseLinear, GroupQuantised))
 
 
 def _kernels() -> ModuleType:

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from glmtune.errors import UserError
-from glmtune.generation.linears import Adapted, GroupQuantised, Int4, Int8, Plain, can_be_fused
+from glmtune.generation.linears import (
+    Adapted,
+    DenseLinear,
+    GroupQuantised,
+    Int4,
+    Int8,
+    can_be_fused,
+)
 from glmtune.models.decoding import DecodingBlock, Projection, Weights
 from glmtune.models.family import layers_of
 from glmtune.models.low_rank import split_lora
@@ -70,7 +77,7 @@ def read_weights(
 
 def can_be_captured(weights: Weights) -> bool:
     """Whether every linear is of a kind known here, and so waits for nothing but the GPU."""
-    kinds = Plain, Int8, Int4, GroupQuantised
+    kinds = DenseLinear, Int8, Int4, GroupQuantised
     return all(isinstance(_base_of(linear), kinds) for linear in weights.linears)
 
 
@@ -154,7 +161,7 @@ def _read_projection(
 def _round(weight: Tensor, bias: Tensor | None, bits: int, device: torch.device) -> Projection:
     weight, bias = weight.to(device), None if bias is None else bias.to(device)
     if bits == 16:
-        return Plain(weight, bias)
+        return DenseLinear(weight, bias)
     if weight.is_cuda:
         return GroupQuantised.of(weight, bias, bits)
     return {8: Int8.of, 4: Int4.of}[bits](weight, bias)

@@ -15,7 +15,7 @@ from glmtune.ops.quantised import Quantised
 SCALE = "weight_scale"
 
 
-class Packed(nn.Module):
+class IntegerModule(nn.Module):
     """What packed modules have in common: a weight in two tensors."""
 
     weight: Tensor
@@ -24,19 +24,19 @@ class Packed(nn.Module):
     """float16, ``(R,)``; a buffer, because it takes no gradient"""
     bits: int
 
-    def make_room(self, like: Tensor, bits: int) -> None:
+    def allocate(self, like: Tensor, bits: int) -> None:
         """Put zeros in the place of a float weight ``(R, C)``, for a folder's weights to fill."""
         num_rows, num_columns = like.shape
         packed = torch.zeros(num_rows, num_columns * bits // 8, dtype=torch.int8)
-        self.hold(packed, torch.zeros(num_rows, dtype=torch.float16), bits)
+        self.set_weight(packed, torch.zeros(num_rows, dtype=torch.float16), bits)
 
-    def hold(self, packed: Tensor, scale: Tensor, bits: int) -> None:
+    def set_weight(self, packed: Tensor, scale: Tensor, bits: int) -> None:
         """Take these as the weight."""
         self.bits = bits
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.register_buffer(SCALE, scale)
 
-    def unpacked(self, dtype: torch.dtype) -> Tensor:
+    def floats(self, dtype: torch.dtype) -> Tensor:
         """The weight as floats, ``(R, C)``."""
         return dequantise(self.weight, self.weight_scale, self.bits, dtype)
 
@@ -45,7 +45,7 @@ class Packed(nn.Module):
         raise NotImplementedError
 
 
-class PackedLinear(Packed, nn.Linear):
+class IntegerLinear(IntegerModule, nn.Linear):
     """A linear with packed weight and float bias.
 
     It is an `nn.Linear`, so that PEFT puts adapters on it; gradients reach what goes into it. An
@@ -59,7 +59,7 @@ class PackedLinear(Packed, nn.Linear):
     def __init__(self, like: nn.Linear, bits: int):
         super().__init__(like.in_features, like.out_features, bias=False, device="meta")
         self.bias = like.bias
-        self.make_room(like.weight, bits)
+        self.allocate(like.weight, bits)
 
     @property
     def frozen(self) -> Quantised:
@@ -75,11 +75,11 @@ class PackedLinear(Packed, nn.Linear):
     def dequantised(self, dtype: torch.dtype) -> nn.Linear:
         """The float linear that this one stands for."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight, linear.bias = nn.Parameter(self.unpacked(dtype)), self.bias
+        linear.weight, linear.bias = nn.Parameter(self.floats(dtype)), self.bias
         return linear
 
 
-class PackedEmbedding(Packed, nn.Embedding):
+class IntegerEmbedding(IntegerModule, nn.Embedding):
     """An embedding with packed weight, as `-int4-qe` has it.
 
     Args:
@@ -89,7 +89,7 @@ class PackedEmbedding(Packed, nn.Embedding):
 
     def __init__(self, like: nn.Embedding, bits: int):
         super().__init__(like.num_embeddings, like.embedding_dim, device="meta")
-        self.make_room(like.weight, bits)
+        self.allocate(like.weight, bits)
 
     def forward(self, ids_BS: Tensor) -> Tensor:
         """``(B, S)`` to float32 ``(B, S, H)``: nothing here tells what the model computes in."""
@@ -98,33 +98,33 @@ class PackedEmbedding(Packed, nn.Embedding):
     def dequantised(self, dtype: torch.dtype) -> nn.Embedding:
         """The float embedding that this one stands for."""
         embedding = nn.Embedding(self.num_embeddings, self.embedding_dim, device="meta")
-        embedding.weight = nn.Parameter(self.unpacked(dtype))
+        embedding.weight = nn.Parameter(self.floats(dtype))
         return embedding
 
 
 def quantise_tables(
     embedding: nn.Embedding, head: nn.Linear
-) -> tuple[PackedEmbedding, PackedLinear]:
+) -> tuple[IntegerEmbedding, IntegerLinear]:
     """Embedding and head in 8 bits; where one tensor served both, one does so still."""
-    packed_embedding, packed_head = PackedEmbedding(embedding, 8), PackedLinear(head, 8)
-    packed_embedding.hold(*quantise_int8(embedding.weight), 8)
+    packed_embedding, packed_head = IntegerEmbedding(embedding, 8), IntegerLinear(head, 8)
+    packed_embedding.set_weight(*quantise_int8(embedding.weight), 8)
     if head.weight is embedding.weight:
         packed_head.bits = 8
         packed_head.weight = packed_embedding.weight
         packed_head.register_buffer(SCALE, packed_embedding.weight_scale)
     else:
-        packed_head.hold(*quantise_int8(head.weight), 8)
+        packed_head.set_weight(*quantise_int8(head.weight), 8)
     return packed_embedding, packed_head
 
 
-def pack_modules(model: nn.Module, bits: int) -> None:
+def use_integer_modules(model: nn.Module, bits: int) -> None:
     """Make room for packed weights in every linear and embedding below a module, in place."""
     for parent in model.modules():
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
-                setattr(parent, name, PackedLinear(child, bits))
+                setattr(parent, name, IntegerLinear(child, bits))
             elif isinstance(child, nn.Embedding):
-                setattr(parent, name, PackedEmbedding(child, bits))
+                setattr(parent, name, IntegerEmbedding(child, bits))
 
 
 def dequantise_modules(model: nn.Module, dtype: torch.dtype) -> None:
@@ -134,5 +134,5 @@ def dequantise_modules(model: nn.Module, dtype: torch.dtype) -> None:
     """
     for parent in model.modules():
         for name, child in list(parent.named_children()):
-            if isinstance(child, Packed):
+            if isinstance(child, IntegerModule):
                 setattr(parent, name, child.dequantised(dtype))

@@ -23,14 +23,14 @@ from glmtune.models.families import (
 from glmtune.models.hubs import CONFIG_FILE, hub_settings, is_on_modelscope
 from glmtune.models.precision import (
     dequantise,
-    has_packed_tables,
-    packed_bits_of,
+    has_integer_tables,
+    integer_bits_of,
     quantise_head,
     quantise_layers,
 )
 from glmtune.models.quantised import bits_of, check_quantising, quantising
-from glmtune.models.reading import read_strictly
 from glmtune.models.resolve import HUB_IDS, base_name
+from glmtune.models.strict_loading import read_strictly
 
 T = TypeVar("T")
 
@@ -71,7 +71,7 @@ def load_base_model(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-    keep_packed: bool = False,
+    keep_integers: bool = False,
     bits: int | None = None,
     quantize_head: bool = False,
 ) -> Any:
@@ -83,7 +83,7 @@ def load_base_model(
         base: a folder or a hub id, as `resolve_base` gives it.
         dtype: by default bfloat16 on a GPU that has it, float32 on a CPU.
         device: by default the CPU.
-        keep_packed: leave the weights of a published int8 or int4 folder packed, as is enough to
+        keep_integers: leave the weights of a published int8 or int4 folder packed, as is enough to
             answer with them; else they are dequantised to `dtype`, to train on or to merge into.
         bits: 8 or 4 to quantise the layers' linears with bitsandbytes, one by one while they load;
             those of a published int8 or int4 folder are requantised.
@@ -95,10 +95,10 @@ def load_base_model(
     """
     family, config = _read_config(base, _fetch(base, [CONFIG_FILE]))  # before gigabytes come
     folder = _fetch(base)
-    has, packed = bits_of(config), packed_bits_of(config)
+    has, packed = bits_of(config), integer_bits_of(config)
     if bits and has:
         raise _quantised_already(f"quantization_bit {bits}", base, has)
-    if quantize_head and packed and keep_packed and not bits:
+    if quantize_head and packed and keep_integers and not bits:
         raise _quantised_already("quantize_head true", base, packed)
     loading: dict[str, Any] = {"dtype": dtype}
     if bits or has:
@@ -122,11 +122,11 @@ def load_base_model(
         if packed and bits:
             quantise_layers(model, bits)
             done = f"are requantised to {'LLM.int8' if bits == 8 else 'NF4'}"
-        elif packed and not keep_packed:
+        elif packed and not keep_integers:
             dequantise(model)
             done = f"are dequantised to {str(model.dtype).removeprefix('torch.')}"
         note(f"the int{has or packed} weights of {base_name(base)} {done}")
-    if quantize_head and not has_packed_tables(config):
+    if quantize_head and not has_integer_tables(config):
         quantise_head(model)
     return model.eval()
 

@@ -14,12 +14,12 @@ from glmtune.models.integer_weights import dequantise_modules, quantise_tables
 from glmtune.models.quantised import bits_of, quantise
 
 
-def packed_bits_of(config: Any) -> int:
+def integer_bits_of(config: Any) -> int:
     """8 or 4 where a folder's linears are integers as published; 0 where they are not."""
     return getattr(config, "quantization_bit", 0) or 0
 
 
-def has_packed_tables(config: Any) -> bool:
+def has_integer_tables(config: Any) -> bool:
     """Whether embedding and head are integers."""
     return bool(getattr(config, "quantization_embeddings", False))
 

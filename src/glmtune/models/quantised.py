@@ -22,7 +22,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from glmtune.errors import UserError
 from glmtune.hardware import device_name
-from glmtune.models.integer_weights import PackedLinear
+from glmtune.models.integer_weights import IntegerLinear
 from glmtune.models.weights import Outline
 from glmtune.ops.linear import Dense, Fp8Linear, Frozen
 from glmtune.ops.quantised import Quantised
@@ -101,8 +101,8 @@ def _quantised(linear: nn.Linear, bits: int, dtype: torch.dtype) -> nn.Module:
 
     bnb: Any = bitsandbytes.nn
     weight, device = linear.weight.data, linear.weight.device
-    if isinstance(linear, PackedLinear):
-        weight = linear.unpacked(dtype)
+    if isinstance(linear, IntegerLinear):
+        weight = linear.floats(dtype)
     sizes, biased = (linear.in_features, linear.out_features), linear.bias is not None
     with torch.device("meta"):
         if bits == 8:
@@ -180,7 +180,7 @@ def frozen_of(linear: nn.Module) -> Frozen:
     Of LLM.int8 they leave out its rounding of inputs: the product is of the weights that the
     integers stand for.
     """
-    if isinstance(linear, Fp8Linear | PackedLinear):
+    if isinstance(linear, Fp8Linear | IntegerLinear):
         return linear.frozen
     if _is(linear, "Linear8bitLt"):
         return _frozen_int8(linear)

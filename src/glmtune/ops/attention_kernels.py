@@ -22,7 +22,7 @@ LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _store_turned(x, stride, place, is_real, cos, sin, value, BACK: tl.constexpr,
+def _store_rotated(x, stride, place, is_real, cos, sin, value, BACK: tl.constexpr,
                   BLOCK: tl.constexpr, Q: tl.constexpr):  # fmt: skip
     """Turn each half of queries or keys by its own stream, or their gradients back; write them."""
     # ``(BLOCK, 4 Q)`` as two tensors ``(BLOCK, 2, Q)``: first and second quarter of each half.
@@ -53,7 +53,7 @@ def _add_update(x, a, b, place, is_real, column, R, R_PADDED: tl.constexpr):
 
 
 @triton.jit
-def _turn(
+def _rotate(
     q, k, v, a_q, b_q, a_k, b_k, a_v, b_v, cos, sin, to_q, to_k, to_v, T, R_q, R_k, R_v,
     N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, Q_ROW: tl.constexpr, KV_ROW: tl.constexpr,
     HEAD: tl.constexpr, P_q: tl.constexpr, P_k: tl.constexpr, P_v: tl.constexpr,
@@ -69,13 +69,13 @@ def _turn(
         at = place[:, None] * Q_ROW + first + column[None, :]
         x = tl.load(q + at, is_real[:, None], 0.0).to(tl.float32)
         x = _add_update(x, a_q, b_q, place, is_real, first + column, R_q, P_q)
-        _store_turned(to_q + first, Q_ROW, place, is_real, cos, sin, x, False, BLOCK, D // 4)
+        _store_rotated(to_q + first, Q_ROW, place, is_real, cos, sin, x, False, BLOCK, D // 4)
     elif head < N + G:
         first = (head - N) * HEAD
         at = place[:, None] * KV_ROW + first + column[None, :]
         x = tl.load(k + at, is_real[:, None], 0.0).to(tl.float32)
         x = _add_update(x, a_k, b_k, place, is_real, first + column, R_k, P_k)
-        _store_turned(to_k + first, KV_ROW, place, is_real, cos, sin, x, False, BLOCK, D // 4)
+        _store_rotated(to_k + first, KV_ROW, place, is_real, cos, sin, x, False, BLOCK, D // 4)
     else:
         first = (head - N - G) * HEAD
         at = place[:, None] * KV_ROW + first + column[None, :]
@@ -91,7 +91,7 @@ def _seen(query, first_q, prefix_q, key, first_k):
 
 
 @triton.jit
-def _stretch(start, prefix_end, query, is_query, T):
+def _key_range(start, prefix_end, query, is_query, T):
     """First token and prefix end of each query's row, and the stretch of keys that all see."""
     first = tl.load(start + query, is_query, T)
     prefix = tl.load(prefix_end + query, is_query, 0)
@@ -101,7 +101,7 @@ def _stretch(start, prefix_end, query, is_query, T):
 
 
 @triton.jit
-def _meet(at_k, KV_ROW, q, query, first, prefix, start, key, is_key, scale_log2):
+def _scores(at_k, KV_ROW, q, query, first, prefix, start, key, is_key, scale_log2):
     """A block of keys, its scores with a block of queries, and which of them each query sees."""
     k = tl.load(at_k + key[:, None] * KV_ROW, is_key[:, None], 0.0)
     first_k = tl.load(start + key, is_key, -1)
@@ -119,7 +119,7 @@ def _forward(
     head = tl.program_id(1)
     query = tl.program_id(0) * M + tl.arange(0, M)
     is_query = query < T
-    first, prefix, low, high = _stretch(start, prefix_end, query, is_query, T)
+    first, prefix, low, high = _key_range(start, prefix_end, query, is_query, T)
     column = tl.arange(0, D)
     of_kv = head // (N // G) * HEAD + column[None, :]
     at_k, at_v = k + of_kv, v + of_kv
@@ -131,7 +131,7 @@ def _forward(
     for place in range(low, high, K):
         key = place + tl.arange(0, K)
         is_key = key < high
-        _, score, seen = _meet(
+        _, score, seen = _scores(
             at_k, KV_ROW, q_MD, query, first, prefix, start, key, is_key, scale_log2
         )
         score = tl.where(seen, score, -1e30)
@@ -159,7 +159,7 @@ def _backward_query(
     head = tl.program_id(1)
     query = tl.program_id(0) * M + tl.arange(0, M)
     is_query = query < T
-    first, prefix, low, high = _stretch(start, prefix_end, query, is_query, T)
+    first, prefix, low, high = _key_range(start, prefix_end, query, is_query, T)
     column = tl.arange(0, D)
     of_kv = head // (N // G) * HEAD + column[None, :]
     at_k, at_v = k + of_kv, v + of_kv
@@ -175,7 +175,7 @@ def _backward_query(
     for place in range(low, high, K):
         key = place + tl.arange(0, K)
         is_key = key < high
-        k_KD, score, seen = _meet(
+        k_KD, score, seen = _scores(
             at_k, KV_ROW, q_MD, query, first, prefix, start, key, is_key, scale_log2
         )
         weight = tl.where(seen, tl.exp2(score - lse_M[:, None]), 0.0)
@@ -184,7 +184,7 @@ def _backward_query(
         d_score = (weight * (d_weight - delta_M[:, None])).to(k_KD.dtype)
         d_q = tl.dot(d_score, k_KD, d_q, input_precision="ieee")
     at = grad_q + head * HEAD
-    _store_turned(at, Q_ROW, query, is_query, cos, sin, d_q * scale, True, M, D // 4)
+    _store_rotated(at, Q_ROW, query, is_query, cos, sin, d_q * scale, True, M, D // 4)
 
 
 @triton.jit
@@ -231,7 +231,7 @@ def _backward_key(
             d_k = tl.dot(d_score, q_MD, d_k, input_precision="ieee")
     tl.store(grad_v + at_kv, d_v.to(grad_v.dtype.element_ty), is_key[:, None])
     at = grad_k + kv_head * HEAD
-    _store_turned(at, KV_ROW, key, is_key, cos, sin, d_k * scale, True, K, D // 4)
+    _store_rotated(at, KV_ROW, key, is_key, cos, sin, d_k * scale, True, K, D // 4)
 
 
 # Blocks of queries and keys, and how a kernel runs, for 2-byte numbers on Hopper.
@@ -285,7 +285,7 @@ def run_forward(
     lse_NT = torch.empty(num_heads, num_tokens, device=out_TND.device)
     grid = num_heads + 2 * parts.k_TGD.shape[1], triton.cdiv(num_tokens, TURN["BLOCK"])
     factors = [factor for pair in zip(a, b, strict=True) for factor in pair]
-    _turn[grid](
+    _rotate[grid](
         *parts, *factors, cos, sin, *turned, num_tokens, *ranks,
         **dict(zip(("P_q", "P_k", "P_v"), padded, strict=True)), **parts.sizes(TURN),
     )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 from glmtune.errors import program
 from glmtune.hardware import device_name, memory_gib, total_memory_gib
 from glmtune.models.packed import base_of
-from glmtune.models.precision import has_packed_tables
+from glmtune.models.precision import has_integer_tables
 from glmtune.models.quantised import bits_of
 from glmtune.run_files import PLOT_FILE
 from glmtune.runlog import format_seconds, print_pairs
@@ -50,7 +50,7 @@ def print_banner(run: Run, state: TrainingState) -> None:
     base_config = base_of(model).config
     if bits := bits_of(base_config):
         special = f", frozen linears in {bits} bits"
-    if has_packed_tables(base_config):
+    if has_integer_tables(base_config):
         special += ", embedding and head in 8"
     done = f", {state.global_step:,} of them done" if state.global_step else ""
     print_pairs(

@@ -16,7 +16,7 @@ from glmtune.models.chatglm.configuration import (
     ChatGLMConfig,
 )
 from glmtune.models.chatglm.vocabulary import NUM_PIECES_V1_0, VOCAB_FILE, check_revision
-from glmtune.models.integer_weights import SCALE, Packed
+from glmtune.models.integer_weights import SCALE, IntegerModule
 from glmtune.models.quantised import as_floats, bits_of
 from glmtune.run_files import ADAPTER_CONFIG_FILE
 
@@ -96,7 +96,7 @@ def check_folder(
         exact=[
             f"{prefix}{name}.{key}"
             for name, module in model.named_modules()
-            if isinstance(module, Packed)
+            if isinstance(module, IntegerModule)
             for key in ("weight", SCALE)
         ],
     )

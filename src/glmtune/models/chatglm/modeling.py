@@ -32,13 +32,13 @@ from glmtune.models.chatglm.folder import (
 )
 from glmtune.models.chatglm.layout import check_answers, check_labels, known_mask, lay_out
 from glmtune.models.integer_weights import (
-    Packed,
-    PackedEmbedding,
-    PackedLinear,
-    pack_modules,
+    IntegerEmbedding,
+    IntegerLinear,
+    IntegerModule,
+    use_integer_modules,
 )
 from glmtune.models.precision import dequantise
-from glmtune.models.reading import read_strictly
+from glmtune.models.strict_loading import read_strictly
 from glmtune.ops.attention import right_kernels
 from glmtune.ops.loss import IGNORED, next_token_loss, shifted_loss
 from glmtune.ops.rotary import rotary_angles, rotate
@@ -161,7 +161,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         return read_strictly(cls, check_folder, pretrained_model_name_or_path, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
-        if not isinstance(module, Packed):  # random integers mean nothing
+        if not isinstance(module, IntegerModule):  # random integers mean nothing
             super()._init_weights(module)
 
 
@@ -179,9 +179,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.is_below_head = False
         if config.quantization_bit:
             part = self if config.quantization_embeddings else self.layers
-            pack_modules(part, config.quantization_bit)
+            use_integer_modules(part, config.quantization_bit)
         elif config.quantization_embeddings:
-            self.word_embeddings = PackedEmbedding(self.word_embeddings, 8)
+            self.word_embeddings = IntegerEmbedding(self.word_embeddings, 8)
         self.post_init()
 
     @capture_outputs
@@ -258,7 +258,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         self.transformer.is_below_head = True
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.quantization_embeddings:
-            self.lm_head = PackedLinear(self.lm_head, config.quantization_bit or 8)
+            self.lm_head = IntegerLinear(self.lm_head, config.quantization_bit or 8)
         self.post_init()
 
     def tie_weights(self, missing_keys: set[str] | None = None, *args, **kwargs) -> None:

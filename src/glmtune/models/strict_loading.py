@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from glmtune.errors import UserError
 from glmtune.hardware import pick_device, pick_dtype
 from glmtune.models import weights
-from glmtune.models.integer_weights import SCALE, Packed
+from glmtune.models.integer_weights import SCALE, IntegerModule
 from glmtune.models.quantised import as_floats, bits_of, check_quantising, finish_loading
 
 # What transformers' loader offers and a strict one does not.
@@ -100,13 +100,13 @@ def read_strictly(
 def _finish_head(model: Any, is_to_copy: bool) -> None:
     """Finish a head that was loaded as the embedding: all of it is, or is a copy."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if isinstance(head, Packed):
+    if isinstance(head, IntegerModule):
         # Of a packed head transformers ties the integers, a parameter, but no buffer.
         setattr(head, SCALE, getattr(embedding, SCALE))
     if is_to_copy:
         model.config.tie_word_embeddings = False
         head.weight = copy.deepcopy(embedding.weight)
-        if isinstance(head, Packed):
+        if isinstance(head, IntegerModule):
             setattr(head, SCALE, getattr(embedding, SCALE).clone())
 
 
