@@ -21,7 +21,7 @@ config = (getattr(models, "CONFIGS", None) or models.SHAPES)["6b"]
 model = models.random_model(config, torch.device("cuda"), torch.bfloat16).eval()
 
 
-def seconds(prompts: list, max_new_tokens: int) -> tuple[float, float]:
+def seconds(decoder: Decoder, prompts: list, max_new_tokens: int) -> tuple[float, float]:
     """Until the first token is there, and until the last."""
     torch.cuda.synchronize()
     start = time.perf_counter()
@@ -41,12 +41,12 @@ for bits in (16, 8, 4):
         torch.manual_seed(0)
         prompts = random_prompts(config, rows, LENGTH)
         for _ in range(2):  # the first captures the step
-            seconds(prompts, ANSWER)
-        times = [seconds(prompts, ANSWER) for _ in range(REPEATS)]
+            seconds(decoder, prompts, ANSWER)
+        times = [seconds(decoder, prompts, ANSWER) for _ in range(REPEATS)]
         rate = median(rows * (ANSWER - 1) / (whole - first) for first, whole in times)
         figures[f"{rows} rows, tok/s after the first"] = rate
         figures[f"{rows} rows, first token, ms"] = 1e3 * median(first for first, _ in times)
-    new = [seconds(random_prompts(config, 1, LENGTH - n), 2)[0] for n in range(1, 12)]
+    new = [seconds(decoder, random_prompts(config, 1, LENGTH - n), 2)[0] for n in range(1, 12)]
     figures["first token of a new length, ms"] = 1e3 * median(new)
     print(json.dumps(figures), flush=True)
     del decoder

@@ -1,4 +1,4 @@
-"""docs/architecture.md names the functions of a training step and of a token, in order: run here."""
+"""The functions of a training step and of a token that docs/architecture.md lists, run in order."""
 
 import re
 import sys
