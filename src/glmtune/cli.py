@@ -53,7 +53,7 @@ def train(settings: config.TrainSettings) -> None:
 
 
 def plan(settings: config.PlanSettings) -> int:
-    """Tell what training takes in memory, and which settings make it fit."""
+    """Tell what training takes in memory and time, and which settings make it fit."""
     from glmtune.training.planning.preview import plan
 
     return 1 if plan(settings)["cannot_fit"] else 0
