@@ -53,7 +53,7 @@ def train(settings: config.TrainSettings) -> None:
 
 
 def plan(settings: config.PlanSettings) -> int:
-    """Tell what training takes in memory, and which settings make it fit."""
+    """Tell what training takes in memory and time, and which settings make it fit."""
     from glmtune.training.planning.preview import plan
 
     return 1 if plan(settings)["cannot_fit"] else 0
@@ -172,6 +172,8 @@ VERBS: dict[str, Callable[[Any], int | None]] = {
     "check": check,
 }
 
+_HELP = {"-h", "--help"}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line, by default the process's own, and return its exit code.
@@ -245,11 +247,17 @@ def run(arguments: list[str]) -> int:
     Raises:
         UserError: an unknown verb, and whatever the settings or the verb itself refuse.
     """
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:], "--help"]
+    if not arguments or arguments[0] in _HELP:
         print(overview())
         return 0
-    if arguments[0] == "--version":
+    if arguments[0] in ("version", "--version"):
         print(f"glmtune {__version__}")
+        return 0
+    group = f"{arguments[0]} "
+    if not _HELP.isdisjoint(arguments[1:2]) and any(verb.startswith(group) for verb in VERBS):
+        print(overview(group))
         return 0
     # Only from here on: pydantic alone takes a tenth of a second.
     from glmtune.config.flags import split_arguments, verb_help
@@ -263,7 +271,7 @@ def run(arguments: list[str]) -> int:
         hint = did_you_mean(verb, VERBS) or "; `glmtune --help` lists the verbs"
         raise UserError(f"there is no verb {verb!r}{hint}")
     arguments = arguments[len(verb.split()) :]
-    if "-h" in arguments or "--help" in arguments:
+    if not _HELP.isdisjoint(arguments):
         print(verb_help(verb, summary(verb)))
         return 0
     recipe, flags = split_arguments(verb, arguments)
@@ -275,15 +283,18 @@ def summary(verb: str) -> str:
     return VERBS[verb].__doc__ or ""
 
 
-def overview() -> str:
-    """The text of `glmtune --help`."""
-    verbs = "\n".join(f"  {verb:18}{summary(verb)}" for verb in VERBS)
+def overview(group: str = "") -> str:
+    """The text of `glmtune --help`, or of `glmtune bench --help` where `group` is "bench "."""
+    verbs = "\n".join(f"  {verb:18}{summary(verb)}" for verb in VERBS if verb.startswith(group))
+    recipe = "" if group else "[RECIPE.yaml] "
+    settings = f"`glmtune {group}VERB --help` lists a verb's settings."
+    settings += "" if group else " Each is a key of its recipe and a flag; flags win."
     return f"""\
-usage: glmtune VERB [RECIPE.yaml] [--name value ...]
+usage: glmtune {group}VERB {recipe}[--name value ...]
 
 Fine-tune the GLM family with LoRA, and see what it changed.
 
 verbs:
 {verbs}
 
-`glmtune VERB --help` lists a verb's settings. Each is a key of its recipe and a flag; flags win."""
+{settings}"""

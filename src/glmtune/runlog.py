@@ -8,6 +8,7 @@ import json
 import math
 import sys
 import time
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,11 @@ Record = dict[str, Any]
 
 _SECONDS_OF_SILENCE = 300
 _BAR_FORMAT = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed} < {remaining}{postfix}]"
-_BLUE, _PALE, _RED, _GREY, _INK = "#1f5fa8", "#a9c4e4", "#c8442f", "#6b7280", "#111827"
+# Below so many readings a curve is drawn as it was.
+_SMOOTHED_FROM = 20
+# Of evaluation/page.css, by its names; PALE is the accent as faint as the page draws raw curves.
+ACCENT, PALE, INK = "#0b6b5d", "#aacbc6", "#1d2126"
+SOFT, LINE, GONE = "#666d75", "#e2e2dc", "#c9503d"
 
 
 class RunLog:
@@ -221,44 +226,57 @@ def smooth(values: Sequence[float], width: float) -> list[float]:
     return (np.convolve(values, weights)[inside] / norm).tolist()
 
 
+def log_ticks(lowest: float, highest: float) -> list[float]:
+    """1, 3, 10, 30, ... around two numbers: two ticks a decade, nearly evenly far apart."""
+    decades = range(math.floor(math.log10(lowest)), math.ceil(math.log10(highest)) + 1)
+    ticks = [float(f"{digit}e{decade}") for decade in decades for digit in (1, 3)]
+    below = bisect_right(ticks, lowest) - 1
+    return ticks[below : max(bisect_left(ticks, highest), below + 1) + 1]
+
+
 def _draw(loss: list[tuple[int, float]], eval_loss: list[tuple[int, float]]):
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
-    from matplotlib.ticker import EngFormatter, MaxNLocator
+    from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 
     figure = Figure(figsize=(8, 4.5), layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15))
     axes = figure.subplots()
     steps, values = zip(*loss, strict=True)
-    # A fortieth of the curve: long runs lose their noise, short ones are drawn as they were.
-    width = len(values) / 40
-    if width >= 1:
-        axes.plot(steps, values, color=_PALE, linewidth=1.2, label="loss")
-        smoothed = smooth(values, width=width)
-        axes.plot(steps, smoothed, color=_BLUE, linewidth=2.2, label="smoothed")
+    if len(values) >= _SMOOTHED_FROM:
+        axes.plot(steps, values, color=PALE, linewidth=1.2, label="loss")
+        smoothed = smooth(values, width=max(1, len(values) / 40))
+        axes.plot(steps, smoothed, color=ACCENT, linewidth=2.2, label="smoothed")
     else:
-        axes.plot(steps, values, color=_BLUE, linewidth=2.2, label="loss")
+        axes.plot(steps, values, color=ACCENT, linewidth=2.2, label="loss")
     for at in {0, len(steps) - 1}:  # as they were: at an end smoothing shows what never was
         axes.annotate(
             f"{values[at]:.3f}", (steps[at], values[at]), xytext=(6, 0),
-            textcoords="offset points", va="center", color=_BLUE, fontsize=10,
+            textcoords="offset points", va="center", color=ACCENT, fontsize=10,
         )  # fmt: skip
     if eval_loss:
         axes.plot(
-            *zip(*eval_loss, strict=True), color=_RED, marker="o", markersize=5, linewidth=1.2,
+            *zip(*eval_loss, strict=True), color=GONE, marker="o", markersize=5, linewidth=1.2,
             label="evaluation loss",
         )  # fmt: skip
-    axes.set_title("Training loss", loc="left", fontsize=13, color=_INK)
-    axes.set_xlabel("step", color=_GREY)
+    axes.set_title("Training loss (log scale)", loc="left", fontsize=13, color=INK, pad=14)
+    axes.set_xlabel("step", color=SOFT)
+    shown = [*values, *(value for _, value in eval_loss)]
+    if min(shown) > 0:  # a loss that underflowed to 0 has no logarithm
+        ticks = log_ticks(min(shown), max(shown))
+        axes.set_yscale("log")
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.set_ylim(ticks[0], ticks[-1])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if steps[-1] >= 10_000:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
+    axes.grid(axis="y", color=LINE, linewidth=0.8)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color("#9ca3af")
-    axes.tick_params(colors=_GREY, length=0)
+    axes.spines["bottom"].set_color(LINE)
+    axes.tick_params(colors=SOFT, length=0)
     axes.margins(x=0.02)
     axes.legend(
-        frameon=False, labelcolor=_GREY, loc="lower right", bbox_to_anchor=(1, 1), ncols=3,
-        borderaxespad=0.2,
+        frameon=False, labelcolor=SOFT, loc="lower right", bbox_to_anchor=(1, 1), ncols=3,
+        borderaxespad=0.8,
     )  # fmt: skip
     return figure

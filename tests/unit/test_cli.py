@@ -255,6 +255,7 @@ def test_a_terminal_without_chinese(tmp_path):
         ("trian", "there is no verb 'trian'; did you mean train?"),
         ("zzz", "there is no verb 'zzz'; `glmtune --help` lists the verbs"),
         ("adapters", "did you mean adapters convert?"),
+        ("help trian", "there is no verb 'trian'; did you mean train?"),
         ("adapters turn a b", "did you mean adapters convert?"),
         ("train --lora_rnk 8", "did you mean --lora_rank?"),
     ],
@@ -271,7 +272,7 @@ def test_unknown_words(line, words, capsys):
 # --- help ---
 
 
-@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"], ["help"], ["--help", "train"]])
 def test_overview_names_every_verb(arguments, capsys):
     assert cli.main(arguments) == 0
     text = capsys.readouterr().out
@@ -291,8 +292,28 @@ def test_help_of_a_verb(verb, capsys):
     assert cli.summary(verb) in text
 
 
-def test_version(capsys):
-    assert cli.main(["--version"]) == 0
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help_before_a_verb_is_help_after_it(verb, capsys):
+    texts = []
+    for line in (["help", *verb.split()], [*verb.split(), "--help"]):
+        assert cli.main(line) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("line", ["{} --help", "{} -h", "help {}"])
+@pytest.mark.parametrize("group", ["adapters", "bench"])
+def test_help_of_a_group_names_its_verbs_alone(group, line, capsys):
+    assert cli.main(line.format(group).split()) == 0
+    text = capsys.readouterr().out
+    listed = [verb for verb in cli.VERBS if f"\n  {verb} " in text]
+    assert listed == [verb for verb in cli.VERBS if verb.startswith(f"{group} ")]
+    assert f"`glmtune {group} VERB --help`" in text
+
+
+@pytest.mark.parametrize("word", ["--version", "version"])
+def test_version(word, capsys):
+    assert cli.main([word]) == 0
     assert capsys.readouterr().out == f"glmtune {__version__}\n"
 
 

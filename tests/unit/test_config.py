@@ -622,7 +622,7 @@ def test_help_says_path_of_paths_alone(verb, line):
 
 def test_help_of_plan_tells_what_no_path_means():
     text = " ".join(verb_help("plan", "").split())
-    assert "read (default: as many rows of row_length tokens as a step takes) --output_dir" in text
+    assert "read (default: num_rows rows of row_length tokens) --output_dir" in text
     assert "--output_dir PATH accepted as a recipe has it; nothing is written there data:" in text
 
 

@@ -168,8 +168,8 @@ class TestCards:
     def test_each_card_has_its_own_name(self, card):
         for name in (card, card.lower(), f"NVIDIA GeForce {card}", card.replace(" ", "-")):
             assert Card.named(name).name == card
-        gib, capability = CARDS[card]
-        assert Card.named(card) == Card(card, gib, gib, capability)
+        gib, capability, tflops = CARDS[card]
+        assert Card.named(card) == Card(card, gib, gib, capability, tflops)
 
     @pytest.mark.parametrize(
         ("name", "card"),
@@ -184,7 +184,8 @@ class TestCards:
             ("tesla-t4", "T4"), ("T4 16GB", "T4"), ("Tesla P40", "P40"), ("L4 24 GB", "L4"),
             ("A100-80GB", "A100 80GB"), ("NVIDIA A100-SXM4-40GB", "A100 40GB"),
             ("Tesla V100-SXM2-32GB", "V100 32GB"), ("v100 16", "V100 16GB"),
-            ("NVIDIA H100 80GB HBM3", "H100"), ("H100 PCIe", "H100"), ("H20 96GB", "H20"),
+            ("NVIDIA H100 80GB HBM3", "H100"), ("H100 PCIe", "H100 PCIe"),
+            ("NVIDIA H100 PCIe 80GB", "H100 PCIe"), ("H20 96GB", "H20"),
             ("RTXA6000", "RTX A6000"), ("A6000", "RTX A6000"), ("6000 Ada", "RTX 6000 Ada"),
             ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
         ],

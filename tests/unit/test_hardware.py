@@ -104,7 +104,23 @@ def test_a_card_that_is_too_old_is_named(capability, wish, refused, monkeypatch)
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("NVIDIA H200", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA GeForce RTX 3090", 71), ("X", None)],
+    [
+        ("NVIDIA H200", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA L4", 121),
+        ("NVIDIA GeForce RTX 3090", 71),
+        ("NVIDIA GeForce RTX 3080", 59.5),
+        ("Tesla T4", 65),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 85.7),
+        ("NVIDIA RTX 6000 Ada Generation", 364),
+        ("Tesla P40", None),
+        ("NVIDIA T400", None),
+        ("NVIDIA GH200 480GB", None),
+        ("X", None),
+    ],
 )
 def test_what_a_card_is_rated(monkeypatch, name, expected):
     monkeypatch.setattr("glmtune.hardware.device_name", lambda device: name)

@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 import sys
+from importlib import resources
 from types import SimpleNamespace
 
 import matplotlib.image
@@ -107,12 +109,12 @@ def test_the_curve_is_a_picture_with_both_losses(tmp_path):
     assert [path.name for path in tmp_path.glob("*.png")] == ["curve.png"]
     pixels = matplotlib.image.imread(tmp_path / "curve.png")
     assert pixels.shape[:2] == (720, 1280)
-    for colour in ("1f5fa8", "a9c4e4", "c8442f"):  # smoothed, raw, evaluation
+    for colour in (runlog.ACCENT[1:], runlog.PALE[1:], runlog.GONE[1:]):
         wanted = [int(colour[i : i + 2], 16) / 255 for i in (0, 2, 4)]
         assert (abs(pixels[..., :3] - wanted).max(-1) < 0.02).sum() > 30, colour
 
 
-@pytest.mark.parametrize("num_readings", [1, 3, 12, 39, 40, 400])
+@pytest.mark.parametrize("num_readings", [1, 3, 12, 19, 20, 400])
 def test_what_the_curve_labels_are_losses_that_were(tmp_path, num_readings):
     losses = [(step, 3 + 9.24 / step) for step in range(1, num_readings + 1)]
     figure = runlog._draw(losses, [])
@@ -122,7 +124,35 @@ def test_what_the_curve_labels_are_losses_that_were(tmp_path, num_readings):
     assert sorted(shown) == sorted((end, f"{end[1]:.3f}") for end in ends)
     by_label = {line.get_label(): line.get_ydata() for line in axes.lines}
     assert list(by_label["loss"]) == [loss for _, loss in losses]
-    assert ("smoothed" in by_label) == (num_readings >= 40)
+    assert ("smoothed" in by_label) == (num_readings >= 20)
+
+
+@pytest.mark.parametrize(
+    ("lowest", "highest", "ticks"),
+    [(1.6, 2.1, [1, 3]), (3, 3, [3, 10]), (0.02, 20, [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30]),
+     (3.1, 3.15, [3, 10]), (0.5, 3.1, [0.3, 1, 3, 10]), (1, 10, [1, 3, 10])],
+)  # fmt: skip
+def test_a_logarithmic_axis_holds_all_losses(lowest, highest, ticks):
+    assert runlog.log_ticks(lowest, highest) == ticks
+    (axes,) = runlog._draw([(1, highest), (2, lowest)], []).axes
+    assert axes.get_yscale() == "log"
+    assert axes.get_ylim() == (ticks[0], ticks[-1])
+    assert [text.get_text() for text in axes.get_yticklabels()] == [f"{tick:g}" for tick in ticks]
+
+
+def test_the_axis_holds_evaluations_and_a_loss_of_zero():
+    (axes,) = runlog._draw([(1, 2.0), (2, 1.5)], [(2, 40.0)]).axes
+    assert axes.get_ylim() == (1, 100)
+    (axes,) = runlog._draw([(1, 2.0), (2, 0.0)], []).axes
+    assert axes.get_yscale() == "linear"
+
+
+def test_colours_are_the_page_s():
+    css = resources.files("glmtune.evaluation").joinpath("page.css").read_text("utf-8")
+    light = dict(re.findall(r"--([\w-]+): (#\w+)", css.split("}")[0]))
+    names = {"accent": runlog.ACCENT, "ink": runlog.INK, "soft": runlog.SOFT, "line": runlog.LINE,
+             "gone-line": runlog.GONE}  # fmt: skip
+    assert {name: light[name] for name in names} == names
 
 
 def test_without_a_loss_there_is_no_curve(tmp_path):

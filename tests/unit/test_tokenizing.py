@@ -10,15 +10,17 @@ import matplotlib.image
 import numpy as np
 import pyarrow as pa
 import pytest
+from matplotlib.colors import to_hex
 
 from glmtune import __version__
 from glmtune.config.settings import TokenizeSettings
-from glmtune.data import tokenizing
+from glmtune.data import lengths, tokenizing
 from glmtune.data.dataset import CARD_FILE, HISTOGRAM_FILE, DataCard, check_data_card, load_dataset
 from glmtune.data.lengths import LengthStats, plot_lengths
 from glmtune.data.tokenizing import tokenize
 from glmtune.errors import UserError
 from glmtune.models.chatglm.rows import row_rule
+from glmtune.runlog import ACCENT, GONE
 
 GMASK, BOS, EOS = 9001, 9004, 9005
 
@@ -354,17 +356,40 @@ def test_an_error_while_writing_leaves_the_earlier_data_set(monkeypatch):
     assert load_dataset("tokens")[1].num_kept == 1
 
 
-def test_the_histogram_draws_kept_and_dropped_rows(tmp_path):
+def draw_lengths(kept, dropped=()):
+    """Axes of the histogram for a limit of 200 tokens, and where its named lines stand."""
+    (axes,) = lengths._draw(kept, list(dropped), 200).axes
+    names = [text.get_text() for text in axes.texts]
+    return axes, dict(zip(names, [line.get_xdata()[0] - 0.5 for line in axes.lines], strict=True))
+
+
+def test_the_histogram_draws_kept_and_dropped_rows():
     rng = np.random.default_rng(0)
-    kept = rng.integers(10, 200, 1000)
-    for name, dropped in (("kept", []), ("both", rng.integers(201, 900, 800))):
-        plot_lengths(tmp_path / f"{name}.png", kept=kept, dropped=dropped, max_seq_length=200)
-    pictures = [matplotlib.image.imread(tmp_path / f"{name}.png") for name in ("kept", "both")]
-    orange = [
-        np.isclose(p[..., :3], (230 / 255, 176 / 255, 122 / 255), atol=0.02) for p in pictures
-    ]
-    assert orange[0].all(-1).sum() == 0
-    assert orange[1].all(-1).sum() > 1000
+    kept, dropped = rng.integers(10, 201, 1000), rng.integers(201, 900, 800)
+    for rows, colours in (([], [ACCENT]), (dropped, [ACCENT, GONE])):
+        axes, _ = draw_lengths(kept, rows)
+        assert axes.get_title("left") == "Length of rows"
+        drawn = [bars.patches for bars in axes.containers]
+        assert [to_hex(bars[0].get_facecolor()) for bars in drawn] == colours
+        heights = [sum(bar.get_height() for bar in bars) for bars in drawn]
+        assert heights == [len(kept), len(rows)][: len(drawn)]
+
+
+def test_the_line_that_keeps_95_percent_counts_dropped_rows_too():
+    assert draw_lengths([*range(1, 101)])[1] == {
+        "half of the rows within 51": 51, "95 % of the rows within 95": 95,
+    }  # fmt: skip
+    _, lines = draw_lengths([*range(101, 201)], [300] * 10)
+    assert lines["95 % of the rows within 300"] == 300
+    _, lines = draw_lengths([*range(101, 201)], [900] * 10)
+    assert lines["95 % of the rows within 900"] == 400  # in the last bar, which is of longer ones
+    assert lines["max_seq_length 200"] == 200
+
+
+def test_the_histogram_is_written_under_a_chinese_name(tmp_path):
+    path = tmp_path / "长度 分布.png"
+    plot_lengths(path, kept=[5, 6], dropped=[], max_seq_length=200)
+    assert matplotlib.image.imread(path).shape[0] > 300
 
 
 def test_the_histogram_stands_beside_the_rows():

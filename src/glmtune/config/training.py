@@ -226,11 +226,12 @@ class PlanSettings(TrainSettings):
     row_length: int = Field(
         200, ge=4, description="tokens of every row, as long as dataset_path is not there yet"
     )
+    num_rows: int = Field(20_000, ge=1, description="number of those rows")
     json_path: PathText | None = Field(None, description="JSON lines file to add the plan to")
     dataset_path: PathText = Field(
         default_factory=lambda: "no rows yet",
-        description="tokenised rows, of which the lengths are read (default: as many rows of "
-        "row_length tokens as a step takes)",
+        description="tokenised rows, of which the lengths are read (default: num_rows rows of "
+        "row_length tokens)",
     )
     output_dir: PathText = Field(
         default_factory=lambda: "nowhere",

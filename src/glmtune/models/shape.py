@@ -57,8 +57,11 @@ class Shape(NamedTuple):
 
     def matmul_parameters(self) -> int:
         """Weights that a token is multiplied with: the layers' linears and the head."""
-        layer = sum(linear.outputs * linear.inputs for linear in self.linears)
-        return self.num_layers * layer + self.vocab_size * self.hidden_size
+        return self.num_layers * self.layer_parameters() + self.vocab_size * self.hidden_size
+
+    def layer_parameters(self) -> int:
+        """Weights of one layer's linears."""
+        return sum(linear.outputs * linear.inputs for linear in self.linears)
 
     def adapter_parameters(self, rank: int, targets: Iterable[str]) -> int:
         """Numbers of a LoRA adapter on some of the linears of each layer."""

@@ -60,6 +60,8 @@ class Plan(ABC):
     """Row numbers to train on."""
     seed: int
     shuffle: bool
+    lengths_R: np.ndarray
+    """Tokens of every row of the data set."""
 
     def order(self, epoch: int) -> np.ndarray:
         """All row numbers in the order of an epoch."""
@@ -78,6 +80,10 @@ class Plan(ABC):
     @abstractmethod
     def steps_in(self, epoch: int) -> int:
         """Steps of an epoch, counted from 0."""
+
+    @abstractmethod
+    def passes_in(self, epoch: int) -> int:
+        """Passes of an epoch, over all processes."""
 
     @abstractmethod
     def locate(self, step: int) -> tuple[int, int]:
@@ -118,8 +124,6 @@ class RowPlan(Plan):
     """Steps of a fixed number of rows; the last one of an epoch may have fewer."""
 
     unit = "rows"
-    lengths_R: np.ndarray
-    """Tokens of every row of the data set."""
     global_batch_size: int
     """Rows of one step, over all processes and accumulated passes."""
     batch_size: int
@@ -133,6 +137,10 @@ class RowPlan(Plan):
     def steps_in(self, epoch: int = 0) -> int:
         """The same in every epoch."""
         return -(-len(self.row_ids) // self.global_batch_size)
+
+    def passes_in(self, epoch: int = 0) -> int:
+        """The same in every epoch."""
+        return -(-len(self.row_ids) // self.batch_size)
 
     def locate(self, step: int) -> tuple[int, int]:
         """See `Plan`."""
@@ -181,8 +189,6 @@ class PackPlan(Plan):
     """Steps of a fixed number of packs; see `data.packing`."""
 
     unit = "tokens"
-    lengths_R: np.ndarray
-    """Tokens of every row of the data set."""
     pack_length: int
     packs_per_step: int
     """Packs of one step, over all processes and accumulated passes."""
@@ -207,6 +213,10 @@ class PackPlan(Plan):
         if epoch not in self._num_steps:
             self._num_steps[epoch] = -(-len(self.packs(epoch)) // self.packs_per_step)
         return self._num_steps[epoch]
+
+    def passes_in(self, epoch: int) -> int:
+        """Packs."""
+        return len(self.packs(epoch))
 
     def locate(self, step: int) -> tuple[int, int]:
         """See `Plan`."""

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedConfig
 
-from glmtune.config.settings import PlanSettings, TrainSettings
+from glmtune.config.settings import TrainSettings
 from glmtune.hardware import GIB, Card
 from glmtune.models.families import family_of
 from glmtune.models.packed import can_compile
@@ -52,7 +52,7 @@ class EqualRows(NamedTuple):
     lengths_R: np.ndarray
 
     @classmethod
-    def of(cls, settings: TrainSettings | PlanSettings, length: int) -> "EqualRows":
+    def of(cls, settings: TrainSettings, length: int) -> "EqualRows":
         """As many as two steps take, of so many tokens each."""
         num_rows = 2 * settings.per_device_train_batch_size * settings.gradient_accumulation_steps
         return cls(np.full(num_rows, length))

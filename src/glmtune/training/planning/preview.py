@@ -1,9 +1,11 @@
-"""`glmtune plan`: what a run would take in memory, here or on another card. Loads no weights."""
+"""`glmtune plan`: memory and time of a run, here or on another card. Loads no weights."""
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
@@ -16,8 +18,11 @@ from glmtune.hardware import Card, pick_device, pick_dtype
 from glmtune.models.families import DEFAULT, check_targets, family_of
 from glmtune.models.loading import load_config
 from glmtune.models.resolve import HUB_IDS, base_name, resolve_base
+from glmtune.runlog import print_pairs
+from glmtune.training.plan import count_steps, make_plan
 from glmtune.training.planning.advice import find_remedies, print_forecast
-from glmtune.training.planning.forecast import EqualRows, Lengths, forecast
+from glmtune.training.planning.forecast import EqualRows, Forecast, Lengths, forecast
+from glmtune.training.planning.speed import no_speed, run_speed
 
 
 def plan(settings: PlanSettings) -> dict[str, Any]:
@@ -39,6 +44,8 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
     now = forecaster(training)
     print_forecast(now, training, base_name(base))
     record = now.as_record() | {"base": base_name(base)}
+    if not now.cannot_fit:
+        record["time"] = tell_time(now, training, rows)
     if not now.fits:
         remedies = find_remedies(training, forecaster)
         print("\n".join(["Changes that make it fit:", *(f"  {remedy}" for remedy in remedies)])
@@ -47,6 +54,27 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
     if settings.json_path:
         append_json(record, settings.json_path)
     return record
+
+
+def tell_time(now: Forecast, settings: TrainSettings, rows: Lengths) -> dict[str, Any]:
+    """Print the time of a run, and return it as plain values; empty where it is not known."""
+    if reason := no_speed(now):
+        print(f"Time: {reason}")
+        return {}
+    plan = make_plan(settings, rows.lengths_R, now.pack_length, num_processes=1)
+    speed = run_speed(now, plan)
+    basis = f"measured on an {now.card.name}" if speed.measured else "computed"
+    num_steps = count_steps(settings, plan)
+    hours = num_steps * speed.hours_per_step
+    span = f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+    pairs = {
+        "speed": f"{speed.rows_per_second:,.1f} rows a second, "
+        f"{speed.tokens_per_second:,.0f} tokens ({basis}; docs/cards.md)",
+        "run": f"{span} for {num_steps:,} steps, {plan.epoch(num_steps):.2g} x "
+        f"{len(plan.row_ids):,} rows",
+    }
+    print_pairs("Time of the training steps", pairs)
+    return asdict(speed) | {"num_steps": num_steps, "hours": hours}
 
 
 def train_settings(settings: PlanSettings) -> TrainSettings:
@@ -68,13 +96,14 @@ def _card_and_dtype(settings: PlanSettings) -> tuple[Card, torch.dtype]:
 
 
 def _rows(settings: PlanSettings, config: PreTrainedConfig) -> Lengths:
-    """The data set's, or, where it is not there yet, as many equal ones as a step takes."""
+    """The data set's, or, where it is not there yet, equal ones."""
     if Path(settings.dataset_path).is_dir():
         rule = family_of(config).row_rule(config)
         return TokenRows.from_dataset(load_dataset(settings.dataset_path, rule)[0], rule)
     missing = "dataset_path" in settings.model_fields_set
     note(
         f"{f'{settings.dataset_path} is not there' if missing else 'no dataset_path'}, so "
-        f"every row counts as {settings.row_length} tokens, all learned (--row_length)"
+        f"{settings.num_rows:,} rows count as {settings.row_length} tokens each, all learned "
+        "(--num_rows, --row_length)"
     )
-    return EqualRows.of(settings, settings.row_length)
+    return EqualRows(np.full(settings.num_rows, settings.row_length))

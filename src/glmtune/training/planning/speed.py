@@ -1,0 +1,99 @@
+"""How long a run takes, computed from the matrix products of its passes; see docs/cards.md.
+
+A pass of n tokens takes as long as n + `FIXED_TOKENS` tokens of an endless one, whose matrix
+products reach `EFFICIENCY` of the card's rated TFLOP/s. Shapes: R rows.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from glmtune.hardware import find_cards
+from glmtune.training.plan import Plan
+from glmtune.training.planning.forecast import Forecast
+from glmtune.training.planning.memory import Setup
+
+# Fitted to steps of ChatGLM-6B with rank 8 on query_key_value; tests/unit/test_run_speed.py
+# holds them against the records in benchmarks/.
+EFFICIENCY = 0.616
+"""Share of the rated 16-bit TFLOP/s that matrix products reach in long packs, on an H200."""
+FP8_SPEEDUP = 1.56
+FIXED_TOKENS = {None: 150, 8: 1230, 4: 500}
+"""What a pass takes whatever its size, in tokens: mostly reading the weights, by the bits in which
+they are quantised, since those become floats once a pass."""
+
+# Where a pass was measured: card, layout, and how the base is held. Layers were not recomputed.
+_MEASURED = {
+    ("H200", "packed", None, False), ("H200", "packed", None, True),
+    ("H200", "exact", None, False), ("H200", "exact", 4, False),
+    ("H100", "packed", None, False), ("H100", "packed", 8, False), ("H100", "packed", 4, False),
+}  # fmt: skip
+_MEASURED_PARAMETERS = 6_171_787_264  # ChatGLM-6B's
+
+
+@dataclass(frozen=True)
+class RunSpeed:
+    """The speed of a run's steps; loading, compiling, evaluating and saving come on top."""
+
+    rows_per_second: float
+    tokens_per_second: float
+    """Of the rows, filler not among them."""
+    hours_per_step: float
+    measured: bool
+    """Whether such a run was measured on this card; else the figures are computed alone."""
+
+
+def no_speed(forecast: Forecast) -> str | None:
+    """Why the time of a run cannot be computed, or None where it can."""
+    card, setup = forecast.card, forecast.setup
+    if not card.on_gpu:
+        return "not computed for a CPU"
+    if card.rated_tflops is None:
+        return f"not computed: TFLOP/s of {card.name} are not known here (--card NAME)"
+    if not setup.compiled:
+        return "not computed: padded rows, and cards before Ampere, have no measured speed"
+    return None
+
+
+def run_speed(forecast: Forecast, plan: Plan) -> RunSpeed:
+    """The speed of one process, where `no_speed` has no objection.
+
+    Args:
+        forecast: of the run.
+        plan: which rows make up which step.
+    """
+    setup, lengths_R = forecast.setup, plan.lengths_R[plan.row_ids]
+    num_rows, num_tokens, num_passes = len(lengths_R), int(lengths_R.sum()), plan.passes_in(0)
+    tokens = num_passes * (forecast.pack_length or num_tokens / num_passes)
+    assert forecast.card.rated_tflops is not None
+    flops_per_second = EFFICIENCY * 1e12 * forecast.card.rated_tflops
+    flops_per_second *= FP8_SPEEDUP if setup.is_fp8 else 1
+    tokens += num_passes * FIXED_TOKENS[setup.bits]
+    seconds = tokens * flops_per_token(setup, forecast.recompute) / flops_per_second
+    return RunSpeed(
+        rows_per_second=num_rows / seconds,
+        tokens_per_second=num_tokens / seconds,
+        hours_per_step=seconds / 3600 / plan.steps_in(0),
+        measured=_is_measured(forecast),
+    )
+
+
+def flops_per_token(setup: Setup, recompute: int) -> int:
+    """Of a step's matrix products with frozen weights.
+
+    Each weight is multiplied forward and for the gradient of its input, which is 4 FLOPs, and those
+    of a recomputed layer once more.
+    """
+    shape = setup.shape
+    return 4 * shape.matmul_parameters() + 2 * recompute * shape.layer_parameters()
+
+
+def _is_measured(forecast: Forecast) -> bool:
+    card, setup = forecast.card, forecast.setup
+    key = (*find_cards(card.name)[:1], setup.layout, setup.bits, setup.is_fp8)
+    return (
+        key in _MEASURED
+        and not forecast.recompute
+        and setup.dtype == torch.bfloat16
+        and setup.shape.matmul_parameters() == _MEASURED_PARAMETERS
+    )
