@@ -107,8 +107,10 @@ class TestComputed:
         found, settings = forecast_of("H200", **other)
         assert not run_speed(found, make_plan(settings, ROWS.lengths_R, 8192, 1)).measured
 
-    def test_passes_accumulated_take_as_long_as_steps(self):
-        once, twice = speed_on("H200"), speed_on("H200", gradient_accumulation_steps=2)
+    @pytest.mark.parametrize("layout", ["packed", "exact"])
+    def test_passes_accumulated_take_as_long_as_steps(self, layout):
+        once = speed_on("H200", layout=layout)
+        twice = speed_on("H200", layout=layout, gradient_accumulation_steps=2)
         assert twice.rows_per_second == pytest.approx(once.rows_per_second)
         assert twice.hours_per_step == pytest.approx(2 * once.hours_per_step, rel=0.01)
 
