@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from glmtune.cli import main
 ROOT = Path(__file__).resolve().parents[2]
 READMES = ("README.md", "README.zh.md")
 # Each in both languages; they take up what the README's commands leave.
-GUIDES = ("docs/data.md", "docs/training.md", "docs/answers.md")
+GUIDES = ("docs/data.md", "docs/training.md", "docs/answers.md", "docs/cards.md")
 COMMAND = re.compile(r"^(python \w+\.py|glmtune) .+", re.MULTILINE)
 # What would take hours on a real base: as few steps and answers as show that the command runs.
 SHORTER = {"--max_steps 52000": "--max_steps 2", "recipes/": f"{ROOT}/recipes/"}
@@ -57,6 +58,16 @@ def test_english_and_chinese_pages_have_the_same_sections_and_numbers(page):
     assert both[0] == both[1]
 
 
+@pytest.mark.parametrize("readme", READMES)
+def test_the_cards_of_the_readme_are_those_of_the_page(readme):
+    """tests/unit/test_run_speed.py computes the page's table again."""
+    page = "docs/cards.zh.md" if "zh" in readme else "docs/cards.md"
+    rows = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    shown = re.findall(r"^\| \d+ \| (?:RTX|H).*$", (ROOT / readme).read_text("utf-8"), re.MULTILINE)
+    assert len(shown) == 5
+    assert set(shown) <= set(rows)
+
+
 def test_the_readme_is_short():
     assert len((ROOT / READMES[0]).read_text(encoding="utf-8").split()) <= 900
 
@@ -77,7 +88,7 @@ def test_commands_of_the_readme_run(tmp_path, monkeypatch):
             continue
         for long, short in SHORTER.items():
             command = command.replace(long, short)
-        program, *arguments = command.split()
+        program, *arguments = shlex.split(command)
         if program == "python":
             script = [sys.executable, str(ROOT / arguments[0]), *arguments[1:]]
             done = subprocess.run(
