@@ -250,7 +250,7 @@ class Parts(NamedTuple):
 
     @classmethod
     def of_fused(cls, y_TN3D: Tensor) -> "Parts":
-        """Views of a fused projection's output, which holds all three side by side for each head."""
+        """Views of a fused projection's output, which has all three side by side for each head."""
         return cls(*y_TN3D.chunk(3, dim=-1))
 
     def sizes(self, how: dict[str, int]) -> dict[str, int]:
