@@ -30,7 +30,7 @@ from glmtune.data.flaws import (
 
 WINDOW_BYTES = 1 << 16  # fits into a core's cache
 MAX_ROW_BYTES = 1 << 25
-# json's own limit depends on how much of Python's stack is left; this one is always lower.
+# The limit of json depends on how much of the stack is left; this one is always lower.
 MAX_DEPTH = 256
 BLANK = b" \t\r\n"
 _BETWEEN_ROWS = re.compile(rb"\}([ \t\r\n]*,[ \t\r\n]*)\{")
@@ -70,7 +70,7 @@ class Lines:
         self.reference = _Reference()
 
     def read(self, window: bytes, at_end: bool) -> Batch:
-        """Read the whole lines at the start of the window; at the end of the file, also the last."""
+        """Read the whole lines at the start of the window; at the end of the file, all of them."""
         if self.expects == "next":
             size = window.find(b"\n") + 1
             self.expects = "row" if size else "next"
