@@ -1,4 +1,4 @@
-"""What a run says to its reader before the first step and after the last."""
+"""What a run prints before the first step and after the last."""
 
 import shlex
 import time
@@ -19,7 +19,7 @@ from glmtune.training.state import TrainingState
 
 
 class Pace:
-    """Real tokens and seconds since a moment of the run, which is when this is made."""
+    """Real tokens and seconds since this object was made."""
 
     def __init__(self, state: TrainingState):
         self._state, self._tokens_before, self._started = state, state.num_tokens, time.monotonic()
@@ -31,17 +31,17 @@ class Pace:
 
     @property
     def seconds(self) -> float:
-        """Time gone by."""
+        """Elapsed time."""
         return time.monotonic() - self._started
 
     @property
     def tokens_per_second(self) -> float:
-        """Both in one number; true of the device where it has just been waited for."""
+        """Tokens per second; correct for a device only right after waiting for it."""
         return self.tokens / max(self.seconds, 1e-9)
 
 
 def print_banner(run: Run, state: TrainingState) -> None:
-    """Say what is about to be trained, on what."""
+    """Print what is about to be trained, and on which data."""
     settings, device = run.settings, run.accelerator.device
     model = state.model
     trainable, total = model.get_nb_trainable_parameters()
@@ -97,7 +97,7 @@ def print_summary(
     since_start: Pace,
     is_done: bool,
 ) -> None:
-    """Say what came of the run, where it lies, and what to do next."""
+    """Print the outcome of the run, where it is saved, and what to do next."""
     folder = shlex.quote(run.settings.output_dir)
     how = "Done: all" if is_done else f"Stopped after step {state.global_step:,} of"
     pairs = {
@@ -116,11 +116,11 @@ def print_summary(
 
 
 def memory_advice(run: Run, evaluating: bool = False) -> str:
-    """Say that the device's memory is too small, and which settings need less of it.
+    """Explain that the device's memory is too small, and which settings need less of it.
 
     Args:
-        run: gives the settings as they are.
-        evaluating: whether it was too small for an evaluation.
+        run: the run, for its settings.
+        evaluating: whether memory was too small for an evaluation.
     """
     if evaluating and not isinstance(run.plan, PackPlan):
         return (
