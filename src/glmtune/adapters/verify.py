@@ -46,14 +46,14 @@ def verify_saved(model: PeftModel, folder: str | Path) -> float:
         if not math.isfinite(largest):
             raise UserError(
                 f"{path}: with these weights the model's logits are not finite, so it is not kept; "
-                "lower learning_rate, and go on from an earlier checkpoint"
+                "lower learning_rate, and resume from an earlier checkpoint"
             )
         if difference <= TOLERANCE * largest:
             return difference
         fault = f"the logits of a fresh load differ by {difference:.1e}"
     raise UserError(
-        f"{path}: what was saved is not what was trained: {fault}; check the disk, and go on from "
-        "an earlier checkpoint"
+        f"{path}: what was saved is not what was trained: {fault}; check the disk, and resume "
+        "from an earlier checkpoint"
     )
 
 

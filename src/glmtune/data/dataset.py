@@ -174,7 +174,7 @@ def load_dataset(path: str, rule: RowRule | None = None) -> tuple["datasets.Data
     card = DataCard.read(folder / CARD_FILE)
     if card.num_kept != len(dataset):
         raise UserError(
-            f"{path}: {CARD_FILE} tells of {card.num_kept} rows, the data has {len(dataset)}; "
+            f"{path}: {CARD_FILE} lists {card.num_kept} rows, the data has {len(dataset)}; "
             "the folder was mixed up: run `glmtune tokenize` again"
         )
     return dataset, card

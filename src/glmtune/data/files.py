@@ -158,7 +158,7 @@ def explain_bytes(data: bytes) -> tuple[str, str]:
     if encoding is None:
         return "it looks like binary data", "unpack the archive, or pass the JSON file itself"
     if encoding == "UTF-8":
-        return "a few bytes are damaged or cut off", "download it again or mend that place"
+        return "a few bytes are damaged or cut off", "download it again or fix that place"
     return f"likely {encoding}", f"save it as UTF-8, or, of rows, pass --encoding {encoding}"
 
 

@@ -30,7 +30,7 @@ def no_json(
     """The flaw of a row that json refused at `place`."""
     kind, reason, fix = "nesting", "nested too deeply", "flatten it"
     if isinstance(error, json.JSONDecodeError):
-        kind, fix = "syntax", "mend it"
+        kind, fix = "syntax", "fix it"
         found = error.doc[error.pos : error.pos + 1]
         reason = f"{error.msg} at {place}"
         if found and not found.isprintable():
@@ -41,12 +41,12 @@ def no_json(
 
 def long_number() -> Flaw:
     """The flaw of a row with an integer of more digits than Python accepts."""
-    return Flaw("syntax", "not JSON (a number too long)", "mend it")
+    return Flaw("syntax", "not JSON (a number too long)", "fix it")
 
 
 def broken_list(what: str) -> Flaw:
     """A flaw between the rows of a list."""
-    return Flaw("list", f"not JSON ({what})", "mend that place", breaks_list=True)
+    return Flaw("list", f"not JSON ({what})", "fix that place", breaks_list=True)
 
 
 def cut_off() -> Flaw:

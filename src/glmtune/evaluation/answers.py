@@ -306,7 +306,7 @@ class AnswerFile:
         except OSError as error:
             raise self._unwritable(error) from error
         if self.lines:
-            print(f"{self.path}: going on after {len(self.lines)} answers", file=sys.stderr)
+            print(f"{self.path}: resuming after {len(self.lines)} answers", file=sys.stderr)
         return self
 
     def append(self, record: Record, answer: dict[str, Any]) -> None:
@@ -335,7 +335,7 @@ class AnswerFile:
         if kind is not None and self.lines:
             print(
                 f"{self.path}: {len(self.lines)} answers are kept; run the same command again to "
-                "go on",
+                "resume",
                 file=sys.stderr,
             )
 

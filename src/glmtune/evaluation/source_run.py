@@ -49,7 +49,7 @@ def find_rows(adapter: Path, rule: RowRule) -> RunRows | None:
             raise UserError(f"{run.dataset_path}: holds other rows than the run was trained on")
         return RunRows(rows, split_rows(len(rows), run.eval_ratio, run.seed)[1])
     except UserError as error:
-        note(f"the run's rows cannot be had ({error})")
+        note(f"the run's rows are not available ({error})")
         return None
 
 

@@ -142,8 +142,8 @@ def answer_batch(
     except torch.OutOfMemoryError as error:
         longest = max(len(prompt.ids) for prompt in prompts)
         raise UserError(
-            f"per_device_eval_batch_size {len(prompts)}: no memory for a batch of so many prompts "
-            f"of up to {longest} tokens and {settings.max_new_tokens} new ones; lower it"
+            f"per_device_eval_batch_size {len(prompts)}: no memory for a batch of that many "
+            f"prompts of up to {longest} tokens and {settings.max_new_tokens} new ones; lower it"
         ) from error
     return [_read_answer(row, stop_ids, settings, tokenizer) for row in rows]
 

@@ -3,8 +3,8 @@
 The hub cache names each file's content by its hash (sha256 of large files, git's sha1 of small
 ones), but takes that name from whoever sent the file, and never reads the content again. Here each
 file is read once: its content must have the hash it is named by and the one that huggingface.co
-states for that file. Where that does not answer, a family's published files are held against the
-hashes that it knows.
+states for that file. Where that does not answer, a family's published files are checked against
+the hashes that it knows.
 """
 
 import hashlib
@@ -134,7 +134,7 @@ def _ask_publisher(hub_id: str, commit: str) -> dict[str, str]:
         ) from error
     if info is None:
         note(
-            f"{PUBLISHER} does not answer; the files of {hub_id} are held against the hashes "
+            f"{PUBLISHER} does not answer; the files of {hub_id} are checked against the hashes "
             f"of {ENDPOINT} and those that glmtune knows"
         )
         return {}

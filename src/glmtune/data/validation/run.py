@@ -90,7 +90,7 @@ def validate(settings: ValidateSettings) -> Validation:
     print(visible(str(validation)))
     if num_unusable := validation.num_unusable:
         raise UserError(
-            f"{num_unusable:,} of {validation.num_rows:,} rows cannot be used; mend them, "
+            f"{num_unusable:,} of {validation.num_rows:,} rows cannot be used; fix them, "
             "or let convert and tokenize leave them out with --on_bad_row skip"
         )
     if any(tally.unusable for tally in problems.tallies.values()):
@@ -129,7 +129,7 @@ def _tell_of_empty(files: list[CheckedFile], num_files: int, problems: Problems)
         if file.num_rows or file.path in told:
             continue
         if number >= num_files:
-            note(f"{file.path}: holds no row, so nothing is held against it")
+            note(f"{file.path}: holds no row, so nothing is compared with it")
             continue
         what, fix = "holds no row", "check that this is the right file"
         problems.add(Problem("file", file.path, None, None, what, fix, unusable=True))

@@ -240,7 +240,7 @@ def _locate(run: Run, outcome: Outcome) -> str:
         return f", first the {outcome.culprit}"
     if run.layout == "padded":
         return ", which it is not when computed again"
-    return f", which it is not the plain way: the fault is in the pass ({run.layout})"
+    return f", which it is not by the reference path: the fault is in the pass ({run.layout})"
 
 
 def _advise(run: Run, fault: Fault, outcome: Outcome) -> str:
@@ -248,7 +248,7 @@ def _advise(run: Run, fault: Fault, outcome: Outcome) -> str:
     if culprit is None:
         if run.layout == "padded":
             return "the device may be at fault: run `glmtune replay` on another"
-        return f"{TO_REFERENCE} (and resume_anyway true to go on), and please report this"
+        return f"{TO_REFERENCE} (and resume_anyway true to resume), and please report this"
     if culprit.way == "forward" and culprit.detail.endswith("not finite"):
         if "lora_" not in culprit.name:
             return f"the base model {run.base_name} is damaged: download it again"

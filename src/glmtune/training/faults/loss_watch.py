@@ -51,8 +51,8 @@ def judge_course(losses: Sequence[float]) -> Course | None:
     stops = in_a_row >= READINGS_IN_A_ROW
     if fault == "zero":
         words = (
-            "the loss is exactly 0: either the rows are memorised, or no token of theirs is "
-            "taught; train on more rows or for fewer steps"
+            "the loss is exactly 0: either the rows are memorised, or none of their tokens is "
+            "supervised; train on more rows or for fewer steps"
         )
         return Course(words, stops, is_spoilt=False)
     words = (

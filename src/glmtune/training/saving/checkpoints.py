@@ -141,7 +141,7 @@ def check_same_run(
             "mean it, add --resume_anyway true"
         )
     if differences:
-        notes.append(f"{checkpoint} is gone on with although it differs: {', '.join(differences)}")
+        notes.append(f"{checkpoint} is resumed although it differs: {', '.join(differences)}")
     return notes
 
 

@@ -108,7 +108,7 @@ def find_fault(checkpoint: Path) -> str | None:
     if _is_of_trainer(checkpoint):
         return (
             "it is a checkpoint of another program (transformers' Trainer), whose training cannot "
-            "be gone on with, only its adapter be used"
+            "be resumed; only its adapter can be used"
         )
     for name in _NEEDED:
         if not (checkpoint / name).is_file():

@@ -247,5 +247,5 @@ def what_is_kept(run: Run, state: TrainingState) -> str:
     """Say what a run that ends with an error has saved, and how to resume it."""
     kept = state.last_good
     if kept is None or not kept.is_dir():
-        return "there is no checkpoint of this run to go on from"
-    return f"{kept.name} is whole: go on with `{resume_command(run, kept)}`"
+        return "there is no checkpoint of this run to resume from"
+    return f"{kept.name} is whole: resume with `{resume_command(run, kept)}`"
