@@ -48,7 +48,7 @@ def polish(chat: ChatFormat, text: str) -> str:
 
 
 def polish_beginning(chat: ChatFormat, text: str) -> str:
-    """As much of the polished answer as is final while more is being generated."""
+    """The part of the polished answer that is final while more is being generated."""
     text = without_beginning(text, chat.marks)
     # The polished form of the last character may depend on what follows.
     return chat.polish(text[:-1] if text[-1:] and text[-1] in chat.unsettled else text)
