@@ -284,8 +284,8 @@ def capture_graph(
     """Record what `work` does on the current GPU as one CUDA graph.
 
     Args:
-        warm_up: like `work`; run before recording, on the same stream, so that what libraries set up
-            and compile at first use is not recorded.
+        warm_up: like `work`; run before recording, on the same stream, so that what libraries set
+            up and compile at first use is not recorded.
         times: how often to run `warm_up`.
         work: recorded, not executed. It must not wait for the device.
         pool: memory of another graph that never runs at the same time, to be shared.

@@ -8,8 +8,8 @@ from glmtune.doctor.errors import KNOWN_ERRORS, KnownError
 _PAGE_HEAD = """\
 # Known errors · 常见错误
 
-What users of ChatGLM have met, the twenty most frequent first, what is behind each, and the command
-that mends it. Explain one with `glmtune doctor --explain "ERROR TEXT"`. `glmtune doctor --errors`
+What users of ChatGLM have met, the twenty most frequent first, the cause of each, and the command
+that fixes it. Explain one with `glmtune doctor --explain "ERROR TEXT"`. `glmtune doctor --errors`
 prints this page.
 
 ChatGLM 用户遇到的报错（前二十个最常见）、原因以及解决命令。用 `glmtune doctor --explain "报错文字"`
