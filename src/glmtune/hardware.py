@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 GIB = 1024**3
-# For each card: GiB as torch reports them (measured on H100 and H200; for others the rated size less
-# some percent for drivers and error correction), compute capability, and dense TFLOP/s of its
+# For each card: GiB as torch reports them (measured on H100 and H200; for others the rated size
+# less some percent for drivers and error correction), compute capability, and dense TFLOP/s of its
 # tensor cores in 16 bits with sums in float32; None where the vendor states none or, as for laptops
 # of 2021, only ranges. If a card was sold with several sizes, each has its own name.
 #
