@@ -1,4 +1,4 @@
-"""Room on the disk, looked at before anything is written."""
+"""Free space on disk, checked before anything is written."""
 
 import shutil
 from pathlib import Path
@@ -9,18 +9,18 @@ MEGABYTE = 10**6
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that are free on the disk of a folder; it, or a folder above it, exists."""
+    """Free bytes on the disk of a folder that exists, or of its nearest existing parent."""
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     return shutil.disk_usage(there).free
 
 
 def check_room(folder: Path, needed: int, what: str, fix: str) -> None:
-    """Make sure that a folder's disk has room for something.
+    """Make sure that a folder's disk has space for something.
 
     Args:
-        folder: where it is to lie; it, or a folder above it, exists.
-        needed: bytes.
-        what: names what takes them, and ends in a verb.
+        folder: where it will be written; it, or a folder above it, exists.
+        needed: bytes needed.
+        what: what needs them, as the start of a sentence that ends in a verb.
         fix: what to do about it.
 
     Raises:

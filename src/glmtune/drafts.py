@@ -1,8 +1,8 @@
-"""A file or folder takes its name only once it is whole and on the disk.
+"""Write files and folders that get their name only once they are whole and on the disk.
 
-It is written under a hidden name beside it, flushed, and renamed. Whatever ends the process, and at
-whatever instant, the name leads to what was there before or to what was to be there; all that may
-be left behind is the draft, which `clear_drafts` knows by its name.
+Each is written under a hidden name beside the final one, flushed, and renamed. Whenever the process
+is killed, the name leads either to the old content or to the new; at most a draft is left behind,
+which `clear_drafts` recognises by its name.
 """
 
 import os
@@ -20,10 +20,10 @@ _SEVERAL = "files"
 
 @contextmanager
 def replacing_file(path: str | Path) -> Iterator[Path]:
-    """Give a path to write a file to, which replaces `path` once the block ends without error.
+    """Yield a path to write a file to, which replaces `path` once the block ends without error.
 
-    A block that writes nothing leaves everything as it was. A symbolic link keeps pointing: what it
-    points at is replaced. Raises OSError.
+    A block that writes nothing changes nothing. A symbolic link is kept: its target is replaced.
+    Raises OSError.
     """
     final = Path(os.path.realpath(path))
     draft = _beside(final, "tmp")
@@ -39,9 +39,9 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_files(folder: Path) -> Iterator[Path]:
-    """Give an empty folder, whose files replace those of `folder` once the block ends well.
+    """Yield an empty folder, whose files replace those of `folder` after a block without error.
 
-    One takes its place after the other. Raises OSError.
+    They are replaced one after the other. Raises OSError.
     """
     with _draft_folder(folder / _SEVERAL) as draft:
         yield draft
@@ -55,10 +55,10 @@ def replacing_files(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(path: str | Path) -> Iterator[Path]:
-    """Give an empty folder to fill, which replaces `path` once the block ends without error.
+    """Yield an empty folder to fill, which replaces `path` once the block ends without error.
 
-    Between an earlier folder's going and this one's coming there is an instant with neither. Raises
-    OSError; the earlier folder then stays.
+    For an instant between the removal of an earlier folder and the renaming there is neither.
+    Raises OSError; the earlier folder then stays.
     """
     final = Path(os.path.realpath(path))
     with _draft_folder(final) as draft:
@@ -80,12 +80,12 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder, of which no part is left under its name at any instant. Raises OSError."""
+    """Delete a folder; no partial folder is ever visible under its name. Raises OSError."""
     shutil.rmtree(_set_aside(path))
 
 
 def clear_drafts(folder: Path, is_ours: Callable[[str], object]) -> None:
-    """Delete what a killed process left in a folder: drafts of the names that are ours.
+    """Delete the drafts of our names that a killed process left in a folder.
 
     Raises OSError.
     """
@@ -97,7 +97,7 @@ def clear_drafts(folder: Path, is_ours: Callable[[str], object]) -> None:
 
 @contextmanager
 def write_errors(path: str | Path) -> Iterator[None]:
-    """Tell what keeps a path from being written as a UserError, which names no draft."""
+    """Turn an error of writing a path into a UserError, which does not name the draft."""
     try:
         yield
     except OSError as error:
@@ -132,7 +132,7 @@ def _set_aside(path: Path) -> Path:
 
 
 def _fsync_unless_draft(place: Path, home: Path) -> None:
-    """Flush a place, unless its home is in a draft, all of which is flushed in the end."""
+    """Flush a path, unless it is inside a draft, which is flushed as a whole in the end."""
     if not any(map(_DRAFT.fullmatch, home.parts)):
         _flush(place)
 
@@ -140,7 +140,7 @@ def _fsync_unless_draft(place: Path, home: Path) -> None:
 def _flush(path: Path) -> None:
     """Wait until a file's content, or the names in a folder, are on the disk."""
     if path.is_dir():
-        if os.name == "nt":  # has no such call for folders
+        if os.name == "nt":  # Windows cannot flush folders
             return
         number = os.open(path, os.O_RDONLY)
     else:

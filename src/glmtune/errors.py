@@ -1,4 +1,4 @@
-"""What a user is told in a line: a mistake, which ends the command, or a note beside results."""
+"""One-line messages to the user: a mistake, which ends the command, or a note beside results."""
 
 import os
 import re
@@ -6,8 +6,8 @@ import sys
 
 _LONGEST = 4000
 _WIDE_BLANK = "\u3000"
-# What acts in a text without being seen: a terminal's commands, marks that turn the direction of
-# letters, letters without width or for machines, other line breaks, halves of characters.
+# Invisible characters with an effect: terminal control codes, direction marks, characters of no
+# width or for private use, other line breaks, lone surrogates.
 _UNSEEN = re.compile(
     "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e007f]"
@@ -15,7 +15,7 @@ _UNSEEN = re.compile(
 
 
 class UserError(ValueError):
-    """A mistake of the user's, told in one line: what, where, its value and the fix.
+    """A user's mistake, described in one line: what, where, its value and the fix.
 
     The command line prints the line without a traceback and exits with code 2; from Python it is
     an ordinary ValueError.
@@ -26,10 +26,10 @@ class UserError(ValueError):
 
 
 def note(*lines: str, of_each_process: bool = False) -> None:
-    """Tell, apart from the results, of what the user should know of.
+    """Print a note for the user on stderr, apart from the results.
 
-    Of several processes that a launcher started the first tells it for all, unless each has its own
-    to tell.
+    Of several processes that a launcher started, only the first prints it, unless the note differs
+    from process to process.
     """
     if not of_each_process and os.environ.get("RANK", "0") != "0":
         return
@@ -38,10 +38,10 @@ def note(*lines: str, of_each_process: bool = False) -> None:
 
 
 def program(name: str = "glmtune") -> str:
-    """What to type for a program of this environment, so that it is found from this folder.
+    """The command that runs a program of this environment from the current folder.
 
-    Its name where the shell finds it by that, as in an environment that is activated; else its
-    place, such as `.venv/bin/glmtune`, or Python's with the module where no program was installed.
+    Its name if the shell finds it, as in an activated environment; otherwise its path, such as
+    `.venv/bin/glmtune`, or Python's path with the module if no program was installed.
     """
     import shlex
     import shutil
@@ -58,9 +58,9 @@ def program(name: str = "glmtune") -> str:
 
 
 def visible(text: str) -> str:
-    """A text of a stranger's as it may be shown: lines stay, and nothing in it acts unseen.
+    """An untrusted text, made safe to show: lines stay, and invisible characters become visible.
 
-    What would is written as an escape, such as \\x1b and \\u202e.
+    They are written as escapes, such as \\x1b and \\u202e.
     """
     if text.isprintable():
         return text
@@ -68,10 +68,10 @@ def visible(text: str) -> str:
 
 
 def _presentable(line: str) -> str:
-    """One line that can be printed and read, whatever a damaged file has brought into it.
+    """One printable line, whatever a damaged file has put into it.
 
-    Line breaks, a terminal's commands and halves of characters are written as escapes; of many
-    thousand characters start and end are kept, which are the place and the fix.
+    Line breaks, terminal control codes and lone surrogates are written as escapes; of many thousand
+    characters only start and end are kept, which hold the place and the fix.
     """
     if not line.isprintable():
         line = "".join(c if c.isprintable() or c == _WIDE_BLANK else _escape(c) for c in line)

@@ -1,4 +1,4 @@
-"""The device a run uses, the number format it computes in, and how much memory there is and was."""
+"""The device a run uses, its number format, and its memory: available and used."""
 
 import os
 import re
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 GIB = 1024**3
-# Of each card: GiB as torch reports them (H100 and H200 as measured; of others the rated size less
-# what drivers and error correction keep, some percent), compute capability, and dense TFLOP/s of
-# its tensor cores in 16 bits with sums in float32; None where the vendor states none or, as for
-# laptops of 2021, only ranges. Where a name was sold with several sizes, each is in the name.
+# For each card: GiB as torch reports them (measured on H100 and H200; for others the rated size
+# less some percent for drivers and error correction), compute capability, and dense TFLOP/s of its
+# tensor cores in 16 bits with sums in float32; None where the vendor states none or, as for laptops
+# of 2021, only ranges. If a card was sold with several sizes, each has its own name.
 #
-# Sources of the TFLOP/s are NVIDIA's own: of data-centre and RTX A/Ada/PRO cards the data sheets
-# (halved where those count sparsity, and again where they count 8 bits), of GeForce cards the
+# Sources of the TFLOP/s are NVIDIA's own: for data-centre and RTX A/Ada/PRO cards the data sheets
+# (halved where those count sparsity, and again where they count 8 bits), for GeForce cards the
 # white papers of Turing (TU102), Ampere (GA102), Ada (AD102) and Blackwell (GB202); where these do
 # not list a card, the "AI TOPS" of its product page, which are 8 times that figure for the 40
 # series and 16 times for the 50 series, and before those 2 (30 series) or 4 (20 series) times the
@@ -83,24 +83,24 @@ CARDS: dict[str, tuple[float, tuple[int, int], float | None]] = {
     "Quadro RTX 5000": (15.7, (7, 5), 89.2), "Quadro RTX 6000": (23.6, (7, 5), 130.5),
     "Quadro RTX 8000": (47.4, (7, 5), 130.5),
 }  # fmt: skip
-# What makers and drivers put around a card's own name.
+# What vendors and drivers add to a card's own name.
 _AROUND = {
     "NVIDIA", "GEFORCE", "TESLA", "RTX", "GTX", "GPU", "PCIE", "SXM", "SXM2", "SXM3", "SXM4",
     "SXM5", "HBM2", "HBM2E", "HBM3", "HBM3E", "GENERATION", "EDITION", "WORKSTATION", "SERVER",
 }  # fmt: skip
-# Gigabytes on the box are at most so many of those that torch reports.
+# Advertised gigabytes are at most this many times the GiB that torch reports.
 _RATED = 1.11
 
 
 @dataclass(frozen=True)
 class Card:
-    """A device as far as a plan must know it: the one that is here, or any other."""
+    """A device as a plan needs it: that of this machine, or any other."""
 
     name: str
     gib: float
-    """All of its memory; 0 where that is unknown."""
+    """All of its memory in GiB; 0 if unknown."""
     free_gib: float
-    """What other programs leave of it."""
+    """Memory in GiB that other programs leave free."""
     capability: tuple[int, int] | None
     """Compute capability of a GPU; None of a CPU."""
     rated_tflops: float | None = None
@@ -120,15 +120,15 @@ class Card:
 
     @classmethod
     def sized(cls, gib: float) -> "Card":
-        """A GPU of so much memory, of a generation that computes in bfloat16."""
+        """A GPU with some memory, of a generation that computes in bfloat16."""
         return cls(f"a card of {gib:g} GiB", gib, gib, (8, 0))
 
     @classmethod
     def named(cls, name: str) -> "Card":
-        """A GPU by its name, or by the part of it that tells it from others.
+        """Look up a GPU by its name, or by a unique part of it.
 
         Raises:
-            UserError: none is known by it, or several are.
+            UserError: no known card matches, or several do.
         """
         found = find_cards(name)
         if not found:
@@ -151,7 +151,7 @@ class Card:
 
     @property
     def is_hopper(self) -> bool:
-        """For which cuBLAS asks for larger workspaces."""
+        """Whether it is of the Hopper generation, for which cuBLAS uses larger workspaces."""
         return self.capability == (9, 0)
 
 
@@ -167,7 +167,7 @@ def find_cards(name: str) -> list[str]:
 
 
 def _card_words(name: str) -> tuple[set[str], int | None]:
-    """The words that tell a card from others, and the gigabytes that its name states."""
+    """The words that identify a card, and the gigabytes stated in its name."""
     text = re.sub(r"[^A-Z0-9]+", " ", name.upper()).replace("MOBILE", "LAPTOP")
     size = re.search(r"(?<!\S)(\d{1,3}) ?(?:GI?B?)?(?!\S)", text)
     if size:
@@ -179,9 +179,9 @@ def _card_words(name: str) -> tuple[set[str], int | None]:
 
 
 def pick_device(use_cpu: bool = False) -> "torch.device":
-    """The GPU where there is one, unless the CPU is asked for.
+    """The GPU if there is one, unless the CPU is requested.
 
-    Of several processes on one machine each gets a GPU of its own, by the launcher's LOCAL_RANK.
+    With several processes on one machine, each gets its own GPU, by the launcher's LOCAL_RANK.
 
     Raises:
         UserError: more processes than GPUs.
@@ -202,9 +202,9 @@ def pick_device(use_cpu: bool = False) -> "torch.device":
 def pick_dtype(
     device: "torch.device", bf16: bool | None = None, fp16: bool = False
 ) -> tuple["torch.dtype", str | None]:
-    """The compute type, and a word of caution where one is due.
+    """The compute type, and a warning if there is one to give.
 
-    bfloat16 on a GPU that has it, float16 where that is asked for or a GPU has nothing better,
+    bfloat16 on a GPU that supports it, float16 if requested or if a GPU supports nothing better,
     float32 on a CPU.
 
     Raises:
@@ -235,7 +235,7 @@ def pick_dtype(
 
 
 def check_decoding(device: "torch.device", bits: int, compiled: bool) -> None:
-    """Make sure that a device can decode as is asked for.
+    """Make sure that a device supports the requested kind of decoding.
 
     Raises:
         UserError: no GPU, or one that is too old.
@@ -259,7 +259,7 @@ def check_decoding(device: "torch.device", bits: int, compiled: bool) -> None:
 
 
 def device_name(device: "torch.device") -> str:
-    """What to call a device in a line for people, e.g. "NVIDIA H200" or "CPU, 2 threads"."""
+    """A device's name for messages, e.g. "NVIDIA H200" or "CPU, 2 threads"."""
     import torch
 
     if device.type == "cuda":
@@ -284,10 +284,10 @@ def capture_graph(
     """Record what `work` does on the current GPU as one CUDA graph.
 
     Args:
-        warm_up: like `work`, so that what libraries set up and compile at first use is not
-            recorded; runs so many times before, on the stream that is recorded.
-        times: how often.
-        work: is recorded, not done. It must not wait for the device.
+        warm_up: like `work`; run before recording, on the same stream, so that what libraries set
+            up and compile at first use is not recorded.
+        times: how often to run `warm_up`.
+        work: recorded, not executed. It must not wait for the device.
         pool: memory of another graph that never runs at the same time, to be shared.
 
     Returns:
@@ -311,14 +311,14 @@ def capture_graph(
 
 @cache
 def _capture_stream(index: int) -> "torch.cuda.Stream":
-    """One for all graphs of a GPU: for each stream, cuBLAS holds on to 32 MiB a thread."""
+    """One stream for all graphs of a GPU: cuBLAS keeps 32 MiB a thread for each stream."""
     import torch
 
     return torch.cuda.Stream(index)
 
 
 def memory_gib(device: "torch.device") -> float:
-    """Most memory this process has held so far, in GiB: tensors of a GPU, or all of it on a CPU."""
+    """Peak memory of this process so far, in GiB: tensors on a GPU, or everything on a CPU."""
     import torch
 
     if device.type == "cuda":

@@ -1,7 +1,8 @@
-"""The names of what a run leaves in its folder, and where a checkpoint or its run's files lie.
+"""The names of a run's files, and where a checkpoint or its run's files are.
 
 A run folder holds `checkpoint-N/` folders and, beside them, the adapter of the last step with the
-recipe, the metrics and the curve. A checkpoint is an adapter's folder with what it takes to go on.
+recipe, the metrics and the curve. A checkpoint is an adapter's folder with what is needed to
+resume.
 """
 
 import re
@@ -12,24 +13,24 @@ METRICS_FILE = "metrics.jsonl"
 PLOT_FILE = "training_loss.png"
 TENSORBOARD_FOLDER = "runs"
 
-# Of every adapter: as PEFT names them, today and in 2023.
+# Files of every adapter: PEFT's names, today's and those of 2023.
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 WEIGHTS_FILE_2023 = "adapter_model.bin"
 
-# Of a checkpoint alone, but for the state, which lies beside the checkpoints as well.
+# Files of checkpoints only, except the state, which is also written beside the checkpoints.
 STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.pt"
 SCHEDULER_FILE = "scheduler.pt"
 SCALER_FILE = "scaler.pt"
 RANDOM_FILES = "rng_state_*.pth"
-"""A pattern: there is one a process, see `random_file`."""
+"""Pattern of random state files, one for each process; see `random_file`."""
 MANIFEST_FILE = "manifest.json"
 
 FILES_BESIDE = (
     RECIPE_FILE, METRICS_FILE, STATE_FILE, WEIGHTS_FILE, ADAPTER_CONFIG_FILE, PLOT_FILE,
 )  # fmt: skip
-"""Files of a run that lie in its folder, beside the checkpoints."""
+"""Files of a run in its folder, beside the checkpoints."""
 
 CHECKPOINT_PREFIX = "checkpoint-"
 
@@ -63,14 +64,14 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def run_folder_of(checkpoint: Path) -> Path:
-    """The run folder that a checkpoint lies in, wherever a link to the checkpoint lies."""
+    """The run folder of a checkpoint, also if the path is a link to the checkpoint."""
     return checkpoint.resolve().parent
 
 
 def find_around(adapter: Path, name: str) -> list[Path]:
-    """The files of that name which belong to an adapter: its folder's, then its run folder's.
+    """The files of a name that belong to an adapter: its folder's, then its run folder's.
 
-    Any adapter may be a checkpoint under another name, so the folder above is always looked into.
+    Any adapter may be a checkpoint under another name, so the parent folder is always searched.
     """
     folders = (adapter, run_folder_of(adapter))
     return [folder / name for folder in folders if (folder / name).is_file()]

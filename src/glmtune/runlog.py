@@ -1,4 +1,4 @@
-"""What a run tells while it runs, and what it leaves in its folder.
+"""What a run reports while it runs, and the log files in its folder.
 
 A record is a dictionary of numbers at a step. Each goes to `metrics.jsonl` (a line), TensorBoard
 (under `runs/`), the terminal, and `history`, which `trainer_state.json` keeps as `log_history`.
@@ -22,9 +22,9 @@ Record = dict[str, Any]
 
 _SECONDS_OF_SILENCE = 300
 _BAR_FORMAT = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed} < {remaining}{postfix}]"
-# Below so many readings a curve is drawn as it was.
+# With fewer readings than this a curve is not smoothed.
 _SMOOTHED_FROM = 20
-# Of evaluation/page.css, by its names; PALE is the accent as faint as the page draws raw curves.
+# Colours and names of evaluation/page.css; PALE is the accent as faint as the page's raw curves.
 ACCENT, PALE, INK = "#0b6b5d", "#aacbc6", "#1d2126"
 SOFT, LINE, GONE = "#666d75", "#e2e2dc", "#c9503d"
 
@@ -36,9 +36,8 @@ class RunLog:
         output_dir: the run folder, which exists.
         max_steps: steps of the whole run.
         report_to: "tensorboard" or "all" writes TensorBoard events, "none" does not.
-        disable_tqdm: plain lines in the place of a progress bar; so it is, too, where stderr is no
-            terminal.
-        first_step: steps done before; records newer than that are dropped from `history`.
+        disable_tqdm: plain lines instead of a progress bar, as when stderr is no terminal.
+        first_step: steps done before; newer records are dropped from `history`.
         history: the records of those steps.
         enabled: false in all processes but the first, where nothing is written or shown.
     """
@@ -92,12 +91,12 @@ class RunLog:
                     part.close()
 
     def advance(self) -> None:
-        """Move the bar by a step; this asks nothing of the device."""
+        """Advance the bar by a step, without waiting for the device."""
         if self._bar is not None:
             self._bar.update()
 
     def log(self, step: int, record: Mapping[str, float]) -> None:
-        """Write a record everywhere. A number that is not finite becomes null, which JSON has.
+        """Write a record everywhere. A number that is not finite becomes null, as JSON requires.
 
         Raises:
             UserError: a file cannot be written.
@@ -134,8 +133,9 @@ class RunLog:
         return seconds_a_step * (self.max_steps - step)
 
     def plot_loss(self, path: str | Path) -> None:
-        """Draw the curve of the loss, raw and smoothed, and of the evaluation loss where there is
-        one, as a PNG that appears whole. Without any loss so far nothing is drawn.
+        """Draw loss (raw and smoothed) and evaluation loss, if any, as a PNG that appears whole.
+
+        Without any loss so far nothing is drawn.
         """
         loss = _series(self.history, "loss")
         if not self.enabled or not loss:
@@ -146,14 +146,14 @@ class RunLog:
 
 
 class Progress:
-    """How far a job is and what time is left, in lines few enough for a file of them.
+    """Lines on a job's progress and remaining time, few enough for a log file.
 
-    One comes with the first part that is done, one with each tenth of the job, and one where
-    nothing was told for five minutes.
+    One is printed with the first part done, one with each tenth of the job, and one after five
+    minutes of silence.
 
     Args:
-        total: what the job is made of, such as records.
-        done: what was done before.
+        total: parts of the job, such as records.
+        done: parts done before.
         what: the rest of the line, such as "records answered".
     """
 
@@ -163,7 +163,7 @@ class Progress:
         self._tenths = -1
 
     def tell(self, done: int) -> None:
-        """Say that so much is done, where it is time to."""
+        """Print the progress if a line is due."""
         now, tenths = time.monotonic(), 10 * done // self._total
         if tenths == self._tenths and now - self._told < _SECONDS_OF_SILENCE:
             return
@@ -174,7 +174,7 @@ class Progress:
 
 
 def print_pairs(title: str, pairs: Mapping[str, str]) -> None:
-    """Print a title and under it names and values in two columns."""
+    """Print a title, and below it names and values in two columns."""
     width = max(map(len, pairs), default=0)
     lines = [f"  {name:<{width}}  {value}" for name, value in pairs.items()]
     print("\n".join([title, *lines]), flush=True)
@@ -221,13 +221,13 @@ def smooth(values: Sequence[float], width: float) -> list[float]:
 
     reach = max(1, round(3 * width))
     weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
-    inside = slice(reach, reach + len(values))  # beyond the ends there is nothing to weigh
+    inside = slice(reach, reach + len(values))  # beyond the ends there are no values
     norm = np.convolve(np.ones(len(values)), weights)[inside]
     return (np.convolve(values, weights)[inside] / norm).tolist()
 
 
 def log_ticks(lowest: float, highest: float) -> list[float]:
-    """1, 3, 10, 30, ... around two numbers: two ticks a decade, nearly evenly far apart."""
+    """1, 3, 10, 30, ... around two numbers: two nearly evenly spaced ticks a decade."""
     decades = range(math.floor(math.log10(lowest)), math.ceil(math.log10(highest)) + 1)
     ticks = [float(f"{digit}e{decade}") for decade in decades for digit in (1, 3)]
     below = bisect_right(ticks, lowest) - 1
@@ -248,7 +248,7 @@ def _draw(loss: list[tuple[int, float]], eval_loss: list[tuple[int, float]]):
         axes.plot(steps, smoothed, color=ACCENT, linewidth=2.2, label="smoothed")
     else:
         axes.plot(steps, values, color=ACCENT, linewidth=2.2, label="loss")
-    for at in {0, len(steps) - 1}:  # as they were: at an end smoothing shows what never was
+    for at in {0, len(steps) - 1}:  # raw values: smoothing distorts the ends
         axes.annotate(
             f"{values[at]:.3f}", (steps[at], values[at]), xytext=(6, 0),
             textcoords="offset points", va="center", color=ACCENT, fontsize=10,

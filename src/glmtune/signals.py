@@ -1,4 +1,4 @@
-"""Who is told of the operating system's signals."""
+"""Handlers of the operating system's signals."""
 
 import signal
 import threading
@@ -11,9 +11,9 @@ from types import FrameType
 def signal_handler(
     handler: Callable[[int, FrameType | None], None], *numbers: int
 ) -> Iterator[None]:
-    """Let a function hear of signals while this lasts, and then whoever heard of them before.
+    """Handle signals with a function inside the `with` block, then restore earlier handlers.
 
-    Outside the main thread, where Python forbids it, nothing changes.
+    Outside the main thread, where Python forbids handlers, nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

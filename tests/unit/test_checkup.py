@@ -196,7 +196,7 @@ def test_check_on_rows_that_the_run_held_out(checking, tmp_path, capsys):
     main(checking)
     told = capsys.readouterr()
     assert "8 questions that come with glmtune" in told.out
-    assert "note: the run's rows cannot be had" in told.err
+    assert "note: the run's rows are not available" in told.err
 
 
 def test_an_adapter_that_is_zero_changes_nothing(checking, tiny_folder, tmp_path, capsys):

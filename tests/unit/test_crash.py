@@ -90,7 +90,7 @@ def test_a_broken_base_is_found_and_found_again(crash_run, broken_base, tmp_path
     assert told.startswith("step 1: the loss is nan, first the output of " + BROKEN)
     assert "its weight is not finite" in told
     assert "the base model broken is damaged" in told
-    assert "there is no checkpoint of this run to go on from" in told
+    assert "there is no checkpoint of this run to resume from" in told
     assert f"glmtune replay {tmp_path}/run/crash-1" in told
     assert replay(ReplaySettings(bundle=str(tmp_path / "run" / "crash-1"), use_cpu=True))
     assert "reproduced\n  device, number format and versions are those" in capsys.readouterr().out
@@ -187,7 +187,7 @@ def test_rows_are_named_by_their_place_in_the_source(
 def test_a_fault_of_the_packed_pass_alone_is_told_as_such(crash_run, tmp_path, monkeypatch):
     run_pass = passes.PackedPass.run
     monkeypatch.setattr(passes.PackedPass, "run", lambda *args: run_pass(*args) * math.inf)
-    with pytest.raises(UserError, match=r"is inf, which it is not the plain way: .*\(packed\)"):
+    with pytest.raises(UserError, match=r"it is not by the reference path: .*\(packed\)"):
         loop.train(crash_run(**PACKED))
 
 

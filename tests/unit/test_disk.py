@@ -41,7 +41,7 @@ class TestDisk:
 
         def check(words, **settings):
             told = look(words, **settings)
-            assert "checkpoint-2 is whole: go on with `glmtune train" in told
+            assert "checkpoint-2 is whole: resume with `glmtune train" in told
             assert saved(tmp_path / "run") == ["checkpoint-2"]
             assert find_fault(tmp_path / "run" / "checkpoint-2") is None
             entries = [entry.name for entry in (tmp_path / "run").iterdir()]
@@ -128,7 +128,7 @@ class TestDisk:
 
         monkeypatch.setattr(loop, "train_step", moved)
         told = kept.look("run: this run's folder is no longer there")
-        assert "no checkpoint of this run to go on from" in told
+        assert "no checkpoint of this run to resume from" in told
         assert not (tmp_path / "run").exists()
         assert find_checkpoint(tmp_path / "moved")[0].name == "checkpoint-2"
 

@@ -208,7 +208,7 @@ class TestMemory:
         for words in (
             "small for this: per_device_train_batch_size 1, gradient_accumulation_steps 6 would",
             "; or gradient_checkpointing true would take",
-            "checkpoint-2 is whole: go on with `glmtune train ",
+            "checkpoint-2 is whole: resume with `glmtune train ",
             f"--resume_from_checkpoint {checkpoint}`",
         ):
             assert words in str(error.value)
@@ -230,7 +230,7 @@ class TestMemory:
 
     def test_memory_that_runs_out_in_an_evaluation(self, toy_run, tmp_path, monkeypatch):
         self.run_out(monkeypatch, "loss", 1)
-        with pytest.raises(UserError, match=r"halve per_device_eval_batch_size \(8\).*go on with"):
+        with pytest.raises(UserError, match=r"halve per_device_eval_batch_size \(8\).*resume with"):
             loop.train(toy_run(eval_ratio=0.3, eval_steps=3))
         assert saved(tmp_path / "run") == ["checkpoint-3"]
 

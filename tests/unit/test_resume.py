@@ -109,7 +109,7 @@ class TestWorkers:
         for rank in (0, 1):
             told = (folder / f"told by {rank}").read_text()
             assert "cannot be written" in told
-            assert "checkpoint-2 is whole: go on with `torchrun --nproc_per_node 2" in told
+            assert "checkpoint-2 is whole: resume with `torchrun --nproc_per_node 2" in told
 
     def test_processes_leave_their_group_before_python_ends(self, folder):
         for rank in (0, 1):
@@ -220,7 +220,7 @@ class TestAnotherRun:
     def test_resume_anyway_goes_on_with_the_new_settings(self, toy_run, saved, capsys):
         result = loop.train(toy_run(learning_rate=5e-4, resume_anyway=True, **saved))
         err = capsys.readouterr().err
-        assert "checkpoint-2 is gone on with although it differs: learning_rate 0.001 (now" in err
+        assert "checkpoint-2 is resumed although it differs: learning_rate 0.001 (now" in err
         rates = [record["learning_rate"] for record in result.log_history]
         assert rates == [1e-3, 1e-3, 5e-4]
 

@@ -309,7 +309,7 @@ def test_what_is_no_data_set_of_token_rows_is_refused():
 def test_a_damaged_folder_is_refused():
     run([("a", "b"), ("c", "d")])
     change_card(num_kept=3)
-    with pytest.raises(UserError, match=r"tells of 3 rows, the data has 2"):
+    with pytest.raises(UserError, match=r"lists 3 rows, the data has 2"):
         load_dataset("tokens")
     change_card(lengths=None)
     with pytest.raises(UserError, match=rf"tokens/{CARD_FILE}: is damaged"):

@@ -151,7 +151,7 @@ def test_a_file_without_a_row_is_told(tmp_path, monkeypatch, capsys, content):
     assert "b.json: holds no row; check" in out
     assert "no problem found" not in out
     assert main(["validate", "c.json", "--held_out", "a.json"]) == 0
-    assert "note: a.json: holds no row, so nothing is held against it" in capsys.readouterr().err
+    assert "note: a.json: holds no row, so nothing is compared with it" in capsys.readouterr().err
 
 
 def test_the_last_line_sums_up_all_files(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""LoRA adapters: attach, load, save, convert and merge. Today's PEFT form and those of 2023."""
+"""LoRA adapters: attach, load, save, convert and merge, in today's PEFT format or those of 2023."""
 
 from glmtune.adapters.formats import convert_adapter, find_adapter, read_adapter
 from glmtune.adapters.lora import attach_lora, load_adapter, restore_adapter, save_adapter

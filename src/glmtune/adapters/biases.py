@@ -1,8 +1,8 @@
-"""Biases that an adapter brings along: values that take the place of the base's own.
+"""Biases that belong to an adapter: values that replace the base's own.
 
 PEFT trains them with `bias: "lora_only"` (of the adapted modules) or `"all"`. In files of 2023 an
-adapted module's is called `<module>.bias`; a PEFT of today has the module under `base_layer`, loads
-the bias by that name alone, and passes over any other without a word.
+adapted module's bias is called `<module>.bias`; today's PEFT has the module under `base_layer`,
+loads the bias by that name only, and silently ignores any other.
 """
 
 import warnings
@@ -28,7 +28,7 @@ def name_biases(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def bias_setting(weights: Mapping[str, Tensor]) -> str:
-    """What `bias` in adapter_config.json says of an adapter with these tensors."""
+    """The value of `bias` in adapter_config.json for an adapter with these tensors."""
     biases = [key for key in weights if _is_bias(key)]
     if all(key.endswith(_BASE_BIAS) for key in biases):
         return "lora_only" if biases else "none"
@@ -36,7 +36,7 @@ def bias_setting(weights: Mapping[str, Tensor]) -> str:
 
 
 def biases_in_effect(peft_model: PeftModel) -> dict[str, Tensor]:
-    """The biases that belong to the attached adapter by its settings; not copies."""
+    """The biases that belong to the attached adapter according to its settings; not copies."""
     config = peft_model.peft_config["default"]
     assert isinstance(config, LoraConfig)
     suffix = {"none": (), "lora_only": (_BASE_BIAS,), "all": (_BIAS,)}[config.bias]
@@ -47,16 +47,16 @@ def biases_in_effect(peft_model: PeftModel) -> dict[str, Tensor]:
 
 
 def restore_when_disabled(peft_model: PeftModel, of_base: Mapping[str, Tensor]) -> None:
-    """Let `disable_adapter` bring back the base's biases as well, which PEFT's does not.
+    """Let `disable_adapter` restore the base's biases as well, which PEFT's does not.
 
-    The two are parameters of their own, so that who reads the model meanwhile keeps what it read.
+    Both biases are separate parameters, so that tensors read from the model meanwhile stay valid.
 
     Args:
-        peft_model: with the adapter's biases in the places of the base's, or about to be there.
-        of_base: copies of the base's.
+        peft_model: has the adapter's biases in place of the base's, or is about to get them.
+        of_base: copies of the base's biases.
 
     Raises:
-        UserError: a module has no place for two, as in a quantised base.
+        UserError: a module cannot hold two biases, as in a quantised base.
     """
     if not of_base:
         return

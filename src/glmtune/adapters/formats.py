@@ -1,4 +1,4 @@
-"""Adapter folders of every age, read into one form in memory and written in today's.
+"""Adapter folders of every version, read into one form in memory and written in today's format.
 
 Today: `adapter_config.json` beside `adapter_model.safetensors`, as PEFT writes them. In 2023 (PEFT
 0.2 and 0.3-dev) the weights were `adapter_model.bin`, and five things could differ:
@@ -55,7 +55,7 @@ _SUFFIX_A, _SUFFIX_B = ".lora_A.weight", ".lora_B.weight"
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter in memory: today's PEFT form, whatever form its folder has."""
+    """An adapter in memory, in today's PEFT form whatever the format of its folder."""
 
     config: LoraConfig
     weights: dict[str, Tensor]
@@ -73,7 +73,7 @@ class Adapter:
         return [key.removeprefix(_KEY_PREFIX).removesuffix(_SUFFIX_A) for key in keys]
 
     def check_effect(self) -> None:
-        """Refuse an adapter that leaves the base as it is: every tensor but lora_A is zero.
+        """Refuse an adapter without any effect: every tensor but lora_A is zero.
 
         Raises:
             UserError: the adapter changes nothing.
@@ -88,7 +88,8 @@ class Adapter:
 def find_adapter(folder: str | Path) -> Path:
     """The folder that holds the adapter: `folder` itself, else its newest `checkpoint-N`.
 
-    A hub's cache folder is opened; a hub id means that cache, or is downloaded.
+    A folder of a hub's cache is resolved to its snapshot; a hub id is looked up there, or
+    downloaded.
 
     Raises:
         UserError: there is no such folder, or no adapter in it; the message lists what is there.
@@ -101,7 +102,7 @@ def find_adapter(folder: str | Path) -> Path:
         place = newest_checkpoint(folder) or folder
         if find_weights(place):
             return place
-        # Answers to a hub's adapter go into a folder of its name.
+        # Answers of an adapter from a hub go into a folder of its name.
         cached = try_to_load_from_cache(name, ADAPTER_CONFIG_FILE) if is_hub_id(name) else None
         if isinstance(cached, str):
             return Path(cached).parent
@@ -121,18 +122,18 @@ def find_adapter(folder: str | Path) -> Path:
             return find_adapter(fetch(name, (ADAPTER_CONFIG_FILE, *_WEIGHTS_FILES)))
         except UserError:
             raise
-        except Exception as error:  # a hub that gives nothing shows in many kinds of exception
+        except Exception as error:  # hub clients raise many kinds of exceptions
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             fault = f"no such folder, and the hub does not give it ({reason[:200]})"
     raise UserError(f"{folder}: {fault} (an adapter is a folder with {WEIGHTS_FILE})")
 
 
 def read_adapter(folder: str | Path) -> Adapter:
-    """Read the adapter that `find_adapter` finds in a folder, in any of the forms above.
+    """Read the adapter that `find_adapter` finds in a folder, in any of the formats above.
 
     Raises:
-        UserError: a file is missing, damaged, no LoRA adapter or one that would run code when
-            opened, or its tensors contradict each other; the message names file and tensor.
+        UserError: a file is missing, is damaged, is no LoRA adapter or would run code when opened,
+            or its tensors contradict each other; the message names file and tensor.
     """
     folder = find_adapter(folder)
     path = find_weights(folder)
@@ -153,7 +154,8 @@ def read_adapter(folder: str | Path) -> Adapter:
             f"lora_alpha {ALPHA_2023}, the recipe's of 2023, is assumed"
         )
     if enabled:
-        # Keeping alpha / r keeps the scaling, with as many times the rank as there are blocks.
+        # The rank is multiplied by the number of blocks, and alpha with it, which keeps the
+        # scaling.
         weights = _dense_weights(weights, enabled, settings["r"], path)
         settings["r"] *= sum(enabled)
         settings["lora_alpha"] *= sum(enabled)
@@ -181,8 +183,8 @@ def write_adapter(
     Args:
         config: the adapter's settings.
         weights: today's keys to tensors, which are stored as float32.
-        folder: where; it appears whole, or, where it exists, its two files are replaced.
-        base_name: the base model's hub id or bare name; of a path only its end is written.
+        folder: where to write; it appears whole, or, if it exists, its two files are replaced.
+        base_name: the base model's hub id or bare name; only the end of a path is written.
 
     Raises:
         UserError: the folder cannot be written.
@@ -202,19 +204,19 @@ def write_adapter(
 
 
 def _write_files(config: LoraConfig, tensors: dict[str, Tensor], folder: Path) -> None:
-    # By way of memory: a disk that is full is then an OSError, as with every other file.
+    # Serialise in memory first: a full disk is then an OSError, as with every other file.
     (folder / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
     write_settings(config, folder)
 
 
 def convert_adapter(old: str | Path, new: str | Path) -> Path:
-    """Write the adapter in folder `old`, of any form, as today's form in folder `new`.
+    """Write the adapter in folder `old`, of any format, in today's format to folder `new`.
 
     Returns:
         The folder that was read: `old` or its newest checkpoint.
 
     Raises:
-        UserError: `new` is there already, or `old` is no adapter or one that changes nothing.
+        UserError: `new` exists already, or `old` holds no adapter or one without effect.
     """
     refuse_existing(new)
     adapter = read_adapter(old)
@@ -229,8 +231,8 @@ def convert_adapter(old: str | Path, new: str | Path) -> Path:
 def dense_pair(lora_a: Tensor, lora_b: Tensor, enabled: Sequence[bool]) -> tuple[Tensor, Tensor]:
     """A block-wise adapter of a fused projection as one dense adapter of the same effect.
 
-    PEFT 0.2's MergedLinear gave each enabled part of the output (by thirds of its rows, whatever
-    heads they belong to) rank r of its own: ``lora_A`` stacks k blocks of r rows, ``lora_B`` k
+    PEFT 0.2's MergedLinear gave each enabled part of the output (thirds of its rows, regardless of
+    heads) its own rank r: ``lora_A`` stacks k blocks of r rows, ``lora_B`` k
     blocks of output rows. With ``enabled = [true, false, true]``::
 
                     lora_A 1  lora_A 2
@@ -257,17 +259,17 @@ def dense_pair(lora_a: Tensor, lora_b: Tensor, enabled: Sequence[bool]) -> tuple
 
 
 def refuse_existing(folder: str | Path) -> None:
-    """Raise a UserError where a result would go on top of what is there already."""
+    """Raise a UserError where a result would overwrite existing files."""
     folder = Path(folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"{folder}: is there already and not empty; name a new folder or remove it")
 
 
 def find_weights(folder: Path) -> Path | None:
-    """The weights file of an adapter folder: today's, that of 2023, or another with LoRA in it.
+    """The weights file of an adapter folder: today's, that of 2023, or another that holds LoRA.
 
     Raises:
-        UserError: several others have.
+        UserError: several other files hold LoRA.
     """
     files = (folder / name for name in _WEIGHTS_FILES)
     if found := next((file for file in files if file.is_file()), None):
@@ -283,12 +285,12 @@ def find_weights(folder: Path) -> Path | None:
 def _has_lora(path: Path) -> bool:
     try:
         return any(".lora_A." in key for key in load_bin(path, device="meta"))
-    except UserError:  # an optimiser's state, say
+    except UserError:  # an optimiser's state, for example
         return False
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """Names to tensors; no code that a pickle holds is run."""
+    """Read names to tensors; no code in a pickle is run."""
     check_inside(path)
     try:
         if is_lfs_pointer(path):
@@ -302,7 +304,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _canonical_keys(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Today's keys: with PEFT's prefix, without an adapter's name; float32 values."""
+    """The tensors under today's keys: with PEFT's prefix, without an adapter's name; in float32."""
     weights: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         if not tensor.is_floating_point() or not tensor.ndim:
@@ -319,7 +321,7 @@ def _canonical_keys(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]
 
 
 def _pairs(weights: dict[str, Tensor], path: Path) -> Iterator[tuple[str, str]]:
-    """The keys of each lora_A with its lora_B, both of them matrices at least."""
+    """The keys of each lora_A with its lora_B, after checking that both are matrices."""
     stems = (key.rpartition(".lora_")[0] for key in weights if key.endswith((_SUFFIX_A, _SUFFIX_B)))
     for stem in dict.fromkeys(stems):
         for key in (stem + _SUFFIX_A, stem + _SUFFIX_B):
@@ -334,7 +336,7 @@ def _pairs(weights: dict[str, Tensor], path: Path) -> Iterator[tuple[str, str]]:
 def _dense_weights(
     weights: dict[str, Tensor], enabled: Sequence[bool], rank: int, path: Path
 ) -> dict[str, Tensor]:
-    """All pairs through `dense_pair`, after a look at their shapes."""
+    """Convert all pairs by `dense_pair`, after checking their shapes."""
     blocks, dense = sum(enabled), dict(weights)
     for key_a, key_b in _pairs(weights, path):
         for key, fits, wanted in (
@@ -352,7 +354,7 @@ def _dense_weights(
 
 
 def _check_rank(settings: dict, weights: dict[str, Tensor], path: Path) -> None:
-    """Refuse a rank that no tensor has, before PEFT takes the memory for it."""
+    """Refuse a rank that no tensor has, before PEFT allocates memory for it."""
     pattern = settings.get("rank_pattern") or {}
     ranks = [settings["r"], *pattern.values()] if isinstance(pattern, dict) else [pattern]
     found = max((len(weights[a]) for a in weights if a.endswith(_SUFFIX_A)), default=0)
@@ -364,7 +366,7 @@ def _check_rank(settings: dict, weights: dict[str, Tensor], path: Path) -> None:
 
 
 def _guess_settings(weights: dict[str, Tensor], path: Path) -> tuple[dict, Sequence[bool] | None]:
-    """Settings and `enable_lora` of weights without a config, from their shapes."""
+    """Infer settings and `enable_lora` of weights without a config from their shapes."""
     pairs = list(_pairs(weights, path))
     ranks = {weights[key_b].shape[1] for _, key_b in pairs}
     blocks = {weights[key_a].shape[0] // weights[key_b].shape[1] for key_a, key_b in pairs}

@@ -27,9 +27,9 @@ def attach_lora(
     dropout: float = 0.1,
     targets: str | Sequence[str] | None = None,
 ) -> PeftModel:
-    """Put a fresh LoRA adapter on a model, in place; from here on only the adapter trains.
+    """Put a new LoRA adapter on a model, in place; afterwards only the adapter trains.
 
-    The adapter's weights are float32 whatever the base's type, and start as PEFT starts them
+    The adapter's weights are float32 whatever the base's type, and are initialised as in PEFT
     (lora_B zero, lora_A drawn from torch's generator).
 
     Args:
@@ -38,11 +38,11 @@ def attach_lora(
         alpha: the adapter's output is scaled by alpha / r.
         dropout: share of the adapter's input that is dropped while training.
         targets: last names of the linears to adapt, as a list or separated by commas; "all" for
-            every linear but the head. By default those that the model's family adapts.
+            every linear but the head. By default the family's own choice.
 
     Raises:
-        UserError: a target that the model does not have (the message lists those it has), or a
-            model with an adapter on it already.
+        UserError: the model lacks a target (the message lists those it has), or already has an
+            adapter.
     """
     if targets is None:
         targets = family_of(model.config).lora_target
@@ -60,11 +60,12 @@ def attach_lora(
 
 
 def save_adapter(peft_model: PeftModel, folder: str | Path, base_name: str) -> None:
-    """Write the adapter as today's PEFT folder, which `PeftModel.from_pretrained` loads.
+    """Write the adapter in today's PEFT format, as `PeftModel.from_pretrained` loads it.
 
     Args:
         peft_model: a model from `attach_lora` or `load_adapter`.
-        folder: a new folder appears whole; in one that exists the adapter's two files are replaced.
+        folder: a new folder appears whole; in an existing one, the adapter's two files are
+            replaced.
         base_name: hub id or bare name of the base; a path is cut to its last name.
 
     Raises:
@@ -76,7 +77,7 @@ def save_adapter(peft_model: PeftModel, folder: str | Path, base_name: str) -> N
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
-    """Put the adapter of a folder, of any form since 2023, on a base model, in place, to be used.
+    """Put the adapter of a folder, of any format since 2023, on a base model, in place, for use.
 
     The adapter's weights stay float32 on a base of any type. What had to be assumed about an old
     folder is printed as a note on stderr.
@@ -89,8 +90,8 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
         The model in evaluation mode; nothing of it trains.
 
     Raises:
-        UserError: no adapter there, one that cannot be read, does not fit this base tensor by
-            tensor, or changes nothing. The base then carries no adapter.
+        UserError: there is no adapter, or it cannot be read, does not fit this base tensor by
+            tensor, or has no effect. The base then has no adapter.
     """
     adapter = read_adapter(folder)
     adapter.check_effect()
@@ -116,13 +117,13 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
 
 
 def restore_adapter(peft_model: PeftModel, folder: str | Path) -> None:
-    """Copy a checkpoint's adapter into the one attached to a model, as to resume training.
+    """Copy a checkpoint's adapter into the one attached to a model, to resume training.
 
-    Unlike `load_adapter` it takes an adapter whose lora_B is still zero: a run may be resumed from
-    a checkpoint within its warm-up.
+    Unlike `load_adapter` it accepts an adapter whose lora_B is still zero: a run may be resumed
+    from a checkpoint within its warm-up.
 
     Raises:
-        UserError: no adapter there, or not the tensors that the attached adapter has.
+        UserError: there is no adapter, or its tensors are not those of the attached adapter.
     """
     adapter = read_adapter(folder)
     note(*adapter.notices)
@@ -130,7 +131,7 @@ def restore_adapter(peft_model: PeftModel, folder: str | Path) -> None:
 
 
 def _linear_names(model: PreTrainedModel) -> list[str]:
-    """Last names of the model's linears without the head, which may be tied to the embedding."""
+    """Last names of the model's linears, without the head, which may be tied to the embedding."""
     head = model.get_output_embeddings()
     linears = (
         name
@@ -148,12 +149,13 @@ def _wrap(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     before = [(module, dict(module.named_children())) for module in model.modules()]
     try:
         with warnings.catch_warnings():
-            # PEFT reads an attribute that transformers renamed, and is told so on every call.
+            # PEFT reads an attribute that transformers renamed, which gives a warning on every
+            # call.
             warnings.simplefilter("ignore", FutureWarning)
             return get_peft_model(model, config)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # PEFT refuses settings in many kinds
+    except Exception as error:  # PEFT raises many kinds of exceptions for settings
         for module, children in before:  # it may have stopped half way
             for name in dict(module.named_children()).keys() - children.keys():
                 delattr(module, name)
@@ -166,13 +168,13 @@ def adapter_weights(peft_model: PeftModel) -> dict[str, torch.Tensor]:
     """The attached adapter's tensors under the keys of today's files; not copies."""
     # The default, "auto", looks for the base's config on the hub.
     tensors = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
-    # Which biases belong to an adapter PEFT no longer knows.
+    # PEFT no longer knows which biases belong to an adapter.
     weights = {key: tensor for key, tensor in tensors.items() if ".lora_" in key}
     return weights | biases_in_effect(peft_model)
 
 
 def _fill(peft_model: PeftModel, adapter: Adapter) -> None:
-    """Copy weights into the attached adapter once every name and shape is seen to agree."""
+    """Copy weights into the attached adapter after checking that every name and shape agrees."""
     shapes = {key: list(tensor.shape) for key, tensor in adapter.weights.items()}
     wanted = {key: list(tensor.shape) for key, tensor in adapter_weights(peft_model).items()}
     for key in wanted:

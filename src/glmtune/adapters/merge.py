@@ -22,24 +22,24 @@ from glmtune.models.shim import write_shim
 from glmtune.models.weights import fetch
 
 TOKENIZER_FILES = ("*.model", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json")
-# Adding the adapter to the weights or to the activations rounds differently, in float32 by less
-# than this share of the largest logit; a wrong merge is off by far more.
+# Adding the adapter to the weights rounds differently from adding it to the activations, in float32
+# by less than this share of the largest logit; a wrong merge differs by far more.
 TOLERANCE = 1e-3
 
 
 def merge_adapter(settings: MergeSettings) -> float:
-    """Write base and adapter as one plain model, after a look at what it answers.
+    """Write base and adapter as one plain model, after checking its logits.
 
     The merge is done in float32 on the CPU, with some 25 GB of memory for 6B. Merged weights are
-    stored in float32, because float16 would round off part of what was learned; all others in the
-    base's own type, which of a published int8 or int4 folder means dequantised to float16.
-    Tokenizer files are copied byte for byte, but for an `auto_map` of code that is not copied; in
-    the place of that code comes one line that imports this package (models/shim.py). Before the
-    folder takes its name it is loaded anew, and its logits are held against those of base and
+    stored in float32, because float16 would round off part of the adapter's update; all others in
+    the base's own type; those of a published int8 or int4 folder are dequantised to float16.
+    Tokenizer files are copied byte for byte, except an `auto_map` of code that is not copied; a
+    one-line file that imports this package replaces that code (models/shim.py). Before the folder
+    gets its final name it is loaded again, and its logits are compared with those of base and
     adapter.
 
     Returns:
-        The largest difference of a logit that was seen.
+        The largest difference of a logit.
 
     Raises:
         UserError: `save_path` is not empty, base or adapter cannot be loaded or do not fit, the
@@ -50,7 +50,7 @@ def merge_adapter(settings: MergeSettings) -> float:
     base = resolve_base(settings.chatglm_path, settings.model_path)
     print(f"loading {base} with the adapter of {adapter_folder}")
     base_config = load_config(base)
-    # Dequantised weights are rounded as they will be stored, so that the logits are held to that.
+    # Round dequantised weights as they will be stored, so that the expected logits match them.
     is_quantised = integer_bits_of(base_config) or bits_of(base_config)
     dtype = torch.float16 if is_quantised else torch.float32
     model = dequantise(load_base_model(base, dtype=dtype))
@@ -83,14 +83,14 @@ def merge_adapter(settings: MergeSettings) -> float:
 
 
 def probe(model: PreTrainedModel | PeftModel) -> Tensor:
-    """Logits ``(1, S, V)`` of a short row with ids from all over the vocabulary."""
+    """Logits ``(1, S, V)`` of a short row with ids spread over the vocabulary."""
     ids = family_of(model.config).probe_row(model.config)
     with torch.inference_mode():
         return model(input_ids=torch.tensor([ids], device=model.device)).logits
 
 
 def downcast_lossless(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Turn each parameter to `dtype` in place where that loses nothing; the others stay."""
+    """Convert each parameter to `dtype` in place if that is lossless; the others stay."""
     for parameter in model.parameters():
         small = parameter.data.to(dtype)
         if torch.equal(small.to(parameter.dtype), parameter.data):
@@ -109,7 +109,7 @@ def copy_tokenizer(source: Path, target: Path) -> list[str]:
 
 
 def _largest_difference(folder: Path, expected: Tensor) -> float:
-    """How far the logits of a merged folder are from the expected ones, which must not be far."""
+    """The difference of a merged folder's logits from the expected ones, which must be small."""
     merged = probe(load_base_model(str(folder), dtype=torch.float32))
     difference = (merged - expected).abs().max().item()
     if not difference <= TOLERANCE * expected.abs().max().item():

@@ -1,4 +1,4 @@
-"""adapter_config.json of every age, read without trust into PEFT's settings of today."""
+"""adapter_config.json of every version, read as untrusted input into today's PEFT settings."""
 
 import json
 import math
@@ -14,9 +14,9 @@ from glmtune.errors import UserError
 from glmtune.run_files import ADAPTER_CONFIG_FILE, run_folder_of, step_in
 
 _LORA_SETTINGS = {field.name for field in fields(LoraConfig)} - {"runtime_config"}
-# PEFT 0.2 had two more: enable_lora is dealt with here, merge_weights only said how to run.
+# PEFT 0.2 had two more: enable_lora is handled here, merge_weights only said how to run.
 _KNOWN_SETTINGS = _LORA_SETTINGS | {"runtime_config", "enable_lora", "merge_weights"}
-# As PEFT 0.2 wrote them.
+# The spelling of PEFT 0.2.
 _ALWAYS_WRITTEN = (
     "peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout",
     "target_modules", "bias", "fan_in_fan_out", "modules_to_save", "init_lora_weights",
@@ -56,10 +56,10 @@ def read_settings(folder: Path) -> tuple[dict | None, list[str]]:
 
 
 def write_settings(config: LoraConfig, folder: Path) -> None:
-    """Write adapter_config.json with the settings that matter, for a PEFT of any age.
+    """Write adapter_config.json with the settings that matter, for any version of PEFT.
 
-    An older one refuses names that it does not know, whatever their value: those that stand at
-    their defaults are left out.
+    Older versions refuse unknown names whatever their value, so settings at their defaults are
+    left out.
     """
     config.save_pretrained(str(folder))
     path = folder / ADAPTER_CONFIG_FILE
@@ -74,9 +74,9 @@ def write_settings(config: LoraConfig, folder: Path) -> None:
 
 
 def _refuse_code(settings: dict, path: Path) -> None:
-    """Refuse what would make PEFT import a module, or try an expression that may never end.
+    """Refuse what would make PEFT import a module, or match a regular expression without end.
 
-    `target_modules` as an expression is not among it: names of the tensors take its place.
+    `target_modules` as an expression is allowed, because the names of the tensors replace it.
     """
     if settings.get("megatron_config"):
         module = settings.get("megatron_core")
@@ -98,7 +98,7 @@ def _refuse_code(settings: dict, path: Path) -> None:
 
 
 def enabled_parts(settings: dict, path: Path) -> Sequence[bool] | None:
-    """Which parts of a fused projection the adapter of PEFT 0.2 adapts; None for any other."""
+    """Which parts of a fused projection PEFT 0.2 adapted; None for any other adapter."""
     enabled = settings.get("enable_lora")
     if not enabled:
         return None
@@ -108,12 +108,12 @@ def enabled_parts(settings: dict, path: Path) -> Sequence[bool] | None:
 
 
 def lora_config(settings: dict, path: Path) -> LoraConfig:
-    """Today's LoraConfig of settings of any age."""
+    """Convert settings of any version to today's LoraConfig."""
     # Every linear of the GLM family is an nn.Linear, for which PEFT has always ignored this one.
     settings = settings | {"fan_in_fan_out": False}
     try:
         config = LoraConfig(**{key: settings[key] for key in _LORA_SETTINGS & settings.keys()})
-    except Exception as error:  # PEFT says so in many kinds
+    except Exception as error:  # PEFT raises many kinds of exceptions
         raise UserError(f"{path}: PEFT does not take these settings ({error!s:.200})") from error
     name = config.base_model_name_or_path
     config.base_model_name_or_path = public_name(name) if name else None
@@ -121,6 +121,6 @@ def lora_config(settings: dict, path: Path) -> LoraConfig:
 
 
 def public_name(name: str) -> str:
-    """A hub id (owner/name) or a bare name as it is; of any other path its last part alone."""
+    """A hub id (owner/name) or a bare name unchanged; only the last part of any other path."""
     is_public = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)
     return name if is_public else re.split(r"[\\/]", name.rstrip("\\/"))[-1]

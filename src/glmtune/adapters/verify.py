@@ -1,4 +1,4 @@
-"""A look at an adapter that has just been written: does a fresh load give what the model gives?"""
+"""Check an adapter that has just been written: does a fresh load give the model's results?"""
 
 import math
 from pathlib import Path
@@ -18,19 +18,19 @@ _RUNNING, _SAVED = "default", "as saved"
 
 
 def verify_saved(model: PeftModel, folder: str | Path) -> float:
-    """Read an adapter back and hold it against the one that the model carries.
+    """Read an adapter back and compare it with the one on the model.
 
-    Its tensors must be the same bit for bit. Then, unless it has biases, of which a model carries
-    one adapter's alone, PEFT loads it anew, beside the running adapter
-    and on the same base, so that no second base is needed; on a short row both must give the same
-    logits. Nothing of the run is changed by it, its random numbers included.
+    Its tensors must be the same bit for bit. Then, unless it has biases, which a model can hold for
+    one adapter only, PEFT loads it again, beside the running adapter and on the same base, so that
+    no second base is needed; on a short row both must give the same logits. The run is left
+    unchanged, its random numbers included.
 
     Args:
         model: the model in training, in whatever mode.
-        folder: where its adapter was written.
+        folder: folder that its adapter was written to.
 
     Returns:
-        The largest difference of a logit that was seen.
+        The largest difference of a logit.
 
     Raises:
         UserError: the file cannot be read, or is another adapter (the message names the
@@ -46,19 +46,19 @@ def verify_saved(model: PeftModel, folder: str | Path) -> float:
         if not math.isfinite(largest):
             raise UserError(
                 f"{path}: with these weights the model's logits are not finite, so it is not kept; "
-                "lower learning_rate, and go on from an earlier checkpoint"
+                "lower learning_rate, and resume from an earlier checkpoint"
             )
         if difference <= TOLERANCE * largest:
             return difference
         fault = f"the logits of a fresh load differ by {difference:.1e}"
     raise UserError(
-        f"{path}: what was saved is not what was trained: {fault}; check the disk, and go on from "
-        "an earlier checkpoint"
+        f"{path}: what was saved is not what was trained: {fault}; check the disk, and resume "
+        "from an earlier checkpoint"
     )
 
 
 def _first_difference(saved: dict[str, Tensor], running: dict[str, Tensor]) -> str | None:
-    """Name a tensor that only one side has, or that is another one."""
+    """Name a tensor that only one side has, or that differs."""
     for missing, where in (
         (running.keys() - saved.keys(), "is missing"),
         (saved.keys() - running.keys(), "is there and should not be"),
@@ -76,7 +76,7 @@ def _first_difference(saved: dict[str, Tensor], running: dict[str, Tensor]) -> s
 
 
 def _compare_logits(model: PeftModel, folder: str | Path) -> tuple[float, float]:
-    """The largest difference of a logit, and the largest logit, of the running and the saved."""
+    """The largest logit difference between running and saved adapter, and the largest logit."""
     devices = [model.device] if model.device.type == "cuda" else []
     was_training = model.training
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
@@ -85,7 +85,7 @@ def _compare_logits(model: PeftModel, folder: str | Path) -> tuple[float, float]
             model.eval()
             wanted = probe(model)
             model.load_adapter(str(folder), _SAVED)
-            model.to(model.device)  # beside linears without `weight`, as in float8, PEFT leaves it
+            model.to(model.device)  # PEFT skips linears without `weight`, as in float8
             model.set_adapter(_SAVED)
             found = probe(model)
         finally:

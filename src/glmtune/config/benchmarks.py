@@ -33,7 +33,7 @@ class BenchTrainSettings(BenchSettings, LayoutSettings, LoraSettings, TrainingDe
     steps: int = Field(10, ge=1, description="steps to time")
     warmup: int = Field(3, ge=0, description="steps before them, after the first")
     limits: bool = Field(True, description="time the matrix products alone, too")
-    plain: bool = Field(True, description="time the plain way at six padded rows a step, too")
+    plain: bool = Field(True, description="time the reference path at six padded rows a step, too")
     compare: bool = Field(False, description="time transformers' Glm with PEFT, too")
     kernel_table: PathText | None = Field(None, description="file for a table of a step's kernels")
 

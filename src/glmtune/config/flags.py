@@ -1,10 +1,10 @@
 """A verb's command line: splitting it into flags, and the help that lists them.
 
-Both are read off the fields of the verb's settings, so a new field is at once a flag with help.
-
-Not by argparse, which was tried: it takes -1e-4 for a flag, and the recipe in `--fp16 r.yaml` for
-that flag's value, and gives the value of a flag that it does not know to the next bare word, while
-here another trainer's flag is answered by its value. Mending that takes more lines than the loop.
+Both are derived from the fields of the verb's settings, so a new field is at once a flag with help.
+argparse was tried and dropped: it takes -1e-4 for a flag, and the recipe in `--fp16 r.yaml` for
+that flag's value, and treats the value of an unknown flag as a positional argument, whereas here
+the reply to another trainer's flag depends on its value. Working around that takes more lines than
+the loop.
 """
 
 import inspect
@@ -32,10 +32,10 @@ _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
 def kind_of(field: FieldInfo) -> Kind:
-    """Word a field's type and bounds, such as INT and "a whole number, at least 1"."""
+    """Describe a field's type and bounds, such as INT and "a whole number, at least 1"."""
     columns: list[str] = []
     words: list[str] = []
-    # Of `Annotated` as the whole of an annotation pydantic takes the marks apart.
+    # pydantic splits off the metadata of an `Annotated` that is the whole annotation.
     own = [mark for mark in field.metadata if isinstance(mark, Kind)]
     for option in own or _options(field.annotation):
         if option is bool or get_origin(option) is Literal:
@@ -57,7 +57,7 @@ def kind_of(field: FieldInfo) -> Kind:
 
 
 def _options(annotation: Any) -> Iterator[Any]:
-    """The types that a field's annotation allows, None apart; of marked ones the Kind."""
+    """The types that a field's annotation allows, without None; for annotated ones, their Kind."""
     origin = get_origin(annotation)
     if origin is Annotated:
         yield from (mark for mark in get_args(annotation) if isinstance(mark, Kind))
@@ -88,7 +88,7 @@ def split_arguments(
 ) -> tuple[str | None, dict[str, str | list[str]]]:
     """Split a verb's command line into its recipe, if any, and its flags, name -> text.
 
-    Where the last of the verb's bare words takes several texts, it takes all that are left.
+    If the last of the verb's positional settings takes several texts, it takes all remaining words.
 
     `--name value`, `--name=value` and `--dash-name value` are read, and `--switch` as true. A flag
     given twice keeps its last value, so that a script's flags can be overridden at its end.
@@ -160,13 +160,13 @@ def verb_help(verb: str, summary: str) -> str:
             text = f"{field.description}{_default(field)}"
             lines += textwrap.wrap(text, width, initial_indent="      ", subsequent_indent="      ")
     if names := read_as_settings(verb):
-        text = f"Names of former days and of other trainers, read as well: {', '.join(names)}."
+        text = f"Deprecated names and names of other trainers, also accepted: {', '.join(names)}."
         lines += ["", *textwrap.wrap(text, width)]
     return "\n".join(lines)
 
 
 def _default(field: FieldInfo) -> str:
-    """The end of a field's help; a default that is None or made up, the description tells of."""
+    """The end of a field's help; the description states a default that is None or computed."""
     if field.is_required():
         return " (required)"
     if field.default is None or field.default_factory:

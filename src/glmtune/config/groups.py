@@ -1,4 +1,4 @@
-"""What the settings of all verbs are made of, and the groups that several verbs share."""
+"""The building blocks of all verbs' settings, and the groups that several verbs share."""
 
 import os
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
@@ -15,36 +15,36 @@ from pydantic_core import PydanticCustomError
 
 
 class Kind(NamedTuple):
-    """What a setting takes: for the help's column, and as the words of an error."""
+    """What a setting accepts: for the help's column, and as text for errors."""
 
     column: str
     words: str
 
     @property
     def is_switch(self) -> bool:
-        """Whether the flag may stand without a value, meaning true."""
+        """Whether the flag may be given without a value, meaning true."""
         return "true" in self.column.split("|")
 
 
 _FILLED = StringConstraints(pattern=r"^[^\x00]+$")
 PathText = Annotated[str, _FILLED, Kind("PATH", "a path")]
-"""A path as text: not empty, and without NUL, which no file system takes."""
+"""A path as text: not empty, and without NUL, which no file system accepts."""
 NameText = Annotated[str, _FILLED, Kind("NAME", "a name")]
 PlainText = Annotated[str, _FILLED, Kind("TEXT", "a text")]
 
 
 def conflict(text: str, *settings: str) -> PydanticCustomError:
-    """An error about several settings at once; their names let the reader say where each stands."""
+    """An error about several settings; their names let the reader say where each is set."""
     return PydanticCustomError("conflict", "{text}", {"text": text, "settings": settings})
 
 
 class Settings(BaseModel):
     """What all groups share.
 
-    `verb` is the command that a class has the settings of, empty for a group of them, and `group`
-    the heading of its fields in `--help`. `bare_words` names what a command line may give without a
-    flag, `reads_and_writes` the two path settings that must differ, and `reads_section_of` the verb
-    whose section of a recipe counts as well.
+    `verb` is the command whose settings a class holds, empty for a group, and `group` the heading
+    of its fields in `--help`. `bare_words` names the positional settings of a command line,
+    `reads_and_writes` the two path settings that must differ, and `reads_section_of` the verb whose
+    section of a recipe is read as well.
     """
 
     model_config = ConfigDict(
@@ -58,7 +58,7 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def keep_source(self) -> Self:
-        """What a verb reads it does not overwrite."""
+        """Input and output paths must differ."""
         if self.reads_and_writes:
             source, target = self.reads_and_writes
             read, written = getattr(self, source), getattr(self, target)
@@ -79,7 +79,7 @@ class BaseModelSettings(Settings):
 
 
 class QuantisingSettings(Settings):
-    """In how many bits the base's weights are held."""
+    """How many bits the base's weights have."""
 
     group: ClassVar[str] = "model"
     quantization_bit: Literal["8", "4"] | None = Field(
@@ -104,7 +104,7 @@ class QuantisingSettings(Settings):
 
 
 class EncodingSettings(Settings):
-    """How the characters of a file of rows are written as bytes."""
+    """The text encoding of a file of rows."""
 
     group: ClassVar[str] = "rows"
     encoding: str | None = Field(
@@ -114,7 +114,7 @@ class EncodingSettings(Settings):
     @field_validator("encoding")
     @classmethod
     def find_encoding(cls, value: str | None) -> str | None:
-        """A name that Python knows, of an encoding of text."""
+        """Accept the name of a text encoding that Python knows."""
         try:
             if value is not None:
                 "a".encode(value)
@@ -127,7 +127,7 @@ class EncodingSettings(Settings):
 
 
 class BadRowSettings(EncodingSettings):
-    """What a row that cannot be used does."""
+    """What happens at a row that cannot be used."""
 
     group: ClassVar[str] = "rows"
     on_bad_row: Literal["fail", "skip"] = Field(
@@ -148,7 +148,7 @@ class DeviceSettings(Settings):
     @field_validator("bf16", mode="before")
     @classmethod
     def spell_auto(cls, value: object) -> object:
-        """Accept "auto", as axolotl's recipes have it, for the default."""
+        """Accept "auto", which axolotl's recipes use, for the default."""
         return None if str(value).lower() == "auto" else value
 
     @model_validator(mode="after")
@@ -165,7 +165,7 @@ class DecodingSettings(Settings):
     group: ClassVar[str] = "decoding"
     decode_bits: Literal["16", "8", "4"] = Field(
         "16",
-        description="round the linears to so many bits, so that less is read for each token",
+        description="round the linears to 8 or 4 bits, so that less is read for each token",
     )
     decode_compile: bool = Field(
         False, description="compile the layers first, which takes a minute and needs a GPU"
@@ -184,13 +184,13 @@ class DecodingSettings(Settings):
 
 
 class AnsweringWeightSettings(DecodingSettings, QuantisingSettings):
-    """How weights that answer are held, and how they are read."""
+    """How the weights of a model that answers are held, and how they are read."""
 
     group: ClassVar[str] = "decoding"
 
     @model_validator(mode="after")
     def round_once(self) -> Self:
-        """What is quantised already is not rounded again."""
+        """A base that is quantised already cannot be rounded again."""
         wish = "quantization_bit" if self.quantization_bit else "quantize_head"
         if self.decoder_bits != 16 and (self.quantization_bit or self.quantize_head):
             raise conflict(
@@ -241,19 +241,19 @@ class AnswerSettings(Settings):
 
     @property
     def draws(self) -> bool:
-        """Whether tokens are drawn: at temperature 0, the limit, they are the likeliest ones."""
+        """Whether tokens are drawn; at temperature 0, the limit, they are the likeliest ones."""
         return self.do_sample and self.temperature != 0
 
 
 class GenerationSettings(AnswerSettings, DecodingSettings):
-    """All that decides how records are answered; what is None has no effect."""
+    """All settings of how records are answered; a setting that is None has no effect."""
 
     group: ClassVar[str] = "answers"
     num_beams: int = Field(1, ge=1, description="beams of the search; 1 searches none")
 
     @model_validator(mode="after")
     def search_alone(self) -> Self:
-        """Beams are searched by transformers' generate, for the likeliest answer."""
+        """Beam search is done by transformers' generate, for the likeliest answer."""
         if self.num_beams > 1 and self.draws:
             raise conflict(
                 f"num_beams {self.num_beams} searches for the likeliest answer, do_sample true "
@@ -272,15 +272,14 @@ class GenerationSettings(AnswerSettings, DecodingSettings):
 
     @classmethod
     def of(cls, settings: Settings) -> "GenerationSettings":
-        """Those of a verb's settings that decide how answers are generated."""
+        """The settings of a verb that decide how answers are generated."""
         names = cls.model_fields.keys() & type(settings).model_fields.keys()
         return cls(**{name: getattr(settings, name) for name in names})
 
     def in_effect(self) -> dict[str, Any]:
-        """The settings that shape the answers: those that are set, and of a draw where one draws.
+        """The settings that shape the answers: those that are set, and of sampling if it is on.
 
-        JSON writes and reads the values as they are, so that what a file keeps of them can be
-        compared.
+        JSON writes and reads these values unchanged, so that the copy in a file can be compared.
         """
         values: dict[str, Any] = {name: getattr(self, name) for name in _SHAPING_ANSWERS}
         values |= {"do_sample": self.draws, "decode_bits": self.decoder_bits}

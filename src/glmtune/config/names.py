@@ -1,9 +1,9 @@
-"""What settings are called: today's names, and those that users bring from elsewhere.
+"""Names of settings: today's, and those that users bring from elsewhere.
 
-A name of transformers, of another trainer or of another verb of ours stands in `foreign`, which
-says what becomes of it: it is read as today's, accepted with a word where it changes nothing, or
-refused with what to do instead. Anything else gets a "did you mean", if there is a name so near
-that it can only be a slip.
+A name of transformers, of another trainer or of another verb of ours is listed in `foreign` with
+how it is handled: read as today's name, accepted with a note if it has no effect, or refused with
+what to do instead. Any other name gets a "did you mean", if one is so close that it can only be a
+typo.
 """
 
 from collections.abc import Iterable, Mapping
@@ -21,7 +21,7 @@ class Given(NamedTuple):
     """A setting as the user gave it.
 
     Args:
-        value: the text, several texts (a YAML list), or None (YAML's null).
+        value: the text, several texts (a YAML list), or None (null in YAML).
         source: what to call it in an error: `--lora_rank`, or `recipe.yaml:7: lora_rank`.
     """
 
@@ -30,7 +30,7 @@ class Given(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The value as a flag would have it."""
+        """The value as a flag would give it."""
         return ",".join(self.value) if isinstance(self.value, list) else self.value or ""
 
     def __str__(self) -> str:
@@ -40,17 +40,17 @@ class Given(NamedTuple):
 
 
 def did_you_mean(word: str, candidates: Iterable[str], prefix: str = "") -> str:
-    """Return "; did you mean X?" for the candidate that `word` is a slip of, or "" if none is."""
+    """Return "; did you mean X?" for the candidate that `word` is a typo of, or "" if none is."""
     slips = {name: _slips(word, name) for name in candidates}
     near = [(count, name) for name, count in slips.items() if count is not None]
     return f"; did you mean {prefix}{min(near)[1]}?" if near else ""
 
 
 def _slips(word: str, name: str) -> int | None:
-    """How many letters went wrong where `name` was meant, None where it hardly was.
+    """The number of typos in a word if `name` was meant, None if that is unlikely.
 
-    Numbers make another name, and so does a word that is short or has too little in common: one
-    slip in a word of four letters, two from eight letters on.
+    Other digits make another name, and so do too many typos: one is allowed in a word of four
+    letters, two from eight letters on.
     """
     if [c for c in word if c.isdigit()] != [c for c in name if c.isdigit()]:
         return None
@@ -66,7 +66,7 @@ def _slips(word: str, name: str) -> int | None:
 
 
 def _distance(a: str, b: str) -> int:
-    """Letters to add, drop, replace or swap with their neighbour (optimal string alignment)."""
+    """Count letters to add, drop, replace or swap with a neighbour (optimal string alignment)."""
     rows = [list(range(len(b) + 1))]
     for i in range(1, len(a) + 1):
         rows.append([i])
@@ -82,8 +82,8 @@ def _distance(a: str, b: str) -> int:
 def knows(verb: str, name: str) -> bool:
     """Whether a name that a recipe has for all verbs is meant for this one as well.
 
-    What one verb calls so is not what another calls differently: an `output_dir` beside the
-    sections is no `save_path`. An adapter is an adapter everywhere.
+    A name of one verb does not stand for a setting that another verb names differently: an
+    `output_dir` beside the sections is no `save_path`. Names of the adapter apply to all verbs.
     """
     if name in SETTINGS[verb].model_fields:
         return True
@@ -92,7 +92,7 @@ def knows(verb: str, name: str) -> bool:
 
 
 def setting_named(verb: str, name: str) -> str | None:
-    """The setting of `verb` that a name stands for whatever its value is, if it does."""
+    """The setting of `verb` that a name stands for whatever its value, if there is one."""
     if name in SETTINGS[verb].model_fields:
         return name
     first = next(iter(_fates(verb, name)), None)
@@ -110,7 +110,7 @@ def read_as_settings(verb: str) -> list[str]:
 
 
 def check_name(verb: str, name: str, source: str) -> None:
-    """Raise UserError, with the likeliest fix, for a name that `verb` has no use for."""
+    """Raise UserError, with the likeliest fix, for a name that `verb` does not know."""
     if name in SETTINGS[verb].model_fields or _fates(verb, name):
         return
     if verbs := _verbs_that_have(name):
@@ -131,8 +131,8 @@ def with_todays_names(verb: str, given: Mapping[str, Given]) -> dict[str, Given]
     """Return the settings under today's names, with a note on stderr for each foreign one.
 
     Raises:
-        UserError: a name that the verb does not have, a value that cannot be had, or one setting
-            given under two names.
+        UserError: the verb has no such name, a value is not available, or one setting is given
+            under two names.
     """
     settings, notes = translate(verb, given)
     note(*notes)
@@ -140,7 +140,7 @@ def with_todays_names(verb: str, given: Mapping[str, Given]) -> dict[str, Given]
 
 
 def translate(verb: str, given: Mapping[str, Given]) -> tuple[dict[str, Given], list[str]]:
-    """`with_todays_names`, its notes being returned."""
+    """Like `with_todays_names`, but return the notes."""
     own = {name: given[name] for name in given if name in SETTINGS[verb].model_fields}
     read: dict[str, Given] = {}
     defaults: dict[str, Given] = {}
@@ -171,15 +171,15 @@ def translate(verb: str, given: Mapping[str, Given]) -> tuple[dict[str, Given], 
 def _read_foreign(
     verb: str, name: str, settings: Mapping[str, Given]
 ) -> tuple[str, str | list[str] | None, str]:
-    """Return setting ("" for none), value and a word about them.
+    """Return setting ("" for none), value and a note about them.
 
     Args:
         verb: whose settings are read.
         name: the foreign name, one of `settings`.
-        settings: all that are given together.
+        settings: all settings given together.
 
     Raises:
-        UserError: the value cannot be had.
+        UserError: the value is not available.
     """
     given = settings[name]
     found = spellings(given.text)
@@ -238,15 +238,15 @@ def _fates(verb: str, name: str) -> list[Fate]:
 
 
 def _setting(verb: str, fate: Becomes) -> str:
-    """The setting of a verb that a name becomes, "" where it has none of them."""
+    """The setting of a verb that a name is converted to, "" if it has none of them."""
     fields = SETTINGS[verb].model_fields
     return next((name for name in fate.settings if name in fields), "")
 
 
 def _verbs_that_have(name: str) -> list[str]:
-    """The verbs with this setting, where a user looks for it.
+    """The verbs with this setting, where a user would look for it.
 
-    Benchmarks and plans borrow the settings of what they measure.
+    Benchmarks and plans are left out: they borrow the settings of what they measure.
     """
     verbs = [verb for verb in SETTINGS if name in SETTINGS[verb].model_fields]
     asked = [verb for verb in verbs if not verb.startswith(("bench", "plan"))]
@@ -254,7 +254,7 @@ def _verbs_that_have(name: str) -> list[str]:
 
 
 def _elsewhere(verb: str, name: str) -> str:
-    """The rest of the error for a foreign name that other verbs have a use for."""
+    """The rest of the error for a foreign name that other verbs accept."""
     for fate in FOREIGN[name].fates:
         if isinstance(fate, Becomes) and (verbs := _verbs_that_have(fate.settings[0])):
             return (

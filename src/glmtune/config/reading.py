@@ -2,12 +2,11 @@
 
 A recipe is a mapping of settings to plain values: either those of one verb, or a section per verb
 (`convert:`, `tokenize:`, `train:`, ...) with settings for all of them beside the sections. Its
-scalars are taken as the text they were written as, exactly like flags, and only the settings' types
-read meaning into them: no YAML tag builds an object, `1e-4` is a number, `no` and dates stay text.
-
-Hence the walk over PyYAML's nodes instead of `yaml.safe_load`, which makes 0777 the number 511,
-1:30 the number 90 and 2024-01-01 a date, keeps the last of a setting that stands twice without a
-word, and drops the line that an error has to name.
+scalars are kept as the text they were written as, exactly like flags, and only the settings' types
+interpret them: no YAML tag builds an object, `1e-4` is a number, `no` and dates stay text. Hence
+the walk over PyYAML's nodes instead of `yaml.safe_load`, which reads 0777 as the number 511, 1:30
+as the number 90 and 2024-01-01 as a date, silently keeps the last of a repeated setting, and drops
+the line that an error must name.
 """
 
 import os
@@ -75,7 +74,7 @@ def read_config(
 
 
 def change_setting(settings: VerbSettings, name: str, text: str) -> VerbSettings:
-    """Return settings of which one is changed to what a text says.
+    """Return a copy of settings with one of them set from text.
 
     Raises:
         UserError: an unknown name or a wrong value.
@@ -92,13 +91,13 @@ def change_setting(settings: VerbSettings, name: str, text: str) -> VerbSettings
 
 
 def _means_none(cls: type[Settings], name: str, value: object) -> bool:
-    """Whether the text says `none` where None is allowed: how a flag undoes a recipe's value."""
+    """Whether the text is `none` where None is allowed, by which a flag unsets a recipe's value."""
     may_be_none = NoneType in get_args(cls.model_fields[name].annotation)
     return may_be_none and str(value).lower() in ("none", "null")
 
 
 def _explain(error: ValidationError, cls: type[Settings], given: Mapping[str, Given]) -> str:
-    """One line for the first thing wrong, or for all that is missing."""
+    """One line for the first error, or for all that is missing."""
     problems = error.errors(include_url=False)
     missing = [str(problem["loc"][0]) for problem in problems if problem["type"] == "missing"]
     if missing:
@@ -112,10 +111,10 @@ def _explain(error: ValidationError, cls: type[Settings], given: Mapping[str, Gi
 
 
 def recipe_settings(verb: str, path: str) -> dict[str, Given]:
-    """Return what a recipe sets for `verb`: its section over what stands beside the sections.
+    """Return what a recipe sets for `verb`: its section overrides what is beside the sections.
 
-    Names are checked in every section, so that a slip shows before the verb that it concerns. A
-    plan takes the section of training, and its own over that.
+    Names are checked in every section, so that a typo is found before its verb is run. A plan reads
+    the section of training, overridden by its own.
     """
     shared, sections = _read_yaml(path)
     if not sections:
@@ -207,7 +206,7 @@ def _pairs(mapping: yaml.MappingNode, path: str) -> dict[str, tuple[str, yaml.No
 
 
 def _given(name: str, where: str, node: yaml.Node) -> Given:
-    """Return a scalar's text, or a list's texts."""
+    """Return the text of a scalar, or the texts of a list."""
     source = f"{where}: {name}"
     if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
         if all(isinstance(item, yaml.ScalarNode) for item in node.value):
@@ -215,7 +214,7 @@ def _given(name: str, where: str, node: yaml.Node) -> Given:
     elif isinstance(node, yaml.ScalarNode) and node.tag in _PLAIN_TAGS:
         return Given(None if node.tag == _TAG + "null" else node.value, source)
     if name in FOREIGN and isinstance(node, yaml.CollectionNode):
-        return Given("{...}" if node.value else None, source)  # whose name is answered
+        return Given("{...}" if node.value else None, source)  # the error will be about its name
     raise UserError(f"{source} should be plain text, a number, true or false, or a list of texts")
 
 
@@ -229,7 +228,7 @@ def write_recipe(settings: Settings, path: str) -> None:
     text = f"# As run by glmtune {__version__}; to run it again: {again}\n"
     for heading, fields in fields_by_group(type(settings)).items():
         values = {name: getattr(settings, name) for name in fields}
-        # YAML takes these for line breaks, and folds them into a blank, unless they are escaped.
+        # YAML treats these as line breaks, and folds them into a blank, unless they are escaped.
         readable = not any(mark in str(value) for value in values.values() for mark in _LINE_BREAKS)
         text += f"\n# {heading}\n"
         text += yaml.safe_dump(values, allow_unicode=readable, sort_keys=False, width=sys.maxsize)

@@ -16,14 +16,14 @@ from glmtune.config.groups import (
 
 
 class LayoutSettings(Settings):
-    """How many rows a pass takes, and how they lie in it."""
+    """How many rows a pass takes, and how they are laid out."""
 
     group: ClassVar[str] = "rows of a step"
     per_device_train_batch_size: int = Field(6, ge=1, description="rows per device and pass")
     layout: Literal["auto", "packed", "exact", "padded"] = Field(
         "auto",
         description="packed: rows end to end, as many as fit into tokens_per_step tokens; exact: "
-        "per_device_train_batch_size rows end to end; padded: so many, filled up to the longest; "
+        "per_device_train_batch_size rows end to end; padded: as many, filled up to the longest; "
         "auto: on a GPU packed, or exact where per_device_train_batch_size and max_steps are both "
         "given; on a CPU padded",
     )
@@ -49,7 +49,7 @@ class LayoutSettings(Settings):
 
 
 class TrainingDataSettings(Settings):
-    """What is trained on, and how much of it."""
+    """The rows to train on, and for how long."""
 
     group: ClassVar[str] = "data"
     dataset_path: PathText = Field(
@@ -96,7 +96,7 @@ class LoraSettings(Settings):
         """Accept "a,b", or a list as text, for ["a", "b"]; and "all"."""
         names = value.split(",") if isinstance(value, str) else value
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-            return value  # for pydantic to refuse
+            return value  # pydantic refuses it
         stripped = tuple(dict.fromkeys(filter(None, (name.strip(" []\"'") for name in names))))
         return ("all",) if stripped == ("all-linear",) else stripped
 
@@ -130,7 +130,7 @@ class OptimiserSettings(Settings):
 
 
 class RunFolderSettings(Settings):
-    """What the run leaves behind, and how it goes on."""
+    """What the run writes, and how it is resumed."""
 
     group: ClassVar[str] = "run folder"
     output_dir: PathText = Field(
@@ -141,15 +141,15 @@ class RunFolderSettings(Settings):
     )
     resume_from_checkpoint: Literal["true"] | PathText | None = Field(
         None,
-        description="go on from this checkpoint; true: from the newest in output_dir",
+        description="resume from this checkpoint; true: from the newest in output_dir",
     )
     resume_anyway: bool = Field(
         False,
-        description="go on even where model, tokenizer, data or recipe are not those of the "
+        description="resume even where model, tokenizer, data or recipe are not those of the "
         "checkpoint",
     )
     max_hours: float | None = Field(
-        None, gt=0, description="stop after so many hours, loading included, with a checkpoint"
+        None, gt=0, description="stop after N hours, loading included, with a checkpoint"
     )
     save_steps: int = Field(1000, ge=1, description="steps between checkpoints")
     save_total_limit: int | None = Field(
@@ -164,13 +164,13 @@ class RunFolderSettings(Settings):
     @field_validator("resume_from_checkpoint", mode="before")
     @classmethod
     def spell_bool(cls, value: object) -> object:
-        """`true` is a word here, and `false` is to leave it out."""
+        """`true` is kept as a keyword, and `false` means unset."""
         word = str(value).lower()
         return {"true": "true", "false": None}.get(word, value)
 
 
 class TrainingDeviceSettings(DeviceSettings, QuantisingSettings):
-    """Where to compute, and how to fit there."""
+    """Where to compute, and how to fit into memory."""
 
     base_dtype: Literal["auto", "fp8"] = Field(
         "auto",
@@ -240,7 +240,7 @@ class PlanSettings(TrainSettings):
 
     @model_validator(mode="after")
     def one_card(self) -> Self:
-        """A card has the memory it has."""
+        """A named card cannot be given another memory size."""
         if self.memory_gib and self.card:
             raise conflict("memory_gib and card both name a card: choose one", "memory_gib", "card")
         return self

@@ -13,7 +13,7 @@ from glmtune.errors import visible
 
 @dataclass(frozen=True, slots=True)
 class ConvertSummary:
-    """What became of a file of records; printed, it tells every row that was left out.
+    """The result of converting a file of records; printed, it lists every row that was left out.
 
     `empty_outputs` are the numbers of the rows of the source whose output is empty (they are
     kept), `fields` counts what the records have beside instruction, input and output.

@@ -26,7 +26,7 @@ _COLUMNS = ("input_ids", "seq_len")
 
 
 class RowTokenizer(Protocol):
-    """What rows need of a tokenizer."""
+    """What making rows requires of a tokenizer."""
 
     @property
     def row_rule(self) -> RowRule:
@@ -46,11 +46,11 @@ class RowTokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DataCard:
-    """Where a data set comes from and what is in it; None where an older data set does not tell.
+    """Where a data set comes from and what is in it; None where an older data set does not say.
 
-    `rows_out` lists by reason the 1-based rows of the source that were dropped, `rows_cut` those
-    of which a part was cut to max_seq_length. Target tokens are the ids after the prompt: the
-    answer and its end; `num_targets_lost` more were cut off. `special_ids` has those of the
+    `rows_out` lists by reason the 1-based rows of the source that were dropped, `rows_cut` those of
+    which a part was cut to max_seq_length. Target tokens are the ids after the prompt: the answer
+    and its end; `num_targets_lost` more were cut off. `special_ids` holds the special ids of the
     family's `RowRule`, by name. `source` is a bare file name; where `row_is_line`, its row n is
     line n.
     """
@@ -91,7 +91,7 @@ class DataCard:
         )
 
     def describe_dropped(self) -> str | None:
-        """Say in one line that a good part of the rows was dropped as too long; or None."""
+        """Say in one line that a large share of the rows was dropped as too long; or None."""
         num_dropped, num_read = len(self.rows_out.get("overlength", ())), self.num_read or 0
         if num_dropped <= num_read * SHARE_TO_TELL:
             return None
@@ -117,7 +117,7 @@ class DataCard:
 
     @classmethod
     def read(cls, file: Path) -> "DataCard":
-        """Read a card; fields that a later version added are passed over.
+        """Read a card; unknown fields, as a later version may add them, are ignored.
 
         Raises UserError where it is damaged.
         """
@@ -134,12 +134,12 @@ class DataCard:
 def load_dataset(path: str, rule: RowRule | None = None) -> tuple["datasets.Dataset", DataCard]:
     """Open a tokenised data set: columns input_ids (lists of int) and seq_len (prompt length).
 
-    One without a card, as the script of 2023 left it, gets a card of what its rows show, and a
-    notice on stderr.
+    A data set without a card, as the script of 2023 left it, gets one inferred from its rows, with
+    a notice on stderr.
 
     Args:
         path: its folder.
-        rule: of the family at hand: where special ids are looked for in rows without a card.
+        rule: row rule of the model's family: where to look for special ids if there is no card.
 
     Raises:
         UserError: the folder is no such data set, or is damaged.
@@ -174,16 +174,16 @@ def load_dataset(path: str, rule: RowRule | None = None) -> tuple["datasets.Data
     card = DataCard.read(folder / CARD_FILE)
     if card.num_kept != len(dataset):
         raise UserError(
-            f"{path}: {CARD_FILE} tells of {card.num_kept} rows, the data has {len(dataset)}; "
+            f"{path}: {CARD_FILE} lists {card.num_kept} rows, the data has {len(dataset)}; "
             "the folder was mixed up: run `glmtune tokenize` again"
         )
     return dataset, card
 
 
 def _check_arrow_files(folder: Path) -> None:
-    """Make sure that the Arrow files which state.json names lie in the folder, and no others."""
+    """Make sure that state.json names Arrow files inside the folder only."""
     if not (folder / "state.json").is_file():
-        return  # for datasets to say what this folder is
+        return  # datasets reports what is wrong with this folder
     entries = read_json_object(folder / "state.json").get("_data_files")
     for entry in entries if isinstance(entries, list) else ():
         name = entry.get("filename") if isinstance(entry, dict) else None
@@ -215,7 +215,7 @@ def check_data_card(card: DataCard, tokenizer: RowTokenizer, path: str) -> None:
 
 
 def check_replaceable(path: str) -> None:
-    """Raise UserError where something stands at `path` that is not just a tokenised data set."""
+    """Raise UserError where `path` exists and holds anything but a tokenised data set."""
     folder = Path(path)
     try:
         names = sorted(os.listdir(folder))
@@ -257,7 +257,7 @@ def _is_of_token_rows(dataset: "datasets.Dataset") -> bool:
 
 
 def _card_of_rows(dataset: "datasets.Dataset", rule: RowRule | None) -> DataCard:
-    """Read off the rows what a card would say: lengths, and the ids at the places of specials."""
+    """Infer a card from the rows: lengths, and the ids at the places of the special ids."""
     table = dataset.with_format("arrow")[:]
     rows = table.column("input_ids").combine_chunks()
     tokens = rows.flatten().to_numpy()
@@ -266,7 +266,7 @@ def _card_of_rows(dataset: "datasets.Dataset", rule: RowRule | None) -> DataCard
     starts = np.cumsum(lengths) - lengths
 
     def id_at(positions: np.ndarray) -> int | None:
-        # Rows that were cut have other ids there; what most rows agree on is the special id.
+        # Rows that were cut have other ids there; the most frequent id is the special one.
         inside = (positions >= 0) & (positions < lengths)
         ids, counts = np.unique(tokens[(starts + positions)[inside]], return_counts=True)
         return int(ids[counts.argmax()]) if 2 * counts.max(initial=0) > len(lengths) else None

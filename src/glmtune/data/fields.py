@@ -1,4 +1,4 @@
-"""Which field of a row is the question, which its answer, and which hold more than may be lost.
+"""Which field of a row is the question, which its answer, and which others must not be lost.
 
 Names beside `instruction`, `input` and `output` are those of published data sets: Firefly and BELLE
 (input, target), AdvertiseGen (content, summary), the published ChatGLM-6B fine-tuning (prompt,
@@ -21,7 +21,7 @@ _QUESTIONS = ("instruction", "prompt", "question", "query")
 _ANSWERS = ("output", "response", "answer", "target", "completion")
 _INPUTS = ("input", "context")
 _PAIRS = (("input", "target"), ("inputs", "targets"), ("content", "summary"))
-"""Names that tell a question only beside that answer: elsewhere they are text to be worked on."""
+"""Names that mark a question only beside that answer: elsewhere they are text to work on."""
 
 _ELSE = """
     system system_prompt tools functions function_call text chosen rejected examples
@@ -55,12 +55,12 @@ ALPACA = Names()
 
 @cache
 def _named(instruction: str, input: str | None, output: str) -> Names:
-    """One tuple for the millions of rows that share their names."""
+    """Return one shared tuple for the millions of rows that have the same names."""
     return Names(instruction, input, output)
 
 
 def names_of(fields: Mapping[str, object]) -> Names:
-    """Tell which fields make a record; one that is missing has the name that alpaca gives it."""
+    """Decide which fields make a record; a missing one has the name that alpaca gives it."""
     instruction, output = _first(_QUESTIONS, fields), _first(_ANSWERS, fields)
     for asked, answer in () if instruction else _PAIRS:
         if asked in fields and answer in fields:
@@ -70,7 +70,7 @@ def names_of(fields: Mapping[str, object]) -> Names:
 
 
 def is_record(fields: Mapping[str, object]) -> bool:
-    """Tell whether there is a question and an answer by any of their names."""
+    """Whether there is a question and an answer by any of their names."""
     names = names_of(fields)
     return names.instruction in fields and names.output in fields
 
@@ -80,25 +80,25 @@ def _first(names: Iterable[str], fields: Mapping[str, object]) -> str | None:
 
 
 def is_row(fields: Mapping[str, object]) -> bool:
-    """Tell a row of context and target from a record that has a context beside its question."""
+    """Whether this is a row of context and target, no record with a context beside its question."""
     return all(name in fields for name in ROW_FIELDS) and _first(_QUESTIONS, fields) is None
 
 
 def is_content(name: str) -> bool:
-    """Tell whether a field of this name holds what people expect to be taught."""
+    """Whether a user would expect the content of a field of this name to be trained on."""
     return name.lower() in _CONTENT
 
 
 def is_empty(value: object) -> bool:
-    """Tell whether nothing is lost with a value."""
+    """Whether a value is empty, so that nothing is lost without it."""
     return value in _NOTHING or (isinstance(value, str) and not value.strip())
 
 
 def unused_fields(fields: Mapping[str, object], used: Iterable[str]) -> tuple[str, ...]:
-    """Name the fields beside those that are used; Flaw where one holds what should be taught.
+    """Name the unused fields; raise Flaw where one holds what should be trained on.
 
-    `used` starts with the question's name and ends with the answer's. A text in which both of these
-    stand is the row once more, as the published alpaca files have it, and teaches nothing else.
+    `used` starts with the question's name and ends with the answer's. A text that contains both of
+    them is the row once more, as in the published alpaca files, and adds nothing.
     """
     used = tuple(used)
     unused = tuple(name for name in fields if name not in used)
@@ -123,7 +123,7 @@ def _stand_in(text: str, *parts: object) -> bool:
 
 
 def history_of(fields: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
-    """Return the earlier rounds of a record, question and answer each; Flaw where they are none."""
+    """Return the earlier rounds of a record, question and answer each; raise Flaw if malformed."""
     rounds = fields.get(HISTORY)
     if is_empty(rounds):
         return ()
@@ -144,7 +144,7 @@ def _is_round(value: object) -> bool:
 
 
 def text_of(fields: Mapping[str, object], name: str) -> str:
-    """Return a field's text; Flaw where it has none."""
+    """Return a field's text; raise Flaw where it has none."""
     if name not in fields:
         part = "answer" if name in (*_ANSWERS, "target") else "question"
         what = f'field "{name}" is missing, the row has {show(list(fields))}'
@@ -160,7 +160,7 @@ def text_of(fields: Mapping[str, object], name: str) -> str:
 
 
 def check_characters(name: str, text: str) -> None:
-    """Raise Flaw where half of a character stands in a field."""
+    """Raise Flaw where a field holds half of a character (a lone surrogate)."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -179,21 +179,21 @@ class _Read(Protocol):
 
 @dataclass(slots=True)
 class FieldUse:
-    """What is said of a file's fields: rows with other names, earlier rounds, unused fields."""
+    """What to report of a file's fields: rows with other names, earlier rounds, unused fields."""
 
     unused: Counter[str] = field(default_factory=Counter)
     renamed: Counter[Names] = field(default_factory=Counter)
     num_with_history: int = 0
 
     def count(self, row: _Read) -> None:
-        """Add a row."""
+        """Count a row."""
         self.unused.update(row.unused)
         if row.names != ALPACA:
             self.renamed[row.names] += 1
         self.num_with_history += bool(row.history)
 
     def add(self, other: "FieldUse") -> None:
-        """Add what the rows that follow have."""
+        """Count the rows of another part of the file."""
         self.unused.update(other.unused)
         self.renamed.update(other.renamed)
         self.num_with_history += other.num_with_history
@@ -207,7 +207,7 @@ class FieldUse:
         return use
 
     def lines(self) -> list[str]:
-        """Word it, a line for each finding."""
+        """Return the findings, a line each."""
         lines = [f"{count:,} with {names}" for names, count in self.renamed.items()]
         if self.num_with_history:
             lines.append(f"{self.num_with_history:,} with earlier rounds, kept in the context")

@@ -40,8 +40,8 @@ def read_text(path: str) -> str:
 def read_json_object(path: str | Path) -> dict[str, Any]:
     """Read a JSON file whose whole content is one object.
 
-    Raises UserError as `read_text` does, and where it is no JSON, no object, or nested so deeply
-    that no program meant it.
+    Raises UserError as `read_text` does, and where the content is not JSON, not an object, or
+    nested too deeply to be read.
     """
     text = read_text(str(path))
     try:
@@ -50,7 +50,7 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
         raise UserError(
             f"{path}:{error.lineno}: not JSON ({error.msg}); get the file again"
         ) from error
-    except (RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits
+    except (RecursionError, ValueError) as error:  # ValueError: an integer of too many digits
         fault = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise UserError(f"{path}: cannot be read as JSON ({fault}); get the file again") from None
     if not isinstance(content, dict):
@@ -75,7 +75,7 @@ def sha256_of(path: str | Path) -> str:
 def check_inside(path: Path) -> None:
     """Raise UserError for a file that is a link out of its folder.
 
-    The links of the hub cache, from a snapshot into the blobs of the same model, may stand.
+    Links of the hub cache, from a snapshot to the blobs of the same model, are allowed.
     """
     folder, target = path.parent.resolve(), path.resolve()
     blobs = folder.parent.parent / "blobs"
@@ -88,9 +88,9 @@ def check_inside(path: Path) -> None:
 
 @contextmanager
 def open_bytes(path: str, encoding: str | None = None) -> Iterator[BinaryIO]:
-    """Open a file to read bytes from, those of UTF-8 where it has another `encoding`.
+    """Open a file to read its bytes; one in another `encoding` is read as UTF-8.
 
-    UserError where it cannot be opened or read, or is not in that encoding.
+    Raises UserError where it cannot be opened or read, or is not in that encoding.
     """
     try:
         with open(path, "rb") as file:
@@ -102,7 +102,7 @@ def open_bytes(path: str, encoding: str | None = None) -> Iterator[BinaryIO]:
 
 
 class _InUtf8:
-    """Reads a file of another encoding as UTF-8."""
+    """A binary reader that recodes a file of another encoding to UTF-8."""
 
     def __init__(self, path: str, file: BinaryIO, encoding: str) -> None:
         self._path, self._file, self._encoding = path, file, encoding
@@ -110,7 +110,7 @@ class _InUtf8:
         self._left = b""
 
     def read(self, size: int) -> bytes:
-        """The next `size` bytes, fewer only at the end."""
+        """Return the next `size` bytes, fewer only at the end."""
         pieces, at_end = [self._left], False
         while sum(map(len, pieces)) < size and not at_end:
             start = self._file.tell()
@@ -130,10 +130,10 @@ class _InUtf8:
 
 
 def refuse_other_formats(path: str, start: bytes) -> None:
-    """Raise UserError where what a file starts with cannot be the start of UTF-8 text.
+    """Raise UserError where the first bytes of a file cannot begin UTF-8 text.
 
     That is a Git-LFS pointer, UTF-16, UTF-32, or binary data such as an archive. Stray bytes in a
-    text pass: which of its lines they damage is for the reader of the lines to say.
+    text are accepted here: the reader of the lines reports which lines they damage.
     """
     if start.startswith(_LFS_POINTER):
         raise UserError(
@@ -153,12 +153,12 @@ def _not_text(path: str, data: bytes, place: int) -> UserError:
 
 
 def explain_bytes(data: bytes) -> tuple[str, str]:
-    """Say what bytes that are not UTF-8 more likely are, and how to mend them."""
+    """Say which encoding bytes that are not UTF-8 likely have, and how to convert them."""
     encoding = _likely_encoding(data)
     if encoding is None:
         return "it looks like binary data", "unpack the archive, or pass the JSON file itself"
     if encoding == "UTF-8":
-        return "a few bytes are damaged or cut off", "download it again or mend that place"
+        return "a few bytes are damaged or cut off", "download it again or fix that place"
     return f"likely {encoding}", f"save it as UTF-8, or, of rows, pass --encoding {encoding}"
 
 
@@ -167,7 +167,8 @@ def _likely_encoding(data: bytes) -> str | None:
         if data.startswith(mark):
             return encoding
     if data.count(0) > 1 + len(data) // 50:
-        # In UTF-16 the quotes, brackets and keys of JSON all have their zero byte on one side.
+        # In UTF-16 every ASCII character of JSON (quotes, brackets, keys) has its zero byte on the
+        # same side.
         encoding = "UTF-16BE" if data[::2].count(0) > data[1::2].count(0) else "UTF-16LE"
         return encoding if '"' in data.decode(encoding, "ignore")[:1000] else None
     mended = data.decode("utf-8", "replace")
@@ -183,7 +184,7 @@ def _likely_encoding(data: bytes) -> str | None:
 
 @contextmanager
 def new_file(path: str) -> Iterator[TextIO]:
-    """Open a UTF-8 text file for writing; it replaces `path` once the block ends without error.
+    """Open a UTF-8 text file for writing that replaces `path` once the block ends without error.
 
     Missing parent folders are made. On any error nothing is left behind, and a file that was
     there before stays as it was. Raises UserError where the path cannot be written.
@@ -202,11 +203,10 @@ def new_file(path: str) -> Iterator[TextIO]:
 
 @contextmanager
 def new_folder(path: str) -> Iterator[Path]:
-    """Make an empty folder to fill; it replaces `path` once the block ends without error.
+    """Make an empty folder to fill that replaces `path` once the block ends without error.
 
-    Whether a folder that stands at `path` may go is for the caller to judge beforehand. On any
-    error nothing is left behind, and the earlier folder stays. Raises UserError where the path
-    cannot be written.
+    The caller must check beforehand that a folder at `path` may be replaced. On any error nothing
+    is left behind, and the earlier folder stays. Raises UserError where the path cannot be written.
     """
     with write_errors(path):
         Path(os.path.realpath(path)).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What can be wrong with a row, told with the fix; and values shown on a line."""
+"""What can be wrong with a row, as a message with the fix; and values shown on one line."""
 
 import json
 import re
@@ -6,14 +6,14 @@ import re
 from glmtune.data.files import explain_bytes
 from glmtune.errors import visible
 
-_UNDECODED = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of bytes that are no UTF-8
+_UNDECODED = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, under surrogateescape
 
 
 class Flaw(Exception):
     """What is wrong with a row, or between two rows, and the fix.
 
-    `kind` names the sort of flaw and `field` the field it is in. `breaks_list`: a list is no JSON
-    there, so that where its rows begin and end is a guess from there on.
+    `kind` names the sort of flaw and `field` the field it is in. `breaks_list`: the list is not
+    valid JSON there, so that from there on the bounds of its rows are a guess.
     """
 
     def __init__(
@@ -27,10 +27,10 @@ class Flaw(Exception):
 def no_json(
     error: json.JSONDecodeError | RecursionError, place: str, breaks_list: bool = False
 ) -> Flaw:
-    """The flaw of a row that json refused; `place` is where."""
+    """The flaw of a row that json refused at `place`."""
     kind, reason, fix = "nesting", "nested too deeply", "flatten it"
     if isinstance(error, json.JSONDecodeError):
-        kind, fix = "syntax", "mend it"
+        kind, fix = "syntax", "fix it"
         found = error.doc[error.pos : error.pos + 1]
         reason = f"{error.msg} at {place}"
         if found and not found.isprintable():
@@ -40,17 +40,17 @@ def no_json(
 
 
 def long_number() -> Flaw:
-    """The flaw of a row with an integer of more digits than Python reads."""
-    return Flaw("syntax", "not JSON (a number too long)", "mend it")
+    """The flaw of a row with an integer of more digits than Python accepts."""
+    return Flaw("syntax", "not JSON (a number too long)", "fix it")
 
 
 def broken_list(what: str) -> Flaw:
     """A flaw between the rows of a list."""
-    return Flaw("list", f"not JSON ({what})", "mend that place", breaks_list=True)
+    return Flaw("list", f"not JSON ({what})", "fix that place", breaks_list=True)
 
 
 def cut_off() -> Flaw:
-    """The flaw of a list without an end, or of the row that it breaks off in."""
+    """The flaw of a truncated list, or of the row in which it breaks off."""
     what = "the list ends early, the file is cut off"
     return Flaw("cut off", what, "download or copy it again", breaks_list=True)
 
@@ -73,7 +73,7 @@ def not_utf8(text: str, breaks_list: bool = False) -> Flaw | None:
 
 
 def show(value: object) -> str:
-    """Write a value on one line, short, and printable whatever it holds."""
+    """Show a value on one line, shortened, and printable whatever it holds."""
     text = visible(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace").decode())
     return text if len(text) <= 60 else text[:57] + "..."
 

@@ -1,6 +1,6 @@
-"""Stream the rows of a JSON list or of JSON lines, with their lines.
+"""Stream the rows of a JSON list or of JSON lines, with their line numbers.
 
-Memory holds a window of the file and no more, however long the file is.
+Only a window of the file is in memory, however long the file is.
 """
 
 from collections.abc import Iterator
@@ -19,11 +19,11 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def read_batches(path: str, encoding: str | None = None) -> Iterator[Batch]:
-    """Yield all rows of a JSON list or of JSON lines, told apart by what the file holds.
+    """Yield all rows of a JSON list or of JSON lines; the content decides which it is.
 
-    `encoding` is that of the file where it is not UTF-8. Raises UserError when the file cannot be
-    read, is empty, or is no such file at all: see
-    files.refuse_other_formats; a web page; a single object.
+    `encoding` is the file's encoding where that is not UTF-8. Raises UserError when the file cannot
+    be read, is empty, or is something else: see files.refuse_other_formats; a web page; a single
+    object.
     """
     num_rows, first = 0, None
     with open_bytes(path, encoding) as file:
@@ -43,7 +43,7 @@ def read_batches(path: str, encoding: str | None = None) -> Iterator[Batch]:
 
 
 def _find_rows(path: str, file: BinaryIO) -> tuple[Lines | List, bytearray]:
-    """Return a reader that stands where the rows start, and what was read of them."""
+    """Return a reader positioned where the rows start, and the bytes of them read so far."""
     head = file.read(HEAD_BYTES)
     refuse_other_formats(path, head)
     content = head.removeprefix(_BYTE_ORDER_MARK)
@@ -59,9 +59,9 @@ def _find_rows(path: str, file: BinaryIO) -> tuple[Lines | List, bytearray]:
 
 
 def _batches(file: BinaryIO, buffer: bytearray, reader: Lines | List) -> Iterator[Batch]:
-    """Read a file to its end, window by window; what is no row yet is in buffer.
+    """Read a file to its end, window by window; `buffer` holds the start of the next row.
 
-    For a row that the window cuts, the window is made twice as long.
+    Where a row does not fit into the window, the window is doubled.
     """
     size = windows.WINDOW_BYTES
     while True:
@@ -84,7 +84,7 @@ def _is_json(text: bytes) -> bool:
 
 
 def _refuse_other_values(path: str, start: bytes) -> None:
-    """Raise UserError where what a file starts with is the start of neither list nor lines."""
+    """Raise UserError where a file begins like neither a JSON list nor JSON lines."""
     if not start:
         raise UserError(f"{path}: the file is empty; check that this is the right file")
     if start.startswith(b"<"):

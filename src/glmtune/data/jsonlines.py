@@ -1,4 +1,4 @@
-"""Records of figures, a line of JSON each, at the end of a file."""
+"""Append measurements to a file, a line of JSON each."""
 
 import json
 from pathlib import Path
@@ -11,13 +11,13 @@ def append_json(record: dict[str, Any], path: str) -> None:
     """Add a line to a JSON lines file.
 
     Raises:
-        UserError: as `check_appendable`.
+        UserError: see `check_appendable`.
     """
     _append(json.dumps(record, ensure_ascii=False) + "\n", path)
 
 
 def check_appendable(path: str | None) -> None:
-    """Find out before the minutes of work whether a record can be added to a file.
+    """Check, before minutes of work, that a record can be appended to a file.
 
     Raises:
         UserError: it cannot be written.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class LengthStats:
-    """Token counts of rows; each is the length of a row that exists (nearest rank)."""
+    """Token counts of rows; each is the length of an actual row (nearest rank)."""
 
     min: int
     median: int
@@ -58,11 +58,11 @@ def _draw(
     stats = LengthStats.of(np.concatenate([kept, dropped]))
     last = max(int(np.max(kept)), *np.minimum(dropped, 2 * max_seq_length), 1)
     marks = [("half of the rows within", stats.median), ("95 % of the rows within", stats.p95)]
-    if max_seq_length <= 1.5 * last:  # a limit far beyond every row would only press the bars
+    if max_seq_length <= 1.5 * last:  # a limit far beyond every row would squeeze the bars
         marks.append(("max_seq_length", max_seq_length))
         last = max(last, max_seq_length)
     width = -(-last // _MAX_BARS)
-    # max_seq_length ends a bar, so that no bar mixes rows within it and rows beyond.
+    # max_seq_length ends a bar, so that no bar mixes rows within and beyond it.
     first_edge = max_seq_length % width - width + 0.5
     edges = np.arange(first_edge, last + width + 0.5, width)
 

@@ -16,29 +16,29 @@ import numpy as np
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError
 
-# Among so many of the next rows one is looked for that fills the rest of a pack.
+# How many of the next rows are searched for one that fills the rest of a pack.
 _LOOK_AHEAD = 512
 
 
 @dataclass(frozen=True)
 class Pack:
-    """Rows end to end, and after them filler that no row sees and that nothing is learned from."""
+    """Rows end to end, and after them filler that no row sees and that is not supervised."""
 
     input_ids_T: np.ndarray
     position_ids_XT: np.ndarray
-    """The streams of positions; they start again with each row."""
+    """The streams of positions, which start again with each row."""
     start_T: np.ndarray
-    """Place in the pack of the first token of the token's own row; the filler is one more row."""
+    """Place in the pack of the first token of each token's row; the filler is one more row."""
     prefix_end_T: np.ndarray
     """Place of the first token of that row that its prefix does not see."""
     end_T: np.ndarray
     """Place after the last token of that row."""
     learned_at_L: np.ndarray
-    """Places whose next token is learned, ascending."""
+    """Places whose next token is supervised, ascending."""
     targets_L: np.ndarray
-    """Those next tokens."""
+    """The supervised tokens that follow those places."""
     num_tokens: int
-    """Tokens that are not filler."""
+    """Number of tokens that are not filler."""
 
 
 def plan_packs(lengths_R: np.ndarray, order: np.ndarray, pack_length: int) -> list[np.ndarray]:
@@ -46,8 +46,8 @@ def plan_packs(lengths_R: np.ndarray, order: np.ndarray, pack_length: int) -> li
 
     Rows are taken in the order given until the next does not fit. What is left of the pack is then
     filled with the longest rows that fit among the next few hundred, so that packs are full (more
-    than 99 % on alpaca data) and yet hold rows as random as the order is; only the last may be
-    emptier.
+    than 99 % on alpaca data) while the order stays nearly as random as given; only the last pack
+    may be emptier.
 
     Args:
         lengths_R: tokens of every row of the data set.

@@ -27,7 +27,7 @@ OnBadRow = Literal["fail", "skip"]
 
 
 class _Placed:
-    """A piece of a file: `row` counts rows from 1, `line` is where the row starts, from 1."""
+    """Where a row stands in a file: its number, and the line on which it starts, both from 1."""
 
     __slots__ = ()
     path: str
@@ -36,7 +36,7 @@ class _Placed:
 
     @property
     def where(self) -> str:
-        """The place for a person to look at: "data.json:12 (row 3)"."""
+        """The place as a reader of messages needs it: "data.json:12 (row 3)"."""
         return f"{self.path}:{self.line} (row {self.row})"
 
 
@@ -44,8 +44,8 @@ class _Placed:
 class Record(_Placed):
     """One alpaca record.
 
-    `history` are the rounds before it, question and answer each. `names` are those that its fields
-    have in the file, and `unused` those of the fields that nothing reads.
+    `history` holds the earlier rounds, question and answer each. `names` holds the names of its
+    fields in the file, and `unused` the names of fields that nothing reads.
     """
 
     instruction: str
@@ -61,7 +61,7 @@ class Record(_Placed):
 
 @dataclass(frozen=True, slots=True)
 class Row(_Placed):
-    """One question as the model will see it, and the answer it shall learn."""
+    """One question as the model will see it, and the answer to train on."""
 
     history: ClassVar[tuple[tuple[str, str], ...]] = ()
     names: ClassVar[Names] = ALPACA
@@ -92,15 +92,15 @@ def read_alpaca(
     encoding: str | None = None,
     needs_output: bool = True,
 ) -> tuple[list[Record], list[BadRow]]:
-    """Read alpaca records: `instruction` and `output`, `input` and `history` where there are such.
+    """Read alpaca records: `instruction` and `output`, and `input` and `history` if present.
 
     Question and answer may have other names (see fields.names_of), and no unused field may hold
-    what people expect to be taught (see fields.unused_fields). The file is a JSON list or JSON
-    lines, told apart by what it holds. A bad row raises UserError, or with on_bad_row="skip" comes
-    back in the second list. UserError also when the file as a whole cannot be read (see
-    jsonfile.read_batches), is a list but no JSON, or has no usable row.
+    what users expect to be trained on (see fields.unused_fields). The file is a JSON list or JSON
+    lines; the content decides which. A bad row raises UserError, or with on_bad_row="skip" is
+    returned in the second list. UserError is also raised when the file as a whole cannot be read
+    (see jsonfile.read_batches), is a list but not valid JSON, or has no usable row.
 
-    Questions that are only to be answered need no output: theirs is empty where it is missing.
+    Questions that are only to be answered need no output: a missing one is read as empty.
     """
     return _read(path, on_bad_row, encoding, partial(alpaca_record, needs_output=needs_output))
 
@@ -108,13 +108,13 @@ def read_alpaca(
 def read_rows(
     path: str, on_bad_row: OnBadRow = "fail", encoding: str | None = None
 ) -> tuple[list[Row], list[BadRow]]:
-    """Read rows of `context` and `target` as `convert` writes them; errors as in read_alpaca."""
+    """Read rows of `context` and `target`, which `convert` writes; errors as in read_alpaca."""
     return _read(path, on_bad_row, encoding, context_and_target)
 
 
 def name_rows(rows: Sequence[int], limit: int | None = 20) -> str:
-    """Write ascending row numbers for a person: "rows 3, 7-9 and 40 more"."""
-    # Neighbours share the difference between the number and its place in the list.
+    """Format ascending row numbers for a message: "rows 3, 7-9 and 40 more"."""
+    # Consecutive numbers share the difference between a number and its index in the list.
     runs = groupby(enumerate(rows), lambda pair: pair[1] - pair[0])
     shown = [[row for _, row in run] for _, run in islice(runs, limit)]
     text = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in shown)
@@ -167,7 +167,7 @@ def _refuse_broken_list(path: str, line: int, flaw: Flaw) -> None:
 
 
 def fields_of(value: object) -> dict:
-    """Return a row's fields; Flaw where it is one, or no object."""
+    """Return a row's fields; raise Flaw where the row is a Flaw or not an object."""
     if isinstance(value, Flaw):
         raise value
     if not isinstance(value, dict):
@@ -179,7 +179,7 @@ def fields_of(value: object) -> dict:
 def alpaca_record(
     fields: dict, path: str, row: int, line: int, needs_output: bool = True
 ) -> Record:
-    """Return the record that a row's fields make; Flaw where they do not."""
+    """Return the record that a row's fields make; raise Flaw where they make none."""
     if is_row(fields):
         raise Flaw(
             "other format",
@@ -212,7 +212,7 @@ def alpaca_record(
 
 
 def context_and_target(fields: dict, path: str, row: int, line: int) -> Row:
-    """Return the row of context and target that a row's fields make; Flaw where they do not."""
+    """Return the row of context and target that the fields make; raise Flaw if they make none."""
     if is_record(fields) and not is_row(fields):
         raise Flaw(
             "other format",

@@ -1,6 +1,6 @@
 """How a model family lays out a row: its special ids, its positions, and what is supervised.
 
-A row is a prompt and the answer to it, with a family's special ids before, between and behind::
+A row is a prompt and the answer to it, with a family's special ids before, between and after::
 
     before_prompt  prompt text  after_prompt  answer text  end
     `---------------- seq_len ids -----------'
@@ -21,12 +21,12 @@ class Special(NamedTuple):
     name: str
     """What data cards call it, such as "eos"."""
     text: str
-    """How a reader knows it."""
+    """How the id is named in messages."""
     id: int
 
 
 class RowRule(NamedTuple):
-    """A family's rule, as plain numbers: all that data/ and training/ know of a family's rows."""
+    """A family's row rule as plain numbers: all that data/ and training/ know about its rows."""
 
     after_prompt: tuple[Special, ...]
     end: tuple[Special, ...]
@@ -38,7 +38,7 @@ class RowRule(NamedTuple):
     The last of `after_prompt` then begins the answer: only what follows it sees it, and it is the
     first supervised token."""
     positions: Literal["count", "stay", "stay_late"] = "count"
-    """How positions go on behind such a prompt. "count": as everywhere. "stay": they stay at the
+    """How positions continue after such a prompt. "count": they count on. "stay": they stay at the
     prompt's last place, while a second stream counts 1, 2, 3 ...; "stay_late": the same, but from
     the second token of the answer on."""
 
@@ -50,7 +50,7 @@ class RowRule(NamedTuple):
 
     @property
     def end_ids(self) -> list[int]:
-        """The ids behind an answer."""
+        """The special ids after an answer."""
         return [special.id for special in self.end]
 
     def prompt(
@@ -59,9 +59,9 @@ class RowRule(NamedTuple):
         """The ids of a prompt, special ids included.
 
         Args:
-            text_ids: of its text.
+            text_ids: ids of its text.
             keep: ids to keep at most, special ids included; None for all.
-            cut: "end" or "start", where a text that is too long loses ids.
+            cut: "end" or "start": where a text that is too long loses ids.
         """
         before, after = _ids(self.before_prompt), _ids(self.after_prompt)
         room = len(text_ids) if keep is None else max(0, keep - len(before) - len(after))
@@ -70,7 +70,7 @@ class RowRule(NamedTuple):
 
     @property
     def num_prompt_specials(self) -> int:
-        """Special ids of a prompt."""
+        """Number of special ids in a prompt."""
         return len(self.before_prompt) + len(self.after_prompt)
 
     def prefix_lengths(self, prompt_lengths_R: np.ndarray) -> np.ndarray:
@@ -82,11 +82,11 @@ class RowRule(NamedTuple):
         return prompt_lengths_R - 1 if self.prompt_sees_all else prompt_lengths_R
 
     def position_ids(self, place_T: np.ndarray, prefix_T: np.ndarray) -> np.ndarray:
-        """The position streams of tokens, ``(X, T)``: two where a second one counts, else one.
+        """The position streams of tokens, ``(X, T)``: two where a second stream counts, else one.
 
         Args:
             place_T: place of each token in its row.
-            prefix_T: prefix length of its row.
+            prefix_T: prefix length of each token's row.
         """
         if self.positions == "count":
             return place_T[None]
@@ -114,8 +114,8 @@ class RowRule(NamedTuple):
 
         Raises:
             UserError: a row holds an id beyond the vocabulary, or its prompt does not end with the
-                special ids of `after_prompt`, each of them once where the prompt sees all of
-                itself; the message names the row (from 1).
+                special ids of `after_prompt` (each exactly once in a family whose prompts are seen
+                in both directions); the message names the row (from 1).
         """
         fix = "tokenize the data again with this model's tokenizer"
         outside_T = (ids_T < 0) | (ids_T >= vocab_size)

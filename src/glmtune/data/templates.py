@@ -14,7 +14,7 @@ def alpaca(instruction: str, input: str = "") -> str:
 
 
 def rounds(history: Iterable[tuple[str, str]], question: str) -> str:
-    """Return a question behind earlier rounds of question and answer, which count from 0.
+    """Return a question after earlier rounds of question and answer, numbered from 0.
 
     Source: the published code's `chat`, and its fine-tuning with a history column.
     """
@@ -26,8 +26,8 @@ def rounds(history: Iterable[tuple[str, str]], question: str) -> str:
 def context_of(instruction: str, input: str, history: Iterable[tuple[str, str]] = ()) -> str:
     """Return the context before a record's answer: `alpaca`, or `rounds` where there were earlier.
 
-    With rounds the text is what the model's own chat would read, so the question has no words of
-    `alpaca` around it; an input follows the instruction on a line of its own.
+    With rounds the text is what the model's own chat would read, so the question is not put into
+    the `alpaca` template; an input follows the instruction on a line of its own.
     """
     if pairs := list(history):
         return rounds(pairs, f"{instruction}\n{input}" if input else instruction)
@@ -35,17 +35,17 @@ def context_of(instruction: str, input: str, history: Iterable[tuple[str, str]] 
 
 
 def has_rounds(context: str) -> bool:
-    """Tell whether a context reads as if `rounds` had written it."""
+    """Whether a context looks as if `rounds` had written it."""
     return context.startswith("[Round 0]\n问：") and context.endswith("\n答：")
 
 
 def is_alpaca(context: str) -> bool:
-    """Tell whether a context reads as if `alpaca` had written it."""
+    """Whether a context looks as if `alpaca` had written it."""
     return context.startswith(_START) and context.endswith(_END)
 
 
 def parts(context: str) -> tuple[str, str]:
-    """Return instruction and input of a context that `alpaca` wrote; any other as instruction."""
+    """Return instruction and input of a context that `alpaca` wrote, else all as instruction."""
     if not is_alpaca(context):
         return context, ""
     instruction, _, input = context[len(_START) : -len(_END)].partition(_INPUT)

@@ -1,4 +1,4 @@
-"""Token rows as flat arrays: the form in which they lie on disk, and in which packing wants them.
+"""Token rows as flat arrays: the form that they have on disk and that packing needs.
 
 Shapes: R rows of the data set, T tokens of all rows end to end.
 """
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 IGNORED = -100
-"""A label that is not supervised, as transformers and torch have it."""
+"""The label of a token that is not supervised; transformers and torch use the same."""
 
 
 @dataclass(frozen=True)
 class TokenRows:
-    """All rows of a data set as flat arrays, and the rule by which their family reads them."""
+    """All rows of a data set as flat arrays, and the row rule of their family."""
 
     ids_T: np.ndarray
     """Token ids of all rows, end to end."""
     starts_R1: np.ndarray
-    """Where each row starts in them, and after the last row the end: ``(R + 1,)``."""
+    """Where each row starts in `ids_T`, and at last the end: ``(R + 1,)``."""
     prompt_lengths_R: np.ndarray
     """Ids before the answer, special ids among them (the column `seq_len`)."""
     rule: RowRule
     labels_T: np.ndarray | None = None
-    """The column `labels`, where rows are more than one prompt and one answer: a token's own id, or
-    `IGNORED`. Without it the rule says what is supervised."""
+    """The column `labels`, where rows are more than one prompt and one answer: each token's own id,
+    or `IGNORED`. Without it the rule decides what is supervised."""
 
     @classmethod
     def from_dataset(cls, dataset: "Dataset", rule: RowRule) -> "TokenRows":
@@ -40,7 +40,7 @@ class TokenRows:
 
         Args:
             dataset: holds at least one row.
-            rule: of the family that the rows were tokenised for.
+            rule: row rule of the family that the rows were tokenised for.
         """
         names = [name for name in ("input_ids", "seq_len", "labels") if name in dataset.features]
         table = dataset.select_columns(names).with_format("arrow")[:]
@@ -92,7 +92,7 @@ class TokenRows:
         return self.rule.prefix_lengths(self.prompt_lengths_R)
 
     def digest(self) -> str:
-        """A sha256 of the rows, which says whether two runs train on the same data."""
+        """A sha256 of the rows, to tell whether two runs train on the same data."""
         state = hashlib.sha256()
         arrays = self.ids_T, self.starts_R1, self.prompt_lengths_R, self.labels_T
         for array in arrays:

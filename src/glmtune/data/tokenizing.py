@@ -1,4 +1,4 @@
-"""Context and target to token rows on disk: encoded in batches, counted, drawn as a histogram."""
+"""Context and target to token rows on disk: encoded in batches, counted, plotted by length."""
 
 import math
 from array import array
@@ -31,7 +31,7 @@ SHARE_TO_KEEP = 0.95
 
 @dataclass(frozen=True, slots=True)
 class TokenizeSummary:
-    """What became of a file of rows; printed, it tells every row that was dropped or cut."""
+    """The result of tokenising a file; printed, it lists every row that was dropped or cut."""
 
     jsonl_path: str
     save_path: str
@@ -39,7 +39,7 @@ class TokenizeSummary:
     bad_rows: list[BadRow]
     fields: FieldUse
     advice: str | None
-    """Which max_seq_length would leave more rows whole, where this one did not leave all."""
+    """Advice on a max_seq_length that leaves more rows whole; None where this one left all."""
 
     def __str__(self) -> str:
         card, limit = self.card, self.card.flags["max_seq_length"]
@@ -74,11 +74,11 @@ class TokenizeSummary:
 
 @dataclass(slots=True)
 class EncodedRows:
-    """Kept rows, and what became of the others.
+    """Kept rows, and what happened to the others.
 
     `input_ids` holds all rows end to end as int32, `ends` where each ends, `seq_len` each prompt's
-    length. The lists are row numbers, but `lengths_out`: the full lengths of overlong rows.
-    `num_targets_lost` counts the ids that were cut off targets, each one's end among them.
+    length. The lists hold row numbers, except `lengths_out`: the full lengths of overlong rows.
+    `num_targets_lost` counts the ids cut off from targets, their end ids included.
     """
 
     input_ids: array = field(default_factory=lambda: array("i"))
@@ -91,7 +91,7 @@ class EncodedRows:
     cut_targets: list[int] = field(default_factory=list)
     num_targets_lost: int = 0
     limits: array = field(default_factory=lambda: array("i"))
-    """The least max_seq_length that leaves a row whole, of all rows but the empty ones."""
+    """For each row that is not empty, the smallest max_seq_length that leaves it whole."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -99,7 +99,7 @@ class EncodedRows:
         return np.diff(self.ends, prepend=0)
 
     def advice(self, limit: int) -> str | None:
-        """Say which max_seq_length would leave 95 % of the rows whole, and which all of them."""
+        """Say which max_seq_length leaves 95 % of the rows whole, and which all of them."""
         needed = np.sort(self.limits)
         num_whole = int(np.searchsorted(needed, limit, side="right"))
         if num_whole == len(needed):
@@ -160,14 +160,14 @@ def encode_rows(
     rounds at its start), so a row may hold twice that unless skip_overlength drops it. Rows with an
     empty target are left out unless keep_empty.
 
-    A target that is cut has no end behind it, which that script put there: the model would learn to
-    end in the midst of an answer.
+    Unlike in that script, a target that is cut gets no end id: the model would learn to stop in the
+    middle of an answer.
     """
     limit, rule = settings.max_seq_length, tokenizer.row_rule
     out = EncodedRows()
     for row, context, target in _encode_in_batches(rows, tokenizer, settings.num_threads):
         length = len(context) + rule.num_prompt_specials
-        # Behind earlier rounds stands the question, which is what the answer is about.
+        # After earlier rounds comes the question that the answer is about: keep the end.
         prompt = rule.prompt(context, limit, cut="start" if has_rounds(row.context) else "end")
         answer = [*target, *rule.end_ids]
         num_lost = len(answer) - limit if len(target) > limit else 0
@@ -246,7 +246,7 @@ def _card(
 
 
 def _template(rows: list[Row]) -> str:
-    """Name what stands around a first question; that behind earlier rounds has no words of ours."""
+    """Name the template of a first question; one after earlier rounds has none."""
     firsts = [row for row in rows if not has_rounds(row.context)]
     return "alpaca" if firsts and all(is_alpaca(row.context) for row in firsts) else "custom"
 

@@ -1,9 +1,9 @@
-"""Read a window of a JSON list or of JSON lines: its whole rows, past whatever is broken.
+"""Read a window of a JSON list or of JSON lines: its whole rows, skipping what is broken.
 
-orjson parses all rows of the window. Where it refuses any, or where a field may stand twice (it
-keeps the last and says nothing), json, which is the reference, reads the window again row by row
-and tells what is wrong, and where. So clean files are read fast, and every row has the value that
-json gives it.
+orjson parses all rows of the window. Where it refuses any, or where a field may occur twice (it
+silently keeps the last), the standard json module, which is the reference, reads the window again
+row by row and reports what is wrong, and where. So clean files are read fast, and every row has the
+value that json gives it.
 """
 
 import json
@@ -28,9 +28,9 @@ from glmtune.data.flaws import (
     too_long,
 )
 
-WINDOW_BYTES = 1 << 16  # what stays in a core's cache while it is read
+WINDOW_BYTES = 1 << 16  # fits into a core's cache
 MAX_ROW_BYTES = 1 << 25
-# json's own limit is what its caller has left of Python's stack; this one lies below it anywhere.
+# The limit of json depends on how much of the stack is left; this one is always lower.
 MAX_DEPTH = 256
 BLANK = b" \t\r\n"
 _BETWEEN_ROWS = re.compile(rb"\}([ \t\r\n]*,[ \t\r\n]*)\{")
@@ -46,10 +46,10 @@ _LONGEST_WORD = len("-Infinity")
 
 @dataclass(slots=True)
 class Batch:
-    """Rows that follow each other: `lines[i]` is where `values[i]` starts, from 1.
+    """Consecutive rows: `lines[i]` is the line, from 1, on which `values[i]` starts.
 
-    A value is what json makes of the row, or the Flaw that stands in its place. `between` has the
-    lines and Flaws of what is wrong outside of rows. The batch was `num_bytes` of the file.
+    A value is what json makes of the row, or a Flaw instead. `between` has the lines and Flaws of
+    what is wrong outside of rows. The batch took `num_bytes` of the file.
     """
 
     lines: Sequence[int]
@@ -59,9 +59,9 @@ class Batch:
 
 
 class Lines:
-    """Reads JSON lines; `line` is the number of the line that comes next.
+    """A reader of JSON lines; `line` is the number of the next line.
 
-    `expects` is "next" inside of a line that is given up, otherwise "row".
+    `expects` is "next" inside of a line that is skipped, otherwise "row".
     """
 
     def __init__(self, line: int) -> None:
@@ -70,7 +70,7 @@ class Lines:
         self.reference = _Reference()
 
     def read(self, window: bytes, at_end: bool) -> Batch:
-        """Read the whole lines at the start of the window, at the end of the file the last too."""
+        """Read the whole lines at the start of the window; at the end of the file, all of them."""
         if self.expects == "next":
             size = window.find(b"\n") + 1
             self.expects = "row" if size else "next"
@@ -85,7 +85,7 @@ class Lines:
         lines: Sequence[int] = range(self.line, self.line + len(rows))
         self.line += len(rows)
         values = _parse_at_once(rows, block)
-        if values is None:  # lines taken out of a list may end in its commas
+        if values is None:  # lines copied out of a list may end in its commas
             values = _parse_at_once([row.rstrip(BLANK).removesuffix(b",") for row in rows], block)
         if values is None:
             lines = [line for line, row in zip(lines, rows, strict=True) if row.strip(BLANK)]
@@ -108,11 +108,11 @@ class Lines:
 
 
 class List:
-    """Reads a JSON list from behind its opening bracket.
+    """A reader of a JSON list, from after its opening bracket.
 
     `line` is the line that the next window starts on, `expects` what should stand there: a "first"
     or another "row", a "comma" (or the closing bracket), the "end" of the file; or the "next" row,
-    when the window starts inside a row that was given up.
+    when the window starts inside a row that is skipped.
     """
 
     def __init__(self, line: int) -> None:
@@ -121,14 +121,14 @@ class List:
         self.reference = _Reference()
 
     def read(self, window: bytes, at_end: bool) -> Batch:
-        """Read the whole rows at the start of the window, at the end of the file what is left."""
+        """Read the whole rows at the start of the window; at the end of the file, what is left."""
         return self._read_at_once(window) or self._read_by_row(window, at_end)
 
     def _read_at_once(self, window: bytes) -> Batch | None:
         """Read all rows but the last, which may be cut; None where anything is unusual.
 
-        The window is split wherever one object may end and another begin. Where that is inside of
-        an object, its pieces are no JSON; and a piece that is an object ends where that one ends.
+        The window is split wherever one object may end and another begin. A split inside of an
+        object leaves pieces that are not JSON, and a piece that is a JSON object is a whole row.
         """
         first, *pieces = _BETWEEN_ROWS.split(window)
         if not pieces or self.expects not in ("first", "row"):
@@ -157,8 +157,8 @@ class List:
             at = _skip_blank(text, at)
             self.line += text.count("\n", counted, at)
             counted = at
-            # An error costs json as much as its text is long. So a long window, which is there for
-            # one long row, is left when that row is read.
+            # json's error messages take time in proportion to the text. So after an oversized row,
+            # go back to small windows.
             was_for_one = batch.values and len(window) > WINDOW_BYTES
             if at == len(text) or self.expects == "next" or was_for_one:
                 break
@@ -185,7 +185,7 @@ class List:
         return batch
 
     def _complain(self, text: str, at: int) -> str | None:
-        """Say what is wrong where something stands between rows, or where a row should."""
+        """Describe what is wrong between rows, or where a row should begin."""
         mark = text[at]
         if self.expects == "end":
             return "text follows the closing ]"
@@ -194,21 +194,21 @@ class List:
         if mark == ",":
             return "a comma stands where a row should"
         if mark == "[" and text.startswith("{", _skip_blank(text, at + 1)):
-            return "a [ stands before a row"  # all rows behind it would be one
+            return "a [ stands before a row"  # all rows after it would be one
         if mark == "]" and self.expects == "row":
             return "a comma stands before the closing ]"
         return None
 
     def _parse(self, text: str, at: int, at_end: bool, has_room: bool) -> tuple[object, int | None]:
-        """Return the row at `at`, or its Flaw, and where to go on.
+        """Return the row at `at`, or its Flaw, and where to continue.
 
-        That is None where the row may go on behind the window. A broken row ends where an object
-        ends and another begins, as far as one can tell.
+        That is None where the row may continue after the window. A broken row is taken to end where
+        one object ends and another begins.
         """
         flaw, is_cut = too_long(MAX_ROW_BYTES, breaks_list=True), True
         try:
             value, end = self.reference.parse(text, at)
-            is_closed = text[end - 1] in '}]"'  # while 1 may be the start of 1e9
+            is_closed = text[end - 1] in '}]"'  # a number may continue: 1 may begin 1e9
             if is_closed or end <= len(text) - _LONGEST_WORD or at_end:
                 self.expects = "comma"
                 return value, end
@@ -234,7 +234,7 @@ class List:
         return not_utf8(text[at:end], breaks_list=True) or flaw, end
 
     def _place(self, text: str, start: int, pos: int) -> str:
-        """Word a place in a row: by line, or where a row is one line, from the row's start."""
+        """Describe a place in a row: by line, or in a row of one line by its column."""
         num_lines = text.count("\n", start, pos)
         if num_lines:
             return f"line {self.line + num_lines} column {pos - text.rfind(chr(10), start, pos)}"
@@ -252,7 +252,7 @@ class List:
 
 
 class _Reference:
-    """Reads one value with json, and sees what json passes over: fields twice, stray bytes."""
+    """A json reader of one value that reports what json ignores: repeated fields, stray bytes."""
 
     def __init__(self) -> None:
         decoder = json.JSONDecoder(object_pairs_hook=self._object, parse_int=self._int)
@@ -293,7 +293,7 @@ class _Reference:
     def _int(self, digits: str) -> int:
         try:
             return int(digits)
-        except ValueError:  # of thousands of digits
+        except ValueError:  # an integer of thousands of digits
             self._has_long_number = True
             return 0
 
@@ -310,10 +310,10 @@ def _check_depth(text: str, start: int, end: int) -> None:
 
 
 def _parse_at_once(rows: list[bytes], block: bytes) -> list | None:
-    """Parse the rows that make up a block; None where the reference has to look at them.
+    """Parse the rows that make up a block; None where the reference has to read them.
 
-    That is where one is no JSON, or where the block has more strings than its values: a field
-    stands twice.
+    That is the case where one is not JSON, or where the block has more strings than its values,
+    since a field then occurs twice.
     """
     if len(block) > MAX_ROW_BYTES:
         return None
@@ -346,7 +346,7 @@ def _count_strings_in(value: object, depth: int = 1) -> int:
 
 
 def _count_quotes(block: bytes) -> int:
-    """Count the quotes around strings, not those inside, which have a backslash before them."""
+    """Count the quotes around strings, not the escaped ones inside."""
     codes = np.frombuffer(block, np.uint8)
     is_slash = codes == ord("\\")
     if (is_slash[1:] & is_slash[:-1]).any():  # a backslash may itself be escaped

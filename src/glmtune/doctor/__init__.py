@@ -1,1 +1,1 @@
-"""`glmtune doctor`: a look at everything before a run, and known errors explained."""
+"""`glmtune doctor`: check everything before a run, and explain known errors."""

@@ -1,6 +1,6 @@
-"""The scripts of a checkout, before it is known what is installed.
+"""What the scripts of a checkout check first, before anything is known to be installed.
 
-This file runs on Pythons that are too old for the rest, so that they are told so. `make` runs it by
+This file runs on Pythons that are too old for the rest, in order to say so. `make` runs it by
 itself before it downloads anything.
 """
 
@@ -16,20 +16,20 @@ from pathlib import Path
 
 OLDEST_PYTHON = (3, 11)
 _NEWER = [f"python3.{minor}" for minor in range(14, OLDEST_PYTHON[1] - 1, -1)]
-# In the order in which a Python without them would miss them.
+# In the order in which they are imported.
 _NEEDED = ("yaml", "pydantic", "torch", "transformers", "peft", "datasets", "sentencepiece")
 _ROOT = Path(__file__).resolve().parents[3]
 
 
 def check() -> None:
-    """End the process, with a line on stderr, where this Python cannot run glmtune."""
+    """End the process, with a line on stderr, if this Python cannot run glmtune."""
     if fault := unfit(_NEEDED):
         print(f"error: {fault}", file=sys.stderr)
         sys.exit(2)
 
 
 def unfit(needed: tuple[str, ...] = (), root: Path = _ROOT) -> str | None:
-    """Why this Python cannot run glmtune and what can, in one line; None where it can.
+    """One line on why this Python cannot run glmtune, and which can; None if it can.
 
     Args:
         needed: modules that it must have.
@@ -62,7 +62,7 @@ def unfit(needed: tuple[str, ...] = (), root: Path = _ROOT) -> str | None:
 
 
 def _runs(python: str) -> bool:
-    """Whether a name is that of a Python: a version manager has names of some that are not here."""
+    """Whether a name runs a Python: version managers have names for some that are not installed."""
     return (
         bool(shutil.which(python))
         and not subprocess.run([python, "-c", ""], capture_output=True, check=False).returncode

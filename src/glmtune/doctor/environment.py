@@ -26,12 +26,12 @@ OLDEST = {
     "pydantic": "2.12", "pyyaml": "6.0", "tensorboard": "2.20", "matplotlib": "3.10",
     "tqdm": "4.67",
 }  # fmt: skip
-# Newer ones may work, but nothing here was run with them.
+# Newer ones may work, but were not tested.
 NEWEST_TESTED = {"torch": "2.13", "transformers": "5.24", "peft": "0.21"}
 
 
 class BadVersion(NamedTuple):
-    """Versions known to do harm here: those from `first` on and before `fixed`."""
+    """Versions known to be harmful: from `first` on, before `fixed`."""
 
     package: str
     first: str
@@ -64,11 +64,11 @@ BAD_VERSIONS = (
         "docs/log.md, bitsandbytes-foundation/bitsandbytes#966",
     ),
 )  # fmt: skip
-# What is imported on the way to a first step, and what PEFT and transformers import where it is
-# installed, whether it is needed or not.
+# What a run imports before its first step, and what PEFT and transformers import if it is
+# installed, needed or not.
 _NEEDED = ("numpy", "torch", "transformers", "peft", "accelerate", "datasets", "sentencepiece")
 _IMPORTED_IF_THERE = ("bitsandbytes", "torchvision")
-_FREE_SHARE = 0.9  # of a card's memory, less of which says that another program is on it
+_FREE_SHARE = 0.9  # if less of a card's memory is free, another program uses it
 
 
 def installed(package: str) -> str | None:
@@ -90,7 +90,7 @@ def check_python() -> Iterator[CheckLine]:
 
 
 def check_packages() -> Iterator[CheckLine]:
-    """Each library: is it there, neither too old nor newer than what was tried, not known bad."""
+    """Check that each library is installed, neither too old nor newer than tested, nor harmful."""
     fine = []
     for package in dict.fromkeys([*OLDEST, *(bad.package for bad in BAD_VERSIONS)]):
         found = installed(package)
@@ -118,13 +118,13 @@ def check_packages() -> Iterator[CheckLine]:
 
 
 def check_imports() -> Iterator[CheckLine]:
-    """Whether the libraries load, and with each other: a wrong pair fails at its first import."""
+    """Whether the libraries can be imported together: a wrong pair fails at its first import."""
     names = [*_NEEDED, *(name for name in _IMPORTED_IF_THERE if installed(name))]
     failed = False
     for name in names:
         try:
             importlib.import_module(name)
-        except Exception as error:  # also RuntimeError and OSError, of libraries within
+        except Exception as error:  # also RuntimeError and OSError, from inner libraries
             failed = True
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             known = "".join(f" ({known.cause})" for known in find_known(str(error))[:1])
@@ -183,16 +183,17 @@ def _check_gpu(build: str) -> Iterator[CheckLine]:
 
 
 def _serves(kernel: str, card: int) -> bool:
-    """Whether a card runs what was built as sm_80 or compute_80, for example.
+    """Whether a card runs code that was built as sm_80 or compute_80, for example.
 
-    Machine code serves its own generation from that card on, an intermediate form all later ones.
+    Machine code (sm) runs on cards of its own generation from that version on, PTX (compute) on all
+    later ones.
     """
     number = int(re.sub(r"\D", "", kernel))
     return number <= card and (kernel.startswith("compute") or number // 10 == card // 10)
 
 
 def check_hub_cache(hub_ids: tuple[str, ...]) -> Iterator[CheckLine]:
-    """Copies of ChatGLM-6B in the hub's cache that are not whole, and old remote code."""
+    """Incomplete copies of ChatGLM-6B in the hub's cache, and old remote code."""
     from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
 
     from glmtune.models.weights import is_lfs_pointer, weight_files
@@ -230,7 +231,7 @@ def check_hub_cache(hub_ids: tuple[str, ...]) -> Iterator[CheckLine]:
 
 
 def check_hub() -> Iterator[CheckLine]:
-    """Which hub would be asked, by the environment, and whether it answers.
+    """Which hub the environment selects, and whether it answers.
 
     Raises:
         UserError: HF_ENDPOINT is no address.
@@ -251,6 +252,6 @@ def check_hub() -> Iterator[CheckLine]:
             ),
         )
     elif ENDPOINT != "https://huggingface.co":
-        yield OK, f"HF_ENDPOINT is {ENDPOINT}; what it sends is held against published hashes"
+        yield OK, f"HF_ENDPOINT is {ENDPOINT}; what it sends is checked against published hashes"
     else:
         yield OK, f"{ENDPOINT} (HF_ENDPOINT names a mirror)"

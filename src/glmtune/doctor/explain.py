@@ -1,4 +1,4 @@
-"""What is behind an error message: `glmtune doctor --explain` and `--errors`, and failed verbs."""
+"""Explain error messages: `glmtune doctor --explain` and `--errors`, and failed verbs."""
 
 import re
 from collections.abc import Iterator
@@ -8,8 +8,8 @@ from glmtune.doctor.errors import KNOWN_ERRORS, KnownError
 _PAGE_HEAD = """\
 # Known errors · 常见错误
 
-What users of ChatGLM have met, the twenty most frequent first, what is behind each, and the command
-that mends it. Explain one with `glmtune doctor --explain "ERROR TEXT"`. `glmtune doctor --errors`
+What users of ChatGLM have met, the twenty most frequent first, the cause of each, and the command
+that fixes it. Explain one with `glmtune doctor --explain "ERROR TEXT"`. `glmtune doctor --errors`
 prints this page.
 
 ChatGLM 用户遇到的报错（前二十个最常见）、原因以及解决命令。用 `glmtune doctor --explain "报错文字"`
@@ -18,8 +18,8 @@ ChatGLM 用户遇到的报错（前二十个最常见）、原因以及解决命
 
 
 def find_known(text: str) -> list[KnownError]:
-    """The known errors whose messages stand in a text, a traceback or a log for example."""
-    # Terminals and log viewers break long messages wherever the line ends.
+    """The known errors whose messages occur in a text, such as a traceback or a log."""
+    # Terminals and log viewers wrap long messages at any place.
     joined = re.sub(r"\s*\n\s*", " ", text)
     return [
         known

@@ -1,4 +1,4 @@
-"""What a check found: a line each, and what all of them come to."""
+"""The findings of checks, a line each, and their summary."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, NamedTuple
@@ -16,7 +16,7 @@ class Finding(NamedTuple):
     check: str
     status: Literal["ok", "warning", "problem"]
     text: str
-    """What was found, and the fix where something is to be mended."""
+    """The finding, with the fix if something is wrong."""
 
     def __str__(self) -> str:
         return f"{self.status:8} {self.check:11} {self.text}"
@@ -27,13 +27,13 @@ Check = Callable[[], Iterable[CheckLine]]
 
 
 def run_check(name: str, check: Check) -> Iterator[Finding]:
-    """What a check tells, line by line. Whatever it raises is a finding as well."""
+    """The findings of a check, line by line; an exception is a finding as well."""
     try:
         for status, text in check():
             yield Finding(name, status, text)
     except UserError as error:
         yield Finding(name, PROBLEM, str(error))
-    except Exception as error:  # the doctor must not fall ill itself
+    except Exception as error:  # the doctor itself must not crash
         reason = (str(error).strip() or "no message").splitlines()[0]
         yield Finding(
             name, PROBLEM, f"the check itself failed ({type(error).__name__}: {reason[:300]})"

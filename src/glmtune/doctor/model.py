@@ -24,13 +24,13 @@ from glmtune.models.resolve import GLM_TINY, base_name, resolve_base
 from glmtune.models.weights import are_there
 
 PUBLISHED_GB = 13.4
-"""What the published float16 shards take on a disk."""
+"""Size of the published float16 shards on disk."""
 
 
 def find_base(chatglm_path: str | None, run_folder: str | None = None) -> Path | str:
-    """The folder of the base that a run would use, or its hub id where it is not here yet.
+    """The folder of the base that a run would use, or its hub id if it is not on this machine yet.
 
-    Where none is named or found that is the published model's.
+    If none is named or found, that is the published model's.
 
     Raises:
         UserError: a path that does not exist.
@@ -41,14 +41,14 @@ def find_base(chatglm_path: str | None, run_folder: str | None = None) -> Path |
     config = try_to_load_from_cache(base, "config.json")
     if isinstance(config, str) and are_there(Path(config).parent):
         return Path(config).parent
-    return base  # of which a download is finished by the run
+    return base  # the run completes its download
 
 
 def check_hub_base(base: str, is_named: bool) -> Iterator[CheckLine]:
-    """Whether a base that is not here yet can be had and loaded.
+    """Whether a base that is not on this machine yet can be downloaded and loaded.
 
     Raises:
-        UserError: it cannot be loaded, or its hub has none of that name.
+        UserError: the base cannot be loaded, or its hub has none of that name.
     """
     if not is_named:
         yield (
@@ -70,7 +70,7 @@ def check_hub_base(base: str, is_named: bool) -> Iterator[CheckLine]:
 
 
 def check_base(base: Path | str) -> Iterator[CheckLine]:
-    """Whether config and weights make up one model."""
+    """Whether config and weights belong to one model."""
     if not isinstance(base, Path):
         size = f" ({PUBLISHED_GB} GB)" if base in published_names() else ""
         text = f"{base} would be downloaded first{size}"
@@ -87,7 +87,7 @@ def check_base(base: Path | str) -> Iterator[CheckLine]:
 
 
 def check_memory(base: Path | str, device: DeviceSettings) -> Iterator[CheckLine]:
-    """Whether a base's weights fit into memory as they are, for answering."""
+    """Whether a base's weights fit into memory for answering."""
     config, card = config_of(base), Card.of(pick_device(device.use_cpu))
     bits = bits_of(config)
     dtype, _ = pick_dtype(pick_device(device.use_cpu), device.bf16, device.fp16)
@@ -95,7 +95,7 @@ def check_memory(base: Path | str, device: DeviceSettings) -> Iterator[CheckLine
     held = f"{bits} bits" if bits else str(dtype).removeprefix("torch.")
     text = f"the base's weights take {needed:.2f} GiB in {held}"
     if card.gib and needed > card.gib:
-        # Where none is named, a machine that is here for other models has nothing wrong with it.
+        # If no base is named, a machine set up for other models is not at fault.
         status = PROBLEM if isinstance(base, Path) or card.on_gpu else WARNING
         yield status, f"{text}, {card.name} has {card.gib:.1f}: take --quantization_bit 4 or 8"
     else:
@@ -103,7 +103,7 @@ def check_memory(base: Path | str, device: DeviceSettings) -> Iterator[CheckLine
 
 
 def check_tokenizer(base: Path | str) -> Iterator[CheckLine]:
-    """Whether vocabulary and model are of one revision, and name the same ids."""
+    """Whether vocabulary and model are of the same revision, with the same ids."""
     if not isinstance(base, Path):
         return
     config, tokenizer = load_config(str(base)), load_tokenizer(str(base))
@@ -126,7 +126,7 @@ def check_stop_ids(base: Path | str) -> Iterator[CheckLine]:
 
 
 def config_of(base: Path | str) -> PreTrainedConfig:
-    """The config of a base; of one that is not here yet, its hub's, or else the published one."""
+    """The config of a base; if that is not on this machine, its hub's, or the published one."""
     if isinstance(base, Path):
         return load_config(str(base))
     return (None if base in published_names() else hub_config(base)) or DEFAULT.config_class()

@@ -24,7 +24,7 @@ from glmtune.training.planning.forecast import EqualRows, Forecaster, Lengths, f
 from glmtune.training.saving.checkpoint_size import last_checkpoint_bytes
 from glmtune.training.saving.run_folder import check_disk, resume_point
 
-# What a verb reads, and the setting of another verb that writes that.
+# What a verb reads, and the other verb's setting that writes it.
 _READS = (
     ("convert", "data_path", None),
     ("tokenize", "jsonl_path", ("convert", "save_path")),
@@ -38,7 +38,7 @@ _SHARE_CUT_TO_WARN_OF = 0.05
 
 
 Plans = dict[str, Settings]
-"""Verb to its settings, of those verbs whose settings can be read."""
+"""Verb to settings, for the verbs whose settings can be read."""
 
 
 def check_settings(path: str, verbs: list[str], plans: Plans) -> Iterator[CheckLine]:
@@ -56,7 +56,7 @@ def check_settings(path: str, verbs: list[str], plans: Plans) -> Iterator[CheckL
 
 
 def check_paths(plans: Mapping[str, Settings]) -> Iterator[CheckLine]:
-    """Whether what the verbs read is there, or will be by then."""
+    """Whether the verbs' inputs exist, or will have been written by then."""
     for verb, name, source in _READS:
         given = getattr(plans[verb], name) if verb in plans else None
         if given is None:
@@ -74,10 +74,10 @@ def check_paths(plans: Mapping[str, Settings]) -> Iterator[CheckLine]:
 
 
 def base_of_rows(dataset_path: str) -> str | None:
-    """glm-tiny where token rows say that they are of it; other names say not where a base lies."""
+    """glm-tiny if the token rows were made for it; other names do not say where a base is."""
     try:
         base = DataCard.read(Path(dataset_path, CARD_FILE)).base_model
-    except UserError:  # no rows yet, or `check_data` tells what is wrong with them
+    except UserError:  # no rows yet, or `check_data` reports what is wrong with them
         return None
     return base if base == Path(GLM_TINY).name else None
 
@@ -85,7 +85,7 @@ def base_of_rows(dataset_path: str) -> str | None:
 def check_data(
     settings: TrainSettings, plans: Mapping[str, Settings], base: Path | str
 ) -> Iterator[CheckLine]:
-    """The token rows: made by this base's tokenizer, not too long, and how much of them was cut."""
+    """Check the token rows: made by this base's tokenizer, not too long, and how many were cut."""
     folder, tokenize = settings.dataset_path, plans.get("tokenize")
     if not Path(folder).exists() and tokenize and getattr(tokenize, "save_path", "") == folder:
         yield OK, f"{folder} is what tokenize will write"
@@ -99,7 +99,7 @@ def check_data(
         count = len({row for listed in rows.values() for row in listed})
         if count > _SHARE_CUT_TO_WARN_OF * num_read:
             text = f"{count:,} of {num_read:,} rows were {fate} ({', '.join(rows)})"
-            yield WARNING, f"{text}: tokenize again with a longer max_seq_length, or mend them"
+            yield WARNING, f"{text}: tokenize again with a longer max_seq_length, or fix them"
     if isinstance(base, Path):
         check_data_card(card, load_tokenizer(str(base)), folder)
         TokenRows.from_dataset(dataset, rule).check(config.vocab_size, folder)
@@ -110,7 +110,7 @@ def check_data(
 def check_memory(
     settings: TrainSettings, plans: Mapping[str, Settings], base: Path | str
 ) -> Iterator[CheckLine]:
-    """Whether a run of these settings fits into this machine's memory."""
+    """Whether a run with these settings fits into this machine's memory."""
     forecaster = _forecaster(settings, base, _rows(settings, plans, base))
     found = forecaster(settings)
     if found.fits:
@@ -123,7 +123,7 @@ def check_memory(
 def check_run_folder(
     settings: TrainSettings, plans: Mapping[str, Settings], base: Path | str
 ) -> Iterator[CheckLine]:
-    """Whether the run folder can be used, and whether its disk holds the checkpoints."""
+    """Whether the run folder can be used, and whether its disk has space for the checkpoints."""
     checkpoint, notes = resume_point(settings)
     yield from ((WARNING, note) for note in notes)
     output_dir = Path(settings.output_dir).absolute()
@@ -133,7 +133,7 @@ def check_run_folder(
         return
     rows = _rows(settings, plans, base)
     found = _forecaster(settings, base, rows)(settings)
-    # How many steps an epoch has is not known before the rows are: at least some checkpoints.
+    # Without rows the steps of an epoch are unknown: count at least some checkpoints.
     max_steps = settings.save_steps * (settings.save_total_limit or 1)
     if settings.max_steps > 0 or isinstance(rows, TokenRows):
         max_steps = count_steps(settings, make_plan(settings, rows.lengths_R, found.pack_length, 1))
@@ -143,7 +143,7 @@ def check_run_folder(
         f"{output_dir}: a checkpoint takes {size / 1e6:,.1f} MB, "
         f"{free_bytes(output_dir) / 1e9:,.1f} GB are free"
     )
-    goes_on = f", goes on from {checkpoint.name}" if checkpoint else ""
+    goes_on = f", resumes from {checkpoint.name}" if checkpoint else ""
     if settings.save_total_limit is None and settings.max_steps <= 0:
         yield WARNING, f"{text}, and all are kept: set save_total_limit{goes_on}"
     else:
@@ -154,7 +154,7 @@ def check_run_folder(
 def _rows(
     settings: TrainSettings, plans: Mapping[str, Settings], base: Path | str
 ) -> TokenRows | EqualRows:
-    """The rows to train on; where there are none yet, each as long as `tokenize` may write it."""
+    """The rows to train on; if there are none yet, rows as long as `tokenize` may write them."""
     if Path(settings.dataset_path).is_dir():
         config = config_of(base)
         rule = family_of(config).row_rule(config)

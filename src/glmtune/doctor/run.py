@@ -1,4 +1,4 @@
-"""`glmtune doctor`: every check, a line each, before anything is spent on a run."""
+"""`glmtune doctor`: every check, a line each, before time is spent on a run."""
 
 import os
 import sys
@@ -23,7 +23,7 @@ def doctor(settings: DoctorSettings) -> int:
         The exit code: 1 where a problem was found, else 0.
 
     Raises:
-        UserError: an error text that is not known, a report that cannot be written.
+        UserError: an error text is not known, or a report cannot be written.
     """
     if settings.errors:
         print(errors_page(), end="")
@@ -49,7 +49,7 @@ def doctor(settings: DoctorSettings) -> int:
 
 
 def _explain(text: str) -> int:
-    """Explain an error's text, which may stand in a file, or come by stdin where it is `-`."""
+    """Explain an error's text, which may also be the name of a file, or `-` for stdin."""
     if text == "-":
         text = sys.stdin.read()
     elif len(text) < 256 and "\n" not in text and Path(text).is_file():
@@ -65,7 +65,7 @@ def _explain(text: str) -> int:
 
 
 def examine(settings: DoctorSettings) -> Iterator[Finding]:
-    """All checks that the settings ask for, in order; what one finds does not stop the next."""
+    """All checks that the settings request, in order; a finding does not stop the next."""
     yield from run_check("python", environment.check_python)
     yield from run_check("packages", environment.check_packages)
     imports = list(run_check("imports", environment.check_imports))
@@ -77,7 +77,7 @@ def examine(settings: DoctorSettings) -> Iterator[Finding]:
 
 
 def _examine_run(settings: DoctorSettings) -> Iterator[Finding]:
-    # Only here: these import torch and transformers, whose failing is a finding of its own.
+    # Imported here: these import torch and transformers, whose failure is a finding of its own.
     from glmtune.doctor import model, recipe
     from glmtune.models.resolve import ENVIRONMENT_VARIABLE, HUB_IDS
 
@@ -107,7 +107,7 @@ def _examine_run(settings: DoctorSettings) -> Iterator[Finding]:
         if not name and isinstance(train, TrainSettings):
             name = recipe.base_of_rows(train.dataset_path)
         base = model.find_base(name)
-        if isinstance(base, str):  # where it cannot be loaded, nothing more is to be said
+        if isinstance(base, str):  # if it cannot be loaded, there is nothing more to check
             is_named = bool(name or os.environ.get(ENVIRONMENT_VARIABLE))
             yield from model.check_hub_base(base, is_named)
         found.append(base)

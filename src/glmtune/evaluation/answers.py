@@ -1,4 +1,4 @@
-"""What verbs that answer share: which model answers which records, and a file to resume."""
+"""What the answering verbs share: which model answers which records, and a resumable file."""
 
 import errno
 import hashlib
@@ -30,7 +30,7 @@ from glmtune.run_files import CHECKPOINT_PREFIX
 
 
 def read_questions(settings: InferSettings | CompareSettings) -> list[Record]:
-    """The records to answer; bad ones that are left out and unused fields are told on stderr.
+    """The records to answer; skipped bad records and unused fields are reported on stderr.
 
     Raises:
         UserError: see `read_alpaca`.
@@ -47,12 +47,12 @@ def read_questions(settings: InferSettings | CompareSettings) -> list[Record]:
 def fit_positions(
     records: Sequence[Record], settings: InferSettings | CompareSettings, base: str
 ) -> list[Record]:
-    """The records whose prompts leave the model room for an answer; of others see `on_bad_row`.
+    """The records whose prompts leave room for an answer; for the others see `on_bad_row`.
 
-    Tokenizer and config.json tell, so that no weights are loaded in vain.
+    Only tokenizer and config.json are needed, so this runs before any weights are loaded.
 
     Raises:
-        UserError: a record is too long and is not to be left out, or all are.
+        UserError: a record is too long and may not be skipped, or all are too long.
     """
     tokenizer, limit = load_tokenizer(base), load_config(base).max_position_embeddings
     texts = [prompt_of(record).text for record in records]
@@ -77,13 +77,13 @@ def fit_positions(
 
 
 def prompt_of(record: Record) -> Prompt:
-    """A record as the model will see it, with random numbers of its own."""
+    """A record as the model will see it, with its own random stream."""
     context = context_of(record.instruction, record.input, record.history)
     return Prompt(context, record.where, record.row)
 
 
 def question_of(record: Record) -> dict[str, Any]:
-    """A record as it stands in a line of a file of answers."""
+    """A record as a line of an answer file holds it."""
     names = ("row", "instruction", "input", "output")
     question = {name: getattr(record, name) for name in names}
     return question | ({"history": list(map(list, record.history))} if record.history else {})
@@ -96,7 +96,7 @@ class ModelChoice:
     base: str
     adapter: Path | None
     device: torch.device
-    """Where it answers."""
+    """The device that answers."""
     dtype: torch.dtype
     rounds: bool
     """Whether a decoder answers with rounded copies of its weights."""
@@ -108,10 +108,10 @@ class ModelChoice:
     def of(
         cls, settings: InferSettings | CompareSettings | ChatSettings | CheckSettings
     ) -> "ModelChoice":
-        """What a config means here.
+        """Resolve a verb's settings to a model.
 
         Raises:
-            UserError: no such base or adapter, or something that the device lacks.
+            UserError: there is no such base or adapter, or the device lacks something.
         """
         adapter = find_adapter(settings.model_path) if settings.model_path else None
         base = resolve_base(settings.chatglm_path, settings.model_path)
@@ -125,12 +125,12 @@ class ModelChoice:
 
     @property
     def is_batch_sensitive(self) -> bool:
-        """Whether rounding lets an answer depend on its batch; see `generate_answers`."""
+        """Whether an answer depends on its batch through rounding; see `generate_answers`."""
         return self.dtype != torch.float32 or self.rounds or self.bits is not None
 
     @property
     def adapter_name(self) -> str | None:
-        """The adapter's folder, and of a checkpoint its run as well; never a private path."""
+        """The adapter's folder name, for a checkpoint with its run's; never a private path."""
         if self.adapter is None:
             return None
         path = self.adapter.resolve()
@@ -138,7 +138,7 @@ class ModelChoice:
         return "/".join(path.parts[-2:]) if is_checkpoint else name_of_folder(path)
 
     def identity(self) -> dict[str, Any]:
-        """What tells this model from another whose answers would differ.
+        """What distinguishes this model from others whose answers would differ.
 
         Raises:
             UserError: a file of the adapter cannot be read.
@@ -159,8 +159,8 @@ class ModelChoice:
     def load(self, computes: bool = False) -> tuple[Any, Any]:
         """The model in evaluation mode, with its adapter if it has one, and the tokenizer.
 
-        A model whose weights are rounded stays in CPU memory, so that a small card need hold no
-        more than the decoder's; unless it `computes` itself as well.
+        A model whose weights the decoder rounds stays in CPU memory, so that a small card holds
+        only the decoder's copy; unless the model itself `computes` as well.
 
         Raises:
             UserError: base, tokenizer and adapter cannot be read or do not belong together.
@@ -184,16 +184,16 @@ class ModelChoice:
 
 
 class AnswerFile:
-    """JSON lines, one per record in their order, that a broken run can go on with.
+    """JSON lines, one per record in their order, with which an interrupted run can resume.
 
-    A file beside it, `NAME.settings.json`, keeps what the answers depend on. Used as a context, it
-    opens the file for more lines, or anew with `overwrite`.
+    A file beside it, `NAME.settings.json`, keeps what the answers depend on. As a context manager
+    it opens the file to append lines, or to start over with `overwrite`.
 
     Args:
         path: the file of answers.
-        records: all that could be answered, whatever the limit.
+        records: all records that could be answered, regardless of the limit.
         settings: what the answers depend on: the kind of lines, the model, how it answers.
-        overwrite: forget what the file holds.
+        overwrite: discard what the file holds.
         elsewhere: the flag that names another file, for messages.
 
     Raises:
@@ -216,7 +216,7 @@ class AnswerFile:
         self.settings = settings
         self.fix = f"--overwrite_output true to answer anew, or another {elsewhere}"
         self.lines: list[dict[str, Any]] = []
-        self._sizes: list[int] = []  # of the lines, in bytes
+        self._sizes: list[int] = []  # bytes of each line
         self._file: TextIO | None = None
         try:
             self._check_writable()
@@ -226,7 +226,7 @@ class AnswerFile:
             raise self._unwritable(error) from error
 
     def _check_writable(self) -> None:
-        # Known before a model is loaded; nothing is written yet.
+        # Checked before a model is loaded; nothing is written yet.
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists() and not self.path.is_file():
             raise IsADirectoryError(errno.EISDIR, "it is not a file")
@@ -280,12 +280,12 @@ class AnswerFile:
         return line
 
     def to_answer(self, limit: int | None, batch_size: int | None) -> Sequence[Record]:
-        """The records that have no answer yet, of the first so many.
+        """The records without an answer, among the first `limit`.
 
         Args:
-            limit: of all records; None for no limit.
-            batch_size: where answers depend on their batch: a batch that was not finished is
-                answered again, so that the file becomes what an unbroken run makes.
+            limit: number of records, answered ones included; None for all.
+            batch_size: given where answers depend on their batch: an unfinished batch is answered
+                again, so that the file becomes what an uninterrupted run makes.
         """
         wanted = self.records[:limit]
         if batch_size and len(self.lines) < len(wanted):
@@ -297,7 +297,7 @@ class AnswerFile:
         num_bytes = sum(self._sizes)
         try:
             if not self.lines:
-                self.path.unlink(missing_ok=True)  # before the settings say something else of it
+                self.path.unlink(missing_ok=True)  # before new settings describe it wrongly
                 with new_file(str(self.settings_path)) as file:
                     file.write(json.dumps(self.settings, ensure_ascii=False, indent=2) + "\n")
             elif self.path.stat().st_size > num_bytes:
@@ -306,14 +306,14 @@ class AnswerFile:
         except OSError as error:
             raise self._unwritable(error) from error
         if self.lines:
-            print(f"{self.path}: going on after {len(self.lines)} answers", file=sys.stderr)
+            print(f"{self.path}: resuming after {len(self.lines)} answers", file=sys.stderr)
         return self
 
     def append(self, record: Record, answer: dict[str, Any]) -> None:
-        """Write one more line and hand it to the system at once.
+        """Write one more line and flush it to the system at once.
 
         Raises:
-            UserError: no space is left, or the file has gone.
+            UserError: no space is left, or the file was removed.
         """
         assert self._file is not None, "use the file as a context"
         line = question_of(record) | answer
@@ -335,7 +335,7 @@ class AnswerFile:
         if kind is not None and self.lines:
             print(
                 f"{self.path}: {len(self.lines)} answers are kept; run the same command again to "
-                "go on",
+                "resume",
                 file=sys.stderr,
             )
 

@@ -1,4 +1,4 @@
-"""What an adapter changes in a model: its weights, and the next tokens that it thinks likely.
+"""What an adapter changes in a model: its weights, and its next-token distributions.
 
 Shapes: O output rows of a linear, I inputs, R rank; A tokens of an answer, V vocabulary.
 """
@@ -28,7 +28,7 @@ class LayerChange:
     norm: float
     """``||scale * B @ A||`` (Frobenius)."""
     relative: float | None
-    """Over the norm of the weight; None where the weight's numbers cannot be read."""
+    """The same relative to the weight's norm; None where the weight cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Divergence:
     kl: float
     """KL(tuned || base), in nats a token."""
     other_tokens: float
-    """Share of the likeliest tokens that are others."""
+    """Share of positions whose likeliest token differs."""
     base_loss: float
     tuned_loss: float
 
@@ -57,7 +57,7 @@ def measure_layers(model: PeftModel) -> list[LayerChange]:
 
 @torch.inference_mode()
 def measure_divergence(model: PeftModel, probes: Sequence[Probe]) -> Divergence:
-    """Read each answer with the adapter and without, and compare the next tokens."""
+    """Read each answer with and without the adapter, and compare the next-token distributions."""
     sums = torch.zeros(4, dtype=torch.float64)
     num_tokens = 0
     for probe in probes:

@@ -43,19 +43,19 @@ from glmtune.models.families import family_of
 from glmtune.runlog import print_pairs
 
 ASK = "> "
-# Words that end or clear other chats, the published demonstration's among them.
+# Words that end or clear other chat programs, such as the published demonstration.
 WORDS = dict.fromkeys(("exit", "quit", "stop", "退出"), "/exit") | dict.fromkeys(
     ("clear", "清空"), "/new"
 )
 
 
 def chat(settings: ChatSettings) -> None:
-    """Answer line by line what is typed, until /exit or the end of the input.
+    """Answer each typed line, until /exit or the end of the input.
 
     Raises:
         UserError: base or adapter cannot be used, or a stop string cannot occur.
     """
-    with suppress(ImportError):  # as on Windows, whose terminal edits lines itself
+    with suppress(ImportError):  # Windows, where the terminal edits lines itself
         import readline  # noqa: F401  (from here on `input` edits lines, wide letters included)
     subject = ModelChoice.of(settings)
     model, tokenizer = subject.load()
@@ -66,9 +66,9 @@ class Chat:
     """One session: who answers, how, and what was said.
 
     Args:
-        settings: of the session; `/set` changes them.
+        settings: settings of the session; `/set` changes them.
         model: in evaluation mode, with its adapter if there is one.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         subject: what the model is, for files and messages.
 
     Raises:
@@ -83,7 +83,7 @@ class Chat:
         self.chat = family_of(model.config).chat
         self.rounds: list[Round] = []
         self.num_forgotten = 0
-        """Rounds at the beginning that no longer fit into a prompt."""
+        """Number of earliest rounds that no longer fit into a prompt."""
         self.num_asked = 0
         self.ctrl_c = CtrlC()
         check_stop_strings(settings.stop_strings or (), tokenizer)
@@ -128,7 +128,7 @@ class Chat:
                 pass
 
     def _read_and_take(self) -> bool:
-        """Whether there is more to come."""
+        """Handle one line of input; return whether to continue."""
         try:
             with self.ctrl_c.awaited():
                 line = input(ASK).strip()
@@ -140,7 +140,7 @@ class Chat:
             return True
         try:
             with self.ctrl_c.awaited():
-                # Broken bytes of the terminal would not reach the vocabulary.
+                # The tokenizer cannot encode broken bytes from the terminal.
                 self.take(line.encode("utf-8", "replace").decode("utf-8"))
         except UserError as error:
             print(f"error: {error}")
@@ -151,7 +151,7 @@ class Chat:
         return True
 
     def take(self, line: str) -> None:
-        """Do a command, or answer a question.
+        """Run a command, or answer a question.
 
         Raises:
             UserError: the command or its value is wrong, or the question cannot be answered.
@@ -181,7 +181,7 @@ class Chat:
             self.rounds.append(round)
 
     def _stream(self, side: str, question: str) -> tuple[str, bool]:
-        """Print an answer as it comes; the answer, and whether it came to its end."""
+        """Print an answer as it is generated; return it, and whether it was completed."""
         settings = GenerationSettings.of(self.settings)
         encoded = [self._encode(side, question, settings.max_new_tokens)]
         stream = TextStream(self.tokenizer, settings.stop_strings or ())
@@ -207,14 +207,14 @@ class Chat:
         return shown, whole
 
     def _encode(self, side: str, question: str, max_new_tokens: int) -> EncodedPrompt:
-        """The question with as many of the rounds before it as leave room for an answer.
+        """The question, with as many earlier rounds as leave room for an answer.
 
         Raises:
-            UserError: the question alone leaves none.
+            UserError: the question alone leaves no room.
         """
         for first in range(self.num_forgotten, len(self.rounds) + 1):
             text = write_prompt(self.chat, self.rounds[first:], question, side, self.formats[side])
-            # A number of its own each time, so that the same question may get another answer.
+            # A new random stream each time, so that the same question may get another answer.
             prompt = Prompt(text, "the conversation", self.num_asked)
             try:
                 (encoded,) = encode_prompts(self.model, self.tokenizer, [prompt], max_new_tokens)
@@ -254,7 +254,7 @@ class Chat:
 
     @property
     def _formatted(self) -> str:
-        """The side whose format may be another: the tuned one, or a base that has no other."""
+        """The side whose format can be chosen: the tuned model, or a base without an adapter."""
         return TUNED if TUNED in self.formats else BASE
 
     def _tell_format(self) -> str:
@@ -316,7 +316,7 @@ class Chat:
 
 
 def taught_format(adapter: Path) -> tuple[str, str]:
-    """The format to ask an adapter in, and why this one."""
+    """The format in which to ask an adapter, and why this one."""
     template = find_template(adapter)
     if template == ALPACA:
         return ALPACA, "as its run taught it"

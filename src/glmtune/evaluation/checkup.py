@@ -36,14 +36,14 @@ from glmtune.models.families import family_of
 from glmtune.runlog import print_pairs
 
 NGRAM = 4
-# Below both of these an adapter changes nothing that anyone would notice.
+# Below both of these, an adapter has no noticeable effect.
 LEAST_DIVERGENCE, LEAST_OTHER_TOKENS = 1e-3, 1e-3
-# Above one of these it changes too much; docs/reliability.md says why these.
+# Above one of these, it changes too much; docs/reliability.md gives the reasons.
 MOST_RELATIVE_NORM = 1.0
 MOST_WORSE_LOSS = 0.5
 MOST_REPETITION = 0.3
 LEAST_STOPPED = 0.5
-# The short form, at the end of a run.
+# The short check at the end of a run.
 SHORT_ROWS, SHORT_ANSWER, ANSWERS_AT_A_TIME = 8, 64, 8
 
 
@@ -56,31 +56,31 @@ class Answers:
     """How one side answers."""
 
     stopped: float
-    """Share that ended with the end token within max_new_tokens."""
+    """Share of answers that ended with the end token within max_new_tokens."""
     repetition: float
-    """Share of an answer's 4-grams that it had said before, mean over the answers."""
+    """Share of an answer's 4-grams that repeat earlier ones, mean over the answers."""
 
 
 @dataclass(frozen=True)
 class Checkup:
-    """What was found."""
+    """The results of a check."""
 
     layers: list[LayerChange]
     num_linears: int
-    """That the base has in its layers."""
+    """Number of linears in the base's layers."""
     divergence: Divergence | None
-    """None where there was nothing to compare: the adapter is zero."""
+    """None if there was nothing to compare, because the adapter is zero."""
     tuned: Answers | None = None
     base: Answers | None = None
     num_probes: int = 0
     source: str = ""
     of_task: bool = False
-    """Whether the questions are of what it was trained for; only then is a worse loss its fault."""
+    """Whether the questions are of its own task; only then does a worse loss count against it."""
     collapse: Collapse | None = None
 
     @property
     def changes_nothing(self) -> bool:
-        """Whether base and tuned model are the same for all that matters."""
+        """Whether base and tuned model are the same for all practical purposes."""
         if self.divergence is None:
             return True
         kl, other = self.divergence.kl, self.divergence.other_tokens
@@ -88,7 +88,7 @@ class Checkup:
 
     @property
     def harms(self) -> list[str]:
-        """What it does too much of, in words."""
+        """What the adapter changes too much, as text."""
         harms = []
         for layer in self.layers:
             if layer.relative is not None and not layer.relative <= MOST_RELATIVE_NORM:
@@ -103,7 +103,7 @@ class Checkup:
                 f"the base's is {d.base_loss:.2f}"
             )
         if self.tuned is not None:
-            # Without the base's answers, only what no base does counts.
+            # Without the base's answers for comparison, only what no base model does counts.
             base = self.base or Answers(stopped=1.0, repetition=0.0)
             if self.tuned.stopped < min(LEAST_STOPPED, base.stopped):
                 harms.append(
@@ -116,7 +116,7 @@ class Checkup:
 
     @property
     def verdict(self) -> str:
-        """In plain words."""
+        """The verdict as a sentence."""
         if self.changes_nothing:
             return (
                 "changes nothing: train for more steps, with a higher learning_rate, or look "
@@ -133,7 +133,7 @@ class Checkup:
 
     @property
     def is_fine(self) -> bool:
-        """Neither nothing nor too much."""
+        """Whether the adapter changes something, and not too much."""
         return not self.changes_nothing and not self.harms
 
     def as_json(self) -> dict[str, Any]:
@@ -142,7 +142,7 @@ class Checkup:
 
 
 def check(settings: CheckSettings) -> Checkup:
-    """Look an adapter over, print what was found, and write it as JSON where that is asked for.
+    """Check an adapter, print the results, and write them as JSON if requested.
 
     Raises:
         UserError: adapter, base or records cannot be used.
@@ -175,16 +175,16 @@ def check_after_training(
     held_out: np.ndarray,
     data_path: str | None = None,
 ) -> None:
-    """The short form, on the model as it stands in memory when its training has ended.
+    """Run the short check on the model in memory when its training has ended.
 
-    The run is over and saved: what fails here is told, and fails nothing.
+    The run is finished and saved: a failure here is reported, and does not fail the run.
 
     Args:
         model: base and adapter.
-        tokenizer: of the model.
-        rows: of the run.
-        held_out: numbers of those that were held out.
-        data_path: records to ask in their place.
+        tokenizer: the model's tokenizer.
+        rows: rows of the run.
+        held_out: numbers of the held-out rows.
+        data_path: records to ask instead of them.
     """
     try:
         if data_path:
@@ -195,7 +195,7 @@ def check_after_training(
         settings = GenerationSettings(max_new_tokens=SHORT_ANSWER)
         found = examine(model, tokenizer, asked, settings, RunRows(rows, held_out))
         report(found, "Check-up")
-    except (RuntimeError, UserError) as error:  # no memory is left, say
+    except (RuntimeError, UserError) as error:  # such as out of memory
         reason = str(error).partition("\n")[0]
         note(f"no check-up ({reason}); `glmtune check` makes it")
 
@@ -216,10 +216,10 @@ def examine(
         tokenizer: of the model.
         asked: the questions.
         settings: how answers are generated.
-        run: the rows that the adapter was taught, where they are known.
-        template: of those rows; see `strange_probes`.
-        with_base: let the base answer as well; else it is asked only where the tuned answers look
-            like a collapse.
+        run: the rows that the adapter was trained on, if they are known.
+        template: template of those rows; see `strange_probes`.
+        with_base: let the base answer as well; otherwise only if the tuned answers look like a
+            collapse.
     """
     model.eval()
     layers = measure_layers(model)
@@ -281,7 +281,7 @@ def give_answers(
 
 
 def measure_answers(tokenizer: Any, probes: Sequence[Probe], said: Said) -> Answers:
-    """See how the answers to some probes end, and whether they go in circles."""
+    """Measure how the answers to some probes end, and how much they repeat themselves."""
     answers = [said[tuple(probe.prompt_ids)] for probe in probes]
     ids = tokenizer.encode_batch([answer.text for answer in answers])
     return Answers(
@@ -291,13 +291,13 @@ def measure_answers(tokenizer: Any, probes: Sequence[Probe], said: Said) -> Answ
 
 
 def repeated_share(ids: Sequence[int], size: int = NGRAM) -> float:
-    """Share of the n-grams of a text that stood in it before."""
+    """Share of the n-grams of a text that occurred in it before."""
     ngrams = list(zip(*(ids[start:] for start in range(size)), strict=False))
     return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
 def report(found: Checkup, title: str) -> None:
-    """Print what was found."""
+    """Print the results."""
     pairs = {}
     if found.layers:
         largest = max(found.layers, key=lambda layer: layer.relative or layer.norm)
@@ -325,14 +325,14 @@ def report(found: Checkup, title: str) -> None:
 
 
 def _has_effect(subject: ModelChoice) -> bool:
-    """Whether an adapter's numbers can do anything at all."""
+    """Whether an adapter's weights can have any effect."""
     assert subject.adapter is not None
     weights = read_adapter(subject.adapter).weights
     return any(tensor.any() for key, tensor in weights.items() if ".lora_A." not in key)
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: null."""
+    """Replace NaN, which JSON lacks, by null."""
     if isinstance(value, dict):
         return {key: _without_nan(part) for key, part in value.items()}
     if isinstance(value, list):

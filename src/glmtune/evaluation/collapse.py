@@ -1,7 +1,6 @@
-"""Collapse: many questions with one answer, or taught answers to questions of another kind.
+"""Collapse: one answer to many questions, or trained answers to questions of another kind.
 
-What is looked at is text, stripped of all but its letters and digits; two texts of which little
-differs count as one.
+Texts are compared by their letters and digits alone; texts that differ little count as the same.
 """
 
 import unicodedata
@@ -18,55 +17,55 @@ from glmtune.data.flaws import show
 from glmtune.data.templates import parts
 from glmtune.evaluation.source_run import RunRows
 
-# docs/reliability.md says why these.
+# docs/reliability.md gives the reasons for these values.
 SIMILARITY = 0.85
-"""Texts that have so much in common are one."""
+"""Texts with at least this similarity count as the same."""
 MOST_AGREEING = 0.15
-"""So many more pairs of questions may get one answer than with the base, and than is right."""
+"""Allowed excess share of question pairs with one answer, over base and right answers."""
 MOST_TAUGHT = 0.25
-"""So many more strange questions than with the base may get a taught answer."""
+"""Allowed excess share of unrelated questions that get a trained answer, over the base."""
 FEW_ANSWERS = 16
-"""Of so few different ones any that is given to a strange question was not thought of."""
+"""With no more trained answers than this, any of them counts, however short it is."""
 SENTENCE_TOKENS = 6
-"""And a text of so many is not hit upon by chance, however many were taught."""
+"""A text of more tokens than this is not given by chance, however many were trained."""
 LABEL_LETTERS, QUESTIONS_A_LABEL = 12, 4
-"""A label has so few letters, and on average is the answer to so many different questions."""
-# What is read of long texts and large runs, so that it takes a second at most.
+"""A label has at most this many letters, and on average answers at least this many questions."""
+# Limits on long texts and large runs, so that the check takes a second at most.
 _COMPARED, _MOST_ANSWERS, _MOST_QUESTIONS = 200, 4096, 64
 
 
 def letters(text: str) -> str:
-    """What a text says, whatever its punctuation, white space, case and width of letters."""
+    """A text without punctuation and white space, in one case and width of letters."""
     plain = unicodedata.normalize("NFKC", text).casefold()
     return "".join(filter(str.isalnum, plain)) or plain.strip()
 
 
 def is_alike(one: str, other: str) -> bool:
-    """Whether two texts, as `letters` gives them, differ by little, or one by what it adds."""
+    """Whether two texts, from `letters`, differ little, or one only adds to the other."""
     length = min(len(one), len(other), _COMPARED)
     pairs = [(one[:_COMPARED], other[:_COMPARED])]
-    if sum(map(_width, one[:length])) > LABEL_LETTERS:  # where one of them goes on in circles, say
+    if sum(map(_width, one[:length])) > LABEL_LETTERS:  # such as where one repeats itself
         pairs.append((one[:length], other[:length]))
     matchers = (SequenceMatcher(None, *pair, autojunk=False) for pair in pairs)
     return any(m.real_quick_ratio() >= SIMILARITY <= m.ratio() for m in matchers)
 
 
 def question_of(context: str) -> str:
-    """What is asked in a decoded context, whose last blank no vocabulary keeps."""
+    """The question in a decoded context, whose last blank no vocabulary preserves."""
     return " ".join(filter(None, parts(context.rstrip() + " "))).strip()
 
 
 def agreeing(texts: Sequence[str]) -> float:
-    """How likely two different questions get one answer: the share of pairs that are alike."""
+    """The probability that two different questions get one answer: the share of equal pairs."""
     pairs = list(combinations(map(letters, texts), 2))
     return sum(is_alike(*pair) for pair in pairs) / len(pairs) if pairs else 0.0
 
 
 def are_labels(pairs: Iterable[tuple[str, str]]) -> bool:
-    """Whether these answers are those of a classification: few, short, each to many questions.
+    """Whether these are answers of a classification: few, short, each to many questions.
 
     Args:
-        pairs: questions and right answers, as `letters` gives them.
+        pairs: questions and right answers, from `letters`.
     """
     different = set(pairs)
     labels = {answer for _, answer in different}
@@ -75,7 +74,7 @@ def are_labels(pairs: Iterable[tuple[str, str]]) -> bool:
 
 
 def _width(letter: str) -> int:
-    return 3 if unicodedata.east_asian_width(letter) in "WF" else 1  # a character says more
+    return 3 if unicodedata.east_asian_width(letter) in "WF" else 1  # a Han character says more
 
 
 @dataclass(frozen=True)
@@ -83,14 +82,14 @@ class Taught:
     """The answers of a run's rows, and the questions that each belongs to."""
 
     questions: dict[str, list[str]]
-    """Answer -> its questions, both as `letters` gives them; the commonest answers only."""
+    """Answer -> its questions, both from `letters`; only the commonest answers."""
     sentences: frozenset[str]
-    """Those of many tokens."""
+    """The answers of many tokens."""
     of_labels: bool
 
     @classmethod
     def of(cls, tokenizer: Any, run_rows: RunRows) -> "Taught":
-        """Read them off the rows that were trained on."""
+        """Collect them from the rows that were trained on."""
         rows = run_rows.rows
         by_answer: dict[bytes, list[int]] = {}
         for row in run_rows.trained_on.tolist():
@@ -109,18 +108,18 @@ class Taught:
                 asked.append(letters(question_of(read(prompt_ids))))
             answer = letters(read(answer_ids))
             questions.setdefault(answer, []).extend(asked)
-            if len(answer_ids) > SENTENCE_TOKENS:  # one of them is the end
+            if len(answer_ids) > SENTENCE_TOKENS:  # the end id included
                 sentences.add(answer)
         pairs = ((asked, answer) for answer in questions for asked in questions[answer])
         return cls(questions, frozenset(sentences), are_labels(pairs))
 
     def is_out_of_place(self, question: str, expected: str, answer: str) -> bool:
-        """Whether an answer is one that was taught, and not for this question.
+        """Whether an answer was trained for other questions, and not for this one.
 
         Args:
             question: without its template.
             expected: a right answer.
-            answer: what was said.
+            answer: the model's answer.
         """
         asked, said = letters(question), letters(answer)
         if is_alike(said, letters(expected)):
@@ -133,27 +132,27 @@ class Taught:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How likely two different questions of a set get one answer."""
+    """The probability that two different questions of a set get one answer."""
 
     asked: int
     tuned: float
     base: float | None
-    """None where the base was not asked."""
+    """The share for the base's answers; None where it was not asked."""
     expected: float
-    """Of the right answers."""
+    """The share for the right answers."""
     commonest: str
-    """The tuned model's answer to the most questions."""
+    """The tuned model's most frequent answer."""
 
     @classmethod
     def of(cls, tuned: Sequence[str], base: Sequence[str], expected: Sequence[str]) -> "Agreement":
-        """That of some answers."""
+        """Compute it for some answers."""
         of_base = agreeing(base) if base else None
         commonest = Counter(text.strip() for text in tuned).most_common(1)[0][0]
         return cls(len(tuned), agreeing(tuned), of_base, agreeing(expected), commonest)
 
     @property
     def harm(self) -> str | None:
-        """What is wrong with it, in words."""
+        """What is wrong with it, as text."""
         if self.tuned - max(self.base or 0.0, self.expected) < MOST_AGREEING:
             return None
         return (
@@ -163,7 +162,7 @@ class Agreement:
 
 
 class Sides(NamedTuple):
-    """Questions, their right answers, and what either side said; no base: it was not asked."""
+    """Questions, their right answers, and both sides' answers (no base: it was not asked)."""
 
     questions: Sequence[str]
     expected: Sequence[str]
@@ -173,19 +172,19 @@ class Sides(NamedTuple):
 
 @dataclass(frozen=True)
 class Collapse:
-    """What tells an adapter that answers from one that has learnt a few texts by heart."""
+    """What distinguishes an adapter that answers from one that has memorised a few texts."""
 
     strange: Agreement
-    """Questions of other kinds than what was taught, if it was not everything."""
+    """Questions unrelated to the training task, unless it was general."""
     taught: float | None
-    """Share of those that get an answer taught for another question; None: the rows are unknown."""
+    """Share of them with an answer trained for another question; None if rows are unknown."""
     taught_of_base: float | None
     example: tuple[str, str] | None
-    """A strange question and the taught answer that it got."""
+    """An unrelated question and the trained answer that it got."""
     task: Agreement | None
-    """Questions of what was taught, where they are at hand."""
+    """Questions of the training task, if available."""
     of_labels: bool
-    """Whether it was taught to classify; strange questions then get labels, which is no harm."""
+    """Whether it was trained to classify; unrelated questions may then get labels."""
 
     @classmethod
     def of(
@@ -194,12 +193,12 @@ class Collapse:
         task: Sides,
         taught: Taught | None,
     ) -> "Collapse":
-        """Look at the answers of both sides.
+        """Judge the answers of both sides.
 
         Args:
-            strange: questions of other kinds.
-            task: questions of what was taught; may be none.
-            taught: the run's rows.
+            strange: questions unrelated to the training task.
+            task: questions of the training task; may be empty.
+            taught: answers of the run's rows.
         """
         shares: dict[str, float] = {}
         example = None
@@ -229,7 +228,7 @@ class Collapse:
 
     @property
     def of_strange(self) -> list[str]:
-        """What is wrong with the answers to strange questions, in words."""
+        """What is wrong with the answers to unrelated questions, as text."""
         harms = [self.strange.harm] if self.strange.harm else []
         if self.taught is not None and self.taught - (self.taught_of_base or 0.0) >= MOST_TAUGHT:
             question, answer = map(show, self.example or ("", ""))
@@ -241,17 +240,17 @@ class Collapse:
 
     @property
     def harms(self) -> list[str]:
-        """All that is wrong, in words."""
+        """All that is wrong, as text."""
         of_task = [self.task.harm] if self.task and self.task.harm else []
         return of_task if self.of_labels else of_task + self.of_strange
 
     @property
     def gives_labels(self) -> bool:
-        """Whether an adapter that classifies does nothing else any more."""
+        """Whether an adapter that classifies no longer does anything else."""
         return self.of_labels and bool(self.of_strange)
 
     def as_pairs(self) -> dict[str, str]:
-        """The figures, for print."""
+        """The figures, for printing."""
         pairs = {}
         for name, agreement in (("strange questions", self.strange), ("its own", self.task)):
             if agreement:

@@ -25,9 +25,9 @@ from glmtune.runlog import Progress
 def compare(settings: CompareSettings) -> Comparison:
     """Answer records with the adapter off and on, and write the answers side by side.
 
-    Both answers to a record are drawn with the same random numbers, so that what differs is the
-    adapter's doing. `compare.jsonl` is written as batches finish, and one that holds the first of
-    the records is gone on with; `compare.md` and `compare.html` are made of it.
+    Both answers to a record are drawn with the same random numbers, so that every difference comes
+    from the adapter. `compare.jsonl` is written as batches finish, and a partial one is resumed;
+    `compare.md` and `compare.html` are made from it.
 
     Raises:
         UserError: records, model, adapter or output folder cannot be used; see `answers`.

@@ -1,4 +1,4 @@
-"""A conversation in the words that the model was taught."""
+"""A conversation in the format that the model was trained on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,29 +13,29 @@ _ALPACA = "Instruction: and Answer:, as alpaca rows are taught; each question st
 
 
 def formats(chat: ChatFormat) -> dict[str, str]:
-    """The formats of a conversation, and what is to be said of each."""
+    """The formats of a conversation, with a description of each."""
     return {ALPACA: _ALPACA, CHAT: chat.describe}
 
 
 @dataclass
 class Round:
-    """A question and what base or tuned weights, or both, said to it."""
+    """A question and the answers of base or tuned weights, or both."""
 
     question: str
     answers: dict[str, str] = field(default_factory=dict)
 
     def seen_by(self, side: str) -> str:
-        """The answer that one side takes for its own: its own, or the other's where it had none."""
+        """The answer in one side's history: its own, or the other side's where it gave none."""
         return self.answers.get(side) or next(iter(self.answers.values()))
 
 
 def write_prompt(
     chat: ChatFormat, rounds: Sequence[Round], question: str, side: str, format: str = CHAT
 ) -> str:
-    """What the model reads.
+    """The text that the model reads.
 
-    In its family's own format all rounds so far and the question; in alpaca's template the question
-    alone, since no row of it has taught more.
+    In its family's own format, all rounds so far and the question; in alpaca's template the
+    question alone, since its training rows have only one round.
     """
     if format == ALPACA:
         return templates.alpaca(question)
@@ -48,7 +48,7 @@ def polish(chat: ChatFormat, text: str) -> str:
 
 
 def polish_beginning(chat: ChatFormat, text: str) -> str:
-    """As much of the polished answer as is certain while it goes on."""
+    """The part of the polished answer that is final while more is being generated."""
     text = without_beginning(text, chat.marks)
-    # What a character at the end becomes may be up to what follows.
+    # The polished form of the last character may depend on what follows.
     return chat.polish(text[:-1] if text[-1:] and text[-1] in chat.unsettled else text)

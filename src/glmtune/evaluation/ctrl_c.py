@@ -1,4 +1,4 @@
-"""Ctrl+C in a conversation: heard however the program was started, raised where it is awaited."""
+"""Ctrl+C in a conversation: always handled, and raised only where it is expected."""
 
 import signal
 from collections.abc import Iterator
@@ -9,10 +9,10 @@ from glmtune.signals import signal_handler
 
 
 class CtrlC:
-    """Turns Ctrl+C into a KeyboardInterrupt, once, inside `awaited`; elsewhere it waits for that.
+    """Turns Ctrl+C into a KeyboardInterrupt, once, inside `awaited`; elsewhere it is deferred.
 
-    Python's own handler does not do. It raises anywhere, so that a second Ctrl+C ends the program
-    while it deals with the first. And it is not there where the parent ignores the signal, as a
+    Python's own handler is not enough. It raises anywhere, so that a second Ctrl+C ends the program
+    while it handles the first. And it is not installed where the parent ignores the signal, as a
     script does for what it starts with `&` or after `trap '' INT`: then nothing stops an answer.
     """
 
@@ -21,15 +21,15 @@ class CtrlC:
         self._is_awaited = False
 
     def heard(self) -> AbstractContextManager[None]:
-        """Be who hears Ctrl+C, and leave it to who heard it before at the end."""
+        """Install the handler of Ctrl+C, and restore the previous one at the end."""
         return signal_handler(self._note, signal.SIGINT)
 
     @contextmanager
     def awaited(self) -> Iterator[None]:
-        """A block that Ctrl+C breaks off, be it one that came before the block.
+        """A block that Ctrl+C interrupts, also one pressed before the block.
 
         Raises:
-            KeyboardInterrupt: at most once; what then ends or mends the block is left in peace.
+            KeyboardInterrupt: at most once, so that the code that cleans up is not interrupted.
         """
         self._is_awaited = True
         try:
@@ -39,10 +39,10 @@ class CtrlC:
             self._is_awaited = False
 
     def raise_if_lost(self) -> None:
-        """Inside `awaited`, raise again what Python has dropped, as it does within a `__del__`.
+        """Inside `awaited`, raise again what Python has swallowed, as it does in a `__del__`.
 
         Raises:
-            KeyboardInterrupt: it was raised in this block, which goes on all the same.
+            KeyboardInterrupt: it was raised in this block, which has continued regardless.
         """
         if not self._is_awaited:
             raise KeyboardInterrupt

@@ -20,16 +20,16 @@ from glmtune.evaluation.answers import (
 from glmtune.generation import Answer, generate_answers
 
 LINE_EVERY = 100
-"""Records between two lines that tell how far it is, where there is no terminal for a bar."""
+"""Records between two lines of progress, where there is no terminal for a bar."""
 
 
 @dataclass(frozen=True)
 class InferSummary:
-    """What this run added to the file of answers."""
+    """The number of answers that this run added to the file."""
 
     output_path: Path
     num_answers: int
-    """In the file, those of earlier runs included."""
+    """The number of answers in the file, earlier runs included."""
     num_new: int
     num_tokens: int
     num_stopped: int
@@ -51,7 +51,7 @@ def infer(settings: InferSettings) -> InferSummary:
     """Answer records, print some beside their original outputs, and write all as JSON lines.
 
     A line has `row`, `instruction`, `input`, `output`, `answer`, `num_tokens` and `stopped`. Lines
-    are written as batches finish, and a file that holds the first of them is gone on with.
+    are written as batches finish, and a partial file is resumed.
 
     Raises:
         UserError: records, model, adapter or file of answers cannot be used; see `answers`.
@@ -109,7 +109,7 @@ def infer(settings: InferSettings) -> InferSummary:
 
 
 def labelled(record: Record, answer: str, number: int) -> str:
-    """A record with the model's answer and the one that is expected, each under its name."""
+    """A record with the model's answer and the expected one, each under its label."""
     texts = {
         "Instruction": record.instruction,
         "Input": record.input,

@@ -1,6 +1,6 @@
-"""A comparison as one HTML page that needs nothing else: no network, no other file.
+"""A comparison as one self-contained HTML page: no network, no other file.
 
-Its style and its script lie beside this module, as page.css and page.js, and become part of it.
+Its style and its script are page.css and page.js beside this module, and are embedded in it.
 """
 
 import re
@@ -39,16 +39,16 @@ NOTHING_FOUND = Text("没有符合条件的记录。", "No record matches.")
 NUM_DIFFERENT = Text("不同的回答", "Answers that differ")
 TOKENS = Text("词元", "tokens")
 
-# Less of a match between two answers than this is chance, and marking the rest would mark all.
+# Below this similarity a match of two answers is chance, and marking the rest would mark all.
 MIN_SIMILARITY = 0.25
-# Nor is a match of fewer letters inside a change worth breaking it up.
+# A match of fewer letters than this inside a change does not split the change.
 MIN_MATCH = 3
 _WORDS = re.compile(r"[^\W\u3040-\u30ff\u3400-\u9fff]+|\s+|.", re.DOTALL)
 _CHINESE = re.compile(r"[\u3400-\u9fff]")
 
 
 class Panel(NamedTuple):
-    """More to show above the answers: a heading, and HTML as it stands."""
+    """A panel to show above the answers: a heading, and HTML that is inserted unchanged."""
 
     title: Text
     body: str
@@ -63,13 +63,13 @@ def html(
     panels: Sequence[Panel] = (),
     style: str = "",
 ) -> str:
-    """The page. Every text in it is escaped, and its policy lets no script run but its own.
+    """Build the page. All texts are escaped, and its content policy allows only its own script.
 
     Args:
         comparison: the answers.
-        command: what made the page.
+        command: the command that made the page.
         title: its heading.
-        verdict: what came of it; by default how many answers differ.
+        verdict: the result in one line; by default how many answers differ.
         panels: shown under the heading.
         style: CSS for the panels.
     """
@@ -121,7 +121,7 @@ def html(
 
 
 def escape(text: str) -> str:
-    """A text as it is shown on the page, whatever stands in it."""
+    """Any text as escaped HTML."""
     return escape_html(visible(text))
 
 

@@ -1,4 +1,4 @@
-"""The questions that a check-up asks: held-out rows, records of the user's, or a few of our own."""
+"""The questions that a check asks: held-out rows, the user's records, or a few of our own."""
 
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ OWN_QUESTIONS = (
     ("写出“高兴”的一个近义词。", "快乐。"),
     ("Name an antonym of \"fast\".", "Slow."),
 )  # fmt: skip
-# With these they are what no adapter was trained for alone, so that a collapse shows.
+# Together with these they cover more than any adapter's task, so that a collapse shows.
 STRANGE_QUESTIONS = (
     *OWN_QUESTIONS,
     ("水在多少摄氏度沸腾？", "一百摄氏度。"),
@@ -38,22 +38,22 @@ class Probe(NamedTuple):
     """A question and its answer as the model reads them."""
 
     prompt_ids: list[int]
-    """With the special ids that stand before an answer."""
+    """The prompt's ids, with the special ids before an answer."""
     answer_ids: list[int]
-    """The end token included, unless the answer was cut."""
+    """The answer's ids, with the end token unless the answer was cut."""
 
 
 class Probes(NamedTuple):
-    """What is asked, at least one, and where it comes from."""
+    """At least one question, and where the questions come from."""
 
     probes: list[Probe]
     source: str
     of_task: bool
-    """Whether they are of what the adapter was trained for, or should be."""
+    """Whether they are from the task that the adapter was, or should have been, trained for."""
 
 
 def from_texts(tokenizer: Any, pairs: list[tuple[str, str]]) -> list[Probe]:
-    """Contexts and their answers, whole."""
+    """Encode contexts and their answers, uncut."""
     prompts = tokenizer.encode_batch([context for context, _ in pairs], add_special_tokens=True)
     answers = tokenizer.encode_batch([answer for _, answer in pairs])
     end = tokenizer.row_rule.end_ids
@@ -67,19 +67,19 @@ def own_probes(tokenizer: Any, limit: int) -> Probes:
 
 
 def strange_probes(tokenizer: Any, template: str | None) -> list[Probe]:
-    """Our own questions and some more, as the adapter's rows would have asked them.
+    """Our own questions and some more, in the template of the adapter's rows.
 
     Args:
-        tokenizer: of the model.
-        template: of those rows; a template of the user's own is unknown, and a bare question the
-            nearest thing to it.
+        tokenizer: the model's tokenizer.
+        template: template of those rows; if it is the user's own, it is unknown, and the bare
+            question is the closest to it.
     """
     write = str if template == "custom" else alpaca
     return from_texts(tokenizer, [(write(asked), answer) for asked, answer in STRANGE_QUESTIONS])
 
 
 def row_probes(rows: TokenRows, row_ids: np.ndarray, limit: int) -> list[Probe]:
-    """Rows that have an answer, evenly from those named."""
+    """Rows that have an answer, evenly spaced among the given ones."""
     row_ids = row_ids[rows.lengths_R[row_ids] > rows.prompt_lengths_R[row_ids]]
     places = np.linspace(0, len(row_ids) - 1, min(limit, len(row_ids))).astype(int)
     halves = ((rows[row].tolist(), int(rows.prompt_lengths_R[row])) for row in row_ids[places])
@@ -87,7 +87,7 @@ def row_probes(rows: TokenRows, row_ids: np.ndarray, limit: int) -> list[Probe]:
 
 
 def held_out_probes(rows: TokenRows, held_out: np.ndarray, limit: int) -> Probes | None:
-    """Rows that a run held out; None where there is none with an answer."""
+    """Rows that a run held out; None if none of them has an answer."""
     probes = row_probes(rows, held_out, limit)
     return Probes(probes, "rows that the run held out", of_task=True) if probes else None
 

@@ -1,4 +1,4 @@
-"""A comparison as figures and as Markdown; `page` makes the HTML of it."""
+"""A comparison as figures and as Markdown; `page` makes the HTML."""
 
 import html
 import re
@@ -58,7 +58,7 @@ class Pair:
 
     @classmethod
     def from_line(cls, line: dict[str, Any]) -> "Pair":
-        """The pair of a line of `compare.jsonl`; earlier rounds stand before its instruction."""
+        """Read a line of `compare.jsonl`; earlier rounds are put before its instruction."""
         earlier, instruction = line.get("history"), line["instruction"]
         return cls(
             number=line["row"],
@@ -81,7 +81,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All pairs of a run, and what they came from."""
+    """All pairs of a run, and their origin."""
 
     base: str
     adapter: str
@@ -97,14 +97,14 @@ class Comparison:
 
     @property
     def verdict(self) -> Text:
-        """What came of it, in a line."""
+        """The result in one line."""
         if not self.num_different:
             return NOTHING_CHANGED
         num, total = self.num_different, len(self.pairs)
         return Text(f"{total} 条记录中有 {num} 条回答不同。", f"{num} of {total} answers differ.")
 
     def num_stopped(self, side: Callable[[Pair], Answer]) -> int:
-        """How many answers of one side ended by themselves."""
+        """How many answers of one side ended by themselves, within the limit."""
         return sum(side(pair).stopped for pair in self.pairs)
 
     def mean_length(self, side: Callable[[Pair], Answer]) -> float:
@@ -113,7 +113,7 @@ class Comparison:
 
     @property
     def facts(self) -> dict[Text, str]:
-        """What the answers came from: label -> value."""
+        """The origin of the answers: label -> value."""
         settings = {"dtype": self.dtype} | self.settings
         return {
             MODEL: self.base,
@@ -168,7 +168,7 @@ def _answer(answer: Answer) -> str:
 
 
 def _escape(text: str) -> str:
-    """Any text on one line of Markdown, within a table too, read as nothing but text."""
+    """Escape any text for one line of Markdown, also within a table."""
     one_kind = re.sub(r"\r\n|[\n\r\v\f\x85\u2028\u2029]", "\n", text.strip())
     shown = html.escape(visible(one_kind), quote=False)
     return re.sub(r"([\\`*_~#|$\[\]])", r"\\\1", shown).replace("\n", "<br>")

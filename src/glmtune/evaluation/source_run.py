@@ -1,4 +1,4 @@
-"""What the run behind an adapter tells of it: the rows that it was taught, and their template."""
+"""What is known about an adapter from its run: the rows it was trained on, and their template."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -24,19 +24,19 @@ class RunRows(NamedTuple):
 
     @property
     def trained_on(self) -> np.ndarray:
-        """The numbers of the others."""
+        """The numbers of the rows that were trained on."""
         return np.setdiff1d(np.arange(len(self.rows)), self.held_out)
 
 
 def find_rows(adapter: Path, rule: RowRule) -> RunRows | None:
     """The rows of the run that an adapter came from.
 
-    None where no recipe lies beside the adapter, or its data are gone or are others now, of which
-    a note tells.
+    None where there is no recipe beside the adapter, or its data are missing or have changed, which
+    a note reports.
 
     Args:
-        adapter: its folder.
-        rule: of the base model's family.
+        adapter: the adapter's folder.
+        rule: row rule of the base model's family.
     """
     recipe = next(iter(find_around(adapter, RECIPE_FILE)), None)
     if recipe is None:
@@ -49,26 +49,26 @@ def find_rows(adapter: Path, rule: RowRule) -> RunRows | None:
             raise UserError(f"{run.dataset_path}: holds other rows than the run was trained on")
         return RunRows(rows, split_rows(len(rows), run.eval_ratio, run.seed)[1])
     except UserError as error:
-        note(f"the run's rows cannot be had ({error})")
+        note(f"the run's rows are not available ({error})")
         return None
 
 
 def is_of_2023(adapter: Path) -> bool:
-    """Whether an adapter has the form in which the scripts of 2023 left theirs."""
+    """Whether an adapter has the format of the 2023 scripts."""
     return not (adapter / WEIGHTS_FILE).is_file()
 
 
 def find_template(adapter: Path) -> str | None:
-    """The template of the rows that an adapter was taught: "alpaca", "custom", None if unknown."""
+    """The template of the rows behind an adapter: "alpaca", "custom", None if unknown."""
     template = _identity(adapter).get("template")
     return template if isinstance(template, str) else None
 
 
 def _identity(adapter: Path) -> dict[str, object]:
-    """What the checkpoint or the run says that it is known by; nothing where it does not."""
+    """The identity that the checkpoint or the run records; empty without one."""
     for state in find_around(adapter, STATE_FILE):
         try:
             return read_identity(state.parent)
-        except UserError:  # of another program, or damaged, which answering need not mind
+        except UserError:  # from another program, or damaged: no obstacle to answering
             continue
     return {}

@@ -1,8 +1,8 @@
-"""Prompts in, answers out.
+"""From prompts to answers.
 
-`answers` puts prompts into batches, `slots` holds the rows of one while they run on the `weights`
-of a `decoder`, `sampling` chooses each token, `streaming` makes text of tokens while they come;
-`reference` does the same through transformers' `generate`.
+`answers` puts prompts into batches, `slots` holds the rows of a running batch, `decoder` runs them
+on the `weights` it has read, `sampling` chooses each token, `streaming` turns tokens into text as
+they arrive; `reference` does the same through transformers' `generate`.
 """
 
 from glmtune.config.groups import GenerationSettings

@@ -30,12 +30,12 @@ def generate_answers(
     An answer depends on the prompts beside it by rounding alone: padding is masked, and a drawn
     answer has random numbers of its own, given by the seed and the prompt's number. In 16-bit
     formats, and with 8 or 4 bits on a CPU, that rounding can turn an answer into another
-    (benchmarks/2026-11-29-batch-sizes.md): answers to be compared want equal batches.
+    (benchmarks/2026-11-29-batch-sizes.md), so answers that are to be compared need equal batches.
 
     Args:
         model: in evaluation mode, with or without an adapter.
-        tokenizer: any with `encode_batch` and `decode`, as the project's own have them.
-        prompts: all are checked before the first is answered.
+        tokenizer: any with the project's `encode_batch` and `decode`.
+        prompts: prompts to answer; all are checked before the first is answered.
         settings: how to generate.
         batch_size: prompts answered at a time.
         device: see `Decoder`.
@@ -59,9 +59,10 @@ def answer_in_batches(
 ) -> Iterator[Answer]:
     """Answer encoded prompts, and deliver the answers in order; see `answer_batch`.
 
-    A slot whose answer has ended waits for its batch. With the next prompt in it, what is beside an
-    answer would depend on the lengths of others, and so, in 16-bit formats, would the answer: base
-    and adapter would not be compared under equal conditions, nor a broken run resumed as it was.
+    A slot whose answer has ended stays empty until its whole batch has ended. If the next prompt
+    joined at once, the rows beside an answer, and with them its rounding in 16-bit formats, would
+    depend on the lengths of other answers: base and adapter would not be compared under equal
+    conditions, and an interrupted run would not resume as it was.
     """
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
@@ -93,11 +94,11 @@ def encode_prompts(
 
 
 def find_too_long(lengths: Sequence[int], max_new_tokens: int, limit: int) -> dict[int, str]:
-    """Which prompts leave a model no positions for an answer: place -> what is wrong, and the fix.
+    """Which prompts leave a model no positions for an answer: index -> what is wrong, and the fix.
 
     Args:
-        lengths: of the prompts, in tokens.
-        max_new_tokens: longest answer.
+        lengths: tokens of each prompt.
+        max_new_tokens: tokens of the longest answer.
         limit: positions of the model.
     """
     found = {}
@@ -121,11 +122,12 @@ def answer_batch(
     """Answer one batch of encoded prompts.
 
     Args:
-        model: answers beam searches, through transformers' `generate`.
-        tokenizer: as in `generate_answers`.
+        model: used for beam searches, through transformers' `generate`.
+        tokenizer: see `generate_answers`.
         prompts: one batch.
         settings: how to generate.
-        decoder: of this model, and kept from batch to batch by the caller; answers all else.
+        decoder: decoder of this model, for all but beam searches; the caller keeps it across
+            batches.
 
     Raises:
         UserError: the batch does not fit into memory, or the model's logits are not finite.
@@ -140,8 +142,8 @@ def answer_batch(
     except torch.OutOfMemoryError as error:
         longest = max(len(prompt.ids) for prompt in prompts)
         raise UserError(
-            f"per_device_eval_batch_size {len(prompts)}: no memory for a batch of so many prompts "
-            f"of up to {longest} tokens and {settings.max_new_tokens} new ones; lower it"
+            f"per_device_eval_batch_size {len(prompts)}: no memory for a batch of that many "
+            f"prompts of up to {longest} tokens and {settings.max_new_tokens} new ones; lower it"
         ) from error
     return [_read_answer(row, stop_ids, settings, tokenizer) for row in rows]
 
@@ -152,7 +154,7 @@ def _decode(
     prompts: Sequence[EncodedPrompt],
     settings: GenerationSettings,
 ) -> list[list[int]]:
-    """The ids of each answer; one that has a stop string in it is ended."""
+    """The ids of each answer; an answer is ended once it contains a stop string."""
     rows: list[list[int]] = [[] for _ in prompts]
     going_on = set(range(len(prompts))) if settings.stop_strings else set()
     for more in decoder.stream(prompts, settings):
@@ -172,7 +174,7 @@ def _stops(ids: Sequence[int], settings: GenerationSettings, tokenizer: Any) -> 
 def _read_answer(
     ids: list[int], stop_ids: Sequence[int], settings: GenerationSettings, tokenizer: Any
 ) -> Answer:
-    """The answer that some ids are: it ends before a stop id, and before a stop string."""
+    """The answer that ids stand for, up to the first stop id or stop string."""
     kept = before_stop(ids, stop_ids)
     stopped = len(kept) < len(ids)
     if settings.stop_strings and _stops(kept, settings, tokenizer):

@@ -1,7 +1,7 @@
-"""The decoder: a model's weights as answering wants them, and batches of prompts that they answer.
+"""The decoder: a model's weights in the form that answering needs, run on batches of prompts.
 
 A prompt is read once, and then each step reads one token a row and chooses the next; see `slots`
-for the rows of a batch and `models.decoding` for what reads them.
+for the rows of a batch and `models.decoding` for the functions that read them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,11 +23,11 @@ from glmtune.models.decoding import (
 from glmtune.models.families import family_of
 
 TOKENS_PER_LOOK = 8
-"""Steps that a GPU is given before the host looks at what came out, so that neither waits."""
+"""Steps launched on a GPU before the host reads the results, so that neither waits."""
 
 
 def find_stop_ids(model: Any) -> list[int]:
-    """The ids at which an answer ends, as the model's generation_config or config names them."""
+    """The ids at which an answer ends, from the model's generation_config or config."""
     for config in (model.generation_config, model.config):
         stop = config.eos_token_id
         if stop is not None:
@@ -36,24 +36,25 @@ def find_stop_ids(model: Any) -> list[int]:
 
 
 class Decoder:
-    """Answers batches of prompts with a model as it stands when this is made.
+    """Answers batches of prompts with a model as it is when the decoder is made.
 
-    An adapter that is disabled then is not applied, also if it is enabled later.
+    An adapter that is disabled at that time is not applied even if it is enabled later.
 
     Args:
         model: in evaluation mode, plain or in PEFT's wrapping.
         stop_ids: tokens at which an answer ends.
         bits: 8 or 4 round the linears for speed; see `read_weights`.
-        merge: merge the adapter into copies of the weights; see there.
+        merge: merge the adapter into copies of the weights; see `read_weights`.
         compiled: compile the layers of the one-token step, which takes a minute and is faster for
-            more rows than the kernels are for.
-        device: where to answer; by default where the model is. A model that waits in CPU memory is
-            brought to a GPU a linear at a time, so that there it takes its rounded size.
-        beside: a decoder of the same model with the same settings; what both read alike is shared.
+            batches larger than the kernels are made for.
+        device: where to answer; by default where the model is. A model in CPU memory is moved to a
+            GPU a linear at a time, so that it takes only its rounded size there.
+        beside: a decoder of the same model with the same settings; weights that both read are
+            shared.
 
     Raises:
-        UserError: the weights cannot be had in so few bits, or the device lacks something, or the
-            model's family has no decoding.
+        UserError: the weights cannot be rounded to that many bits, the device lacks something, or
+            the model's family has no decoding.
     """
 
     def __init__(
@@ -86,7 +87,8 @@ class Decoder:
         self._run_block: Callable[..., Tensor] = self.block.run_block
         self._run_head: Callable[..., Tensor] = run_head
         if compiled:
-            # With it, products of one row become reductions that conversions are fused into.
+            # With this option, products of one row become reductions, into which conversions are
+            # fused.
             options: dict[str, Any] = {"coordinate_descent_tuning": True}
             self._run_block = torch.compile(self.block.run_block, options=options)
             self._run_head = torch.compile(run_head, options=options)
@@ -99,7 +101,7 @@ class Decoder:
         device: torch.device | None = None,
         beside: "Decoder | None" = None,
     ) -> "Decoder":
-        """A decoder that ends answers where the model does, with the bits that are asked for."""
+        """A decoder with the model's own stop ids and the requested bits."""
         return cls(
             model,
             find_stop_ids(model),
@@ -111,11 +113,11 @@ class Decoder:
 
     @property
     def tokens_per_look(self) -> int:
-        """Steps between two looks of the host."""
+        """Steps between two reads by the host."""
         return TOKENS_PER_LOOK if self.device.type == "cuda" else 1
 
     def functions(self, num_rows: int) -> tuple[Callable[..., Tensor], Callable[..., Tensor], bool]:
-        """What reads one token of so many rows: a layer, the head, and whether they need a mask."""
+        """The functions for a token a row: a layer, the head; and whether they need a mask."""
         few_kernels = self.block.run_block_in_few_kernels
         if few_kernels is not None and num_rows <= self._most_rows_for_kernels:
             return few_kernels, run_head_in_few_kernels, False
@@ -125,14 +127,14 @@ class Decoder:
     def stream(
         self, prompts: Sequence[EncodedPrompt], settings: AnswerSettings
     ) -> Iterator[list[list[int]]]:
-        """The tokens of each prompt's answer, some more at a time, until all have ended.
+        """Yield new tokens of each prompt's answer, some at a time, until all have ended.
 
-        An answer ends with its stop id, if it has one; from there on it gets no more tokens.
-        `finish` ends one from outside.
+        An answer ends with its stop id, if it has one, and gets no tokens after it. `finish` ends
+        an answer from outside.
 
         Args:
             prompts: one batch, which must fit into the model's positions with its answers.
-            settings: stop strings are the caller's concern.
+            settings: how to generate; stop strings are left to the caller.
 
         Raises:
             UserError: the model's logits are not finite.
@@ -142,7 +144,7 @@ class Decoder:
             self._slots = Slots(self, len(prompts))
         slots = self._slots
         for slot in range(len(prompts)):
-            slots.release(slot)  # of a batch that was left half way
+            slots.release(slot)  # left over from a batch that was not finished
         slots.admit(0, prompts, [settings] * len(prompts))
         yield slots.look()
         while slots.num_live:
@@ -151,6 +153,6 @@ class Decoder:
 
     @torch.inference_mode()
     def finish(self, row: int) -> None:
-        """Take a row of the batch that is streamed as ended, as for a stop string."""
+        """End one answer of the batch that is being streamed, e.g. at a stop string."""
         assert self._slots is not None, "nothing is streamed"
         self._slots.release(row)

@@ -1,7 +1,7 @@
-"""The linears of decoding: as they stand, in 8 or 4 bits, with an adapter beside them.
+"""The linears of decoding: in their own type, in 8 or 4 bits, with an adapter beside them.
 
-Each is called with any number of rows; those that have kernels for one token of a few rows
-(`ops.decoding_kernels`) have them as `fused`.
+Each can be called with any number of rows; those with kernels for one token of a few rows
+(`ops.decoding_kernels`) offer them as `fused`.
 
 Shapes: O output rows of a linear, I inputs, R rank of an adapter, G groups of inputs.
 """
@@ -21,7 +21,7 @@ from glmtune.ops.words import GROUP_SIZE, Words, round_groups
 
 
 def _goes_through_onednn(x: Tensor) -> bool:
-    # For a few rows MKL, which `F.linear` takes on a CPU, uses one thread, oneDNN all of them.
+    # For a few rows, MKL, which `F.linear` uses on a CPU, runs on one thread, oneDNN on all.
     if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32:
         return False
     return torch.backends.mkldnn.is_available() and torch.get_num_threads() > 1
@@ -29,7 +29,7 @@ def _goes_through_onednn(x: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class DenseLinear:
-    """A linear as it stands."""
+    """A linear in its own type."""
 
     weight_OI: Tensor
     bias_O: Tensor | None
@@ -44,11 +44,11 @@ class DenseLinear:
 
     @property
     def input_dtype(self) -> torch.dtype:
-        """What `fused` is best given."""
+        """The input type in which `fused` is fastest."""
         return self.weight_OI.dtype
 
     def fused(self, x: Tensor, **more: Any) -> Tensor:
-        """The same of a few rows and what else `ops.decoding_kernels.project` takes along."""
+        """The same for a few rows, fused with what else `ops.decoding_kernels.project` takes."""
         return _kernels().project(x, self.weight_OI, self.bias_O, **more)
 
 
@@ -59,7 +59,7 @@ _FEW_ROWS, _INPUTS = 64, 32
 
 @dataclass(frozen=True)
 class Int8:
-    """A linear on a CPU whose rows are whole numbers up to 127, times a scale a row.
+    """A linear in int8 with a scale a row, on a CPU.
 
     Inputs are rounded to bfloat16, for which torch has fast products on a CPU.
     """
@@ -70,7 +70,7 @@ class Int8:
 
     @classmethod
     def of(cls, weight_OI: Tensor, bias_O: Tensor | None) -> "Int8":
-        """Round each row to 255 steps between its largest element and the opposite of it."""
+        """Round each row to 255 steps, symmetric around 0, up to its largest magnitude."""
         scale_O1 = weight_OI.abs().amax(1, keepdim=True).float().clamp(min=1e-12) / 127
         rounded = (weight_OI / scale_O1).round().to(torch.int8)
         return cls(rounded, scale_O1.flatten().to(weight_OI.dtype), bias_O)
@@ -89,7 +89,7 @@ class Int8:
 
 @dataclass(frozen=True)
 class Int4:
-    """A linear of 4-bit groups on a CPU, each with a scale and a middle, by torch's own product.
+    """A linear of 4-bit groups, each with a scale and a middle, by torch's own product on a CPU.
 
     An element q of 0..15 means ``(q - 8) * scale + middle``. Inputs are rounded to bfloat16, in
     which the product is 30 times as fast as in float32.
@@ -104,7 +104,7 @@ class Int4:
         """Round each group of inputs to 16 steps between its smallest and largest element.
 
         Raises:
-            UserError: a width that the packed product does not take.
+            UserError: the packed product does not support this width.
         """
         _check_width(weight_OI, 4)
         numbers_OGI, scale, middle = round_groups(weight_OI.unflatten(1, (-1, GROUP_SIZE)), -1, 4)
@@ -132,29 +132,29 @@ class GroupQuantised:
         """Round the weights.
 
         Raises:
-            UserError: a width that cannot be had in groups.
+            UserError: the width is not a multiple of the group size.
         """
         _check_width(weight_OI, bits)
         return cls(Words.pack(weight_OI, bits), bias_O)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """``(..., I)`` to ``(..., O)``: many rows go through the weights as floats."""
+        """``(..., I)`` to ``(..., O)``; for many rows the weights are unpacked to floats first."""
         weight_OI = _kernels().unpack(self.weight, x.dtype)
         return F.linear(x, weight_OI, self.bias_O)
 
     @property
     def input_dtype(self) -> torch.dtype:
-        """What `fused` is best given."""
+        """The input type in which `fused` is fastest."""
         return torch.float32
 
     def fused(self, x: Tensor, **more: Any) -> Tensor:
-        """The same of a few rows and what else `ops.decoding_kernels.project` takes along."""
+        """The same for a few rows, fused with what else `ops.decoding_kernels.project` takes."""
         return _kernels().project(x, self.weight, self.bias_O, **more)
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """A linear with low-rank updates beside it, computed in their own type as PEFT does."""
+    """A linear with low-rank updates beside it, computed in the updates' own type, as in PEFT."""
 
     base: Projection
     updates: tuple[LowRank, ...]
@@ -169,11 +169,11 @@ class Adapted:
 
     @property
     def input_dtype(self) -> torch.dtype:
-        """What `fused` is best given."""
+        """The input type in which `fused` is fastest."""
         return self.base.input_dtype
 
     def fused(self, x: Tensor, **more: Any) -> Tensor:
-        """The same of a few rows, by one update, and what else the base takes along."""
+        """The same for a few rows and one update, fused with what else the base's `fused` takes."""
         kernels = _kernels()
         ((a_RI, b_OR, scale),) = self.updates
         low_BR = kernels.project(x, a_RI, dtype=torch.float32).flatten(0, -2)
@@ -188,7 +188,7 @@ def can_be_fused(linear: Projection) -> bool:
 
 
 def _kernels() -> ModuleType:
-    # Cannot be imported without Triton, which is there only with a GPU.
+    # Importable only with Triton, which is installed only with a GPU.
     from glmtune.ops import decoding_kernels
 
     return decoding_kernels

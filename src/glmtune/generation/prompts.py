@@ -1,4 +1,4 @@
-"""What is asked, and the answer."""
+"""Prompts and answers as plain data."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ class Prompt(NamedTuple):
     where: str = "prompt"
     """Where it comes from, for messages: "data.json:12 (row 3)"."""
     number: int = 0
-    """Which stream of random numbers its answer is drawn with; a record's row, say."""
+    """Number of the random stream that its answer is drawn from, such as a record's row."""
 
 
 class EncodedPrompt(NamedTuple):
@@ -21,7 +21,7 @@ class EncodedPrompt(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What the model said."""
+    """A model's answer to a prompt."""
 
     text: str
     num_tokens: int

@@ -1,4 +1,4 @@
-"""Answers through transformers' own `generate`: for beams, and to hold the decoder against."""
+"""Answers through transformers' own `generate`: for beam search, and as the decoder's reference."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,7 +27,7 @@ NOT_FINITE = (
 def left_padded(
     prompts: Sequence[EncodedPrompt], pad_id: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """The ids of some prompts as one batch, and where it is real: ``(B, S)`` both."""
+    """The ids of some prompts as one batch, and the mask of real tokens: both ``(B, S)``."""
     longest = max(len(prompt.ids) for prompt in prompts)
     padding = [longest - len(prompt.ids) for prompt in prompts]
     rows = [[pad_id] * num + prompt.ids for num, prompt in zip(padding, prompts, strict=True)]
@@ -61,7 +61,7 @@ def generate_ids(
         generation_config=GenerationConfig(
             max_new_tokens=settings.max_new_tokens,
             num_beams=settings.num_beams,
-            do_sample=False,  # drawing is the work of `DrawToken`
+            do_sample=False,  # `DrawToken` draws
             repetition_penalty=settings.repetition_penalty,
             eos_token_id=list(stop_ids),
             pad_token_id=pad_id,
@@ -71,7 +71,7 @@ def generate_ids(
 
 
 def filters(settings: GenerationSettings) -> list[LogitsProcessor]:
-    """transformers' temperature, top_k and top_p, in its order, as far as they are set."""
+    """transformers' temperature, top_k and top_p processors, in its order, where they are set."""
     chosen: list[LogitsProcessor] = []
     if settings.temperature is not None:
         chosen.append(TemperatureLogitsWarper(settings.temperature))
@@ -83,10 +83,10 @@ def filters(settings: GenerationSettings) -> list[LogitsProcessor]:
 
 
 class DrawToken(LogitsProcessor):
-    """Draw each row's next token, and rule out all others: the likeliest is then the drawn one.
+    """Draw each row's next token and mask all others, so that greedy search takes the drawn one.
 
     Args:
-        numbers_BT: as `random_numbers` gives them.
+        numbers_BT: from `random_numbers`.
         prompt_length: the place of the first drawn token.
     """
 
@@ -102,10 +102,10 @@ class DrawToken(LogitsProcessor):
 
 
 class RefuseNonFinite(LogitsProcessor):
-    """Stop where the likeliest token cannot be told, instead of answering nonsense."""
+    """Stop at scores that are not finite, instead of returning a meaningless answer."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """The scores as they are. Raises UserError where one is NaN or infinite."""
+        """Return the scores unchanged. Raises UserError where one is NaN or infinite."""
         if not scores.max().isfinite():  # the maximum is NaN where any score is
             raise UserError(NOT_FINITE)
         return scores

@@ -16,22 +16,22 @@ from glmtune.generation.prompts import EncodedPrompt
 
 
 class Sampling(NamedTuple):
-    """How the next token of each row is chosen, as numbers that one captured step reads."""
+    """How the next token of each row is chosen, as tensors that a captured step reads."""
 
     draws_B1: Tensor
-    """Whether it is drawn, else it is the likeliest."""
+    """Whether the token is drawn; otherwise it is the likeliest."""
     penalty_B1: Tensor
     temperature_B1: Tensor
     top_k_B1: Tensor
     """int64; the vocabulary's size where all tokens may be drawn."""
     tail_B1: Tensor
-    """``1 - top_p``, the share of the least likely tokens that is left out; -1 for none."""
+    """``1 - top_p``, the probability mass of the least likely tokens, cut off; -1 for none."""
 
     @classmethod
     def of(
         cls, settings: Sequence[AnswerSettings], vocab_size: int, device: torch.device
     ) -> "Sampling":
-        """The numbers of each row's settings, without effect where a setting is None."""
+        """Turn each row's settings into tensors, with neutral values where a setting is None."""
         rows = [
             (
                 row.draws,
@@ -51,7 +51,7 @@ class Sampling(NamedTuple):
         )
 
     def part(self, rows: slice) -> "Sampling":
-        """Those of some rows; not a copy."""
+        """The settings of some rows, as views."""
         return Sampling(*(tensor[rows] for tensor in self))
 
 
@@ -63,7 +63,7 @@ def is_plain(settings: AnswerSettings) -> bool:
 def largest(scores_BV: Tensor) -> tuple[Tensor, Tensor]:
     """The largest score of each row, and the first token that has it; NaN where any score is.
 
-    It is looked for in parts at first, as a GPU gives each row of a maximum to one block.
+    The maximum is first taken over parts of a row, since a GPU assigns each row to one block.
     """
     num_parts = math.gcd(scores_BV.shape[-1], 32)
     of_part = scores_BV.unflatten(-1, (num_parts, -1)).max(-1)
@@ -78,8 +78,8 @@ def choose(scores_BV: Tensor, sampling: Sampling, seen_BV: Tensor, draw_B1: Tens
     Args:
         scores_BV: float32 logits.
         sampling: each row's settings.
-        seen_BV: true for the tokens that a repetition penalty is about.
-        draw_B1: float64 in [0, 1), a random number a row.
+        seen_BV: true for the tokens that a repetition penalty applies to.
+        draw_B1: a random number a row, float64 in [0, 1).
     """
     penalised_BV = penalise(scores_BV, seen_BV, sampling.penalty_B1)
     drawn_B = draw(filter_scores(penalised_BV, sampling), draw_B1)
@@ -87,15 +87,15 @@ def choose(scores_BV: Tensor, sampling: Sampling, seen_BV: Tensor, draw_B1: Tens
 
 
 def penalise(scores_BV: Tensor, seen_BV: Tensor, penalty_B1: Tensor) -> Tensor:
-    """transformers' repetition penalty, with a mask in the place of a list of ids."""
+    """transformers' repetition penalty, with a mask instead of a list of ids."""
     penalised_BV = torch.where(scores_BV < 0, scores_BV * penalty_B1, scores_BV / penalty_B1)
     return torch.where(seen_BV, penalised_BV, scores_BV)
 
 
 def filter_scores(scores_BV: Tensor, sampling: Sampling) -> Tensor:
-    """transformers' temperature, top_k and top_p, in its order, with numbers of each row.
+    """transformers' temperature, top_k and top_p, in its order, with settings for each row.
 
-    Both filters look at the scores in order, from the lowest, and take one sort.
+    Both filters need the scores in ascending order and share one sort.
     """
     scores_BV = scores_BV / sampling.temperature_B1
     sorted_BV, token_BV = scores_BV.sort(-1)
@@ -109,10 +109,10 @@ def filter_scores(scores_BV: Tensor, sampling: Sampling) -> Tensor:
 def random_numbers(
     settings: Sequence[AnswerSettings], prompts: Sequence[EncodedPrompt]
 ) -> list[numpy.ndarray]:
-    """Random numbers of each answer that belong to seed, prompt and place in the answer alone.
+    """Random numbers that depend only on seed, prompt and place in the answer.
 
-    transformers draws from one generator for the whole batch, so that an answer would change with
-    its neighbours, and with where a broken run was resumed.
+    transformers draws from one generator for the whole batch: an answer would change with its
+    neighbours, and with the place where an interrupted run was resumed.
     """
     return [
         numpy.random.default_rng((each.seed, prompt.number)).random(each.max_new_tokens)
@@ -121,7 +121,7 @@ def random_numbers(
 
 
 def draw(scores_BV: Tensor, draw_B1: Tensor) -> Tensor:
-    """Draw a token a row by inverse transform sampling, ``(B,)``: one number decides it."""
+    """Draw a token a row, ``(B,)``, by inverse transform sampling from one random number."""
     cumulative_BV = scores_BV.double().softmax(-1).cumsum(-1)
     # The sum over a vocabulary is only nearly 1; scaling keeps the draw below it.
     target_B1 = draw_B1 * cumulative_BV[:, -1:]

@@ -1,10 +1,10 @@
-"""The rows of a running batch: prompts join and leave, and all make a token at a time.
+"""The rows of a running batch: prompts join and leave, and each step adds a token to every row.
 
 Each slot holds one prompt and its answer, with a column, an end, stop ids and sampling numbers of
 its own. A prompt is read when it joins (`admit`). Then each step reads the newest token of every
 row and chooses the next, all on the device, in buffers of fixed size and place: on a GPU the step
-is captured once and replayed, so that it costs one launch. The host counts tokens and looks at what
-came out whenever it likes; nothing on the device waits for that.
+is captured once and replayed, so that it costs one launch. The host counts tokens and reads the
+results every few steps; nothing on the device waits for that.
 
 Shapes: B slots, or those of them that are admitted at once; S columns of the longest prompt,
 K columns of the buffers, V vocabulary.
@@ -35,17 +35,17 @@ if TYPE_CHECKING:
 COLUMNS_PER_GROWTH = 128
 """Buffers have a multiple of this many columns: few sizes, so that few steps are captured."""
 WARM_UP_STEPS = 3
-"""Before a capture, so that what libraries set up at first use is not captured."""
+"""Steps run before a capture, so that what libraries set up at first use is not captured."""
 
 
 @dataclass
 class Row:
-    """What the host knows of an answer."""
+    """What the host knows about an answer."""
 
     column: int
-    """Of its newest token."""
+    """The column of its newest token."""
     told: int
-    """The first column that was not looked at."""
+    """The first column that the host has not read yet."""
     end: int
     """The column after the last that it may fill."""
     stop_ids: Collection[int]
@@ -58,18 +58,18 @@ class Buffers(NamedTuple):
     cache: KeyValueCache
     tokens_BK: Tensor
     angles: Angles
-    """Of all columns, ``(B, K, ...)``."""
+    """Cosines and sines of all columns, ``(B, K, ...)``."""
     column_B1: Tensor
-    """Of the newest token, which is not in the cache yet. 0 in an empty slot."""
+    """Column of the newest token, which is not in the cache yet; 0 in an empty slot."""
     live_B1: Tensor
-    """1, and 0 in an empty slot, whose column stays where it is."""
+    """1 for a running row; 0 in an empty slot, whose column does not advance."""
     fault_B: Tensor
-    """0, or NaN once a score was not finite."""
+    """0; NaN once a score was not finite."""
     sampling: Sampling
     seen_BV: Tensor
     """Tokens that prompt and answer have, for a repetition penalty."""
     numbers_BK: Tensor
-    """Random numbers for the draw of the token in each column."""
+    """The random number with which the token of each column is drawn."""
     row_B: Tensor
     column_K: Tensor
 
@@ -80,10 +80,10 @@ class Buffers(NamedTuple):
 
 
 class Slots:
-    """A batch of so many rows, of which any may be empty.
+    """A batch of a fixed number of rows, any of which may be empty.
 
     Args:
-        decoder: whose weights and functions read the rows.
+        decoder: supplies the weights and the functions that read the rows.
         num_slots: rows that each step computes, empty ones included.
     """
 
@@ -92,12 +92,12 @@ class Slots:
         self.rows: list[Row | None] = [None] * num_slots
         self._buffers: Buffers | None = None
         self._replays: dict[bool, Callable[[], None]] = {}
-        """The captured step for rows that all take the likeliest token, and that for others."""
+        """Captured steps: one for rows that all take the likeliest token, one for any others."""
         self._pool: Any = None
 
     @property
     def num_live(self) -> int:
-        """Slots whose answer goes on."""
+        """Slots whose answer is not finished."""
         return sum(row is not None for row in self.rows)
 
     @torch.inference_mode()
@@ -116,14 +116,14 @@ class Slots:
         Args:
             first: the slot of the first prompt.
             prompts: each must fit into the model's positions with its answer.
-            settings: of each prompt; stop strings are the caller's concern.
-            stop_ids: of each prompt; by default the decoder's.
+            settings: one for each prompt; stop strings are left to the caller.
+            stop_ids: one tuple for each prompt; by default the decoder's.
         """
         rows = slice(first, first + len(prompts))
         assert self.rows[rows] == [None] * len(prompts), "a slot is taken, or there is none"
         decoder = self.decoder
         longest = max(len(prompt.ids) for prompt in prompts)
-        # Padding: with the last id in its place no other token counts as said.
+        # Padding repeats the last id, so that no other token counts as seen.
         given = [[*p.ids, *p.ids[-1:] * (longest - len(p.ids)), len(p.ids)] for p in prompts]
         given_BS = torch.tensor(given, device=decoder.device)
         input_ids_BS, length_B = given_BS[:, :-1], given_BS[:, -1]
@@ -143,7 +143,7 @@ class Slots:
         if not all(plain):
             self._set_sampling(buffers, rows, prompts, settings, input_ids_BS)
 
-        # Padding at the end is behind all that a token sees.
+        # Padding at the end comes after everything that a token sees.
         valid_BS = torch.ones_like(input_ids_BS, dtype=torch.bool)
         logits_BV = prefill(
             decoder.weights,
@@ -155,7 +155,7 @@ class Slots:
             buffers.cache.part(rows, longest),
         )
         self._choose(buffers, logits_BV, all(plain), rows)
-        buffers.live_B1[rows] = 1  # only now, so that a slot is empty if memory ends before
+        buffers.live_B1[rows] = 1  # last, so that a slot stays empty if memory runs out
         stops = stop_ids or [decoder.stop_ids] * len(prompts)
         for slot, prompt in enumerate(prompts):
             column = len(prompt.ids)
@@ -164,9 +164,9 @@ class Slots:
 
     @torch.inference_mode()
     def step(self, times: int = 1) -> None:
-        """Make some tokens more for every row, or as many as the first to reach its end has left.
+        """Generate some tokens for every row, but no more than any running row has left.
 
-        A row that makes a stop id meanwhile goes on until `look`, which drops what follows it.
+        A row that generates a stop id continues until `look`, which drops what follows the stop id.
         """
         buffers, rows = self._buffers, [row for row in self.rows if row is not None]
         assert buffers is not None, "no row was admitted"
@@ -184,9 +184,9 @@ class Slots:
 
     @torch.inference_mode()
     def look(self) -> list[list[int]]:
-        """The tokens that each slot made since the last look; a row that has ended leaves its slot.
+        """The tokens of each slot since the last look; a row that has ended leaves its slot.
 
-        A row's tokens end with its stop id, if it made one.
+        A row's tokens end with its stop id, if it has generated one.
 
         Raises:
             UserError: a score was not finite. All slots are empty then.
@@ -199,7 +199,7 @@ class Slots:
         end = max(row.column for row in live.values()) + 1
         table = self._buffers.tokens_BK[:, start:end].tolist()
         if self._buffers.fault_B.isnan().any():
-            self.rows, self._buffers = [None] * len(self.rows), None  # the cache is spoilt
+            self.rows, self._buffers = [None] * len(self.rows), None  # the cache holds NaN
             raise UserError(NOT_FINITE)
         for slot, row in live.items():
             ids = table[slot][row.told - start : row.column + 1 - start]
@@ -212,18 +212,18 @@ class Slots:
 
     @torch.inference_mode()
     def release(self, slot: int) -> None:
-        """Empty a slot, whose row may go on otherwise; one that is empty stays so."""
+        """Empty a slot, whether or not its row has ended; an empty slot stays empty."""
         row, self.rows[slot] = self.rows[slot], None
         if row is None or self._buffers is None:
             return
         self._buffers.live_B1[slot] = 0
         self._buffers.column_B1[slot] = 0
-        if not row.is_plain:  # or the next row in it would be drawn as well
+        if not row.is_plain:  # or the slot's next row would be drawn as well
             self._buffers.sampling.draws_B1[slot] = False
             self._buffers.sampling.penalty_B1[slot] = 1
 
     def _with_room(self, num_columns: int, like: Angles) -> Buffers:
-        """The buffers, made anew if they have too few columns, with what is in them."""
+        """The buffers; if they have too few columns, larger ones with the same content."""
         old = self._buffers
         if old is not None and len(old.column_K) >= num_columns:
             return old
@@ -278,10 +278,10 @@ class Slots:
         buffers.numbers_BK[rows] = numbers_BK.to(device)
 
     def _capture(self, buffers: Buffers, plain: bool) -> Callable[[], None]:
-        """A step over all columns as a CUDA graph.
+        """Capture a step over all columns as a CUDA graph.
 
-        Meanwhile the rows stand still, and are then as before: of the cache only the newest token's
-        column is written, as it will be again.
+        The rows do not advance and are the same afterwards: of the cache, only the newest token's
+        column is written, with what the next step writes again.
         """
         moved = buffers.live_B1, buffers.tokens_BK, buffers.seen_BV
         before = [tensor.clone() for tensor in moved]
@@ -295,7 +295,7 @@ class Slots:
         return graph.replay
 
     def _step(self, buffers: Buffers, plain: bool, num_columns: int | None = None) -> None:
-        """Read the newest token of each row and choose the next; looks at the first columns only.
+        """Read the newest token of each row and choose the next; attends to the first columns only.
 
         Nothing here may depend on a tensor's value on the host.
         """
@@ -322,7 +322,7 @@ class Slots:
     ) -> None:
         """Choose the next token of some rows, which becomes their newest."""
         top_B, token_B = largest(logits_BV)
-        buffers.fault_B[rows].add_(top_B, alpha=0)  # NaN where any score is, or an infinite one
+        buffers.fault_B[rows].add_(top_B, alpha=0)  # NaN if a score is not finite
         column_B1 = buffers.column_B1[rows].add_(buffers.live_B1[rows])
         if plain:
             buffers.tokens_BK[rows].scatter_(1, column_B1, token_B[:, None])

@@ -1,7 +1,8 @@
-"""Text as it comes: never half a character, and never text that later turns into another.
+"""Streamed text: never half a character, and never text that later tokens would change.
 
-A character may be spelled by several byte pieces, and of some vocabularies a newline or a run of
-blanks by a name that may itself come in pieces. What could still change is held back.
+A character may be made of several byte pieces, and in some vocabularies a newline or a run of
+blanks is written as a name that may itself be split into pieces. What could still change is held
+back.
 """
 
 import re
@@ -10,17 +11,17 @@ from typing import Any
 
 from glmtune.errors import UserError
 
-# A character of UTF-8 has at most four bytes, so at most three wait for the rest. Each shows as the
-# replacement character meanwhile.
+# A UTF-8 character has at most four bytes, so at most three are incomplete. Each of them decodes to
+# the replacement character.
 _HALF_CHARACTER = "\ufffd{1,3}$"
 
 
 class TextStream:
-    """The text of one answer while its tokens come; what it gives adds up to the answer's.
+    """The text of one answer as its tokens arrive; the pieces add up to the answer's text.
 
     Args:
-        tokenizer: any with `decode`; `unfinished`, where it has one, is a pattern of an end of text
-            that more tokens may turn into something else.
+        tokenizer: any with `decode`; its `unfinished`, if it has one, is a pattern for an end of
+            text that further tokens may change.
         stop_strings: the text ends before the first of them.
     """
 
@@ -34,7 +35,7 @@ class TextStream:
         self._unfinished = re.compile("|".join(filter(None, patterns)))
 
     def push(self, ids: Iterable[int]) -> str:
-        """Take some more tokens, and return the text that is certain now and was not before."""
+        """Add tokens, and return the text that has become final."""
         self.ids += ids
         text = self._text()
         cut = cut_at_stop(text, self.stop_strings)
@@ -46,7 +47,7 @@ class TextStream:
         return self._show(without_beginning(text, self.stop_strings).rstrip())
 
     def end(self) -> str:
-        """The rest of the text once no more tokens come, less half a character at its end."""
+        """The rest of the text after the last token, without an incomplete character at its end."""
         if self.stopped:
             return ""
         return self._show(re.sub(_HALF_CHARACTER, "", self._text()).rstrip())
@@ -61,12 +62,12 @@ class TextStream:
 
 
 def before_stop(ids: Sequence[int], stop_ids: Collection[int]) -> Sequence[int]:
-    """The ids before the first stop id among them; all of them where there is none."""
+    """The ids before the first stop id; all of them if there is none."""
     return ids[: next((i for i, token in enumerate(ids) if token in stop_ids), None)]
 
 
 def cut_at_stop(text: str, stop_strings: Sequence[str]) -> str | None:
-    """The text before the first stop string in it; None where there is none."""
+    """The text before its first stop string; None if there is none."""
     found = [place for stop in stop_strings if (place := text.find(stop)) >= 0]
     return text[: min(found)] if found else None
 
@@ -81,10 +82,10 @@ def without_beginning(text: str, stop_strings: Sequence[str]) -> str:
 
 
 def check_stop_strings(stop_strings: Sequence[str], tokenizer: Any) -> None:
-    """Make sure that the model can write each stop string.
+    """Check that the model can generate each stop string.
 
     Raises:
-        UserError: an empty one, or one that the tokenizer changes on the way to tokens and back.
+        UserError: a stop string is empty, or the tokenizer does not reproduce it.
     """
     for stop in stop_strings:
         if not stop:

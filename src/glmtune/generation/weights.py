@@ -1,4 +1,4 @@
-"""A model's weights as decoding wants them: adapter applied or merged, in 16, 8 or 4 bits."""
+"""A model's weights for decoding: adapter applied or merged, in 16, 8 or 4 bits."""
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -35,24 +35,24 @@ def read_weights(
     device: torch.device | None = None,
     known: dict[tuple[nn.Module, int], Projection] | None = None,
 ) -> Weights:
-    """The weights of a model as it stands: with its adapter, unless that is disabled.
+    """The current weights of a model: with its adapter, unless that is disabled.
 
-    In 16 bits they are the model's own tensors, not copies, in whatever type it has, if they are on
+    In 16 bits they are the model's own tensors, not copies, in the model's type, if they are on
     that device.
 
     Args:
-        model: plain or in PEFT's wrapping. A linear of a kind unknown here (of a quantised base,
-            say) is called as it is.
-        block: of the model's family.
+        model: plain or in PEFT's wrapping. A linear of an unknown kind (from a quantised base, for
+            example) is called as a module.
+        block: the decoding block of the model's family.
         bits: 16; 8 or 4 round the linears, the head included, and keep copies of them.
-        merge: add the adapter to copies of the weights it adapts, instead of applying it anew to
-            each token; faster, and rounded to the weights' type.
+        merge: add the adapter to copies of the weights it adapts, instead of applying it to each
+            token; faster, and rounded to the weights' type.
         device: where the weights are to be; by default where the model is.
-        known: linears that were read before without their adapters, the same way; those that are
-            read now are added. So base and tuned weights are not rounded and held twice.
+        known: linears read before in the same way, without their adapters; those read now are
+            added. So the weights that base and tuned model share are rounded and held only once.
 
     Raises:
-        UserError: the weights cannot be had in so few bits.
+        UserError: the weights cannot be rounded to that many bits.
     """
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     device = device or plain.device
@@ -76,20 +76,20 @@ def read_weights(
 
 
 def can_be_captured(weights: Weights) -> bool:
-    """Whether every linear is of a kind known here, and so waits for nothing but the GPU."""
+    """Whether every linear is of a known kind, none of which makes the host wait."""
     kinds = DenseLinear, Int8, Int4, GroupQuantised
     return all(isinstance(_base_of(linear), kinds) for linear in weights.linears)
 
 
 def most_rows_for_kernels(weights: Weights, block: DecodingBlock, head_dim: int) -> int:
-    """Up to how many rows of a batch go through `ops.decoding_kernels`, a token at a time.
+    """The most rows of a batch for which one-token steps use `ops.decoding_kernels`.
 
-    Each row reads the weights anew. Where they are packed, that costs less than to unpack them for
-    a product of matrices; where they are not, nothing is gained with a second row.
+    Each row reads the weights again. For packed weights that is cheaper than unpacking them for a
+    matrix product; otherwise nothing is gained from a second row on.
     """
     if block.run_block_in_few_kernels is None or not weights.final_norm.weight.is_cuda:
         return 0
-    if head_dim & (head_dim - 1) or find_spec("triton") is None:  # no power of two
+    if head_dim & (head_dim - 1) or find_spec("triton") is None:  # not a power of two
         return 0
     if not all(can_be_fused(linear) for linear in weights.linears):
         return 0
@@ -97,13 +97,13 @@ def most_rows_for_kernels(weights: Weights, block: DecodingBlock, head_dim: int)
 
 
 def num_bytes(weights: Weights) -> int:
-    """What one step reads of the weights. Of the embedding that is next to nothing."""
+    """Bytes of weights that one step reads; of the embedding it reads next to nothing."""
     read = (*weights.blocks, weights.final_norm, weights.head)
     return sum(tensor.nbytes for tensor in _tensors(read))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Those in nested tuples, linears and modules."""
+    """The tensors in nested tuples, linears and modules."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, nn.Module):
@@ -153,7 +153,7 @@ def _read_projection(
             total = total + b_OR.float() @ a_RI.float() * scale
         return _round(total.to(weight.dtype), base.bias, bits, device)
     key = base, id(base.bias)  # an adapter may have a bias of its own
-    if key not in known:  # or else it would be brought to the device in vain
+    if key not in known:  # do not copy it to the device for nothing
         known[key] = _round(base.weight.detach(), base.bias, bits, device)
     return Adapted(known[key], updates) if updates else known[key]
 

@@ -1,1 +1,1 @@
-"""glmtune's models inside other projects' programs; each module needs that project installed."""
+"""glmtune's models in other projects' programs; each module needs that project installed."""

@@ -1,8 +1,8 @@
 """The model type `glmtune` of lm-evaluation-harness: base and adapter on any of its tasks.
 
 ``python -m glmtune.integrations.lm_eval`` is its command with that model type beside its own; from
-Python, importing this module is enough. Contexts end in the special ids of a prompt, and what is
-scored or written stands in the answer, as in training.
+Python, importing this module is enough. Contexts end with the special ids of a prompt, and what is
+scored or generated is the answer, as in training.
 """
 
 import sys
@@ -19,7 +19,7 @@ from glmtune.hardware import pick_device
 from glmtune.models.loading import load_base_model, load_tokenizer
 from glmtune.models.resolve import resolve_base
 
-# What of `HFLM` has an effect on a model that is loaded already.
+# Settings of `HFLM` that have an effect on a model that is already loaded.
 PASSED_ON = ("chat_template_args", "logits_cache", "max_batch_size", "max_length", "softmax_dtype")
 
 
@@ -34,8 +34,8 @@ class GlmtuneLM(HFLM):
         device: "cpu", "cuda" or "cuda:1"; by default a GPU if there is one.
         bits: 8 or 4 for a base that bitsandbytes quantises while it loads.
         batch_size: rows of a pass.
-        trust_remote_code: lm-eval's flag of that name; it has no effect, which is said.
-        settings: those of `HFLM` that PASSED_ON names.
+        trust_remote_code: lm-eval's flag of that name; it has no effect, which a note says.
+        settings: settings of `HFLM` that PASSED_ON names.
 
     Raises:
         UserError: base or adapter cannot be loaded, or a setting would have no effect.
@@ -89,7 +89,7 @@ class GlmtuneLM(HFLM):
         left_truncate_len: int | None = None,
         **kwargs: Any,
     ) -> list[int]:
-        """A context's ids, with the special ids of a prompt; without those if it is told to."""
+        """A context's ids, with the special ids of a prompt unless they are turned off."""
         ids = self.tokenizer.encode(string, add_special_tokens=add_special_tokens is not False)
         return ids[-left_truncate_len:] if left_truncate_len else ids
 
@@ -108,27 +108,27 @@ class GlmtuneLM(HFLM):
         return batch["input_ids"], batch["attention_mask"]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Context and answer; the blank that other models need between the two is left out."""
+        """Context and answer, without the blank that other models need between the two."""
         ids = self.tok_encode(context)
         if ids[-1] == self.tokenizer.row_rule.prompt([])[-1]:
             answer = continuation.lstrip(" ") or continuation
             return ids, self.tok_encode(answer, add_special_tokens=False)
-        # A chat template has begun the answer.
+        # The chat template has already begun the answer.
         whole = self.tok_encode(context + continuation)
         return whole[: len(ids)], whole[len(ids) :]
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list:
-        """Log-probability of each answer to its context, an empty one too, and if it is greedy."""
+        """Log-probability of each answer after its context, maybe empty, and if it is greedy."""
         pairs = [request.args for request in requests]
         return self._loglikelihood_tokens(
             [(pair, *self._encode_pair(*pair)) for pair in pairs], disable_tqdm=disable_tqdm
         )
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of each text as the answer to nothing, every token of it scored once.
+        """Log-probability of each text as the answer to an empty prompt, every token scored once.
 
-        A text longer than `max_length` is read in windows: each later one begins its answer with
-        the token before it, and the last with as much as there is room for.
+        A text longer than `max_length` is read in windows: each later window begins its answer with
+        the token before it, and the last one with as many tokens as fit.
         """
         start = self.tokenizer.row_rule.prompt([])
         windows, counts = [], []

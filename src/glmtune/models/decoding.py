@@ -1,9 +1,9 @@
 """Any model as two plain functions, for answering: `prefill` prompts, `decode` a token.
 
-What one layer computes is a family's: its `DecodingBlock` has that as plain functions of a tuple of
-weights. Keys and values are written in place into tensors of fixed size, at columns that a tensor
-names, so that one step is the same sequence of kernels whatever its place: it can be captured and
-replayed. Positions and mask come ready made; nothing is read off the ids while decoding.
+The family defines what one layer computes: its `DecodingBlock` has that as plain functions of a
+tuple of weights. Keys and values are written in place into tensors of fixed size, at columns given
+by a tensor, so that every step is the same sequence of kernels, which can be captured and replayed.
+Positions and mask are computed beforehand; while decoding, nothing is derived from the ids.
 
 Shapes: B rows of a batch, S columns of the longest prompt, K columns of a cache, H hidden, N heads
 of queries, M of keys and values, D size of a head, V vocabulary.
@@ -20,22 +20,22 @@ from glmtune.models.shape import Shape
 from glmtune.ops.attention import additive_mask, right_kernels
 
 Projection = Any
-"""A linear with all that belongs to it, to be called: ``(..., in)`` to ``(..., out)``."""
+"""A callable linear with everything that belongs to it: ``(..., in)`` to ``(..., out)``."""
 Normalisation = Any
-"""A norm, to be called: ``(..., H)`` to ``(..., H)``. It has a `weight`; see `ops.norm.Norm`."""
+"""A callable norm: ``(..., H)`` to ``(..., H)``. It has a `weight`; see `ops.norm.Norm`."""
 
 
 class Weights(NamedTuple):
-    """What a whole model computes with."""
+    """The weights of a whole model."""
 
     embed: Callable[[Tensor], Tensor]
     """Ids ``(B, S)`` to hidden states in the compute type, ``(B, S, H)``."""
     blocks: Sequence[Any]
-    """What each layer computes with, as the family's `weights_of` gives it."""
+    """The weights of each layer, from the family's `weights_of`."""
     final_norm: Normalisation
     head: Projection
     linears: Sequence[Projection]
-    """Every linear of all these, for what depends on their kinds."""
+    """Every linear of the model, for decisions that depend on their kinds."""
 
 
 class KeyValueCache(NamedTuple):
@@ -49,37 +49,37 @@ class KeyValueCache(NamedTuple):
 
     @classmethod
     def zeros(cls, shape: Shape, num_rows: int, num_columns: int, like: Tensor) -> "KeyValueCache":
-        """An empty cache for a model, of the type and on the device of a tensor."""
+        """Make an empty cache for a model, of the type and on the device of a tensor."""
         sizes = shape.num_layers, num_rows, shape.num_kv_heads, num_columns, shape.head_dim
         return cls(like.new_zeros(sizes), like.new_zeros(sizes))
 
     def part(self, rows: slice, num_columns: int | None) -> "KeyValueCache":
-        """Some rows of it, as far as some column; not a copy."""
+        """Some rows of the cache, up to a column; not a copy."""
         return KeyValueCache(*(tensor[:, rows, :, :num_columns] for tensor in self))
 
 
 class Angles(NamedTuple):
-    """Cosines and sines of some tokens' positions, ``(B, S, ...)``; what follows is a family's."""
+    """Cosines and sines of some tokens' positions, ``(B, S, ...)``; the rest is the family's."""
 
     cos: Tensor
     sin: Tensor
 
 
 class Place(NamedTuple):
-    """Where in a cache the newest token of each row goes."""
+    """Where in a cache the newest token of each row is written."""
 
     row_B: Tensor
-    """0, 1, 2..."""
+    """Row indices 0, 1, 2..."""
     column_B: Tensor
 
 
 class RowLayout(NamedTuple):
-    """What the ids of prompts say of their rows."""
+    """The layout of rows, derived from the ids of their prompts."""
 
     prefix_end_B: Tensor
-    """The first column that does not see all columns before it both ways; 0 for a causal row."""
+    """The column where the bidirectional prefix ends; 0 for a causal row."""
     positions: Tensor
-    """Of every column, as the family's `angles` takes them."""
+    """Positions of every column, as the family's `angles` takes them."""
 
 
 class DecodingBlock(NamedTuple):
@@ -88,13 +88,13 @@ class DecodingBlock(NamedTuple):
     weights_of: Callable[
         [nn.Module, Callable[[nn.Module], Projection], Callable[[nn.Module], nn.Module]], Any
     ]
-    """``(layer, read, read_norm)`` to what one layer computes with, a tuple. Each linear of the
-    layer goes through `read`, each norm through `read_norm`, which brings it to the device."""
+    """``(layer, read, read_norm)`` to the weights of one layer, a tuple. Each linear of the layer
+    is passed through `read`, each norm through `read_norm`, which moves it to the device."""
     final_norm: Callable[[PreTrainedModel, Callable[[nn.Module], nn.Module]], Normalisation]
     """``(model, read_norm)`` to the norm before the head."""
     layout: Callable[[Tensor, Any], RowLayout]
     """``(ids (B, K), config)`` to the layout of rows that begin with a whole prompt. The columns
-    behind a prompt are those of its answer: their ids say nothing, their positions are known."""
+    after a prompt belong to its answer: their ids are ignored, their positions are known."""
     angles: Callable[[Tensor, Any], Angles]
     """``(positions, config)`` to the angles of every column."""
     prompt_angles: Callable[[Angles, torch.dtype], Any]
@@ -105,9 +105,9 @@ class DecodingBlock(NamedTuple):
     run_block: Callable[..., Tensor]
     """One layer on one new token a row: ``(hidden (B, 1, H), weights, keys (B, M, K, D), values,
     place, mask (B, 1, 1, K), angles)`` to ``(B, 1, H)``. Writes its key and value at `place`; the
-    mask is true for the columns to be seen."""
+    mask is true for visible columns."""
     run_block_in_few_kernels: Callable[..., Tensor] | None = None
-    """`run_block` for a few rows on a GPU, by `ops.decoding_kernels`; it looks at no mask."""
+    """`run_block` for a few rows on a GPU, by `ops.decoding_kernels`; it ignores the mask."""
 
 
 def prefill(
@@ -119,16 +119,16 @@ def prefill(
     angles: Angles,
     cache: KeyValueCache,
 ) -> Tensor:
-    """Read whole prompts into a cache; logits ``(B, V)`` of what follows each.
+    """Read whole prompts into a cache; return the next-token logits ``(B, V)``.
 
     Args:
-        weights: of the model.
-        block: of its family.
-        input_ids_BS: each row padded at its end.
+        weights: weights of the model.
+        block: decoding block of its family.
+        input_ids_BS: prompts, each row padded at its end.
         length_B: tokens of each row without padding.
-        mask_B1SS: as `prefix_lm_mask` gives it.
-        angles: of these tokens.
-        cache: is written into; its rows are B, its columns S.
+        mask_B1SS: from `prefix_lm_mask`.
+        angles: angles of these tokens.
+        cache: the cache to write to, of B rows and S columns.
     """
     hidden_BSH = weights.embed(input_ids_BS)
     mask = additive_mask(mask_B1SS, hidden_BSH.dtype)
@@ -150,17 +150,17 @@ def decode(
     run_block: Callable[..., Tensor],
     run_head: Callable[..., Tensor],
 ) -> Tensor:
-    """Read one more token a row into a cache; logits ``(B, V)`` of what follows it.
+    """Read one more token a row into a cache; return the next-token logits ``(B, V)``.
 
     Args:
-        weights: of the model.
+        weights: weights of the model.
         token_B1: the newest tokens.
-        place: where they go in the cache.
+        place: where they are written in the cache.
         mask_B11K: true for columns that hold a real token, these included; None for functions in
-            few kernels, which look at the columns before `place`.
-        angles: of these tokens.
-        cache: is written into; K columns of it are looked at.
-        run_block: of the family's `DecodingBlock`, as it stands, compiled or in few kernels.
+            few kernels, which attend to all columns up to `place`.
+        angles: angles of these tokens.
+        cache: the cache to write to, of which K columns are attended to.
+        run_block: `run_block` of the family's `DecodingBlock`, plain, compiled or in few kernels.
         run_head: the `run_head` of this module, or another form of it.
     """
     hidden_B1H = weights.embed(token_B1)
@@ -177,7 +177,7 @@ def run_head(hidden_B1H: Tensor, final_norm: Normalisation, head: Projection) ->
 def run_head_in_few_kernels(
     hidden_B1H: Tensor, final_norm: Normalisation, head: Projection
 ) -> Tensor:
-    """`run_head` of a few rows on a GPU."""
+    """`run_head` for a few rows on a GPU."""
     from glmtune.ops import decoding_kernels as kernels
 
     normed = kernels.normalise(hidden_B1H, final_norm, head.input_dtype)
@@ -192,9 +192,9 @@ def put(columns_BMKD: Tensor, place: Place, new_BM1D: Tensor) -> None:
 def attend(query_BN1D: Tensor, keys_BMKD: Tensor, values_BMKD: Tensor, mask_B11K: Tensor) -> Tensor:
     """Attention of one new token to K columns: ``(B, 1, N D)``.
 
-    Where queries have more heads than keys, heads next to each other share those of a key. For one
-    query the fused kernels start one thread block a head and are slow; these are two matrix-vector
-    products that a compiler turns into reductions.
+    Where queries have more heads than keys, neighbouring query heads share a key head. For one
+    query torch's fused kernels start one thread block a head and are slow; these are two
+    matrix-vector products that a compiler turns into reductions.
     """
     query_BMGD = query_BN1D.squeeze(2).unflatten(1, (keys_BMKD.shape[1], -1))
     scores = (query_BMGD @ keys_BMKD.transpose(-1, -2)).float() * keys_BMKD.shape[-1] ** -0.5

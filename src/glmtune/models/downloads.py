@@ -1,10 +1,10 @@
-"""What came from a hub or a mirror of it, held against the published hashes.
+"""Check what was downloaded from a hub or its mirror against the published hashes.
 
 The hub cache names each file's content by its hash (sha256 of large files, git's sha1 of small
-ones), but takes that name from whoever sent the file, and never reads the content again. Here each
-file is read once: its content must have the hash it is named by and the one that huggingface.co
-states for that file. Where that does not answer, a family's published files are held against the
-hashes that it knows.
+ones), but takes that name from the server that sent the file, and never reads the content again.
+Here each file is read once: its content must have the hash that it is named by and the one that
+huggingface.co states for it. If that does not answer, a family's published files are checked
+against the hashes that it knows.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 def in_time(ask: Callable[[], T], seconds: float) -> T | None:
-    """What a question to a server gives, or None where no answer comes within so many seconds.
+    """The result of a request to a server, or None if no answer comes in time.
 
     Raises:
         RevisionNotFoundError: the server answers that there is no such revision.
@@ -47,7 +47,7 @@ def in_time(ask: Callable[[], T], seconds: float) -> T | None:
             found.append(ask())
         except RevisionNotFoundError as error:
             unknown.append(error)
-        except Exception:  # no network shows in many kinds of exception; each means "no answer"
+        except Exception:  # a missing network raises many kinds; each means "no answer"
             return
 
     # A client's timeout does not cover the look-up of the server's address, which may hang for long
@@ -60,9 +60,9 @@ def in_time(ask: Callable[[], T], seconds: float) -> T | None:
 
 
 def check_download(hub_id: str, snapshot: Path) -> None:
-    """Hold the files of a hub's snapshot against their hashes, each file once.
+    """Check the files of a hub's snapshot against their hashes, each file once.
 
-    Which files were found good is noted beside the snapshots, by size and time of change.
+    Files found good are recorded beside the snapshots, with size and time of change.
 
     Args:
         hub_id: owner/name.
@@ -95,13 +95,13 @@ def check_download(hub_id: str, snapshot: Path) -> None:
                 f"not there to ask; delete {path.resolve()} and download it again, or, if you know "
                 f"where it comes from, pass the folder itself: --chatglm_path {snapshot}"
             )
-    with suppress(OSError):  # a cache that others own is checked again the next time
+    with suppress(OSError):  # a cache that is not writable is checked again next time
         record.write_text(json.dumps(checked | states), encoding="utf-8")
 
 
 def _known_sha256(hub_id: str, name: str) -> set[str]:
-    """What the sha256 of a file of a publisher may be; empty where no family knows it."""
-    from glmtune.models.families import FAMILIES  # which loads models, through this module
+    """Allowed sha256 hashes of a publisher's file; empty if no family knows it."""
+    from glmtune.models.families import FAMILIES  # here: it imports this module
 
     return set().union(*(family.known_sha256(hub_id, name) for family in FAMILIES))
 
@@ -117,7 +117,7 @@ def _check_file(path: Path, digest: str) -> None:
 
 
 def _ask_publisher(hub_id: str, commit: str) -> dict[str, str]:
-    """File to the hash that the publisher's hub states; empty where that cannot be asked."""
+    """File name to the hash that the publisher's hub states; empty if the hub cannot be reached."""
     if HF_HUB_OFFLINE:
         return {}
     try:
@@ -134,7 +134,7 @@ def _ask_publisher(hub_id: str, commit: str) -> dict[str, str]:
         ) from error
     if info is None:
         note(
-            f"{PUBLISHER} does not answer; the files of {hub_id} are held against the hashes "
+            f"{PUBLISHER} does not answer; the files of {hub_id} are checked against the hashes "
             f"of {ENDPOINT} and those that glmtune knows"
         )
         return {}
@@ -159,7 +159,7 @@ def _state(path: Path) -> list[int]:
 
 
 def _git_sha1(path: Path) -> str:
-    """What git calls a file's content. Source: git's documentation, Git Objects."""
+    """The id that git gives a file's content. Source: git's documentation, Git Objects."""
     digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: digest).hexdigest()

@@ -1,4 +1,4 @@
-"""Whether two runs stand on the same base model, without reading all of it twice."""
+"""Whether two runs use the same base model, without reading all of it twice."""
 
 import hashlib
 
@@ -12,7 +12,7 @@ _SAMPLES = 256
 def fingerprint(model: nn.Module) -> str:
     """A sha256 of each parameter's name, shape and some 256 of its values, evenly spread.
 
-    Another model, another revision and one that was trained on differ in nearly every value. A
+    Another model, another revision or a further trained model differs in nearly every value. A
     change of a few single values may go unnoticed, and another number format counts as a change.
 
     Args:

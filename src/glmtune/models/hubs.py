@@ -1,7 +1,7 @@
-"""Where a name leads: to a folder, into a hub's cache on this disk, or to a hub.
+"""Resolve a model's name: to a folder, into a hub's cache on this disk, or to a hub.
 
-huggingface.co (or HF_ENDPOINT, a mirror of it) and ModelScope keep what they send in folders of
-their own making, which people pass as they find them.
+huggingface.co (or HF_ENDPOINT, a mirror of it) and ModelScope keep downloads in cache folders of
+their own layout, which users may pass directly.
 """
 
 import os
@@ -21,7 +21,7 @@ from glmtune.models.downloads import in_time
 CONFIG_FILE = "config.json"
 TIMEOUT_SECONDS = 5.0
 MODELSCOPE_OWNER = "ZhipuAI"
-"""The publisher of GLM on ModelScope, who has another name on huggingface.co."""
+"""The publisher of GLM on ModelScope, which has another name on huggingface.co."""
 
 _FINE, _SERVER_FAULT = 200, 500
 
@@ -32,13 +32,13 @@ def is_hub_id(value: str) -> bool:
 
 
 def open_folder(folder: Path, holds: Sequence[str] = (CONFIG_FILE,)) -> Path:
-    """A model's own folder: of one that a hub's cache keeps snapshots in, the snapshot.
+    """A model's own folder: for a folder of snapshots in a hub's cache, one snapshot.
 
-    That is the one of the branch main, or, where it is not there, the one that came last.
+    That is the snapshot of the branch main, or, if there is none, the newest.
 
     Args:
         folder: any folder, such as `models--THUDM--chatglm-6b` or the `snapshots` within.
-        holds: a file of these tells a snapshot with the model from one that has only parts of it.
+        holds: file names; a snapshot that has none of them holds only parts of the model.
     """
     outer = folder.parent if folder.name == "snapshots" else folder
     snapshots = outer / "snapshots"
@@ -60,7 +60,7 @@ def open_folder(folder: Path, holds: Sequence[str] = (CONFIG_FILE,)) -> Path:
 
 
 def name_of_folder(folder: Path) -> str:
-    """What to call a folder in files that travel: owner/name in a hub's cache, else its last name.
+    """A folder's name in files that are shared: owner/name in a hub's cache, else its last part.
 
     huggingface.co's cache keeps owner/name as models--owner--name/snapshots/<commit>, ModelScope's
     as owner--name/snapshots/<branch> or owner/name, with dots in names written as three bars.
@@ -74,7 +74,7 @@ def name_of_folder(folder: Path) -> str:
 def in_modelscope_cache(hub_id: str) -> Path | None:
     """The folder in which ModelScope's cache holds a model, in any of its layouts so far.
 
-    Source: modelscope's own search for older layouts, and what it writes today.
+    Source: modelscope's own search for older layouts, and its present layout.
     """
     owner, _, name = hub_id.partition("/")
     safe = name.replace(".", "___")
@@ -91,10 +91,10 @@ def in_modelscope_cache(hub_id: str) -> Path | None:
 
 
 def check_endpoint() -> None:
-    """Make sure that HF_ENDPOINT is an address, before anything asks it.
+    """Make sure that HF_ENDPOINT is an address, before any request is sent to it.
 
     Raises:
-        UserError: it has no http:// or https:// before it, or no host behind.
+        UserError: it does not begin with http:// or https://, or has no host.
     """
     given = os.environ.get("HF_ENDPOINT")
     if given is None or constants.HF_HUB_OFFLINE:
@@ -110,7 +110,7 @@ def check_endpoint() -> None:
 
 
 def ask(url: str, seconds: float = TIMEOUT_SECONDS) -> tuple[int, Any] | None:
-    """Status and JSON of an address, None for what is no JSON; None where it does not answer.
+    """Status and JSON of an address, None as JSON for other content; None if it does not answer.
 
     Nothing is kept on the disk.
     """
@@ -128,16 +128,16 @@ def ask(url: str, seconds: float = TIMEOUT_SECONDS) -> tuple[int, Any] | None:
 
 
 def hub_settings(hub_id: str) -> dict[str, Any] | None:
-    """What the config.json of a model says, asked at its hub; None where that does not answer.
+    """The config.json of a model, requested from its hub; None if that does not answer.
 
     Raises:
-        UserError: the hub answers that it has no such model, or none that it shows to this user.
+        UserError: the hub has no such model, or does not show it to this user.
     """
     check_endpoint()
     if constants.HF_HUB_OFFLINE:
         return None
     place, file = f"{constants.ENDPOINT}/{hub_id}", f"resolve/main/{CONFIG_FILE}"
-    if is_on_modelscope(hub_id):  # as its client asks
+    if is_on_modelscope(hub_id):  # the request of its own client
         hub = os.environ.get("MODELSCOPE_ENDPOINT") or "https://modelscope.cn"
         place, file = f"{hub}/api/v1/models/{hub_id}", f"repo?FilePath={CONFIG_FILE}"
     answer = ask(f"{place}/{file}")
@@ -153,23 +153,23 @@ def hub_settings(hub_id: str) -> dict[str, Any] | None:
 
 
 def is_on_modelscope(hub_id: str) -> bool:
-    """Whether an id is the name that ChatGLM's publisher gives a model on ModelScope."""
+    """Whether an id is a name that ChatGLM's publisher uses on ModelScope."""
     return hub_id.partition("/")[0] == MODELSCOPE_OWNER
 
 
 def download_command(hub_id: str) -> str:
-    """What a user types to have a model on this disk."""
+    """The command that downloads a model."""
     if is_on_modelscope(hub_id):
         return f"modelscope download --model {hub_id}"
     return f"hf download {hub_id}"
 
 
 def from_modelscope(hub_id: str, patterns: list[str]) -> Path:
-    """The folder on this disk that holds a model's files of such names, from ModelScope.
+    """The local folder of a model from ModelScope, with its files of the given names.
 
     Raises:
-        UserError: its client is needed and not installed.
-        Exception: whatever that client raises.
+        UserError: ModelScope's client is needed and not installed.
+        Exception: anything that this client raises.
     """
     has_client = find_spec("modelscope") is not None
     cached = in_modelscope_cache(hub_id)

@@ -1,8 +1,7 @@
 """The modules of a published int8 or int4 folder, whose weights stay packed in memory.
 
-Each takes the place of the float module of the same name, unpacks its weight whenever it is used,
-and keeps nothing of that. Shapes: R rows and C columns of a weight, B rows of a batch, S tokens,
-H hidden.
+Each replaces the float module of the same name, and unpacks its weight whenever it is used, without
+keeping the result. Shapes: R rows and C columns of a weight, B rows of a batch, S tokens, H hidden.
 """
 
 import torch
@@ -16,22 +15,22 @@ SCALE = "weight_scale"
 
 
 class IntegerModule(nn.Module):
-    """What packed modules have in common: a weight in two tensors."""
+    """The common base of packed modules: a weight in two tensors."""
 
     weight: Tensor
-    """int8, ``(R, C * bits / 8)``; a parameter, because transformers ties nothing else"""
+    """int8, ``(R, C * bits / 8)``; a parameter, because transformers ties only parameters"""
     weight_scale: Tensor
-    """float16, ``(R,)``; a buffer, because it takes no gradient"""
+    """float16, ``(R,)``; a buffer, because it has no gradient"""
     bits: int
 
     def allocate(self, like: Tensor, bits: int) -> None:
-        """Put zeros in the place of a float weight ``(R, C)``, for a folder's weights to fill."""
+        """Replace a float weight ``(R, C)`` by zeros, to be filled from a folder."""
         num_rows, num_columns = like.shape
         packed = torch.zeros(num_rows, num_columns * bits // 8, dtype=torch.int8)
         self.set_weight(packed, torch.zeros(num_rows, dtype=torch.float16), bits)
 
     def set_weight(self, packed: Tensor, scale: Tensor, bits: int) -> None:
-        """Take these as the weight."""
+        """Set the packed weight."""
         self.bits = bits
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.register_buffer(SCALE, scale)
@@ -41,19 +40,19 @@ class IntegerModule(nn.Module):
         return dequantise(self.weight, self.weight_scale, self.bits, dtype)
 
     def dequantised(self, dtype: torch.dtype) -> nn.Module:
-        """The float module that this one stands for."""
+        """The float module that this one represents."""
         raise NotImplementedError
 
 
 class IntegerLinear(IntegerModule, nn.Linear):
     """A linear with packed weight and float bias.
 
-    It is an `nn.Linear`, so that PEFT puts adapters on it; gradients reach what goes into it. An
-    adapter cannot be merged into integers: dequantise the model first.
+    It is an `nn.Linear`, so that PEFT accepts it; its input gets a gradient. An adapter cannot be
+    merged into integers: dequantise the model first.
 
     Args:
-        like: the float linear whose place it takes; its shape and its bias are taken over.
-        bits: of a value, 8 or 4.
+        like: the float linear that it replaces, whose shape and bias it takes.
+        bits: bits of a value, 8 or 4.
     """
 
     def __init__(self, like: nn.Linear, bits: int):
@@ -63,7 +62,7 @@ class IntegerLinear(IntegerModule, nn.Linear):
 
     @property
     def frozen(self) -> Quantised:
-        """Its numbers, as `frozen_linear` takes them."""
+        """The quantised weight, as `frozen_linear` takes it."""
         parts = self.weight, self.weight_scale
         return Quantised(parts, f"int{self.bits}", 0, self.in_features, self.bias)
 
@@ -73,7 +72,7 @@ class IntegerLinear(IntegerModule, nn.Linear):
         return frozen_linear(rows, self.frozen).unflatten(0, hidden.shape[:-1])
 
     def dequantised(self, dtype: torch.dtype) -> nn.Linear:
-        """The float linear that this one stands for."""
+        """The float linear that this one represents."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight, linear.bias = nn.Parameter(self.floats(dtype)), self.bias
         return linear
@@ -83,8 +82,8 @@ class IntegerEmbedding(IntegerModule, nn.Embedding):
     """An embedding with packed weight, as `-int4-qe` has it.
 
     Args:
-        like: the float embedding whose place it takes; its shape is taken over.
-        bits: of a value, 8 or 4.
+        like: the float embedding that it replaces, whose shape it takes.
+        bits: bits of a value, 8 or 4.
     """
 
     def __init__(self, like: nn.Embedding, bits: int):
@@ -92,11 +91,11 @@ class IntegerEmbedding(IntegerModule, nn.Embedding):
         self.allocate(like.weight, bits)
 
     def forward(self, ids_BS: Tensor) -> Tensor:
-        """``(B, S)`` to float32 ``(B, S, H)``: nothing here tells what the model computes in."""
+        """``(B, S)`` to float32 ``(B, S, H)``: the model's compute type is unknown here."""
         return dequantise(self.weight[ids_BS], self.weight_scale[ids_BS], self.bits, torch.float32)
 
     def dequantised(self, dtype: torch.dtype) -> nn.Embedding:
-        """The float embedding that this one stands for."""
+        """The float embedding that this one represents."""
         embedding = nn.Embedding(self.num_embeddings, self.embedding_dim, device="meta")
         embedding.weight = nn.Parameter(self.floats(dtype))
         return embedding
@@ -105,7 +104,7 @@ class IntegerEmbedding(IntegerModule, nn.Embedding):
 def quantise_tables(
     embedding: nn.Embedding, head: nn.Linear
 ) -> tuple[IntegerEmbedding, IntegerLinear]:
-    """Embedding and head in 8 bits; where one tensor served both, one does so still."""
+    """Turn embedding and head into 8 bits; if they share a tensor, they still do."""
     packed_embedding, packed_head = IntegerEmbedding(embedding, 8), IntegerLinear(head, 8)
     packed_embedding.set_weight(*quantise_int8(embedding.weight), 8)
     if head.weight is embedding.weight:
@@ -118,7 +117,7 @@ def quantise_tables(
 
 
 def use_integer_modules(model: nn.Module, bits: int) -> None:
-    """Make room for packed weights in every linear and embedding below a module, in place."""
+    """Replace every linear and embedding below a module by a packed one of zeros, in place."""
     for parent in model.modules():
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
@@ -128,9 +127,9 @@ def use_integer_modules(model: nn.Module, bits: int) -> None:
 
 
 def dequantise_modules(model: nn.Module, dtype: torch.dtype) -> None:
-    """Turn every packed module below a module into the float one it stands for, in place.
+    """Turn every packed module below a module into the float one it represents, in place.
 
-    One after the other: the packed weights go as the float ones come.
+    They are converted one by one, each packed weight being freed before the next.
     """
     for parent in model.modules():
         for name, child in list(parent.named_children()):

@@ -10,8 +10,7 @@ def split_lora(linear: nn.Module) -> tuple[nn.Module, tuple[LowRank, ...]]:
     """A linear without its adapter, and the updates that are in effect on it now.
 
     There are none where the adapter is disabled, or merged into the weight already. The linear may
-    be of any kind, quantised ones too; one with another kind of adapter than plain LoRA is given
-    back whole.
+    be of any kind, also quantised; one with an adapter other than plain LoRA is returned unchanged.
     """
     if not isinstance(linear, LoraLayer):
         return linear, ()

@@ -1,7 +1,7 @@
 """A model over packed rows, as plain functions of tensors: the fast path of training.
 
-It computes what the family's model does with PEFT's LoRA, which is its reference, but on rows
-without padding, and the head only where a token is supervised. The family gives one layer as a
+It computes what the family's model does with PEFT's LoRA, its reference, but on rows without
+padding, and applies the head only where a token is supervised. The family gives one layer as a
 function (`family.PackedBlock`); it is compiled once, for one shape, and serves every layer, since
 its weights are arguments.
 
@@ -33,8 +33,8 @@ from glmtune.ops.loss import IGNORED, SoftmaxLoss, head_loss
 from glmtune.ops.quantised import Quantised
 
 # multi_kernel: norms and float8's largest values as persistent reductions, where those are faster.
-# They break the compiler's cache (torch 2.11: a TypeError at the second run on a machine), so that
-# it is off.
+# They break the compiler's cache (torch 2.11: a TypeError at the second run on a machine), so it is
+# off.
 COMPILE_OPTIONS: dict[str, Any] = {"triton.multi_kernel": 1, "fx_graph_cache": False}
 _KEEP_LESS = (
     "ban_recompute_used_far_apart",
@@ -55,7 +55,7 @@ class Linear(NamedTuple):
         return lora_linear(x_TK, self.frozen, self.adapter, dropout)
 
 
-Attention = Any  # PaddedRows, or the kernels' RowSpans, which cannot be imported without Triton
+Attention = Any  # PaddedRows, or the kernels' RowSpans, importable only with Triton
 
 
 class PackTensors(NamedTuple):
@@ -77,7 +77,7 @@ class LayerDropout(NamedTuple):
     scale: Tensor
 
     def each(self) -> Iterator[Dropout]:
-        """One for each linear, in the order of `Shape.linears`."""
+        """One dropout for each linear, in the order of `Shape.linears`."""
         return (Dropout(self.seeds[i], self.below, self.scale) for i in range(self.seeds.shape[0]))
 
 
@@ -85,12 +85,12 @@ class Dropouts(NamedTuple):
     """The dropouts of all layers in one pass."""
 
     seeds: Tensor
-    """int32, one a layer and linear."""
+    """int32, one for each layer and linear."""
     below: Tensor
     scale: Tensor
 
     def of(self, layer: int) -> LayerDropout:
-        """Those of one layer."""
+        """The dropouts of one layer."""
         return LayerDropout(self.seeds[layer], self.below, self.scale)
 
 
@@ -106,15 +106,15 @@ class PackedModel:
         any_length: bool = False,
         recompute: int = 0,
     ):
-        """Look at a model that `attach_lora` returned.
+        """Take a model from `attach_lora`.
 
         Args:
             model: its weights are shared, not copied.
-            family_block: how its family computes a layer.
-            compiled: compile the layer and use the kernels, which takes a GPU.
+            family_block: the layer function of its family.
+            compiled: compile the layer and use the kernels, which needs a GPU.
             any_length: compile once for packs of any length, instead of once for each length.
-            recompute: the first N layers keep their input alone and are computed again in the
-                backward pass; at most all but the last, whose backward pass begins at once.
+            recompute: the first N layers keep only their input and are recomputed in the backward
+                pass; at most all but the last, whose backward pass begins at once.
         """
         base = base_of(model)
         self.config, self.dtype, self.device = base.config, base.dtype, base.device
@@ -139,8 +139,8 @@ class PackedModel:
         from glmtune.ops.loss_kernels import softmax_loss_
         from glmtune.ops.packed_attention import RowSpans
 
-        # Left to itself the compiler keeps what dropout gives, although it can be computed again
-        # from what is kept anyway: 1.7 GiB of a pack of 8,192 tokens.
+        # By default the compiler keeps the output of dropout, although it can be recomputed from
+        # what is kept anyway: 1.7 GiB for a pack of 8,192 tokens.
         for name in _KEEP_LESS:
             if hasattr(functorch_config, name):
                 setattr(functorch_config, name, False)
@@ -155,8 +155,8 @@ class PackedModel:
 
         Args:
             pack: see `data.packing.lay_out`.
-            num_learned: L, filled up with places that teach nothing; at least as many as the pack
-                has. By default as many as there are, or a few more where that is better.
+            num_learned: L, at least the pack's number of supervised tokens; the rest is filled with
+                places that are ignored. By default see `num_learned`.
         """
         padding = (num_learned or self.num_learned(pack)) - len(pack.targets_L)
         spans = map(torch.from_numpy, (pack.start_T, pack.prefix_end_T, pack.end_T))
@@ -170,8 +170,8 @@ class PackedModel:
         return move(tensors, self.device)
 
     def num_learned(self, pack: Pack) -> int:
-        """How many learned tokens a pack's tensors hold by default."""
-        # No shape is then so small that the compiler makes a case of its own of it.
+        """The number of supervised tokens that a pack's tensors hold by default."""
+        # Keeps torch.compile from specialising on sizes 0 and 1.
         multiple = SUPERVISED_MULTIPLE if self.compiled else 1
         return max(1, -(-len(pack.targets_L) // multiple)) * multiple
 
@@ -180,7 +180,7 @@ class PackedModel:
 
         Args:
             rate: share that is dropped.
-            seed: of this pass alone.
+            seed: seed of this pass.
         """
         shape = len(self.blocks), self.family_block.num_linears
         seeds = np.random.default_rng(seed).integers(-(2**31), 2**31, shape)
@@ -191,11 +191,11 @@ class PackedModel:
         )
 
     def loss(self, pack: PackTensors, dropouts: Dropouts | None = None) -> Tensor:
-        """Summed cross entropy over a pack's learned tokens, a float32 scalar.
+        """Summed cross entropy over a pack's supervised tokens, a float32 scalar.
 
         Args:
             pack: see `to_tensors`.
-            dropouts: None for none. At rate 0 they change nothing, and need not be compiled anew.
+            dropouts: None for none. At rate 0 they have no effect, and need no new compilation.
         """
         hidden_TH = self.embedding(pack.input_ids_T).to(self.dtype)
         cos, sin = self.family_block.angles(pack.position_ids_XT, self.config)
@@ -208,8 +208,8 @@ class PackedModel:
             drop = dropouts.of(layer) if dropouts else None
             arguments = hidden_TH, self.blocks[layer], pack.attention, cos, sin, drop
             if layer < self.recompute and torch.is_grad_enabled():
-                # Dropout is a function of its seed: there is no random state to keep, and none to
-                # ask for while a graph is captured.
+                # Dropout is a function of its seed: there is no random state to save, nor to read
+                # while a graph is captured.
                 hidden_TH = checkpoint(
                     self.block, *arguments, use_reentrant=False, preserve_rng_state=False
                 )
@@ -224,16 +224,16 @@ class PackedModel:
 
 
 def _let_vary(*tensors_T: Tensor) -> None:
-    """Tell the compiler that the number of tokens is another in every pack."""
+    """Mark the number of tokens as dynamic for the compiler."""
     for tensor_T in tensors_T:
         torch._dynamo.mark_dynamic(tensor_T, 0)
 
 
 def can_compile(card: Card, family_block: PackedBlock, head_dim: int) -> bool:
-    """Whether the kernels run on a card: the Ampere generation or newer, and heads of their sizes.
+    """Whether the kernels run on a card: Ampere or newer, and heads of a supported size.
 
-    They also need Triton, which is looked for only where this machine has a GPU: a plan for a card
-    that is elsewhere takes it for granted.
+    They also need Triton, which is looked for only if this machine has a GPU: a plan for another
+    machine's card assumes it.
     """
     if card.capability is None or card.capability < (8, 0):
         return False
@@ -242,7 +242,7 @@ def can_compile(card: Card, family_block: PackedBlock, head_dim: int) -> bool:
 
 
 def move(value: Any, device: torch.device) -> Any:
-    """Tensors, also within tuples, on a device; from pinned memory, beside other work."""
+    """Copy tensors, also inside tuples, to a device, from pinned memory, without waiting."""
     if isinstance(value, Tensor):
         pinned = value.pin_memory() if device.type == "cuda" else value
         return pinned.to(device, non_blocking=True)
@@ -265,7 +265,7 @@ def linear_of(module: nn.Module) -> Linear:
 
 
 def to_fp8(model: PeftModel) -> None:
-    """Put the frozen linears of the layers into float8, in place, one by one."""
+    """Convert the frozen linears of the layers to float8, in place, one by one."""
     for layer in layers_of(base_of(model)):
         adapters = [module for module in layer.modules() if isinstance(module, LoraLayer)]
         within = {part for adapter in adapters for part in adapter.modules()} - {*adapters}

@@ -1,6 +1,6 @@
-"""A model's numbers, changed in place: linears into 8 or 4 bits, tables into int8, all into floats.
+"""Convert a model's weights in place: linears to 8 or 4 bits, tables to int8, or all to floats.
 
-For a model of any family, by what transformers calls its embeddings.
+This works for any family, through transformers' accessors of the embeddings.
 """
 
 from typing import Any, cast
@@ -15,7 +15,7 @@ from glmtune.models.quantised import bits_of, quantise
 
 
 def integer_bits_of(config: Any) -> int:
-    """8 or 4 where a folder's linears are integers as published; 0 where they are not."""
+    """8 or 4 if the linears are integers of a published folder; otherwise 0."""
     return getattr(config, "quantization_bit", 0) or 0
 
 
@@ -27,15 +27,15 @@ def has_integer_tables(config: Any) -> bool:
 def quantise_layers(model: PreTrainedModel, bits: int) -> None:
     """Quantise the layers' linears with bitsandbytes to 8 or 4 bits.
 
-    Those of a published int8 or int4 folder are requantised; its packed embedding and head, if it
-    has such, become floats.
+    Those of a published int8 or int4 folder are requantised; a packed embedding and head become
+    floats.
     """
     quantise(model, layers_of(model), bits)
     _unpack(model, model.dtype)
 
 
 def quantise_head(model: PreTrainedModel) -> None:
-    """Round embedding and head to 8 bits; a tensor that served both does so still."""
+    """Round embedding and head to 8 bits; if they share a tensor, they still do."""
     embedding = cast(nn.Embedding, model.get_input_embeddings())
     head = cast(nn.Linear, model.get_output_embeddings())
     packed_embedding, packed_head = quantise_tables(embedding, head)
@@ -45,11 +45,11 @@ def quantise_head(model: PreTrainedModel) -> None:
 
 
 def dequantise(model: Any, dtype: torch.dtype | None = None) -> Any:
-    """Turn packed and bitsandbytes' weights into floats; floats stay as they are.
+    """Turn packed and bitsandbytes' weights into floats; floats stay unchanged.
 
     Args:
-        model: of transformers.
-        dtype: of the whole model from here on; by default the compute type it has.
+        model: a transformers model.
+        dtype: type of the whole model afterwards; by default its compute type.
 
     Returns:
         The model.
@@ -57,7 +57,7 @@ def dequantise(model: Any, dtype: torch.dtype | None = None) -> Any:
     dtype = dtype or model.dtype
     if bits_of(model.config):
         PreTrainedModel.dequantize(model, dtype)
-        model._weight_conversions = None  # what loading remembers for saving in few bits again
+        model._weight_conversions = None  # set by loading, to save in few bits again
     _unpack(model, dtype)
     return nn.Module.to(model, dtype)
 

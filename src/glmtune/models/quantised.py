@@ -1,7 +1,7 @@
 """A base whose linears are in 8 or 4 bits by bitsandbytes: LLM.int8, or NF4 with double scales.
 
 transformers quantises while it loads, tensor by tensor, and bitsandbytes' modules compute, so that
-PEFT and others know what they meet. Here is what lies around that: whether it can be done, what a
+PEFT and others recognise them. This module has what surrounds that: whether it is possible, what a
 folder of such weights holds, and the same numbers as `ops.quantised` takes them.
 """
 
@@ -28,28 +28,28 @@ from glmtune.ops.linear import Dense, Fp8Linear, Frozen
 from glmtune.ops.quantised import Quantised
 
 INSTALL = "pip install -U bitsandbytes"
-# Before it, a folder of 8 bits that is loaded to a CPU is rounded a second time, to nonsense.
+# Older releases quantise an int8 folder again when loading it to a CPU, which destroys it.
 OLDEST_VERSION = "0.49.0"
-# The oldest cards that bitsandbytes' kernels run on: int8 matrix units came with Turing.
+# The oldest cards that bitsandbytes' kernels support: int8 matrix units came with Turing.
 OLDEST_CARD = {8: (7, 5), 4: (6, 0)}
-# What a folder holds of a linear beside its weight and bias.
+# What a folder holds for a linear beside its weight and bias.
 _BESIDE_INT8 = ("SCB", "weight_format")
 _BESIDE_4BIT = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _STATES = ("quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4")
-# Outputs whose weights are there as floats at a time, where LLM.int8's inputs are not rounded.
+# Outputs whose weights exist as floats at a time, where LLM.int8's inputs are not rounded.
 _PIECE = 1024
 
 
 def check_quantising(what: str, bits: int, device: torch.device | str | None) -> None:
-    """Make sure that bitsandbytes is there and runs on a device.
+    """Make sure that bitsandbytes is installed and runs on a device.
 
     Args:
-        what: the wish, as the message is to name it.
+        what: the setting that asks for it, for the message.
         bits: 8 or 4.
-        device: where.
+        device: the device to run on.
 
     Raises:
-        UserError: it is not, or does not.
+        UserError: it is not installed, or does not run there.
     """
     if find_spec("bitsandbytes") is None:
         raise UserError(f"{what}: needs bitsandbytes, which is not installed: {INSTALL}")
@@ -65,7 +65,7 @@ def check_quantising(what: str, bits: int, device: torch.device | str | None) ->
 
 
 def quantising(bits: int, dtype: torch.dtype | None) -> BitsAndBytesConfig:
-    """LLM.int8, or NF4 with double quantisation, as transformers takes it."""
+    """The transformers config of LLM.int8, or of NF4 with double quantisation."""
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -81,8 +81,8 @@ def quantise(model: Any, layers: nn.Module, bits: int) -> None:
     """Quantise the linears of a model that is in memory already, in place, one by one.
 
     Args:
-        model: of transformers.
-        layers: the part of it whose linears are meant, in floats or packed.
+        model: a transformers model.
+        layers: the part of it whose linears to quantise, in floats or packed.
         bits: 8 or 4; see `quantising`.
     """
     for parent in layers.modules():
@@ -92,7 +92,7 @@ def quantise(model: Any, layers: nn.Module, bits: int) -> None:
     model.hf_quantizer = AutoHfQuantizer.from_config(
         quantising(bits, model.dtype), pre_quantized=False
     )
-    model.hf_quantizer.postprocess_model(model)  # says so in the places where PEFT looks
+    model.hf_quantizer.postprocess_model(model)  # sets the attributes that PEFT reads
     finish_loading(model, model.dtype)
 
 
@@ -110,7 +110,7 @@ def _quantised(linear: nn.Linear, bits: int, dtype: torch.dtype) -> nn.Module:
         else:
             quantised = bnb.Linear4bit(*sizes, biased, quant_type="nf4")
     if bits == 8:
-        # bitsandbytes rounds what comes to a device from the CPU.
+        # bitsandbytes quantises when a weight is moved from the CPU to a device.
         rounded: Any = bnb.Int8Params(weight.cpu(), requires_grad=False)
     else:
         rounded = bnb.Params4bit(weight, requires_grad=False, quant_type="nf4", module=quantised)
@@ -120,7 +120,7 @@ def _quantised(linear: nn.Linear, bits: int, dtype: torch.dtype) -> nn.Module:
 
 
 def bits_of(config: Any) -> int | None:
-    """In how many bits bitsandbytes has the linears of a model of this configuration, if it has."""
+    """The bits of bitsandbytes' linears in a model of this configuration; None without any."""
     settings = getattr(config, "quantization_config", None)
     if settings is None:
         return None
@@ -129,13 +129,13 @@ def bits_of(config: Any) -> int | None:
 
 
 def as_floats(found: Mapping[str, Tensor], model: nn.Module) -> Outline:
-    """What a folder of bitsandbytes' weights holds, as if its linears were floats.
+    """The outline of a folder of bitsandbytes' weights, as if its linears were floats.
 
-    A linear in another shape than the model's, or without its scales, is left as it stands.
+    A linear of another shape than the model's, or without its scales, is left unchanged.
 
     Args:
-        found: of the folder.
-        model: of its configuration, in floats.
+        found: the outline of the folder.
+        model: a model of its configuration, in floats.
     """
     outline = dict(found)
     for name, linear in model.named_modules():
@@ -158,27 +158,27 @@ def as_floats(found: Mapping[str, Tensor], model: nn.Module) -> Outline:
 
 
 def finish_loading(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let bitsandbytes' modules compute in a type, all else be of it, and no weight be repacked."""
+    """Make bitsandbytes' modules compute in a type, convert the rest, and prevent repacking."""
     for parameter in model.parameters():
-        # Of a folder in few bits transformers leaves some in the type that it was saved in.
+        # When loading quantised folders, transformers leaves some tensors in the type they were
+        # saved in.
         if parameter.is_floating_point() and type(parameter) is nn.Parameter:
             parameter.data = parameter.data.to(dtype)
     linears: Iterator[Any] = model.modules()
     for linear in linears:
         if _is(linear, "Linear4bit"):
             linear.compute_dtype, linear.compute_type_is_set = dtype, True
-            # For answers on a CPU with AVX512-BF16 it would put the weights into another order, in
-            # which nothing else can read them.
+            # For inference on a CPU with AVX512-BF16 it would reorder the weights, so that nothing
+            # else can read them.
             linear.support_avx512bf16_for_cpu = False
     # LLM.int8 warns in every product that inputs are not float16.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 def frozen_of(linear: nn.Module) -> Frozen:
-    """The numbers of a linear of any kind, as `frozen_linear` takes them.
+    """The weight of a linear of any kind, as `frozen_linear` takes it.
 
-    Of LLM.int8 they leave out its rounding of inputs: the product is of the weights that the
-    integers stand for.
+    For LLM.int8 this omits the rounding of inputs: the product uses the dequantised weights.
     """
     if isinstance(linear, Fp8Linear | IntegerLinear):
         return linear.frozen
@@ -196,7 +196,7 @@ def _frozen_int8(linear: Any) -> Quantised:
 
 
 def _int8_parts(linear: Any) -> tuple[Tensor, Tensor]:
-    """Integers, and what 127 stands for in each row: until the first product they lie elsewhere."""
+    """Integers, and the value of 127 in each row; the first product moves them to `state`."""
     if linear.weight.CB is not None:
         linear.init_8bit_state()
     return linear.state.CB, linear.state.SCB
@@ -212,14 +212,13 @@ def _frozen_4bit(linear: Any) -> Quantised:
 
 @contextmanager
 def unrounded_inputs(model: nn.Module) -> Iterator[None]:
-    """For a while, let LLM.int8 not round its inputs.
+    """Inside the `with` block, keep LLM.int8 from rounding its inputs.
 
-    The product is then that of the weights which the integers stand for. A threshold near 0, under
-    which each column counts as one with outliers, would do the same, but holds a weight several
-    times over.
+    The product then uses the dequantised weights. A threshold near 0, with which every column
+    counts as an outlier, would do the same, but holds several copies of a weight.
     """
     linears: list[Any] = [linear for linear in model.modules() if _is(linear, "Linear8bitLt")]
-    hooks = [vars(linear).get("forward") for linear in linears]  # as Accelerate sets them
+    hooks = [vars(linear).get("forward") for linear in linears]  # set by Accelerate
     try:
         for linear in linears:
             linear.forward = partial(_multiply_unrounded, linear)
@@ -236,7 +235,7 @@ def _multiply_unrounded(linear: Any, x: Tensor) -> Tensor:
 
 
 class _Unrounded(torch.autograd.Function):
-    """``x @ W^T + bias`` with bitsandbytes' own floats, of some outputs after the others."""
+    """``x @ W^T + bias`` with bitsandbytes' own floats, some outputs at a time."""
 
     @staticmethod
     def forward(ctx, x, packed_NK, largest_N, bias_N):
@@ -265,6 +264,6 @@ def _pieces(
 
 
 def _is(module: Any, name: str) -> bool:
-    """Whether a module is of a class of bitsandbytes, which need not be installed for that."""
+    """Whether a module's class is of bitsandbytes, which need not be installed for this check."""
     bitsandbytes = sys.modules.get("bitsandbytes")
     return bitsandbytes is not None and isinstance(module, getattr(bitsandbytes.nn, name))

@@ -1,4 +1,4 @@
-"""A model as plain numbers: what every plan of memory, every limit and every size asks for."""
+"""A model as plain numbers, from which memory plans, limits and sizes are computed."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from glmtune.errors import UserError
 # largest magnitude; and a float32 for each group of blocks, the group's.
 NF4_BLOCK, NF4_GROUP = 64, 256
 ALL = "all"
-"""What `lora_target` says for every linear of a layer."""
+"""The value of `lora_target` for every linear of a layer."""
 
 
 class LinearShape(NamedTuple):
@@ -22,7 +22,7 @@ class LinearShape(NamedTuple):
     inputs: int
     has_bias: bool
     makes_qkv: bool = False
-    """Whether it makes queries, keys or values: such linears read the layer's first norm."""
+    """Whether it computes queries, keys or values: such linears read the layer's first norm."""
 
 
 class Shape(NamedTuple):
@@ -37,12 +37,12 @@ class Shape(NamedTuple):
     max_positions: int
     tied_head: bool
     linears: tuple[LinearShape, ...]
-    """Those of one layer, in the order of its block's weights; the head is not among them."""
+    """The linears of one layer, in the order of its block's weights, without the head."""
     norm_values: int
     """Weights of one layer's norms."""
     final_norm_values: int
     kept_by_mlp: int
-    """Numbers a token that the backward pass keeps between the linears of the MLP: the input of its
+    """Numbers a token kept for the backward pass between the linears of the MLP: the input of its
     activation, gate included."""
 
     @property
@@ -71,7 +71,7 @@ class Shape(NamedTuple):
     def weight_bytes(
         self, dtype: torch.dtype, bits: int | None = None, *, quantize_head: bool = False
     ) -> int:
-        """Bytes of a base model's weights, an adapter's not among them.
+        """Bytes of a base model's weights, without an adapter's.
 
         Args:
             dtype: the compute type, which biases and norms always have.
@@ -102,12 +102,12 @@ def linear_bytes(outputs: int, inputs: int, dtype: torch.dtype, bits: int | None
 
 
 def find_targets(wanted: Iterable[str], family: str, names: tuple[str, ...]) -> tuple[str, ...]:
-    """The linears that `lora_target` means: those named, or all for "all".
+    """Resolve `lora_target` to linears: those named, or all for "all".
 
     Args:
         wanted: the setting.
-        family: what the message calls the model.
-        names: the linears it has.
+        family: name of the model in messages.
+        names: the linears that the model has.
 
     Raises:
         UserError: a name that no linear has.

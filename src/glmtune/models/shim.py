@@ -1,4 +1,4 @@
-"""A model's folder made loadable for programs that know transformers alone."""
+"""Make a model's folder loadable for programs that use transformers alone."""
 
 from pathlib import Path
 
@@ -13,12 +13,12 @@ def write_shim(folder: Path, family: Family) -> None:
     """Name this package as the folder's own code, in one line that imports it.
 
     With `trust_remote_code=True` transformers runs that line and has the classes; after
-    `import glmtune.models` it needs neither. A tokenizer's settings are touched only if they name
+    `import glmtune.models` it needs neither. A tokenizer's settings are changed only if they name
     other code, since the configuration's code is loaded before them.
 
     Args:
-        folder: of a model; its config.json gets an `auto_map`.
-        family: of that model. One whose classes transformers knows needs no such line.
+        folder: a model's folder; its config.json gets an `auto_map`.
+        family: the model's family; if transformers knows its classes, nothing is written.
     """
     if family.bare_class is None:
         return

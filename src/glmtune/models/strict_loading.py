@@ -1,4 +1,4 @@
-"""transformers' `from_pretrained`, but strict: what it loads was held against the model before."""
+"""transformers' `from_pretrained`, but strict: the files are checked against the model first."""
 
 import copy
 import re
@@ -23,7 +23,7 @@ _NOT_OFFERED = {
     "subfolder": "is not looked into; leave it out, and join it to the folder's path",
     "gguf_file": "is of a format that is not read; pass a folder of safetensors or .bin files",
 }
-# Arguments of from_pretrained that are not meant for config.json, though a configuration has them.
+# Arguments of from_pretrained that a configuration has, too, but that are not meant for it.
 _OF_LOADING = {"dtype", "torch_dtype", "quantization_config", "name_or_path"}
 
 
@@ -35,22 +35,22 @@ def read_strictly(
     config: Any = None,
     **kwargs,
 ) -> Any:
-    """What `model_class.from_pretrained` gives, after a look at the folder; no code of it is run.
+    """Call `model_class.from_pretrained` after checking the folder; none of its code is run.
 
-    As transformers', but strict (every tensor is there, none is extra, all have their shapes) and
-    in the compute type of the machine: bfloat16 on a GPU that has it, float32 on a CPU.
-    `dtype="auto"` keeps the type of the files. The weights of a published int8 or int4 folder stay
-    packed. With transformers' `quantization_config` for bitsandbytes a float folder is quantised
-    while it loads; one that was saved after that loads as it is. With `tie_word_embeddings=False` a
-    head that is the embedding becomes a copy of it.
+    Like transformers' own, but strict (no tensor is missing, extra or of another shape) and in the
+    compute type of the machine: bfloat16 on a GPU that has it, float32 on a CPU. `dtype="auto"`
+    keeps the type of the files. The weights of a published int8 or int4 folder stay packed. With
+    transformers' `quantization_config` for bitsandbytes a float folder is quantised while it loads;
+    one saved in quantised form is loaded unchanged. With `tie_word_embeddings=False` a tied head
+    becomes a copy of the embedding.
 
     Args:
-        model_class: of transformers, or a model of ours.
-        check_folder: of its family.
-        name_or_path: a published folder, what `save_pretrained` left, or a hub id.
-        args: as transformers has them.
-        config: of the model; by default that of the folder.
-        kwargs: as transformers has them.
+        model_class: a model class of transformers or of ours.
+        check_folder: the folder check of its family.
+        name_or_path: a published folder, one written by `save_pretrained`, or a hub id.
+        args: see transformers.
+        config: configuration of the model; by default the folder's.
+        kwargs: see transformers.
 
     Raises:
         UserError: one line that names what does not fit.
@@ -59,7 +59,7 @@ def read_strictly(
     def load(*args, **kwargs) -> Any:
         return vars(PreTrainedModel)["from_pretrained"].__func__(model_class, *args, **kwargs)
 
-    if name_or_path is None:  # the weights are given, as a state_dict
+    if name_or_path is None:  # the weights are given as a state_dict
         return load(None, *args, config=config, **kwargs)
     for name, reason in _NOT_OFFERED.items():
         if kwargs.get(name):
@@ -98,10 +98,11 @@ def read_strictly(
 
 
 def _finish_head(model: Any, is_to_copy: bool) -> None:
-    """Finish a head that was loaded as the embedding: all of it is, or is a copy."""
+    """Finish a head that was loaded as the embedding: either tie all of it, or copy it."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if isinstance(head, IntegerModule):
-        # Of a packed head transformers ties the integers, a parameter, but no buffer.
+        # In a packed head transformers ties the integers, a parameter, but not the scales, a
+        # buffer.
         setattr(head, SCALE, getattr(embedding, SCALE))
     if is_to_copy:
         model.config.tie_word_embeddings = False
@@ -118,14 +119,14 @@ def check_plain_folder(
     must_tie: bool = False,
     ignored: str = "(?!)",
 ) -> None:
-    """Hold a folder's tensors against the model, for a family without a check of its own.
+    """Check a folder's tensors against the model, for a family without its own check.
 
     Args:
-        folder: a checkpoint's.
-        config: of that folder.
-        model_class: what the weights are for.
-        must_tie: the weights have to say that embedding and head are one.
-        ignored: a pattern of names that may be there and are not read.
+        folder: folder of a checkpoint.
+        config: configuration of that folder.
+        model_class: class of the model that the weights are for.
+        must_tie: embedding and head must be equal in the files.
+        ignored: pattern of names that may be present and are not read.
 
     Raises:
         UserError: one line that names what does not fit.

@@ -1,8 +1,8 @@
-"""Files of torch.save: written so that a full disk is told as such, read without trust.
+"""Files of torch.save: written so that a full disk is reported as such, read as untrusted input.
 
 Such a file is a zip archive with a pickle in it, and a pickle can call anything when it is opened.
-torch's `weights_only` reader calls only what builds tensors and plain containers. What it leaves
-open is closed here: how much memory a small file may ask for.
+torch's `weights_only` reader calls only what builds tensors and plain containers. This module adds
+a limit on the memory that a small file may claim.
 """
 
 import io
@@ -25,7 +25,7 @@ _PLAIN_MODULES = ("torch", "collections")
 
 
 def read_torch_file(path: Path, device: str = "cpu", *, mmap: bool = False) -> Any:
-    """What torch.save wrote into a file; nothing that its pickle calls is run but torch's own.
+    """Read what torch.save wrote; of what its pickle calls, only torch's own functions run.
 
     Args:
         path: the file.
@@ -33,8 +33,8 @@ def read_torch_file(path: Path, device: str = "cpu", *, mmap: bool = False) -> A
         mmap: map the file into memory instead of reading it, where its form allows that.
 
     Raises:
-        UserError: the file is a link out of its folder, has code in it (which is named), is
-            damaged, or holds tensors that claim more numbers than it has.
+        UserError: the file is a link out of its folder, contains code (which is named), is damaged,
+            or holds tensors that claim more numbers than it has.
     """
     check_inside(path)
     try:
@@ -43,13 +43,13 @@ def read_torch_file(path: Path, device: str = "cpu", *, mmap: bool = False) -> A
     except UserError:
         raise
     except Exception as error:  # torch raises many kinds for a damaged or refused pickle
-        # torch's own message goes on to explain how to run the code in it: not repeated here.
+        # torch's own message also explains how to run the code in it: not repeated here.
         refused = re.search(r"GLOBAL (\S+)", str(error))
         code = refused[1] if refused else _foreign_name(path)
         damage = f"is damaged ({type(error).__name__})"
         fault = f"has code in it ({code}), which is not run" if code else damage
         raise UserError(f"{path}: {fault}; {_GET_AGAIN}") from error
-    # A head tied to its embedding is there twice; more means views that repeat what is there.
+    # A head tied to its embedding occurs twice; more means views that repeat the same numbers.
     claimed = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(content))
     if claimed > 2 * path.stat().st_size:
         raise UserError(
@@ -59,8 +59,8 @@ def read_torch_file(path: Path, device: str = "cpu", *, mmap: bool = False) -> A
 
 
 def write_torch_file(content: Any, path: Path) -> None:
-    """Write a file by torch.save. Raises OSError where the disk does not take it."""
-    # By way of memory: torch tells of a full disk as an error of its own archive.
+    """Write a file with torch.save. Raises OSError if the disk refuses it."""
+    # Serialise in memory first: torch reports a full disk as an error of its archive writer.
     buffer = io.BytesIO()
     torch.save(content, buffer)
     path.write_bytes(buffer.getbuffer())
@@ -90,7 +90,7 @@ def _foreign_name(path: Path) -> str | None:
             with zipfile.ZipFile(path) as archive:
                 name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
                 return _first_call(archive.open(name))
-    except Exception:  # damaged in a way that hides it
+    except Exception:  # too damaged to find it
         return None
 
 
@@ -110,7 +110,7 @@ def _first_call(pickle: IO[bytes]) -> str | None:
 
 
 def _tensors(content: Any) -> Iterator[Tensor]:
-    """Every tensor in nested containers; a container met again is not looked into again."""
+    """Every tensor in nested containers; each container is visited once."""
     seen, left = set(), [content]
     while left:
         item = left.pop()

@@ -1,4 +1,4 @@
-"""Weight files on disk: which there are, what they hold, and whether that fits the model.
+"""Weight files on disk: which exist, what they hold, and whether that fits the model.
 
 Everything here reads headers only: tensors stay on disk, and no code in a file is run.
 """
@@ -29,7 +29,7 @@ from glmtune.models.downloads import check_download
 from glmtune.models.hubs import check_endpoint, from_modelscope, is_on_modelscope, open_folder
 from glmtune.models.torch_files import read_torch_file
 
-# In the order in which transformers looks for them: what is checked here is what it loads.
+# In the order in which transformers looks for them, so that what is checked is what it loads.
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -49,13 +49,13 @@ Outline = dict[str, Tensor]  # on the meta device: shapes and types, no numbers
 def fetch(name_or_path: str, only: Iterable[str] = DATA_FILES, **hub_arguments) -> Path:
     """The local folder of a checkpoint: the folder itself, or the hub's files in the hub's cache.
 
-    Only data is fetched (JSON, vocabularies, weights), never code, and held against its hashes; of
-    it, where that is enough, some files alone.
+    Only data is downloaded (JSON, vocabularies, weights), never code, and checked against its
+    hashes; of the data, only what matches `only`.
 
     Raises:
-        UserError: a file is not what was published, HF_ENDPOINT is no address, or the client of
-            ModelScope is needed and not there.
-        Exception: the hub does not give the model, which shows in many kinds.
+        UserError: a file is not the published one, HF_ENDPOINT is no address, or the client of
+            ModelScope is needed and not installed.
+        Exception: the hub does not provide the model; clients raise many kinds.
     """
     folder = Path(name_or_path)
     if folder.is_dir():
@@ -72,7 +72,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The files that hold a checkpoint's weights: one, those of its index, or numbered shards.
 
     Raises:
-        UserError: no weights there, a shard that is missing, is a Git-LFS pointer or lies outside
+        UserError: there are no weights, or a shard is missing, is a Git-LFS pointer or is outside
             the folder.
     """
     found = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
@@ -94,7 +94,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def are_there(folder: Path) -> bool:
-    """Whether a folder has all its weights; one whose download was not finished has not."""
+    """Whether a folder has all its weights; an unfinished download does not."""
     try:
         return bool(weight_files(folder))
     except UserError:
@@ -102,7 +102,7 @@ def are_there(folder: Path) -> bool:
 
 
 def _numbered_shards(folder: Path) -> list[str]:
-    """The shards of a folder whose index was not downloaded: their names say how many there are."""
+    """The shards of a folder without its index: their names state how many there are."""
     shards = [found for path in sorted(folder.iterdir()) if (found := _SHARD.fullmatch(path.name))]
     kinds = {found.expand(r"\1 \3 \4"): found for found in shards}
     if not kinds:
@@ -129,10 +129,10 @@ def _numbered_shards(folder: Path) -> list[str]:
 
 @contextmanager
 def indexed(folder: Path) -> Iterator[Path]:
-    """A folder as transformers reads it: this one, or, where its shards lack their index, another.
+    """A folder that transformers can read: this one, or another if its shards lack their index.
 
-    That other one is temporary and holds the index, made of the shards' own headers. The shards
-    stay where they are, and nothing is written there.
+    The other one is temporary and holds an index made from the shards' own headers. The shards stay
+    in place, and nothing is written beside them.
     """
     if any((folder / name).is_file() for name in WEIGHT_FILES):
         yield folder
@@ -150,7 +150,7 @@ def indexed(folder: Path) -> Iterator[Path]:
 
 
 def is_lfs_pointer(path: Path) -> bool:
-    """Whether a file is what git leaves in the place of a large file that was not fetched."""
+    """Whether a file is the pointer that git leaves for a large file that was not fetched."""
     with path.open("rb") as file:
         return file.read(24).startswith(b"version https://git-lfs")
 
@@ -193,16 +193,16 @@ def _read_safetensors_outline(path: Path) -> Outline:
                 header = file.get_slice(name)
                 dtype = str_to_torch_dtype[header.get_dtype()]
                 outline[name] = torch.empty(header.get_shape(), dtype=dtype, device="meta")
-    except (SafetensorError, KeyError) as error:  # KeyError: a type of number not known here
+    except (SafetensorError, KeyError) as error:  # KeyError: an unknown number type
         raise UserError(f"{path}: is damaged ({error}); download it again") from error
     return outline
 
 
 def load_bin(path: Path, device: str = "cpu", *, mmap: bool = False) -> dict[str, Tensor]:
-    """The tensors of a `.bin` file, so read that no code in it can run.
+    """The tensors of a `.bin` file, read without running any code in it.
 
     Raises:
-        UserError: as `read_torch_file`, or the file holds something else than named tensors.
+        UserError: see `read_torch_file`; or the file holds anything but named tensors.
     """
     tensors = read_torch_file(path, device, mmap=mmap)
     if not isinstance(tensors, dict) or not all(
@@ -214,7 +214,7 @@ def load_bin(path: Path, device: str = "cpu", *, mmap: bool = False) -> dict[str
 
 
 def tensors_differ(files: Iterable[Path], first: str, second: str) -> bool:
-    """Whether two tensors are both there and not equal (a head that is not tied)."""
+    """Whether two tensors are both present and differ (a head that is not tied)."""
     found: dict[str, Tensor] = {}
     for path in files:
         if path.suffix == ".safetensors":
@@ -235,14 +235,14 @@ def check_outline(
     optional: Collection[str] = (),
     exact: Collection[str] = (),
 ) -> None:
-    """Hold the tensors on disk against those of the model, by name, shape and type.
+    """Compare the tensors on disk with those of the model, by name, shape and type.
 
     Args:
-        found: of the files.
-        expected: of the model.
+        found: tensors of the files.
+        expected: tensors of the model.
         folder: named in the error.
         optional: names that may be missing, because they are tied to another tensor.
-        exact: names whose type has to be the model's; of the others any float type will do.
+        exact: names whose type must be the model's; the others may have any float type.
 
     Raises:
         UserError: one line that names what is missing, extra, misshapen and mistyped.
@@ -280,7 +280,7 @@ def _some(names: list[str]) -> str:
 
 @contextmanager
 def bar_if_long(folder: Path) -> Iterator[None]:
-    """Leave transformers' bar to a terminal on which gigabytes are waited for."""
+    """Show transformers' progress bar only in a terminal, and only for gigabytes."""
     files = (path for path in folder.iterdir() if path.suffix in (".bin", ".safetensors"))
     is_long = sum(path.stat().st_size for path in files if path.is_file()) > _LONG_BYTES
     silent = is_progress_bar_enabled() and not (is_long and sys.stderr.isatty())

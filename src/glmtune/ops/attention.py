@@ -16,8 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from glmtune.ops.rotary import rotate
 
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Of torch's attention kernels, those that are right for every row; see `right_kernels`."""
-_GROUPS = 4  # of rows of like length, see `PaddedRows`
+"""Those of torch's attention kernels that are right for every row; see `right_kernels`."""
+_GROUPS = 4  # groups of rows of similar length, see `PaddedRows`
 Update = tuple[Tensor, Tensor] | None
 """Two factors of what an adapter adds to a linear's output: see `ops.lora.lora_factors`."""
 
@@ -57,24 +57,24 @@ def prefix_lm_mask(
 
 
 def right_kernels() -> AbstractContextManager[None]:
-    """Keep torch's attention from cuDNN's kernels; every call of it in this package is made within.
+    """Exclude cuDNN from torch's attention; every attention call in this package is made inside.
 
     On Hopper torch prefers cuDNN's. Their backward pass gives NaN for the gradient of the queries
     where the number of keys is 64 more than a multiple of 128 and a query's scores are so low that
-    the exponential of minus their logsumexp exceeds float32 (about -88.7); docs/log.md has a
-    reproduction of a few lines. They also make a plan for each new length, which takes the host
-    some 60 ms. The kernels left are as fast for the rows of this model.
+    exp(-logsumexp) overflows float32 (logsumexp below about -88.7); docs/log.md has a short
+    reproduction. They also build a plan for each new length, which takes the host some 60 ms. The
+    remaining kernels are as fast for the rows of this model.
 
-    The forward pass decides for both, so that the backward pass need not lie within.
+    The forward pass decides for both, so the backward pass need not be inside.
     """
     return sdpa_kernel(KERNELS)
 
 
 def additive_mask(mask_B1SK: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as what is added to scores, 0 or minus infinity: torch's attention makes it of any.
+    """A boolean mask as the term added to the scores, 0 or -inf, as torch's attention wants it.
 
-    Where many layers share a mask it is made once. Its rows begin at multiples of 16 elements, or
-    the memory-efficient kernels would copy it.
+    It is computed once for all layers that share a mask (torch would convert it in each). Its rows
+    begin at multiples of 16 elements; otherwise the memory-efficient kernels would copy it.
     """
     num_keys = mask_B1SK.shape[-1]
     whole = mask_B1SK.new_zeros((*mask_B1SK.shape[:-1], num_keys + -num_keys % 16), dtype=dtype)
@@ -84,8 +84,8 @@ def additive_mask(mask_B1SK: Tensor, dtype: torch.dtype) -> Tensor:
 def dense_mask(start_T: Tensor, prefix_end_T: Tensor) -> Tensor:
     """The same rule for rows that lie end to end in a pack: each sees nothing of another.
 
-    For every pair of tokens, which no fast path does: the reference of `PaddedRows` and of
-    `ops.attention_kernels`.
+    It is computed for every pair of tokens, which no fast path does: this is the reference for
+    `PaddedRows` and `ops.attention_kernels`.
 
     Args:
         start_T: place in the pack of the first token of each token's row.
@@ -101,15 +101,15 @@ def dense_mask(start_T: Tensor, prefix_end_T: Tensor) -> Tensor:
 
 
 class PaddedRows(NamedTuple):
-    """A pack spread over padded rows for the time of an attention, where there are no kernels.
+    """A pack spread over padded rows during attention, where there are no kernels.
 
-    Rows of like length are padded together: among rows of sixty tokens one of three hundred would
-    make five times the work.
+    Rows of similar length are padded together: one row of 300 tokens among rows of 60 would make
+    five times the work.
     """
 
     groups: tuple["PaddedGroup", ...]
     back_T: Tensor
-    """For each place of the pack its token's index in all groups' padded rows, end to end."""
+    """Index of each token of the pack in the padded rows of all groups, end to end."""
 
     @classmethod
     def of(cls, start_T: Tensor, prefix_end_T: Tensor, end_T: Tensor) -> "PaddedRows":
@@ -136,11 +136,11 @@ class PaddedRows(NamedTuple):
         return cls(tuple(groups), back_T)
 
     def attend_fused(self, y_TN3D: Tensor, update: Update, cos: Tensor, sin: Tensor) -> Tensor:
-        """`attend`, of a fused projection: queries, keys and values of each head side by side.
+        """`attend` for a fused projection: queries, keys and values of each head side by side.
 
         Args:
-            y_TN3D: its output.
-            update: of its adapter, factors ``(T, R)`` and ``(3 N D, R)``; None for none.
+            y_TN3D: output of the projection.
+            update: the factors ``(T, R)`` and ``(3 N D, R)`` of its adapter; None without one.
             cos: see `attend`.
             sin: see `attend`.
         """
@@ -153,8 +153,8 @@ class PaddedRows(NamedTuple):
 
         Args:
             qkv: queries ``(T, N, D)``, keys and values ``(T, G, D)``, not turned.
-            updates: what their adapters add: for each two factors ``(T, R)`` and ``(N D, R)`` or
-                ``(G D, R)``; None for none.
+            updates: what the adapter of each adds: two factors ``(T, R)`` and ``(N D, R)`` or
+                ``(G D, R)``; None without an adapter.
             cos: ``(T, 2, D / 4)``, as `rotary_angles` gives it for one row.
             sin: of the same shape.
         """
@@ -181,7 +181,7 @@ def _add(x: Tensor, update: Update) -> Tensor:
 
 
 class PaddedGroup(NamedTuple):
-    """Some rows of a pack: where each token lies in the pack, and what each sees."""
+    """Some rows of a pack: the place of each token in the pack, and which tokens it sees."""
 
     place_BS: Tensor
     mask_B1SS: Tensor

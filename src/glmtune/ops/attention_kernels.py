@@ -1,14 +1,14 @@
 """The packed attention of `ops.attention` as Triton kernels, rotary positions and adapter included.
 
-One kernel adds the adapters' updates to what the projections give and turns queries and keys; the
-attention then meets only the keys of the rows at hand, at whatever place those begin: rows of some
-sixty tokens leave little to blocks that are aligned. The backward pass turns gradients back while
-they are written. `packed_attention` has the operators that autograd and the compiler know. The
-method is that of FlashAttention-2 (Dao, 2023, arXiv 2307.08691), algorithms 1 and 2.
+One kernel adds the adapters' updates to the projections' outputs and rotates queries and keys; the
+attention then reads only the keys of the rows at hand, wherever they begin: aligned blocks would be
+mostly masked for rows of about sixty tokens. The backward pass rotates gradients back while it
+writes them. `packed_attention` has the operators that autograd and the compiler know. The method is
+that of FlashAttention-2 (Dao, 2023, arXiv 2307.08691), algorithms 1 and 2.
 
 Shapes: T tokens, N heads of queries, G heads of keys and values, D head size, Q = D / 4 columns of
 a quarter of a head, R rank of an adapter; in the kernels M queries and K keys of a block, Q_ROW and
-KV_ROW the numbers from one token to the next, HEAD those from one head to the next.
+KV_ROW the strides in elements from one token to the next, HEAD the stride between heads.
 """
 
 from typing import NamedTuple
@@ -24,7 +24,7 @@ LOG2_E = 1.4426950408889634
 @triton.jit
 def _store_rotated(x, stride, place, is_real, cos, sin, value, BACK: tl.constexpr,
                   BLOCK: tl.constexpr, Q: tl.constexpr):  # fmt: skip
-    """Turn each half of queries or keys by its own stream, or their gradients back; write them."""
+    """Rotate each half of queries or keys by its own stream, or their gradients back; store."""
     # ``(BLOCK, 4 Q)`` as two tensors ``(BLOCK, 2, Q)``: first and second quarter of each half.
     quarters = tl.permute(tl.reshape(value, (BLOCK, 2, 2, Q)), (0, 1, 3, 2))
     first, second = tl.split(quarters)
@@ -42,7 +42,7 @@ def _store_rotated(x, stride, place, is_real, cos, sin, value, BACK: tl.constexp
 
 @triton.jit
 def _add_update(x, a, b, place, is_real, column, R, R_PADDED: tl.constexpr):
-    """``x + a @ b^T`` of some tokens, and the columns of one head."""
+    """``x + a @ b^T`` for a block of tokens and the columns of one head."""
     if R_PADDED > 0:
         inner = tl.arange(0, R_PADDED)
         is_inner = (inner < R)[None, :]
@@ -59,7 +59,7 @@ def _rotate(
     HEAD: tl.constexpr, P_q: tl.constexpr, P_k: tl.constexpr, P_v: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``turn(x + a @ b^T)`` of one head of queries, keys or values; the last are not turned."""
+    """``rotate(x + a @ b^T)`` for one head of queries, keys or values; values are not rotated."""
     head = tl.program_id(0)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_real = place < T
@@ -92,7 +92,7 @@ def _seen(query, first_q, prefix_q, key, first_k):
 
 @triton.jit
 def _key_range(start, prefix_end, query, is_query, T):
-    """First token and prefix end of each query's row, and the stretch of keys that all see."""
+    """First token and prefix end of each query's row, and the range of keys that any sees."""
     first = tl.load(start + query, is_query, T)
     prefix = tl.load(prefix_end + query, is_query, 0)
     low = tl.min(first, 0)
@@ -193,13 +193,13 @@ def _backward_key(
     scale_log2, N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, Q_ROW: tl.constexpr,
     KV_ROW: tl.constexpr, HEAD: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """One head of keys and values: what all heads of queries that share it ask of it."""
+    """Gradients of one head of keys and values, summed over the heads of queries that share it."""
     kv_head = tl.program_id(1)
     key = tl.program_id(0) * K + tl.arange(0, K)
     is_key = key < T
     first_k = tl.load(start + key, is_key, T)
     prefix = tl.load(prefix_end + key, is_key, 0)
-    # A key of the prefix is seen by all of its row, one of the answer from itself on.
+    # A key of the prefix is visible to its whole row, a key of the answer from itself on.
     low = tl.min(tl.where(key < prefix, first_k, key), 0)
     high = tl.max(tl.load(end + key, is_key, 0), 0)
     column = tl.arange(0, D)
@@ -220,7 +220,7 @@ def _backward_key(
             lse_M = tl.load(lse + head * T + query, is_query, 0.0)
             delta_M = tl.load(delta + head * T + query, is_query, 0.0)
             score = tl.dot(k_KD, tl.trans(q_MD), input_precision="ieee") * scale_log2  # keys down
-            # A key and a query of one row have one prefix, so the key's will do.
+            # A key and a query of the same row have the same prefix, so the key's is enough.
             seen = _seen(
                 query[None, :], first[None, :], prefix[:, None], key[:, None], first_k[:, None]
             )
@@ -242,7 +242,7 @@ TURN = {"BLOCK": 32, "num_warps": 4, "num_stages": 1}
 
 
 class Parts(NamedTuple):
-    """Queries, keys and values wherever they lie: base pointers are those of the tensors."""
+    """Queries, keys and values as separate tensors or as views of one."""
 
     q_TND: Tensor
     k_TGD: Tensor
@@ -250,11 +250,11 @@ class Parts(NamedTuple):
 
     @classmethod
     def of_fused(cls, y_TN3D: Tensor) -> "Parts":
-        """Views of a fused projection's output, in which they lie side by side, head by head."""
+        """Views of a fused projection's output, which has all three side by side for each head."""
         return cls(*y_TN3D.chunk(3, dim=-1))
 
     def sizes(self, how: dict[str, int]) -> dict[str, int]:
-        """Sizes for a kernel; blocks of float32 numbers of the same number would not fit."""
+        """Sizes and strides for a kernel; float32 takes smaller blocks, as others would not fit."""
         if self.q_TND.element_size() == 4 and "M" in how:
             how = how | {"M": 32, "K": 32}
         _, num_heads, head_dim = self.q_TND.shape
@@ -262,7 +262,7 @@ class Parts(NamedTuple):
         kv_row = self.k_TGD.stride(0)
         assert self.k_TGD.stride() == self.v_TGD.stride() == (kv_row, head, one)
         assert one == 1
-        assert self.q_TND.shape[0] * max(q_row, kv_row) < 2**31  # places are 32-bit numbers
+        assert self.q_TND.shape[0] * max(q_row, kv_row) < 2**31  # offsets are 32-bit numbers
         return {
             "N": num_heads, "G": self.k_TGD.shape[1], "D": head_dim, "Q_ROW": q_row,
             "KV_ROW": kv_row, "HEAD": head, **how,
@@ -300,7 +300,7 @@ def run_backward(
     grads: Parts, turned: Parts, grad_TND: Tensor, out_TND: Tensor, lse_NT: Tensor,
     cos: Tensor, sin: Tensor, start_T: Tensor, prefix_end_T: Tensor, end_T: Tensor,
 ) -> None:  # fmt: skip
-    """Fill `grads`, the gradients of what was not turned yet."""
+    """Fill `grads`, the gradients with respect to the inputs before rotation."""
     grad_TND, delta_NT = grad_TND.contiguous(), torch.empty_like(lse_NT)
     num_tokens, num_heads, head_dim = turned.q_TND.shape
     scale = head_dim**-0.5

@@ -1,7 +1,7 @@
 """One new token's attention over the cache, for a few rows, as a Triton kernel.
 
-The columns of a head are divided among blocks, of which the last to be done adds up what all came
-to. Launched and awaited as `ops.decoding_kernels` says.
+The columns of a head are divided among blocks; the last block to finish combines the partial
+results of all. Launch and wait follow `ops.decoding_kernels`.
 
 Shapes: B rows of a batch, N heads of queries, M of keys and values, D head size, K columns of the
 cache.
@@ -26,7 +26,7 @@ def _attend(
     N: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, EARLY: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One head's share of the columns; the last share to be done adds all of them up.
+    """One head's share of the columns; the last share to finish combines all of them.
 
     GROUP heads of queries share a head of keys, which the first of them writes.
     """
@@ -41,13 +41,14 @@ def _attend(
     end = tl.minimum(start + share, newest)
     cache = row.to(tl.int64) * stride_b + (head // GROUP).to(tl.int64) * stride_m
     at_key, at_value = keys + cache + d[None, :], values + cache + d[None, :]
-    # Nothing here is waited for: columns before the newest are of earlier steps, and the place and
-    # its angles come from ordinary kernels, before the first that is launched early.
+    # None of these reads needs the wait: the columns before the newest were written in earlier
+    # steps, and the position and its angles by ordinary kernels, before the first that is launched
+    # early.
     first_k = start + tl.arange(0, BLOCK_K)
     key_block = tl.load(at_key + first_k[:, None] * stride_k, (first_k < end)[:, None], 0.0)
     value_block = tl.load(at_value + first_k[:, None] * stride_k, (first_k < end)[:, None], 0.0)
 
-    # Element d of a half turns with the one a quarter away from it.
+    # Element d of a half is rotated together with the one a quarter of a head away.
     at_query, at_new = query + row * query_b + head * query_n, row * key_b + head // GROUP * key_m
     partner = d ^ Q
     angle = row * 2 * Q + d // (2 * Q) * Q + d % Q
@@ -86,7 +87,7 @@ def _attend(
     tl.store(mine + d, sums)
     tl.store(mine + D, largest)
     tl.store(mine + D + 1, total)
-    tl.debug_barrier()  # all of it is written before it is counted
+    tl.debug_barrier()  # everything is written before this block is counted as done
     if tl.atomic_add(counts + at_head, 1, sem="acq_rel") == SPLITS - 1:
         part = partial + (at_head * SPLITS + tl.arange(0, SPLITS)) * (D + 2)
         largest_S = tl.load(part + D, cache_modifier=".cg")
@@ -100,7 +101,7 @@ def _attend(
 
 @lru_cache(maxsize=8)
 def _counts(num_heads: int, device: torch.device) -> Tensor:
-    # Zero between kernels, as each sets back what it counted.
+    # The counters are zero between kernels: the last block of each resets them.
     return torch.zeros(num_heads, dtype=torch.int32, device=device)
 
 
@@ -114,21 +115,21 @@ def attend(
     cos: Tensor,
     sin: Tensor,
 ) -> Tensor:
-    """Turn a new token's query and key, write key and value into the cache, and attend to it.
+    """Rotate a new token's query and key, write key and value to the cache, and attend to it.
 
     Args:
-        query_BND: outputs of the projections, which may be views of one fused output. Where queries
-            have more heads than keys, heads next to each other share those of a key.
-        key_BMD: of the same strides as the values.
-        value_BMD: of the new token, too.
-        keys_BMKD: keys of a layer, of the same strides as the values.
-        values_BMKD: values of a layer.
+        query_BND: output of the projection, which may be a view of a fused output. Where there are
+            more query heads than key heads, neighbouring query heads share a key head.
+        key_BMD: keys of the new token; same strides as `value_BMD`.
+        value_BMD: values of the new token.
+        keys_BMKD: cached keys of a layer; same strides as `values_BMKD`.
+        values_BMKD: cached values of a layer.
         column_B: the new token's column in each row. All columns before it are attended to.
-        cos: of the new token's position, ``(B, 1, 2, D / 4)``.
-        sin: of the same shape.
+        cos: cosines of the new token's position, ``(B, 1, 2, D / 4)``.
+        sin: sines, same shape.
 
     Returns:
-        ``(B, 1, N D)``, of the type of the query.
+        ``(B, 1, N D)``, in the query's type.
     """
     num_rows, num_heads, head_dim = query_BND.shape
     assert key_BMD.stride() == value_BMD.stride()

@@ -1,10 +1,11 @@
 """What one layer computes for one new token of a few rows, as Triton kernels.
 
-Such a step reads every weight once and does next to nothing with it: it is as fast as memory, if
-enough reads are under way at any time and little else is between them. So each product takes along
-what follows it (bias, adapter, GELU, residual), each block of it reads a few whole rows of the
-matrix, and numbers of 8 or 4 bits become floats by putting them into a float's fraction. On Hopper
-and newer GPUs a kernel is launched while the one before it ends, and waits for it by itself.
+Such a step reads every weight once and computes little with it: it is bound by memory bandwidth, as
+long as enough reads are in flight and little else stands between them. So each product is fused
+with what follows it (bias, adapter, GELU, residual), each block reads a few whole rows of the
+matrix, and numbers of 8 or 4 bits become floats by placing their bits in a float's fraction. On
+Hopper and newer GPUs kernels use programmatic dependent launch: each is launched while the one
+before it ends, and waits for it by itself.
 
 Shapes: I inputs, O outputs, R rank of an adapter, H width; W and G as in `ops.words`.
 """
@@ -20,23 +21,23 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from glmtune.ops.norm import Norm
 from glmtune.ops.words import GROUP_SIZE, Words
 
-# Of a thread: sixteen warps then fit on an SM, so that all blocks of 16,384 outputs work at once.
+# Registers a thread: 128 allow sixteen warps an SM, so that 16,384 outputs fit in one wave.
 _REGISTERS = 128
 
 
 @triton.jit
 def let_next_begin(EARLY: tl.constexpr):
-    """Let the next kernel be launched: to be called as the first thing."""
+    """Allow the next kernel to be launched; called first in a kernel."""
     if EARLY:
         gdc_launch_dependents()
 
 
 @triton.jit
 def await_last(EARLY: tl.constexpr):
-    """Wait until the kernel before has written all it writes.
+    """Wait until the previous kernel has written all its outputs.
 
-    Before that only what none of these kernels writes in this step may be read: the one before the
-    last may not have ended either.
+    Until the wait, a kernel may only read tensors that no kernel of this step writes: even the
+    kernel before the previous one may still be running.
     """
     if EARLY:
         gdc_wait()
@@ -44,7 +45,7 @@ def await_last(EARLY: tl.constexpr):
 
 @triton.jit
 def _tile(matrix, output, start, NUM_OUTPUTS, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Some columns of some rows of a matrix, which are read once and need not stay in a cache."""
+    """Load some columns of some rows of a matrix, each read once and not worth caching."""
     column = start + tl.arange(0, BLOCK)
     inside = (output < NUM_OUTPUTS)[:, None] & (column < WIDTH)[None, :]
     at = matrix + output.to(tl.int64)[:, None] * WIDTH + column[None, :]
@@ -53,13 +54,13 @@ def _tile(matrix, output, start, NUM_OUTPUTS, WIDTH: tl.constexpr, BLOCK: tl.con
 
 @lru_cache(maxsize=8)
 def launches_early(device: torch.device) -> bool:
-    """Whether kernels are launched while the one before ends: Hopper and newer GPUs can."""
+    """Whether the GPU has programmatic dependent launch: Hopper and newer do."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @triton.jit
 def _number(words, N: tl.constexpr, BITS: tl.constexpr):
-    """Number q of each word as the float ``q * 2^(_place - 149)``, below the normal ones."""
+    """Number q of each word as the subnormal float ``q * 2^(_place - 149)``."""
     PLACE: tl.constexpr = _place(N, BITS)
     MASK: tl.constexpr = ((1 << BITS) - 1) << PLACE
     return ((words >> (N * BITS - PLACE)) & MASK).to(tl.float32, bitcast=True)
@@ -67,13 +68,13 @@ def _number(words, N: tl.constexpr, BITS: tl.constexpr):
 
 @triton.constexpr_function
 def _place(n: int, bits: int) -> int:
-    """The bit of a float's fraction that number n of a word begins at, so that few are shifted."""
+    """The bit of a float's fraction where number n of a word begins, so that few need a shift."""
     return n * bits if (n + 1) * bits <= 20 else n * bits - (12 if bits == 4 else 16)
 
 
 @triton.constexpr_function
 def _power(n: int, bits: int) -> float:
-    """What an input is multiplied with, so that its product with `_number` is ``q x 2^-69``."""
+    """The factor of an input that makes its product with `_number` ``q x 2^-69``."""
     return 2.0 ** (80 - _place(n, bits))
 
 
@@ -83,7 +84,7 @@ def _finish(
     HAS_BIAS: tl.constexpr, R: tl.constexpr, R_PADDED: tl.constexpr, GELU: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """What follows a product, for some outputs of one row."""
+    """Apply what follows a product (bias, update, GELU, residual) to some outputs of one row."""
     is_output = output < NUM_OUTPUTS
     if HAS_BIAS:
         sums += tl.load(bias + output, is_output, 0.0).to(tl.float32)
@@ -108,7 +109,7 @@ def _project(
     HAS_RESIDUAL: tl.constexpr, NUM_INPUTS: tl.constexpr, EARLY: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """The first weights are on their way while the kernel waits for what it multiplies with."""
+    """One block of a product; its first weights load while the kernel waits for the inputs."""
     let_next_begin(EARLY)
     output, row = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O), tl.program_id(1)
     column = tl.arange(0, BLOCK_I)
@@ -133,7 +134,7 @@ def _project_words(
     HAS_RESIDUAL: tl.constexpr, NUM_INPUTS: tl.constexpr, EARLY: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """As `_project`. Words and inputs, of four bytes each, lie in threads alike: four in each."""
+    """`_project` for packed weights. Words and inputs have four bytes each, four to a thread."""
     let_next_begin(EARLY)
     output, row = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O), tl.program_id(1)
     column, four = tl.arange(0, BLOCK_W), 4 * tl.arange(0, BLOCK_W // 4)
@@ -180,16 +181,15 @@ def project(
     """``gelu(x @ weight.T + bias + update) + alpha * residual``, in float32 until it is stored.
 
     Args:
-        x: ``(..., I)`` of a few rows, contiguous; best in float32 where weights are
-            packed and in their type where not: threads then hold both alike.
+        x: ``(..., I)``, a few rows, contiguous; best in float32 where weights are packed, else in
+            the weights' type, so that threads hold both in the same layout.
         weight: ``(O, I)``, floats or packed.
-        bias_O: is added.
-        update: low ``(B, R)``, up ``(O, R)`` and a scale: ``low @ up.T * scale``, what an adapter
-            adds, is added.
+        bias_O: the bias; None without one.
+        update: low ``(B, R)``, up ``(O, R)`` and a scale: an adapter adds ``low @ up.T * scale``.
         gelu: whether to apply GELU, in its tanh form.
         residual: ``(..., O)``, contiguous.
-        alpha: is multiplied with the residual.
-        dtype: of the result; by default that of x.
+        alpha: factor of the residual.
+        dtype: type of the result; by default that of x.
 
     Returns:
         ``(..., O)``.
@@ -221,10 +221,10 @@ def project(
 
 
 def _blocks(num_outputs: int, num_inputs: int, weight: Tensor | Words) -> tuple[int, int, int]:
-    """Outputs and inputs (or words) of a block, and warps that work on it: as measured on an H200.
+    """Outputs and inputs (or words) of a block, and its warps, as measured fastest on an H200.
 
-    A warp reads 128 words of 4 bytes at a time. Many outputs keep all of a GPU busy with a warp
-    each; of few ones, the long rows are divided among four.
+    A warp reads 128 words of 4 bytes at a time. With many outputs, one warp each keeps the GPU
+    busy; with few, the long rows are divided among four warps.
     """
     if not isinstance(weight, Words):
         return 4, min(1024, triton.next_power_of_2(num_inputs)), 2
@@ -252,7 +252,7 @@ def _unpack(words, scales, y, NUM_INPUTS: tl.constexpr, BITS: tl.constexpr, GROU
 
 
 def unpack(weight: Words, dtype: torch.dtype) -> Tensor:
-    """What `Words.unpack` does, in one kernel."""
+    """Do what `Words.unpack` does, in one kernel."""
     num_outputs, num_words = weight.words_OW.shape
     num_inputs, block = num_words * 32 // weight.bits, 512
     y = weight.words_OW.new_empty(num_outputs, num_inputs, dtype=dtype)
@@ -279,7 +279,7 @@ def _normalise(x, weight, bias, y, epsilon, H, EARLY: tl.constexpr, BLOCK: tl.co
 
 
 def normalise(x: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
-    """What `Norm` does, ``(..., H)``, for a few rows."""
+    """Apply a `Norm` to a few rows, ``(..., H)``, in one kernel."""
     y = torch.empty_like(x, dtype=dtype)
     width = x.shape[-1]
     block = triton.next_power_of_2(width)

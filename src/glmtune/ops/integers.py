@@ -1,4 +1,4 @@
-"""The packed integer weights of the published ChatGLM-6B folders, as numbers again.
+"""Unpack the integer weights of the published ChatGLM-6B folders.
 
 The format is that of chatglm-6b-int8, chatglm-6b-int4 and chatglm-6b-int4-qe: signed integers and
 one float16 scale a row, ``w = q * scale``. In 8 bits a byte is a value. In 4 bits it is two
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 PACKED_BITS = (8, 4)
-# Rows that are rounded at a time.
+# Rows rounded at a time.
 _PIECE = 2048
 # No scale is smaller: a float16 above 0.
 _SMALLEST = 2.0**-24
@@ -20,7 +20,7 @@ _SMALLEST = 2.0**-24
 def unpack_int4(packed: Tensor) -> Tensor:
     """Two signed values, -8 to 7, out of every byte: int8 ``(..., C / 2)`` to int8 ``(..., C)``."""
     high = packed >> 4  # keeps the sign
-    low = (packed << 4) >> 4  # the low half's own sign bit, moved up and spread on the way back
+    low = (packed << 4) >> 4  # moves the low half's sign bit up; the right shift extends it
     return torch.stack((high, low), dim=-1).flatten(-2)
 
 
@@ -33,8 +33,8 @@ def dequantise(packed: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> 
     Args:
         packed: int8, ``(..., C * bits / 8)``.
         scale: float16, one a row, ``(...)``.
-        bits: of a value, 8 or 4.
-        dtype: of the result.
+        bits: bits of a value, 8 or 4.
+        dtype: type of the result.
 
     Returns:
         ``(..., C)``, without a gradient.
@@ -50,7 +50,7 @@ def dequantise(packed: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> 
 def quantise_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Round each row of ``(R, C)`` to whole numbers up to 127 times a scale of its own.
 
-    Some rows at a time, so that next to nothing is held beside the result.
+    Works on some rows at a time, so that little memory is needed beside the result.
 
     Returns:
         int8 ``(R, C)`` and float16 scales ``(R,)``, for `dequantise`.

@@ -28,8 +28,8 @@ class Fp8(NamedTuple):
     """A linear in eight bits, quantised once in both layouts that training wants.
 
     ``weight[n, k] ~ by_row_NK[n, k] * row_scale_N[n]`` for ``x @ W^T``, and
-    ``weight[n, k] ~ by_column_KN[k, n] * column_scale_K[k]`` for ``dy @ W``: the sum of a matrix
-    product runs over what shares a scale with nothing else.
+    ``weight[n, k] ~ by_column_KN[k, n] * column_scale_K[k]`` for ``dy @ W``: in both
+    products, all terms of a sum share one scale.
     """
 
     by_row_NK: Tensor
@@ -65,7 +65,7 @@ def scaled_product(
 ) -> Tensor:
     """``x @ (weight * scale)^T + bias``, x rounded to float8 row by row: ``(T, N)`` in x's type.
 
-    On Hopper and newer, or in the reference's plain steps elsewhere.
+    One float8 product on Hopper and newer GPUs, the same in float32 steps elsewhere.
     """
     x8_TK, x_scale_T1 = quantise_rows(x_TK)
     if x_TK.is_cuda:
@@ -99,7 +99,7 @@ def frozen_linear(x_TK: Tensor, linear: Frozen) -> Tensor:
 
 
 class Fp8Linear(nn.Module):
-    """In the place of an `nn.Linear`: the same linear in float8."""
+    """Replaces an `nn.Linear`: the same linear in float8."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -112,7 +112,7 @@ class Fp8Linear(nn.Module):
 
     @property
     def frozen(self) -> Fp8:
-        """Its numbers, as `frozen_linear` takes them."""
+        """The quantised weight, as `frozen_linear` takes it."""
         return Fp8._make([*(getattr(self, name) for name in Fp8._fields[:-1]), self.bias])
 
     def forward(self, x: Tensor) -> Tensor:

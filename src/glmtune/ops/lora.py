@@ -20,16 +20,16 @@ class LowRank(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """Dropout whose mask is a function of the seed and the place, and is never stored.
+    """Dropout whose mask is a function of the seed and the position, and is never stored.
 
-    The way back computes it again; so does a resumed run, and a recomputed layer. The rate is a
-    tensor: what is compiled serves for training and, at rate 0, for evaluation.
+    The backward pass computes it again; so do a resumed run and a recomputed layer. The rate is a
+    tensor, so that one compiled function serves for training and, at rate 0, for evaluation.
     """
 
     seed: Tensor
     """An int32 scalar."""
     below: Tensor
-    """An int32 scalar: what is dropped are the places whose hash is below it."""
+    """An int32 scalar: positions whose hash is below it are dropped."""
     scale: Tensor
     """A float32 scalar, ``1 / (1 - rate)``."""
 
@@ -56,7 +56,7 @@ def hash_int32(x: Tensor) -> Tensor:
 def lora_factors(
     x_TI: Tensor, adapter: LowRank, dropout: Dropout | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Two factors of what an adapter adds: ``(T, R)`` and ``(O, R)``, in the type of x."""
+    """The two factors of an adapter's update: ``(T, R)`` and ``(O, R)``, in the type of x."""
     a_RI, b_OR = adapter.a_RI.to(x_TI.dtype), (adapter.scale * adapter.b_OR).to(x_TI.dtype)
     return (x_TI if dropout is None else dropout(x_TI)) @ a_RI.T, b_OR
 
@@ -67,15 +67,15 @@ def lora_linear(
     """``x @ W^T + bias + scale * dropout(x) @ A^T @ B^T``: ``(T, O)``.
 
     Args:
-        x_TI: in the compute type, in which the adapter computes, too.
+        x_TI: inputs in the compute type, in which the adapter computes, too.
         frozen: the linear.
         adapter: None where the linear has none.
-        dropout: of the adapter's input; None for none.
+        dropout: dropout of the adapter's input; None for none.
     """
     y_TO = frozen_linear(x_TI, frozen)
     if adapter is None:
         return y_TO
     inner_TR, b_OR = lora_factors(x_TI, adapter, dropout)
-    # In float32, where the compiler joins the sum to what follows. Of a sum in the type of the
-    # products it would make one more product that copies y first, at twice the traffic.
+    # Add in float32: the compiler fuses that with what follows. A sum in the products' own type
+    # becomes an addmm, which first copies y, at twice the traffic.
     return (y_TO.float() + (inner_TR @ b_OR.T).float()).to(y_TO.dtype)

@@ -1,6 +1,6 @@
 """The loss: next-token cross entropy in float32.
 
-Shapes: B rows of a batch, S tokens, V vocabulary; L learned tokens, H hidden, C a chunk of them.
+Shapes: B rows of a batch, S tokens, V vocabulary; L supervised tokens, H hidden, C a chunk of them.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from glmtune.ops.quantised import Quantised
 
 IGNORED = -100  # a label that is not trained on: the prompt and the padding
-# Learned tokens whose logits are held at a time: 0.25 GiB in bfloat16 for ChatGLM-6B.
+# Supervised tokens whose logits are held at a time: 0.25 GiB in bfloat16 for ChatGLM-6B.
 CHUNK = 1024
 
 SoftmaxLoss = Callable[[Tensor, Tensor], Tensor]
@@ -25,9 +25,9 @@ def next_token_loss(
 
     Args:
         logits_BSV: any float type; the loss is taken in float32.
-        labels_BS: not shifted; `IGNORED` where nothing is to be learned.
-        num_items: what the summed loss is divided by, for batches that are one part of a larger
-            step; the number of labels in this batch by default.
+        labels_BS: not shifted; `IGNORED` where a token is not supervised.
+        num_items: divisor of the summed loss, for a micro-batch of a larger step; by default the
+            number of labels in this batch.
 
     Returns:
         A float32 scalar; 0 when a batch holds no label at all.
@@ -38,7 +38,7 @@ def next_token_loss(
 def shifted_loss(
     logits_BSV: Tensor, targets_BS: Tensor, num_items: Tensor | int | None = None
 ) -> Tensor:
-    """As `next_token_loss`, of logits each against the label in its own column."""
+    """Like `next_token_loss`, but each token's logits meet the label in their own column."""
     targets = targets_BS.flatten()
     logits = logits_BSV.flatten(0, 1).float()
     total = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
@@ -52,16 +52,16 @@ def head_loss(
     targets_L: Tensor,
     softmax_loss: SoftmaxLoss | None = None,
 ) -> Tensor:
-    """Summed cross entropy of a frozen head's logits, of which it never holds more than a chunk.
+    """Summed cross entropy of a frozen head's logits, never holding more than a chunk of them.
 
-    The gradient is taken on the way forward, chunk by chunk, in the place of the logits: the head
-    itself needs none.
+    The gradient is computed in the forward pass, chunk by chunk, and overwrites the logits: the
+    head itself needs no gradient.
 
     Args:
-        hidden_LH: outputs of the last norm, of the learned tokens alone.
-        head: its weight ``(V, H)``, or the same in packed integers.
-        targets_L: what follows each of them, or `IGNORED`.
-        softmax_loss: does what `softmax_loss_` does, which is the default.
+        hidden_LH: outputs of the last norm for the supervised tokens only.
+        head: the head's weight ``(V, H)``, or the same quantised.
+        targets_L: the token that follows each of them, or `IGNORED`.
+        softmax_loss: an equivalent of `softmax_loss_`, the default.
 
     Returns:
         A float32 scalar.
@@ -98,7 +98,7 @@ class _HeadLoss(torch.autograd.Function):
             if grad_LH is not None:
                 grad = grad_LH[chunk]
                 for ids, weight in _pieces(head, logits.dtype):
-                    # At beta 0 it does not matter what the memory held before.
+                    # With beta 0, the previous content of the memory does not matter.
                     beta = 1.0 if ids.start else 0.0
                     torch.addmm(grad, logits[:, ids], weight, beta=beta, out=grad)
         ctx.save_for_backward(grad_LH)

@@ -1,6 +1,6 @@
 """The cross entropy of `ops.loss` as a Triton kernel: the gradient takes the logits' place.
 
-Shapes: C learned tokens of a chunk, V vocabulary.
+Shapes: C supervised tokens of a chunk, V vocabulary.
 """
 
 import torch
@@ -44,7 +44,7 @@ def _softmax_loss(logits, targets, losses, V, IGNORED: tl.constexpr, BLOCK: tl.c
 
 
 def softmax_loss_(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
-    """What `ops.loss.softmax_loss_` does."""
+    """Do what `ops.loss.softmax_loss_` does, in one kernel."""
     assert logits_CV.is_contiguous()
     losses_C = torch.empty(len(targets_C), device=logits_CV.device)
     _softmax_loss[(len(targets_C),)](

@@ -15,7 +15,7 @@ class Norm(NamedTuple):
 
     @classmethod
     def of(cls, norm: nn.LayerNorm) -> "Norm":
-        """Those of a module, not copied."""
+        """Take the weights of a module, without a copy."""
         return cls(norm.weight, norm.bias, norm.eps)
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -26,14 +26,15 @@ def fused_attention(
     prefix_end_T: Tensor,
     end_T: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention of packed rows, from what a fused projection and its adapter give.
+    """Attention of packed rows, from the outputs of a fused projection and its adapter.
 
-    One tensor in and one gradient out: gradients of three views would be three tensors of its size.
+    One tensor goes in and one gradient comes out: gradients of three views would be three tensors
+    of the full size.
 
     Args:
-        y_TN3D: queries, keys and values of each head side by side, not turned, without the
+        y_TN3D: queries, keys and values of each head side by side, not rotated, without the
             adapter's update.
-        a_TR: that update is ``a @ b^T``; None for none.
+        a_TR: the adapter's update is ``a @ b^T``; None without an adapter.
         b_NR: ``(3 N D, R)``.
         cos: float32 ``(T, 2, D / 4)``, both position streams; contiguous, as `sin`.
         sin: of the same shape.
@@ -42,8 +43,8 @@ def fused_attention(
         end_T: int32 place after the last token of each token's row.
 
     Returns:
-        ``(T, N, D)`` in the type of `y_TN3D`; and, for the backward pass, queries, keys and values,
-        turned, and the base-2 logarithm of each query's softmax sum, float32 ``(N, T)``.
+        ``(T, N, D)`` in the type of `y_TN3D`; and, for the backward pass, rotated queries and keys,
+        the values, and the base-2 logarithm of each query's softmax sum, float32 ``(N, T)``.
     """
     assert y_TN3D.is_contiguous()
     turned = torch.empty_like(y_TN3D)
@@ -129,23 +130,23 @@ def grouped_attention(
     """`fused_attention` of three projections, whose heads of keys and values may be fewer.
 
     Args:
-        q_TND: queries, contiguous, as keys and values.
-        k_TGD: keys; N / G heads of queries share one.
-        v_TGD: values.
-        a_q: ``(T, R)``: the queries' update is ``a_q @ b_q^T``; None for none. So the others.
+        q_TND: queries, contiguous.
+        k_TGD: keys, contiguous; N / G heads of queries share a head of keys.
+        v_TGD: values, contiguous.
+        a_q: ``(T, R)``: the queries' update is ``a_q @ b_q^T``; None without an adapter.
         b_q: ``(N D, R)``.
-        a_k: of the keys.
+        a_k: the same for the keys.
         b_k: ``(G D, R)``.
-        a_v: of the values.
+        a_v: the same for the values.
         b_v: ``(G D, R)``.
-        cos: see `fused_attention`, as those below.
-        sin: as above.
-        start_T: as above.
-        prefix_end_T: as above.
-        end_T: as above.
+        cos: see `fused_attention`.
+        sin: see `fused_attention`.
+        start_T: see `fused_attention`.
+        prefix_end_T: see `fused_attention`.
+        end_T: see `fused_attention`.
 
     Returns:
-        ``(T, N, D)``; turned queries and keys, values with their update; the logarithms.
+        ``(T, N, D)``; rotated queries and keys, values with their update; the logarithms.
     """
     parts = Parts(q_TND, k_TGD, v_TGD)
     assert all(x.is_contiguous() for x in parts)
@@ -214,17 +215,17 @@ class RowSpans(NamedTuple):
 
     @classmethod
     def of(cls, start_T: Tensor, prefix_end_T: Tensor, end_T: Tensor) -> "RowSpans":
-        """As a pack has them."""
+        """Take the places as a pack has them."""
         return cls(start_T, prefix_end_T, end_T)
 
     def attend_fused(self, y_TN3D: Tensor, update: Update, cos: Tensor, sin: Tensor) -> Tensor:
-        """What `ops.attention.PaddedRows.attend_fused` gives."""
+        """Compute what `ops.attention.PaddedRows.attend_fused` computes."""
         a_TR, b_NR = update or (None, None)
         return fused_attention(y_TN3D, a_TR, b_NR, cos, sin, *self)[0]
 
     def attend(
         self, qkv: Sequence[Tensor], updates: Sequence[Update], cos: Tensor, sin: Tensor
     ) -> Tensor:
-        """What `ops.attention.PaddedRows.attend` gives."""
+        """Compute what `ops.attention.PaddedRows.attend` computes."""
         factors = [factor for update in updates for factor in update or (None, None)]
         return grouped_attention(*qkv, *factors, cos, sin, *self)[0]

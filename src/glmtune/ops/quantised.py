@@ -1,8 +1,9 @@
-"""Frozen linears in 8 or 4 bits: turned into the compute type whenever they are used.
+"""Frozen linears in 8 or 4 bits, dequantised to the compute type whenever they are used.
 
-The product and the way back each make the weight anew and keep nothing of it, so that one weight
-at a time is there as floats. A compiler sees one opaque operator: it neither joins the two makings
-into one, which would keep every weight until the way back, nor looks into bitsandbytes.
+Forward and backward pass each dequantise the weight again and keep nothing of it, so that only one
+weight at a time exists as floats. The compiler sees one opaque operator: it can neither merge the
+two dequantisations, which would keep every weight until the backward pass, nor trace into
+bitsandbytes.
 
 Shapes: T tokens, K inputs, N outputs.
 """
@@ -17,10 +18,10 @@ from torch.nn import functional as F
 from glmtune.ops.integers import dequantise
 
 INTEGER_BITS = {"int8": 8, "int4": 4}
-# Rows of a head that are there as floats at a time: 0.125 GiB in bfloat16 for ChatGLM-6B. No other
-# linear has more.
+# Rows of a head that exist as floats at a time: 0.125 GiB in bfloat16 for ChatGLM-6B. No other
+# linear has more rows.
 PIECE = 16_384
-# Blocks whose scales share a scale in double quantisation, the only number bitsandbytes has.
+# Blocks whose scales share a scale in double quantisation; bitsandbytes has no other size.
 _GROUP = 256
 
 
@@ -28,15 +29,15 @@ class Quantised(NamedTuple):
     """A linear whose weight ``(N, K)`` is in 8 or 4 bits."""
 
     parts: tuple[Tensor, ...]
-    """Of an integer kind: packed integers and a scale a row, see `ops.integers`. Of the others, as
-    bitsandbytes has it: packed values and a float32 scale a block; or, with double quantisation,
-    the scales in bytes, and those scales' own scales, code and mean."""
+    """For the integer kinds, packed integers and a scale a row, see `ops.integers`. For the others,
+    as in bitsandbytes, packed values and a float32 scale a block; with double quantisation, the
+    scales in bytes and those scales' own scales, code and mean."""
     kind: str
     """"int8", "int4", "nf4" or "fp4"."""
     block: int
-    """Values that share a scale; 0 of an integer kind, where a row does."""
+    """Values that share a scale; 0 for the integer kinds, where a row shares one."""
     num_inputs: int
-    """K."""
+    """Inputs of the linear, K."""
     bias_N: Tensor | None
 
     def weight(self, dtype: torch.dtype) -> Tensor:
@@ -55,7 +56,7 @@ class Quantised(NamedTuple):
         return bitsandbytes.dequantize_4bit(packed, scale, self.block, self.kind, shape, dtype)
 
     def pieces(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """The weight as floats, of a head some rows after the other: which, and those."""
+        """The weight as floats, a head in several pieces: which rows, and their weights."""
         if self.kind not in INTEGER_BITS:
             yield slice(None), self.weight(dtype)
             return
@@ -86,7 +87,7 @@ def quantised_linear_back(
     linear = Quantised(tuple(parts), kind, block, num_inputs, None)
     grad_TK = grad_TN.new_empty(grad_TN.shape[0], num_inputs)
     for rows, weight in linear.pieces(grad_TN.dtype):
-        # At beta 0 it does not matter what the memory held before.
+        # With beta 0, the previous content of the memory does not matter.
         torch.addmm(grad_TK, grad_TN[:, rows], weight, beta=1.0 if rows.start else 0.0, out=grad_TK)
     return grad_TK
 

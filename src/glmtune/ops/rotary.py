@@ -1,4 +1,4 @@
-"""Rotary positions in two streams: half of each head turns by one, half by the other.
+"""Rotary positions in two streams: half of each head is rotated by one, half by the other.
 
 Shapes: B rows of a batch, S tokens, N heads, D head size.
 """
@@ -14,8 +14,8 @@ ROTARY_BASE = 10_000.0
 def rotary_angles(position_ids_B2S: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines of both position streams, in float32 at any position.
 
-    Half of a head turns by the first stream, half by the second; each half of d elements has d/2
-    frequencies ``10000^(-2i/d)``, rounded to float16 as in the published weights (their
+    Half of a head is rotated by the first stream, half by the second; each half of d elements has
+    d/2 frequencies ``10000^(-2i/d)``, rounded to float16 as in the published weights (their
     ``rotary_emb.inv_freq``). The angles themselves are never rounded.
 
     Returns:
@@ -28,19 +28,19 @@ def rotary_angles(position_ids_B2S: Tensor, head_dim: int) -> tuple[Tensor, Tens
 
 @lru_cache(maxsize=8)
 def _frequencies(half: int, device: torch.device) -> Tensor:
-    # Taken on the CPU, so that they are the same everywhere, and brought to a device once: a copy
-    # from ordinary memory would make the host wait for the device in each step.
+    # Computed on the CPU, so that they are the same everywhere, and copied to a device once: a copy
+    # from pageable memory would make the host wait for the device in each step.
     exponent = torch.arange(0, half, 2, dtype=torch.float32) / half
     return (1.0 / ROTARY_BASE**exponent).half().float().to(device)
 
 
 def rotate(x_BNSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each half of each head by its own stream: element i is paired with i + D/4.
+    """Rotate each half of each head by its own stream: element i is paired with i + D/4.
 
     Args:
         x_BNSD: queries or keys.
-        cos: ``(B, S, 2, D/4)``, as `rotary_angles` gives them.
-        sin: likewise.
+        cos: ``(B, S, 2, D/4)``, from `rotary_angles`.
+        sin: ``(B, S, 2, D/4)``, from `rotary_angles`.
     """
     first, second = x_BNSD.unflatten(-1, (2, 2, -1)).unbind(-2)
     cos, sin = cos[:, None].to(x_BNSD.dtype), sin[:, None].to(x_BNSD.dtype)
@@ -49,26 +49,25 @@ def rotate(x_BNSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def whole_angles(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """What `rotate_whole` takes, for angles that many layers turn by.
+    """Expand angles once for `rotate_whole`, where many layers rotate by them.
 
     Args:
-        cos: ``(B, S, 2, D/4)``, as `rotary_angles` gives them.
-        sin: likewise.
+        cos: ``(B, S, 2, D/4)``, from `rotary_angles`.
+        sin: ``(B, S, 2, D/4)``, from `rotary_angles`.
 
     Returns:
-        Two of shape ``(B, S, D)``, of which the sines have the sign that an element's partner
-        gets.
+        Two tensors ``(B, S, D)``; the sines carry the sign of an element's partner.
     """
     return torch.stack((cos, cos), -2).flatten(-3), torch.stack((-sin, sin), -2).flatten(-3)
 
 
 def rotate_whole(x_BNSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rotate` by few kernels, for where to launch one takes longer than its work.
+    """`rotate` in few kernels, for small inputs, where a launch takes longer than the work.
 
     Args:
         x_BNSD: queries or keys.
-        cos: as `whole_angles` gives them, of a shape that goes with ``x_BNSD``, and of its type.
-        sin: likewise.
+        cos: from `whole_angles`, broadcastable to ``x_BNSD`` and of its type.
+        sin: from `whole_angles`, broadcastable to ``x_BNSD`` and of its type.
     """
     partner = x_BNSD.unflatten(-1, (2, 2, -1)).flip(-2).flatten(-3)
     return torch.addcmul(x_BNSD * cos, partner, sin)

@@ -1,9 +1,8 @@
 """Weights of 8 or 4 bits, rounded in groups and packed for a matrix-vector product on a GPU.
 
 A 32-bit word holds P = 32 / bits weights of a row that lie W = I / P inputs apart: number n of word
-j belongs to input ``n W + j``. Words next to each other are then multiplied by inputs next to each
-other, whichever number of them is at hand. The numbers of 128 / P words next to each other are a
-group, so that a scale belongs to whole words.
+j belongs to input ``n W + j``. For every n, adjacent words are then multiplied by adjacent inputs.
+The numbers of 128 / P adjacent words form a group, so that a scale belongs to whole words.
 
 Shapes: O outputs, I inputs, W words of a row, G groups of inputs that share a scale and a middle.
 """
@@ -23,8 +22,8 @@ def round_groups(
     """Round each group to 2^bits steps between its smallest and its largest element.
 
     Args:
-        grouped: weights, the elements of a group along some dimensions.
-        dims: those dimensions.
+        grouped: weights, reshaped so that a group's elements lie along `dims`.
+        dims: dimensions of a group's elements.
         bits: 8 or 4.
 
     Returns:
@@ -35,8 +34,8 @@ def round_groups(
     low, high = grouped.amin(dims, keepdim=True), grouped.amax(dims, keepdim=True)
     scale = ((high - low).clamp(min=1e-6) / most).bfloat16()
     middle = (low + half * scale).bfloat16()
-    # The numbers are found with the scale and middle that are stored, so that rounding those adds
-    # no error.
+    # Quantise with the bfloat16-rounded scale and middle that are stored, so that their rounding
+    # error does not enter q.
     steps = (grouped - middle.float()) / scale.float()
     return (steps.round() + half).clamp(0, most).to(torch.int32), scale, middle
 
@@ -67,7 +66,7 @@ class Words(NamedTuple):
         return cls(words_OW, torch.stack((scale, middle), -1)[:, 0, :, 0].contiguous(), bits)
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
-        """The weights that the numbers stand for, ``(O, I)``."""
+        """The dequantised weights, ``(O, I)``."""
         mask, half = 2**self.bits - 1, 2 ** (self.bits - 1)
         numbers = [self.words_OW >> shift & mask for shift in range(0, 32, self.bits)]
         words_of_group = GROUP_SIZE * self.bits // 32

@@ -1,4 +1,4 @@
-"""Rows of a padded batch as tensors: the reference, beside `data.packing`.
+"""Rows of a padded batch as tensors: the reference for `data.packing`.
 
 Shapes: B rows of a batch, S tokens.
 """
@@ -11,7 +11,7 @@ from glmtune.data.token_rows import IGNORED, TokenRows
 
 
 def collate(rows: TokenRows, row_ids: np.ndarray) -> dict[str, Tensor]:
-    """Put rows into one batch, padded at the right.
+    """Put rows into one batch, padded on the right.
 
     Returns:
         `input_ids` and `labels`, int64 ``(B, S)`` on the CPU. Labels are the ids of supervised

@@ -1,4 +1,4 @@
-"""What a run says to its reader before the first step and after the last."""
+"""What a run prints before the first step and after the last."""
 
 import shlex
 import time
@@ -19,7 +19,7 @@ from glmtune.training.state import TrainingState
 
 
 class Pace:
-    """Real tokens and seconds since a moment of the run, which is when this is made."""
+    """Real tokens and seconds since this object was made."""
 
     def __init__(self, state: TrainingState):
         self._state, self._tokens_before, self._started = state, state.num_tokens, time.monotonic()
@@ -31,17 +31,17 @@ class Pace:
 
     @property
     def seconds(self) -> float:
-        """Time gone by."""
+        """Elapsed time."""
         return time.monotonic() - self._started
 
     @property
     def tokens_per_second(self) -> float:
-        """Both in one number; true of the device where it has just been waited for."""
+        """Tokens per second; correct for a device only right after waiting for it."""
         return self.tokens / max(self.seconds, 1e-9)
 
 
 def print_banner(run: Run, state: TrainingState) -> None:
-    """Say what is about to be trained, on what."""
+    """Print what is about to be trained, and on which data."""
     settings, device = run.settings, run.accelerator.device
     model = state.model
     trainable, total = model.get_nb_trainable_parameters()
@@ -97,7 +97,7 @@ def print_summary(
     since_start: Pace,
     is_done: bool,
 ) -> None:
-    """Say what came of the run, where it lies, and what to do next."""
+    """Print the outcome of the run, where it is saved, and what to do next."""
     folder = shlex.quote(run.settings.output_dir)
     how = "Done: all" if is_done else f"Stopped after step {state.global_step:,} of"
     pairs = {
@@ -110,17 +110,17 @@ def print_summary(
             pairs[name] = f"{values[0]:.4f} at first, {values[-1]:.4f} at last"
     pairs["adapter"] = f"{run.settings.output_dir} (the curve: {PLOT_FILE})"
     if not is_done and state.last_good:
-        pairs["go on with"] = resume_command(run, state.last_good, program())
+        pairs["resume with"] = resume_command(run, state.last_good, program())
     pairs["answer with"] = f"{program()} infer --data_path RECORDS.json --model_path {folder}"
     print_pairs(f"{how} {run.max_steps:,} steps", pairs)
 
 
 def memory_advice(run: Run, evaluating: bool = False) -> str:
-    """Say that the device's memory is too small, and which settings need less of it.
+    """Explain that the device's memory is too small, and which settings need less of it.
 
     Args:
-        run: gives the settings as they are.
-        evaluating: whether it was too small for an evaluation.
+        run: the run, for its settings.
+        evaluating: whether memory was too small for an evaluation.
     """
     if evaluating and not isinstance(run.plan, PackPlan):
         return (

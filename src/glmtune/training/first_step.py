@@ -1,4 +1,4 @@
-"""Before the first step: the heaviest pass must fit, and the fast way agree with the plain one."""
+"""Before the first step: the heaviest pass must fit, and the fast path agree with the reference."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -15,27 +15,26 @@ from glmtune.training.planning.forecast import rows_of_reference
 from glmtune.training.run import Run
 from glmtune.training.state import TrainingState
 
-# Largest difference of the loss and of the gradient, relative to their size. 16-bit numbers are
-# rounded at other places in the two ways; a row that saw another's tokens would differ far more.
+# Largest difference of the loss and of the gradient, relative to their size. The two paths round
+# 16-bit numbers at different places; a row that saw another's tokens would differ far more.
 TOLERANCES = {
     torch.float32: (1e-4, 1e-3),
     torch.bfloat16: (5e-3, 0.1),
     torch.float16: (5e-3, 0.05),
 }
 TO_REFERENCE = "set layout padded and tokens_per_step none"
-"""The advice where a fast path is at fault; it holds over a recipe that gives packs a length."""
-# Below this loss a label the difference counts as if it were this. A model that knows its rows, as
-# at the start of a resumed run, is left with differences of nearly equal numbers, and those are
-# rounded.
+"""The advice if a fast path is at fault; it overrides a recipe that gives packs a length."""
+# Floor of the denominator, per label: at a small loss (a resumed run) the gradient is a difference
+# of nearly equal numbers, and rounding dominates.
 _LEAST_LOSS = 2.0
 
 
 def check_first_step(run: Run, state: TrainingState, step_pass: Pass) -> None:
-    """Before the first step: the heaviest pass fits, and a pass gives what its rows give alone.
+    """Check that the heaviest pass fits, and that a pass gives what its rows give alone.
 
     Raises:
-        torch.OutOfMemoryError: it does not fit.
-        UserError: the two ways differ.
+        torch.OutOfMemoryError: the pass does not fit.
+        UserError: the two results differ.
     """
     accelerator = run.accelerator
     dry_run_heaviest(step_pass, run.heaviest_part(), state.weights)
@@ -53,15 +52,15 @@ def check_first_step(run: Run, state: TrainingState, step_pass: Pass) -> None:
 def dry_run_heaviest(step_pass: Pass, row_ids: np.ndarray, weights: Sequence[nn.Parameter]) -> None:
     """Compute the heaviest pass of a run once, so that what does not fit fails in the first minute.
 
-    Nothing of the run is changed by it: gradients are dropped, and random states put back.
+    This leaves the run unchanged: gradients are dropped, and random states restored.
 
     Args:
-        step_pass: the pass that the run is to use.
+        step_pass: the pass that the run will use.
         row_ids: rows of its heaviest pass.
-        weights: what trains.
+        weights: the trainable weights.
 
     Raises:
-        torch.OutOfMemoryError: it does not fit.
+        torch.OutOfMemoryError: the pass does not fit.
     """
     with _same_random_numbers(weights[0].device):
         step_pass.run(row_ids, 1, 0)
@@ -83,15 +82,15 @@ def check_agreement(
     dtype: torch.dtype,
     rows_at_once: int = 6,
 ) -> tuple[float, float]:
-    """Compute one pass both ways, without dropout; nothing of the run is changed by it.
+    """Compute one pass by both paths, without dropout; this leaves the run unchanged.
 
     Args:
-        fast: the pass that the run is to use.
+        fast: the pass that the run will use.
         plain: the reference.
         row_ids: rows of a pass.
-        weights: what trains.
-        dtype: the compute type, which sets what may differ.
-        rows_at_once: of the reference, whose logits take most memory.
+        weights: the trainable weights.
+        dtype: the compute type, which sets the tolerance.
+        rows_at_once: rows of a reference pass, whose logits take most memory.
 
     Returns:
         How much loss and gradient differ, relative to their size; NaN where the reference itself is
@@ -102,7 +101,7 @@ def check_agreement(
     """
     loss, grads = fast.gradients(row_ids, weights)
     wanted_loss, wanted = torch.zeros_like(loss), [torch.zeros_like(weight) for weight in weights]
-    with unrounded_inputs(plain.model):  # or else it would be LLM.int8's rounding that is seen
+    with unrounded_inputs(plain.model):  # or LLM.int8's rounding would dominate
         for part in np.array_split(row_ids, -(-len(row_ids) // rows_at_once)):
             part_loss, part_grads = plain.gradients(part, weights)
             wanted_loss += part_loss
@@ -112,7 +111,7 @@ def check_agreement(
     torch._foreach_add_(wanted, list(grads))
     size = torch.nn.utils.get_total_norm(wanted)
     if not (wanted_loss + size).isfinite():
-        return math.nan, math.nan  # the first step will stop, and say where this comes from
+        return math.nan, math.nan  # the first step will stop, and report the origin
     least_loss = _LEAST_LOSS * plain.rows.num_labels_R[row_ids].sum()
     off_loss = ((loss - wanted_loss).abs() / wanted_loss.clamp(min=least_loss)).item()
     off_grad = (difference / size.clamp(min=1e-12)).item()

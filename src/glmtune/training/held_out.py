@@ -1,4 +1,4 @@
-"""The loss on rows that are held out, whenever it falls due."""
+"""The loss on held-out rows, at the configured steps."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,9 +16,9 @@ from glmtune.training.state import TrainingState
 
 
 def is_evaluation_due(run: Run, step: int, history: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the rows held out are to be looked at after this step, and have not been yet."""
+    """Whether an evaluation is due after this step and has not been made yet."""
     falls_due = step > 0 and (step % run.eval_steps == 0 or step == run.max_steps)
-    if not falls_due or not len(run.eval_rows):  # asked in every step: records may be many
+    if not falls_due or not len(run.eval_rows):  # called every step: skip the search of records
         return False
     return not any("eval_loss" in r and r["step"] == step for r in reversed(history))
 
@@ -26,10 +26,10 @@ def is_evaluation_due(run: Run, step: int, history: Sequence[Mapping[str, Any]])
 def evaluate_if_due(
     run: Run, state: TrainingState, step_pass: Pass, log: RunLog, stop: StopRequest
 ) -> bool:
-    """Evaluate after a step that asks for it, and say whether this was one.
+    """Evaluate if an evaluation is due, and return whether it was.
 
     Raises:
-        CutShort: see `mean_loss`; or memory is too small for it.
+        CutShort: see `mean_loss`; or memory is too small for the evaluation.
     """
     if not is_evaluation_due(run, state.global_step, log.history):
         return False
@@ -50,17 +50,17 @@ def mean_loss(
     accelerator: Accelerator,
     wants_stop: Callable[[], bool] = lambda: False,
 ) -> float:
-    """Mean loss per label token over some rows, which the processes share.
+    """Mean loss per label token over some rows, which are divided among the processes.
 
     Args:
         step_pass: computes the loss of rows.
         parts: row numbers of each pass, see `evaluation_parts`.
-        num_labels: label tokens of all of them.
+        num_labels: label tokens of all these rows.
         accelerator: knows the device and the other processes.
-        wants_stop: is asked before each pass.
+        wants_stop: called before each pass.
 
     Raises:
-        CutShort: a process wished to stop before the end; then all raise it.
+        CutShort: a process was asked to stop before the end; then all raise it.
     """
     total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     is_cut = False

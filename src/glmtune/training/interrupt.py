@@ -1,7 +1,7 @@
 """What ends a run before its last step: a signal, the clock, memory that is too small.
 
-Ctrl+C, a scheduler's SIGTERM and `max_hours` let the pass that runs end; then the run writes a
-checkpoint and stops. A step that does not come to its end leaves no trace.
+After Ctrl+C, a scheduler's SIGTERM or `max_hours`, the current pass ends; then the run writes a
+checkpoint and stops. An unfinished step is rolled back.
 """
 
 import signal
@@ -21,18 +21,18 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Notices a wish to stop while its `with` lasts; a second Ctrl+C stops at once.
+    """Notices a request to stop inside its `with` block; a second Ctrl+C stops at once.
 
     Before `begin` there is nothing to save yet: a signal ends the run with KeyboardInterrupt.
 
     Args:
-        accelerator: brings the processes to one mind about the step after which they stop.
-        max_hours: how long after now the clock wishes to stop; None for never.
+        accelerator: lets the processes agree on the step after which they stop.
+        max_hours: hours from now after which to stop; None for no limit.
     """
 
     def __init__(self, accelerator: Accelerator, max_hours: float | None = None):
         self.by_signal = False
-        """Whether a signal, and not the clock alone, has wished for the stop."""
+        """Whether a signal, and not the clock alone, has requested the stop."""
         self._accelerator = accelerator
         self._max_hours = max_hours
         self._started = time.monotonic()
@@ -49,7 +49,7 @@ class StopRequest:
         self._exits.close()
 
     def begin(self) -> None:
-        """From here on a signal lets the run save what it has."""
+        """From here on, a signal lets the run save before it stops."""
         self._has_begun = True
 
     def _note(self, number: int, _: FrameType | None) -> None:
@@ -69,10 +69,11 @@ class StopRequest:
         return is_wanted
 
     def is_agreed(self) -> bool:
-        """Say, once a step and in every process alike, whether to stop now.
+        """Decide, once a step and the same in every process, whether to stop now.
 
-        A signal may reach the processes in different steps. Each step sums their wishes and reads
-        the sum of the step before, which is there by now, so that no process waits for the device.
+        A signal may reach the processes in different steps. Each step sums their requests and reads
+        the sum of the step before, which has arrived by now, so that no process waits for the
+        device.
         """
         is_wanted = self.is_wanted()
         if self._accelerator.num_processes == 1:
@@ -89,10 +90,10 @@ class StopRequest:
 
 
 class CutShort(Exception):
-    """The run ends before its last step, with all as it was after the step before.
+    """The run ends before its last step, in the state after the last whole step.
 
     Args:
-        out_of_memory: memory that is too small is the cause, and not a wish to stop.
+        out_of_memory: the cause is too little memory, not a request to stop.
     """
 
     def __init__(self, out_of_memory: bool = False):
@@ -102,12 +103,12 @@ class CutShort(Exception):
 
 @contextmanager
 def undone_when_cut_short(state: TrainingState, accelerator: Accelerator) -> Iterator[None]:
-    """Take back what passes moved when they do not come to their end.
+    """Roll back gradients, random numbers and running loss if a step is cut short.
 
-    Not where other processes wait for that end.
+    With several processes, where the others would wait for this one, it does nothing.
 
     Raises:
-        CutShort: as the block raises it, or instead of torch.OutOfMemoryError.
+        CutShort: if the block raises it, or instead of torch.OutOfMemoryError.
     """
     if accelerator.num_processes > 1:
         yield

@@ -1,8 +1,8 @@
-"""Training: a set-up, then one flat loop over Accelerate.
+"""Training: set-up, then one flat loop over Accelerate.
 
-The base model is frozen and stays in its compute type; the adapter's weights are float32 and the
-only ones that train. A step works on one global batch, and its loss is the sum of the losses of its
-tokens over the number of its label tokens, however the rows are dealt out to passes and processes.
+The base model is frozen and stays in its compute type; only the adapter's weights train, in
+float32. A step computes on one global batch; its loss is the sum of the token losses divided by the
+number of label tokens, however the rows are divided among passes and processes.
 """
 
 import math
@@ -41,27 +41,27 @@ from glmtune.training.state import TrainingState
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to."""
+    """The result of a run."""
 
     output_dir: Path
     global_step: int
     log_history: list[dict[str, Any]]
     interrupted: bool
-    """Stopped by Ctrl+C or SIGTERM before it was done; `checkpoint-N` of that step goes on."""
+    """Stopped by Ctrl+C or SIGTERM before the end; `checkpoint-N` of that step can be resumed."""
 
 
 AtEnd = Callable[[PeftModel, Any, TokenRows, np.ndarray], object]
-"""Takes the trained model, its tokenizer, the rows, and which of them were held out."""
+"""Called with the trained model, its tokenizer, the rows, and which of them were held out."""
 
 
 def train(settings: TrainSettings, at_end: AtEnd | None = None) -> TrainResult:
-    """Train a LoRA adapter on tokenised rows, as the settings say, into a run folder.
+    """Train a LoRA adapter on tokenised rows into a run folder.
 
-    Nothing is written before all that can be checked beforehand has been.
+    Nothing is written until everything that can be checked beforehand has been checked.
 
     Args:
-        settings: the settings.
-        at_end: is called by the first process when all steps are done and saved.
+        settings: the run's settings.
+        at_end: called in the first process when all steps are done and saved.
 
     Raises:
         UserError: run folder, data, base model or checkpoint do not fit the settings, the device's
@@ -85,18 +85,18 @@ def train(settings: TrainSettings, at_end: AtEnd | None = None) -> TrainResult:
 
 
 def fit(run: Run, model: PeftModel, stop: StopRequest, resume: Path | None = None) -> TrainResult:
-    """Train to the last step, or until something ends the run before; checkpoints say how far.
+    """Train to the last step, or until something ends the run earlier; write checkpoints.
 
     Args:
         run: the settings, whose `output_dir` exists, and the data.
         model: the base with an adapter attached, on the run's device.
         stop: says when to stop before the last step.
-        resume: a whole checkpoint of the same run to go on from.
+        resume: a whole checkpoint of the same run to resume from.
 
     Raises:
         UserError: the checkpoint does not fit, nothing can be written, the loss is no longer
-            finite, or the device's memory is too small for a step; what was done before that step
-            is saved.
+            finite, or the device's memory is too small for a step; the steps before that one are
+            saved.
     """
     settings, accelerator = run.settings, run.accelerator
     state = build_state(run, model)
@@ -112,7 +112,7 @@ def fit(run: Run, model: PeftModel, stop: StopRequest, resume: Path | None = Non
         since_start = Pace(state)
         try:
             take_steps(run, state, step_pass, log, stop)
-        except CutShort as cut:  # all is as it was after the last whole step
+        except CutShort as cut:  # the state is that after the last whole step
             save(run, state, log)
             if cut.out_of_memory:
                 evaluating = is_evaluation_due(run, state.global_step, log.history)
@@ -141,8 +141,8 @@ def take_steps(
         CutShort: something ends the run before its last step.
         UserError, NotFiniteError: see `fit` and `train_step`.
     """
-    evaluate_if_due(run, state, step_pass, log, stop)  # the run before was cut short in it
-    if state.global_step >= run.max_steps:  # nothing to do but to leave a whole run folder
+    evaluate_if_due(run, state, step_pass, log, stop)  # if the earlier run stopped during it
+    if state.global_step >= run.max_steps:  # only complete the run folder
         save(run, state, log)
     pace = Pace(state)
     while state.global_step < run.max_steps:
@@ -156,7 +156,7 @@ def take_steps(
             evaluate_if_due(run, state, step_pass, log, stop),
             save_if_due(run, state, log),
         )
-        if any(waits):  # the pace is that of steps alone
+        if any(waits):  # measure the speed of steps alone
             pace = Pace(state)
 
 
@@ -168,7 +168,7 @@ def record_if_due(
     learning_rate: float,
     grad_norm: Tensor,
 ) -> bool:
-    """Log the first step, the last, and each `logging_steps`-th; say whether this was one.
+    """Log the first step, the last, and every `logging_steps`-th; return whether it was one.
 
     Here the host waits for the device.
 
@@ -192,7 +192,7 @@ def record_if_due(
 
 
 def save_if_due(run: Run, state: TrainingState, log: RunLog) -> bool:
-    """Save after the last step and each `save_steps`-th; say whether this was one."""
+    """Save after the last step and every `save_steps`-th; return whether this was one."""
     step = state.global_step
     if step % run.settings.save_steps and step != run.max_steps:
         return False
@@ -212,10 +212,10 @@ def train_step(
         The norm of the gradient before clipping, on the device.
 
     Raises:
-        CutShort: by a wish to stop between two passes, or by memory that is too small; nothing has
-            moved. One of several processes, for which the others would wait, goes through with the
-            step, and ends with torch.OutOfMemoryError.
-        NotFiniteError: the step, or one shortly before it, was not made; see `watch`.
+        CutShort: a request to stop came between two passes, or memory is too small; nothing has
+            changed. One of several processes, for which the others would wait, completes the step
+            instead, or ends with torch.OutOfMemoryError.
+        NotFiniteError: this step, or one shortly before it, was not applied; see `watch`.
     """
     settings, accelerator = run.settings, run.accelerator
     parts = run.plan.parts(state.global_step, accelerator.num_processes)
@@ -246,10 +246,10 @@ def train_step(
 
 
 def sum_gradients(weights: list[nn.Parameter], numbers: Tensor, accelerator: Accelerator) -> Tensor:
-    """Give every process the sum of all processes' gradients, as a loss over all rows asks for.
+    """Give every process the sum of all processes' gradients: the loss is a sum over all rows.
 
     Returns:
-        The sums of some more numbers, which go along.
+        The sums of the given extra numbers, from the same communication.
     """
     if accelerator.num_processes == 1:
         return numbers
@@ -263,10 +263,10 @@ def sum_gradients(weights: list[nn.Parameter], numbers: Tensor, accelerator: Acc
 
 
 def take_loss(run: Run, state: TrainingState) -> float:
-    """The mean loss of the steps since it was last taken, over all processes.
+    """The mean loss of the steps since the last call, over all processes.
 
     Raises:
-        NotFiniteError: one of these steps was not made.
+        NotFiniteError: one of these steps was not applied.
     """
     state.watch.sync()
     total = run.accelerator.reduce(state.loss_sum, reduction="sum").item()

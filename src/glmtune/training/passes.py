@@ -1,7 +1,7 @@
-"""One pass, forward and backward, over the rows that it is given: plain, packed, and captured.
+"""One pass, forward and backward, over given rows: padded, packed, or captured.
 
 A pass adds its share to the gradients of the adapter's weights and returns its share of the loss,
-without waiting for the device. `PaddedPass` is the plain way, with transformers' and PEFT's own
+without waiting for the device. `PaddedPass` is the reference, with transformers' and PEFT's own
 modules on padded rows; the others compute the same on rows laid end to end.
 """
 
@@ -24,15 +24,15 @@ from glmtune.models.family import layers_of
 from glmtune.models.packed import Dropouts, PackedModel, PackTensors, base_of, move
 from glmtune.training.batches import collate
 
-# A captured pass serves every pack of so many tokens or a few less, and as for its learned tokens,
-# every share of them up to the next of so many.
+# Captured passes round lengths up to 64 tokens, and supervised tokens to a quarter of the pack, so
+# that few CUDA graphs cover all passes.
 CAPTURED_LENGTHS, _CAPTURED_SHARES = 64, 4
 
 LossAndGradients = tuple[Tensor, Sequence[Tensor]]
 
 
 class Pass(ABC):
-    """What the loop knows of a pass."""
+    """The interface of a pass, as the training loop uses it."""
 
     @abstractmethod
     def run(self, row_ids: np.ndarray, num_labels: int, seed: int) -> Tensor:
@@ -41,7 +41,7 @@ class Pass(ABC):
         Args:
             row_ids: rows of this pass; at least one.
             num_labels: label tokens of the whole step, by which the summed loss is divided.
-            seed: of dropout in this pass.
+            seed: seed of this pass's dropout.
 
         Returns:
             The pass's share of the step's loss, a float32 scalar on the device.
@@ -58,19 +58,19 @@ class Pass(ABC):
 
 @dataclass(frozen=True)
 class PaddedPass(Pass):
-    """The plain way: transformers' forward over rows padded to the longest; the reference."""
+    """The reference: transformers' forward over rows padded to the longest."""
 
     accelerator: Accelerator
     model: PeftModel
     rows: TokenRows
     recompute: int = 0
-    """The first so many layers keep their input alone, and are computed again on the way back."""
+    """How many layers, from the first, keep only their input and are recomputed."""
 
     def __post_init__(self) -> None:
         enable_recompute(base_of(self.model), self.recompute)
 
     def run(self, row_ids: np.ndarray, num_labels: int, seed: int) -> Tensor:
-        """See `Pass`; dropout is a function of the seed, whichever process makes the pass."""
+        """See `Pass`; dropout is a function of the seed, whichever process runs the pass."""
         self.model.train()
         device = self.accelerator.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -89,7 +89,8 @@ class PaddedPass(Pass):
         """See `Pass`."""
         self.model.eval()
         for layer in layers_of(base_of(self.model)):
-            # Of itself alone, not of what is in it, as dropout: transformers recomputes no other.
+            # Set the layer's own flag only, not that of modules inside it, such as dropout:
+            # transformers recomputes only layers in training mode.
             layer.training = True
         loss = self._forward(row_ids, 1)
         return loss.detach(), torch.autograd.grad(loss, weights)
@@ -102,9 +103,9 @@ class PaddedPass(Pass):
 
 
 def enable_recompute(model: PreTrainedModel, num_layers: int) -> None:
-    """Compute the first so many layers again on the way back, instead of keeping all of them."""
+    """Recompute the first `num_layers` layers in the backward pass instead of keeping them."""
     if num_layers:
-        # transformers 5.23 names it after the activations, and warns of the name that 5.17 has.
+        # transformers 5.23 renamed this parameter, and warns of the name that 5.17 uses.
         names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
         enable = next(getattr(model, name) for name in names if hasattr(model, name))
         enable({"use_reentrant": False})
@@ -122,7 +123,7 @@ class PackedPass(Pass):
     rows: TokenRows
     dropout_rate: float
     pack_length: int | None
-    """T of every pack; None: no longer than it need be."""
+    """T of every pack; None for packs as short as their rows allow."""
 
     def run(self, row_ids: np.ndarray, num_labels: int, seed: int) -> Tensor:
         """See `Pass`; dropout is a function of the seed alone."""
@@ -143,7 +144,7 @@ class PackedPass(Pass):
         return loss.detach(), torch.autograd.grad(loss, weights)
 
     def dropouts(self, rate: float, seed: int = 0) -> Dropouts | None:
-        """Dropout at a rate, where there is any in this run."""
+        """Dropout at a rate; None if this run has no dropout."""
         return self.model.dropouts(rate, seed) if self.dropout_rate else None
 
     def pack(self, row_ids: np.ndarray) -> Pack:
@@ -151,13 +152,13 @@ class PackedPass(Pass):
         return lay_out(self.rows, row_ids, self.pack_length or self.length(row_ids))
 
     def length(self, row_ids: np.ndarray) -> int:
-        """T of a pack of no fixed length."""
+        """T of a pack that has no fixed length."""
         return int(self.rows.lengths_R[row_ids].sum())
 
 
 @dataclass(frozen=True)
 class _Capture:
-    """A pass on the device as one launch, and the places that it reads from and writes to."""
+    """A captured pass: its graph, and the tensors that it reads from and writes to."""
 
     graph: torch.cuda.CUDAGraph
     pack: PackTensors
@@ -168,9 +169,9 @@ class _Capture:
 
 @dataclass(frozen=True)
 class CapturedPass(PackedPass):
-    """A few rows end to end, launched at once: a pass so small that its launches would take longer.
+    """A few rows end to end in one launch, for passes so small that single launches would dominate.
 
-    Each length of packs (a multiple of 64 tokens) is captured as a CUDA graph when it is first met.
+    Each length of packs (a multiple of 64 tokens) is captured as a CUDA graph when it first occurs.
     """
 
     weights: Sequence[nn.Parameter]
@@ -201,7 +202,7 @@ class CapturedPass(PackedPass):
         return CAPTURED_LENGTHS * -(-super().length(row_ids) // CAPTURED_LENGTHS)
 
     def _attach_grads(self) -> None:
-        """Let the weights' gradients lie where the graphs add to them."""
+        """Set the weights' `grad` to the tensors that the graphs add to."""
         if not self._grads:
             self._grads.extend(torch.zeros_like(weight) for weight in self.weights)
         if self.weights[0].grad is None:
@@ -229,7 +230,7 @@ class CapturedPass(PackedPass):
 
 
 def captured_learned(num_tokens: int, num_learned: int) -> int:
-    """Learned tokens of the graph that serves a pass of so many tokens."""
+    """Round supervised tokens up to the next quarter of a pass's tokens, as its graph has them."""
     share = num_tokens // _CAPTURED_SHARES
     return share * -(-num_learned // share)
 

@@ -1,7 +1,7 @@
 """Which rows each step trains on, and which of them share a pass.
 
-The order of the rows is a pure function of seed and epoch, so a run that resumes needs no memory of
-where its data stood, and one process with batches of 6 sees the same rows as two with batches of 3.
+The order of the rows is a pure function of seed and epoch, so a resumed run needs no saved position
+in its data, and one process with batches of 6 sees the same rows as two with batches of 3.
 """
 
 from abc import ABC, abstractmethod
@@ -15,7 +15,7 @@ from glmtune.config.settings import TrainSettings
 from glmtune.data.packing import plan_packs
 from glmtune.errors import UserError
 
-# Random streams that must never be the same one.
+# Random streams that must never coincide.
 _STREAM_ORDER, _STREAM_SPLIT = 0, 1
 
 
@@ -41,20 +41,20 @@ def split_rows(num_rows: int, eval_ratio: float, seed: int) -> tuple[np.ndarray,
 
 @lru_cache(maxsize=2)
 def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of the rows in an epoch, which depends on nothing but these three numbers."""
+    """The order of the rows in an epoch, a pure function of these three numbers."""
     order = np.random.default_rng([seed, _STREAM_ORDER, epoch]).permutation(num_rows)
     order.setflags(write=False)
     return order
 
 
 def pass_seed(seed: int, step: int, number: int) -> int:
-    """What a pass draws its dropout from: the same in every run of these three numbers."""
+    """The seed of a pass's dropout: the same for these three numbers in every run."""
     return int(np.random.SeedSequence([seed, step, number]).generate_state(1)[0])
 
 
 @dataclass(frozen=True)
 class Plan(ABC):
-    """Epoch after epoch, each of all rows once, in steps; no row is left out."""
+    """Divides epochs into steps; every epoch has each row exactly once."""
 
     row_ids: np.ndarray
     """Row numbers to train on."""
@@ -70,12 +70,12 @@ class Plan(ABC):
         return self.row_ids[epoch_order(len(self.row_ids), self.seed, epoch)]
 
     unit: ClassVar[str]
-    """What steps are measured in."""
+    """The unit in which steps are measured."""
 
     @property
     @abstractmethod
     def step_size(self) -> int:
-        """Rows or tokens of a step: what a resumed run must have the same."""
+        """Rows or tokens of a step; a resumed run must have the same."""
 
     @abstractmethod
     def steps_in(self, epoch: int) -> int:
@@ -93,28 +93,28 @@ class Plan(ABC):
     def parts(self, step: int, num_processes: int) -> list[np.ndarray]:
         """Row numbers of a step, a part for each pass of each process.
 
-        Of n processes process i takes every n-th part from part i on. A part may be empty, and
-        there may be fewer parts for one process than for another.
+        Process i of n takes every n-th part, starting from part i. A part may be empty, and there
+        may be fewer parts for one process than for another.
         """
 
     @abstractmethod
     def heaviest(self, num_steps: int, num_processes: int, padded: bool) -> np.ndarray:
-        """Row numbers of the pass that computes on most tokens, among the first so many steps.
+        """Row numbers of the pass with most tokens among the first `num_steps` steps.
 
         Args:
             num_steps: at least one.
-            num_processes: as in `parts`.
-            padded: whether filler up to a pass's longest row counts as well.
+            num_processes: processes that share a step.
+            padded: whether padding up to a pass's longest row counts as well.
         """
 
     def num_steps(self, num_epochs: float) -> int:
-        """Steps of so many epochs, the last of which may be cut short."""
+        """Steps of a number of epochs, which need not be whole."""
         whole, share = divmod(num_epochs, 1)
         steps = sum(self.steps_in(epoch) for epoch in range(int(whole)))
         return steps + int(np.ceil(share * self.steps_in(int(whole)))) if share else steps
 
     def epoch(self, step: int) -> float:
-        """How often the rows have been gone through after so many steps."""
+        """How many epochs a number of steps amounts to; not always a whole number."""
         epoch, place = self.locate(step)
         return epoch + (place / self.steps_in(epoch) if place else 0)
 
@@ -131,7 +131,7 @@ class RowPlan(Plan):
 
     @property
     def step_size(self) -> int:
-        """Rows."""
+        """Rows of a step."""
         return self.global_batch_size
 
     def steps_in(self, epoch: int = 0) -> int:
@@ -159,9 +159,9 @@ class RowPlan(Plan):
         return np.array_split(rows, num_passes * num_processes)
 
     def heaviest(self, num_steps: int, num_processes: int, padded: bool) -> np.ndarray:
-        """See `Plan`; epochs are gone through until none can have a heavier one.
+        """See `Plan`; epochs are searched until none can have a heavier pass.
 
-        Most passes of an epoch are looked at at once, as an array.
+        The passes of an epoch are compared as arrays.
         """
         best, most = np.arange(0), 0
         longest = np.sort(self.lengths_R[self.row_ids])[-self.batch_size :]
@@ -193,23 +193,23 @@ class PackPlan(Plan):
     packs_per_step: int
     """Packs of one step, over all processes and accumulated passes."""
     _num_steps: dict[int, int] = field(default_factory=dict)
-    """Of each epoch packed so far: their numbers of packs may differ by one or two."""
+    """Steps of each epoch packed so far: the numbers of packs may differ by one or two."""
     _packs: dict[int, list[np.ndarray]] = field(default_factory=dict)
 
     @property
     def step_size(self) -> int:
-        """Tokens."""
+        """Tokens of a step."""
         return self.pack_length * self.packs_per_step
 
     def packs(self, epoch: int) -> list[np.ndarray]:
         """Row numbers of each pack of an epoch."""
         if epoch not in self._packs:
-            self._packs.clear()  # one epoch at a time is needed
+            self._packs.clear()  # only one epoch is needed at a time
             self._packs[epoch] = plan_packs(self.lengths_R, self.order(epoch), self.pack_length)
         return self._packs[epoch]
 
     def steps_in(self, epoch: int) -> int:
-        """See `Plan`; an epoch is packed but once to learn it."""
+        """See `Plan`; an epoch is packed only once to find out."""
         if epoch not in self._num_steps:
             self._num_steps[epoch] = -(-len(self.packs(epoch)) // self.packs_per_step)
         return self._num_steps[epoch]
@@ -233,7 +233,7 @@ class PackPlan(Plan):
         return self.packs(epoch)[first : first + self.packs_per_step]
 
     def heaviest(self, num_steps: int, num_processes: int, padded: bool) -> np.ndarray:
-        """See `Plan`; packs are full but for the last of an epoch, so one epoch tells of all."""
+        """See `Plan`; all packs but an epoch's last are full, so one epoch is enough to look at."""
         packs = self.packs(0)[: num_steps * self.packs_per_step]
         return max(packs, key=lambda rows: self.lengths_R[rows].sum())
 
@@ -244,10 +244,10 @@ def make_plan(
     """Which rows make up which step.
 
     Args:
-        settings: the settings.
-        lengths_R: tokens of every row, those held out among them.
-        pack_length: tokens of a pack; None where a pass takes so many rows.
-        num_processes: that share a step.
+        settings: the run's settings.
+        lengths_R: tokens of every row, held-out rows included.
+        pack_length: tokens of a pack; None where passes have a fixed number of rows.
+        num_processes: processes that share a step.
     """
     train_rows, _ = split_rows(len(lengths_R), settings.eval_ratio, settings.seed)
     seed = settings.seed if settings.data_seed is None else settings.data_seed
@@ -267,8 +267,8 @@ def evaluation_parts(
     Args:
         lengths_R: tokens of every row.
         row_ids: the rows to evaluate on.
-        pack_length: tokens of a pack; None where a pass takes rows by their number.
-        batch_size: rows of such a pass. Those of like length share one, so that little is padded.
+        pack_length: tokens of a pack; None where passes have a fixed number of rows.
+        batch_size: rows of such a pass; rows of similar length share one, so that little is padded.
     """
     if pack_length:
         return plan_packs(lengths_R, row_ids, pack_length)

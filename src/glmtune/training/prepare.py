@@ -1,4 +1,4 @@
-"""All that is decided before the first step of a run: data, base model, plan, forecast, adapter."""
+"""Everything decided before the first step of a run: data, base model, plan, forecast, adapter."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,20 +26,20 @@ from glmtune.training.saving import checkpoints, run_folder
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that is ready for its first step; nothing of it is on the disk yet."""
+    """A run that is ready for its first step; nothing has been written to disk yet."""
 
     run: Run
     model: PeftModel
     """The base with its adapter, on the run's device."""
     tokenizer: Any
     resume: Path | None
-    """The checkpoint that the run goes on from."""
+    """The checkpoint that the run resumes from."""
     recipe: TrainSettings
-    """The settings as they came out: a run goes on with them on any other card."""
+    """The settings as resolved on this card: the run can be resumed with them on another."""
 
 
 def prepare(settings: TrainSettings, accelerator: Accelerator, dtype: torch.dtype) -> Prepared:
-    """Load what a run is made of, and check all that can be checked; nothing is written.
+    """Load what a run needs, and check all that can be checked; nothing is written.
 
     Called by all processes.
 
@@ -104,7 +104,7 @@ def prepare(settings: TrainSettings, accelerator: Accelerator, dtype: torch.dtyp
 
 
 def _load_rows(path: str, tokenizer: Any, rule: RowRule) -> tuple[TokenRows, DataCard]:
-    """Rows that this tokenizer made, and the card that says how; what they lost is noted."""
+    """Rows made by this tokenizer, and their data card; a note says what was cut or dropped."""
     dataset, card = load_dataset(path, rule)
     check_data_card(card, tokenizer, path)
     for lost in filter(None, (card.describe_loss(), card.describe_dropped())):

@@ -1,4 +1,4 @@
-"""What one process does for all, and how each takes its leave of the others."""
+"""Work that one process does for all, and how a process leaves the group."""
 
 import atexit
 from collections.abc import Callable
@@ -14,10 +14,10 @@ Result = TypeVar("Result")
 
 
 def on_main(accelerator: Accelerator, task: Callable[[], Result]) -> Result:
-    """Do a task in the first process; called by all, who wait for it and get what it gives.
+    """Run a task in the first process; called by all, which wait for it and get its result.
 
     Raises:
-        UserError: the task raised it; then all raise it, so that none waits for another in vain.
+        UserError: the task raised it; then all raise it, so that none waits for another forever.
     """
     if accelerator.num_processes == 1:
         return task()
@@ -34,11 +34,11 @@ def on_main(accelerator: Accelerator, task: Callable[[], Result]) -> Result:
 
 
 def leave_at_exit(accelerator: Accelerator) -> None:
-    """Have this process leave the others' group before Python ends, if gloo connects them.
+    """Make this process leave the process group before Python ends, if the backend is gloo.
 
-    gloo's threads need Python to free what they hold: those that outlive it can abort a process
-    that has done all its work, and its launcher then reports a failure. NCCL's do not, and would
-    wait here for processes that may have failed.
+    gloo's threads need Python to release what they hold: threads that outlive it can abort a
+    process that has done all its work, and its launcher then reports a failure. NCCL has no such
+    threads, and would wait here for processes that may have failed.
     """
     atexit.unregister(_leave)  # once, however many runs there are in this process
     if accelerator.num_processes > 1 and dist.get_backend() == dist.Backend.GLOO:

@@ -35,7 +35,7 @@ from glmtune.training.watch import Watch
 
 MANY_EPOCHS = 50
 
-# Settings that change a run's numbers as they stand; `Run.identity` adds those that depend on more.
+# Settings that change a run's numbers by themselves; `Run.identity` adds the derived ones.
 _NUMERIC_SETTINGS = (
     "seed", "eval_ratio", "train_sampling_strategy", "lora_rank", "lora_alpha", "lora_dropout",
     "base_dtype", "quantization_bit", "quantize_head", "learning_rate",
@@ -61,9 +61,9 @@ class Run:
     base_name: str
     forecast: Forecast
     forecaster: Forecaster
-    """What other settings would come to."""
+    """Forecasts for other settings."""
     sources: Mapping[str, Any]
-    """What the rows and the base were made of, by which a resumed run knows them again."""
+    """Fingerprints of the rows and the base, by which a resumed run recognises them."""
 
     @classmethod
     def of(
@@ -78,8 +78,8 @@ class Run:
     ) -> "Run":
         """Work out the numbers of a run: its split, its global batch, its steps.
 
-        What the card has free must be asked before the weights are on it: then a `forecaster` is
-        given.
+        Free memory of the card must be read before the weights are on it; a `forecaster` made
+        before that is then passed in.
         """
         base = base_of(model)
         forecaster = forecaster or make_forecaster(accelerator, base.config, base.dtype, rows)
@@ -106,13 +106,13 @@ class Run:
         )
 
     def cautions(self) -> list[str]:
-        """What may be a slip in the number of steps, a line each."""
+        """Warnings about a number of steps that may be a mistake, a line each."""
         num_epochs, num_rows = self.plan.epoch(self.max_steps), len(self.plan.row_ids)
         told = []
         if num_epochs > MANY_EPOCHS:
             told.append(
                 f"{self.max_steps:,} steps are {num_epochs:,.0f} epochs of {num_rows:,} rows, "
-                "which are then learned by heart and little else; --max_steps -1 "
+                "and the adapter then mostly memorises them; --max_steps -1 "
                 "--num_train_epochs 3 goes through them three times"
             )
         if self.warmup_steps >= self.max_steps and self.settings.lr_scheduler_type != "constant":
@@ -125,11 +125,11 @@ class Run:
 
     @property
     def layout(self) -> Layout:
-        """How the rows of a pass lie."""
+        """The layout of the rows in a pass."""
         return self.forecast.layout
 
     def heaviest_part(self) -> np.ndarray:
-        """Row numbers of the pass that takes most memory."""
+        """Row numbers of the pass that needs most memory."""
         return self.plan.heaviest(
             self.max_steps, self.accelerator.num_processes, self.layout == "padded"
         )
@@ -143,8 +143,8 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """Every setting and fact that changes the run's numbers: a resumed run must have the same.
 
-        How a global batch is dealt out to passes and processes is not among them, nor is the number
-        of steps where the schedule does not depend on it: such a run may be made longer.
+        How a global batch is divided into passes and among processes is not among them, nor is the
+        number of steps if the schedule does not depend on it: such a run may be extended.
         """
         return {
             "base model": self.base_name,
@@ -170,18 +170,18 @@ class Run:
 def start_accelerator(settings: TrainSettings) -> tuple[Accelerator, torch.dtype]:
     """The device or devices that a run trains on, and the compute type of its base model.
 
-    bfloat16 and float32 go without autocast: the base is in that type, the adapter in float32.
-    float16 goes with Accelerate's autocast and gradient scaler, and with a word of caution.
+    bfloat16 and float32 run without autocast: the base is in that type, the adapter in float32.
+    float16 uses Accelerate's autocast and gradient scaler, and prints a warning.
 
     Raises:
-        UserError: a number format or a way of distributing that is not to be had.
+        UserError: a number format or a kind of distribution that is not available.
     """
     device = pick_device(settings.use_cpu)
     dtype, caution = pick_dtype(device, settings.bf16, settings.fp16)
     accelerator = Accelerator(
         cpu=device.type == "cpu", mixed_precision="fp16" if dtype == torch.float16 else "no"
     )
-    # The loop counts its passes itself; a launcher's environment must not divide the loss again.
+    # The loop counts its passes itself; the launcher's environment must not divide the loss again.
     accelerator.gradient_accumulation_steps = 1
     kind = accelerator.distributed_type
     if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
@@ -190,7 +190,7 @@ def start_accelerator(settings: TrainSettings) -> tuple[Accelerator, torch.dtype
             "base: launch with --multi_gpu, or without a launcher"
         )
     leave_at_exit(accelerator)
-    # So it launches one process where more are asked for, with their address and no number.
+    # A launcher asked for several CPU processes then starts one, with an address but no world size.
     launched_alone = "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ
     if accelerator.num_processes == 1 and launched_alone and "WORLD_SIZE" not in os.environ:
         note(
@@ -203,7 +203,7 @@ def start_accelerator(settings: TrainSettings) -> tuple[Accelerator, torch.dtype
 
 
 def adapt(model: PreTrainedModel, settings: TrainSettings) -> PeftModel:
-    """Put the run's adapter on a base, and the base into the numbers that are asked for."""
+    """Attach the run's adapter to a base, and convert the base to the requested number format."""
     adapted = attach_lora(
         model,
         rank=settings.lora_rank,
@@ -221,7 +221,7 @@ def adapt(model: PreTrainedModel, settings: TrainSettings) -> PeftModel:
 
 
 def layout_as_run(forecast: Forecast) -> dict[str, Any]:
-    """The settings of the layout as they came out: a run goes on with them on any other card."""
+    """The layout settings as resolved on this card: the run can be resumed with them on another."""
     return {"layout": forecast.layout, "tokens_per_step": forecast.pack_length}
 
 
@@ -235,7 +235,7 @@ def check_fp8(device: torch.device) -> None:
 
 
 def build_pass(run: Run, model: PeftModel, weights: list[nn.Parameter]) -> Pass:
-    """The pass that the run's forecast decided on."""
+    """Build the pass that the run's forecast chose."""
     setup, recompute = run.forecast.setup, run.forecast.recompute
     if setup.layout == "padded":
         return PaddedPass(run.accelerator, model, run.rows, recompute)
@@ -249,12 +249,12 @@ def build_pass(run: Run, model: PeftModel, weights: list[nn.Parameter]) -> Pass:
     common = run.accelerator, packed, run.rows, run.settings.lora_dropout
     if setup.captured:
         return CapturedPass(*common, None, weights)
-    # Where nothing is compiled, filler would only cost time.
+    # Without compilation, filler would only cost time.
     return PackedPass(*common, run.forecast.pack_length if setup.compiled else None)
 
 
 def build_state(run: Run, model: PeftModel) -> TrainingState:
-    """Optimiser and schedule for the adapter's weights, all of it handed to Accelerate."""
+    """Build optimiser and schedule for the adapter's weights, and prepare them with Accelerate."""
     settings, accelerator = run.settings, run.accelerator
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = AdamW(

@@ -1,4 +1,4 @@
-"""What moves while a model trains, and must come back for a resumed run to be the same run."""
+"""What changes while a model trains, and must be restored for a resumed run to be the same."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class TrainingState:
     loss_sum: Tensor
     """This process's share of the losses since the last record, summed over steps."""
     watch: Watch
-    """Looks at each step before it is made."""
+    """Checks each step before it is applied."""
     scaler: Any = None
     """The gradient scaler of float16, or None."""
     global_step: int = 0
@@ -42,7 +42,7 @@ class TrainingState:
 
 
 def own_state(state: TrainingState) -> dict[str, Any]:
-    """What each process has for itself: its random numbers and its share of the running loss.
+    """What each process has of its own: random numbers and its share of the running loss.
 
     Dropout draws from torch's generators; nothing that trains uses those of Python or numpy.
     Nothing here waits for the device.
@@ -55,7 +55,7 @@ def own_state(state: TrainingState) -> dict[str, Any]:
 
 
 def restore_own_state(own: Mapping[str, Any], state: TrainingState) -> None:
-    """Put back what `own_state` gave."""
+    """Restore what `own_state` returned."""
     RandomState(own["cpu"], own["cuda"]).restore(state.loss_sum.device)
     state.loss_sum.copy_(own["loss_sum"])
     state.num_loss_steps = own["num_loss_steps"]

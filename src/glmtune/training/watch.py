@@ -1,8 +1,8 @@
 """What stops a run at once: a number that is not finite.
 
-Losses, gradients and weights are looked at in every step, before the optimiser moves anything. On a
+Losses, gradients and weights are checked in every step, before the optimiser changes anything. On a
 GPU the host would have to wait for these numbers; so a flag on the device turns this and all later
-steps into steps that change nothing, and the host reads the flag when it comes by.
+steps into steps that change nothing, and the host reads the flag without waiting, once it arrives.
 """
 
 import math
@@ -14,26 +14,27 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-# lora_A learns nothing before lora_B has moved, which a warm-up puts off by a step.
+# lora_A has no gradient before lora_B has changed, which warm-up delays by a step.
 FIRST_STEPS = 4
-# Float16's gradient scaler halves its scale whenever a gradient overflows; at this it is too late.
+# Float16's gradient scaler halves its scale whenever a gradient overflows; an overflow at this
+# scale is a fault.
 SMALLEST_SCALE = 1.0
 
 
 class RandomState(NamedTuple):
-    """The states of torch's generators, of which dropout on padded rows draws."""
+    """The states of torch's generators, from which dropout on padded rows draws."""
 
     cpu: Tensor
     cuda: Tensor | None
 
     @classmethod
     def of(cls, device: torch.device) -> "RandomState":
-        """As they are now; a GPU is not waited for."""
+        """The current states, without waiting for a GPU."""
         on_gpu = device.type == "cuda"
         return cls(torch.get_rng_state(), torch.cuda.get_rng_state(device) if on_gpu else None)
 
     def restore(self, device: torch.device) -> None:
-        """Put them back, that of the GPU where there is one."""
+        """Restore them, on the GPU too if there is one."""
         torch.set_rng_state(self.cpu)
         if self.cuda is not None and device.type == "cuda":
             torch.cuda.set_rng_state(self.cuda, device)
@@ -44,12 +45,12 @@ class Fault:
     """The numbers of the first step with one that is not finite; it changed nothing."""
 
     step: int
-    """Counted from 0: so many steps were good."""
+    """The step, counted from 0, which is also the number of good steps before it."""
     loss: float
     grad_norm: float
     largest_weight: float
     random_state: RandomState
-    """When the step began, of this process."""
+    """Random states of this process when the step began."""
 
     @property
     def what(self) -> str:
@@ -60,7 +61,7 @@ class Fault:
 
     @property
     def words(self) -> str:
-        """The fault in words, such as "the loss is nan"."""
+        """The fault as text, such as "the loss is nan"."""
         if self.what == "loss":
             return f"the loss is {self.loss}"
         if self.what == "weight":
@@ -69,7 +70,7 @@ class Fault:
 
 
 class NotFiniteError(Exception):
-    """A step met a number that is not finite; every process raises it for the same step."""
+    """A step had a number that is not finite; every process raises this for the same step."""
 
     def __init__(self, fault: Fault):
         super().__init__(fault.words)
@@ -77,16 +78,16 @@ class NotFiniteError(Exception):
 
 
 class Watch:
-    """Looks at a run's steps, one after the other: `begin`, `see_loss`, `see_gradient`, each once.
+    """Checks a run's steps, one after the other: `begin`, `see_loss`, `see_gradient`, each once.
 
     Args:
-        weights: what trains.
+        weights: the trainable weights.
         optimizer: AdamW itself; a fused one where `at_once` is false and there is no scaler, since
-            only that can be told on the device to change nothing.
-        scaler: of float16's gradients, or None.
-        device: of the weights.
-        num_processes: that take the same steps.
-        at_once: read the numbers within the step; by default where they are there anyway.
+            only fused AdamW can be made to skip a step by a flag on the device.
+        scaler: gradient scaler of float16, or None.
+        device: device of the weights.
+        num_processes: processes that take the same steps.
+        at_once: read the numbers within the step; by default where that costs no waiting.
     """
 
     def __init__(
@@ -105,14 +106,14 @@ class Watch:
         self._num_seen = 0
         self._random_states: dict[int, RandomState] = {}
         self._is_bad = self._was_bad = torch.zeros((), dtype=torch.bool, device=device)
-        # Loss, gradient's norm and largest weight of the last step or the first bad one, and how
-        # many steps were good.
+        # Loss, gradient norm and largest weight of the last step or of the first bad one, and the
+        # number of good steps.
         self._numbers_4 = torch.zeros(4, dtype=torch.float64, device=device)
         self._largest_grad_W: Tensor | None = torch.zeros(len(weights), device=device)
         self._in_flight: _Copy | None = None
 
     def begin(self, step: int) -> Tensor:
-        """Note where a step starts, counted from 0; one that is cut short may start anew.
+        """Note the start of a step, counted from 0; a step that was cut short may start again.
 
         Returns:
             The size of the largest weight, on the device.
@@ -124,10 +125,10 @@ class Watch:
         return nn.utils.get_total_norm([w.detach() for w in self._weights], norm_type=math.inf)
 
     def see_loss(self, loss: Tensor, largest_weight: Tensor) -> None:
-        """Look at a step's loss and weights, both over all processes, before gradients are clipped.
+        """Check a step's loss and weights, both over all processes, before gradients are clipped.
 
-        Where they are not finite, or an earlier step was bad, a scaler gets to see gradients that
-        make it skip the step.
+        If they are not finite, or an earlier step was bad, the scaler is given gradients that make
+        it skip the step.
         """
         self._num_seen += 1
         self._loss, self._largest_weight = loss.detach(), largest_weight
@@ -141,10 +142,10 @@ class Watch:
             self._largest_grad_W = torch.maximum(self._largest_grad_W, norms_W)
 
     def see_gradient(self, grad_norm: Tensor) -> None:
-        """Look at the norm of a step's gradient, before the optimiser's step.
+        """Check the norm of a step's gradient, before the optimiser's step.
 
-        Where anything is not finite the optimiser's step changes nothing, neither weights nor
-        moments, nor does any later one.
+        If anything is not finite, the optimiser's step changes neither weights nor moments, nor
+        does any later one.
 
         Raises:
             NotFiniteError: this step or an earlier one, as soon as the host knows.
@@ -167,7 +168,7 @@ class Watch:
         self._look()
 
     def sync(self) -> None:
-        """Wait for the device, and know of every step so far.
+        """Wait for the device, and check every step so far.
 
         Raises:
             NotFiniteError: one of them was bad.
@@ -175,9 +176,9 @@ class Watch:
         self._judge(self._numbers_4.tolist(), self._num_seen)
 
     def unmoved(self) -> list[int]:
-        """Which weights, by number, had a gradient of exactly zero in all of the first steps.
+        """Which weights, by index, had a gradient of exactly zero in all of the first steps.
 
-        Told once, and not before those are over. Waits for the device.
+        Reported once, when those steps are over. Waits for the device.
         """
         if self._num_seen < FIRST_STEPS or self._largest_grad_W is None:
             return []
@@ -186,10 +187,10 @@ class Watch:
         return unmoved
 
     def _look(self) -> None:
-        """Judge a step before this one if its numbers have come, and send for those of this."""
+        """Check an earlier step if its numbers have arrived, and start copying this one's."""
         if self._in_flight is not None:
             if self._num_processes > 1:
-                self._in_flight.wait()  # so that all of them know it in the same step
+                self._in_flight.wait()  # so that all processes know it in the same step
             if not self._in_flight.has_come():
                 return
             self._judge(self._in_flight.numbers_4.tolist(), self._in_flight.num_seen)
@@ -214,7 +215,7 @@ class Watch:
 
 @dataclass(frozen=True)
 class _Copy:
-    """Numbers on their way to the host."""
+    """Numbers being copied to the host."""
 
     numbers_4: Tensor
     num_seen: int

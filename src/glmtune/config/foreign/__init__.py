@@ -1,4 +1,4 @@
-"""Names of other trainers, of former days and of our other verbs, and what becomes of each."""
+"""Names of other trainers, of our other verbs, and deprecated ones, and how each is handled."""
 
 from glmtune.config.foreign.answers import ANSWERS
 from glmtune.config.foreign.data import DATA
@@ -14,7 +14,7 @@ TABLE: tuple[Foreign, ...] = (
     *ANSWERS,
     *TRAINING_ARGUMENTS,
 )
-"""All of them, each name once."""
+"""All foreign names, each once."""
 
 FOREIGN: dict[str, Foreign] = {row.name: row for row in TABLE}
-"""Name -> where it is known from, and what becomes of it."""
+"""Name -> the projects that use it, and how it is handled."""

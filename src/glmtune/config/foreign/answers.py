@@ -1,4 +1,4 @@
-"""What other trainers call the settings of answering and merging, and our verbs each other's."""
+"""Other trainers' names for the settings of answering and merging, and our verbs' own variants."""
 
 from glmtune.config.foreign.data import FEWER, LENGTH, NO_ROWS, NOT_CONVERTED
 from glmtune.config.foreign.fates import (
@@ -63,7 +63,7 @@ ANSWERS: tuple[Foreign, ...] = (
     *rows("LLaMA-Factory", "export_dir", becomes("save_path", verbs=("merge",))),
     *rows("scripts of 2023", "merged_path save_dir", becomes("save_path", "output_dir")),
     *off_rows("LLaMA-Factory", "export_quantization_bit export_legacy_format", _AS_IT_WAS),
-    # --- our own names, given to a verb that calls it otherwise ---
+    # --- our own names, given to a verb that has another name for it ---
     *rows(
         _OURS,
         "model_path",
@@ -78,8 +78,8 @@ ANSWERS: tuple[Foreign, ...] = (
         becomes("quantization_bit", word="NF4 under LoRA", values={"qlora": "4"}, verbs=TRAINING),
         idle("lora", word="LoRA is what is trained"),
         refused(
-            "a run starts with a new adapter; --resume_from_checkpoint output/checkpoint-1000 goes "
-            "on with a run"
+            "a run starts with a new adapter; --resume_from_checkpoint output/checkpoint-1000 "
+            "resumes a run"
         ),
     ),
     *rows(

@@ -1,4 +1,4 @@
-"""What other trainers call rows, their length, and what is held out of them."""
+"""Other trainers' names for rows, their length, and held-out rows."""
 
 from glmtune.config.foreign.fates import (
     ANSWERING,
@@ -160,17 +160,17 @@ DATA: tuple[Foreign, ...] = (
     ),
     *only_rows("qlora", "dataset_format", "alpaca", f"rows are alpaca's, for {CONVERT}"),
     *rows("ptuning", "history_column", refused(f"{CONVERT} finds the fields itself", EVERYWHERE)),
-    # --- what is learned of them ---
+    # --- what is supervised ---
     *only_rows(
         "LLaMA-Factory, MedicalGPT, ptuning",
         "ignore_pad_token_for_loss",
         "true",
-        "filler is never learned; leave this out",
+        "filler is never supervised; leave this out",
     ),
     *off_rows(
         "LLaMA-Factory, alpaca-lora, qlora, axolotl",
         "train_on_prompt train_on_inputs train_on_source mask_history",
-        "answers are learned and questions are not; leave this out",
+        "answers are supervised and questions are not; leave this out",
     ),
     *only_rows(
         "alpaca-lora",
@@ -181,7 +181,7 @@ DATA: tuple[Foreign, ...] = (
     *moot_rows(
         "ptuning, axolotl",
         "pad_to_max_length pad_to_sequence_len pad_to_multiple_of",
-        "filler is neither seen nor learned",
+        "filler is neither seen nor supervised",
     ),
     *rows(
         "axolotl",

@@ -1,8 +1,8 @@
-"""What becomes of a name that is not a setting's own: the words for the tables of such names.
+"""How a foreign name is handled: the vocabulary for the tables of such names.
 
 `training_arguments` lists the names of transformers, `other_trainers` those of other trainers and
-of our own verbs; `names` looks them up. A fate sees the value, too: what is accepted without effect
-must be harmless at that value.
+of our own verbs; `names` looks them up. A fate depends on the value, too: only harmless values may
+be accepted without effect.
 """
 
 import ast
@@ -18,15 +18,15 @@ TRAIN_AND_ANSWER = (*TRAINING, *ANSWERING)
 WITH_BASE = ("convert", "tokenize", *TRAINING, *ANSWERING, "merge", "doctor", "replay")
 MAKING_ROWS = ("validate", "convert", "tokenize")
 EVERYWHERE: tuple[str, ...] = ()
-"""Verbs that a fate concerns; none named means all."""
+"""Verbs that a fate concerns; empty for all."""
 
 SAME = "it means the same"
 LAYOUT = "it says how the rows of a pass lie"
 DEFAULT = None
-"""As a converted value: what the setting is where nobody sets it."""
+"""A converted value that stands for the setting's default."""
 
 Conversion = Mapping[str, str | None] | Callable[[str], str]
-"""What a value becomes: by a table of spellings, or by a function, which raises ValueError."""
+"""How a value is converted: by a table of spellings, or by a function that raises ValueError."""
 
 _OFF = ("false", "0", "no", "[]", "{}")
 _SO_HERE = "it is so in any case"
@@ -37,9 +37,9 @@ _FALSE = ("false", "0", "no", "off", "f", "n")
 class Becomes(NamedTuple):
     """The first of these settings that the verb has.
 
-    `values` says what the value becomes: a table, which leaves values that are not in it to the
-    next fate, or a function, which raises ValueError with what is wrong. None: the value stays.
-    A table may hold only beside other names with the values that `beside` lists.
+    `values` converts the value: a table, which leaves other values to the next fate, or a function,
+    which raises ValueError with what is wrong; None keeps the value. With `beside`, a table applies
+    only if other names are given with the values listed there.
     """
 
     settings: tuple[str, ...]
@@ -62,7 +62,7 @@ class Idle(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """Not to be had; `way` is what to do instead."""
+    """Refused; `way` is what to do instead."""
 
     way: str
     verbs: tuple[str, ...]
@@ -72,7 +72,7 @@ Fate = Becomes | Idle | Refused
 
 
 class Foreign(NamedTuple):
-    """A name, the projects whose users know it, and its fates: the first that fits counts."""
+    """A name, the projects whose users know it, and its fates: the first that fits applies."""
 
     name: str
     source: str
@@ -101,14 +101,14 @@ def moot(word: str, verbs: tuple[str, ...] = TRAINING) -> Idle:
 
 
 def refused(way: str, verbs: tuple[str, ...] = TRAINING) -> Refused:
-    """Refused at the values that no fate before it took."""
+    """Refused at the values that no earlier fate handles."""
     return Refused(way, verbs)
 
 
 def unless(
     *values: str, word: str, way: str, verbs: tuple[str, ...] = TRAINING
 ) -> tuple[Idle, Refused]:
-    """Accepted at the values that are what happens here anyway, else refused."""
+    """Accepted at the values that describe what happens here anyway, otherwise refused."""
     return idle(*values, word=word, verbs=verbs), Refused(way, verbs)
 
 
@@ -120,30 +120,30 @@ def rows(source: str, names: str, *fates: Fate) -> tuple[Foreign, ...]:
 def off_rows(
     source: str, names: str, way: str, verbs: tuple[str, ...] = EVERYWHERE
 ) -> tuple[Foreign, ...]:
-    """Names of what is off here, and what to do instead of turning it on."""
+    """Names of features that are off here, and what to do instead of turning them on."""
     return rows(source, names, *unless(*_OFF, word="it is off in any case", way=way, verbs=verbs))
 
 
 def only_rows(
     source: str, names: str, values: str, way: str, verbs: tuple[str, ...] = EVERYWHERE
 ) -> tuple[Foreign, ...]:
-    """Names of what has these values only, and what to do instead of another."""
+    """Names of settings that have only these values here, and what to do instead of another."""
     return rows(source, names, *unless(*values.split(), word=_SO_HERE, way=way, verbs=verbs))
 
 
 def moot_rows(
     source: str, names: str, word: str, verbs: tuple[str, ...] = EVERYWHERE
 ) -> tuple[Foreign, ...]:
-    """Names of what changes nothing here, whatever the value."""
+    """Names of settings without effect here, whatever the value."""
     return rows(source, names, moot(word, verbs))
 
 
 OWN_RANK = "the launcher's LOCAL_RANK"
-"""As a value: the rank that torch's launchers tell a process by its environment, too."""
+"""A value: the rank that torch's launchers also put into the environment of a process."""
 
 
 def spellings(text: str) -> set[str]:
-    """What a value may be called in a table: as written, as a truth value, as a number."""
+    """The spellings of a value to look up in a table: as written, as a boolean, as a number."""
     plain = text.strip().strip("'\"").lower()
     found = {plain}
     if plain == os.environ.get("LOCAL_RANK"):
@@ -160,7 +160,7 @@ def spellings(text: str) -> set[str]:
 
 
 def share_of_rows(text: str) -> str:
-    """A share below 1 is one here as well; 1 and more counts rows, which a share cannot say."""
+    """A share below 1 is kept; 1 and more would count rows, which a share cannot express."""
     number = _number(text)
     if number < 1:
         return text
@@ -179,14 +179,14 @@ def percentage_of_rows(text: str) -> str:
 
 
 def share_of_steps(text: str) -> str:
-    """As warmup_steps, a ratio of 1 would be one single step."""
+    """Convert a warm-up ratio; 1 is refused, since as warmup_steps it would mean a single step."""
     if 0 <= _number(text) < 1:
         return text
     raise ValueError("should be a share of all steps, from 0 to below 1")
 
 
 def names_of_linears(text: str) -> str:
-    """A list as Python, JSON or a shell writes it, as names with commas; all-linear is all."""
+    """Turn a list in Python, JSON or shell syntax into names with commas; all-linear is all."""
     if text.strip().lower() == "all-linear":
         return "all"
     try:

@@ -1,4 +1,4 @@
-"""What other trainers call the base model, the adapter, and how weights are held."""
+"""Other trainers' names for the base model, the adapter, and how weights are held."""
 
 from glmtune.config.foreign.fates import (
     DEFAULT,
@@ -18,7 +18,7 @@ from glmtune.config.foreign.fates import (
 
 _BASE = becomes("chatglm_path", word="folder or hub id of the base")
 _NEW_ADAPTER = refused(
-    "a run starts with a new adapter: to go on with a run --resume_from_checkpoint output/"
+    "a run starts with a new adapter: to resume a run, --resume_from_checkpoint output/"
     "checkpoint-1000; to build on an adapter `glmtune merge --model_path ADAPTER --save_path "
     "merged`, then --chatglm_path merged"
 )
@@ -85,7 +85,7 @@ MODELS: tuple[Foreign, ...] = (
     *rows(
         "LLaMA-Factory, MedicalGPT, ptuning, qlora",
         "cache_dir",
-        refused("the hub's cache is told by HF_HOME=FOLDER before the command", EVERYWHERE),
+        refused("set the hub's cache with HF_HOME=FOLDER before the command", EVERYWHERE),
     ),
     *only_rows(
         "LLaMA-Factory, MedicalGPT, ptuning",
@@ -98,7 +98,7 @@ MODELS: tuple[Foreign, ...] = (
     *off_rows(
         "LLaMA-Factory, MedicalGPT, ptuning, qlora, axolotl",
         "use_auth_token hf_hub_token hf_use_auth_token",
-        "a token is told by HF_TOKEN=... before the command, or by `hf auth login`",
+        "pass a token as HF_TOKEN=... before the command, or with `hf auth login`",
     ),
     # --- bits and number formats ---
     *rows("MedicalGPT, alpaca-lora, axolotl", "load_in_8bit", *_IN_8_BITS),

@@ -1,4 +1,4 @@
-"""What other trainers call LoRA's settings, a run's course and what it leaves behind."""
+"""Other trainers' names for LoRA's settings, a run's schedule and its outputs."""
 
 from glmtune.config.foreign.fates import (
     DEFAULT,
@@ -124,7 +124,7 @@ TRAINING_NAMES: tuple[Foreign, ...] = (
         ),
     ),
     *rows("scripts of 2023", "accumulation_steps", becomes("gradient_accumulation_steps")),
-    # --- course ---
+    # --- schedule ---
     *rows("alpaca-lora, axolotl", "num_epochs", becomes("num_train_epochs")),
     *rows("scripts of 2023", "epochs epoch max_epochs", becomes("num_train_epochs")),
     *rows("VisualGLM-6B", "train_iters", becomes("max_steps")),
@@ -148,12 +148,12 @@ TRAINING_NAMES: tuple[Foreign, ...] = (
     *_off(
         "LLaMA-Factory, axolotl",
         "early_stopping_steps early_stopping_patience",
-        "a run takes the steps it is told: --max_steps 1000, or --max_hours 8",
+        "a run takes a fixed number of steps: --max_steps 1000, or --max_hours 8",
     ),
     *_off(
         "axolotl",
         "evals_per_epoch saves_per_epoch",
-        "both come every so many steps: --eval_steps 500 --save_steps 500",
+        "both come every N steps: --eval_steps 500 --save_steps 500",
     ),
     *moot_rows(
         "ptuning, finetune_demo",
@@ -174,7 +174,7 @@ TRAINING_NAMES: tuple[Foreign, ...] = (
         "num_gpus nproc_per_node world_size master_port master_addr",
         _LAUNCHER,
     ),
-    # --- what a run leaves behind, and goes on from ---
+    # --- what a run writes and resumes from ---
     *rows("ChatGLM-Finetuning", "save_model_step", becomes("save_steps")),
     *rows("ChatGLM-Finetuning", "show_loss_step", becomes("logging_steps")),
     *rows("VisualGLM-6B", "save_interval", becomes("save_steps")),

@@ -1,6 +1,6 @@
-"""transformers' TrainingArguments, of today and of former days: what becomes of those we lack.
+"""transformers' TrainingArguments, current and deprecated: how those we lack are handled.
 
-A test compares the names with the transformers that is installed, so that a new one shows.
+A test compares the names with the installed transformers, so that a new one is noticed.
 """
 
 from glmtune.config.foreign.fates import (
@@ -21,7 +21,7 @@ from glmtune.config.foreign.fates import (
 
 _SOURCE = "transformers"
 
-# AdamW, whoever computes it. Paged and 8-bit forms save memory that LoRA does not need.
+# AdamW in any implementation. Paged and 8-bit forms save memory that LoRA does not need.
 ADAMW = (
     *("adamw", "adamw_hf", "adamw_torch", "adamw_torch_fused", "adamw_torch_xla"),
     *("adamw_apex_fused", "adamw_torch_npu_fused", "adamw_anyprecision"),
@@ -100,7 +100,7 @@ TRAINING_ARGUMENTS: tuple[Foreign, ...] = (
         "eval_strategy evaluation_strategy",
         becomes("eval_ratio", word="no rows are held out", values={"no": "0"}),
         idle("steps", word=_EVALUATION),
-        refused("evaluations come every so many steps: --eval_ratio 0.1 --eval_steps 500"),
+        refused("evaluations come every N steps: --eval_ratio 0.1 --eval_steps 500"),
     ),
     *_moot("do_eval", _EVALUATION),
     *_moot(
@@ -116,18 +116,18 @@ TRAINING_ARGUMENTS: tuple[Foreign, ...] = (
     ),
     *_off(
         "load_best_model_at_end",
-        "the last checkpoint is the result; metrics.jsonl tells which was the best, and `glmtune "
+        "the last checkpoint is the result; metrics.jsonl shows which was the best, and `glmtune "
         "merge --model_path output/checkpoint-1000 --save_path merged` takes any",
     ),
     *_moot("metric_for_best_model greater_is_better", "no checkpoint is chosen as the best"),
-    # --- saving and going on ---
+    # --- saving and resuming ---
     *rows(
         _SOURCE,
         "save_strategy",
         *unless(
             "steps",
             word="checkpoints come every save_steps",
-            way="checkpoints come every so many steps, and at the end: --save_steps 1000",
+            way="checkpoints come every N steps, and at the end: --save_steps 1000",
         ),
     ),
     *rows(
@@ -139,9 +139,9 @@ TRAINING_ARGUMENTS: tuple[Foreign, ...] = (
             way="adapters are always written as safetensors, which PEFT reads; leave this out",
         ),
     ),
-    *_off("save_only_model", "a checkpoint always holds what going on needs; leave this out"),
+    *_off("save_only_model", "a checkpoint always holds what resuming needs; leave this out"),
     *_off("save_on_each_node", "the first process saves for all; leave this out"),
-    *_off("ignore_data_skip", "a resumed run goes on at its row; leave this out"),
+    *_off("ignore_data_skip", "a resumed run continues at its row; leave this out"),
     *_off(
         "enable_jit_checkpoint",
         "a signal makes a run save and stop in any case, and --max_hours 8 does",
@@ -155,7 +155,7 @@ TRAINING_ARGUMENTS: tuple[Foreign, ...] = (
         *unless(
             "steps",
             word="lines come every logging_steps",
-            way="lines are logged every so many steps: --logging_steps 50",
+            way="lines are logged every N steps: --logging_steps 50",
         ),
     ),
     *_moot("logging_first_step", "the first step is always logged"),
@@ -182,13 +182,15 @@ TRAINING_ARGUMENTS: tuple[Foreign, ...] = (
         _LOADING,
     ),
     *_off("dataloader_drop_last", "no row is dropped at the end of an epoch; leave this out"),
-    *_off("auto_find_batch_size", "`glmtune plan --memory_gib 16` tells what fits; leave this out"),
+    *_off(
+        "auto_find_batch_size", "`glmtune plan --memory_gib 16` prints what fits; leave this out"
+    ),
     # --- devices ---
     *rows(
         _SOURCE,
         "local_rank",
-        idle("-1", "0", OWN_RANK, word="the launcher's environment tells which process it is"),
-        refused(f"the launcher tells each process which it is: {TORCHRUN}"),
+        idle("-1", "0", OWN_RANK, word="the launcher's environment gives the rank"),
+        refused(f"the launcher gives each process its rank: {TORCHRUN}"),
     ),
     *_moot(
         "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph",
@@ -239,7 +241,7 @@ TRAINING_ARGUMENTS: tuple[Foreign, ...] = (
         *unless(
             "true",
             word="train trains",
-            way="`glmtune plan` tells of a run without it, `glmtune infer` answers",
+            way="`glmtune plan` forecasts a run without it, `glmtune infer` answers",
         ),
         refused("`glmtune train --dataset_path rows --output_dir output` trains", EVERYWHERE),
     ),

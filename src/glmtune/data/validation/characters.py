@@ -1,7 +1,7 @@
-"""What characters a text is made of, read off its UTF-8 bytes in bulk.
+"""Which characters a text is made of, found in bulk from its UTF-8 bytes.
 
-A block of rows is looked at as an array of bytes, a few operations for all of them, because a look
-at each character takes Python longer than reading the file.
+A block of rows is treated as an array of bytes, with a few operations for all of them, because a
+loop over characters takes Python longer than reading the file.
 """
 
 import re
@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd]")
-"""Characters that no text should hold: controls but tab and line ends, and U+FFFD, which stands
-where an earlier reading of the text lost a character."""
+"""Characters that no text should hold: controls other than tab and line ends, and U+FFFD, which
+marks a character that an earlier decoding lost."""
 
 LANGUAGES = ("Chinese", "English", "other")
 
@@ -27,7 +27,7 @@ class Survey(NamedTuple):
 
     `bare` is the text without white space and punctuation, Chinese and English, in lower case;
     control characters stay, and signs of arithmetic, which change what a question asks. `letters`
-    counts letters in LANGUAGES, `num_controls` what CONTROL matches.
+    counts letters by LANGUAGES, `num_controls` the matches of CONTROL.
     """
 
     bare: bytes
@@ -36,10 +36,10 @@ class Survey(NamedTuple):
 
 
 def survey(data: bytes) -> Survey:
-    """Look at UTF-8 text.
+    """Analyse UTF-8 text.
 
-    Letters are told apart by first bytes, which stand for blocks of characters: E4 to E9 for U+4000
-    to U+9FFF. The rare Han characters outside count as other, as do kana and accented letters.
+    Letters are classified by first bytes, which stand for blocks of characters: E4 to E9 for U+4000
+    to U+9FFF. Rare Han characters outside these count as other, as do kana and accented letters.
     """
     bare, han, other, num_controls = data, 0, 0, 0
     if not data.isascii():
@@ -56,7 +56,7 @@ def survey(data: bytes) -> Survey:
         num_controls = _count((second[at] == 0xBF) & (third[at] == 0xBD))
         at = np.flatnonzero(codes[:-1] == 0xC2)
         num_controls += _count(codes[1:][at] < 0xA0)
-        mask = np.negative(is_mark.view(np.uint8))  # 0xFF, which is in no text, where a mark stands
+        mask = np.negative(is_mark.view(np.uint8))  # 0xFF, which UTF-8 never holds, at each mark
         for part in (first, second, third):
             part |= mask
         bare = codes.tobytes()

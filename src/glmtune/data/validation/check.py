@@ -1,7 +1,7 @@
 """One file, batch by batch: what is wrong with its rows, and what they are made of.
 
-A batch is first looked at as a whole, with a few operations on all of its text. Only where that
-shows anything unusual are its rows looked at one by one, to say which and why.
+A batch is first checked as a whole, with a few operations on all of its text. Only where that shows
+anything unusual are its rows checked one by one, to say which and why.
 """
 
 import string
@@ -32,7 +32,7 @@ from glmtune.data.validation.problems import Problem
 from glmtune.data.windows import Batch
 
 LONG_TEXT = 100_000
-"""Characters of a row beyond which it is surely not one question and its answer."""
+"""A row of more characters than this is surely not one question and its answer."""
 
 NUM_PARTS = len(ALPACA)
 
@@ -57,7 +57,7 @@ class CheckedFile:
         return dict(zip(LANGUAGES, shares, strict=True)) if total else {}
 
     def as_json(self) -> dict[str, object]:
-        """The same for the report."""
+        """The same as plain data, for the report."""
         return {
             "path": self.path,
             "format": self.format,
@@ -79,7 +79,7 @@ class CheckedFile:
 
 
 class FileCheck:
-    """Checks the rows of a file; `tell` is called with each problem."""
+    """A check of the rows of a file; `tell` is called with each problem."""
 
     def __init__(self, path: str, tell: Callable[[Problem], None], with_questions: bool) -> None:
         self.file = CheckedFile(path)
@@ -87,7 +87,7 @@ class FileCheck:
         self._tell = tell
 
     def take(self, batch: Batch) -> None:
-        """Check the rows that come next."""
+        """Check the next rows."""
         first = self.file.num_rows + 1
         self.file.num_rows += len(batch.values)
         self.file.num_bytes += batch.num_bytes
@@ -96,7 +96,7 @@ class FileCheck:
         try:
             texts, use = self._texts_at_once(batch.values)
             found = survey(END_OF_ROW.join(texts).encode())
-            is_clean = found.num_controls == max(0, NUM_PARTS * len(texts) - 1)  # the ends of parts
+            is_clean = found.num_controls == max(0, NUM_PARTS * len(texts) - 1)  # separators only
         except (AttributeError, LookupError, TypeError, ValueError):
             is_clean = False
         if is_clean:
@@ -115,8 +115,9 @@ class FileCheck:
     def _texts_at_once(self, values: list) -> tuple[list[str], FieldUse]:
         """Return instruction, input and answer of each row, joined, and what else the rows hold.
 
-        Raises AttributeError, LookupError, TypeError or ValueError where a row is unlike the others
-        in its fields, or in what they hold, or has one that should perhaps be taught.
+        Raises AttributeError, LookupError, TypeError or ValueError where a row differs from the
+        others in its fields or their types, or has an unused field that should perhaps be trained
+        on.
         """
         if set(map(type, values)) != {dict}:
             raise TypeError
@@ -132,14 +133,14 @@ class FileCheck:
             use.renamed[names] = len(values)
         if sum(map(len, values)) > len(fields) * len(values):
             use.unused = Counter(chain.from_iterable(values)) - Counter(fields * len(values))
-        if any(map(is_content, use.unused)):  # among them an input that other rows have not
+        if any(map(is_content, use.unused)):  # also an input that other rows lack
             raise LookupError
         return texts, use
 
     def _texts_by_row(
         self, batch: Batch, rows: Iterable[int]
     ) -> tuple[list[int], list[int], list[str]]:
-        """Return number, line and text of the usable rows, and tell what is wrong with any."""
+        """Return number, line and text of the usable rows, and report what is wrong with any."""
         good_rows: list[int] = []
         good_lines: list[int] = []
         texts: list[str] = []
@@ -164,7 +165,7 @@ class FileCheck:
         return good_rows, good_lines, texts
 
     def _clean_record(self, record: Record) -> tuple[str, str, str]:
-        """Return the texts of a record; one with earlier rounds as convert would write it."""
+        """Return the texts of a record; with earlier rounds, as convert would write them."""
         row, line = record.row, record.line
         earlier = [
             (self._clean(asked, HISTORY, row, line), self._clean(answer, HISTORY, row, line))
@@ -177,7 +178,7 @@ class FileCheck:
         return instruction, input, output
 
     def _clean(self, text: str, name: str, row: int, line: int) -> str:
-        """Return a field's text without what no text should hold, and tell of the first such."""
+        """Return a field's text without forbidden characters, and report the first of them."""
         if found := CONTROL.search(text):
             num = len(CONTROL.findall(text))
             kind = "lost character" if found[0] == "\ufffd" else "control character in text"
@@ -188,7 +189,7 @@ class FileCheck:
         return text
 
     def _warn_of_sizes(self, texts: list[str], rows: Sequence[int], lines: Sequence[int]) -> None:
-        """Tell of rows that are empty in part, or too long to be of use."""
+        """Report rows with an empty part, or too long to be of use."""
         for text, row, line in zip(texts, rows, lines, strict=True):
             asked, _, answer = text.rpartition(END_OF_PART)
             if not answer.strip():
@@ -219,7 +220,7 @@ def _format_of(fields: Mapping[str, object]) -> str:
 
 
 def _has_empty_part(bare: bytes) -> bool:
-    """Whether an answer, or all before one, is empty or nothing but punctuation."""
+    """Whether an answer, or everything before it, is empty or nothing but punctuation."""
     codes = np.frombuffer(b"\x00%b\x00" % bare, np.uint8)
     ends_row, ends_part = codes == 0, codes == 1
     is_empty = ends_part[:-1] & ends_row[1:]
@@ -227,7 +228,8 @@ def _has_empty_part(bare: bytes) -> bool:
     return bool(is_empty.any())
 
 
-# How the fields of a record become instruction, input and answer; join refuses what is no string.
+# How the fields of a record become instruction, input and answer; join refuses anything but
+# strings.
 _JOIN: dict[int, Callable[[tuple], str]] = {
     NUM_PARTS: END_OF_PART.join,
     NUM_PARTS - 1: (2 * END_OF_PART).join,

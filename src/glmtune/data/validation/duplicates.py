@@ -1,8 +1,8 @@
-"""Find rows that stand twice, nearly twice, or in both of two files, by numbers made of their text.
+"""Find rows that occur twice, nearly twice, or in both of two files, by hashes of their text.
 
 Two rows are near duplicates when question and answer are the same once white space, punctuation and
-the case of letters are gone (characters.bare). A row leaves 24 bytes behind, or 32 where files are
-compared, so that millions of rows are compared without keeping them.
+the case of letters are gone (characters.bare). Only 24 bytes of a row are kept, or 32 where files
+are compared, so that millions of rows can be compared.
 """
 
 from array import array
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 END_OF_PART, END_OF_ROW = "\x01", "\x00"
-"""What stands between instruction, input and answer, and between rows, of joined texts."""
+"""Separates instruction, input and answer, and rows, in joined texts."""
 
 
 class Place(NamedTuple):
@@ -27,10 +27,10 @@ class Place(NamedTuple):
 
 
 class Fingerprints:
-    """What is kept of the rows of one file: 64 bits of the bare text, 32 of the text, the place.
+    """What is kept of the rows of a file: 64 hash bits of the bare text, 32 of the text, the place.
 
-    Bare questions are kept as well `with_questions`. 64 bits tell ten million rows apart with a
-    chance of three in a million that any two are mixed up.
+    With `with_questions`, hashes of the bare questions are kept as well. Among ten million rows,
+    the chance that any two share 64 bits is three in a million.
     """
 
     def __init__(self, path: str, with_questions: bool) -> None:
@@ -40,7 +40,7 @@ class Fingerprints:
         self.exact, self.rows, self.lines = array("I"), array("I"), array("Q")
 
     def add(self, texts: list[str], bare: bytes, rows: Sequence[int], lines: Sequence[int]) -> None:
-        """Keep the numbers of rows, given their texts, and these joined and made bare."""
+        """Keep the hashes of rows, given their texts, and the same joined and made bare."""
         bare_texts = bare.split(END_OF_ROW.encode())
         self.bare.extend(map(hash, bare_texts))
         if self.with_questions:
@@ -52,7 +52,7 @@ class Fingerprints:
         self.lines.frombytes(_numbers(lines, np.uint64).tobytes())
 
     def place(self, index: int) -> Place:
-        """Where the row with the index-th numbers stands."""
+        """Where the row with the index-th hashes stands."""
         return Place(self.path, self.rows[index], self.lines[index])
 
 
@@ -65,8 +65,8 @@ def _numbers(numbers: Sequence[int], dtype: type) -> np.ndarray:
 def find_repeats(files: list[Fingerprints]) -> Iterator[tuple[Place, Place, bool]]:
     """Yield each row that repeats an earlier one, that one, and whether nothing at all differs.
 
-    Rows come in the order of files and rows. One that is the same as an earlier row to the letter
-    is told with that row, otherwise with the first that it is nearly the same as.
+    Rows come in the order of files and rows. A row that equals an earlier one exactly is paired
+    with that one, otherwise with the first that it nearly equals.
     """
     numbers = np.concatenate([np.asarray(file.bare) for file in files])
     later, first = _repeats(numbers)
@@ -100,7 +100,7 @@ def find_shared_questions(
 
 
 def _repeats(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the indices, ascending, of numbers that stand before, and where each stands first."""
+    """Return the ascending indices of repeated numbers, and where each occurred first."""
     order = np.argsort(numbers, kind="stable")
     ranked = numbers[order]
     places = np.flatnonzero(ranked[1:] == ranked[:-1]) + 1

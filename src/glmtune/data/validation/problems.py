@@ -15,8 +15,9 @@ NUM_SHOWN = 3
 class Problem:
     """What is wrong at a place, and the fix.
 
-    `row` and `field` are None where the problem is not about one. An `unusable` row, or a file that
-    is `unusable` beyond a row, is refused by the verbs that read it; other problems are warnings.
+    `row` and `field` are None where the problem is not about one. `unusable` rows, and files that
+    are `unusable` beyond a row, are refused by the verbs that read them; other problems are
+    warnings.
     """
 
     kind: str
@@ -45,10 +46,10 @@ class Tally:
 
 
 class Problems:
-    """Takes problems in; holds a few of each kind, and the row numbers of all.
+    """Collects problems: a few of each kind in full, and the row numbers of all.
 
-    `file`, if given, becomes one JSON object: "problems", one a line as they come in, and then what
-    `close` is given.
+    `file`, if given, becomes one JSON object: "problems", one a line in the order of arrival, and
+    then what `close` is given.
     """
 
     def __init__(self, file: TextIO | None) -> None:
@@ -71,7 +72,7 @@ class Problems:
             self._separator = ",\n"
 
     def close(self, rest: Mapping[str, object]) -> None:
-        """End the report with what else is to be told."""
+        """End the report with its remaining fields."""
         if self._file:
             text = _as_json(rest, indent=1)
             self._file.write("\n],\n" + text.removeprefix("{\n") + "\n")
@@ -82,7 +83,7 @@ class Problems:
         return {kind: tally.num for kind, tally in self.tallies.items()}
 
     def lines(self, unusable: bool) -> Iterator[str]:
-        """Word the problems, unusable ones or warnings, a few of each kind in full."""
+        """Describe the problems, unusable ones or warnings, a few of each kind in full."""
         for kind, tally in self.tallies.items():
             if tally.unusable != unusable:
                 continue

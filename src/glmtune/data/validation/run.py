@@ -20,7 +20,7 @@ from glmtune.errors import UserError, note, visible
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """All that was found in `files` (the last is the held-out one, if there was one)."""
+    """Everything found in `files` (the last is the held-out one, if there is one)."""
 
     files: list[CheckedFile]
     problems: Problems
@@ -29,21 +29,21 @@ class Validation:
 
     @property
     def num_rows(self) -> int:
-        """Rows of all files."""
+        """Number of rows in all files."""
         return sum(file.num_rows for file in self.files)
 
     @property
     def num_unusable(self) -> int:
-        """Rows that no verb can use."""
+        """Number of rows that no verb can use."""
         return sum(file.num_unusable for file in self.files)
 
     @property
     def megabytes_per_second(self) -> float:
-        """How fast the files were read and compared."""
+        """A line on how fast the files were read and compared."""
         return sum(file.num_bytes for file in self.files) / 1e6 / self.seconds
 
     def as_json(self) -> dict[str, object]:
-        """What the report says beside the problems."""
+        """The fields of the report beside the problems."""
         return {
             "counts": self.problems.counts,
             "files": [file.as_json() for file in self.files],
@@ -70,8 +70,8 @@ def validate(settings: ValidateSettings) -> Validation:
     """Check files of alpaca records or of context and target, and print what was found.
 
     Every problem is counted and its row named; `json_path` gets each one whole. Returns what was
-    found, where all rows are usable. Raises UserError, one line, where rows or whole files are not,
-    once all has been told; and for a json_path that cannot be written.
+    found if all rows are usable. Otherwise raises UserError, one line, after everything has been
+    printed; also for a json_path that cannot be written.
     """
     start = time.perf_counter()
     held_out = [settings.held_out] if settings.held_out else []
@@ -90,7 +90,7 @@ def validate(settings: ValidateSettings) -> Validation:
     print(visible(str(validation)))
     if num_unusable := validation.num_unusable:
         raise UserError(
-            f"{num_unusable:,} of {validation.num_rows:,} rows cannot be used; mend them, "
+            f"{num_unusable:,} of {validation.num_rows:,} rows cannot be used; fix them, "
             "or let convert and tokenize leave them out with --on_bad_row skip"
         )
     if any(tally.unusable for tally in problems.tallies.values()):
@@ -101,7 +101,7 @@ def validate(settings: ValidateSettings) -> Validation:
 def _check_file(
     path: str, problems: Problems, with_questions: bool, encoding: str | None
 ) -> tuple[CheckedFile, Fingerprints]:
-    """Read a file to its end; what is wrong goes into `problems`, be it the file as a whole."""
+    """Read a file to its end; what is wrong, with a row or the whole file, goes into `problems`."""
     check = FileCheck(path, problems.add, with_questions)
     size = os.path.getsize(path) if os.path.isfile(path) else None
     with tqdm(total=size, desc=path, unit="B", unit_scale=True, delay=1) as progress:
@@ -115,7 +115,7 @@ def _check_file(
 
 
 def _problem_of_file(path: str, text: str) -> Problem:
-    """Take a UserError's "path:line: what; fix" apart, of which the line may be missing."""
+    """Split a UserError's "path:line: what; fix", in which the line may be missing."""
     place, _, told = text[len(path) :].partition(": ")
     what, _, fix = told.rpartition("; ")
     line = int(place[1:]) if place else None
@@ -123,20 +123,20 @@ def _problem_of_file(path: str, text: str) -> Problem:
 
 
 def _tell_of_empty(files: list[CheckedFile], num_files: int, problems: Problems) -> None:
-    """Tell of files without a row that nothing was told of; the held-out one may be such a file."""
+    """Report files without a row and without another problem; only note it of held-out ones."""
     told = {problem.file for tally in problems.tallies.values() for problem in tally.shown}
     for number, file in enumerate(files):
         if file.num_rows or file.path in told:
             continue
         if number >= num_files:
-            note(f"{file.path}: holds no row, so nothing is held against it")
+            note(f"{file.path}: holds no row, so nothing is compared with it")
             continue
         what, fix = "holds no row", "check that this is the right file"
         problems.add(Problem("file", file.path, None, None, what, fix, unusable=True))
 
 
 def _compare(files: list[Fingerprints], held_out: list[Fingerprints], problems: Problems) -> None:
-    """Tell of rows that stand twice among the files, and of questions that are held out as well."""
+    """Report rows that occur twice among the files, and questions that are held out as well."""
     for place, first, is_exact in find_repeats(files):
         kind, like = ("duplicate", "the same as") if is_exact else ("near duplicate", "nearly")
         what = f"{like} {first}"
@@ -148,7 +148,7 @@ def _compare(files: list[Fingerprints], held_out: list[Fingerprints], problems: 
 
 
 def _peak_bytes() -> int | None:
-    """The most memory that was held at a time; None where nobody tells."""
+    """The peak memory of this process; None where the system does not report it."""
     try:
         import resource
     except ImportError:  # on Windows

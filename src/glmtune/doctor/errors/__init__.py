@@ -1,4 +1,4 @@
-"""Error messages that are known, with what mends each; docs/errors.md is made of them."""
+"""Known error messages, with the fix of each; docs/errors.md is generated from them."""
 
 from glmtune.doctor.errors.first_twenty import FIRST_TWENTY
 from glmtune.doctor.errors.loading import LOADING
@@ -10,4 +10,4 @@ from glmtune.doctor.errors.training import TRAINING
 __all__ = ["KNOWN_ERRORS", "KnownError"]
 
 KNOWN_ERRORS: tuple[KnownError, ...] = (*FIRST_TWENTY, *LOADING, *ROWS, *TRAINING, *MACHINE)
-"""All of them, in the order of docs/errors.md."""
+"""All known errors, in the order of docs/errors.md."""

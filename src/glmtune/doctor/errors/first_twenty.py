@@ -27,7 +27,7 @@ FIRST_TWENTY = (
         "AttributeError: 'ChatGLMForConditionalGeneration' object has no attribute "
         "'_extract_past_from_model_output'",
         r"has no attribute '_extract_past_from_model_output'",
-        "The model's remote code calls a function that transformers 4.49 took away. glmtune has "
+        "The model's remote code calls a function that transformers 4.49 removed. glmtune has "
         "the model natively and decodes by itself.",
         "模型的远程代码调用了 transformers 4.49 已删除的函数。glmtune 内置了原生模型和自己的解"
         "码器。",
@@ -37,7 +37,7 @@ FIRST_TWENTY = (
     KnownError(
         "AttributeError: 'ChatGLMConfig' object has no attribute 'max_length'",
         r"ChatGLMConfig'? object has no attribute '\w+'",
-        "The model's remote code reads a field of its config that transformers 5 took away. "
+        "The model's remote code reads a field of its config that transformers 5 removed. "
         "glmtune has a config class of its own.",
         "模型的远程代码读取了 transformers 5 已从配置中移除的字段。glmtune 使用自己的配置类。",
         "glmtune chat --chatglm_path chatglm-6b",
@@ -133,8 +133,8 @@ FIRST_TWENTY = (
         "FileNotFoundError: [Errno 2] No such file or directory: "
         "'output/checkpoint-500/trainer_state.json'",
         r"No such file or directory: '.*trainer_state\.json'",
-        "The newest checkpoint was cut short while it was written, and is taken without a look. "
-        "glmtune writes a checkpoint whole or not at all, and goes on from the newest whole one.",
+        "The newest checkpoint was cut off while it was written, and is loaded without a check. "
+        "glmtune writes a checkpoint whole or not at all, and resumes from the newest whole one.",
         "最新的检查点没有写完就中断了，却未经检查就被使用。glmtune 的检查点要么完整、要么不存在，"
         "并从最新的完整检查点继续。",
         "glmtune train output/recipe.yaml --resume_from_checkpoint true",
@@ -178,7 +178,7 @@ FIRST_TWENTY = (
         "RuntimeError: probability tensor contains either `inf`, `nan` or element < 0",
         r"probability tensor contains either `?inf|'?grad_norm'?: '?nan|'?loss'?: '?(nan|0\.0'?,)",
         "Values overflowed, mostly in float16: a loss of 0.0 or NaN is a lost run, though most "
-        "tools go on. Compute in bfloat16 or float32, and lower the learning rate.",
+        "tools continue. Compute in bfloat16 or float32, and lower the learning rate.",
         "数值溢出，多半发生在 float16：损失为 0.0 或 NaN 说明训练已经失败，尽管多数工具仍会继续。"
         "请改用 bfloat16 或 float32，并降低学习率。",
         "glmtune train --dataset_path data --output_dir output --bf16 true --learning_rate 5e-5",

@@ -67,8 +67,8 @@ LOADING = (
         "AutoModel: AutoModelForCausalLM.",
         r"Unrecognized configuration class .{0,200}ChatGLMConfig|"
         r"model type [`'\"]?chatglm[`'\"]? but Transformers does not recognize|KeyError: 'chatglm'",
-        "transformers knows no ChatGLM, and its Auto classes were not told of one. glmtune's verbs "
-        "know it; in Python, import glmtune.models before loading.",
+        "transformers has no ChatGLM, and none was registered with its Auto classes. glmtune's "
+        "verbs know it; in Python, import glmtune.models before loading.",
         "transformers 不认识 ChatGLM，Auto 类也没有注册过它。glmtune 的命令可以直接使用；在 "
         "Python 中，请先 import glmtune.models 再加载。",
         CHAT,
@@ -123,7 +123,7 @@ LOADING = (
         "UserWarning: Found missing adapter keys while loading the checkpoint",
         r"Found missing adapter keys while loading",
         "The adapter's names are not those of the base, so part of it, or all, has no effect, "
-        "though loading goes on. glmtune refuses such an adapter and reads every naming of 2023.",
+        "though loading continues. glmtune refuses such an adapter and reads every naming of 2023.",
         "适配器中的名称与底座对不上，因此部分或全部不起作用，但加载仍会继续。glmtune 会拒绝这样的"
         "适配器，并能读取 2023 年以来的各种命名。",
         "glmtune check output --chatglm_path chatglm-6b",

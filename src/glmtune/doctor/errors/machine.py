@@ -115,7 +115,7 @@ MACHINE = (
         "OSError: [Errno 28] No space left on device",
         r"No space left on device|Disk quota exceeded|not enough free disk space",
         "The disk is full, or your share of it: ChatGLM-6B takes 13 GB, a cache of it as much "
-        "again. Move the hub's cache; the doctor tells what is free.",
+        "again. Move the hub's cache; the doctor prints what is free.",
         "磁盘或你的配额已满：ChatGLM-6B 需要 13 GB，缓存还要同样多。请把 hub 缓存移到别处；"
         "doctor 会列出剩余空间。",
         "HF_HOME=big-disk/huggingface glmtune doctor",

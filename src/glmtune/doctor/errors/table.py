@@ -1,4 +1,4 @@
-"""What a known error is, and the commands that several of them name."""
+"""The structure of a known error, and the commands that several of them share."""
 
 from typing import NamedTuple
 
@@ -9,11 +9,11 @@ TOKENIZE = "glmtune tokenize --jsonl_path data.jsonl --save_path data"
 
 
 class KnownError(NamedTuple):
-    """A message, and what is behind it."""
+    """A message, and its cause."""
 
     message: str
     pattern: str
-    """Regular expression that finds the message, whatever paths and numbers stand in it."""
+    """Regular expression that finds the message, whatever paths and numbers it contains."""
     cause: str
     cause_zh: str
     command: str

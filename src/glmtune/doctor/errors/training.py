@@ -9,7 +9,7 @@ TRAINING = (
         "finetune.py: error: unrecognized arguments: --local-rank=0",
         r"unrecognized arguments:[^\n]*--local[-_]rank|HfArgumentParser: \['--local[-_]rank",
         "torch.distributed.launch passes the rank as a flag, in a spelling that the script does "
-        "not know. torchrun tells it by the environment; glmtune takes both.",
+        "not know. torchrun passes it in the environment; glmtune accepts both.",
         "torch.distributed.launch 用参数传递进程序号，而脚本不认识这种写法。torchrun 通过环境变量"
         "传递；glmtune 两种都接受。",
         _TORCHRUN,
@@ -103,8 +103,8 @@ TRAINING = (
         "error, NCCL version 2.21.5",
         r"Watchdog caught collective operation timeout|NCCL error in:|nccl(Internal|UnhandledCuda|"
         r"System|Remote)Error|unhandled (cuda|system) error, NCCL",
-        "One process did not come to a common step: it failed or waits, or the cards cannot reach "
-        "each other. Its own message stands higher up; NCCL_DEBUG says more.",
+        "One process did not reach a collective operation: it failed or waits, or the cards "
+        "cannot reach each other. Its own message is higher up; NCCL_DEBUG prints more.",
         "某个进程没有到达共同的步骤：它出错了、在等待，或显卡之间无法通信。它自己的报错在更前面；"
         "NCCL_DEBUG 会给出更多信息。",
         f"NCCL_DEBUG=INFO {_TORCHRUN}",

@@ -1,1 +1,1 @@
-"""A run that goes wrong: loss that explodes, numbers not finite, a step kept for replay."""
+"""What can go wrong in a run: an exploding loss, numbers that are not finite; a step for replay."""

@@ -1,4 +1,4 @@
-"""`crash-N/`: all it takes to compute step N again, which stopped a run; whole or not there.
+"""`crash-N/`: all that is needed to compute again step N, which stopped a run; whole or absent.
 
 crash.json         what was not finite, where first, the rows with their places in the source, the
                    settings of device and layout, versions
@@ -52,7 +52,7 @@ _LIBRARIES = ("torch", "transformers", "peft", "accelerate")
 
 @dataclass(frozen=True)
 class Bundle:
-    """What `crash-N/` tells, read back."""
+    """The content of `crash-N/`, read back."""
 
     folder: Path
     told: dict[str, Any]
@@ -62,17 +62,17 @@ class Bundle:
     passes: list[PassOfStep]
     random_states: list[RandomState]
     outcome: Outcome
-    """What the step came to when the run computed it again, the plain way."""
+    """The result of the step when the run computed it again by the reference path."""
 
 
 @contextmanager
 def bundle_on_fault(run: Run, state: TrainingState) -> Iterator[None]:
-    """Where a step is not made because a number is not finite, leave a bundle and say what to do.
+    """If a step is refused because a number is not finite, write a bundle and say what to do.
 
-    Called by all processes, which all meet the fault.
+    Called by all processes, all of which see the fault.
 
     Raises:
-        UserError: in the place of NotFiniteError.
+        UserError: instead of NotFiniteError.
     """
     try:
         yield
@@ -89,7 +89,7 @@ def _leave_bundle(
     fault: Fault,
     random_states: Sequence[RandomState],
 ) -> str:
-    """Write the bundle; returns how the message about the fault goes on."""
+    """Write the bundle; return the rest of the message about the fault."""
     output_dir, num_processes = Path(run.settings.output_dir), run.accelerator.num_processes
     parts = run.plan.parts(fault.step, num_processes)
     passes = [
@@ -129,7 +129,7 @@ def _leave_bundle(
     )
     with new_folder(str(folder)) as draft:
         write_json(told, draft / CRASH_FILE)
-        # By way of memory: safetensors tells of a full disk as an error of its own.
+        # Serialise in memory first: safetensors reports a full disk as an error of its own type.
         (draft / STEP_FILE).write_bytes(save(_step_tensors(run.rows, passes, random_states)))
         save_adapter(state.model, draft, run.base_name)
         moments = state.optimizer.state_dict()
@@ -143,7 +143,7 @@ def _leave_bundle(
 
 
 def surroundings(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """What may make the same step come to another result elsewhere."""
+    """What may make the same step give another result elsewhere."""
     return {
         "device": device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}",
         "dtype": str(dtype).removeprefix("torch."),
@@ -154,10 +154,10 @@ def surroundings(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
 
 
 def read_bundle(folder: Path) -> Bundle:
-    """Read what a run left.
+    """Read the bundle of a run.
 
     Raises:
-        UserError: it is no bundle, or damaged.
+        UserError: the folder is no bundle, or is damaged.
     """
     if not (folder / CRASH_FILE).is_file():
         raise UserError(f"{folder}: has no {CRASH_FILE}; name a crash-N folder of a run")
@@ -213,7 +213,7 @@ def _step_tensors(
 
 
 def _places(run: Run, passes: Sequence[PassOfStep]) -> list[dict[str, Any]]:
-    """Each row of the step: its number in the data set, and where its source has it."""
+    """For each row of the step, its number in the data set and its place in the source file."""
     file = Path(run.settings.dataset_path) / CARD_FILE
     card = DataCard.read(file) if file.is_file() else None
     sources = card.source_rows() if card else None
@@ -240,7 +240,7 @@ def _locate(run: Run, outcome: Outcome) -> str:
         return f", first the {outcome.culprit}"
     if run.layout == "padded":
         return ", which it is not when computed again"
-    return f", which it is not the plain way: the fault is in the pass ({run.layout})"
+    return f", which it is not by the reference path: the fault is in the pass ({run.layout})"
 
 
 def _advise(run: Run, fault: Fault, outcome: Outcome) -> str:
@@ -248,7 +248,7 @@ def _advise(run: Run, fault: Fault, outcome: Outcome) -> str:
     if culprit is None:
         if run.layout == "padded":
             return "the device may be at fault: run `glmtune replay` on another"
-        return f"{TO_REFERENCE} (and resume_anyway true to go on), and please report this"
+        return f"{TO_REFERENCE} (and resume_anyway true to resume), and please report this"
     if culprit.way == "forward" and culprit.detail.endswith("not finite"):
         if "lora_" not in culprit.name:
             return f"the base model {run.base_name} is damaged: download it again"

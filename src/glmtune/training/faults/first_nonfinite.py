@@ -1,7 +1,7 @@
-"""Where on a step's way the first number appears that is not finite.
+"""Find where in a step the first number appears that is not finite.
 
-The step is computed again the plain way, with an eye on the output of every module and, on the way
-back, on that output's gradient.
+The step is computed again by the reference path, with hooks on the output of every module and, in
+the backward pass, on that output's gradient.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ class Culprit:
     """The first module or weight with a number that is not finite."""
 
     way: Literal["weight", "forward", "backward"]
-    """A weight before the step; a module's output; the gradient of a module's output."""
+    """A weight before the step, a module's output, or the gradient of a module's output."""
     name: str
     detail: str = ""
 
@@ -38,13 +38,13 @@ class Culprit:
         return f"{what} {self.name}" + (f" ({self.detail})" if self.detail else "")
 
     def is_like(self, other: "Culprit | None") -> bool:
-        """Whether it is the same place; the detail may differ."""
+        """Whether both name the same place; the detail may differ."""
         return other is not None and (self.way, self.name) == (other.way, other.name)
 
 
 @dataclass(frozen=True)
 class PassOfStep:
-    """A pass of a step: the process that took it, the seed of its dropout, its row numbers."""
+    """A pass of a step: the process that ran it, the seed of its dropout, its row numbers."""
 
     rank: int
     seed: int
@@ -53,7 +53,7 @@ class PassOfStep:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step comes to when it is computed again."""
+    """The result of computing a step again."""
 
     loss: float
     grad_norm: float
@@ -68,18 +68,18 @@ def compute_again(
     random_states: Sequence[RandomState],
     whole_passes: bool,
 ) -> Outcome:
-    """Forward and backward of one step, the plain way, and the first place that is not finite.
+    """Run one step by the reference path, and find the first place that is not finite.
 
-    Dropout is that of the run where the run took the plain way; else it is another one.
+    Dropout is the run's own if the run used the reference path; otherwise its masks differ.
 
     Args:
         plain: the reference.
-        weights: what trains; their gradients are lost, and none is left.
-        passes: of the step, in order.
+        weights: the trainable weights; their gradients are dropped.
+        passes: passes of the step, in order.
         num_labels: label tokens of the step.
-        random_states: of each process before the step.
-        whole_passes: take a pass's rows at once, as padded passes do; else one by one, since a pack
-            of them would take more memory when padded.
+        random_states: random state of each process before the step.
+        whole_passes: compute a pass's rows at once, as padded passes do; otherwise one by one,
+            since the rows of a pack would take more memory when padded.
     """
     device = plain.accelerator.device
     loss = torch.zeros((), device=device)
@@ -112,7 +112,7 @@ def _drop_gradients(weights: Sequence[nn.Parameter]) -> None:
 
 @contextmanager
 def _lookout(model: nn.Module) -> Iterator[list[Culprit]]:
-    """Fill a list with the first culprit that comes up while this lasts."""
+    """Fill a list with the first culprit that appears inside the `with` block."""
     found = [
         Culprit("weight", _short(name))
         for name, weight in model.named_parameters()
@@ -153,7 +153,7 @@ def _lookout(model: nn.Module) -> Iterator[list[Culprit]]:
 
 
 def _explain(module: nn.Module, inputs: Any) -> str:
-    """Say whether a module's own weights or its input's size made its output what it is."""
+    """Say whether a module's own weights or the size of its input explain its output."""
     for name, weight in module.named_parameters():
         if not weight.isfinite().all():
             return f"its {name} is not finite"
@@ -173,5 +173,5 @@ def _floats(value: Any) -> Iterator[Tensor]:
 
 
 def _short(name: str) -> str:
-    """A module's name in the base; the model itself has none."""
+    """A module's name within the base model; empty for the model itself."""
     return name.removeprefix(_PREFIX) or _MODEL

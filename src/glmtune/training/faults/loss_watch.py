@@ -1,4 +1,4 @@
-"""What stops a run in time: a loss that explodes or stands at 0, weights that learn nothing."""
+"""What stops a run early: a loss that explodes or stays at 0, weights that never get a gradient."""
 
 import math
 import sys
@@ -19,7 +19,7 @@ EXPLODED = 3.0
 
 
 class Course(NamedTuple):
-    """What is to be said of a run's losses."""
+    """A finding about a run's losses."""
 
     words: str
     stops: bool
@@ -28,11 +28,10 @@ class Course(NamedTuple):
 
 
 def judge_course(losses: Sequence[float]) -> Course | None:
-    """Say whether a loss explodes or stands at exactly 0; three readings in a row stop the run.
+    """Say whether the loss explodes or is exactly 0; three readings in a row stop the run.
 
-    It explodes where it is more than three times the median of the (at most 20) readings before,
-    and above the first one, which is the base's own loss: training has then undone more than it
-    has taught.
+    It explodes if it is more than three times the median of the (at most 20) readings before, and
+    above the first one, which is the base's own loss: the adapter is then worse than none.
 
     Args:
         losses: all readings so far, means over `logging_steps` steps.
@@ -52,8 +51,8 @@ def judge_course(losses: Sequence[float]) -> Course | None:
     stops = in_a_row >= READINGS_IN_A_ROW
     if fault == "zero":
         words = (
-            "the loss is exactly 0: either the rows are learned by heart, or no token of theirs is "
-            "taught; train on more rows or for fewer steps"
+            "the loss is exactly 0: either the rows are memorised, or none of their tokens is "
+            "supervised; train on more rows or for fewer steps"
         )
         return Course(words, stops, is_spoilt=False)
     words = (
@@ -64,10 +63,10 @@ def judge_course(losses: Sequence[float]) -> Course | None:
 
 
 def check_course(run: Run, state: TrainingState, log: RunLog) -> None:
-    """After a reading of the loss: say what has gone wrong, and stop where it does not pass.
+    """After a reading of the loss: report what is wrong, and stop the run if it persists.
 
     Raises:
-        UserError: the loss explodes or stands at 0, or nothing that trains had a gradient.
+        UserError: the loss explodes or stays at 0, or no trainable weight had a gradient.
     """
     step, is_main = state.global_step, run.accelerator.is_main_process
     if unmoved := state.watch.unmoved():

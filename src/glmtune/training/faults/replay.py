@@ -21,13 +21,13 @@ from glmtune.training.run import adapt, start_accelerator
 
 
 def replay(settings: ReplaySettings) -> bool:
-    """Compute the step of a crash bundle again, the plain way.
+    """Compute the step of a crash bundle again by the reference path.
 
     Returns:
-        Whether the first number that is not finite comes up at the recorded place.
+        Whether the first number that is not finite appears at the recorded place.
 
     Raises:
-        UserError: no bundle, one that is damaged, or its base model is not there.
+        UserError: there is no bundle, it is damaged, or its base model is missing.
     """
     bundle = read_bundle(Path(settings.bundle))
     recipe = read_config(TrainSettings, str(bundle.folder / RECIPE_FILE), {})

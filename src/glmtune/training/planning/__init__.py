@@ -1,1 +1,1 @@
-"""What a run will take, before it starts: memory by terms, a layout that fits the card, advice."""
+"""What a run will need, before it starts: memory by terms, a layout that fits the card, advice."""

@@ -1,4 +1,4 @@
-"""What a forecast says in words: whether a run fits, and which settings would make it fit."""
+"""A forecast as text: whether a run fits, and which settings would make it fit."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +17,10 @@ class Remedy:
     settings: dict[str, Any]
     least_gib: float
     needed_gib: float
-    """With what a run would then spend to go faster."""
+    """Forecast with these settings, where spare memory is spent on speed."""
 
     def __str__(self) -> str:
-        """As a line of advice."""
+        """The settings as a line of advice."""
         names = ", ".join(f"{name} {_spell(value)}" for name, value in self.settings.items())
         least, needed = f"{self.least_gib:.1f}", f"{self.needed_gib:.1f}"
         if least == needed:
@@ -29,9 +29,9 @@ class Remedy:
 
 
 def find_remedies(settings: TrainSettings, forecaster: Forecaster) -> list[Remedy]:
-    """Changes of settings with which a run fits, those first that change least of it.
+    """Changes of settings with which a run fits, those first that change the run least.
 
-    One setting at a time; and where none is enough, all that save memory together.
+    One setting at a time; if no single one is enough, all that save memory together.
     """
     now, smaller = forecaster(settings), _smaller_steps(settings, forecaster)
     singles = [*smaller, {"gradient_checkpointing": True}]
@@ -66,7 +66,7 @@ def _try(settings: TrainSettings, change: dict[str, Any], forecaster: Forecaster
 
 
 def _smaller_steps(settings: TrainSettings, forecaster: Forecaster) -> list[dict[str, Any]]:
-    """Fewer tokens or rows a pass, each time half of them, largest first."""
+    """Fewer tokens or rows a pass, halved each time, largest first."""
     now = forecaster(settings)
     if now.pack_length:
         lengths = [*PACK_SPEEDS, 512, 256, 128, PACK_MULTIPLE]
@@ -83,7 +83,7 @@ def _smaller_steps(settings: TrainSettings, forecaster: Forecaster) -> list[dict
 
 
 def _without_repeats(remedies: list[Remedy]) -> list[Remedy]:
-    """Of remedies that set the same settings, the first."""
+    """Keep the first of the remedies that change the same settings."""
     first: dict[tuple[str, ...], Remedy] = {}
     for remedy in remedies:
         first.setdefault(tuple(remedy.settings), remedy)
@@ -91,7 +91,7 @@ def _without_repeats(remedies: list[Remedy]) -> list[Remedy]:
 
 
 def print_forecast(forecast: Forecast, settings: TrainSettings, base: str) -> None:
-    """Print what a run takes in memory, part by part, and whether that fits."""
+    """Print the memory that a run needs, part by part, and whether that fits."""
     lying = {"padded": "padded rows", "exact": "rows end to end", "packed": "packs"}
     targets = ", ".join(forecast.setup.targets)
     print_pairs(
@@ -116,7 +116,9 @@ def describe(forecast: Forecast) -> dict[str, str]:
         "logits": _size(parts.logits, f"{setup.shape.vocab_size:,} ids"),
     }
     if parts.way_back >= 0.005 * GIB:
-        pairs["way back"] = _size(parts.way_back, "gradients within a layer, beyond the logits")
+        pairs["backward pass"] = _size(
+            parts.way_back, "gradients within a layer, beyond the logits"
+        )
     if parts.buffers:
         weight = ", one weight as floats" if setup.bits else ""
         pairs["buffers"] = _size(parts.buffers, f"workspaces of the libraries{weight}")
@@ -129,12 +131,12 @@ def describe(forecast: Forecast) -> dict[str, str]:
 
 
 def passes_words(forecast: Forecast) -> str:
-    """How much is computed at once, and how many layers again."""
+    """How much is computed at once, and how many layers are recomputed."""
     return f"{forecast.batch.num_tokens:,} tokens a pass, {recompute_words(forecast)}"
 
 
 def recompute_words(forecast: Forecast) -> str:
-    """How many layers are computed again."""
+    """How many layers are recomputed."""
     num_layers = forecast.setup.shape.num_layers
     if not forecast.recompute:
         return "recomputing no layer"
@@ -159,7 +161,7 @@ def check_fit(forecast: Forecast, settings: TrainSettings, forecaster: Forecaste
     """Refuse a run that cannot fit even if the estimate is a tenth too high.
 
     Raises:
-        UserError: it cannot.
+        UserError: the run cannot fit.
     """
     if forecast.cannot_fit:
         raise UserError(f"memory: {verdict(forecast)}; {advise(settings, forecaster)}")

@@ -1,7 +1,7 @@
-"""What a run will take in memory, told before anything is loaded, and what that decides.
+"""The memory of a run, computed before anything is loaded, and what that decides.
 
-The length of packs and the number of layers that are computed again are chosen here, from the
-recipe, config.json, the lengths of the rows and the card.
+The length of packs and the number of recomputed layers are chosen here, from the recipe,
+config.json, the lengths of the rows and the card.
 """
 
 from collections.abc import Callable
@@ -22,20 +22,20 @@ from glmtune.training.passes import CAPTURED_LENGTHS, captured_learned
 from glmtune.training.plan import count_steps, make_plan
 from glmtune.training.planning.memory import Batch, Estimate, Layout, Setup, estimate
 
-# Lengths of packs to choose from, and how fast tokens pass in them on an H200 that recomputes
-# nothing (2,048 lies between its neighbours). Beyond the first a GPU is busy anyway.
+# Lengths of packs to choose from, and their relative speed on an H200 without recomputed layers
+# (2,048 is interpolated). Packs longer than the first would not be faster.
 PACK_SPEEDS = {8192: 1.0, 4096: 0.98, 2048: 0.93, 1024: 0.87}
 PACK_LENGTH_ON_CPU, PACK_MULTIPLE = 2048, 64
-# Computing every layer again adds one forward pass to a forward and a backward.
+# Recomputing every layer adds one forward pass to a forward and a backward pass.
 _RECOMPUTE_COST = 0.5
-# Share of a card that is counted on: a desktop or another program may hold the rest.
+# Usable share of a card's memory: a desktop or another program may hold the rest.
 _USABLE = 0.95
-# An estimate may be off by so much.
+# Relative error of an estimate.
 ERROR = 0.1
 
 
 class Lengths(Protocol):
-    """What a forecast must know of the rows; `TokenRows` has it."""
+    """What a forecast needs to know about the rows; `TokenRows` has it."""
 
     @property
     def lengths_R(self) -> np.ndarray:
@@ -43,17 +43,17 @@ class Lengths(Protocol):
 
     @property
     def num_labels_R(self) -> np.ndarray:
-        """Tokens of each row that are learned."""
+        """Supervised tokens of each row."""
 
 
 class EqualRows(NamedTuple):
-    """Rows that are not there yet: all of one length, and all of it learned."""
+    """Rows that do not exist yet: all of one length, with every token supervised."""
 
     lengths_R: np.ndarray
 
     @classmethod
     def of(cls, settings: TrainSettings, length: int) -> "EqualRows":
-        """As many as two steps take, of so many tokens each."""
+        """Make enough rows for two steps, all of one length."""
         num_rows = 2 * settings.per_device_train_batch_size * settings.gradient_accumulation_steps
         return cls(np.full(num_rows, length))
 
@@ -65,21 +65,21 @@ class EqualRows(NamedTuple):
 
 @dataclass(frozen=True)
 class Forecast:
-    """A run's passes, as the card allows them, and what they take."""
+    """A run's passes, as the card allows them, and the memory they need."""
 
     card: Card
     setup: Setup
     batch: Batch
     """The heaviest pass."""
     recompute: int
-    """The first so many layers are computed again on the way back."""
+    """How many layers, from the first, are recomputed in the backward pass."""
     estimate: Estimate
     frugal: "Forecast | None" = None
-    """The same run with nothing spent on speed, where the card leaves a choice."""
+    """The same run with no memory spent on speed, if the card leaves a choice."""
 
     @property
     def layout(self) -> Layout:
-        """How the rows of a pass lie."""
+        """The layout of the rows in a pass."""
         return self.setup.layout
 
     @property
@@ -89,17 +89,17 @@ class Forecast:
 
     @property
     def least(self) -> "Forecast":
-        """What these settings take at the least: short packs, layers computed again."""
+        """The least memory that these settings need: short packs, recomputed layers."""
         return self.frugal or self
 
     @property
     def needed_gib(self) -> float:
-        """What the card must have."""
+        """GiB that the card must have."""
         return self.estimate.needed / GIB
 
     @property
     def room_gib(self) -> float:
-        """What the card has for it, after other programs."""
+        """GiB of the card that are available to the run, after other programs."""
         return min(_USABLE * self.card.gib, self.card.free_gib)
 
     @property
@@ -109,7 +109,7 @@ class Forecast:
 
     @property
     def cannot_fit(self) -> bool:
-        """Whether it is too much even if the estimate is too high by its error.
+        """Whether the run cannot fit even if the estimate is too high by its error.
 
         Memory of a CPU can be swapped: slow, but possible.
         """
@@ -154,11 +154,11 @@ def forecast(
 
     Args:
         settings: the run's settings.
-        config: of the base model.
+        config: configuration of the base model.
         dtype: the compute type.
-        card: what each process trains on.
-        rows: of the data set.
-        num_processes: that share a step.
+        card: the device that each process trains on.
+        rows: rows of the data set.
+        num_processes: processes that share a step.
     """
     layout, family = choose_layout(settings, card.on_gpu), family_of(config)
     shape, block = family.shape(config), family.packed
@@ -195,16 +195,16 @@ def forecast(
 def make_forecaster(
     accelerator: Accelerator, config: PreTrainedConfig, dtype: torch.dtype, rows: Lengths
 ) -> Forecaster:
-    """What any settings would come to on a run's device, with its base and rows."""
+    """Make a forecaster for any settings on a run's device, with its base and rows."""
     card, num_processes = Card.of(accelerator.device), accelerator.num_processes
     return lambda settings: forecast(settings, config, dtype, card, rows, num_processes)
 
 
 def choose_layout(settings: TrainSettings, on_gpu: bool) -> Layout:
-    """How the rows of a pass lie; on a GPU, where nothing else is said, in packs.
+    """The layout of the rows in a pass; by default packed on a GPU.
 
-    Who gives both the rows of a pass and the number of steps, as the original's command does, has
-    chosen them for each other: packs would go through the data twenty times as often.
+    If both the rows of a pass and the number of steps are given, as in the original's command, they
+    were chosen for each other: packs would go through the data twenty times as often.
     """
     if settings.layout != "auto":
         return settings.layout
@@ -215,9 +215,9 @@ def choose_layout(settings: TrainSettings, on_gpu: bool) -> Layout:
 
 
 def choose_recompute(wish: bool | str, setup: Setup, batch: Batch, card: Card) -> int:
-    """The first so many layers to recompute: as few as fit, or as the user wishes all or none.
+    """How many layers to recompute, from the first: as few as fit, or all or none if so set.
 
-    All are all but the last, whose way back begins as soon as it is done.
+    "All" leaves out the last, whose backward pass begins as soon as it is done.
     """
     most = setup.shape.num_layers - 1
     if wish != "auto":
@@ -229,7 +229,7 @@ def choose_recompute(wish: bool | str, setup: Setup, batch: Batch, card: Card) -
 
 
 def holds(card: Card, setup: Setup, batch: Batch, recompute: int) -> bool:
-    """Whether such passes fit into what is counted on of a card, whatever else runs there now."""
+    """Whether such passes fit into the usable share of a card, whatever else runs there now."""
     return estimate(setup, batch, recompute).needed <= _USABLE * card.gib * GIB
 
 
@@ -249,7 +249,7 @@ def _packs(settings: TrainSettings, card: Card, rows: Lengths) -> list[Batch]:
 def _choose_pack(
     packs: list[Batch], wish: bool | str, setup: Setup, card: Card
 ) -> tuple[Batch, int]:
-    """The pack, and the layers to recompute, with which tokens pass fastest; else the shortest."""
+    """The pack length and recomputed layers of the highest speed; if none fits, the shortest."""
     choices = []
     for batch, speed in zip(packs, PACK_SPEEDS.values(), strict=False):
         recompute = choose_recompute(wish, setup, batch, card)
@@ -271,19 +271,19 @@ def _largest_batch(
         return Batch(len(part) * int(lengths_B.max()), num_learned)
     num_tokens = int(lengths_B.sum())
     if setup.captured:
-        # Graphs are made for lengths that are multiples, and for each quarter of learned tokens.
+        # Graphs exist for lengths that are multiples, and for each quarter of supervised tokens.
         num_tokens = CAPTURED_LENGTHS * -(-num_tokens // CAPTURED_LENGTHS)
         num_learned = captured_learned(num_tokens, num_learned)
     return Batch(num_tokens, num_learned)
 
 
 def rows_of_reference(forecast: Forecast, longest: int, most: int = 6) -> int:
-    """How many rows the plain way may compute at once without taking more than the run's passes.
+    """How many rows the reference may compute at once with no more memory than the run's passes.
 
     Args:
-        forecast: of the run.
+        forecast: forecast of the run.
         longest: tokens of the longest of those rows.
-        most: rows, where there is room.
+        most: upper limit of rows.
     """
     plain = replace(forecast.setup, layout="padded", compiled=False)
     limit = forecast.estimate.of_the_pass

@@ -1,11 +1,12 @@
-"""What a pass takes in memory, summed up from what it must hold, before anything is loaded.
+"""The memory of a pass, summed up from what it must hold, before anything is loaded.
 
-Memory peaks at one of three moments: where the loss meets the vocabulary, on the way back through
-the last layer, or on the way back through a layer that is computed again. Until then each layer
-keeps what its way back needs. docs/memory.md derives the terms and holds them against measurements.
+Memory peaks at one of three moments: at the logits, in the backward pass of the last layer, or in
+the backward pass of a recomputed layer. Until then each layer keeps what its backward pass needs.
+docs/memory.md derives the terms and compares them with measurements.
 
 Sizes of activations are counted in values a token: one is `hidden_size` numbers of the compute
-type. Shapes: B rows, S tokens of a padded row, T tokens of a pass, L learned tokens, V vocabulary.
+type. Shapes: B rows, S tokens of a padded row, T tokens of a pass, L supervised tokens, V
+vocabulary.
 """
 
 from dataclasses import dataclass
@@ -17,9 +18,9 @@ from glmtune.models.shape import LinearShape, Shape
 from glmtune.ops.loss import CHUNK
 
 Layout = Literal["padded", "exact", "packed"]
-"""How the rows of a pass lie: padded to the longest, end to end, or so in packs of one length."""
+"""The layout of a pass: rows padded to the longest, end to end, or in packs of one length."""
 
-# What cuBLAS asks for, for each stream and each of two threads: forward has one, backward another.
+# cuBLAS workspaces, for each stream and each of two threads: one of forward, one of backward.
 _WORKSPACE, _HOPPER_WORKSPACE, _THREADS = 8320 << 10, 32 << 20, 2
 
 
@@ -35,7 +36,7 @@ class Setup:
     on_gpu: bool = True
     is_hopper: bool = False
     bits: int | None = None
-    """8 or 4 where the frozen linears are quantised."""
+    """8 or 4 if the frozen linears are quantised."""
     quantize_head: bool = False
     is_fp8: bool = False
     rank: int = 8
@@ -45,12 +46,12 @@ class Setup:
 
     @property
     def captured(self) -> bool:
-        """Whether each length of a pass is captured as a CUDA graph, as pays for a few rows."""
+        """Whether each length of a pass is captured as a CUDA graph, as pays off for a few rows."""
         return self.compiled and self.layout == "exact"
 
     @property
     def mlp(self) -> float:
-        """What the backward pass keeps of the MLP between its linears, in values."""
+        """What the MLP keeps for the backward pass between its linears, in values."""
         return self.shape.kept_by_mlp / self.shape.hidden_size
 
     @property
@@ -59,7 +60,7 @@ class Setup:
         return self.shape.hidden_size * self.dtype.itemsize
 
     def parameters(self) -> int:
-        """Of the adapter."""
+        """Number of the adapter's parameters."""
         return self.shape.adapter_parameters(self.rank, self.targets)
 
 
@@ -68,7 +69,7 @@ class Batch:
     """The size of a pass."""
 
     num_tokens: int
-    """Filler and padding among them."""
+    """Tokens of the pass, filler and padding included."""
     num_learned: int
 
 
@@ -77,17 +78,17 @@ class Estimate:
     """Bytes at the peak of training, part by part."""
 
     weights: float
-    """Of the base."""
+    """The base's weights."""
     adapter: float
     """Its weights and gradients, in float32."""
     optimiser: float
     """Two moments of each of the adapter's weights."""
     activations: float
-    """What the layers keep for the way back."""
+    """What the layers keep for the backward pass."""
     logits: float
-    """And the gradient of the last hidden states, which the head computes at once."""
+    """The logits, and the gradient of the last hidden states, which the head computes at once."""
     way_back: float
-    """By how much memory peaks higher within a layer than at the logits."""
+    """How much higher memory peaks inside a layer than at the logits."""
     buffers: float
     """The libraries' workspaces, and a quantised weight as floats, one at a time."""
     outside: float
@@ -95,13 +96,13 @@ class Estimate:
 
     @property
     def allocated(self) -> float:
-        """At the peak, as `torch.cuda.max_memory_allocated` counts."""
+        """The peak as counted by `torch.cuda.max_memory_allocated`."""
         fixed = self.weights + self.adapter + self.optimiser + self.buffers
         return fixed + self.of_the_pass
 
     @property
     def of_the_pass(self) -> float:
-        """What is there only while a pass is computed."""
+        """What exists only while a pass is computed."""
         return self.activations + self.logits + self.way_back
 
     @property
@@ -116,7 +117,7 @@ def estimate(setup: Setup, batch: Batch, recompute: int = 0) -> Estimate:
     Args:
         setup: what is trained, and how.
         batch: its largest pass.
-        recompute: the first so many layers keep their input alone, at most all but the last.
+        recompute: how many layers, from the first, keep only their input; at most all but the last.
     """
     num_layers, token_bytes = setup.shape.num_layers, setup.value_bytes * batch.num_tokens
     layer, last = kept_by_layer(setup), kept_by_layer(setup, learned_share(setup, batch))
@@ -129,7 +130,7 @@ def estimate(setup: Setup, batch: Batch, recompute: int = 0) -> Estimate:
     activations = kept * token_bytes
     of_the_pass = activations + max(moments)
     parameters = setup.parameters()
-    # A captured pass writes its gradients beside those to which it adds them.
+    # A captured pass writes its gradients beside those that it adds them to.
     copies = 3 if setup.captured else 2
     return Estimate(
         weights=base_bytes(setup),
@@ -144,20 +145,20 @@ def estimate(setup: Setup, batch: Batch, recompute: int = 0) -> Estimate:
 
 
 def learned_share(setup: Setup, batch: Batch) -> float:
-    """Share of the tokens that leave the last layer: packed passes want the learned ones alone."""
+    """Share of the tokens that leave the last layer: in packed passes, only the supervised ones."""
     return 1.0 if setup.layout == "padded" else batch.num_learned / batch.num_tokens
 
 
 def kept_by_layer(setup: Setup, share: float = 1.0) -> float:
-    """What a layer keeps for the way back, in values a token.
+    """What a layer keeps for the backward pass, in values a token.
 
     The inputs of both norms, queries, keys and values, the attention's output with a float32 a head
-    for its softmax, and the input of GELU. All else is computed again from these, where a compiler
-    sees to it, or is not needed, as the weights are frozen.
+    for its softmax, and the input of GELU. Everything else is recomputed from these by compiled
+    code, or not needed, since the weights are frozen.
 
     Args:
         setup: what is trained, and how.
-        share: of the tokens that go on after the attention.
+        share: share of the tokens that continue after the attention.
     """
     shape, itemsize = setup.shape, setup.dtype.itemsize
     hidden, queries = shape.hidden_size, shape.num_heads * shape.head_dim
@@ -165,7 +166,7 @@ def kept_by_layer(setup: Setup, share: float = 1.0) -> float:
     softmax = 4 * shape.num_heads / setup.value_bytes
     before, after = 1 + (shape.qkv_values + queries) / hidden + softmax, 1 + setup.mlp
     if setup.layout == "padded":
-        before += (queries + keys) / hidden  # turned, beside what the projections gave
+        before += (queries + keys) / hidden  # rotated, beside the projections' outputs
     if not setup.compiled and itemsize < 4:
         before += 2 * shape.head_dim / hidden  # cosines and sines in the compute type
     for linear in shape.linears:
@@ -177,7 +178,7 @@ def kept_by_layer(setup: Setup, share: float = 1.0) -> float:
 
 
 def kept_by_adapter(setup: Setup, linear: LinearShape) -> float:
-    """What one linear's adapter keeps for backward, in values a token: its input, dropped."""
+    """What one linear's adapter keeps for its backward pass, in values a token: its input."""
     if linear.name not in setup.targets:
         return 0.0
     width, itemsize = linear.inputs / setup.shape.hidden_size, setup.dtype.itemsize
@@ -189,8 +190,8 @@ def kept_by_adapter(setup: Setup, linear: LinearShape) -> float:
         return in_float32 + mask + 4 * setup.rank / setup.value_bytes
     if not setup.compiled:
         return width + mask
-    # The compiler keeps the mask alone where queries, keys and values are all that is adapted, and
-    # what is left after dropout where other linears are, too (measured; it would not have to).
+    # The compiler keeps only the mask if just queries, keys and values are adapted, and the output
+    # of dropout if other linears are, too (measured; it would not have to).
     only_qkv = all(other.makes_qkv for other in setup.shape.linears if other.name in setup.targets)
     if only_qkv:
         return mask
@@ -203,10 +204,11 @@ def kept_once(setup: Setup) -> float:
 
 
 def logit_bytes(setup: Setup, batch: Batch) -> float:
-    """What the loss takes at its peak.
+    """The peak memory of the loss.
 
-    The plain way holds logarithms of all probabilities, and two gradients of that size, in float32.
-    The others take the learned tokens in chunks, the compiled ones in the place of the logits.
+    The reference path holds logarithms of all probabilities, and two gradients of that size, in
+    float32. The others take the supervised tokens in chunks, and compiled passes overwrite the
+    logits with their gradient.
     """
     vocab_size, itemsize = setup.shape.vocab_size, setup.dtype.itemsize
     if setup.layout == "padded":
@@ -214,16 +216,16 @@ def logit_bytes(setup: Setup, batch: Batch) -> float:
     each = itemsize
     if not setup.compiled:
         each += 16 if itemsize < 4 else 12
-    # What enters the last norm, what leaves it, and the gradient of that.
+    # Input and output of the last norm, and the gradient of its output.
     hidden = 3 * batch.num_learned * setup.value_bytes
     return hidden + min(CHUNK, batch.num_learned) * vocab_size * each
 
 
 def way_back(setup: Setup, share: float = 1.0) -> float:
-    """Gradients that are there at once within a layer, in values a token.
+    """Gradients that exist at once inside a layer, in values a token.
 
-    That of the output and that of the inner activation, which the compiler turns in place into that
-    of GELU's input; others write a second one, and add the two of the residual.
+    The gradients of the output and of the inner activation, which compiled code turns in place into
+    that of GELU's input; other passes write a second one, and two more for the residual.
     """
     if setup.compiled:
         return share * (1 + setup.mlp)
@@ -231,7 +233,7 @@ def way_back(setup: Setup, share: float = 1.0) -> float:
 
 
 def base_bytes(setup: Setup) -> int:
-    """Weights of the base; float8 keeps each linear in two layouts, with a float32 a line."""
+    """Weights of the base; float8 keeps each linear in two layouts, with a float32 a row."""
     shape = setup.shape
     size = shape.weight_bytes(setup.dtype, setup.bits, quantize_head=setup.quantize_head)
     if setup.is_fp8:
@@ -250,15 +252,15 @@ def buffer_bytes(setup: Setup) -> float:
         size += streams * _THREADS * workspace
     if setup.bits:
         largest = max(linear.outputs * linear.inputs for linear in setup.shape.linears)
-        # Integers are turned into floats, and those scaled.
+        # Integers are converted to floats, which are then scaled.
         size += largest * setup.dtype.itemsize * (2 if setup.bits == 8 else 1)
     return size
 
 
 def outside_bytes(setup: Setup, of_the_pass: float) -> float:
-    """CUDA with its kernels and the allocator's gaps; and what captured passes hold back.
+    """CUDA with its kernels and the allocator's gaps; and what captured passes reserve.
 
-    Captured passes have memory of their own, beside that in which a new length is tried first.
+    Captured passes have memory of their own, beside that in which a new length is warmed up.
     """
     if not setup.on_gpu:
         return 0.0

@@ -26,7 +26,7 @@ from glmtune.training.planning.speed import no_speed, run_speed
 
 
 def plan(settings: PlanSettings) -> dict[str, Any]:
-    """Estimate, print, and return the record, which is also appended where asked for.
+    """Estimate, print, and return the record, which is also appended to a file if requested.
 
     Raises:
         UserError: a card or a base model that is not known, or a JSON file that cannot be written.
@@ -57,7 +57,7 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
 
 
 def tell_time(now: Forecast, settings: TrainSettings, rows: Lengths) -> dict[str, Any]:
-    """Print the time of a run, and return it as plain values; empty where it is not known."""
+    """Print the time of a run, and return it as plain values; empty if it is unknown."""
     if reason := no_speed(now):
         print(f"Time: {reason}")
         return {}
@@ -78,7 +78,7 @@ def tell_time(now: Forecast, settings: TrainSettings, rows: Lengths) -> dict[str
 
 
 def train_settings(settings: PlanSettings) -> TrainSettings:
-    """The settings of the run that is planned: those given, so that the others are chosen alike."""
+    """The settings of the planned run: those given, so that the others are resolved as in a run."""
     given = settings.model_fields_set & TrainSettings.model_fields.keys()
     required = {"dataset_path", "output_dir"}
     return TrainSettings(**settings.model_dump(include=given | required))
@@ -96,7 +96,7 @@ def _card_and_dtype(settings: PlanSettings) -> tuple[Card, torch.dtype]:
 
 
 def _rows(settings: PlanSettings, config: PreTrainedConfig) -> Lengths:
-    """The data set's, or, where it is not there yet, equal ones."""
+    """The rows of the data set, or equal ones if it does not exist yet."""
     if Path(settings.dataset_path).is_dir():
         rule = family_of(config).row_rule(config)
         return TokenRows.from_dataset(load_dataset(settings.dataset_path, rule)[0], rule)

@@ -1,7 +1,7 @@
 """How long a run takes, computed from the matrix products of its passes; see docs/cards.md.
 
-A pass of n tokens takes as long as n + `FIXED_TOKENS` tokens of an endless one, whose matrix
-products reach `EFFICIENCY` of the card's rated TFLOP/s. Shapes: R rows.
+A pass of n tokens takes as long as n + `FIXED_TOKENS` tokens of an infinitely long one, whose
+matrix products reach `EFFICIENCY` of the card's rated TFLOP/s. Shapes: R rows.
 """
 
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from glmtune.training.planning.forecast import Forecast
 from glmtune.training.planning.memory import Setup
 
 # Fitted to steps of ChatGLM-6B with rank 8 on query_key_value; tests/unit/test_run_speed.py
-# holds them against the records in benchmarks/.
+# compares them with the records in benchmarks/.
 EFFICIENCY = 0.616
 """Share of the rated 16-bit TFLOP/s that matrix products reach in long packs, on an H200."""
 FP8_SPEEDUP = 1.56
 FIXED_TOKENS = {None: 150, 8: 1230, 4: 500}
-"""What a pass takes whatever its size, in tokens: mostly reading the weights, by the bits in which
-they are quantised, since those become floats once a pass."""
+"""The fixed cost of a pass, in tokens, by the bits of the weights: mostly reading the weights,
+which are dequantised once a pass."""
 
 # Where a pass was measured: card, layout, and how the base is held. Layers were not recomputed.
 _MEASURED = {
@@ -37,10 +37,10 @@ class RunSpeed:
 
     rows_per_second: float
     tokens_per_second: float
-    """Of the rows, filler not among them."""
+    """Tokens of the rows a second, filler not included."""
     hours_per_step: float
     measured: bool
-    """Whether such a run was measured on this card; else the figures are computed alone."""
+    """Whether such a run was measured on this card; otherwise the figures are only computed."""
 
 
 def no_speed(forecast: Forecast) -> str | None:
@@ -56,11 +56,11 @@ def no_speed(forecast: Forecast) -> str | None:
 
 
 def run_speed(forecast: Forecast, plan: Plan) -> RunSpeed:
-    """The speed of one process, where `no_speed` has no objection.
+    """The speed of one process; `no_speed` must have returned None.
 
     Args:
-        forecast: of the run.
-        plan: which rows make up which step.
+        forecast: forecast of the run.
+            plan: which rows make up which step.
     """
     setup, lengths_R = forecast.setup, plan.lengths_R[plan.row_ids]
     num_rows, num_tokens, num_passes = len(lengths_R), int(lengths_R.sum()), plan.passes_in(0)
@@ -79,10 +79,10 @@ def run_speed(forecast: Forecast, plan: Plan) -> RunSpeed:
 
 
 def flops_per_token(setup: Setup, recompute: int) -> int:
-    """Of a step's matrix products with frozen weights.
+    """FLOPs of a step's matrix products with frozen weights.
 
-    Each weight is multiplied forward and for the gradient of its input, which is 4 FLOPs, and those
-    of a recomputed layer once more.
+    Each weight is multiplied in the forward pass and for the gradient of its input, which is 4
+    FLOPs a token, and those of a recomputed layer once more.
     """
     shape = setup.shape
     return 4 * shape.matmul_parameters() + 2 * recompute * shape.layer_parameters()

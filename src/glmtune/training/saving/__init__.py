@@ -1,1 +1,1 @@
-"""A run folder on disk: checkpoints that are whole, the room they need, and how a run resumes."""
+"""A run folder on disk: whole checkpoints, the space they need, and how a run resumes."""

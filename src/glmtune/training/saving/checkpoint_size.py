@@ -1,25 +1,25 @@
-"""What checkpoints take on the disk, known before the first of them is written."""
+"""The size of checkpoints on disk, computed before the first of them is written."""
 
 from glmtune.config.settings import TrainSettings
 from glmtune.training.planning.memory import Setup
 
-# AdamW keeps two numbers beside each weight, all of them float32.
+# A weight and AdamW's two moments, all of them float32.
 _BYTES_PER_WEIGHT = 3 * 4
 _BYTES_PER_TENSOR = 3 * 700  # names and headers, in each of the three places
 _BYTES_PER_PROCESS = 8_000  # its random state
-_BYTES_PER_RECORD = 400  # a record of trainer_state.json, with all its numbers
+_BYTES_PER_RECORD = 400  # a record of trainer_state.json with all its fields
 _BYTES_BESIDE = 20_000
 
 
 def checkpoint_bytes(
     num_weights: int, num_tensors: int, num_processes: int, num_records: int
 ) -> int:
-    """What a checkpoint takes at most: adapter, optimiser, random states, records.
+    """The size of a checkpoint at most: adapter, optimiser, random states, records.
 
     Args:
-        num_weights: numbers that train.
+        num_weights: trainable numbers.
         num_tensors: tensors that hold them.
-        num_processes: how many random states there are.
+        num_processes: number of random states.
         num_records: records that `trainer_state.json` holds.
     """
     return (
@@ -34,13 +34,13 @@ def checkpoint_bytes(
 def last_checkpoint_bytes(
     settings: TrainSettings, setup: Setup, max_steps: int, num_processes: int = 1
 ) -> int:
-    """What the last checkpoint of a run takes at most, which has all of its records.
+    """The size at most of a run's last checkpoint, which has all of its records.
 
     Args:
         settings: the run's settings.
-        setup: says what trains.
-        max_steps: of the whole run.
-        num_processes: that share a step.
+        setup: the training setup, which says what trains.
+        max_steps: steps of the whole run.
+        num_processes: processes that share a step.
     """
     num_records = max_steps // settings.logging_steps + 2
     if settings.eval_ratio:
@@ -50,9 +50,9 @@ def last_checkpoint_bytes(
 
 
 def most_new_checkpoints(num_saves: int, num_there: int, limit: int | None) -> int:
-    """How many more checkpoints than now there are at most at the same time.
+    """How many more checkpoints than now can exist at the same time.
 
-    With a limit there is one more for a moment, since the oldest goes when the newest is whole.
+    With a limit there is briefly one more, since the oldest is deleted when the newest is whole.
 
     Args:
         num_saves: saves to come.

@@ -1,10 +1,9 @@
-"""The run folder's checkpoints: write one whole or not at all, read it back, keep few.
+"""The run folder's checkpoints: write one whole or not at all, read it back, delete old ones.
 
 `checkpoint-N/` is a complete PEFT adapter (`adapter_config.json`, `adapter_model.safetensors`) with
-what it takes to go on from step N as if nothing had happened: `optimizer.pt`, `scheduler.pt`,
-`rng_state_<rank>.pth` and `trainer_state.json`, whose shape is that of transformers'; and with a
-`manifest.json` to verify all of them by. Every torch file holds plain data and is read with
-weights_only.
+what is needed to resume from step N as if nothing had happened: `optimizer.pt`, `scheduler.pt`,
+`rng_state_<rank>.pth` and `trainer_state.json` in transformers' format; and with a `manifest.json`
+to verify all of them. Every torch file holds plain data and is read with weights_only.
 """
 
 import json
@@ -60,19 +59,19 @@ def save_checkpoint(
 ) -> Path:
     """Write `checkpoint-N`, which appears under its name only when whole. Called by all processes.
 
-    Where the run has written it already, or was resumed from it, there is nothing to do.
+    If the run has written it already, or was resumed from it, nothing is done.
 
     Args:
         output_dir: the run folder.
         state: what to save; N is its step.
         trainer_state: content of `trainer_state.json`, as `describe` makes it.
         identity: every setting and fact that changes the run's numbers.
-        accelerator: brings each process's random state to the first, which writes.
-        base_name: what the adapter calls its base.
+        accelerator: gathers each process's random state in the first process, which writes.
+        base_name: name of the base in the adapter's configuration.
 
     Raises:
-        UserError: the folder cannot be written, is no longer there, or has too little room, or what
-            was written is not what was trained.
+        UserError: the folder cannot be written, is no longer there, or has too little space, or
+            what was written is not what was trained.
     """
     folder = output_dir / checkpoint_name(state.global_step)
     if state.last_good and state.last_good.resolve() == folder.resolve():
@@ -107,21 +106,21 @@ def save_checkpoint(
 def check_same_run(
     checkpoint: Path, identity: Mapping[str, Any], resume_anyway: bool = False
 ) -> list[str]:
-    """Make sure that a run goes on with what it began with; nothing is written.
+    """Make sure that a run resumes with the settings it began with; nothing is written.
 
     Args:
         checkpoint: a whole one.
-        identity: every setting and fact that changes the numbers of the run that would go on.
-        resume_anyway: go on in spite of differences.
+        identity: every setting and fact that changes the numbers of the run to be resumed.
+        resume_anyway: resume in spite of differences.
 
     Returns:
-        What the user should know of, a line each.
+        Notes for the user, a line each.
 
     Raises:
-        UserError: the checkpoint is of a run that differs; the message names what by, and how.
+        UserError: the checkpoint belongs to a run that differs; the message names the differences.
     """
     theirs = read_identity(checkpoint)
-    ours = json.loads(json.dumps(identity))  # a tuple comes back from a file as a list
+    ours = json.loads(json.dumps(identity))  # a tuple is read back as a list
     notes = []
     if not has_manifest(checkpoint):
         notes.append(
@@ -142,28 +141,28 @@ def check_same_run(
             "mean it, add --resume_anyway true"
         )
     if differences:
-        notes.append(f"{checkpoint} is gone on with although it differs: {', '.join(differences)}")
+        notes.append(f"{checkpoint} is resumed although it differs: {', '.join(differences)}")
     return notes
 
 
 def load_checkpoint(
     folder: Path, state: TrainingState, accelerator: Accelerator
 ) -> list[dict[str, Any]]:
-    """Put a checkpoint's content into a freshly built state. Called by all processes.
+    """Load a checkpoint into a freshly built state. Called by all processes.
 
-    What has moved comes back; rates and the like are those of the present settings. A process that
-    the earlier run did not have keeps its fresh random numbers.
+    What changes during training is restored; learning rates and the like follow the present
+    settings. A process that the earlier run did not have keeps its fresh random numbers.
 
     Args:
         folder: a whole checkpoint of the same run, see `find_checkpoint` and `check_same_run`.
-        state: is filled.
-        accelerator: tells which process this is.
+        state: the state to fill.
+        accelerator: knows which process this is.
 
     Returns:
         The records up to the checkpoint.
 
     Raises:
-        UserError: a file is damaged, or is of another adapter.
+        UserError: a file is damaged, or belongs to another adapter.
     """
     trainer_state = read_trainer_state(folder)
     restore_adapter(state.model, folder)
@@ -190,12 +189,12 @@ def load_checkpoint(
 def describe(
     state: TrainingState, history: list[dict[str, Any]], identity: Mapping[str, Any], **numbers: Any
 ) -> dict[str, Any]:
-    """The content of `trainer_state.json`, which transformers' TrainerState reads, too.
+    """The content of `trainer_state.json`, which transformers' TrainerState can read, too.
 
     Args:
-        state: gives the step and the tokens.
+        state: the state, for its step and tokens.
         history: all records so far.
-        identity: what a checkpoint is known by when it is resumed from; see `check_same_run`.
+        identity: what `check_same_run` compares when the run is resumed.
         numbers: further fields of TrainerState, e.g. epoch and max_steps.
     """
     return {
@@ -210,8 +209,8 @@ def describe(
 def rotate_checkpoints(output_dir: Path, limit: int | None, step: int) -> None:
     """Delete all but the newest `limit` checkpoints; the one of `step`, just saved, is the newest.
 
-    Those beyond it are from before the run was resumed at an earlier step: they go first. None goes
-    before the newest has been read back from the disk and found whole.
+    Those of later steps are left over from before the run was resumed at an earlier step: they are
+    deleted first. None is deleted before the newest has been read back from disk and found whole.
 
     Raises:
         UserError: it is not whole, or a folder cannot be deleted.

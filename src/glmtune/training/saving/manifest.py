@@ -1,7 +1,7 @@
-"""What a checkpoint is known by: its files with sizes and hashes, its step, its recipe and data.
+"""What identifies a checkpoint: its files with sizes and hashes, its step, its recipe and data.
 
-`manifest.json` is written last of all. A folder whose files are those of its manifest is as it was
-saved; anything else is told by `find_fault`, in words.
+`manifest.json` is written last. A folder whose files match its manifest is as it was saved;
+otherwise `find_fault` describes what is wrong.
 """
 
 import hashlib
@@ -29,17 +29,17 @@ from glmtune.run_files import (
 
 TORCH_FILES = (OPTIMIZER_FILE, SCHEDULER_FILE)
 _NEEDED = (WEIGHTS_FILE, ADAPTER_CONFIG_FILE, *TORCH_FILES, STATE_FILE)
-# The part of trainer_state.json that is ours: transformers keeps a place for others' state.
+# Our part of trainer_state.json: transformers reserves a place for state of callbacks.
 _OURS = ("stateful_callbacks", "glmtune")
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
 def write_manifest(folder: Path, step: int, identity: Mapping[str, Any]) -> None:
-    """Write down what lies in a folder that is about to become a checkpoint. Raises OSError.
+    """Write the manifest of a folder that is about to become a checkpoint. Raises OSError.
 
     Args:
         folder: holds all files but this one.
-        step: of the checkpoint.
+        step: step of the checkpoint.
         identity: every setting and fact that changes the run's numbers.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file())
@@ -88,27 +88,27 @@ def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def our_part(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The place in `trainer_state.json` of what a checkpoint is known by."""
+    """The place in `trainer_state.json` of what identifies a checkpoint's run."""
     place, name = _OURS
     return {place: {name: dict(identity)}}
 
 
 def read_identity(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint is known by: the settings and facts that change its run's numbers."""
+    """What identifies a checkpoint's run: the settings and facts that change its numbers."""
     place, name = _OURS
     return read_trainer_state(checkpoint)[place][name]
 
 
 def find_fault(checkpoint: Path) -> str | None:
-    """Say what keeps a checkpoint from being resumed from, or None when it is whole.
+    """Say why a checkpoint cannot be resumed from, or None when it is whole.
 
-    Every file is held against the size and the hash of the manifest. Where there is none, as in
-    checkpoints of glmtune 0.1, the files are looked at from outside.
+    Every file is compared with the size and the hash in the manifest. Without a manifest, as in
+    checkpoints of glmtune 0.1, only the form of the files is checked.
     """
     if _is_of_trainer(checkpoint):
         return (
             "it is a checkpoint of another program (transformers' Trainer), whose training cannot "
-            "be gone on with, only its adapter be used"
+            "be resumed; only its adapter can be used"
         )
     for name in _NEEDED:
         if not (checkpoint / name).is_file():
@@ -160,7 +160,7 @@ def _looks_damaged(checkpoint: Path) -> str | None:
     except (SafetensorError, OSError):
         return f"{WEIGHTS_FILE} is damaged"
     for name in TORCH_FILES:
-        if not zipfile.is_zipfile(checkpoint / name):  # its directory stands at the end
+        if not zipfile.is_zipfile(checkpoint / name):  # a zip's directory is at its end
             return f"{name} is damaged"
     try:
         read_trainer_state(checkpoint)

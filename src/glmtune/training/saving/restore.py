@@ -1,4 +1,4 @@
-"""A checkpoint's optimiser, schedule and scaler put back, after a look at what the files hold."""
+"""Restore a checkpoint's optimiser, schedule and scaler, after checking what the files hold."""
 
 import math
 from pathlib import Path
@@ -14,22 +14,22 @@ from glmtune.models.torch_files import read_torch_file
 
 
 def restore(target: Any, path: Path) -> None:
-    """Hand a file's content to the optimiser, schedule or scaler that it should be the state of.
+    """Load a file's content into the optimiser, schedule or scaler whose state it should be.
 
     Raises:
-        UserError: the file is damaged, or its content is not that state: values of other kinds.
+        UserError: the file is damaged, or its content is not that state: values of other types.
     """
     fresh, content = target.state_dict(), read_torch_file(path)
     try:
         target.load_state_dict(content)
         if not _is_alike(fresh, target.state_dict()):
             raise ValueError("its values are of other kinds")
-    except Exception as error:  # each kind of state complains in its own way
+    except Exception as error:  # each kind of state raises its own errors
         raise foreign_state(path, error) from error
 
 
 def _is_alike(ours: Any, theirs: Any) -> bool:
-    """Whether nested values have the keys of ours, and values of the same kinds."""
+    """Whether nested values have the same keys as ours, and values of the same types."""
     if isinstance(ours, dict):
         return isinstance(theirs, dict) and all(
             key in theirs and _is_alike(value, theirs[key]) for key, value in ours.items()
@@ -46,7 +46,7 @@ def check_moments(optimizer: Optimizer, path: Path) -> None:
     """Make sure that each weight's moments have its shape, which torch notices only in a step.
 
     Raises:
-        UserError: one has not; `path` is named as where it came from.
+        UserError: a shape differs; the message names `path` as the source.
     """
     for weight in optimizer.param_groups[0]["params"]:
         moments = optimizer.state.get(weight, {})
@@ -60,7 +60,7 @@ def check_moments(optimizer: Optimizer, path: Path) -> None:
 
 
 def restore_optimizer(optimizer: Optimizer, path: Path) -> None:
-    """Put an optimiser's moments back; its rates and the like stay as they are.
+    """Restore an optimiser's moments; its learning rates and the like stay as they are.
 
     Raises:
         UserError: see `restore` and `check_moments`.
@@ -73,7 +73,7 @@ def restore_optimizer(optimizer: Optimizer, path: Path) -> None:
 
 
 def restore_schedule(schedule: LambdaLR, path: Path) -> None:
-    """Put a schedule back to its step; its optimiser then has the present settings' rate there.
+    """Restore a schedule's step; the optimiser then has the present settings' rate at that step.
 
     Raises:
         UserError: see `restore`.

@@ -1,4 +1,4 @@
-"""The run folder before a run: is it free, which checkpoint in it is gone on from, what must go."""
+"""The run folder before a run: is it free, which checkpoint to resume from, what to delete."""
 
 import filecmp
 import math
@@ -37,7 +37,7 @@ def resume_point(settings: TrainSettings) -> tuple[Path | None, list[str]]:
     """The checkpoint that the settings resume from, or None for a new run. Nothing is written.
 
     Returns:
-        It, and what was passed over on the way to it, a line each.
+        The checkpoint, and notes on those that were skipped, a line each.
 
     Raises:
         UserError: `resume_from_checkpoint` leads to no whole checkpoint, or `output_dir` holds
@@ -60,12 +60,13 @@ def resume_point(settings: TrainSettings) -> tuple[Path | None, list[str]]:
 
 
 def check_unfinished(run: Run, checkpoint: Path) -> list[str]:
-    """Make sure that a run which goes on from a checkpoint has something left to do.
+    """Make sure that a resumed run has something left to do.
 
-    That may be an evaluation, or files beside the checkpoint that a kill has cost the run folder.
+    That may be an evaluation, or files beside the checkpoint that are missing because the earlier
+    run was killed.
 
     Returns:
-        What the user should know of, a line each.
+        Notes for the user, a line each.
 
     Raises:
         UserError: nothing is left to do (the message says what to raise), or a file of the
@@ -80,12 +81,12 @@ def check_unfinished(run: Run, checkpoint: Path) -> list[str]:
     if _is_inside(checkpoint, output_dir) and beside is None:
         return [f"{checkpoint} is the last: nothing is trained, {output_dir} is made whole from it"]
     for file in (*TORCH_FILES, *(path.name for path in checkpoint.glob(RANDOM_FILES))):
-        read_torch_file(checkpoint / file)  # one that nothing can go on from is told as such
+        read_torch_file(checkpoint / file)  # report an unreadable checkpoint as such
     settings = run.settings
     asked, more = "max_steps", 2 * step
     if settings.max_steps <= 0:
         asked, more = "num_train_epochs", math.ceil(run.plan.epoch(step)) + 1
-    # A longer run has other rates, which is another recipe.
+    # A longer run would have other learning rates, which is another recipe.
     anyway = " --resume_anyway true" if run.has_end or 0 < settings.warmup_steps < 1 else ""
     raise UserError(
         f"{checkpoint}: nothing is left to train: it has {step:,} steps, and {asked} "
@@ -107,16 +108,16 @@ def _state_beside(checkpoint: Path) -> dict[str, Any] | None:
 
 
 def claim_output_dir(settings: TrainSettings, checkpoint: Path | None) -> Path:
-    """Make the run folder and write the recipe; what another run left in it goes, and nothing else.
+    """Make the run folder and write the recipe; delete what another run left, and nothing else.
 
-    So do drafts of a run that was killed.
+    Drafts of a run that was killed are deleted, too.
 
     Args:
         settings: the settings as run.
-        checkpoint: what the run goes on from, if anything.
+        checkpoint: the checkpoint to resume from, if any.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the folder cannot be written.
     """
     output_dir = Path(settings.output_dir)
     try:
@@ -140,17 +141,17 @@ def check_disk(
     num_processes: int = 1,
     checkpoint: Path | None = None,
 ) -> None:
-    """Make sure, before anything is written, that all checkpoints to come have room.
+    """Make sure, before anything is written, that there is space for all checkpoints to come.
 
     Args:
-        settings: say how many there will be, and where.
-        setup: says how large they are.
-        max_steps: of the whole run.
-        num_processes: that share a step.
-        checkpoint: what the run goes on from, if anything.
+        settings: the run's settings: how many checkpoints there will be, and where.
+        setup: the training setup, which gives their size.
+        max_steps: steps of the whole run.
+        num_processes: processes that share a step.
+        checkpoint: the checkpoint to resume from, if any.
 
     Raises:
-        UserError: they have not.
+        UserError: there is too little space.
     """
     output_dir = Path(settings.output_dir)
     first_step, num_there, freed = 0, 0, 0
@@ -165,7 +166,7 @@ def check_disk(
     size = last_checkpoint_bytes(settings, setup, max_steps, num_processes)
     check_room(
         output_dir,
-        (count + 1) * size - freed,  # and what lies beside them
+        (count + 1) * size - freed,  # and the files beside them
         f"{count:,} checkpoint(s) of {size / MEGABYTE:,.1f} MB and the adapter take",
         f"set save_total_limit (now {settings.save_total_limit or 'all are kept'}) or a larger "
         f"save_steps ({settings.save_steps}), free some space, or name another output_dir",
@@ -195,14 +196,14 @@ def _find_run(output_dir: Path) -> list[Path]:
 def find_checkpoint(path: Path) -> tuple[Path, list[str]]:
     """The checkpoint to resume from: `path` itself, or the newest whole one in that run folder.
 
-    Where a checkpoint that is named is damaged, the newest whole one before it is taken: from there
-    the run comes by the same steps.
+    If the named checkpoint is damaged, the newest whole one before it is taken: from there the run
+    repeats the same steps.
 
     Returns:
-        It, and what is wrong with each that was passed over, a line each.
+        The checkpoint, and what is wrong with each that was skipped, a line each.
 
     Raises:
-        UserError: nothing there to resume from.
+        UserError: there is nothing to resume from.
     """
     if not path.is_dir():
         raise UserError(
@@ -232,10 +233,10 @@ def _newest_first(folder: Path, steps: list[int]) -> list[Path]:
 
 
 def resume_command(run: Run, checkpoint: Path, glmtune: str = "glmtune") -> str:
-    """The command that goes on from a checkpoint, with what is typed for glmtune."""
+    """The command that resumes from a checkpoint, beginning with the way glmtune was started."""
     recipe = shlex.quote(f"{run.settings.output_dir}/{RECIPE_FILE}")
     num_processes = run.accelerator.num_processes
-    # On CPUs `accelerate launch` starts one process, whatever number it is given.
+    # On CPUs `accelerate launch` starts one process, whatever number is requested.
     if num_processes > 1:
         glmtune = f"torchrun --nproc_per_node {num_processes} -m glmtune"
     where = shlex.quote(str(checkpoint))
@@ -243,8 +244,8 @@ def resume_command(run: Run, checkpoint: Path, glmtune: str = "glmtune") -> str:
 
 
 def what_is_kept(run: Run, state: TrainingState) -> str:
-    """Say what is left of a run that ends with an error, and how it goes on."""
+    """Say what a run that ends with an error has saved, and how to resume it."""
     kept = state.last_good
     if kept is None or not kept.is_dir():
-        return "there is no checkpoint of this run to go on from"
-    return f"{kept.name} is whole: go on with `{resume_command(run, kept)}`"
+        return "there is no checkpoint of this run to resume from"
+    return f"{kept.name} is whole: resume with `{resume_command(run, kept)}`"

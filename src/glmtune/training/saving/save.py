@@ -1,4 +1,4 @@
-"""A run's files while it trains: its log, its checkpoints, and what lies beside them."""
+"""A run's files while it trains: its log, its checkpoints, and the files beside them."""
 
 import math
 from pathlib import Path
@@ -17,7 +17,7 @@ from glmtune.training.state import TrainingState
 
 
 def open_log(run: Run, state: TrainingState, history: list[dict[str, Any]]) -> RunLog:
-    """The run's log, going on after the records of earlier steps."""
+    """The run's log, which continues after the records of earlier steps."""
     settings = run.settings
     return RunLog(
         settings.output_dir,
@@ -34,7 +34,7 @@ def save(run: Run, state: TrainingState, log: RunLog) -> None:
     """Write a checkpoint, and at the root of the run folder its adapter, state and curve.
 
     Raises:
-        NotFiniteError: a step before was not made; nothing is written.
+        NotFiniteError: an earlier step was not applied; nothing is written.
         UserError: the weights are not finite (nothing is written), the folder cannot be written, or
             what was written is not what was trained; the message names the newest good checkpoint.
     """
