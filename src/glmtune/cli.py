@@ -110,7 +110,7 @@ def new_model(settings: config.NewModelSettings) -> None:
 
 
 def bench_train(settings: config.BenchTrainSettings) -> None:
-    """Measure a training step: its speed and memory, its ceiling, and the plain way."""
+    """Measure a training step: its speed and memory, its ceiling, and the reference path."""
     from glmtune.bench.train import bench_train
 
     bench_train(settings)
@@ -179,9 +179,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line, by default the process's own, and return its exit code.
 
     Returns:
-        0; 1 where a verb's finding is not a good one, or for an error that is none of the user's
-        but known, which is told with what mends it; 2 for a user's mistake, told in one line on
-        stderr; 130 after Ctrl+C.
+        0; 1 if a verb's finding is bad, or for a known error that is not the user's, which is
+        printed with its fix; 2 for a user's mistake, printed in one line on stderr; 130 after
+        Ctrl+C.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that lacks a letter (a Chinese one in ASCII) must not stop a run.

@@ -46,7 +46,7 @@ class DecodeFigures:
     prompt_length: int
     max_new_tokens: int
     tokens_per_second: float
-    """Of whole answers, reading the prompt included."""
+    """Tokens a second of whole answers, reading the prompt included."""
     decode_tokens_per_second: float
     """After the first token of each."""
     first_token_ms: float
@@ -67,7 +67,7 @@ class Times(NamedTuple):
     """Seconds of one batch of answers."""
 
     first: float
-    """To the first token."""
+    """Seconds to the first token."""
     whole: float
 
 

@@ -30,8 +30,8 @@ def glm_peft_rate(
     """Real tokens a second of training steps.
 
     Args:
-        batches: the lengths of the rows of each step, which are padded to the longest; all of
-            their tokens are learned.
+        batches: the lengths of the rows of each step, which are padded to the longest; all of their
+            tokens are supervised.
         device: where.
         dtype: of the base; the adapter is float32.
         small: a tiny model instead of one of six billion parameters.

@@ -12,7 +12,8 @@ from glmtune.models.shape import Shape
 from glmtune.ops.linear import quantise, quantise_rows
 from glmtune.ops.loss import CHUNK
 
-# So many layers' weights are there, so that none waits in a cache from one layer to the next.
+# Number of layers whose weights are allocated, so that none stays in a cache from one layer to the
+# next.
 _LAYERS_HELD = 4
 
 

@@ -52,7 +52,7 @@ class Peak:
     reserved_gib: float | None
     """What the allocator held for them; None on a CPU."""
     loading_gib: float
-    """As `allocated_gib`, while the weights were loaded."""
+    """Like `allocated_gib`, while the weights were loaded."""
     estimate_gib: float
     ratio: float
     """Estimate over what was measured."""
@@ -151,7 +151,7 @@ def measure(name: str, settings: BenchMemorySettings, folder: str) -> Peak:
 
 
 def _peak_gib(device: torch.device) -> float:
-    """As `memory_gib`; of a CPU by Linux's own mark, as that of getrusage is handed down to it."""
+    """Like `memory_gib`; on a CPU from Linux's own counter, since getrusage's is inherited."""
     status = Path("/proc/self/status")
     if device.type == "cuda" or not status.is_file():
         return memory_gib(device)

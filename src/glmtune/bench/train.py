@@ -1,4 +1,4 @@
-"""`glmtune bench train`: speed and memory of a step, beside its ceiling and the plain way."""
+"""`glmtune bench train`: speed and memory of a step, beside its ceiling and the reference path."""
 
 import gc
 import time
@@ -37,7 +37,7 @@ _ORIGINAL_ROWS = 6
 
 @dataclass(frozen=True)
 class Speed:
-    """Of some steps."""
+    """Measurements of some steps."""
 
     ms: float
     """A median step."""
@@ -47,7 +47,7 @@ class Speed:
     """Compilation included."""
     peak_gib: float
     loss: float
-    """Of the last step."""
+    """Loss of the last step."""
 
 
 def bench_train(settings: BenchTrainSettings) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def _measure_plain(
     rows: TokenRows,
     settings: BenchTrainSettings,
 ) -> Speed:
-    """The plain way at the original's batch of six rows."""
+    """The reference path at the original's batch of six rows."""
     _free()
     plain = training.model_copy(
         update={"layout": "padded", "tokens_per_step": None,

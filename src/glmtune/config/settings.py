@@ -44,7 +44,7 @@ class ValidateSettings(EncodingSettings):
         "or .jsonl",
     )
     held_out: PathText | None = Field(
-        None, description="rows kept for testing: no question of theirs may stand in the files"
+        None, description="rows kept for testing: none of their questions may occur in the files"
     )
     json_path: PathText | None = Field(
         None, description="JSON file to write every single problem into"
@@ -231,9 +231,7 @@ class CheckSettings(AnsweringWeightSettings, BaseModelSettings, DeviceSettings):
         description="alpaca records to ask (default: rows that the run held out, else a few "
         "questions of our own)",
     )
-    limit: int = Field(
-        16, ge=1, description="ask so many at most, beside 16 questions of other kinds"
-    )
+    limit: int = Field(16, ge=1, description="ask N at most, beside 16 questions of other kinds")
     max_new_tokens: int = Field(150, ge=1, description="longest answer, in tokens")
     json_path: PathText | None = Field(None, description="JSON file to write all figures into")
 

@@ -68,13 +68,13 @@ Count = dict[str, tuple[int, int]]
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What a demo came to."""
+    """The result of a demo."""
 
     page: Path
     base: Count
     tuned: Count
     seconds: dict[str, float] = field(compare=False)
-    """By stage."""
+    """Seconds by stage."""
 
 
 def demo(settings: DemoSettings) -> DemoResult:
@@ -174,7 +174,8 @@ def training_config(settings: DemoSettings, dataset_path: str, output_dir: str) 
         seed=settings.seed,
         use_cpu=settings.use_cpu,
         save_total_limit=1,
-        # The recipe's steps are of so many rows, and for a model this small not worth compiling.
+        # The recipe's steps have a fixed number of rows, and a model this small is not worth
+        # compiling.
         layout="padded",
     )
 

@@ -72,7 +72,7 @@ class Kind:
     facts: str
     answer: str
     phrasings: dict[str, list[Question]] = field(default_factory=dict)
-    """By language."""
+    """Ways to ask, by language."""
 
 
 @dataclass(frozen=True)
@@ -140,12 +140,12 @@ class Passage(NamedTuple):
 def passages(seed: int, count: int, max_sentences: int = 5) -> Iterator[Passage]:
     """Write passages of plain text, each of a few facts mixed, in one language or both.
 
-    A third of them tell of one subject, a third of one set of facts, a third of anything.
+    A third of them are about one subject, a third about one set of facts, a third about anything.
 
     Args:
         seed: the same seed writes the same passages.
         count: how many.
-        max_sentences: a passage has one to so many.
+        max_sentences: most sentences of a passage; it has at least one.
     """
     world = load_world()
     names = list(world.facts)
@@ -377,7 +377,7 @@ def _story_fact(draw: Draw, people: list[Term], things: list[Term]) -> Fact:
 
 @cache
 def _facts_by_subject() -> dict[Term, list[tuple[str, Fact]]]:
-    """Everything that is told of each thing, animal and person."""
+    """Every fact about each thing, animal and person."""
     known: dict[Term, list[tuple[str, Fact]]] = {}
     for name, facts in load_world().facts.items():
         for fact in facts:

@@ -40,7 +40,7 @@ class ChatFormat(NamedTuple):
     """The words around a conversation that the family's chat models were taught."""
 
     describe: str
-    """For the list of formats in a chat."""
+    """Description for the list of formats in a chat."""
     write: Callable[[list[tuple[str, str]], str], str]
     """Earlier rounds of question and answer, and a question, to what the model reads."""
     polish: Callable[[str], str]
@@ -58,7 +58,7 @@ class Family(NamedTuple):
     """
 
     name: str
-    """As its users call it."""
+    """The name that its users know."""
     owns: Callable[[Mapping[str, Any]], bool]
     """Whether a config.json is of this family."""
     config_class: type[PreTrainedConfig]

@@ -60,7 +60,7 @@ class ChatGLMConfig(PreTrainedConfig):
     the file, which names code that the publisher wrote, is neither followed nor saved.
 
     Raises:
-        UserError: the file is of another family that calls itself "chatglm" too, tells of weights
+        UserError: the file is of another family that calls itself "chatglm" too, states weights
             quantised in a way that is not the published one, asks for positions that this model
             does not have, or holds no possible size.
     """

@@ -60,7 +60,7 @@ def check_folder(
     if EMBEDDING.removeprefix(BODY) in found:  # of the bare model, saved by itself
         found = {name if name in (HEAD, HEAD_SCALE) else BODY + name: found[name] for name in found}
     num_layers = len({name[1] for name in map(LAYER.match, found) if name})
-    if config.num_layers != num_layers:  # before so many layers are built
+    if config.num_layers != num_layers:  # before any layers are built
         raise UserError(
             f"{folder}: config.json says {config.num_layers} layers (num_layers), the weights have "
             f"{num_layers}; take config.json and all weight files from the same download"
@@ -113,7 +113,7 @@ def _names_gmask(folder: Path) -> bool:
 
 
 def _refuse_prefix(folder: Path, found: weights.Outline) -> None:
-    """Tell of a checkpoint of P-Tuning v2, whose trained prefix has no place in this model."""
+    """Report a checkpoint of P-Tuning v2, whose trained prefix has no place in this model."""
     of_prefix = [name for name in found if PREFIX in name]
     if not of_prefix:
         return

@@ -33,12 +33,12 @@ class Layout(NamedTuple):
 
 
 class CachedRows(NamedTuple):
-    """What the rows in a cache tell of the tokens that continue them."""
+    """What the rows in a cache determine about the tokens that continue them."""
 
     prefix_end_B: Tensor
     """Column of the cache that holds ``<sop>``."""
     target_B: Tensor
-    """As that of `Layout`."""
+    """See `Layout`."""
     valid_BK: Tensor
     """True where a column held a real token when the rows were read."""
     longest_prefix: int
@@ -50,12 +50,12 @@ class CachedRows(NamedTuple):
 
     @classmethod
     def of(cls, cache: Cache) -> "CachedRows | None":
-        """Those of the rows that were last read into a cache, if that was told."""
+        """What is known about the rows last read into a cache, if anything."""
         return getattr(cache, _CACHED_ROWS, None)
 
     @classmethod
     def of_whole(cls, layout: Layout, num_past: int, valid_BK: Tensor) -> "CachedRows":
-        """Of whole rows, which stand behind so many columns that all of each row sees."""
+        """Derive it from whole rows after `num_past` columns that all of each row sees."""
         prefix_end_B = layout.prefix_end_B + num_past
         return cls(prefix_end_B, layout.target_B, valid_BK.bool(), int(prefix_end_B.max()))
 
@@ -219,15 +219,15 @@ def known_mask(
     num_new: int,
     config: ChatGLMConfig,
 ) -> Tensor | None:
-    """Which columns are real, also where generation does not tell: it drops a mask of ones.
+    """Which columns are real, also if generation does not say: it drops a mask of ones.
 
-    A filled cache is told of its rows here, if it was not before.
+    A filled cache gets its rows here, if it has none yet.
 
     Args:
         given_BK: what generation tells.
         cache: one of transformers', empty or filled.
         input_ids_BS: the whole rows; or only what follows embeddings, or follows the cache.
-        num_new: so many tokens are to be read.
+        num_new: number of tokens to read.
         config: as that of `read_layout`.
 
     Returns:
@@ -299,12 +299,12 @@ def check_labels(
     """Make sure that what is supervised stands in the answer.
 
     The prefix is seen in both directions, so of a label in it the answer is in sight: its loss
-    falls, and nothing is learned. ``<sop>`` is the first token that no token before it sees, and
-    this project's rows supervise it too, as the original's. Alone it is no answer to learn, except
-    of a row that ends with it, whose answer is empty.
+    falls without any training effect. ``<sop>`` is the first token that no token before it sees,
+    and this project's rows supervise it too, as the original's. Alone it is no answer to learn,
+    except of a row that ends with it, whose answer is empty.
 
     Args:
-        labels_BS: not shifted, `IGNORED` where nothing is to be learned.
+        labels_BS: not shifted, `IGNORED` where a token is not supervised.
         position_ids_B2S: their block stream is 0 in the prefix, 1 at ``<sop>``, more behind it.
         valid_BS: true for real tokens, where that is known.
 
@@ -323,7 +323,7 @@ def check_labels(
         number = int((is_label_BS & (block_BS < 2))[bad[0]].sum())
         raise ValueError(
             f"labels: row {bad[0]} has {number} at or before its <sop>, where every token is seen "
-            "from before and nothing is learned; put what is to be learned behind it (question "
+            "from before and nothing is trained; put what is to be trained behind it (question "
             f"[gMASK] <sop> answer <eop>), and set the labels of the question to {IGNORED}"
         )
 

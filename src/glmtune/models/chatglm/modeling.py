@@ -217,7 +217,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         Raises:
             ValueError: positions or mask cannot be derived, because a row lacks its special ids,
                 because no mask says what a given cache holds, or because of their shapes; or a row
-                has a label where nothing can be learned.
+                has a label where it cannot be supervised.
         """
         if input_ids is None and inputs_embeds is None:
             raise ValueError("input_ids: pass ids (B, S), or inputs_embeds (B, S, H)")
@@ -262,7 +262,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def tie_weights(self, missing_keys: set[str] | None = None, *args, **kwargs) -> None:
-        """As transformers', which compares a loaded head with the embedding: `check_folder` did."""
+        """Replace transformers' check of a loaded head by the one in `check_folder`."""
         if missing_keys is not None and self.config.tie_word_embeddings:
             missing_keys.add(HEAD)
         super().tie_weights(missing_keys, *args, **kwargs)
@@ -290,10 +290,10 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: see `ChatGLMModel.forward`, as the further arguments up to `inputs_embeds`.
-            labels: ``(B, S)``, not shifted, -100 where nothing is to be learned: in all of the
+            labels: ``(B, S)``, not shifted, -100 where a token is not supervised: in all of the
                 prefix, see `check_labels`.
             use_cache: by default a cache is made while generating, none with labels.
-            logits_to_keep: logits of the last so many tokens only, 0 for all; or of these columns.
+            logits_to_keep: logits of the last N tokens only, 0 for all; or of these columns.
             num_items_in_batch: what the summed loss is divided by (labels of the whole step).
             cache: another name of `past_key_values`.
             kwargs: `output_hidden_states` and `output_attentions`; and `shift_labels` ``(B, S)``,

@@ -24,7 +24,7 @@ KNOWN_SHARDS = {
         "e764ebdece24219efeda3c18aa32fe6414da3d1f533df8845815609e9ef7f4a7",
     ),
 }
-"""Of the publisher's ChatGLM-6B in float16, in their order.
+"""Hashes of the publisher's ChatGLM-6B shards in float16, in their order.
 
 Source: git-lfs pointers to these files in public repositories; their sizes are those of the files.
 Between the two there was v1.0 without image tokens, whose first and last shard are not among them.
@@ -33,7 +33,7 @@ KNOWN_VOCABULARIES = {
     "5e974d9a69c242ce014c88c2b26089270f6198f3c0b700a887666cd3e816f17e",  # since mid-2023
     "99871e0c85db81ad7af1028854fd091cd5778c8414ae9d94bbbc10d02c831c21",  # March 2023
 }
-"""Of the publisher's ChatGLM-6B in any number of bits."""
+"""Hashes of the vocabularies of the publisher's ChatGLM-6B, whatever its bits."""
 _PUBLISHED = re.compile(r"(zai-org|THUDM)/chatglm-6b(-int8|-int4|-int4-qe)?")
 _SHARD = re.compile(r"pytorch_model-0000([1-8])-of-00008\.bin")
 

@@ -64,9 +64,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     """Encode and decode with a published `ice_text.model`.
 
     The special tokens are those of the vocabulary, whatever `tokenizer_config.json` says: files of
-    the first revision name `</s>` as the end of text, which the model never learned to write. Names
-    that the vocabulary does not have are the caller's: they are added behind its last id, and the
-    model's embedding must have rows for them.
+    the first revision name `</s>` as the end of text, which the model was never trained to write.
+    Names that the vocabulary does not have are the caller's: they are added behind its last id, and
+    the model's embedding must have rows for them.
 
     Args:
         vocab_file: path of the sentencepiece file.
@@ -221,7 +221,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             **(tokenizer_kwargs or {}),
         )
         if return_assistant_tokens_mask:
-            render: Any = render_jinja_template  # its annotation tells of the text alone
+            render: Any = render_jinja_template  # its annotation covers the text only
             rendered, spans = render(
                 conversations=conversation if is_batch else [conversation],
                 chat_template=self.get_chat_template(chat_template, tools),
@@ -258,7 +258,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         Args:
             texts: any number of texts.
             add_special_tokens: append ``[gMASK] <sop>`` to each.
-            max_length: cut each to so many ids, the two special ids included and kept.
+            max_length: most ids of each, the two special ids included and kept.
             num_threads: all cores by default.
         """
         specials = [self.gmask_token_id, self.bos_token_id] if add_special_tokens else []

@@ -99,7 +99,7 @@ def check_revision(vocab_file: Path, model_vocab_size: int) -> int:
 def compare_revisions(
     vocab_file: str | Path | None, num_pieces: int, model_vocab_size: int | None
 ) -> None:
-    """Refuse so many pieces beside a model of the other published revision.
+    """Refuse a number of pieces that belongs to the other published revision than the model.
 
     Raises:
         UserError: they are of different revisions.
