@@ -299,7 +299,7 @@ def test_off_undoes_a_recipe_and_never_another_name(tmp_path):
 def test_a_rank_is_the_launchers(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert read("train", local_rank="3") == read("train", local_rank="-1") == read("train")
-    with pytest.raises(UserError, match="the launcher tells each process"):
+    with pytest.raises(UserError, match="the launcher gives each process"):
         read("train", local_rank="2")
 
 

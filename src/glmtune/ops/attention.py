@@ -152,7 +152,7 @@ class PaddedRows(NamedTuple):
         """Attention of a pack: ``(T, N, D)``.
 
         Args:
-            qkv: queries ``(T, N, D)``, keys and values ``(T, G, D)``, not turned.
+            qkv: queries ``(T, N, D)``, keys and values ``(T, G, D)``, not rotated.
             updates: what the adapter of each adds: two factors ``(T, R)`` and ``(N D, R)`` or
                 ``(G D, R)``; None without an adapter.
             cos: ``(T, 2, D / 4)``, as `rotary_angles` gives it for one row.

@@ -103,7 +103,7 @@ def _rows(settings: PlanSettings, config: PreTrainedConfig) -> Lengths:
     missing = "dataset_path" in settings.model_fields_set
     note(
         f"{f'{settings.dataset_path} is not there' if missing else 'no dataset_path'}, so "
-        f"{settings.num_rows:,} rows count as {settings.row_length} tokens each, all learned "
+        f"{settings.num_rows:,} rows count as {settings.row_length} tokens each, all supervised "
         "(--num_rows, --row_length)"
     )
     return EqualRows(np.full(settings.num_rows, settings.row_length))

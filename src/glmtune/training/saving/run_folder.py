@@ -52,7 +52,7 @@ def resume_point(settings: TrainSettings) -> tuple[Path | None, list[str]]:
     found = _find_run(output_dir)
     if found and not settings.overwrite_output_dir and not _is_inside(checkpoint, output_dir):
         raise UserError(
-            f"output_dir: {output_dir} holds a run already ({found[0].name}); go on with it "
+            f"output_dir: {output_dir} holds a run already ({found[0].name}); resume it "
             "(--resume_from_checkpoint true), start anew over it (--overwrite_output_dir true), or "
             "name another folder"
         )
