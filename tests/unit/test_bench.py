@@ -61,18 +61,18 @@ def test_lines_are_added_and_each_layout_has_its_own(tmp_path):
 def test_the_ceiling_has_the_heads_products_of_every_token_it_meets(layout, tmp_path, monkeypatch):
     asked = []
 
-    def limit(shape, num_tokens, num_learned, *where, **how):
-        asked.append((num_tokens, num_learned))
+    def limit(shape, num_tokens, num_supervised, *where, **how):
+        asked.append((num_tokens, num_supervised))
         return 1.0
 
     monkeypatch.setattr(limits, "matmul_limit", limit)
     bench(tmp_path, "--plain", "false", "--layout", layout)
-    ((num_tokens, num_learned),) = asked
+    ((num_tokens, num_supervised),) = asked
     assert num_tokens > 6 * 20
     if layout == "padded":
-        assert num_learned == num_tokens
+        assert num_supervised == num_tokens
     else:
-        assert 6 < num_learned < num_tokens
+        assert 6 < num_supervised < num_tokens
 
 
 def test_settings_that_exclude_each_other_are_refused_in_one_line(capsys):

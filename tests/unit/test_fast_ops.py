@@ -110,10 +110,10 @@ class TestFloat8:
 
 class TestHeadLoss:
     @given(st.integers(1, 20), st.integers(1, 7))
-    def test_chunks_give_what_one_product_gives(self, num_learned, chunk):
-        torch.manual_seed(num_learned)
-        hidden = torch.randn(num_learned, 6, requires_grad=True)
-        head, targets = torch.randn(11, 6), torch.randint(0, 11, (num_learned,))
+    def test_chunks_give_what_one_product_gives(self, num_supervised, chunk):
+        torch.manual_seed(num_supervised)
+        hidden = torch.randn(num_supervised, 6, requires_grad=True)
+        head, targets = torch.randn(11, 6), torch.randint(0, 11, (num_supervised,))
         targets[::3] = IGNORED
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loss, "CHUNK", chunk)

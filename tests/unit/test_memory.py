@@ -98,14 +98,14 @@ def test_the_estimate_is_near_what_the_cpu_allocates(
     base = ChatGLMForConditionalGeneration._from_config(config, dtype=torch.float32)
     model = attach_lora(base, rank=8, dropout=dropout, targets=targets)
     rows, row_ids, accelerator = random_rows(config, 60), np.arange(6), Accelerator(cpu=True)
-    num_learned = int(rows.num_labels_R[row_ids].sum())
+    num_supervised = int(rows.num_labels_R[row_ids].sum())
     if layout == "padded":
         step_pass = PaddedPass(accelerator, model, rows, recompute)
-        batch = Batch(6 * int(rows.lengths_R[row_ids].max()), num_learned)
+        batch = Batch(6 * int(rows.lengths_R[row_ids].max()), num_supervised)
     else:
         packed = PackedModel(model, PACKED, compiled=False, recompute=recompute)
         step_pass = PackedPass(accelerator, packed, rows, dropout, None)
-        batch = Batch(int(rows.lengths_R[row_ids].sum()), num_learned)
+        batch = Batch(int(rows.lengths_R[row_ids].sum()), num_supervised)
     step_pass.run(row_ids, 100, 0)  # gradients are there from here on
     measured = peak_bytes(lambda: step_pass.run(row_ids, 100, 0))
     setup = Setup(

@@ -68,7 +68,7 @@ class TestLayOut:
         num_tokens = int(rows.lengths_R.sum())
         pack = lay_out(rows, ids, num_tokens + spare)
         assert pack.num_tokens == num_tokens
-        learned, start = [], 0
+        supervised, start = [], 0
         for row in ids:
             alone = collate(rows, np.array([row]))
             layout = read_layout(alone["input_ids"], config)
@@ -82,9 +82,9 @@ class TestLayOut:
             assert set(pack.prefix_end_T[place] - start) == {int(layout.prefix_end_B)}
             labels = alone["labels"][0, 1:]
             at = (labels != IGNORED).nonzero()[:, 0]
-            learned += zip((at + start).tolist(), labels[at].tolist(), strict=True)
+            supervised += zip((at + start).tolist(), labels[at].tolist(), strict=True)
             start = end
-        assert list(zip(pack.learned_at_L, pack.targets_L, strict=True)) == learned
+        assert list(zip(pack.supervised_at_L, pack.targets_L, strict=True)) == supervised
         assert (pack.start_T[num_tokens:] == num_tokens).all()
         assert (pack.input_ids_T[num_tokens:] == config.pad_token_id).all()
 

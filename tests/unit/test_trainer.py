@@ -43,9 +43,9 @@ def test_label_smoothing_smooths_the_label_one_place_on(model, tmp_path, is_adap
     with torch.no_grad():
         log_probs = model(IDS).logits[:, :-1].log_softmax(-1)
     targets = LABELS[:, 1:]
-    learned = targets != -100
-    of_labels = F.nll_loss(log_probs[learned], targets[learned])
-    expected = (1 - smoothing) * of_labels - smoothing * log_probs[learned].mean()
+    supervised = targets != -100
+    of_labels = F.nll_loss(log_probs[supervised], targets[supervised])
+    expected = (1 - smoothing) * of_labels - smoothing * log_probs[supervised].mean()
     if is_adapted:
         lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["query_key_value"])
         model = get_peft_model(model, lora)  # which changes nothing before it learns

@@ -20,7 +20,7 @@ _LAYERS_HELD = 4
 def matmul_limit(
     shape: Shape,
     num_tokens: int,
-    num_learned: int,
+    num_supervised: int,
     device: torch.device,
     dtype: torch.dtype,
     fp8: bool = False,
@@ -30,7 +30,7 @@ def matmul_limit(
     Args:
         shape: of the model.
         num_tokens: rows that meet the layers' weights.
-        num_learned: rows that meet the head's.
+        num_supervised: rows that meet the head's.
         device: where.
         dtype: the compute type.
         fp8: the layers' weights and what meets them in float8, already quantised.
@@ -70,8 +70,8 @@ def matmul_limit(
     def all_products() -> None:
         for _ in range(round(rounds)):
             layers_fp8() if fp8 else layers()
-        for start in range(0, num_learned, CHUNK):
-            size = min(CHUNK, num_learned - start)
+        for start in range(0, num_supervised, CHUNK):
+            size = min(CHUNK, num_supervised - start)
             torch.mm(hidden[:size], head.T)
             torch.mm(logits[:size], head)
 

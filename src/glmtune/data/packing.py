@@ -33,7 +33,7 @@ class Pack:
     """Place of the first token of that row that its prefix does not see."""
     end_T: np.ndarray
     """Place after the last token of that row."""
-    learned_at_L: np.ndarray
+    supervised_at_L: np.ndarray
     """Places whose next token is supervised, ascending."""
     targets_L: np.ndarray
     """The supervised tokens that follow those places."""
@@ -128,7 +128,7 @@ def lay_out(rows: TokenRows, row_ids: np.ndarray, pack_length: int) -> Pack:
         start_T=start_T.astype(np.int32),
         prefix_end_T=(start_T + prefix_T).astype(np.int32),
         end_T=(start_T + length_T).astype(np.int32),
-        learned_at_L=labels_at_L - 1,
+        supervised_at_L=labels_at_L - 1,
         targets_L=input_ids_T[labels_at_L],
         num_tokens=num_tokens,
     )

@@ -64,7 +64,7 @@ class PackTensors(NamedTuple):
     input_ids_T: Tensor
     position_ids_XT: Tensor
     attention: Attention
-    learned_at_L: Tensor
+    supervised_at_L: Tensor
     targets_L: Tensor
 
 
@@ -150,26 +150,26 @@ class PackedModel:
         )
         self.attention, self.softmax_loss = RowSpans, softmax_loss_
 
-    def to_tensors(self, pack: Pack, num_learned: int | None = None) -> PackTensors:
+    def to_tensors(self, pack: Pack, num_supervised: int | None = None) -> PackTensors:
         """A pack's tensors on the model's device, without waiting for it.
 
         Args:
             pack: see `data.packing.lay_out`.
-            num_learned: L, at least the pack's number of supervised tokens; the rest is filled with
-                places that are ignored. By default see `num_learned`.
+            num_supervised: L, at least the pack's number of supervised tokens; the rest is filled
+                with places that are ignored. By default see `num_supervised`.
         """
-        padding = (num_learned or self.num_learned(pack)) - len(pack.targets_L)
+        padding = (num_supervised or self.num_supervised(pack)) - len(pack.targets_L)
         spans = map(torch.from_numpy, (pack.start_T, pack.prefix_end_T, pack.end_T))
         tensors = PackTensors(
             torch.from_numpy(pack.input_ids_T),
             torch.from_numpy(pack.position_ids_XT),
             self.attention.of(*spans),
-            torch.from_numpy(np.pad(pack.learned_at_L, (0, padding))),
+            torch.from_numpy(np.pad(pack.supervised_at_L, (0, padding))),
             torch.from_numpy(np.pad(pack.targets_L, (0, padding), constant_values=IGNORED)),
         )
         return move(tensors, self.device)
 
-    def num_learned(self, pack: Pack) -> int:
+    def num_supervised(self, pack: Pack) -> int:
         """The number of supervised tokens that a pack's tensors hold by default."""
         # Keeps torch.compile from specialising on sizes 0 and 1.
         multiple = SUPERVISED_MULTIPLE if self.compiled else 1
@@ -200,7 +200,7 @@ class PackedModel:
         hidden_TH = self.embedding(pack.input_ids_T).to(self.dtype)
         cos, sin = self.family_block.angles(pack.position_ids_XT, self.config)
         if self.compiled:
-            torch._dynamo.mark_dynamic(pack.learned_at_L, 0)
+            torch._dynamo.mark_dynamic(pack.supervised_at_L, 0)
         *first, last = range(len(self.blocks))
         for layer in first:
             if self.any_length:
@@ -219,7 +219,7 @@ class PackedModel:
             _let_vary(hidden_TH, cos, sin, *pack.attention)
         drop = dropouts.of(last) if dropouts else None
         arguments = hidden_TH, self.blocks[last], pack.attention, cos, sin, drop
-        hidden_LH = self.last_block(*arguments, pack.learned_at_L)
+        hidden_LH = self.last_block(*arguments, pack.supervised_at_L)
         return head_loss(self.final_norm(hidden_LH), self.head, pack.targets_L, self.softmax_loss)
 
 

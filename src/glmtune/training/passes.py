@@ -182,11 +182,11 @@ class CapturedPass(PackedPass):
         """See `Pass`."""
         pack = self.pack(row_ids)
         length = len(pack.input_ids_T)
-        num_learned = captured_learned(length, len(pack.targets_L))
-        tensors = self.model.to_tensors(pack, num_learned)
+        num_supervised = captured_supervised(length, len(pack.targets_L))
+        tensors = self.model.to_tensors(pack, num_supervised)
         dropouts = self.dropouts(self.dropout_rate, seed)
         self._attach_grads()
-        key = length, num_learned
+        key = length, num_supervised
         if key not in self._captures:
             self._captures[key] = self._capture(tensors, dropouts)
         capture = self._captures[key]
@@ -229,10 +229,10 @@ class CapturedPass(PackedPass):
         return _Capture(graph, pack, dropouts, divisor, loss)
 
 
-def captured_learned(num_tokens: int, num_learned: int) -> int:
+def captured_supervised(num_tokens: int, num_supervised: int) -> int:
     """Round supervised tokens up to the next quarter of a pass's tokens, as its graph has them."""
     share = num_tokens // _CAPTURED_SHARES
-    return share * -(-num_learned // share)
+    return share * -(-num_supervised // share)
 
 
 def _copy(source: tuple, target: tuple) -> None:

@@ -18,7 +18,7 @@ from glmtune.hardware import GIB, Card
 from glmtune.models.families import family_of
 from glmtune.models.packed import can_compile
 from glmtune.models.quantised import bits_of
-from glmtune.training.passes import CAPTURED_LENGTHS, captured_learned
+from glmtune.training.passes import CAPTURED_LENGTHS, captured_supervised
 from glmtune.training.plan import count_steps, make_plan
 from glmtune.training.planning.memory import Batch, Estimate, Layout, Setup, estimate
 
@@ -266,15 +266,15 @@ def _largest_batch(
     padded = setup.layout == "padded"
     part = plan.heaviest(count_steps(settings, plan), num_processes, padded)
     lengths_B = rows.lengths_R[part]
-    num_learned = int(rows.num_labels_R[part].sum())
+    num_supervised = int(rows.num_labels_R[part].sum())
     if padded:
-        return Batch(len(part) * int(lengths_B.max()), num_learned)
+        return Batch(len(part) * int(lengths_B.max()), num_supervised)
     num_tokens = int(lengths_B.sum())
     if setup.captured:
         # Graphs exist for lengths that are multiples, and for each quarter of supervised tokens.
         num_tokens = CAPTURED_LENGTHS * -(-num_tokens // CAPTURED_LENGTHS)
-        num_learned = captured_learned(num_tokens, num_learned)
-    return Batch(num_tokens, num_learned)
+        num_supervised = captured_supervised(num_tokens, num_supervised)
+    return Batch(num_tokens, num_supervised)
 
 
 def rows_of_reference(forecast: Forecast, longest: int, most: int = 6) -> int:

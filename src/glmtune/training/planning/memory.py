@@ -70,7 +70,7 @@ class Batch:
 
     num_tokens: int
     """Tokens of the pass, filler and padding included."""
-    num_learned: int
+    num_supervised: int
 
 
 @dataclass(frozen=True)
@@ -120,10 +120,10 @@ def estimate(setup: Setup, batch: Batch, recompute: int = 0) -> Estimate:
         recompute: how many layers, from the first, keep only their input; at most all but the last.
     """
     num_layers, token_bytes = setup.shape.num_layers, setup.value_bytes * batch.num_tokens
-    layer, last = kept_by_layer(setup), kept_by_layer(setup, learned_share(setup, batch))
+    layer, last = kept_by_layer(setup), kept_by_layer(setup, supervised_share(setup, batch))
     kept = recompute + (num_layers - 1 - recompute) * layer + last + kept_once(setup)
     logits = logit_bytes(setup, batch)
-    moments = [logits, way_back(setup, learned_share(setup, batch)) * token_bytes]
+    moments = [logits, way_back(setup, supervised_share(setup, batch)) * token_bytes]
     if recompute:
         again = recompute - 1 + layer + kept_once(setup) + way_back(setup)
         moments.append((again - kept) * token_bytes)
@@ -144,9 +144,9 @@ def estimate(setup: Setup, batch: Batch, recompute: int = 0) -> Estimate:
     )
 
 
-def learned_share(setup: Setup, batch: Batch) -> float:
+def supervised_share(setup: Setup, batch: Batch) -> float:
     """Share of the tokens that leave the last layer: in packed passes, only the supervised ones."""
-    return 1.0 if setup.layout == "padded" else batch.num_learned / batch.num_tokens
+    return 1.0 if setup.layout == "padded" else batch.num_supervised / batch.num_tokens
 
 
 def kept_by_layer(setup: Setup, share: float = 1.0) -> float:
@@ -217,8 +217,8 @@ def logit_bytes(setup: Setup, batch: Batch) -> float:
     if not setup.compiled:
         each += 16 if itemsize < 4 else 12
     # Input and output of the last norm, and the gradient of its output.
-    hidden = 3 * batch.num_learned * setup.value_bytes
-    return hidden + min(CHUNK, batch.num_learned) * vocab_size * each
+    hidden = 3 * batch.num_supervised * setup.value_bytes
+    return hidden + min(CHUNK, batch.num_supervised) * vocab_size * each
 
 
 def way_back(setup: Setup, share: float = 1.0) -> float:
