@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from glmtune.config.settings import (
     CompareSettings,
@@ -31,15 +32,13 @@ from glmtune.demo.recipe import RECIPE
 from glmtune.demo.world import LANGUAGES
 from glmtune.disk import check_room
 from glmtune.errors import UserError, program
-from glmtune.evaluation.checkup import check_after_training
-from glmtune.evaluation.compare import compare
-from glmtune.evaluation.page import html
-from glmtune.evaluation.report import Text
-from glmtune.models.loading import load_tokenizer
+from glmtune.models.base_files import load_row_tokenizer
 from glmtune.models.resolve import GLM_TINY, base_name
 from glmtune.run_files import RECIPE_FILE
 from glmtune.runlog import format_seconds, print_pairs
-from glmtune.training.loop import train
+
+if TYPE_CHECKING:
+    from glmtune.evaluation.report import Text
 
 NUM_BYTES = 64 * 2**20
 """More than a demo ever writes: mostly the adapter, with its optimiser's state."""
@@ -85,6 +84,11 @@ def demo(settings: DemoSettings) -> DemoResult:
     """
     out = Path(settings.out)
     claim_folder(out)
+    from glmtune.evaluation.checkup import check_after_training
+    from glmtune.evaluation.compare import compare
+    from glmtune.evaluation.page import html
+    from glmtune.training.loop import train
+
     paths = {name: str(out / name) for name in WRITTEN}
     seconds: dict[str, float] = {}
 
@@ -95,7 +99,7 @@ def demo(settings: DemoSettings) -> DemoResult:
         convert(ConvertSettings(data_path=paths["train.json"], save_path=paths["train.jsonl"]))
     with _stage(2, "tokenize", seconds):
         rows = TokenizeSettings(jsonl_path=paths["train.jsonl"], save_path=paths["train"])
-        tokenize(rows, load_tokenizer(GLM_TINY), base_name(GLM_TINY))
+        tokenize(rows, load_row_tokenizer(GLM_TINY), base_name(GLM_TINY))
     with _stage(3, "train a LoRA adapter", seconds):
         recipe = training_config(settings, paths["train"], paths["run"])
         check_up = partial(check_after_training, data_path=paths["questions.json"])
@@ -209,7 +213,9 @@ def _share(count: Count, languages: Sequence[str] = LANGUAGES) -> str:
     return f"{right / asked:.1%}"
 
 
-def _verdict(base: Count, tuned: Count, num_training: int) -> Text:
+def _verdict(base: Count, tuned: Count, num_training: int) -> "Text":
+    from glmtune.evaluation.report import Text
+
     asked = sum(base[language][1] for language in LANGUAGES)
     before, after = _share(base), _share(tuned)
     return Text(

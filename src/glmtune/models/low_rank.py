@@ -1,9 +1,19 @@
 """What PEFT's LoRA adds to a linear, as tensors."""
 
-from peft.tuners.lora import LoraLayer
+import sys
+
 from torch import nn
 
 from glmtune.ops.lora import LowRank
+
+
+def has_lora(linear: nn.Module) -> bool:
+    """Whether a linear is one of PEFT's, which imports much: where it is not, nothing is."""
+    if "peft" not in sys.modules:
+        return False
+    from peft.tuners.lora import LoraLayer
+
+    return isinstance(linear, LoraLayer)
 
 
 def split_lora(linear: nn.Module) -> tuple[nn.Module, tuple[LowRank, ...]]:
@@ -13,7 +23,7 @@ def split_lora(linear: nn.Module) -> tuple[nn.Module, tuple[LowRank, ...]]:
     be of any kind, quantised ones too; one with another kind of adapter than plain LoRA is given
     back whole.
     """
-    if not isinstance(linear, LoraLayer):
+    if not has_lora(linear):
         return linear, ()
     if linear.merged or linear.disable_adapters:
         return linear.get_base_layer(), ()

@@ -23,10 +23,7 @@ from glmtune.hardware import capture_graph
 from glmtune.models.family import layers_of
 from glmtune.models.packed import Dropouts, PackedModel, PackTensors, base_of, move
 from glmtune.training.batches import collate
-
-# A captured pass serves every pack of so many tokens or a few less, and as for its learned tokens,
-# every share of them up to the next of so many.
-CAPTURED_LENGTHS, _CAPTURED_SHARES = 64, 4
+from glmtune.training.plan import CAPTURED_LENGTHS, captured_learned
 
 LossAndGradients = tuple[Tensor, Sequence[Tensor]]
 
@@ -226,12 +223,6 @@ class CapturedPass(PackedPass):
         pool = next(iter(self._captures.values())).graph.pool() if self._captures else None
         graph, loss = capture_graph(run, 2, run_and_add, pool)
         return _Capture(graph, pack, dropouts, divisor, loss)
-
-
-def captured_learned(num_tokens: int, num_learned: int) -> int:
-    """Learned tokens of the graph that serves a pass of so many tokens."""
-    share = num_tokens // _CAPTURED_SHARES
-    return share * -(-num_learned // share)
 
 
 def _copy(source: tuple, target: tuple) -> None:

@@ -17,6 +17,15 @@ from glmtune.errors import UserError
 
 # Random streams that must never be the same one.
 _STREAM_ORDER, _STREAM_SPLIT = 0, 1
+# A captured pass serves every pack of so many tokens or a few less, and as for its learned tokens,
+# every share of them up to the next of so many.
+CAPTURED_LENGTHS, _CAPTURED_SHARES = 64, 4
+
+
+def captured_learned(num_tokens: int, num_learned: int) -> int:
+    """Learned tokens of the graph that serves a pass of so many tokens."""
+    share = num_tokens // _CAPTURED_SHARES
+    return share * -(-num_learned // share)
 
 
 def split_rows(num_rows: int, eval_ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -11,10 +11,9 @@ type. Shapes: B rows, S tokens of a padded row, T tokens of a pass, L learned to
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
+from glmtune.hardware import NumberFormat
 from glmtune.models.shape import LinearShape, Shape
-from glmtune.ops.loss import CHUNK
+from glmtune.ops import CHUNK
 
 Layout = Literal["padded", "exact", "packed"]
 """How the rows of a pass lie: padded to the longest, end to end, or so in packs of one length."""
@@ -28,7 +27,7 @@ class Setup:
     """What is trained, in which numbers, and how a pass is computed."""
 
     shape: Shape
-    dtype: torch.dtype
+    dtype: NumberFormat
     layout: Layout
     compiled: bool = False
     """Whether rows end to end go through the compiled block and the kernels."""
