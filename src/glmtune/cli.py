@@ -111,6 +111,11 @@ def doctor(settings: config.DoctorSettings) -> int:
 
 def demo(settings: config.DemoSettings) -> None:
     """Teach the tiny model in the package to answer, and show it on a page."""
+    from pathlib import Path
+
+    from glmtune.demo.folder import claim_folder
+
+    claim_folder(Path(settings.out))
     from glmtune.demo.run import demo
 
     demo(settings)

@@ -32,7 +32,7 @@ def write_dataset(table: pa.Table, folder: Path) -> None:
         stream.write_table(table, max_chunksize=ROWS_PER_RECORD)
     with file.open("rb") as written:
         fingerprint = hashlib.file_digest(written, "sha256").hexdigest()[:16]
-    state = {
+    state: dict[str, Any] = {
         "_data_files": [{"filename": ARROW_FILE}],
         "_fingerprint": fingerprint,
         "_format_columns": None,

@@ -1,13 +1,14 @@
 """What PEFT's LoRA adds to a linear, as tensors."""
 
 import sys
+from typing import Any, TypeGuard
 
 from torch import nn
 
 from glmtune.ops.lora import LowRank
 
 
-def has_lora(linear: nn.Module) -> bool:
+def has_lora(linear: nn.Module) -> TypeGuard[Any]:
     """Whether a linear is one of PEFT's, which imports much: where it is not, nothing is."""
     if "peft" not in sys.modules:
         return False

@@ -47,6 +47,8 @@ class Encoder:
         UserError: no such file, or not a sentencepiece model of this family.
     """
 
+    bos_token_id: Any
+
     def __init__(self, vocab_file: str | None, num_image_tokens: int | None = None):
         self.open_vocabulary(vocab_file, num_image_tokens)
 
