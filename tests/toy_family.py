@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from glmtune.data.row_rule import RowRule, Special
 from glmtune.models.decoding import Angles, DecodingBlock, RowLayout, attend, put
-from glmtune.models.family import ChatFormat, Family, PackedBlock
+from glmtune.models.family import ChatFormat, Family, Native, PackedBlock
 from glmtune.models.packed import linear_of
 from glmtune.models.shape import LinearShape, Shape
 from glmtune.models.strict_loading import check_plain_folder
@@ -173,27 +173,32 @@ def packed_block(hidden_TH, block, attention, cos, sin, dropout, wanted_L=None):
     return hidden_TH + block.down(inner, drops[6])
 
 
-TOY = Family(
-    name="Toy",
-    owns=lambda settings: settings.get("model_type") == "llama",
+NATIVE = Native(
     config_class=LlamaConfig,
     model_class=LlamaForCausalLM,
     tokenizer_class=ByteTokenizer,
-    published=(),
-    shape=shape,
-    row_rule=lambda config: ByteTokenizer.row_rule,
     check_folder=check_plain_folder,
-    check_pair=lambda config, tokenizer: None,
-    lora_target=("q_proj", "v_proj"),
-    chat=ChatFormat("a question alone", lambda rounds, question: question, str, (), ""),
-    probe_row=lambda config: [ASK, *range(20, 40), ANSWER, *range(40, 50)],
     packed=PackedBlock(
         num_linears=len(NAMES),
         weights_of=lambda layer: weights_of(layer, linear_of, lambda norm: norm),
         block=packed_block,
         angles=packed_angles,
         final_norm=lambda model: model.base_model.norm,
-        head_dims=(64, 128),
     ),
     decoding=LLAMA,
+)
+TOY = Family(
+    name="Toy",
+    owns=lambda settings: settings.get("model_type") == "llama",
+    model_type="llama",
+    native=lambda: NATIVE,
+    read_settings=LlamaConfig.from_dict,
+    published=(),
+    shape=shape,
+    row_rule=lambda config: ByteTokenizer.row_rule,
+    check_pair=lambda config, tokenizer: None,
+    lora_target=("q_proj", "v_proj"),
+    chat=ChatFormat("a question alone", lambda rounds, question: question, str, (), ""),
+    probe_row=lambda config: [ASK, *range(20, 40), ANSWER, *range(40, 50)],
+    head_dims=(64, 128),
 )

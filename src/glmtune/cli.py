@@ -1,4 +1,4 @@
-"""The command line: one verb a function, whose imports stand inside it.
+"""The command line: one verb a function, whose imports stand inside it, behind `early` checks.
 
 `glmtune --help` therefore answers at once: nothing heavy is imported before a verb is chosen.
 """
@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from glmtune import __version__
+import glmtune
 from glmtune.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,15 +36,18 @@ def convert(settings: config.ConvertSettings) -> None:
 def tokenize(settings: config.TokenizeSettings) -> None:
     """Turn JSONL rows into token rows on disk."""
     from glmtune.data.tokenizing import tokenize
-    from glmtune.models.loading import load_tokenizer
+    from glmtune.models.base_files import load_row_tokenizer
     from glmtune.models.resolve import base_name, resolve_base
 
     base = resolve_base(settings.chatglm_path)
-    tokenize(settings, load_tokenizer(base), base_name(base))
+    tokenize(settings, load_row_tokenizer(base), base_name(base))
 
 
 def train(settings: config.TrainSettings) -> None:
     """Train a LoRA adapter on token rows."""
+    from glmtune.early import check_training
+
+    check_training(settings)
     from glmtune.evaluation.checkup import check_after_training
     from glmtune.training.loop import train
 
@@ -61,6 +64,9 @@ def plan(settings: config.PlanSettings) -> int:
 
 def infer(settings: config.InferSettings) -> None:
     """Answer alpaca records, with the tuned weights or the base's."""
+    from glmtune.early import check_answering
+
+    check_answering(settings)
     from glmtune.evaluation.infer import infer
 
     infer(settings)
@@ -68,6 +74,9 @@ def infer(settings: config.InferSettings) -> None:
 
 def compare(settings: config.CompareSettings) -> None:
     """Answer the same records with base and tuned weights, side by side."""
+    from glmtune.early import check_answering
+
+    check_answering(settings)
     from glmtune.evaluation.compare import compare
 
     compare(settings)
@@ -75,6 +84,9 @@ def compare(settings: config.CompareSettings) -> None:
 
 def merge(settings: config.MergeSettings) -> None:
     """Write base and adapter as one plain model."""
+    from glmtune.early import check_merge
+
+    check_merge(settings)
     from glmtune.adapters import merge_adapter
 
     merge_adapter(settings)
@@ -82,6 +94,9 @@ def merge(settings: config.MergeSettings) -> None:
 
 def convert_adapter(settings: config.ConvertAdapterSettings) -> None:
     """Write an adapter of 2023 in PEFT's form of today."""
+    from glmtune.early import check_conversion
+
+    check_conversion(settings)
     from glmtune.adapters import convert_adapter
 
     convert_adapter(settings.old, settings.new)
@@ -96,6 +111,11 @@ def doctor(settings: config.DoctorSettings) -> int:
 
 def demo(settings: config.DemoSettings) -> None:
     """Teach the tiny model in the package to answer, and show it on a page."""
+    from pathlib import Path
+
+    from glmtune.demo.folder import claim_folder
+
+    claim_folder(Path(settings.out))
     from glmtune.demo.run import demo
 
     demo(settings)
@@ -111,6 +131,9 @@ def new_model(settings: config.NewModelSettings) -> None:
 
 def bench_train(settings: config.BenchTrainSettings) -> None:
     """Measure a training step: its speed and memory, its ceiling, and the reference path."""
+    from glmtune.early import check_bench
+
+    check_bench(settings)
     from glmtune.bench.train import bench_train
 
     bench_train(settings)
@@ -118,6 +141,9 @@ def bench_train(settings: config.BenchTrainSettings) -> None:
 
 def bench_decode(settings: config.BenchDecodeSettings) -> None:
     """Measure how fast random weights answer, and how fast the memory would allow."""
+    from glmtune.early import check_bench
+
+    check_bench(settings)
     from glmtune.bench.decode import bench_decode
 
     bench_decode(settings)
@@ -125,13 +151,26 @@ def bench_decode(settings: config.BenchDecodeSettings) -> None:
 
 def bench_memory(settings: config.BenchMemorySettings) -> None:
     """Measure what training takes in memory, beside what `plan` says of it."""
+    from glmtune.early import check_bench
+
+    check_bench(settings)
     from glmtune.bench.memory import bench_memory
 
     bench_memory(settings)
 
 
+def bench_startup(settings: config.BenchStartupSettings) -> None:
+    """Measure what each verb takes before its work begins, beside `import torch`."""
+    from glmtune.bench.startup import bench_startup
+
+    bench_startup(settings)
+
+
 def chat(settings: config.ChatSettings) -> None:
     """Talk to base or tuned weights in the terminal."""
+    from glmtune.early import check_answering
+
+    check_answering(settings)
     from glmtune.evaluation.chat import chat
 
     chat(settings)
@@ -139,6 +178,9 @@ def chat(settings: config.ChatSettings) -> None:
 
 def replay(settings: config.ReplaySettings) -> int:
     """Compute again the step that stopped a run, from its crash-N folder."""
+    from glmtune.early import check_replay
+
+    check_replay(settings)
     from glmtune.training.faults.replay import replay
 
     return 0 if replay(settings) else 1
@@ -146,6 +188,9 @@ def replay(settings: config.ReplaySettings) -> int:
 
 def check(settings: config.CheckSettings) -> int:
     """Say whether an adapter changes nothing, too much, or what it should."""
+    from glmtune.early import check_answering
+
+    check_answering(settings)
     from glmtune.evaluation.checkup import check
 
     return 0 if check(settings).is_fine else 1
@@ -167,6 +212,7 @@ VERBS: dict[str, Callable[[Any], int | None]] = {
     "bench train": bench_train,
     "bench decode": bench_decode,
     "bench memory": bench_memory,
+    "bench startup": bench_startup,
     "chat": chat,
     "replay": replay,
     "check": check,
@@ -192,6 +238,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # as torch is loaded.
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     _hush_libraries()
+    if argv is None:  # this process is the command, and no other program's
+        glmtune.registers_models = False
     try:
         code = run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
@@ -253,7 +301,7 @@ def run(arguments: list[str]) -> int:
         print(overview())
         return 0
     if arguments[0] in ("version", "--version"):
-        print(f"glmtune {__version__}")
+        print(f"glmtune {glmtune.__version__}")
         return 0
     group = f"{arguments[0]} "
     if not _HELP.isdisjoint(arguments[1:2]) and any(verb.startswith(group) for verb in VERBS):

@@ -1,11 +1,15 @@
 """The device a run uses, its number format, and its memory: available and used."""
 
+import ctypes
 import os
 import re
+import runpy
 import sys
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from glmtune.errors import UserError
 
@@ -92,6 +96,28 @@ _AROUND = {
 _RATED = 1.11
 
 
+class NumberFormat(Protocol):
+    """What a plan must know of a `torch.dtype`, which is one."""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number."""
+
+
+class NamedFormat(NamedTuple):
+    """A `torch.dtype` by its name, for a plan that needs no torch."""
+
+    name: str
+    itemsize: int
+
+    def __str__(self) -> str:
+        return self.name
+
+
+BFLOAT16, FLOAT16 = NamedFormat("bfloat16", 2), NamedFormat("float16", 2)
+FLOAT32 = NamedFormat("float32", 4)
+
+
 @dataclass(frozen=True)
 class Card:
     """A device as a plan needs it: that of this machine, or any other."""
@@ -117,6 +143,12 @@ class Card:
             capability = torch.cuda.get_device_capability(device)
             free_gib = torch.cuda.mem_get_info(device)[0] / GIB
         return cls(device_name(device), gib, free_gib, capability, rated_tflops(device))
+
+    @classmethod
+    def of_cpu(cls) -> "Card":
+        """This machine's CPU, for a plan: nothing is asked of torch."""
+        gib = machine_memory_gib()
+        return cls("CPU", gib, gib, None)
 
     @classmethod
     def sized(cls, gib: float) -> "Card":
@@ -212,26 +244,78 @@ def pick_dtype(
     """
     import torch
 
+    on_gpu = device.type == "cuda"
+    has_bf16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
+    wanted, caution = pick_format(device_name(device), on_gpu, has_bf16, bf16, fp16)
+    return getattr(torch, wanted.name), caution
+
+
+def pick_format(
+    card: str, on_gpu: bool, has_bf16: bool, bf16: bool | None = None, fp16: bool = False
+) -> tuple[NamedFormat, str | None]:
+    """As `pick_dtype`, of a card by its name and of what it can do."""
     caution = (
         "float16 overflows at 65,504: watch for a loss that turns NaN or 0; bfloat16 (--bf16 true) "
         "is safer where the GPU has it"
     )
-    on_gpu = device.type == "cuda"
-    has_bf16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
     if fp16 and not on_gpu:
         raise UserError("fp16 true: float16 needs a GPU; leave fp16 out and the CPU takes float32")
     if bf16 and not has_bf16:
         raise UserError(
-            f"bf16 true: {device_name(device)} computes no bfloat16; leave bf16 out and it takes "
+            f"bf16 true: {card} computes no bfloat16; leave bf16 out and it takes "
             "float16, or set bf16 false for float32"
         )
     if fp16:
-        return torch.float16, caution
+        return FLOAT16, caution
     if bf16 or (bf16 is None and on_gpu and has_bf16):
-        return torch.bfloat16, None
+        return BFLOAT16, None
     if bf16 is None and on_gpu:
-        return torch.float16, f"this GPU has no bfloat16, so float16 is used; {caution}"
-    return torch.float32, None
+        return FLOAT16, f"this GPU has no bfloat16, so float16 is used; {caution}"
+    return FLOAT32, None
+
+
+def has_gpu() -> bool:
+    """Whether torch can compute on a GPU here; torch is imported only where it may."""
+    if "torch" not in sys.modules and not _may_have_gpu():
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _may_have_gpu() -> bool:
+    """Whether the torch that is installed could use a GPU, and CUDA's driver is there.
+
+    A build without CUDA says so in its version file, which is plain assignments.
+    """
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        return True
+    build = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
+    if not build.get("cuda"):
+        return bool(build.get("hip"))
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def can_compile(card: Card, head_dim: int, head_dims: tuple[int, ...]) -> bool:
+    """Whether the kernels run on a card: the Ampere generation or newer, and heads of their sizes.
+
+    They also need Triton, which is looked for only where this machine has a GPU: a plan for a card
+    that is elsewhere takes it for granted.
+
+    Args:
+        card: any.
+        head_dim: of the model.
+        head_dims: those that the family's packed block is compiled for.
+    """
+    if card.capability is None or card.capability < (8, 0):
+        return False
+    has_triton = find_spec("triton") is not None or not has_gpu()
+    return has_triton and head_dim in head_dims
 
 
 def check_decoding(device: "torch.device", bits: int, compiled: bool) -> None:
@@ -337,6 +421,11 @@ def total_memory_gib(device: "torch.device") -> float:
 
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / GIB
+    return machine_memory_gib()
+
+
+def machine_memory_gib() -> float:
+    """The machine's memory in GiB; 0 where unknown."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     except (AttributeError, ValueError, OSError):  # Windows

@@ -8,8 +8,11 @@ resume.
 import re
 from pathlib import Path
 
+from glmtune.errors import UserError
+
 RECIPE_FILE = "recipe.yaml"
 METRICS_FILE = "metrics.jsonl"
+CRASH_FILE = "crash.json"
 PLOT_FILE = "training_loss.png"
 TENSORBOARD_FOLDER = "runs"
 
@@ -75,3 +78,9 @@ def find_around(adapter: Path, name: str) -> list[Path]:
     """
     folders = (adapter, run_folder_of(adapter))
     return [folder / name for folder in folders if (folder / name).is_file()]
+
+
+def check_bundle(folder: Path) -> None:
+    """Raise UserError where a folder is not what a stopped run left of its last step."""
+    if not (folder / CRASH_FILE).is_file():
+        raise UserError(f"{folder}: has no {CRASH_FILE}; name a crash-N folder of a run")

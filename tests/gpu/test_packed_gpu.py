@@ -11,11 +11,12 @@ from toys import randomise_adapter
 
 from glmtune.adapters import attach_lora
 from glmtune.data.packing import plan_packs
-from glmtune.hardware import Card
+from glmtune.hardware import Card, can_compile
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
 from glmtune.models.chatglm.packed import PACKED
-from glmtune.models.packed import PackedModel, can_compile, to_fp8
+from glmtune.models.families import DEFAULT
+from glmtune.models.packed import PackedModel, to_fp8
 from glmtune.ops import linear
 from glmtune.ops.attention import PaddedRows
 from glmtune.ops.rotary import rotary_angles
@@ -31,7 +32,8 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.usefixtures("fresh_compiler"),
     pytest.mark.skipif(
-        not torch.cuda.is_available() or not can_compile(Card.of(CUDA), PACKED, CONFIG.head_dim),
+        not torch.cuda.is_available()
+        or not can_compile(Card.of(CUDA), CONFIG.head_dim, DEFAULT.head_dims),
         reason="no CUDA device of the Ampere generation or newer here, or no Triton",
     ),
 ]

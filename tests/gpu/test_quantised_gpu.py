@@ -14,13 +14,14 @@ from toys import randomise_adapter
 from glmtune.adapters import attach_lora
 from glmtune.bench.random_model import random_model
 from glmtune.data.packing import plan_packs
-from glmtune.hardware import GIB, Card
+from glmtune.hardware import GIB, Card, can_compile
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.family import shape
 from glmtune.models.chatglm.packed import PACKED
 from glmtune.models.chatglm.random_init import write_random_model
+from glmtune.models.families import DEFAULT
 from glmtune.models.loading import load_base_model
-from glmtune.models.packed import PackedModel, can_compile
+from glmtune.models.packed import PackedModel
 from glmtune.models.precision import quantise_layers
 from glmtune.models.quantised import _quantised as quantised_linear
 from glmtune.models.quantised import unrounded_inputs
@@ -38,7 +39,8 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.usefixtures("fresh_compiler"),
     pytest.mark.skipif(
-        not torch.cuda.is_available() or not can_compile(Card.of(CUDA), PACKED, CONFIG.head_dim),
+        not torch.cuda.is_available()
+        or not can_compile(Card.of(CUDA), CONFIG.head_dim, DEFAULT.head_dims),
         reason="no CUDA device of the Ampere generation or newer here, or no Triton",
     ),
 ]

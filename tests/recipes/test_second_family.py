@@ -20,7 +20,7 @@ def base(tmp_path, monkeypatch):
     monkeypatch.setattr(families, "FAMILIES", [*families.FAMILIES, TOY])
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    TOY.model_class(CONFIG).save_pretrained("base")
+    TOY.native().model_class(CONFIG).save_pretrained("base")
     return "base"
 
 
@@ -79,7 +79,7 @@ def test_check_compare_and_infer_use_the_adapter(adapter, capsys):
 def test_a_merged_folder_is_the_family_s_own_and_gives_the_same_logits(adapter, capsys):
     assert main([*words("merge --model_path run --save_path merged")]) == 0
     assert "merged 14 modules" in capsys.readouterr().out
-    merged = TOY.model_class.from_pretrained("merged", dtype=torch.float32)
+    merged = TOY.native().model_class.from_pretrained("merged", dtype=torch.float32)
     tuned = load_adapter(load_base_model("base", dtype=torch.float32), "run")
     ids = torch.tensor([TOY.probe_row(CONFIG)])
     with torch.inference_mode():

@@ -96,7 +96,7 @@ def offline(monkeypatch):
     monkeypatch.setattr("glmtune.doctor.model.HF_HUB_OFFLINE", True)
     monkeypatch.delenv("HF_ENDPOINT", raising=False)
     monkeypatch.delenv("GLMTUNE_MODEL", raising=False)
-    for module in ("resolve", "loading"):
+    for module in ("resolve", "base_files"):
         monkeypatch.setattr(f"glmtune.models.{module}.try_to_load_from_cache", lambda *_: None)
     monkeypatch.setattr("glmtune.models.resolve._hub_has", lambda _: False)
 

@@ -46,6 +46,7 @@ REQUIRED = {
     "bench train": {},
     "bench decode": {},
     "bench memory": {},
+    "bench startup": {},
     "chat": {},
     "replay": {"bundle": "crash-1"},
     "check": {"adapter": "output"},

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub.errors import RevisionNotFoundError
 
 from glmtune.errors import UserError
-from glmtune.models import downloads, weights
+from glmtune.models import downloads, folders
 from glmtune.models.chatglm.published import KNOWN_SHARDS, known_sha256
 from glmtune.models.downloads import check_download, in_time
 from glmtune.models.resolve import GLM_TINY, HUB_IDS
@@ -72,7 +72,7 @@ class Hub:
 def hub(tmp_path, monkeypatch):
     hub = Hub(tmp_path)
     monkeypatch.setattr(downloads, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(downloads.HfApi, "model_info", lambda *a, **k: hub.model_info(*a, **k))
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *a, **k: hub.model_info(*a, **k))
     return hub
 
 
@@ -213,12 +213,12 @@ def test_fetch_checks_what_it_downloads_and_no_folder(hub, monkeypatch):
         patterns.extend(allow_patterns)
         return str(hub.snapshot)
 
-    monkeypatch.setattr(weights, "snapshot_download", snapshot_download)
-    assert weights.fetch(HUB_ID) == hub.snapshot
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert folders.fetch(HUB_ID) == hub.snapshot
     assert not any(pattern.endswith(("py", "*")) for pattern in patterns)
     assert hub.asked
-    monkeypatch.setattr(weights, "check_download", lambda *_: pytest.fail("a folder of the user's"))
-    assert str(weights.fetch(GLM_TINY)) == GLM_TINY
+    monkeypatch.setattr(folders, "check_download", lambda *_: pytest.fail("a folder of the user's"))
+    assert str(folders.fetch(GLM_TINY)) == GLM_TINY
 
 
 def test_a_call_gives_its_result_or_nothing_in_time():

@@ -67,11 +67,11 @@ def test_the_walk_sees_names_and_strings_and_passes_over_messages():
 
 def test_each_family_knows_its_config():
     for family in families.FAMILIES:
-        config = family.config_class()
+        config = family.native().config_class()
         assert family.row_rule(config).special_ids
         shape = family.shape(config)
         assert set(family.lora_target) <= set(shape.linear_names)
-        assert len(shape.linears) == family.packed.num_linears
+        assert len(shape.linears) == family.native().packed.num_linears
         assert max(family.probe_row(config)) < shape.vocab_size
     names = [family.name for family in families.FAMILIES]
     assert names == ["ChatGLM-6B", "ChatGLM-6B v1.0"]
@@ -101,7 +101,7 @@ def test_targets_are_the_familys_own_or_all(wanted, found):
 
 def test_a_shape_says_what_a_model_was_made_of():
     shape = TOY.shape(CONFIG)
-    model = TOY.model_class(CONFIG)
+    model = TOY.native().model_class(CONFIG)
     count = sum(weight.numel() for weight in model.parameters())
     assert shape.weight_bytes(model.dtype) == count * model.dtype.itemsize
     assert shape.matmul_parameters() == count - CONFIG.vocab_size * CONFIG.hidden_size - (

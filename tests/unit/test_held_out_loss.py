@@ -40,7 +40,7 @@ def test_without_a_run_it_is_what_training_recorded(trained, pack_length):
     parts = evaluation_parts(rows.lengths_R, row_ids, pack_length, batch_size=2)
     assert sorted(np.concatenate(parts)) == row_ids.tolist()
     if pack_length:
-        packed = PackedModel(model, family.packed, compiled=False)
+        packed = PackedModel(model, family.native().packed, compiled=False)
         step_pass = PackedPass(accelerator, packed, rows, 0.0, pack_length)
     else:
         step_pass = PaddedPass(accelerator, model, rows)

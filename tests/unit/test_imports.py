@@ -22,7 +22,7 @@ FLOORS = [
     {"models"},
     {"adapters"},
     {"training", "generation"},
-    {"evaluation", "bench", "serving", "integrations"},
+    {"evaluation", "bench", "early", "serving", "integrations"},
     {"demo", "doctor"},
     {"cli"},
     {"__main__"},

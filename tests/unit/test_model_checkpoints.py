@@ -84,7 +84,7 @@ def test_a_hub_that_fails_or_hangs(trouble, monkeypatch):
         gone.wait(60)
         answers.append(name)
 
-    monkeypatch.setattr(resolve.HfApi, "model_info", model_info)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
     monkeypatch.setattr(resolve, "HUB_TIMEOUT_SECONDS", 0.05)
     assert not ask_hub.__wrapped__("any/name")
     assert not answers, "it was not waited for"

@@ -109,7 +109,7 @@ def test_a_disk_without_room_is_told_beforehand(tmp_path, monkeypatch, capsys):
     assert cli.main(line) == 2
     assert "1,000 MB are free, but the weights take 12,347 MB" in capsys.readouterr().err
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**12))
-    monkeypatch.setattr(module, "total_memory_gib", lambda _: 4.0)
+    monkeypatch.setattr(module, "machine_memory_gib", lambda: 4.0)
     assert cli.main(line) == 2
     assert "11.5 GiB of memory, this machine has 4.0 GiB" in capsys.readouterr().err
     assert not folder.exists()
@@ -119,7 +119,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch, capsys):
     def fill(*_, **__):
         raise RuntimeError("PytorchStreamWriter failed writing file data/0\nmore")
 
-    monkeypatch.setattr(module, "write_random_model", fill)
+    monkeypatch.setattr("glmtune.models.chatglm.random_init.write_random_model", fill)
     line = ["new-model", str(tmp_path / "new"), "--like", "glm-tiny"]
     assert cli.main(line) == 2
     assert "check the free space" in capsys.readouterr().err

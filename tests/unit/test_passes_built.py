@@ -6,13 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from glmtune import hardware
 from glmtune.bench.rows import random_rows
 from glmtune.config.settings import TrainSettings
-from glmtune.hardware import Card
-from glmtune.models import packed
+from glmtune.hardware import Card, can_compile
 from glmtune.models.chatglm.configuration import ChatGLMConfig
-from glmtune.models.chatglm.packed import PACKED
-from glmtune.models.packed import can_compile
+from glmtune.models.families import DEFAULT
 from glmtune.training import run as run_module
 from glmtune.training.passes import CapturedPass, PackedPass, PaddedPass
 from glmtune.training.planning.forecast import forecast
@@ -32,19 +31,21 @@ CHATGLM_6B = ChatGLMConfig()
     ids=lambda value: getattr(value, "name", None),
 )
 def test_kernels_need_an_ampere_card_or_a_newer_one(card, expected):
-    assert can_compile(card, PACKED, CHATGLM_6B.head_dim) is expected
+    assert can_compile(card, CHATGLM_6B.head_dim, DEFAULT.head_dims) is expected
 
 
 def test_kernels_need_triton_where_the_gpu_is(monkeypatch):
-    monkeypatch.setattr(packed, "find_spec", lambda name: None)
+    monkeypatch.setattr(hardware, "find_spec", lambda name: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert can_compile(Card.named("H200"), PACKED, CHATGLM_6B.head_dim), "a card that is elsewhere"
+    assert can_compile(Card.named("H200"), CHATGLM_6B.head_dim, DEFAULT.head_dims), (
+        "a card that is elsewhere"
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert not can_compile(Card.named("H200"), PACKED, CHATGLM_6B.head_dim)
+    assert not can_compile(Card.named("H200"), CHATGLM_6B.head_dim, DEFAULT.head_dims)
 
 
 def test_kernels_need_heads_of_their_sizes():
-    assert not can_compile(Card.named("H200"), PACKED, 32)
+    assert not can_compile(Card.named("H200"), 32, DEFAULT.head_dims)
 
 
 @pytest.mark.parametrize(

@@ -22,10 +22,10 @@ from glmtune.config.settings import SETTINGS
 from glmtune.data.dataset import load_dataset
 from glmtune.data.files import check_inside
 from glmtune.errors import UserError
+from glmtune.models.folders import weight_files
 from glmtune.models.loading import load_base_model, load_tokenizer
 from glmtune.models.resolve import resolve_base
 from glmtune.models.torch_files import read_torch_file
-from glmtune.models.weights import weight_files
 from glmtune.training.saving.manifest import write_manifest
 
 SOURCES = sorted(Path(glmtune.__file__).parent.rglob("*.py"))

@@ -9,12 +9,8 @@ from transformers import AutoTokenizer
 
 import glmtune.models  # noqa: F401
 from glmtune.errors import UserError
-from glmtune.models.chatglm.tokenization import (
-    ChatGLMTokenizer,
-    extend_v1_0,
-    replace_blanks,
-    restore_blanks,
-)
+from glmtune.models.chatglm.tokenization import ChatGLMTokenizer
+from glmtune.models.chatglm.vocabulary import extend_v1_0, replace_blanks, restore_blanks
 from glmtune.models.resolve import GLM_TINY
 
 

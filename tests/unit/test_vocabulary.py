@@ -7,7 +7,8 @@ import pytest
 from glmtune.data.templates import alpaca
 from glmtune.demo.questions import held_out_questions
 from glmtune.demo.world import passages
-from glmtune.models.chatglm.tokenization import SPECIALS, VOCAB_FILE, ChatGLMTokenizer
+from glmtune.models.chatglm.tokenization import ChatGLMTokenizer
+from glmtune.models.chatglm.vocabulary import SPECIALS, VOCAB_FILE
 from glmtune.models.resolve import GLM_TINY
 
 

@@ -1,9 +1,29 @@
-"""LoRA adapters: attach, load, save, convert and merge, in today's PEFT format or those of 2023."""
+"""LoRA adapters: attach, load, save, convert and merge. Today's PEFT form and those of 2023.
 
-from glmtune.adapters.formats import convert_adapter, find_adapter, read_adapter
-from glmtune.adapters.lora import attach_lora, load_adapter, restore_adapter, save_adapter
-from glmtune.adapters.merge import merge_adapter
-from glmtune.adapters.verify import verify_saved
+Each function is imported, and with it torch and PEFT, when it is first asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from glmtune.adapters.find import find_adapter
+    from glmtune.adapters.formats import convert_adapter, read_adapter
+    from glmtune.adapters.lora import attach_lora, load_adapter, restore_adapter, save_adapter
+    from glmtune.adapters.merge import merge_adapter
+    from glmtune.adapters.verify import verify_saved
+
+_HOMES = {
+    "attach_lora": "lora",
+    "convert_adapter": "formats",
+    "find_adapter": "find",
+    "load_adapter": "lora",
+    "merge_adapter": "merge",
+    "read_adapter": "formats",
+    "restore_adapter": "lora",
+    "save_adapter": "lora",
+    "verify_saved": "verify",
+}
 
 __all__ = [
     "attach_lora",
@@ -16,3 +36,9 @@ __all__ = [
     "save_adapter",
     "verify_saved",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

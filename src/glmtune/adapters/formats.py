@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from glmtune.adapters.biases import bias_setting, name_biases
+from glmtune.adapters.find import find_adapter, find_weights, refuse_existing
 from glmtune.adapters.settings import (
     enabled_parts,
     lora_config,
@@ -34,16 +34,13 @@ from glmtune.adapters.settings import (
 from glmtune.data.files import check_inside, new_folder
 from glmtune.drafts import replacing_files, write_errors
 from glmtune.errors import UserError, note
-from glmtune.models.hubs import is_hub_id, open_folder
-from glmtune.models.weights import fetch, is_lfs_pointer, load_bin
+from glmtune.models.folders import is_lfs_pointer
+from glmtune.models.weights import load_bin
 from glmtune.run_files import (
     ADAPTER_CONFIG_FILE,
     WEIGHTS_FILE,
     WEIGHTS_FILE_2023,
-    newest_checkpoint,
 )
-
-_WEIGHTS_FILES = (WEIGHTS_FILE, WEIGHTS_FILE_2023)
 
 # What the recipe of 2023 trained with, for folders that hold no adapter_config.json.
 ALPHA_2023 = 32
@@ -83,49 +80,6 @@ class Adapter:
                 f"{self.path}: this adapter changes nothing: lora_B is zero in all "
                 f"{len(self.modules)} modules, as before training; pass a trained one"
             )
-
-
-def find_adapter(folder: str | Path) -> Path:
-    """The folder that holds the adapter: `folder` itself, else its newest `checkpoint-N`.
-
-    A folder of a hub's cache is resolved to its snapshot; a hub id is looked up there, or
-    downloaded.
-
-    Raises:
-        UserError: there is no such folder, or no adapter in it; the message lists what is there.
-    """
-    name, folder = str(folder), Path(folder).expanduser()
-    if folder.is_dir():
-        folder = open_folder(folder, holds=_WEIGHTS_FILES)
-        if find_weights(folder):
-            return folder
-        place = newest_checkpoint(folder) or folder
-        if find_weights(place):
-            return place
-        # Answers of an adapter from a hub go into a folder of its name.
-        cached = try_to_load_from_cache(name, ADAPTER_CONFIG_FILE) if is_hub_id(name) else None
-        if isinstance(cached, str):
-            return Path(cached).parent
-        found = ", ".join(sorted(entry.name for entry in place.iterdir())[:12]) or "nothing"
-        raise UserError(
-            f"{place}: no adapter here, wanted {WEIGHTS_FILE} or {WEIGHTS_FILE_2023}, found "
-            f"{found}; pass a folder that holds one"
-        )
-    if folder.exists():
-        raise UserError(
-            f"{folder}: is a file: pass the folder it lies in (an adapter is a folder with "
-            f"{WEIGHTS_FILE})"
-        )
-    fault = "no such folder"
-    if is_hub_id(name):
-        try:
-            return find_adapter(fetch(name, (ADAPTER_CONFIG_FILE, *_WEIGHTS_FILES)))
-        except UserError:
-            raise
-        except Exception as error:  # hub clients raise many kinds of exceptions
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            fault = f"no such folder, and the hub does not give it ({reason[:200]})"
-    raise UserError(f"{folder}: {fault} (an adapter is a folder with {WEIGHTS_FILE})")
 
 
 def read_adapter(folder: str | Path) -> Adapter:
@@ -256,37 +210,6 @@ def dense_pair(lora_a: Tensor, lora_b: Tensor, enabled: Sequence[bool]) -> tuple
         source = lora_b[block * rows : (block + 1) * rows]
         dense[part * rows : (part + 1) * rows, block * rank : (block + 1) * rank] = source
     return lora_a, dense
-
-
-def refuse_existing(folder: str | Path) -> None:
-    """Raise a UserError where a result would overwrite existing files."""
-    folder = Path(folder)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise UserError(f"{folder}: is there already and not empty; name a new folder or remove it")
-
-
-def find_weights(folder: Path) -> Path | None:
-    """The weights file of an adapter folder: today's, that of 2023, or another that holds LoRA.
-
-    Raises:
-        UserError: several other files hold LoRA.
-    """
-    files = (folder / name for name in _WEIGHTS_FILES)
-    if found := next((file for file in files if file.is_file()), None):
-        return found
-    others = [folder / "pytorch_model.bin", *sorted(folder.glob("*.pt"))]
-    with_lora = [file for file in others if file.is_file() and _has_lora(file)]
-    if len(with_lora) > 1:
-        names = ", ".join(file.name for file in with_lora)
-        raise UserError(f"{folder}: {names} all hold LoRA weights; leave one of them there")
-    return with_lora[0] if with_lora else None
-
-
-def _has_lora(path: Path) -> bool:
-    try:
-        return any(".lora_A." in key for key in load_bin(path, device="meta"))
-    except UserError:  # an optimiser's state, for example
-        return False
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

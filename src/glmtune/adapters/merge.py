@@ -8,18 +8,18 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from glmtune.adapters.formats import find_adapter, refuse_existing
+from glmtune.adapters.find import find_adapter, refuse_existing
 from glmtune.adapters.lora import load_adapter
 from glmtune.config.settings import MergeSettings
 from glmtune.data.files import new_folder
 from glmtune.errors import UserError, note
 from glmtune.models.families import family_of
+from glmtune.models.folders import fetch
 from glmtune.models.loading import load_base_model, load_config
 from glmtune.models.precision import dequantise, integer_bits_of
-from glmtune.models.quantised import bits_of
 from glmtune.models.resolve import resolve_base
+from glmtune.models.shape import bits_of
 from glmtune.models.shim import write_shim
-from glmtune.models.weights import fetch
 
 TOKENIZER_FILES = ("*.model", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json")
 # Adding the adapter to the weights rounds differently from adding it to the activations, in float32

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from glmtune.bench.timing import median_ms
 from glmtune.models.shape import Shape
+from glmtune.ops import CHUNK
 from glmtune.ops.linear import quantise, quantise_rows
-from glmtune.ops.loss import CHUNK
 
 # Number of layers whose weights are allocated, so that none stays in a cache from one layer to the
 # next.

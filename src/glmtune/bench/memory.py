@@ -104,7 +104,7 @@ def bench_memory(settings: BenchMemorySettings) -> dict[str, Any]:
 def _prepare(folder: Path, shape: str, device: torch.device) -> float:
     """Write the weights, and measure the copy rate in bytes a second: one process for both."""
     config = CONFIGS[shape]
-    write = family_of(config).write_random
+    write = family_of(config).native().write_random
     assert write is not None, f"{shape}: its family writes no random weights"
     write(folder, config, device=str(device))
     return copy_rate(device)

@@ -15,7 +15,7 @@ from glmtune.models.quantised import check_quantising
 from glmtune.models.shape import Shape
 
 CONFIGS: dict[str, PreTrainedConfig] = {
-    name: config for family in FAMILIES for name, config in family.bench_configs.items()
+    name: config for family in FAMILIES for name, config in family.native().bench_configs.items()
 }
 
 
@@ -59,7 +59,7 @@ def random_model(
         check_quantising(f"quantization_bit {bits}", bits, device)
     torch.manual_seed(0)
     with torch.device(device):
-        model = family_of(config).model_class._from_config(copy(config), dtype=dtype)
+        model = family_of(config).native().model_class._from_config(copy(config), dtype=dtype)
     if bits:
         quantise_layers(model, bits)
     if quantize_head:

@@ -65,3 +65,13 @@ class BenchMemorySettings(BenchSettings, LoraSettings, DeviceSettings):
     def split_settings(cls, value: object) -> object:
         """Accept "a,b" for ["a", "b"]."""
         return tuple(value.split(",")) if isinstance(value, str) else value
+
+
+class BenchStartupSettings(Settings):
+    """Settings of `glmtune bench startup`."""
+
+    verb = "bench startup"
+    group: ClassVar[str] = "benchmark"
+    bare_words = ()
+    repeats: int = Field(5, ge=1, description="rounds, of which medians are told")
+    json_path: PathText | None = Field(None, description="JSON lines file to add the record to")

@@ -11,7 +11,12 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from glmtune.config.benchmarks import BenchDecodeSettings, BenchMemorySettings, BenchTrainSettings
+from glmtune.config.benchmarks import (
+    BenchDecodeSettings,
+    BenchMemorySettings,
+    BenchStartupSettings,
+    BenchTrainSettings,
+)
 from glmtune.config.groups import (
     OF_THE_DRAW,
     AnsweringWeightSettings,
@@ -359,6 +364,7 @@ SETTINGS: dict[str, type[Settings]] = {
         BenchTrainSettings,
         BenchDecodeSettings,
         BenchMemorySettings,
+        BenchStartupSettings,
         ChatSettings,
         ReplaySettings,
         CheckSettings,

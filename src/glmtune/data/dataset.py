@@ -144,13 +144,11 @@ def load_dataset(path: str, rule: RowRule | None = None) -> tuple["datasets.Data
     Raises:
         UserError: the folder is no such data set, or is damaged.
     """
+    check_is_folder(path)
+    folder = Path(path)
+    _check_arrow_files(folder)
     import datasets
 
-    folder = Path(path)
-    if not folder.is_dir():
-        what = "a file" if folder.exists() else "no such folder"
-        raise UserError(f"{path}: {what}; pass the folder that `glmtune tokenize` wrote")
-    _check_arrow_files(folder)
     try:
         dataset = datasets.load_from_disk(path)
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -178,6 +176,13 @@ def load_dataset(path: str, rule: RowRule | None = None) -> tuple["datasets.Data
             "the folder was mixed up: run `glmtune tokenize` again"
         )
     return dataset, card
+
+
+def check_is_folder(path: str) -> None:
+    """Raise UserError where a tokenised data set is no folder."""
+    if not Path(path).is_dir():
+        what = "a file" if Path(path).exists() else "no such folder"
+        raise UserError(f"{path}: {what}; pass the folder that `glmtune tokenize` wrote")
 
 
 def _check_arrow_files(folder: Path) -> None:

@@ -252,8 +252,9 @@ def _template(rows: list[Row]) -> str:
 
 
 def _save(encoded: EncodedRows, folder: Path) -> None:
-    import datasets
     import pyarrow as pa
+
+    from glmtune.data.arrow_files import write_dataset
 
     offsets = np.concatenate([[0], encoded.ends]).astype(np.int32)
     input_ids = pa.array(np.frombuffer(encoded.input_ids, dtype=np.int32))
@@ -263,4 +264,4 @@ def _save(encoded: EncodedRows, folder: Path) -> None:
             "seq_len": pa.array(np.frombuffer(encoded.seq_len, dtype=np.int32)),
         }
     )
-    datasets.Dataset(table).save_to_disk(str(folder))
+    write_dataset(table, folder)

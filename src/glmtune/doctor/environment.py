@@ -196,7 +196,7 @@ def check_hub_cache(hub_ids: tuple[str, ...]) -> Iterator[CheckLine]:
     """Incomplete copies of ChatGLM-6B in the hub's cache, and old remote code."""
     from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
 
-    from glmtune.models.weights import is_lfs_pointer, weight_files
+    from glmtune.models.folders import is_lfs_pointer, weight_files
 
     modules = Path(os.environ.get("HF_MODULES_CACHE", Path(HF_HOME, "modules")))
     if code := list(modules.rglob("modeling_chatglm.py")):

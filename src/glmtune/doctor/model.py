@@ -12,6 +12,7 @@ from glmtune.data.files import read_json_object
 from glmtune.doctor.findings import OK, PROBLEM, WARNING, CheckLine
 from glmtune.hardware import GIB, Card, pick_device, pick_dtype
 from glmtune.models.families import DEFAULT, family_of, published_names
+from glmtune.models.folders import are_there
 from glmtune.models.hubs import download_command
 from glmtune.models.loading import (
     check_ends,
@@ -19,9 +20,8 @@ from glmtune.models.loading import (
     load_config,
     load_tokenizer,
 )
-from glmtune.models.quantised import bits_of
 from glmtune.models.resolve import GLM_TINY, base_name, resolve_base
-from glmtune.models.weights import are_there
+from glmtune.models.shape import bits_of
 
 PUBLISHED_GB = 13.4
 """Size of the published float16 shards on disk."""
@@ -78,7 +78,8 @@ def check_base(base: Path | str) -> Iterator[CheckLine]:
         return
     config = load_config(str(base))
     family = family_of(config)
-    family.check_folder(base, config, family.model_class)
+    native = family.native()
+    native.check_folder(base, config, native.model_class)
     shape = family.shape(config)
     text = f"{base_name(str(base))}: {shape.num_layers} layers, vocabulary {shape.vocab_size}"
     if str(base) == GLM_TINY:
@@ -129,4 +130,5 @@ def config_of(base: Path | str) -> PreTrainedConfig:
     """The config of a base; if that is not on this machine, its hub's, or the published one."""
     if isinstance(base, Path):
         return load_config(str(base))
-    return (None if base in published_names() else hub_config(base)) or DEFAULT.config_class()
+    told = None if base in published_names() else hub_config(base)
+    return told or DEFAULT.native().config_class()

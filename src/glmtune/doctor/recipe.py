@@ -15,9 +15,9 @@ from glmtune.doctor.model import config_of
 from glmtune.errors import UserError
 from glmtune.hardware import Card, pick_device, pick_dtype
 from glmtune.models.families import check_targets, family_of
+from glmtune.models.folders import is_lfs_pointer
 from glmtune.models.loading import load_tokenizer
 from glmtune.models.resolve import GLM_TINY
-from glmtune.models.weights import is_lfs_pointer
 from glmtune.training.plan import count_steps, make_plan
 from glmtune.training.planning.advice import advise, verdict
 from glmtune.training.planning.forecast import EqualRows, Forecaster, Lengths, forecast

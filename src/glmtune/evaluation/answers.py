@@ -13,8 +13,7 @@ from typing import Any, TextIO
 
 import torch
 
-from glmtune.adapters import find_adapter, load_adapter
-from glmtune.adapters.formats import find_weights
+from glmtune.adapters.find import find_adapter, find_weights
 from glmtune.config.settings import ChatSettings, CheckSettings, CompareSettings, InferSettings
 from glmtune.data.fields import FieldUse
 from glmtune.data.files import new_file, read_text
@@ -179,6 +178,8 @@ class ModelChoice:
         )
         check_pair(model, tokenizer)
         if self.adapter is not None:
+            from glmtune.adapters import load_adapter  # PEFT is imported for nothing else
+
             return load_adapter(model, self.adapter), tokenizer
         return model, tokenizer
 

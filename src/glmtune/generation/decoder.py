@@ -70,7 +70,7 @@ class Decoder:
     ):
         self.config: Any = model.config
         family = family_of(self.config)
-        self.block, self.shape = family.decoding, family.shape(self.config)
+        self.block, self.shape = family.native().decoding, family.shape(self.config)
         self.stop_ids = stop_ids
         self.device: torch.device = device or model.device
         check_decoding(self.device, bits, compiled)

@@ -2,10 +2,19 @@
 
 After `import glmtune.models`, `AutoConfig`, `AutoTokenizer` and `AutoModelForCausalLM` load a
 published folder as downloaded, and `AutoModel` the same without the head; no code from the folder
-is run.
+is run. In a process of the command line they are registered when the first model is loaded.
 """
 
-from glmtune.models.families import *  # noqa: F403
-from glmtune.models.families import register
+from typing import Any
 
-register()
+import glmtune
+from glmtune.models import families
+
+if glmtune.registers_models:
+    families.register()
+
+__all__ = families.__all__
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(families, name)

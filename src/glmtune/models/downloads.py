@@ -17,9 +17,7 @@ from pathlib import Path
 from threading import Thread
 from typing import TypeVar
 
-from huggingface_hub import HfApi
 from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
-from huggingface_hub.errors import RevisionNotFoundError
 
 from glmtune.data.files import sha256_of
 from glmtune.errors import UserError, note
@@ -39,6 +37,8 @@ def in_time(ask: Callable[[], T], seconds: float) -> T | None:
     Raises:
         RevisionNotFoundError: the server answers that there is no such revision.
     """
+    from huggingface_hub.errors import RevisionNotFoundError
+
     found: list[T] = []
     unknown: list[RevisionNotFoundError] = []
 
@@ -120,6 +120,9 @@ def _ask_publisher(hub_id: str, commit: str) -> dict[str, str]:
     """File name to the hash that the publisher's hub states; empty if the hub cannot be reached."""
     if HF_HUB_OFFLINE:
         return {}
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RevisionNotFoundError
+
     try:
         info = in_time(
             lambda: HfApi(endpoint=PUBLISHER).model_info(

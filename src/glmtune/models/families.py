@@ -6,29 +6,23 @@ A family is known here by its entry alone; `family` says what an entry holds.
 import re
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
-
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-)
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_MAPPING_NAMES,
-)
+from typing import TYPE_CHECKING, Any
 
 from glmtune.models import chatglm
-from glmtune.models.chatglm import *  # noqa: F403
 from glmtune.models.chatglm.family import V1_0, V1_1
 from glmtune.models.family import Family
 from glmtune.models.shape import ALL
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 __all__ = ["DEFAULT", "FAMILIES", "Family", "family_of", "find_family"]
 __all__ += chatglm.__all__
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(chatglm, name)
+
 
 FAMILIES: list[Family] = [V1_1, V1_0]
 DEFAULT = FAMILIES[0]
@@ -50,8 +44,8 @@ def find_family(settings: Mapping[str, Any]) -> Family | None:
     return next((family for family in FAMILIES if family.owns(settings)), None)
 
 
-def family_of(config: PreTrainedConfig) -> Family:
-    """The family of a model that was loaded."""
+def family_of(config: "PreTrainedConfig | Any") -> Family:
+    """The family of a configuration, or of what `Family.read_settings` made of one."""
     family = find_family(config.to_dict())
     assert family is not None, f"no family owns a {type(config).__name__}"
     return family
@@ -74,7 +68,7 @@ def check_targets(wanted: tuple[str, ...] | None) -> None:
     Raises:
         UserError: `lora_target` names one that none has.
     """
-    shapes = [family.shape(family.config_class()) for family in FAMILIES]
+    shapes = [family.shape(family.read_settings({})) for family in FAMILIES]
     known = {name for shape in shapes for name in shape.linear_names} | {ALL}
     if wanted and not known.issuperset(wanted):
         DEFAULT.targets(wanted, shapes[0])
@@ -83,19 +77,29 @@ def check_targets(wanted: tuple[str, ...] | None) -> None:
 @lru_cache(maxsize=1)
 def register() -> None:
     """Let transformers' Auto classes load the families whose classes it does not know."""
-    for family in FAMILIES:
-        config_class, bare_class = family.config_class, family.bare_class
-        if bare_class is None or config_class.model_type in MODEL_MAPPING_NAMES:
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForSeq2SeqLM,
+        AutoTokenizer,
+    )
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_MAPPING_NAMES,
+    )
+
+    for name, native in ((family.model_type, family.native()) for family in FAMILIES):
+        if native.bare_class is None or name in MODEL_MAPPING_NAMES:
             continue
-        name = config_class.model_type
-        AutoConfig.register(name, config_class)
-        AutoTokenizer.register(config_class, family.tokenizer_class)
-        AutoModel.register(config_class, bare_class)
+        AutoConfig.register(name, native.config_class)
+        AutoTokenizer.register(native.config_class, native.tokenizer_class)
+        AutoModel.register(native.config_class, native.bare_class)
         # Published folders offer the language model under both names.
         for auto_class in (AutoModelForCausalLM, AutoModelForSeq2SeqLM):
-            auto_class.register(config_class, family.model_class)
+            auto_class.register(native.config_class, native.model_class)
         # Those find classes by configuration. Where transformers asks by name whether a model is a
         # causal one, whose labels are to be shifted (Trainer's label smoothing, pipelines), it
         # reads these lists.
-        MODEL_MAPPING_NAMES[name] = bare_class.__name__
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name] = family.model_class.__name__
+        MODEL_MAPPING_NAMES[name] = native.bare_class.__name__
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name] = native.model_class.__name__

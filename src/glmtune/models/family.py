@@ -2,17 +2,26 @@
 
 To add one: a folder of its own with a configuration, classes of model and tokenizer (its own or
 transformers'), the functions named below, and one entry in the list.
+
+An entry itself needs no torch, so that rows are encoded and runs are planned without it; `native`
+imports what does.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
-
+from glmtune.data.dataset import RowTokenizer
 from glmtune.data.row_rule import RowRule
-from glmtune.models.decoding import DecodingBlock
 from glmtune.models.shape import Shape, find_targets
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from glmtune.models.decoding import DecodingBlock
 
 
 class PackedBlock(NamedTuple):
@@ -32,8 +41,6 @@ class PackedBlock(NamedTuple):
     """Float32 cosines and sines ``(T, ...)`` of positions ``(X, T)``, given the configuration."""
     final_norm: Callable[[PreTrainedModel], Any]
     """The norm before the head, to be called."""
-    head_dims: tuple[int, ...]
-    """Sizes of a head for which the block is compiled with the kernels of ops/."""
 
 
 class ChatFormat(NamedTuple):
@@ -51,6 +58,30 @@ class ChatFormat(NamedTuple):
     """Characters that `polish` writes otherwise, depending on the character after them."""
 
 
+class Native(NamedTuple):
+    """The classes of a family and how its layers are computed: all that torch is imported for."""
+
+    config_class: type[PreTrainedConfig]
+    model_class: type[PreTrainedModel]
+    tokenizer_class: Any
+    """Has `row_rule`, `encode_batch`, `decode`, `vocab_hash` and `revision`, see
+    `data.dataset.RowTokenizer`."""
+    check_folder: Callable[..., None]
+    """``(folder, config, model_class)``: raises UserError in one line where a folder's weights,
+    configuration and vocabulary are not of one model."""
+    packed: PackedBlock
+    """How its layer is computed on packed rows, for training."""
+    decoding: DecodingBlock
+    """How it is computed token by token, for answering."""
+    bare_class: type[PreTrainedModel] | None = None
+    """The model without its head, of a family whose classes transformers does not know."""
+    write_random: Callable[..., None] | None = None
+    """``(folder, config, vocab_file, *, seed, num_shards, device)``: random weights, on disk as
+    published."""
+    bench_configs: Mapping[str, PreTrainedConfig] = {}
+    """What `glmtune bench --shape` offers: name to configuration."""
+
+
 class Family(NamedTuple):
     """A model family.
 
@@ -61,20 +92,19 @@ class Family(NamedTuple):
     """The name that its users know."""
     owns: Callable[[Mapping[str, Any]], bool]
     """Whether a config.json is of this family."""
-    config_class: type[PreTrainedConfig]
-    model_class: type[PreTrainedModel]
-    tokenizer_class: Any
-    """Has `row_rule`, `encode_batch`, `decode`, `vocab_hash` and `revision`, see
-    `data.dataset.RowTokenizer`."""
+    model_type: str
+    """As config.json has it."""
+    native: Callable[[], Native]
+    """What the family needs torch for; the first call imports it."""
+    read_settings: Callable[[Mapping[str, Any]], Any]
+    """A config.json's settings as a configuration, or as an object with the same attributes that
+    needs no torch. What is missing has its default. Raises UserError as the configuration does."""
     published: tuple[str, ...]
     """Names of the float models on their hubs, the newest first."""
     shape: Callable[[Any], Shape]
     """The sizes of a model, of its configuration."""
     row_rule: Callable[[Any], RowRule]
     """How rows are laid out, of the configuration."""
-    check_folder: Callable[..., None]
-    """``(folder, config, model_class)``: raises UserError in one line where a folder's weights,
-    configuration and vocabulary are not of one model."""
     check_pair: Callable[[Any, Any], None]
     """``(config, tokenizer)``: raises UserError where the two name other ids."""
     lora_target: tuple[str, ...]
@@ -82,21 +112,15 @@ class Family(NamedTuple):
     chat: ChatFormat
     probe_row: Callable[[Any], list[int]]
     """Ids of a short row from all over the vocabulary, of the configuration."""
-    packed: PackedBlock
-    """How its layer is computed on packed rows, for training."""
-    decoding: DecodingBlock
-    """How it is computed token by token, for answering."""
-    bare_class: type[PreTrainedModel] | None = None
-    """The model without its head, of a family whose classes transformers does not know."""
+    head_dims: tuple[int, ...]
+    """Sizes of a head for which the packed block is compiled with the kernels of ops/."""
+    row_tokenizer: Callable[[Path], RowTokenizer | None] = lambda folder: None
+    """A folder's tokenizer without torch and transformers, for rows alone; None where only the
+    tokenizer's class will do."""
     known_sha256: Callable[[str, str], set[str]] = lambda hub_id, name: set()
     """Hub id and file name to what the sha256 of a published file may be; empty if not known."""
-    write_random: Callable[..., None] | None = None
-    """``(folder, config, vocab_file, *, seed, num_shards, device)``: random weights, on disk as
-    published."""
     new_model: Callable[[Any], Any] | None = None
     """What `glmtune new-model` does with its settings."""
-    bench_configs: Mapping[str, PreTrainedConfig] = {}
-    """What `glmtune bench --shape` offers: name to configuration."""
 
     def targets(self, wanted: tuple[str, ...] | None, shape: Shape) -> tuple[str, ...]:
         """The linears that get an adapter.
@@ -109,4 +133,4 @@ class Family(NamedTuple):
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     """The layers of a model of any family."""
-    return cast(nn.ModuleList, model.base_model.layers)
+    return cast("nn.ModuleList", model.base_model.layers)

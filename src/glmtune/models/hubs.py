@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from huggingface_hub import constants, get_session
-from huggingface_hub.utils import build_hf_headers
+from huggingface_hub import constants
 
 from glmtune.errors import UserError
 from glmtune.models.downloads import in_time
@@ -90,6 +89,13 @@ def in_modelscope_cache(hub_id: str) -> Path | None:
     return None
 
 
+def try_to_load_from_cache(hub_id: str, name: str) -> Any:
+    """As huggingface_hub's function, which is imported when it is asked for."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return try_to_load_from_cache(hub_id, name)
+
+
 def check_endpoint() -> None:
     """Make sure that HF_ENDPOINT is an address, before any request is sent to it.
 
@@ -114,6 +120,9 @@ def ask(url: str, seconds: float = TIMEOUT_SECONDS) -> tuple[int, Any] | None:
 
     Nothing is kept on the disk.
     """
+
+    from huggingface_hub import get_session
+    from huggingface_hub.utils import build_hf_headers
 
     def get() -> tuple[int, Any]:
         answer = get_session().get(

@@ -1,26 +1,26 @@
 """Load a base model of any family: its configuration, its tokenizer, its weights."""
 
-from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedModel
 
 from glmtune.data.files import read_json_object
 from glmtune.errors import UserError, note
 from glmtune.models import weights
-from glmtune.models.families import (
-    DEFAULT,
-    FAMILIES,
-    Family,
-    family_not_loaded,
-    family_of,
-    find_family,
+from glmtune.models.base_files import (
+    TOKENIZER_FILES,
+    TOKENIZER_SETTINGS,
+    built,
+    family_by_settings,
+    fetch_base,
+    find_base,
+    published_family,
 )
-from glmtune.models.hubs import CONFIG_FILE, hub_settings, is_on_modelscope
+from glmtune.models.families import DEFAULT, Family, family_not_loaded, family_of, register
+from glmtune.models.hubs import CONFIG_FILE, hub_settings
 from glmtune.models.precision import (
     dequantise,
     has_integer_tables,
@@ -28,14 +28,12 @@ from glmtune.models.precision import (
     quantise_head,
     quantise_layers,
 )
-from glmtune.models.quantised import bits_of, check_quantising, quantising
+from glmtune.models.quantised import check_quantising, quantising
 from glmtune.models.resolve import HUB_IDS, base_name
+from glmtune.models.shape import bits_of
 from glmtune.models.strict_loading import read_strictly
 
-T = TypeVar("T")
-
-TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-_TOKENIZER_FILES = ("*.json", "*.model")
+register()
 
 
 def load_tokenizer(base: str) -> Any:
@@ -44,12 +42,12 @@ def load_tokenizer(base: str) -> Any:
     Raises:
         UserError: no vocabulary there, or one of another family.
     """
-    family, _ = _read_config(base, _fetch(base, [CONFIG_FILE]))
-    folder = _fetch(base, _TOKENIZER_FILES)
+    family, _ = _read_config(base, fetch_base(base, [CONFIG_FILE]))
+    folder = fetch_base(base, TOKENIZER_FILES)
     for name in TOKENIZER_SETTINGS:
         if (folder / name).is_file():
             read_json_object(folder / name)
-    return _built(folder, lambda: family.tokenizer_class.from_pretrained(folder))
+    return built(folder, lambda: family.native().tokenizer_class.from_pretrained(folder))
 
 
 def load_config(base: str) -> Any:
@@ -60,10 +58,9 @@ def load_config(base: str) -> Any:
     Raises:
         UserError: no model there, or one of another family.
     """
-    family = next((family for family in FAMILIES if base in family.published), None)
-    if family and not isinstance(try_to_load_from_cache(base, CONFIG_FILE), str):
-        return family.config_class()
-    return _read_config(base, _fetch(base, [CONFIG_FILE]))[1]
+    if known := published_family(base):
+        return known.native().config_class()
+    return _read_config(base, fetch_base(base, [CONFIG_FILE]))[1]
 
 
 def load_base_model(
@@ -93,8 +90,8 @@ def load_base_model(
         UserError: no model there, of another family, weights that do not fit, or a wish for bits
             that folder or device cannot grant.
     """
-    family, config = _read_config(base, _fetch(base, [CONFIG_FILE]))  # before gigabytes come
-    folder = _fetch(base)
+    family, config = _read_config(base, fetch_base(base, [CONFIG_FILE]))  # before gigabytes come
+    folder = fetch_base(base)
     has, packed = bits_of(config), integer_bits_of(config)
     if bits and has:
         raise _quantised_already(f"quantization_bit {bits}", base, has)
@@ -109,11 +106,12 @@ def load_base_model(
         loading["device_map"] = str(device)
     if bits and not packed:
         loading["quantization_config"] = quantising(bits, dtype)
+    native = family.native()
     with weights.bar_if_long(folder):
-        model: Any = _built(
+        model: Any = built(
             folder,
             lambda: read_strictly(
-                family.model_class, family.check_folder, folder, config=config, **loading
+                native.model_class, native.check_folder, folder, config=config, **loading
             ),
         )
     model.name_or_path = model.config.name_or_path = base
@@ -154,91 +152,21 @@ def hub_config(base: str) -> Any | None:
                 f"such as {HUB_IDS[0]}"
             )
         return None
-    family = _family(base, settings)
+    family = family_by_settings(base, settings)
     if "pre_seq_len" in settings:
         raise UserError(
             f"{base}: config.json has pre_seq_len, so it is a P-Tuning v2 checkpoint, which is not "
             "loaded here; pass the base it was trained on"
         )
     try:
-        return _built(Path(base), lambda: family.config_class.from_dict(settings))
+        return built(Path(base), lambda: family.native().config_class.from_dict(settings))
     except UserError as error:
         raise UserError(f"{base}: {error}") from error
 
 
 def _read_config(base: str, folder: Path) -> tuple[Family, Any]:
-    family = _family(base, read_json_object(folder / CONFIG_FILE))
-    return family, _built(folder, lambda: family.config_class.from_pretrained(folder))
-
-
-def _family(base: str, settings: dict[str, Any]) -> Family:
-    family = find_family(settings)
-    if family is None:
-        known = " or ".join(dict.fromkeys(f.config_class.model_type for f in FAMILIES))
-        raise UserError(
-            f"{base}: config.json says model_type {settings.get('model_type')!r}, not {known!r}; "
-            f"pass a {DEFAULT.name} folder"
-        )
-    return family
-
-
-def _built(folder: Path, build: Callable[[], T]) -> T:
-    """What transformers builds from a folder's files.
-
-    Raises:
-        UserError: it fails on what stands in them, which shows in many kinds of exception.
-    """
-    try:
-        return build()
-    except (UserError, torch.OutOfMemoryError, AssertionError):
-        raise
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{folder}: cannot be loaded ({reason[:300]}); take its files from the published "
-            f"{FAMILIES[0].name} folder"
-        ) from error
-
-
-def _fetch(base: str, only: Iterable[str] = weights.DATA_FILES) -> Path:
-    try:
-        folder = weights.fetch(base, only)
-    except UserError:
-        raise
-    except Exception as error:  # a hub that gives nothing shows in many kinds of exception
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .")
-        raise UserError(
-            f"{base}: {_not_given(base)} ({reason[:300]}); {_other_ways(base)}"
-        ) from error
-    if not (folder / CONFIG_FILE).is_file():
-        raise UserError(
-            f"{folder}: has no config.json; pass the folder of a downloaded "
-            f"{DEFAULT.name}" + _model_within(folder)
-        )
-    return folder
-
-
-def _not_given(base: str) -> str:
-    if family := family_not_loaded(base):
-        return f"is {family} by its name, which is not loaded here, and the hub does not answer"
-    return "the hub does not give this model"
-
-
-def _other_ways(base: str) -> str:
-    if family_not_loaded(base):
-        return f"pass {DEFAULT.name}, such as {HUB_IDS[0]}"
-    ways = "check the name and the network, or pass --chatglm_path FOLDER with a downloaded copy"
-    if is_on_modelscope(base):
-        return ways
-    return f"{ways}; is it a name on ModelScope, `modelscope download --model {base}` gets one"
-
-
-def _model_within(folder: Path) -> str:
-    """Where in a folder a model lies, as the end of a sentence."""
-    depths = ("*", "*/*", "*/snapshots/*")
-    found = (path for depth in depths for path in sorted(folder.glob(f"{depth}/{CONFIG_FILE}")))
-    place = next(found, None)
-    return f", such as {place.parent}" if place else ""
+    family, _ = find_base(base, folder)
+    return family, built(folder, lambda: family.native().config_class.from_pretrained(folder))
 
 
 def check_pair(model: PreTrainedModel, tokenizer: Any) -> None:

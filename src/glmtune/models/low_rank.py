@@ -1,9 +1,20 @@
 """What PEFT's LoRA adds to a linear, as tensors."""
 
-from peft.tuners.lora import LoraLayer
+import sys
+from typing import Any, TypeGuard
+
 from torch import nn
 
 from glmtune.ops.lora import LowRank
+
+
+def has_lora(linear: nn.Module) -> TypeGuard[Any]:
+    """Whether a linear is one of PEFT's, which imports much: where it is not, nothing is."""
+    if "peft" not in sys.modules:
+        return False
+    from peft.tuners.lora import LoraLayer
+
+    return isinstance(linear, LoraLayer)
 
 
 def split_lora(linear: nn.Module) -> tuple[nn.Module, tuple[LowRank, ...]]:
@@ -12,7 +23,7 @@ def split_lora(linear: nn.Module) -> tuple[nn.Module, tuple[LowRank, ...]]:
     There are none where the adapter is disabled, or merged into the weight already. The linear may
     be of any kind, also quantised; one with an adapter other than plain LoRA is returned unchanged.
     """
-    if not isinstance(linear, LoraLayer):
+    if not has_lora(linear):
         return linear, ()
     if linear.merged or linear.disable_adapters:
         return linear.get_base_layer(), ()

@@ -9,28 +9,27 @@ Shapes: T tokens of a pack, L supervised tokens, H hidden, X position streams.
 """
 
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
 import torch._functorch.config as functorch_config
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from glmtune.data.packing import Pack
-from glmtune.hardware import Card
 from glmtune.models.family import PackedBlock, layers_of
-from glmtune.models.low_rank import split_lora
+from glmtune.models.low_rank import has_lora, split_lora
 from glmtune.models.quantised import frozen_of
 from glmtune.ops.attention import PaddedRows
 from glmtune.ops.linear import Dense, Fp8Linear, Frozen
 from glmtune.ops.lora import Dropout, LowRank, lora_linear
 from glmtune.ops.loss import IGNORED, SoftmaxLoss, head_loss
 from glmtune.ops.quantised import Quantised
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 # multi_kernel: norms and float8's largest values as persistent reductions, where those are faster.
 # They break the compiler's cache (torch 2.11: a TypeError at the second run on a machine), so it is
@@ -99,7 +98,7 @@ class PackedModel:
 
     def __init__(
         self,
-        model: PeftModel,
+        model: "PeftModel",
         family_block: PackedBlock,
         *,
         compiled: bool,
@@ -229,18 +228,6 @@ def _let_vary(*tensors_T: Tensor) -> None:
         torch._dynamo.mark_dynamic(tensor_T, 0)
 
 
-def can_compile(card: Card, family_block: PackedBlock, head_dim: int) -> bool:
-    """Whether the kernels run on a card: Ampere or newer, and heads of a supported size.
-
-    They also need Triton, which is looked for only if this machine has a GPU: a plan for another
-    machine's card assumes it.
-    """
-    if card.capability is None or card.capability < (8, 0):
-        return False
-    has_triton = find_spec("triton") is not None or not torch.cuda.is_available()
-    return has_triton and head_dim in family_block.head_dims
-
-
 def move(value: Any, device: torch.device) -> Any:
     """Copy tensors, also inside tuples, to a device, from pinned memory, without waiting."""
     if isinstance(value, Tensor):
@@ -250,7 +237,7 @@ def move(value: Any, device: torch.device) -> Any:
     return tuple(parts) if type(value) is tuple else type(value)(*parts)
 
 
-def base_of(model: PeftModel) -> PreTrainedModel:
+def base_of(model: "PeftModel") -> PreTrainedModel:
     """The base that an adapter is attached to."""
     base = model.get_base_model()
     assert isinstance(base, PreTrainedModel)
@@ -264,13 +251,13 @@ def linear_of(module: nn.Module) -> Linear:
     return Linear(frozen_of(base), adapter)
 
 
-def to_fp8(model: PeftModel) -> None:
+def to_fp8(model: "PeftModel") -> None:
     """Convert the frozen linears of the layers to float8, in place, one by one."""
     for layer in layers_of(base_of(model)):
-        adapters = [module for module in layer.modules() if isinstance(module, LoraLayer)]
+        adapters = [module for module in layer.modules() if has_lora(module)]
         within = {part for adapter in adapters for part in adapter.modules()} - {*adapters}
         for parent in [module for module in layer.modules() if module not in within]:
-            if isinstance(parent, LoraLayer):
+            if has_lora(parent):
                 parent.base_layer = Fp8Linear(cast(nn.Linear, parent.base_layer))
                 continue
             for name, linear in list(parent.named_children()):

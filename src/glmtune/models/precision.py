@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from glmtune.models.family import layers_of
 from glmtune.models.integer_weights import dequantise_modules, quantise_tables
-from glmtune.models.quantised import bits_of, quantise
+from glmtune.models.quantised import quantise
+from glmtune.models.shape import bits_of
 
 
 def integer_bits_of(config: Any) -> int:

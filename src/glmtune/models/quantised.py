@@ -119,15 +119,6 @@ def _quantised(linear: nn.Linear, bits: int, dtype: torch.dtype) -> nn.Module:
     return quantised.requires_grad_(False).train(linear.training)
 
 
-def bits_of(config: Any) -> int | None:
-    """The bits of bitsandbytes' linears in a model of this configuration; None without any."""
-    settings = getattr(config, "quantization_config", None)
-    if settings is None:
-        return None
-    settings = settings if isinstance(settings, dict) else settings.to_dict()
-    return 8 if settings.get("load_in_8bit") else 4
-
-
 def as_floats(found: Mapping[str, Tensor], model: nn.Module) -> Outline:
     """The outline of a folder of bitsandbytes' weights, as if its linears were floats.
 

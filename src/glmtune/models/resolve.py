@@ -4,12 +4,11 @@ import os
 from functools import cache
 from pathlib import Path
 
-from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_OFFLINE
 
 from glmtune.config.reading import shared_setting
 from glmtune.errors import UserError, note
-from glmtune.models import weights
+from glmtune.models import folders
 from glmtune.models.downloads import in_time
 from glmtune.models.families import DEFAULT
 from glmtune.models.hubs import (
@@ -19,6 +18,7 @@ from glmtune.models.hubs import (
     is_hub_id,
     name_of_folder,
     open_folder,
+    try_to_load_from_cache,
 )
 from glmtune.run_files import RECIPE_FILE, find_around
 
@@ -95,11 +95,13 @@ def _folder_or_hub_id(value: str, source: str) -> str:
             f"hub id such as {HUB_IDS[0]}"
         )
     cached = in_modelscope_cache(value)
-    return str(cached) if cached and weights.are_there(cached) else value
+    return str(cached) if cached and folders.are_there(cached) else value
 
 
 @cache
 def _hub_has(hub_id: str) -> bool:
+    from huggingface_hub import HfApi
+
     info = in_time(
         lambda: HfApi().model_info(hub_id, timeout=HUB_TIMEOUT_SECONDS), HUB_TIMEOUT_SECONDS
     )

@@ -1,11 +1,10 @@
 """A model as plain numbers, from which memory plans, limits and sizes are computed."""
 
 from collections.abc import Iterable
-from typing import NamedTuple
-
-import torch
+from typing import Any, NamedTuple
 
 from glmtune.errors import UserError
+from glmtune.hardware import NumberFormat
 
 # NF4 with double quantisation: half a byte a value; a byte for each block of values, the block's
 # largest magnitude; and a float32 for each group of blocks, the group's.
@@ -69,7 +68,7 @@ class Shape(NamedTuple):
         return self.num_layers * sum(rank * sizes[name] for name in targets)
 
     def weight_bytes(
-        self, dtype: torch.dtype, bits: int | None = None, *, quantize_head: bool = False
+        self, dtype: NumberFormat, bits: int | None = None, *, quantize_head: bool = False
     ) -> int:
         """Bytes of a base model's weights, without an adapter's.
 
@@ -91,7 +90,7 @@ class Shape(NamedTuple):
         return self.num_layers * layer + tables + self.final_norm_values * dtype.itemsize
 
 
-def linear_bytes(outputs: int, inputs: int, dtype: torch.dtype, bits: int | None) -> int:
+def linear_bytes(outputs: int, inputs: int, dtype: NumberFormat, bits: int | None) -> int:
     """Bytes of a linear's weight in a float type, in int8 with a float32 scale a row, or in NF4."""
     if bits is None:
         return outputs * inputs * dtype.itemsize
@@ -99,6 +98,15 @@ def linear_bytes(outputs: int, inputs: int, dtype: torch.dtype, bits: int | None
         return outputs * inputs + 4 * outputs
     blocks = outputs * inputs // NF4_BLOCK
     return outputs * inputs // 2 + blocks + 4 * -(-blocks // NF4_GROUP)
+
+
+def bits_of(config: Any) -> int | None:
+    """The bits of bitsandbytes' linears in a model of this configuration; None without any."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    return 8 if settings.get("load_in_8bit") else 4
 
 
 def find_targets(wanted: Iterable[str], family: str, names: tuple[str, ...]) -> tuple[str, ...]:

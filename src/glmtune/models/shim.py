@@ -20,18 +20,19 @@ def write_shim(folder: Path, family: Family) -> None:
         folder: a model's folder; its config.json gets an `auto_map`.
         family: the model's family; if transformers knows its classes, nothing is written.
     """
-    if family.bare_class is None:
+    native = family.native()
+    if native.bare_class is None:
         return
     (folder / SHIM_FILE).write_text(SHIM, encoding="utf-8")
     module = SHIM_FILE.removesuffix(".py")
     settings = read_json_object(folder / "config.json")
     settings["auto_map"] = {
-        "AutoConfig": f"{module}.{family.config_class.__name__}",
-        "AutoModelForCausalLM": f"{module}.{family.model_class.__name__}",
+        "AutoConfig": f"{module}.{native.config_class.__name__}",
+        "AutoModelForCausalLM": f"{module}.{native.model_class.__name__}",
     }
     write_json(settings, folder / "config.json")
     file = folder / "tokenizer_config.json"
     if file.is_file() and "auto_map" in (settings := read_json_object(file)):
-        tokenizer = f"{module}.{family.tokenizer_class.__name__}"
+        tokenizer = f"{module}.{native.tokenizer_class.__name__}"
         settings["auto_map"] = {"AutoTokenizer": [tokenizer, None]}
         write_json(settings, file)

@@ -12,9 +12,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from glmtune.errors import UserError
 from glmtune.hardware import pick_device, pick_dtype
-from glmtune.models import weights
+from glmtune.models import folders, weights
 from glmtune.models.integer_weights import SCALE, IntegerModule
-from glmtune.models.quantised import as_floats, bits_of, check_quantising, finish_loading
+from glmtune.models.quantised import as_floats, check_quantising, finish_loading
+from glmtune.models.shape import bits_of
 
 # What transformers' loader offers and a strict one does not.
 _NOT_OFFERED = {
@@ -64,8 +65,8 @@ def read_strictly(
     for name, reason in _NOT_OFFERED.items():
         if kwargs.get(name):
             raise UserError(f"from_pretrained({name}={kwargs[name]!r}): {reason}")
-    hub = {key: kwargs[key] for key in weights.HUB_ARGUMENTS if key in kwargs}
-    folder = weights.fetch(name_or_path, **hub)
+    hub = {key: kwargs[key] for key in folders.HUB_ARGUMENTS if key in kwargs}
+    folder = folders.fetch(name_or_path, **hub)
     wish = kwargs.get("tie_word_embeddings")
     if not isinstance(config, model_class.config_class):
         names = vars(model_class.config_class()).keys() - _OF_LOADING
@@ -131,7 +132,7 @@ def check_plain_folder(
     Raises:
         UserError: one line that names what does not fit.
     """
-    found = weights.read_outline(weights.weight_files(folder))
+    found = weights.read_outline(folders.weight_files(folder))
     with torch.device("meta"):
         model = model_class(config)
     if bits_of(config):

@@ -1,10 +1,9 @@
-"""Weight files on disk: which exist, what they hold, and whether that fits the model.
+"""Weight files on disk: what they hold, and whether that fits the model.
 
 Everything here reads headers only: tensors stay on disk, and no code in a file is run.
 """
 
 import json
-import re
 import shutil
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -13,7 +12,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.modeling_utils import str_to_torch_dtype
@@ -23,108 +21,13 @@ from transformers.utils.logging import (
     is_progress_bar_enabled,
 )
 
-from glmtune.data.files import check_inside, read_json_object
 from glmtune.errors import UserError
-from glmtune.models.downloads import check_download
-from glmtune.models.hubs import check_endpoint, from_modelscope, is_on_modelscope, open_folder
+from glmtune.models.folders import WEIGHT_FILES, some, weight_files
 from glmtune.models.torch_files import read_torch_file
 
-# In the order in which transformers looks for them, so that what is checked is what it loads.
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-# Data alone, never code.
-DATA_FILES = ("*.json", "*.model", "*.safetensors", "*.bin")
-MAX_NAMED = 3
 _LONG_BYTES = 1e9
-_SHARD = re.compile(r"([\w.-]+)-(\d{5})-of-(\d{5})\.(bin|safetensors)")
-HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
 Outline = dict[str, Tensor]  # on the meta device: shapes and types, no numbers
-
-
-def fetch(name_or_path: str, only: Iterable[str] = DATA_FILES, **hub_arguments) -> Path:
-    """The local folder of a checkpoint: the folder itself, or the hub's files in the hub's cache.
-
-    Only data is downloaded (JSON, vocabularies, weights), never code, and checked against its
-    hashes; of the data, only what matches `only`.
-
-    Raises:
-        UserError: a file is not the published one, HF_ENDPOINT is no address, or the client of
-            ModelScope is needed and not installed.
-        Exception: the hub does not provide the model; clients raise many kinds.
-    """
-    folder = Path(name_or_path)
-    if folder.is_dir():
-        return open_folder(folder)
-    if is_on_modelscope(name_or_path):
-        return from_modelscope(name_or_path, list(only))
-    check_endpoint()
-    snapshot = Path(snapshot_download(name_or_path, allow_patterns=list(only), **hub_arguments))
-    check_download(name_or_path, snapshot)
-    return snapshot
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a checkpoint's weights: one, those of its index, or numbered shards.
-
-    Raises:
-        UserError: there are no weights, or a shard is missing, is a Git-LFS pointer or is outside
-            the folder.
-    """
-    found = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
-    if found is None:
-        names = _numbered_shards(folder)
-    else:
-        check_inside(folder / found)
-        names = _read_index(folder / found) if found.endswith(".json") else [found]
-    for name in names:
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"{path}: a shard that the index names is missing; download it again")
-        check_inside(path)
-        if is_lfs_pointer(path):
-            raise UserError(
-                f"{path}: is a Git-LFS pointer, not weights; run `git lfs pull` in that folder"
-            )
-    return [folder / name for name in names]
-
-
-def are_there(folder: Path) -> bool:
-    """Whether a folder has all its weights; an unfinished download does not."""
-    try:
-        return bool(weight_files(folder))
-    except UserError:
-        return False
-
-
-def _numbered_shards(folder: Path) -> list[str]:
-    """The shards of a folder without its index: their names state how many there are."""
-    shards = [found for path in sorted(folder.iterdir()) if (found := _SHARD.fullmatch(path.name))]
-    kinds = {found.expand(r"\1 \3 \4"): found for found in shards}
-    if not kinds:
-        raise UserError(
-            f"{folder}: holds no weights (looked for {', '.join(WEIGHT_FILES)} and numbered "
-            "shards); pass the folder of a downloaded model"
-        )
-    if len(kinds) > 1:
-        names = " and ".join(found[0] for found in list(kinds.values())[:MAX_NAMED])
-        raise UserError(
-            f"{folder}: holds shards of several downloads ({names}) and no index that says which "
-            "are the weights; leave those of one there"
-        )
-    (kind,) = kinds.values()
-    there = {found[0] for found in shards}
-    wanted = [f"{kind[1]}-{i:05}-of-{kind[3]}.{kind[4]}" for i in range(1, int(kind[3]) + 1)]
-    if missing := [name for name in wanted if name not in there]:
-        raise UserError(
-            f"{folder}: of {len(wanted)} shards these are missing: {_some(missing)}; download them "
-            "again"
-        )
-    return wanted
 
 
 @contextmanager
@@ -147,27 +50,6 @@ def indexed(folder: Path) -> Iterator[Path]:
         for path in folder.glob("*config.json"):  # generation_config.json, or config.json for it
             shutil.copyfile(path, Path(place, path.name))
         yield Path(place)
-
-
-def is_lfs_pointer(path: Path) -> bool:
-    """Whether a file is the pointer that git leaves for a large file that was not fetched."""
-    with path.open("rb") as file:
-        return file.read(24).startswith(b"version https://git-lfs")
-
-
-def _read_index(path: Path) -> list[str]:
-    """The shards that an index names: files beside it, of the index's own kind."""
-    shards = read_json_object(path).get("weight_map")
-    if not isinstance(shards, dict) or not shards:
-        raise UserError(f"{path}: is no index of weight shards; download it again")
-    suffix = Path(path.name.removesuffix(".index.json")).suffix
-    for name in shards.values():
-        if not isinstance(name, str) or not re.fullmatch(rf"\w[\w.-]{{0,200}}\{suffix}", name):
-            raise UserError(
-                f"{path}: names {str(name)[:200]!r}, no {suffix} file inside the folder; download "
-                "the index again"
-            )
-    return sorted(set(shards.values()))
 
 
 def read_outline(files: Iterable[Path]) -> Outline:
@@ -261,7 +143,7 @@ def check_outline(
         if ours.dtype != theirs.dtype and (name in exact or not ours.is_floating_point())
     ]
     faults = {"missing": missing, "extra": extra, "misshapen": misshapen, "mistyped": mistyped}
-    parts = [f"{fault} {_some(names)}" for fault, names in faults.items() if names]
+    parts = [f"{fault} {some(names)}" for fault, names in faults.items() if names]
     if parts:
         raise UserError(
             f"{folder}: the weights do not fit config.json: {'; '.join(parts)}; "
@@ -271,11 +153,6 @@ def check_outline(
 
 def _type_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return ", ".join(names[:MAX_NAMED]) + more
 
 
 @contextmanager

@@ -10,7 +10,6 @@ Shapes: R rows (outputs of a linear, ids of an embedding), C columns.
 import torch
 from torch import Tensor
 
-PACKED_BITS = (8, 4)
 # Rows rounded at a time.
 _PIECE = 2048
 # No scale is smaller: a float16 above 0.
@@ -39,7 +38,7 @@ def dequantise(packed: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> 
     Returns:
         ``(..., C)``, without a gradient.
     """
-    assert bits in PACKED_BITS
+    assert bits in (8, 4)
     values = packed if bits == 8 else unpack_int4(packed)
     # With `out` the float32 product is never stored, whatever the type of the result.
     out = torch.empty_like(values, dtype=dtype)

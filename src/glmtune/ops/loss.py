@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from glmtune.ops import CHUNK
 from glmtune.ops.quantised import Quantised
 
 IGNORED = -100  # a label that is not trained on: the prompt and the padding
-# Supervised tokens whose logits are held at a time: 0.25 GiB in bfloat16 for ChatGLM-6B.
-CHUNK = 1024
 
 SoftmaxLoss = Callable[[Tensor, Tensor], Tensor]
 

@@ -8,7 +8,7 @@ from glmtune.errors import program
 from glmtune.hardware import device_name, memory_gib, total_memory_gib
 from glmtune.models.packed import base_of
 from glmtune.models.precision import has_integer_tables
-from glmtune.models.quantised import bits_of
+from glmtune.models.shape import bits_of
 from glmtune.run_files import PLOT_FILE
 from glmtune.runlog import format_seconds, print_pairs
 from glmtune.training.plan import PackPlan

@@ -23,10 +23,7 @@ from glmtune.hardware import capture_graph
 from glmtune.models.family import layers_of
 from glmtune.models.packed import Dropouts, PackedModel, PackTensors, base_of, move
 from glmtune.training.batches import collate
-
-# Captured passes round lengths up to 64 tokens, and supervised tokens to a quarter of the pack, so
-# that few CUDA graphs cover all passes.
-CAPTURED_LENGTHS, _CAPTURED_SHARES = 64, 4
+from glmtune.training.plan import CAPTURED_LENGTHS, captured_supervised
 
 LossAndGradients = tuple[Tensor, Sequence[Tensor]]
 
@@ -227,12 +224,6 @@ class CapturedPass(PackedPass):
         pool = next(iter(self._captures.values())).graph.pool() if self._captures else None
         graph, loss = capture_graph(run, 2, run_and_add, pool)
         return _Capture(graph, pack, dropouts, divisor, loss)
-
-
-def captured_supervised(num_tokens: int, num_supervised: int) -> int:
-    """Round supervised tokens up to the next quarter of a pass's tokens, as its graph has them."""
-    share = num_tokens // _CAPTURED_SHARES
-    return share * -(-num_supervised // share)
 
 
 def _copy(source: tuple, target: tuple) -> None:

@@ -17,6 +17,15 @@ from glmtune.errors import UserError
 
 # Random streams that must never coincide.
 _STREAM_ORDER, _STREAM_SPLIT = 0, 1
+# Captured passes round lengths up to 64 tokens, and supervised tokens to a quarter of the pack, so
+# that few CUDA graphs cover all passes.
+CAPTURED_LENGTHS, _CAPTURED_SHARES = 64, 4
+
+
+def captured_supervised(num_tokens: int, num_supervised: int) -> int:
+    """Round supervised tokens up to the next quarter of a pass's tokens, as its graph has them."""
+    share = num_tokens // _CAPTURED_SHARES
+    return share * -(-num_supervised // share)
 
 
 def split_rows(num_rows: int, eval_ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

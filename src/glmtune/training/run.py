@@ -24,7 +24,7 @@ from glmtune.errors import UserError, note
 from glmtune.hardware import device_name, pick_device, pick_dtype
 from glmtune.models.families import family_of
 from glmtune.models.packed import PackedModel, base_of, to_fp8
-from glmtune.models.quantised import bits_of
+from glmtune.models.shape import bits_of
 from glmtune.training.passes import CapturedPass, PackedPass, PaddedPass, Pass
 from glmtune.training.plan import PackPlan, Plan, count_steps, make_plan, split_rows
 from glmtune.training.planning.forecast import Forecast, Forecaster, make_forecaster
@@ -241,7 +241,7 @@ def build_pass(run: Run, model: PeftModel, weights: list[nn.Parameter]) -> Pass:
         return PaddedPass(run.accelerator, model, run.rows, recompute)
     packed = PackedModel(
         model,
-        family_of(base_of(model).config).packed,
+        family_of(base_of(model).config).native().packed,
         compiled=setup.compiled,
         any_length=setup.layout == "exact",
         recompute=recompute,

@@ -1,58 +1,20 @@
-"""The configuration of ChatGLM-6B, both published revisions."""
+"""The configuration of ChatGLM-6B, both published revisions, as transformers knows it."""
 
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from glmtune.errors import UserError
-from glmtune.ops.integers import PACKED_BITS
+from glmtune.models.chatglm.settings import (
+    NUM_IMAGE_TOKENS,
+    VOCAB_SIZE_V1_0,
+    VOCAB_SIZE_V1_1,
+    ChatGLMSettings,
+)
 
-# March 2023 (v1.0): 20,000 image tokens stand before the text vocabulary, so every id is 20,000
-# higher than in the revision of mid-2023 (v1.1).
-NUM_IMAGE_TOKENS = 20_000
-VOCAB_SIZE_V1_0 = 150_528
-VOCAB_SIZE_V1_1 = 130_528
-
-_SIZES = (
-    "vocab_size", "hidden_size", "num_layers", "num_attention_heads", "inner_hidden_size",
-    "max_sequence_length",
-)  # fmt: skip
-_MAX_SIZE = 2**24
-
-# Keys that only ChatGLM2-6B and ChatGLM3-6B have, which share the model_type "chatglm".
-_LATER_FAMILY_KEYS = ("padded_vocab_size", "multi_query_attention", "kv_channels")
+__all__ = ["NUM_IMAGE_TOKENS", "VOCAB_SIZE_V1_0", "VOCAB_SIZE_V1_1", "ChatGLMConfig"]
 
 
-def _no_value(name: str, value: object) -> UserError:
-    return UserError(
-        f"config.json: {name} is {value!r:.99}, which no model has; take config.json from the "
-        "published folder"
-    )
-
-
-def _check_quantization(settings: dict) -> None:
-    """Make sure that a folder's `quantization_config` is one of bitsandbytes that is known here.
-
-    Raises:
-        UserError: it is not.
-    """
-    method = settings.get("quant_method") or "of no named method"
-    in_8_bits, in_4_bits = (bool(settings.get(f"load_in_{bits}bit")) for bits in (8, 4))
-    kind = settings.get("bnb_4bit_quant_type")
-    is_known = method == "bitsandbytes" and in_8_bits != in_4_bits
-    if is_known and in_4_bits and kind not in ("nf4", "fp4"):
-        is_known, method = False, f"bitsandbytes' {kind}"
-    if is_known and settings.get("llm_int8_has_fp16_weight"):
-        is_known, method = False, "bitsandbytes' llm_int8_has_fp16_weight"
-    if not is_known:
-        raise UserError(
-            f"config.json: quantization_config ({method}) is a way of quantising that is not known "
-            "here, only bitsandbytes' 8 and 4 bits are; pass ChatGLM-6B in float16 with "
-            "quantization_bit 8 or 4, or its published -int8, -int4 or -int4-qe folder"
-        )
-
-
-class ChatGLMConfig(PreTrainedConfig):
+class ChatGLMConfig(ChatGLMSettings, PreTrainedConfig):
     """Shape and special ids of a ChatGLM-6B checkpoint, read from its published `config.json`.
 
     The special ids that the first revision leaves out of its file are filled in: `[MASK]`,
@@ -66,102 +28,21 @@ class ChatGLMConfig(PreTrainedConfig):
     """
 
     model_type = "chatglm"
+    attribute_map = ChatGLMSettings.attribute_map
     keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012  (Trainer adds a list)
-    attribute_map = {  # noqa: RUF012  (a class attribute by transformers' convention)
-        "num_hidden_layers": "num_layers",
-        "intermediate_size": "inner_hidden_size",
-        "max_position_embeddings": "max_sequence_length",
-    }
 
     # Clients look for it, TRL in every configuration.
     auto_map: ClassVar[dict[str, str]] = {}
 
-    vocab_size: int = VOCAB_SIZE_V1_1
-    hidden_size: int = 4096
-    num_layers: int = 28
-    num_attention_heads: int = 32
-    inner_hidden_size: int = 16384
-    max_sequence_length: int = 2048
-    layernorm_epsilon: float = 1e-5
-    position_encoding_2d: bool = True
-    initializer_range: float = 0.02
-    tie_word_embeddings: bool = True
-    use_cache: bool = True
-    sop_in_prefix: bool = False
-    """Whether ``<sop>`` has the prompt's last position, as the code of March 2023 gave it: so in
-    v1.0, and in copies of it whose image tokens were cut away."""
-    quantization_bit: int = 0  # 8 or 4: packed integers in the layers' linears
-    quantization_embeddings: bool = False  # and in embedding and head; alone, those in 8 bits
-    bos_token_id: int | None = 130004
-    eos_token_id: int | list[int] | None = 130005
-    mask_token_id: int = None  # type: ignore[assignment]  # filled in from bos_token_id
-    gmask_token_id: int = None  # type: ignore[assignment]
-    pad_token_id: int = None  # type: ignore[assignment]
-
     def __post_init__(self, **kwargs):
         kwargs.pop("auto_map", None)
-        if found := [key for key in _LATER_FAMILY_KEYS if key in kwargs]:
-            raise UserError(
-                f'config.json: model_type "chatglm" with {found[0]} is ChatGLM2-6B or ChatGLM3-6B, '
-                "which this version does not load; pass a ChatGLM-6B folder"
-            )
-        if settings := kwargs.get("quantization_config"):
-            _check_quantization(settings if isinstance(settings, dict) else settings.to_dict())
-        self.quantization_bit = self.quantization_bit or 0
-        if self.quantization_bit not in (0, *PACKED_BITS):
-            raise UserError(
-                f"config.json: quantization_bit {self.quantization_bit!r} is not known, only the 8 "
-                "and 4 of the published folders; pass one of those, or ChatGLM-6B in float16"
-            )
-        stops = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
-        if not all(stop is None or type(stop) is int for stop in stops):
-            raise _no_value("eos_token_id", self.eos_token_id)
-        if not isinstance(self.layernorm_epsilon, float):
-            raise _no_value("layernorm_epsilon", self.layernorm_epsilon)
-        for name in _SIZES:
-            size = getattr(self, name)
-            if type(size) is not int or not 0 < size <= _MAX_SIZE:
-                raise _no_value(name, size)
-        if not self.position_encoding_2d:
-            raise UserError(
-                "config.json: position_encoding_2d false is GLM-10B's layout, not ChatGLM-6B's; "
-                "pass a ChatGLM-6B folder"
-            )
-        if self.hidden_size % (4 * self.num_attention_heads):
-            raise UserError(
-                f"config.json: hidden_size {self.hidden_size} cannot be cut into "
-                f"{self.num_attention_heads} heads (num_attention_heads) of a multiple of 4"
-            )
-        if type(self.bos_token_id) is not int:
-            raise _no_value("bos_token_id", self.bos_token_id)
-        if self.num_image_tokens:
-            self.sop_in_prefix = True
-        if self.mask_token_id is None:
-            self.mask_token_id = self.bos_token_id - 4
-        if self.gmask_token_id is None:
-            self.gmask_token_id = self.bos_token_id - 3
-        if self.pad_token_id is None:
-            self.pad_token_id = 3 + self.num_image_tokens
-        for name in ("mask_token_id", "gmask_token_id", "pad_token_id"):
-            if type(getattr(self, name)) is not int:
-                raise _no_value(name, getattr(self, name))
         super().__post_init__(**kwargs)
+        PreTrainedConfig.__post_init__(self, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a config.json has it."""
+        return PreTrainedConfig.to_dict(self)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
         """Do nothing: what is registered so leaves a copy of its source in each saved folder."""
-
-    @property
-    def head_dim(self) -> int:
-        """Size of one attention head."""
-        return self.hidden_size // self.num_attention_heads
-
-    @property
-    def num_image_tokens(self) -> int:
-        """Ids before the first text token: 20,000 in the revision of March 2023, else 0."""
-        return NUM_IMAGE_TOKENS if self.vocab_size == VOCAB_SIZE_V1_0 else 0
-
-    @property
-    def revision(self) -> str:
-        """Which published revision the weights belong to: "v1.0" or "v1.1"."""
-        return "v1.0" if self.sop_in_prefix else "v1.1"

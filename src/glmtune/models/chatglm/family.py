@@ -1,29 +1,23 @@
 """ChatGLM-6B as the rest of the project sees it: its two published revisions."""
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
-
-import torch
 
 from glmtune.data import templates
 from glmtune.errors import UserError
 from glmtune.models.chatglm import conversation
-from glmtune.models.chatglm.configuration import VOCAB_SIZE_V1_0, ChatGLMConfig
-from glmtune.models.chatglm.decoding import DECODING
-from glmtune.models.chatglm.folder import check_folder
-from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration, ChatGLMModel
-from glmtune.models.chatglm.packed import PACKED
+from glmtune.models.chatglm.encoder import RowEncoder
 from glmtune.models.chatglm.published import known_sha256
-from glmtune.models.chatglm.random_init import write_random_model
 from glmtune.models.chatglm.rows import row_rule
-from glmtune.models.chatglm.tokenization import ChatGLMTokenizer
-from glmtune.models.family import ChatFormat, Family
+from glmtune.models.chatglm.settings import VOCAB_SIZE_V1_0, ChatGLMSettings
+from glmtune.models.family import ChatFormat, Family, Native
 from glmtune.models.shape import LinearShape, Shape
 
 _IDS = ("bos_token_id", "eos_token_id", "gmask_token_id", "mask_token_id", "pad_token_id")
 
 
-def shape(config: ChatGLMConfig) -> Shape:
+def shape(config: ChatGLMSettings) -> Shape:
     """The sizes of a model."""
     hidden, inner = config.hidden_size, config.inner_hidden_size
     return Shape(
@@ -47,7 +41,7 @@ def shape(config: ChatGLMConfig) -> Shape:
     )
 
 
-def check_pair(config: ChatGLMConfig, tokenizer: Any) -> None:
+def check_pair(config: ChatGLMSettings, tokenizer: Any) -> None:
     """Make sure that a config.json and a tokenizer name the same ids.
 
     Raises:
@@ -68,8 +62,10 @@ def check_pair(config: ChatGLMConfig, tokenizer: Any) -> None:
         )
 
 
-def probe_row(config: ChatGLMConfig) -> list[int]:
+def probe_row(config: ChatGLMSettings) -> list[int]:
     """Twenty ids from all over the vocabulary, with the special ids in their midst."""
+    import torch
+
     text = torch.linspace(config.pad_token_id + 1, config.mask_token_id - 1, 18).long().tolist()
     assert config.bos_token_id is not None
     return [*text[::2], config.gmask_token_id, config.bos_token_id, *text[1::2]]
@@ -82,6 +78,38 @@ def _new_model(settings: Any) -> Any:
     return new_model(settings)
 
 
+@cache
+def _native() -> Native:
+    from glmtune.models.chatglm.configuration import ChatGLMConfig
+    from glmtune.models.chatglm.decoding import DECODING
+    from glmtune.models.chatglm.folder import check_folder
+    from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration, ChatGLMModel
+    from glmtune.models.chatglm.packed import PACKED
+    from glmtune.models.chatglm.random_init import write_random_model
+    from glmtune.models.chatglm.tokenization import ChatGLMTokenizer
+
+    return Native(
+        config_class=ChatGLMConfig,
+        model_class=ChatGLMForConditionalGeneration,
+        bare_class=ChatGLMModel,
+        tokenizer_class=ChatGLMTokenizer,
+        check_folder=check_folder,
+        packed=PACKED,
+        decoding=DECODING,
+        write_random=write_random_model,
+        bench_configs={
+            "6b": ChatGLMConfig(),
+            "wide": ChatGLMConfig(
+                hidden_size=1024, num_layers=2, num_attention_heads=8, inner_hidden_size=4096
+            ),
+            "small": ChatGLMConfig(
+                vocab_size=4096, hidden_size=256, num_layers=4, num_attention_heads=4,
+                inner_hidden_size=1024, bos_token_id=3572, eos_token_id=3573,
+            ),
+        },
+    )  # fmt: skip
+
+
 def _is_of(v1_0: bool, settings: Mapping[str, Any]) -> bool:
     return settings.get("model_type") == "chatglm" and v1_0 == (
         settings.get("vocab_size") == VOCAB_SIZE_V1_0
@@ -91,15 +119,14 @@ def _is_of(v1_0: bool, settings: Mapping[str, Any]) -> bool:
 V1_1 = Family(
     name="ChatGLM-6B",
     owns=lambda settings: _is_of(False, settings),
-    config_class=ChatGLMConfig,
-    model_class=ChatGLMForConditionalGeneration,
-    bare_class=ChatGLMModel,
-    tokenizer_class=ChatGLMTokenizer,
+    model_type=ChatGLMSettings.model_type,
+    native=_native,
+    read_settings=ChatGLMSettings.read,
     published=("zai-org/chatglm-6b", "THUDM/chatglm-6b", "ZhipuAI/ChatGLM-6B"),
     known_sha256=known_sha256,
     shape=shape,
     row_rule=row_rule,
-    check_folder=check_folder,
+    row_tokenizer=RowEncoder.of_folder,
     check_pair=check_pair,
     lora_target=("query_key_value",),
     chat=ChatFormat(
@@ -110,19 +137,7 @@ V1_1 = Family(
         unsettled="".join(conversation.FULL_WIDTH),
     ),
     probe_row=probe_row,
-    packed=PACKED,
-    decoding=DECODING,
-    write_random=write_random_model,
+    head_dims=(64, 128),
     new_model=_new_model,
-    bench_configs={
-        "6b": ChatGLMConfig(),
-        "wide": ChatGLMConfig(
-            hidden_size=1024, num_layers=2, num_attention_heads=8, inner_hidden_size=4096
-        ),
-        "small": ChatGLMConfig(
-            vocab_size=4096, hidden_size=256, num_layers=4, num_attention_heads=4,
-            inner_hidden_size=1024, bos_token_id=3572, eos_token_id=3573,
-        ),
-    },
-)  # fmt: skip
+)
 V1_0 = V1_1._replace(name="ChatGLM-6B v1.0", owns=lambda settings: _is_of(True, settings))

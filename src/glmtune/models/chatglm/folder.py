@@ -9,7 +9,7 @@ from transformers.utils import CONFIG_NAME
 
 from glmtune.data.files import read_json_object
 from glmtune.errors import UserError
-from glmtune.models import weights
+from glmtune.models import folders, weights
 from glmtune.models.chatglm.configuration import (
     VOCAB_SIZE_V1_0,
     VOCAB_SIZE_V1_1,
@@ -17,7 +17,8 @@ from glmtune.models.chatglm.configuration import (
 )
 from glmtune.models.chatglm.vocabulary import NUM_PIECES_V1_0, VOCAB_FILE, check_revision
 from glmtune.models.integer_weights import SCALE, IntegerModule
-from glmtune.models.quantised import as_floats, bits_of
+from glmtune.models.quantised import as_floats
+from glmtune.models.shape import bits_of
 from glmtune.run_files import ADAPTER_CONFIG_FILE
 
 # What P-Tuning v2 trains, in THUDM's scripts.
@@ -54,7 +55,7 @@ def check_folder(
             f"{folder / ADAPTER_CONFIG_FILE}: an adapter's file in a base model's folder; name the "
             "base with --chatglm_path and the adapter apart, or take this file away"
         )
-    files = weights.weight_files(folder)
+    files = folders.weight_files(folder)
     found = weights.read_outline(files)
     _refuse_prefix(folder, found)
     if EMBEDDING.removeprefix(BODY) in found:  # of the bare model, saved by itself

@@ -2,20 +2,20 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from glmtune.config.settings import NewModelSettings
 from glmtune.data.files import new_folder
 from glmtune.disk import check_room
 from glmtune.errors import UserError
-from glmtune.hardware import GIB, total_memory_gib
-from glmtune.models.chatglm.configuration import VOCAB_SIZE_V1_1, ChatGLMConfig
+from glmtune.hardware import GIB, machine_memory_gib
 from glmtune.models.chatglm.family import check_pair
-from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
-from glmtune.models.chatglm.random_init import PUBLISHED_SHARDS, write_random_model
-from glmtune.models.chatglm.tokenization import VOCAB_FILE, ChatGLMTokenizer
+from glmtune.models.chatglm.settings import VOCAB_SIZE_V1_1
+from glmtune.models.chatglm.vocabulary import VOCAB_FILE
 from glmtune.models.resolve import GLM_TINY
+
+if TYPE_CHECKING:
+    from glmtune.models.chatglm.configuration import ChatGLMConfig
 
 BYTES_PER_WEIGHT = 2  # float16
 SIZES = (
@@ -58,10 +58,14 @@ def new_model(settings: NewModelSettings) -> NewModel:
     folder = Path(settings.folder)
     _check_empty(folder)
     vocab_file = _vocabulary(settings)
+    from glmtune.models.chatglm import random_init
+
     config = shape(settings, vocab_file)
     num_parameters = count_parameters(config)
     num_bytes = num_parameters * BYTES_PER_WEIGHT
-    num_shards = settings.num_shards or (PUBLISHED_SHARDS if settings.like == "chatglm-6b" else 1)
+    num_shards = settings.num_shards or (
+        random_init.PUBLISHED_SHARDS if settings.like == "chatglm-6b" else 1
+    )
     print(
         f"{settings.folder}: {num_parameters:,} parameters in float16, {num_bytes / 1e9:,.2f} GB "
         f"in {num_shards} file(s)",
@@ -70,7 +74,9 @@ def new_model(settings: NewModelSettings) -> NewModel:
     _check_room(folder, num_bytes)
     try:
         with new_folder(settings.folder) as draft:
-            write_random_model(draft, config, vocab_file, seed=settings.seed, num_shards=num_shards)
+            random_init.write_random_model(
+                draft, config, vocab_file, seed=settings.seed, num_shards=num_shards
+            )
     except RuntimeError as error:  # torch.save's word for a disk that is full
         raise UserError(
             f"{folder}: the weights cannot be written ({str(error).splitlines()[0]}); check the "
@@ -81,7 +87,7 @@ def new_model(settings: NewModelSettings) -> NewModel:
     return result
 
 
-def shape(settings: NewModelSettings, vocab_file: Path | None) -> ChatGLMConfig:
+def shape(settings: NewModelSettings, vocab_file: Path | None) -> "ChatGLMConfig":
     """The sizes and special ids that the settings ask for.
 
     The special ids are those of the vocabulary; without one they stand as far from the end as in
@@ -90,6 +96,9 @@ def shape(settings: NewModelSettings, vocab_file: Path | None) -> ChatGLMConfig:
     Raises:
         UserError: sizes that do not fit each other, or the vocabulary.
     """
+    from glmtune.models.chatglm.configuration import ChatGLMConfig
+    from glmtune.models.chatglm.tokenization import ChatGLMTokenizer
+
     like = ChatGLMConfig.from_pretrained(GLM_TINY) if settings.like == "glm-tiny" else None
     sizes = {name: getattr(like or ChatGLMConfig(), name) for name in SIZES}
     sizes |= {name: getattr(settings, name) for name in SIZES if getattr(settings, name)}
@@ -107,8 +116,12 @@ def shape(settings: NewModelSettings, vocab_file: Path | None) -> ChatGLMConfig:
     return config
 
 
-def count_parameters(config: ChatGLMConfig) -> int:
+def count_parameters(config: "ChatGLMConfig") -> int:
     """Parameters of a model of this shape, the tied head not counted again; nothing is drawn."""
+    import torch
+
+    from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
+
     with torch.device("meta"):
         model = ChatGLMForConditionalGeneration._from_config(config, dtype=torch.float16)
     return sum(weight.numel() for weight in model.parameters())
@@ -136,7 +149,7 @@ def _check_empty(folder: Path) -> None:
 def _check_room(folder: Path, num_bytes: int) -> None:
     fix = "name a folder on another disk, or smaller sizes"
     check_room(folder, num_bytes, "the weights take", fix)
-    memory = total_memory_gib(torch.device("cpu"))
+    memory = machine_memory_gib()
     if memory and num_bytes / GIB > memory:
         raise UserError(
             f"{folder}: the weights take {num_bytes / GIB:,.1f} GiB of memory, this machine has "

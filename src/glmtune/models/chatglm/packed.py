@@ -105,5 +105,4 @@ PACKED = PackedBlock(
     block=block,
     angles=angles,
     final_norm=_final_norm,
-    head_dims=(64, 128),
 )

@@ -8,20 +8,16 @@ Special ids come out of a chat template alone (chat_template.py), be it tokenise
 a string first; and a text is split at tokens that were added by name.
 """
 
-import hashlib
 import re
 from collections.abc import Callable
 from itertools import compress, groupby, islice
 from pathlib import Path
 from typing import Any
 
-from sentencepiece import SentencePieceProcessor
 from transformers import AddedToken, PreTrainedTokenizer
 from transformers.utils import get_json_schema
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from glmtune.data.files import read_json_object
-from glmtune.data.row_rule import RowRule
 from glmtune.errors import UserError
 from glmtune.models.chatglm.chat_template import (
     CHAT_TEMPLATE,
@@ -31,36 +27,19 @@ from glmtune.models.chatglm.chat_template import (
     guard,
     mark,
 )
-from glmtune.models.chatglm.rows import row_rule
+from glmtune.models.chatglm.encoder import NAMED_TOKENS, Encoder
 from glmtune.models.chatglm.vocabulary import (
-    NUM_PIECES_V1_0,
-    SPECIALS,
     UNFINISHED,
     VOCAB_FILE,
-    compare_revisions,
-    extend_v1_0,
-    image_tokens_v1_0,
-    read_vocab,
     replace_blanks,
     restore_blanks,
 )
-
-# Starting the native threads costs more than encoding a handful of texts.
-MIN_TEXTS_PER_THREAD = 32
-# What takes the places that `tokenizer_config.json` names, whatever it names for them.
-NAMED_TOKENS = {
-    "unk_token": "<unk>",
-    "pad_token": "<pad>",
-    "bos_token": "<sop>",
-    "eos_token": "<eop>",
-    "mask_token": "[MASK]",
-}
 
 _WRITTEN = [(re.escape(MARK + name), name) for name in WRITTEN_NAMES]
 _IMAGE = re.compile(r"<image_(\d+)>")
 
 
-class ChatGLMTokenizer(PreTrainedTokenizer):
+class ChatGLMTokenizer(Encoder, PreTrainedTokenizer):
     """Encode and decode with a published `ice_text.model`.
 
     The special tokens are those of the vocabulary, whatever `tokenizer_config.json` says: files of
@@ -84,69 +63,28 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def __init__(
         self, vocab_file: str | None = None, num_image_tokens: int | None = None, **kwargs
     ):
-        self.model_bytes, self.sp = read_vocab(vocab_file)
-        num_pieces = self.sp.get_piece_size()
-        config_file = Path(str(vocab_file)).with_name("config.json")
-        of_model = None
-        if config_file.is_file():
-            of_model = read_json_object(config_file).get("vocab_size")
-            compare_revisions(vocab_file, num_pieces, of_model)
-        self.is_v1_0 = num_pieces == NUM_PIECES_V1_0
-        if self.is_v1_0:
-            self.sp = SentencePieceProcessor(model_proto=extend_v1_0(self.model_bytes))
-            num_image_tokens = image_tokens_v1_0(of_model, num_image_tokens)
-        self.num_image_tokens = num_image_tokens or 0
-        if missing := [name for name in SPECIALS if not self.sp.is_control(self.sp[name])]:
-            raise UserError(
-                f"{vocab_file}: has no special piece {missing[0]}, so it is not a ChatGLM-6B "
-                f"vocabulary; take {VOCAB_FILE} from the folder of the model's weights"
-            )
+        self.open_vocabulary(vocab_file, num_image_tokens)
         for key, name in NAMED_TOKENS.items():
-            if not self._is_new(kwargs.get(key) or name):
+            if not self.is_new(kwargs.get(key) or name):
                 kwargs[key] = name
         extra = kwargs.get("extra_special_tokens") or []
         extra = [*(extra.values() if isinstance(extra, dict) else extra)]
         extra += kwargs.pop("additional_special_tokens", None) or []
-        kwargs["extra_special_tokens"] = ["[gMASK]", *filter(self._is_new, extra)]
+        kwargs["extra_special_tokens"] = ["[gMASK]", *filter(self.is_new, extra)]
         kwargs["added_tokens_decoder"] = {
             index: token
             for index, token in kwargs.get("added_tokens_decoder", {}).items()
-            if self._is_new(token)
+            if self.is_new(token)
         }
         kwargs.pop("auto_map", None)  # it names code that a published folder has and we do not run
         kwargs.setdefault("clean_up_tokenization_spaces", False)
         kwargs.setdefault("padding_side", "left")
         kwargs["chat_template"] = kwargs.get("chat_template") or CHAT_TEMPLATE
-        super().__init__(num_image_tokens=self.num_image_tokens, **kwargs)
+        PreTrainedTokenizer.__init__(self, num_image_tokens=self.num_image_tokens, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoTokenizer") -> None:
         """Do nothing: what is registered so leaves a copy of its source in each saved folder."""
-
-    @property
-    def vocab_hash(self) -> str:
-        """The sha256 of the sentencepiece file, in hex."""
-        return hashlib.sha256(self.model_bytes).hexdigest()
-
-    @property
-    def vocab_size(self) -> int:
-        """The number of ids, image tokens included."""
-        return self.sp.get_piece_size() + self.num_image_tokens
-
-    @property
-    def revision(self) -> str:
-        """Which published revision the ids belong to: "v1.0" or "v1.1"."""
-        return "v1.0" if self.is_v1_0 else "v1.1"
-
-    @property
-    def row_rule(self) -> RowRule:
-        """How rows are laid out with these ids."""
-        return row_rule(self)
-
-    @property
-    def gmask_token_id(self) -> int:
-        """The id of `[gMASK]`."""
-        return self._convert_token_to_id("[gMASK]")
 
     def get_vocab(self) -> dict[str, int]:
         """Every piece and its id, added tokens included."""
@@ -253,24 +191,19 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         max_length: int | None = None,
         num_threads: int | None = None,
     ) -> list[list[int]]:
-        """Encode many texts at once in sentencepiece's own threads; equal to `encode` one by one.
-
-        Args:
-            texts: any number of texts.
-            add_special_tokens: append ``[gMASK] <sop>`` to each.
-            max_length: most ids of each, the two special ids included and kept.
-            num_threads: all cores by default.
-        """
+        """As `Encoder.encode_batch`, added tokens included; equal to `encode` one by one."""
+        if not self._new_tokens:
+            return super().encode_batch(
+                texts,
+                add_special_tokens=add_special_tokens,
+                max_length=max_length,
+                num_threads=num_threads,
+            )
         specials = [self.gmask_token_id, self.bos_token_id] if add_special_tokens else []
         room = None if max_length is None else max(0, max_length - len(specials))
-        threads = num_threads or (-1 if len(texts) >= MIN_TEXTS_PER_THREAD else 1)
-        if self._new_tokens:
-            to_id = self._convert_token_to_id_with_added_voc
-            rows = (map(to_id, self._pieces(text, self._new_tokens)) for text in texts)
-            return [[*islice(ids, room), *specials] for ids in rows]
-        offset = self.num_image_tokens
-        encoded = self.sp.encode([replace_blanks(text) for text in texts], num_threads=threads)
-        return [[i + offset for i in ids[:room]] + specials for ids in encoded]
+        to_id = self._convert_token_to_id_with_added_voc
+        rows = (map(to_id, self._pieces(text, self._new_tokens)) for text in texts)
+        return [[*islice(ids, room), *specials] for ids in rows]
 
     def tokenize(self, text: str, *args, split_special_tokens: bool | None = None, **kwargs):
         """The pieces of a text. Special names are ordinary text, unless a template wrote them.
@@ -298,14 +231,10 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     def _add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
         num_added = super()._add_tokens(new_tokens, special_tokens=special_tokens)
-        added = [token for token in self._added_tokens_decoder.values() if self._is_new(token)]
+        added = [token for token in self._added_tokens_decoder.values() if self.is_new(token)]
         added.sort(key=lambda token: -len(token.content))  # the longest that fits
         self._new_tokens = [(_pattern(token), token.content) for token in added]
         return num_added
-
-    def _is_new(self, token: str | AddedToken) -> bool:
-        """Whether the vocabulary lacks a name, so that a token of that name has to be added."""
-        return self.sp[str(token)] == self.sp.unk_id() and str(token) != "<unk>"
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
@@ -353,7 +282,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def _convert_token_to_id(self, token: str) -> int:
         if self.num_image_tokens and (image := _IMAGE.fullmatch(token)):
             return int(image[1])
-        return self.sp.piece_to_id(token) + self.num_image_tokens
+        return self.id_of(token)
 
     def _convert_id_to_token(self, index: int) -> str:
         if index < self.num_image_tokens:
@@ -384,11 +313,11 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def _is_special(self, name: str) -> bool:
         """Whether a name is a control piece of the vocabulary, or was added as special."""
         token = self._added_tokens_decoder.get(self._added_tokens_encoder.get(name, -1))
-        return not self._is_new(name) or token is None or token.special
+        return not self.is_new(name) or token is None or token.special
 
     def _name_of(self, piece: str) -> str | None:
         """The name of a special or an added token; None for the pieces of ordinary text."""
-        is_named = self._is_new(piece) and piece in self._added_tokens_encoder
+        is_named = self.is_new(piece) and piece in self._added_tokens_encoder
         return piece if is_named or self.sp.is_control(self.sp[piece]) else None
 
 

@@ -7,12 +7,12 @@ from sentencepiece import SentencePieceProcessor
 
 from glmtune.data.files import check_inside
 from glmtune.errors import UserError
-from glmtune.models.chatglm.configuration import (
+from glmtune.models.chatglm.settings import (
     NUM_IMAGE_TOKENS,
     VOCAB_SIZE_V1_0,
     VOCAB_SIZE_V1_1,
 )
-from glmtune.models.weights import is_lfs_pointer
+from glmtune.models.folders import is_lfs_pointer
 
 VOCAB_FILE = "ice_text.model"
 MAX_BLANKS = 80

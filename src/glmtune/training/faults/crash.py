@@ -34,7 +34,7 @@ from glmtune.errors import UserError
 from glmtune.hardware import device_name
 from glmtune.models.packed import base_of
 from glmtune.models.torch_files import write_torch_file
-from glmtune.run_files import OPTIMIZER_FILE, RECIPE_FILE
+from glmtune.run_files import CRASH_FILE, OPTIMIZER_FILE, RECIPE_FILE, check_bundle
 from glmtune.training.faults.first_nonfinite import Culprit, Outcome, PassOfStep, compute_again
 from glmtune.training.first_step import TO_REFERENCE
 from glmtune.training.passes import PaddedPass
@@ -45,7 +45,7 @@ from glmtune.training.saving.run_folder import what_is_kept
 from glmtune.training.state import TrainingState
 from glmtune.training.watch import Fault, NotFiniteError, RandomState
 
-CRASH_FILE, STEP_FILE = "crash.json", "step.safetensors"
+STEP_FILE = "step.safetensors"
 LARGEST_OPTIMISER = 256 * 2**20
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate")
 
@@ -159,8 +159,7 @@ def read_bundle(folder: Path) -> Bundle:
     Raises:
         UserError: the folder is no bundle, or is damaged.
     """
-    if not (folder / CRASH_FILE).is_file():
-        raise UserError(f"{folder}: has no {CRASH_FILE}; name a crash-N folder of a run")
+    check_bundle(folder)
     try:
         told = read_json_object(folder / CRASH_FILE)
         tensors = load_file(folder / STEP_FILE)

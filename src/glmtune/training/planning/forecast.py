@@ -6,21 +6,20 @@ config.json, the lengths of the rows and the card.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
-import torch
-from accelerate import Accelerator
-from transformers import PreTrainedConfig
 
 from glmtune.config.settings import TrainSettings
-from glmtune.hardware import GIB, Card
+from glmtune.hardware import GIB, Card, NumberFormat, can_compile
 from glmtune.models.families import family_of
-from glmtune.models.packed import can_compile
-from glmtune.models.quantised import bits_of
-from glmtune.training.passes import CAPTURED_LENGTHS, captured_supervised
-from glmtune.training.plan import count_steps, make_plan
+from glmtune.models.shape import bits_of
+from glmtune.training.plan import CAPTURED_LENGTHS, captured_supervised, count_steps, make_plan
 from glmtune.training.planning.memory import Batch, Estimate, Layout, Setup, estimate
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedConfig
 
 # Lengths of packs to choose from, and their relative speed on an H200 without recomputed layers
 # (2,048 is interpolated). Packs longer than the first would not be faster.
@@ -144,8 +143,8 @@ Forecaster = Callable[[TrainSettings], Forecast]
 
 def forecast(
     settings: TrainSettings,
-    config: PreTrainedConfig,
-    dtype: torch.dtype,
+    config: "PreTrainedConfig | Any",
+    dtype: NumberFormat,
     card: Card,
     rows: Lengths,
     num_processes: int = 1,
@@ -154,19 +153,19 @@ def forecast(
 
     Args:
         settings: the run's settings.
-        config: configuration of the base model.
+        config: configuration of the base model, or what `Family.read_settings` makes of it.
         dtype: the compute type.
         card: the device that each process trains on.
         rows: rows of the data set.
         num_processes: processes that share a step.
     """
     layout, family = choose_layout(settings, card.on_gpu), family_of(config)
-    shape, block = family.shape(config), family.packed
+    shape = family.shape(config)
     setup = Setup(
         shape,
         dtype,
         layout,
-        compiled=layout != "padded" and can_compile(card, block, shape.head_dim),
+        compiled=layout != "padded" and can_compile(card, shape.head_dim, family.head_dims),
         on_gpu=card.on_gpu,
         is_hopper=card.is_hopper,
         bits=settings.bits or bits_of(config),
@@ -193,7 +192,7 @@ def forecast(
 
 
 def make_forecaster(
-    accelerator: Accelerator, config: PreTrainedConfig, dtype: torch.dtype, rows: Lengths
+    accelerator: "Accelerator", config: "PreTrainedConfig", dtype: NumberFormat, rows: Lengths
 ) -> Forecaster:
     """Make a forecaster for any settings on a run's device, with its base and rows."""
     card, num_processes = Card.of(accelerator.device), accelerator.num_processes

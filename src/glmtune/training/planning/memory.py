@@ -12,10 +12,9 @@ vocabulary.
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
+from glmtune.hardware import NumberFormat
 from glmtune.models.shape import LinearShape, Shape
-from glmtune.ops.loss import CHUNK
+from glmtune.ops import CHUNK
 
 Layout = Literal["padded", "exact", "packed"]
 """The layout of a pass: rows padded to the longest, end to end, or in packs of one length."""
@@ -29,7 +28,7 @@ class Setup:
     """What is trained, in which numbers, and how a pass is computed."""
 
     shape: Shape
-    dtype: torch.dtype
+    dtype: NumberFormat
     layout: Layout
     compiled: bool = False
     """Whether rows end to end go through the compiled block and the kernels."""

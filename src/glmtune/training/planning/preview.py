@@ -6,17 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import PreTrainedConfig
 
 from glmtune.config.settings import PlanSettings, TrainSettings
 from glmtune.data.dataset import load_dataset
 from glmtune.data.jsonlines import append_json, check_appendable
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import note
-from glmtune.hardware import Card, pick_device, pick_dtype
+from glmtune.hardware import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    Card,
+    NumberFormat,
+    has_gpu,
+    pick_device,
+    pick_dtype,
+    pick_format,
+)
+from glmtune.models.base_files import read_settings
 from glmtune.models.families import DEFAULT, check_targets, family_of
-from glmtune.models.loading import load_config
 from glmtune.models.resolve import HUB_IDS, base_name, resolve_base
 from glmtune.runlog import print_pairs
 from glmtune.training.plan import count_steps, make_plan
@@ -37,7 +45,7 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
     base = resolve_base(settings.chatglm_path, needs_weights=False)
     if base == HUB_IDS[0] and not settings.chatglm_path:
         note(f"no base model is named or found, so this is of {DEFAULT.name} (--chatglm_path)")
-    config = load_config(base)
+    config = read_settings(base)
     rows = _rows(settings, config)
     forecaster = partial(forecast, config=config, dtype=dtype, card=card, rows=rows)
     training = train_settings(settings)
@@ -84,18 +92,21 @@ def train_settings(settings: PlanSettings) -> TrainSettings:
     return TrainSettings(**settings.model_dump(include=given | required))
 
 
-def _card_and_dtype(settings: PlanSettings) -> tuple[Card, torch.dtype]:
+def _card_and_dtype(settings: PlanSettings) -> tuple[Card, NumberFormat]:
     if settings.card is None and settings.memory_gib is None:
-        device = pick_device(settings.use_cpu)
+        if settings.use_cpu or not has_gpu():
+            card = Card.of_cpu()
+            return card, pick_format(card.name, False, True, settings.bf16, settings.fp16)[0]
+        device = pick_device()
         return Card.of(device), pick_dtype(device, settings.bf16, settings.fp16)[0]
     card = Card.named(settings.card) if settings.card else Card.sized(settings.memory_gib or 0)
     has_bf16 = card.capability is not None and card.capability >= (8, 0)
     if settings.fp16 or (settings.bf16 is None and not has_bf16):
-        return card, torch.float16
-    return card, torch.float32 if settings.bf16 is False else torch.bfloat16
+        return card, FLOAT16
+    return card, FLOAT32 if settings.bf16 is False else BFLOAT16
 
 
-def _rows(settings: PlanSettings, config: PreTrainedConfig) -> Lengths:
+def _rows(settings: PlanSettings, config: Any) -> Lengths:
     """The rows of the data set, or equal ones if it does not exist yet."""
     if Path(settings.dataset_path).is_dir():
         rule = family_of(config).row_rule(config)

@@ -6,8 +6,6 @@ matrix products reach `EFFICIENCY` of the card's rated TFLOP/s. Shapes: R rows.
 
 from dataclasses import dataclass
 
-import torch
-
 from glmtune.hardware import find_cards
 from glmtune.training.plan import Plan
 from glmtune.training.planning.forecast import Forecast
@@ -94,6 +92,6 @@ def _is_measured(forecast: Forecast) -> bool:
     return (
         key in _MEASURED
         and not forecast.recompute
-        and setup.dtype == torch.bfloat16
+        and str(setup.dtype).endswith("bfloat16")
         and setup.shape.matmul_parameters() == _MEASURED_PARAMETERS
     )

@@ -1,0 +1,197 @@
+"""`glmtune bench startup`: what each verb takes until it does its work, beside `import torch`.
+
+CPU time is counted, user and system of the process and its threads, since the clock tells more of
+what else the machine does. Every round runs each case once, and one `import torch`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from glmtune.config.settings import BenchStartupSettings
+from glmtune.data.jsonlines import append_json, check_appendable
+from glmtune.errors import UserError
+from glmtune.runlog import print_pairs
+
+NUM_ROWS = 100
+TINY = "--chatglm_path glm-tiny"
+MISTAKE, LIGHT, ROWS, MODEL = 0.35, 0.5, 1.0, 3.0
+"""Multiples of `import torch` that are to be kept."""
+
+
+class Case(NamedTuple):
+    """A command line, and when it has come to its work."""
+
+    name: str
+    target: float
+    arguments: str
+    """In a folder that has what they name: see `_prepare`."""
+    until: str | None = None
+    """What is in the line of output at which the process is ended; None waits for its end."""
+    says: str = ""
+    """What is typed into it."""
+    rc: int = 0
+
+
+CASES = (
+    Case("mistake: flag", MISTAKE, "train --lerning_rate 1", rc=2),
+    Case("mistake: recipe", MISTAKE, "train bad.yaml", rc=2),
+    Case("mistake: rows", MISTAKE, "tokenize --jsonl_path no --save_path new " + TINY, rc=2),
+    Case("mistake: data set", MISTAKE, "train --dataset_path no --output_dir new " + TINY, rc=2),
+    Case("mistake: base", MISTAKE, "chat --chatglm_path ./no", rc=2),
+    Case("mistake: records", MISTAKE, "infer --data_path no " + TINY, rc=2),
+    Case("mistake: adapter", MISTAKE, "merge --model_path no --save_path new " + TINY, rc=2),
+    Case("validate", LIGHT, "validate rows.json"),
+    Case("convert", LIGHT, "convert --data_path rows.json --save_path again.jsonl"),
+    Case("plan", LIGHT, "plan --use_cpu true " + TINY),
+    Case("tokenize", ROWS, "tokenize --jsonl_path rows.jsonl --save_path again " + TINY),
+    Case(
+        "infer: a token",
+        MODEL,
+        f"infer --data_path rows.json --output_path new.jsonl {TINY} --use_cpu true "
+        "--max_new_tokens 1 --limit 1",
+        until="record 1",
+    ),
+    Case(
+        "chat: a token",
+        MODEL,
+        f"chat {TINY} --use_cpu true --max_new_tokens 1",
+        until=">",
+        says="你好\n/exit\n",
+    ),
+    Case(
+        "train: a step",
+        MODEL,
+        f"train --dataset_path tokens --output_dir new {TINY} --use_cpu true --logging_steps 1 "
+        "--max_steps 9",
+        until="step 1/",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Startup:
+    """A case, measured."""
+
+    cpu_seconds: float
+    """The median of the rounds."""
+    multiple: float
+    """The median of its time over that of `import torch` in the same round."""
+    target: float
+
+
+def bench_startup(settings: BenchStartupSettings) -> dict[str, Any]:
+    """Measure and print; the record is returned, and appended where asked for.
+
+    Raises:
+        UserError: a JSON file that cannot be written, or a command that fails.
+    """
+    check_appendable(settings.json_path)
+    rounds: list[dict[str, float]] = []
+    with tempfile.TemporaryDirectory(prefix="glmtune-") as place:
+        _prepare(Path(place))
+        for number in range(settings.repeats):
+            print(f"round {number + 1} of {settings.repeats}", flush=True)
+            torch = _cpu_seconds([sys.executable, "-c", "import torch"], Path(place), 0)
+            rounds.append({"torch": torch} | {c.name: _measure(c, Path(place)) for c in CASES})
+    found = {
+        case.name: Startup(
+            median(times[case.name] for times in rounds),
+            median(times[case.name] / times["torch"] for times in rounds),
+            case.target,
+        )
+        for case in CASES
+    }
+    record = _surroundings() | {
+        "repeats": settings.repeats,
+        "torch_cpu_seconds": median(times["torch"] for times in rounds),
+        "startup": {name: asdict(startup) for name, startup in found.items()},
+    }
+    pairs = {name: _words(startup) for name, startup in found.items()}
+    torch_words = f"`import torch`, {record['torch_cpu_seconds']:.2f} s"
+    print_pairs(f"CPU time of a process, beside {torch_words}, on {record['device']}", pairs)
+    if settings.json_path:
+        append_json(record, settings.json_path)
+    return record
+
+
+def _prepare(place: Path) -> None:
+    """Write what the cases name: records, rows and token rows, and a recipe that is none."""
+    sentences = [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(NUM_ROWS)]
+    (place / "rows.json").write_text(json.dumps(sentences), encoding="utf-8")
+    (place / "bad.yaml").write_text("max_steps: [", encoding="utf-8")
+    for line in (
+        "convert --data_path rows.json --save_path rows.jsonl",
+        f"tokenize --jsonl_path rows.jsonl --save_path tokens {TINY}",
+    ):
+        _measure(Case("prepare", 0, line), place)
+
+
+def _measure(case: Case, place: Path) -> float:
+    command = [sys.executable, "-m", "glmtune", *case.arguments.split()]
+    with tempfile.TemporaryDirectory(dir=place) as folder:  # each run finds nothing of another's
+        for name in ("rows.json", "rows.jsonl", "tokens", "bad.yaml"):
+            if (place / name).exists():
+                os.symlink(place / name, Path(folder, name))
+        where = place if case.name == "prepare" else Path(folder)
+        return _cpu_seconds(command, where, case.rc, case.until, case.says)
+
+
+def _cpu_seconds(
+    command: list[str], place: Path, rc: int, until: str | None = None, says: str = ""
+) -> float:
+    """User and system time of a process, to its end or to a line of its output.
+
+    Raises:
+        UserError: it does not end with `rc`, or has no such line.
+    """
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    with tempfile.TemporaryFile() as typed:
+        typed.write(says.encode())
+        typed.seek(0)
+        process = subprocess.Popen(
+            command,
+            cwd=place,
+            env=environment,
+            stdin=typed,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+        )
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if until is not None and until in line:
+            process.kill()
+            break
+    process.stdout.close()
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    ended = any(until in line for line in lines) if until else process.returncode == rc
+    if not ended:
+        last = (lines or ["it said nothing"])[-1].strip()
+        raise UserError(f"{' '.join(command)}: does not come to its work ({last})")
+    return used.ru_utime + used.ru_stime
+
+
+def _surroundings() -> dict[str, Any]:
+    import torch
+
+    from glmtune.bench.timing import machine
+
+    return machine(torch.device("cpu")) | {"cores": os.cpu_count()}
+
+
+def _words(startup: Startup) -> str:
+    kept = "kept" if startup.multiple <= startup.target else "MISSED"
+    return (
+        f"{startup.cpu_seconds:6.2f} s {startup.multiple:6.2f} x "
+        f"(target {startup.target:g} x: {kept})"
+    )

@@ -1,0 +1,239 @@
+"""What each verb imports, and that a mistake is told before anything heavy is; `bench startup`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+
+import glmtune
+from glmtune import cli
+from glmtune.bench import startup
+from glmtune.data.arrow_files import write_dataset
+from glmtune.models.base_files import load_row_tokenizer, read_settings
+from glmtune.models.chatglm.encoder import RowEncoder
+from glmtune.models.loading import load_config, load_tokenizer
+from glmtune.models.resolve import GLM_TINY
+
+HEAVY = {
+    "torch", "transformers", "peft", "datasets", "bitsandbytes", "matplotlib", "accelerate",
+    "tensorboard",
+}  # fmt: skip
+TINY = "--chatglm_path glm-tiny"
+MODULES = """
+import sys
+from glmtune.cli import main
+code = main()
+print("\\nEND", code, *sorted({name.partition(".")[0] for name in sys.modules}))
+"""
+
+MISTAKES = {
+    "a verb": "trainn",
+    "a flag": "train --lerning_rate 1",
+    "a recipe that is not there": "train no.yaml",
+    "a recipe that is none": "train bad.yaml",
+    "validate": "validate no.json",
+    "convert": "convert --data_path no.json --save_path new.jsonl",
+    "tokenize rows": f"tokenize --jsonl_path no.jsonl --save_path new {TINY}",
+    "tokenize base": "tokenize --jsonl_path rows.jsonl --save_path new --chatglm_path ./no",
+    "train rows": f"train --dataset_path no --output_dir new {TINY}",
+    "train base": "train --dataset_path tokens --output_dir new --chatglm_path ./no",
+    "train target": f"train --dataset_path tokens --output_dir new --lora_target q {TINY}",
+    "plan base": "plan --chatglm_path ./no",
+    "plan card": "plan --card no",
+    "infer records": f"infer --data_path no.json {TINY}",
+    "infer adapter": f"infer --data_path rows.json --model_path ./no {TINY}",
+    "infer empty adapter": f"infer --data_path rows.json --model_path tokens {TINY}",
+    "infer base": "infer --data_path rows.json --chatglm_path ./no",
+    "compare": f"compare --data_path rows.json --model_path ./no {TINY}",
+    "chat": "chat --chatglm_path ./no",
+    "chat of no model": "chat --chatglm_path tokens",
+    "check": f"check ./no {TINY}",
+    "merge": f"merge --model_path ./no --save_path new {TINY}",
+    "merge onto something": f"merge --model_path ./no --save_path tokens {TINY}",
+    "adapters convert": "adapters convert ./no new",
+    "replay": "replay ./no",
+    "doctor": "doctor --explain nothing_that_is_known",
+    "demo": "demo --out tokens",
+    "new-model": "new-model tokens --like glm-tiny",
+    "bench train": "bench train --dataset_path no",
+    "bench decode": "bench decode --json_path no/such/file",
+    "bench memory": "bench memory --json_path no/such/file",
+    "bench startup": "bench startup --json_path no/such/file",
+}
+# Of what works: all that the verb has no use for.
+ANSWERING = HEAVY - {"torch", "transformers", "accelerate"}
+INFER = "infer --data_path rows.json --output_path answers.jsonl --limit 1 --max_new_tokens 1"
+TOKENIZE = "tokenize --jsonl_path rows.jsonl --save_path new"
+VERBS = {
+    "validate": ("validate rows.json", HEAVY),
+    "convert": ("convert --data_path rows.json --save_path new.jsonl", HEAVY),
+    "tokenize": (f"{TOKENIZE} {TINY}", HEAVY - {"matplotlib"}),
+    "plan": (f"plan --use_cpu true {TINY}", HEAVY),
+    "plan of the published model": ("plan --card H200", HEAVY),
+    "plan of rows": (f"plan --use_cpu true {TINY} --dataset_path tokens", HEAVY - {"datasets"}),
+    "infer": (f"{INFER} {TINY}", ANSWERING),
+    "chat": (f"chat --max_new_tokens 1 {TINY}", ANSWERING),
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with records, rows, token rows and a broken recipe."""
+    place = tmp_path_factory.mktemp("startup")
+    records = [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(9)]
+    (place / "rows.json").write_text(json.dumps(records), encoding="utf-8")
+    (place / "bad.yaml").write_text("max_steps: [", encoding="utf-8")
+    for line in (
+        "convert --data_path rows.json --save_path rows.jsonl",
+        f"tokenize --jsonl_path rows.jsonl --save_path tokens {TINY}",
+    ):
+        assert run(line, place)[0] == 0
+    return place
+
+
+def run(line, place):
+    """Exit code of a command, what it wrote on stderr, and the packages in its memory."""
+    sources = str(Path(glmtune.__file__).parent.parent)
+    environment = {k: v for k, v in os.environ.items() if k not in ("GLMTUNE_MODEL", "HF_ENDPOINT")}
+    done = subprocess.run(
+        [sys.executable, "-c", MODULES, *line.split()],
+        cwd=place,
+        env=environment | {"PYTHONPATH": sources, "HF_HUB_OFFLINE": "1"},
+        input="",
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    _, end, told = done.stdout.rpartition("\nEND ")
+    assert end, done.stderr
+    code, *packages = told.split()
+    return int(code), done.stderr, set(packages)
+
+
+@pytest.mark.parametrize("line", MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_told_before_anything_heavy_is_imported(line, place):
+    code, err, packages = run(line, place)
+    assert code == 2
+    assert err.splitlines()[-1].startswith("error: ")
+    assert packages & HEAVY == set()
+
+
+@pytest.mark.parametrize(("line", "absent"), VERBS.values(), ids=VERBS)
+def test_a_verb_imports_what_it_needs_and_no_more(line, absent, place):
+    code, err, packages = run(line, place)
+    assert code == 0, err
+    assert packages & absent == set()
+
+
+def test_every_verb_has_a_mistake():
+    lines = [*MISTAKES.values()]
+    assert all(any(line.startswith(f"{verb} ") for line in lines) for verb in cli.VERBS)
+
+
+def test_models_are_registered_where_another_program_imports_them():
+    code = (
+        "import glmtune.models; from transformers import AutoConfig; from glmtune.models.resolve "
+        "import GLM_TINY; print(type(AutoConfig.from_pretrained(GLM_TINY)).__name__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
+    )
+    assert done.stdout.strip() == "ChatGLMConfig"
+
+
+# --- what is light beside what it stands for ---
+
+
+@pytest.mark.parametrize("num_rows", [1, 2500])
+def test_token_rows_are_written_as_datasets_writes_them(num_rows, tmp_path):
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, 9, n, dtype=np.int32) for n in rng.integers(1, 9, num_rows)]
+    ends = np.cumsum([0, *map(len, rows)], dtype=np.int32)
+    ids = pa.ListArray.from_arrays(ends, pa.array(np.concatenate(rows)))
+    table = pa.table({"input_ids": ids, "seq_len": pa.array(np.ones(num_rows, dtype=np.int32))})
+    (tmp_path / "ours").mkdir()
+    write_dataset(table, tmp_path / "ours")
+    datasets.Dataset(table).save_to_disk(str(tmp_path / "theirs"))
+    contents = []
+    for folder in (tmp_path / "ours", tmp_path / "theirs"):
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        state = json.loads(files.pop("state.json"))
+        assert len(state.pop("_fingerprint")) == 16
+        contents.append((files, state))
+    assert contents[0] == contents[1]
+    assert datasets.load_from_disk(str(tmp_path / "ours"))[:] == table.to_pydict()
+
+
+def test_a_row_encoder_is_the_tokenizer_for_rows():
+    light, whole = load_row_tokenizer(GLM_TINY), load_tokenizer(GLM_TINY)
+    assert isinstance(light, RowEncoder)
+    for name in ("row_rule", "vocab_hash", "revision", "vocab_size"):
+        assert getattr(light, name) == getattr(whole, name)
+    texts = ["", "a  b\tc\nd", "你好，世界 [gMASK] <sop>", "x" * 200]
+    for specials in (False, True):
+        one, other = (
+            t.encode_batch(texts, add_special_tokens=specials, max_length=50)
+            for t in (light, whole)
+        )
+        assert one == other
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", {"eos_token": "<new>"}),
+        ("tokenizer_config.json", {"extra_special_tokens": ["<sop>", "<tool>"]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"9000": {"content": "<tool>"}}}),
+        ("added_tokens.json", {"<tool>": 9000}),
+        ("special_tokens_map.json", {}),
+    ],
+)
+def test_a_folder_that_adds_tokens_gets_the_whole_tokenizer(name, content, tmp_path):
+    vocabulary = Path(GLM_TINY, "ice_text.model").read_bytes()
+    (tmp_path / "ice_text.model").write_bytes(vocabulary)
+    assert RowEncoder.of_folder(tmp_path) is not None
+    (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
+    assert RowEncoder.of_folder(tmp_path) is None
+
+
+@pytest.mark.parametrize("base", [GLM_TINY, "zai-org/chatglm-6b"])
+def test_settings_are_those_of_the_configuration(base, offline):
+    light, whole = read_settings(base), load_config(base)
+    differing = {
+        name for name, value in light.to_dict().items() if getattr(whole, name, value) != value
+    }
+    assert differing == set()
+    for name in ("head_dim", "num_image_tokens", "revision", "model_type"):
+        assert getattr(light, name) == getattr(whole, name)
+
+
+# --- bench startup ---
+
+
+def test_bench_startup_tells_time_multiple_and_target(tmp_path, monkeypatch, capsys):
+    cases = [case for case in startup.CASES if case.name in ("mistake: flag", "convert")]
+    monkeypatch.setattr(startup, "CASES", cases)
+    path = tmp_path / "startup.jsonl"
+    assert cli.main(["bench", "startup", "--repeats", "1", "--json_path", str(path)]) == 0
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert record["torch_cpu_seconds"] > 0
+    for case in cases:
+        found = record["startup"][case.name]
+        assert found["target"] == case.target
+        assert found["multiple"] == found["cpu_seconds"] / record["torch_cpu_seconds"]
+    out = capsys.readouterr().out
+    assert "mistake: flag" in out
+    assert "(target 0.5 x: " in out
+
+
+def test_bench_startup_says_which_command_does_not_work(monkeypatch, capsys):
+    broken = startup.Case("broken", 1.0, "validate rows.json", until="never said")
+    monkeypatch.setattr(startup, "CASES", [broken])
+    assert cli.main(["bench", "startup", "--repeats", "1"]) == 2
+    assert "validate rows.json: does not come to its work" in capsys.readouterr().err
