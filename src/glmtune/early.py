@@ -1,6 +1,6 @@
-"""A user's mistakes that show in names alone, told before torch is imported, which takes seconds.
+"""Mistakes that names and paths show, reported before torch is imported, which takes seconds.
 
-Each check is the verb's own, with its words; the verb makes it again where it uses what is named.
+Each check is the verb's own function; the verb calls it again where it uses the path.
 """
 
 from pathlib import Path
@@ -31,10 +31,10 @@ from glmtune.run_files import check_bundle
 def check_answering(
     settings: InferSettings | CompareSettings | ChatSettings | CheckSettings,
 ) -> None:
-    """Records, adapter and base of a verb that answers are there.
+    """Check that records, adapter and base of a verb that answers exist.
 
     Raises:
-        UserError: one is not.
+        UserError: one does not exist.
     """
     if not isinstance(settings, ChatSettings) and settings.data_path:
         with open_bytes(settings.data_path):
@@ -45,10 +45,10 @@ def check_answering(
 
 
 def check_training(settings: TrainSettings) -> None:
-    """The linears exist, and data and base are there.
+    """Check that the linears, the data set and the base exist.
 
     Raises:
-        UserError: one is not.
+        UserError: one does not exist.
     """
     check_targets(settings.lora_target)
     check_is_folder(settings.dataset_path)
@@ -57,10 +57,10 @@ def check_training(settings: TrainSettings) -> None:
 
 
 def check_merge(settings: MergeSettings) -> None:
-    """Adapter and base are there, and nothing is where the model goes.
+    """Check that adapter and base exist, and that the target folder is free.
 
     Raises:
-        UserError: one is not, or something is.
+        UserError: one does not exist, or the folder is not empty.
     """
     refuse_existing(settings.save_path)
     find_adapter(settings.model_path)
@@ -68,20 +68,20 @@ def check_merge(settings: MergeSettings) -> None:
 
 
 def check_conversion(settings: ConvertAdapterSettings) -> None:
-    """The adapter is there, and nothing is where the new one goes.
+    """Check that the adapter exists, and that the target folder is free.
 
     Raises:
-        UserError: it is not, or something is.
+        UserError: it does not exist, or the folder is not empty.
     """
     refuse_existing(settings.new)
     find_adapter(settings.old)
 
 
 def check_replay(settings: ReplaySettings) -> None:
-    """Bundle and base are there.
+    """Check that bundle and base exist.
 
     Raises:
-        UserError: one is not.
+        UserError: one does not exist.
     """
     check_bundle(Path(settings.bundle))
     if settings.chatglm_path:
@@ -91,10 +91,10 @@ def check_replay(settings: ReplaySettings) -> None:
 def check_bench(
     settings: BenchTrainSettings | BenchDecodeSettings | BenchMemorySettings,
 ) -> None:
-    """The record can be written, and rows that are named are there.
+    """Check that the JSON file can be appended to, and that the data set exists.
 
     Raises:
-        UserError: it cannot, or they are not.
+        UserError: the file cannot be written, or there is no data set.
     """
     check_appendable(settings.json_path)
     if isinstance(settings, BenchTrainSettings) and settings.dataset_path:
@@ -102,10 +102,10 @@ def check_bench(
 
 
 def check_base(chatglm_path: str | None, run_folder: str | None = None) -> None:
-    """A base model is there and of a family that is known, as far as its config.json says.
+    """Check that a base model exists and that its config.json is of a known family.
 
     Raises:
-        UserError: it is not.
+        UserError: there is none, or it is of an unknown family.
     """
     base = resolve_base(chatglm_path, run_folder)
     if Path(base).is_dir():

@@ -97,7 +97,7 @@ _RATED = 1.11
 
 
 class NumberFormat(Protocol):
-    """What a plan must know of a `torch.dtype`, which is one."""
+    """What a plan needs of a `torch.dtype`; `NamedFormat` has it without torch."""
 
     @property
     def itemsize(self) -> int:
@@ -146,7 +146,7 @@ class Card:
 
     @classmethod
     def of_cpu(cls) -> "Card":
-        """This machine's CPU, for a plan: nothing is asked of torch."""
+        """This machine's CPU, for a plan, without torch."""
         gib = machine_memory_gib()
         return cls("CPU", gib, gib, None)
 
@@ -253,7 +253,7 @@ def pick_dtype(
 def pick_format(
     card: str, on_gpu: bool, has_bf16: bool, bf16: bool | None = None, fp16: bool = False
 ) -> tuple[NamedFormat, str | None]:
-    """As `pick_dtype`, of a card by its name and of what it can do."""
+    """Choose the compute type like `pick_dtype`, from a card's name and what it supports."""
     caution = (
         "float16 overflows at 65,504: watch for a loss that turns NaN or 0; bfloat16 (--bf16 true) "
         "is safer where the GPU has it"
@@ -275,7 +275,7 @@ def pick_format(
 
 
 def has_gpu() -> bool:
-    """Whether torch can compute on a GPU here; torch is imported only where it may."""
+    """Whether torch can compute on a GPU here; torch is imported only if there may be one."""
     if "torch" not in sys.modules and not _may_have_gpu():
         return False
     import torch
@@ -286,7 +286,7 @@ def has_gpu() -> bool:
 def _may_have_gpu() -> bool:
     """Whether the torch that is installed could use a GPU, and CUDA's driver is there.
 
-    A build without CUDA says so in its version file, which is plain assignments.
+    The version file of a build without CUDA has no CUDA version; it holds plain assignments only.
     """
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
@@ -302,10 +302,10 @@ def _may_have_gpu() -> bool:
 
 
 def can_compile(card: Card, head_dim: int, head_dims: tuple[int, ...]) -> bool:
-    """Whether the kernels run on a card: the Ampere generation or newer, and heads of their sizes.
+    """Whether the kernels run on a card: Ampere or newer, and heads of a supported size.
 
-    They also need Triton, which is looked for only where this machine has a GPU: a plan for a card
-    that is elsewhere takes it for granted.
+    They also need Triton, which is looked for only if this machine has a GPU: a plan for another
+    machine's card assumes it.
 
     Args:
         card: any.

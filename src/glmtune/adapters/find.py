@@ -1,4 +1,4 @@
-"""Where an adapter lies: found by names alone, so that a wrong path is told at once."""
+"""Find an adapter by file names alone, so that a wrong path is reported at once."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def find_adapter(folder: str | Path) -> Path:
         place = newest_checkpoint(folder) or folder
         if find_weights(place):
             return place
-        # Answers to a hub's adapter go into a folder of its name.
+        # Answers of an adapter from a hub go into a folder of its name.
         cached = try_to_load_from_cache(name, ADAPTER_CONFIG_FILE) if is_hub_id(name) else None
         if isinstance(cached, str):
             return Path(cached).parent
@@ -52,7 +52,7 @@ def find_adapter(folder: str | Path) -> Path:
             return find_adapter(fetch(name, (ADAPTER_CONFIG_FILE, *_WEIGHTS_FILES)))
         except UserError:
             raise
-        except Exception as error:  # a hub that gives nothing shows in many kinds of exception
+        except Exception as error:  # hub clients raise many kinds of exceptions
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             fault = f"no such folder, and the hub does not give it ({reason[:200]})"
     raise UserError(f"{folder}: {fault} (an adapter is a folder with {WEIGHTS_FILE})")

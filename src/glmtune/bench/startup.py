@@ -1,7 +1,7 @@
-"""`glmtune bench startup`: what each verb takes until it does its work, beside `import torch`.
+"""`glmtune bench startup`: CPU time of each verb until its work begins, beside `import torch`.
 
-CPU time is counted, user and system of the process and its threads, since the clock tells more of
-what else the machine does. Every round runs each case once, and one `import torch`.
+User and system time of the process and its threads are counted, because wall time depends on what
+else the machine does. Every round runs each case once, and one `import torch`.
 """
 
 import json
@@ -22,20 +22,20 @@ from glmtune.runlog import print_pairs
 NUM_ROWS = 100
 TINY = "--chatglm_path glm-tiny"
 MISTAKE, LIGHT, ROWS, MODEL = 0.35, 0.5, 1.0, 3.0
-"""Multiples of `import torch` that are to be kept."""
+"""The targets, as multiples of `import torch`."""
 
 
 class Case(NamedTuple):
-    """A command line, and when it has come to its work."""
+    """A command line, and the sign that its work has begun."""
 
     name: str
     target: float
     arguments: str
-    """In a folder that has what they name: see `_prepare`."""
+    """Run in a folder with the files that `_prepare` writes."""
     until: str | None = None
-    """What is in the line of output at which the process is ended; None waits for its end."""
+    """Text of the output line at which the process is killed; None waits for its end."""
     says: str = ""
-    """What is typed into it."""
+    """Its standard input."""
     rc: int = 0
 
 
@@ -77,17 +77,17 @@ CASES = (
 
 @dataclass(frozen=True)
 class Startup:
-    """A case, measured."""
+    """The result of a case."""
 
     cpu_seconds: float
     """The median of the rounds."""
     multiple: float
-    """The median of its time over that of `import torch` in the same round."""
+    """The median ratio of its time to that of `import torch` in the same round."""
     target: float
 
 
 def bench_startup(settings: BenchStartupSettings) -> dict[str, Any]:
-    """Measure and print; the record is returned, and appended where asked for.
+    """Measure and print; return the record, and append it to `json_path`.
 
     Raises:
         UserError: a JSON file that cannot be written, or a command that fails.
@@ -122,7 +122,7 @@ def bench_startup(settings: BenchStartupSettings) -> dict[str, Any]:
 
 
 def _prepare(place: Path) -> None:
-    """Write what the cases name: records, rows and token rows, and a recipe that is none."""
+    """Write the files of the cases: records, rows, token rows and an invalid recipe."""
     sentences = [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(NUM_ROWS)]
     (place / "rows.json").write_text(json.dumps(sentences), encoding="utf-8")
     (place / "bad.yaml").write_text("max_steps: [", encoding="utf-8")

@@ -73,5 +73,5 @@ class BenchStartupSettings(Settings):
     verb = "bench startup"
     group: ClassVar[str] = "benchmark"
     bare_words = ()
-    repeats: int = Field(5, ge=1, description="rounds, of which medians are told")
+    repeats: int = Field(5, ge=1, description="rounds; the medians are reported")
     json_path: PathText | None = Field(None, description="JSON lines file to add the record to")

@@ -1,4 +1,4 @@
-"""What a base model's folder says of it, read without torch: its family, sizes and vocabulary."""
+"""Read a base model's family, sizes and vocabulary from its folder, without torch."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -40,7 +40,7 @@ def read_settings(base: str) -> Any:
 
 
 def load_row_tokenizer(base: str) -> RowTokenizer:
-    """The tokenizer of a base model, for rows alone: that of `load_tokenizer` where need be.
+    """The tokenizer of a base model, for rows only; `load_tokenizer` makes it where torch is needed.
 
     Raises:
         UserError: no vocabulary there, or one of another family.
@@ -56,7 +56,7 @@ def load_row_tokenizer(base: str) -> RowTokenizer:
 
 
 def published_family(base: str) -> Family | None:
-    """The family that published a model of this name, of which no config.json is here."""
+    """The family that published a model of this name, if no config.json of it is cached."""
     family = next((family for family in FAMILIES if base in family.published), None)
     if family and not isinstance(try_to_load_from_cache(base, CONFIG_FILE), str):
         return family
@@ -86,10 +86,10 @@ def family_by_settings(base: str, settings: dict[str, Any]) -> Family:
 
 
 def built(folder: Path, build: Callable[[], T]) -> T:
-    """What transformers builds from a folder's files.
+    """Call what builds an object from a folder's files.
 
     Raises:
-        UserError: it fails on what stands in them, which shows in many kinds of exception.
+        UserError: it fails; transformers raises many kinds of exceptions.
     """
     try:
         return build()
@@ -106,7 +106,7 @@ def built(folder: Path, build: Callable[[], T]) -> T:
 
 
 def fetch_base(base: str, only: Iterable[str] = folders.DATA_FILES) -> Path:
-    """The local folder of a base model, with the files of such names.
+    """The local folder of a base model, downloaded if need be, with files of these names.
 
     Raises:
         UserError: no model there, or the hub gives none.
@@ -115,7 +115,7 @@ def fetch_base(base: str, only: Iterable[str] = folders.DATA_FILES) -> Path:
         folder = folders.fetch(base, only)
     except UserError:
         raise
-    except Exception as error:  # a hub that gives nothing shows in many kinds of exception
+    except Exception as error:  # hub clients raise many kinds of exceptions
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .")
         raise UserError(
             f"{base}: {_not_given(base)} ({reason[:300]}); {_other_ways(base)}"
@@ -144,7 +144,7 @@ def _other_ways(base: str) -> str:
 
 
 def _model_within(folder: Path) -> str:
-    """Where in a folder a model lies, as the end of a sentence."""
+    """Where a model lies in a folder, as the end of a sentence."""
     depths = ("*", "*/*", "*/snapshots/*")
     found = (path for depth in depths for path in sorted(folder.glob(f"{depth}/{CONFIG_FILE}")))
     place = next(found, None)

@@ -45,7 +45,7 @@ def find_family(settings: Mapping[str, Any]) -> Family | None:
 
 
 def family_of(config: "PreTrainedConfig | Any") -> Family:
-    """The family of a configuration, or of what `Family.read_settings` made of one."""
+    """The family of a configuration, or of the settings that `Family.read_settings` returned."""
     family = find_family(config.to_dict())
     assert family is not None, f"no family owns a {type(config).__name__}"
     return family

@@ -59,7 +59,7 @@ class ChatFormat(NamedTuple):
 
 
 class Native(NamedTuple):
-    """The classes of a family and how its layers are computed: all that torch is imported for."""
+    """The part of a family that needs torch: its classes, and how its layers are computed."""
 
     config_class: type[PreTrainedConfig]
     model_class: type[PreTrainedModel]
@@ -93,7 +93,7 @@ class Family(NamedTuple):
     owns: Callable[[Mapping[str, Any]], bool]
     """Whether a config.json is of this family."""
     model_type: str
-    """As config.json has it."""
+    """The `model_type` in config.json."""
     native: Callable[[], Native]
     """What the family needs torch for; the first call imports it."""
     read_settings: Callable[[Mapping[str, Any]], Any]

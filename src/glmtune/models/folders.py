@@ -1,6 +1,6 @@
 """A model's folder: where its files come from, and which of them hold its weights.
 
-Only names are looked at here, so that a wrong path is told before torch is imported.
+Only names are looked at, so that a wrong path is reported before torch is imported.
 """
 
 import re

@@ -90,7 +90,7 @@ def in_modelscope_cache(hub_id: str) -> Path | None:
 
 
 def try_to_load_from_cache(hub_id: str, name: str) -> Any:
-    """As huggingface_hub's function, which is imported when it is asked for."""
+    """Call huggingface_hub's function of this name, imported at the first call."""
     from huggingface_hub import try_to_load_from_cache
 
     return try_to_load_from_cache(hub_id, name)

@@ -40,7 +40,7 @@ class ChatGLMConfig(ChatGLMSettings, PreTrainedConfig):
         PreTrainedConfig.__post_init__(self, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """As a config.json has it."""
+        """The settings under the names that config.json has."""
         return PreTrainedConfig.to_dict(self)
 
     @classmethod

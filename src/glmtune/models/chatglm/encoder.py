@@ -1,4 +1,4 @@
-"""Text to ids with a published `ice_text.model`, without transformers: all that rows need.
+"""Encode text with a published `ice_text.model`, without transformers: all that rows need.
 
 `tokenization.ChatGLMTokenizer` is the same for every other use, and encodes with this.
 """
@@ -26,7 +26,7 @@ from glmtune.models.chatglm.vocabulary import (
 
 # Starting the native threads costs more than encoding a handful of texts.
 MIN_TEXTS_PER_THREAD = 32
-# What takes the places that `tokenizer_config.json` names, whatever it names for them.
+# The tokens that fill these places, whatever `tokenizer_config.json` names for them.
 NAMED_TOKENS = {
     "unk_token": "<unk>",
     "pad_token": "<pad>",
@@ -118,7 +118,7 @@ class Encoder:
         Args:
             texts: any number of texts.
             add_special_tokens: append ``[gMASK] <sop>`` to each.
-            max_length: cut each to so many ids, the two special ids included and kept.
+            max_length: most ids of each, the two special ids included and kept.
             num_threads: all cores by default.
         """
         specials = [self.gmask_token_id, self.bos_token_id] if add_special_tokens else []

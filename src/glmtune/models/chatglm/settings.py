@@ -1,4 +1,4 @@
-"""What config.json says of a ChatGLM-6B, both published revisions, without transformers."""
+"""The settings in config.json of ChatGLM-6B, both published revisions, without transformers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -32,7 +32,7 @@ def _no_value(name: str, value: object) -> UserError:
 
 
 def _check_quantization(settings: dict) -> None:
-    """Make sure that a folder's `quantization_config` is one of bitsandbytes that is known here.
+    """Check that a folder's `quantization_config` is a supported one of bitsandbytes.
 
     Raises:
         UserError: it is not.
@@ -136,7 +136,7 @@ class ChatGLMSettings:
 
     @classmethod
     def read(cls, settings: Mapping[str, Any]) -> Self:
-        """The settings of a config.json; what it tells beside them is checked as well."""
+        """The settings of a config.json; its other keys are checked, too."""
         named = {cls.attribute_map.get(name, name): value for name, value in settings.items()}
         own = {field.name for field in fields(cls)}
         others = {name: value for name, value in named.items() if name not in own}
@@ -147,7 +147,7 @@ class ChatGLMSettings:
 
     @staticmethod
     def check_others(others: Mapping[str, Any]) -> None:
-        """Refuse keys of other families, and weights quantised in a way that is not known here."""
+        """Refuse keys of other families, and unknown kinds of quantisation."""
         if found := [key for key in _LATER_FAMILY_KEYS if key in others]:
             raise UserError(
                 f'config.json: model_type "chatglm" with {found[0]} is ChatGLM2-6B or ChatGLM3-6B, '
@@ -157,7 +157,7 @@ class ChatGLMSettings:
             _check_quantization(settings if isinstance(settings, dict) else settings.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
-        """As a config.json has it."""
+        """The settings under the names that config.json has."""
         return {"model_type": self.model_type} | vars(self)
 
     @property

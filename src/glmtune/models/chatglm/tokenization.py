@@ -191,7 +191,7 @@ class ChatGLMTokenizer(Encoder, PreTrainedTokenizer):
         max_length: int | None = None,
         num_threads: int | None = None,
     ) -> list[list[int]]:
-        """As `Encoder.encode_batch`, added tokens included; equal to `encode` one by one."""
+        """Encode many texts like `Encoder.encode_batch`, added tokens included, equal to `encode`."""
         if not self._new_tokens:
             return super().encode_batch(
                 texts,
