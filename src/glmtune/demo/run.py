@@ -25,14 +25,14 @@ from glmtune.config.settings import (
 from glmtune.data.convert import convert
 from glmtune.data.files import new_file
 from glmtune.data.tokenizing import tokenize
-from glmtune.demo.page import TITLE, loss_panel, panel_style, score_panel
+from glmtune.demo.page import TITLE, panel_style, score_panel
 from glmtune.demo.questions import Asked, held_out_questions, num_right, training_questions
 from glmtune.demo.recipe import RECIPE
 from glmtune.demo.world import LANGUAGES
-from glmtune.disk import check_room
-from glmtune.errors import UserError, program
+from glmtune.errors import program
 from glmtune.evaluation.checkup import check_after_training
 from glmtune.evaluation.compare import compare
+from glmtune.evaluation.loss_panel import loss_panel, loss_style
 from glmtune.evaluation.page import html
 from glmtune.evaluation.report import Text
 from glmtune.models.loading import load_tokenizer
@@ -40,6 +40,7 @@ from glmtune.models.resolve import GLM_TINY, base_name
 from glmtune.run_files import RECIPE_FILE
 from glmtune.runlog import format_seconds, print_pairs
 from glmtune.training.loop import train
+from glmtune.tune.folder import check_folder, print_stage, usable_folder
 
 NUM_BYTES = 64 * 2**20
 """More than a demo ever writes: mostly the adapter, with its optimiser's state."""
@@ -122,7 +123,7 @@ def demo(settings: DemoSettings) -> DemoResult:
         title=TITLE,
         verdict=_verdict(base, tuned, len(training)),
         panels=[score_panel(base, tuned), loss_panel(run.log_history)],
-        style=panel_style(),
+        style=panel_style() + loss_style(),
     )
     with new_file(paths["demo.html"]) as file:
         file.write(page)
@@ -137,27 +138,15 @@ def claim_folder(out: Path) -> None:
     Raises:
         UserError: it holds other things, cannot be written, or its disk has too little space.
     """
-    try:
-        entries = {entry.name for entry in out.iterdir()} if out.exists() else set()
+    with usable_folder(out):
         about = out / ABOUT_FILE
         is_ours = about.is_file() and about.read_text(encoding="utf-8") == ABOUT
-        if others := sorted(entries - {*WRITTEN} if is_ours else entries):
-            raise UserError(
-                f"--out: {out} holds other things ({others[0]}); name a new folder, or one that "
-                "`glmtune demo` made"
-            )
-        fix = "free some, or let --out name a folder on another disk"
-        check_room(out, NUM_BYTES, "the demo takes at most", fix)
+        entries = check_folder(out, is_ours, WRITTEN, NUM_BYTES, "demo")
         out.mkdir(parents=True, exist_ok=True)
         about.write_text(ABOUT, encoding="utf-8")
         for name in entries - {ABOUT_FILE}:
             path = out / name
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"--out: {out} cannot be used ({reason}); name a folder that can be written"
-        ) from error
 
 
 def training_config(settings: DemoSettings, dataset_path: str, output_dir: str) -> TrainSettings:
@@ -182,7 +171,7 @@ def training_config(settings: DemoSettings, dataset_path: str, output_dir: str) 
 
 @contextmanager
 def _stage(number: int, what: str, seconds: dict[str, float]) -> Iterator[None]:
-    print(f"\n[{number}/4] {what}", flush=True)
+    print_stage(number, 4, what)
     started = time.monotonic()
     yield
     seconds[what] = time.monotonic() - started
