@@ -1,5 +1,6 @@
 """`glmtune tune`: from a file to a verdict, broken off and gone on with, and what it refuses."""
 
+import gc
 import io
 import json
 import re
@@ -143,6 +144,7 @@ def test_each_section_of_the_recipe_runs_alone(finished, tmp_path, capsys):
     recipe = str(finished[0] / "tuned" / "tune.yaml")
     sections = yaml.safe_load((finished[0] / "tuned" / "tune.yaml").read_text(encoding="utf-8"))
     assert list(sections) == [stage for stage in STAGES if stage != "hold out"]
+    assert "per_device_train_batch_size" not in sections["train"], "given, it would forbid packs"
     elsewhere = {
         "convert": ("--save_path", str(tmp_path / "rows.jsonl")),
         "tokenize": ("--save_path", str(tmp_path / "rows")),
@@ -207,7 +209,11 @@ def test_the_trained_model_is_gone_when_the_base_is_loaded_again(data, tmp_path,
 
     monkeypatch.setattr(loop, "fit", watched_fit)
     monkeypatch.setattr(stages, "check", watched_check)
-    assert tune(data, tmp_path / "tuned") == 0
+    gc.disable()  # which collects whenever it likes
+    try:
+        assert tune(data, tmp_path / "tuned") == 0
+    finally:
+        gc.enable()
     assert alive == [False]
 
 
