@@ -246,7 +246,7 @@ def _setting(verb: str, fate: Becomes) -> str:
 def _verbs_that_have(name: str) -> list[str]:
     """The verbs with this setting, where a user would look for it.
 
-    Benchmarks, plans and `tune` are left out: they borrow the settings of what they measure or call.
+    Benchmarks, plans and `tune` are left out: they borrow the settings of other verbs.
     """
     verbs = [verb for verb in SETTINGS if name in SETTINGS[verb].model_fields]
     asked = [verb for verb in verbs if not verb.startswith(("bench", "plan", "tune"))]
