@@ -196,6 +196,13 @@ def check(settings: config.CheckSettings) -> int:
     return 0 if check(settings).is_fine else 1
 
 
+def tune(settings: config.TuneSettings) -> int:
+    """Go from a file of alpaca records to an adapter, and say how good it is."""
+    from glmtune.tune.run import tune
+
+    return 0 if tune(settings) else 1
+
+
 VERBS: dict[str, Callable[[Any], int | None]] = {
     "validate": validate,
     "convert": convert,
@@ -216,6 +223,7 @@ VERBS: dict[str, Callable[[Any], int | None]] = {
     "chat": chat,
     "replay": replay,
     "check": check,
+    "tune": tune,
 }
 
 _HELP = {"-h", "--help"}

@@ -430,3 +430,14 @@ def machine_memory_gib() -> float:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     except (AttributeError, ValueError, OSError):  # Windows
         return 0.0
+
+
+def free_memory() -> None:
+    """Give back what no tensor in use needs, cycles of modules and GPU caches among it."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

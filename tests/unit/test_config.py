@@ -16,7 +16,13 @@ from glmtune.cli import main
 from glmtune.config.flags import fields_by_group, split_arguments, verb_help
 from glmtune.config.foreign import FOREIGN
 from glmtune.config.names import did_you_mean
-from glmtune.config.reading import read_config, recipe_verbs, shared_setting, write_recipe
+from glmtune.config.reading import (
+    read_config,
+    recipe_verbs,
+    shared_setting,
+    write_recipe,
+    write_sections,
+)
 from glmtune.config.settings import (
     SETTINGS,
     CompareSettings,
@@ -50,6 +56,7 @@ REQUIRED = {
     "chat": {},
     "replay": {"bundle": "crash-1"},
     "check": {"adapter": "output"},
+    "tune": {"data_path": "a.json", "out": "tuned"},
 }
 
 
@@ -88,6 +95,31 @@ def test_a_verb_may_take_several_files():
     config = read_config(SETTINGS["validate"], None, flags)
     assert (config.files, config.held_out) == (("a.json", "b.yaml"), "c")
     assert "usage: glmtune validate FILES ... [--name" in verb_help("validate", "")
+
+
+def test_a_recipe_may_stand_before_the_words_of_any_verb_that_has_some():
+    assert split_arguments("check", ["r.yaml"]) == ("r.yaml", {})
+    assert split_arguments("validate", ["r.yaml", "a"]) == ("r.yaml", {"files": "a"})
+    assert split_arguments("tune", ["r.yml", "a"]) == ("r.yml", {"data_path": "a"})
+    assert split_arguments("doctor", ["r.yaml"]) == (None, {"recipe_path": "r.yaml"})
+    with pytest.raises(UserError, match="unexpected"):
+        split_arguments("demo", ["r.yaml"])
+
+
+def test_sections_say_what_was_set_and_nothing_else(tmp_path):
+    path = str(tmp_path / "r.yaml")
+    strange = "a\u2028b\x85c 数据"
+    written = [
+        read_config(SETTINGS["validate"], None, {"files": ["a.json", strange]}),
+        train(lora_target="all", warmup_steps="0.5", dataset_path=strange),
+        read_config(SETTINGS["plan"], None, {}),
+    ]
+    write_sections(written, path)
+    for settings in written[:2]:
+        read = read_config(type(settings), path, {})
+        assert read == settings
+        assert read.model_fields_set == settings.model_fields_set
+    assert read_config(SETTINGS["plan"], path, {}).lora_target == ("all",)
 
 
 def test_a_report_replaces_none_of_the_files_it_is_about():

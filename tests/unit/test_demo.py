@@ -12,11 +12,12 @@ import pytest
 from glmtune import cli
 from glmtune.config.settings import DemoSettings
 from glmtune.demo.folder import ABOUT, ABOUT_FILE, WRITTEN, claim_folder
-from glmtune.demo.page import loss_panel, score_panel
+from glmtune.demo.page import score_panel
 from glmtune.demo.questions import held_out_questions
 from glmtune.demo.recipe import RECIPE
 from glmtune.demo.run import demo, training_config
 from glmtune.errors import UserError
+from glmtune.evaluation.loss_panel import loss_panel
 
 # --- the folder ---
 

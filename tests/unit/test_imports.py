@@ -23,6 +23,7 @@ FLOORS = [
     {"adapters"},
     {"training", "generation"},
     {"evaluation", "bench", "early", "serving", "integrations"},
+    {"tune"},
     {"demo", "doctor"},
     {"cli"},
     {"__main__"},

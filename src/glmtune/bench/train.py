@@ -1,6 +1,5 @@
 """`glmtune bench train`: speed and memory of a step, beside its ceiling and the reference path."""
 
-import gc
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from glmtune.config.settings import BenchTrainSettings, TrainSettings
 from glmtune.data.dataset import load_dataset
 from glmtune.data.jsonlines import append_json, check_appendable
 from glmtune.data.token_rows import TokenRows
-from glmtune.hardware import memory_gib, rated_tflops
+from glmtune.hardware import free_memory, memory_gib, rated_tflops
 from glmtune.models.families import family_of
 from glmtune.models.shape import Shape
 from glmtune.runlog import print_pairs
@@ -93,11 +92,11 @@ def bench_train(settings: BenchTrainSettings) -> dict[str, Any]:
     lengths = [rows.lengths_R[part].tolist() for part in batches]
     layout = run.layout
     del model, base, run
-    _free()
+    free_memory()
     if settings.limits:
         _measure_limits(record, shape, tokens, learned, device, dtype)
     if settings.compare:
-        _free()
+        free_memory()
         record["glm_peft_real_tokens_per_second"] = glm_peft_rate(
             [[tokens]] * settings.steps if layout == "packed" else lengths,
             device,
@@ -188,7 +187,7 @@ def _measure_plain(
     settings: BenchTrainSettings,
 ) -> Speed:
     """The reference path at the original's batch of six rows."""
-    _free()
+    free_memory()
     plain = training.model_copy(
         update={"layout": "padded", "tokens_per_step": None,
                 "per_device_train_batch_size": _ORIGINAL_ROWS}
@@ -235,12 +234,6 @@ def _write_kernel_table(run: Run, model: PeftModel, path: str) -> None:
     by = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
     table = seen.key_averages().table(sort_by=by, row_limit=50, max_name_column_width=80)
     Path(path).write_text(table + "\n", encoding="utf-8")
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _print(record: dict[str, Any]) -> None:

@@ -89,6 +89,7 @@ def split_arguments(
     """Split a verb's command line into its recipe, if any, and its flags, name -> text.
 
     If the last of the verb's positional settings takes several texts, it takes all remaining words.
+    A recipe may stand before or in place of the positional settings of any verb that has some.
 
     `--name value`, `--name=value` and `--dash-name value` are read, and `--switch` as true. A flag
     given twice keeps its last value, so that a script's flags can be overridden at its end.
@@ -120,6 +121,8 @@ def split_arguments(
         flags[name] = value
 
     places = SETTINGS[verb].bare_words
+    if words and _is_recipe(words[0]) and places and not {"recipe", "recipe_path"} & {*places}:
+        places = ("recipe", *places)
     placed: dict[str, str | list[str]] = dict(zip(places, words, strict=False))
     stray = words[len(places) :]
     if stray and takes_several(verb, places[-1:]):

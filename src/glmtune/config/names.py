@@ -246,10 +246,10 @@ def _setting(verb: str, fate: Becomes) -> str:
 def _verbs_that_have(name: str) -> list[str]:
     """The verbs with this setting, where a user would look for it.
 
-    Benchmarks and plans are left out: they borrow the settings of what they measure.
+    Benchmarks, plans and `tune` are left out: they borrow the settings of other verbs.
     """
     verbs = [verb for verb in SETTINGS if name in SETTINGS[verb].model_fields]
-    asked = [verb for verb in verbs if not verb.startswith(("bench", "plan"))]
+    asked = [verb for verb in verbs if not verb.startswith(("bench", "plan", "tune"))]
     return asked or verbs
 
 

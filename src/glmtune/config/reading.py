@@ -11,7 +11,7 @@ the line that an error must name.
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import TypeVar, get_args
@@ -227,11 +227,36 @@ def write_recipe(settings: Settings, path: str) -> None:
     again = f"glmtune {settings.verb} {Path(path).name}"
     text = f"# As run by glmtune {__version__}; to run it again: {again}\n"
     for heading, fields in fields_by_group(type(settings)).items():
-        values = {name: getattr(settings, name) for name in fields}
-        # YAML treats these as line breaks, and folds them into a blank, unless they are escaped.
-        readable = not any(mark in str(value) for value in values.values() for mark in _LINE_BREAKS)
         text += f"\n# {heading}\n"
-        text += yaml.safe_dump(values, allow_unicode=readable, sort_keys=False, width=sys.maxsize)
+        text += _yaml({name: getattr(settings, name) for name in fields})
+    _write_text(text, path)
+
+
+def write_sections(verbs: Sequence[Settings], path: str) -> None:
+    """Write the settings of several verbs as one recipe, a section each, of those that are set.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    name = Path(path).name
+    text = f"# As run by glmtune {__version__}; to run one of them again: glmtune VERB {name}\n"
+    for settings in verbs:
+        values = settings.model_dump(mode="json", exclude_unset=True)
+        text += "\n" + _yaml({settings.verb: values})
+    _write_text(text, path)
+
+
+def _yaml(values: Mapping[str, object]) -> str:
+    """Settings as YAML, in readable letters where that keeps every line break of a text."""
+    for readable in (True, False):
+        text = yaml.safe_dump(values, allow_unicode=readable, sort_keys=False, width=sys.maxsize)
+        # YAML treats these as line breaks, and folds them into a blank, unless they are escaped.
+        if not any(mark in text for mark in _LINE_BREAKS):
+            break
+    return text
+
+
+def _write_text(text: str, path: str) -> None:
     try:
         with replacing_file(path) as draft:
             draft.write_text(text, encoding="utf-8")

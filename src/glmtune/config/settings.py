@@ -32,7 +32,7 @@ from glmtune.config.groups import (
     Settings,
     conflict,
 )
-from glmtune.config.training import PlanSettings, TrainSettings
+from glmtune.config.training import PlanSettings, TrainSettings, TuneSettings
 
 # --- validate ---
 
@@ -368,6 +368,7 @@ SETTINGS: dict[str, type[Settings]] = {
         ChatSettings,
         ReplaySettings,
         CheckSettings,
+        TuneSettings,
     )
 }
 """Verb -> its settings."""

@@ -5,6 +5,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from glmtune.config.groups import (
+    BadRowSettings,
     BaseModelSettings,
     DeviceSettings,
     NameText,
@@ -48,13 +49,10 @@ class LayoutSettings(Settings):
         return self
 
 
-class TrainingDataSettings(Settings):
-    """The rows to train on, and for how long."""
+class StepSettings(Settings):
+    """How much is trained on, in which order, and what is held out of it."""
 
     group: ClassVar[str] = "data"
-    dataset_path: PathText = Field(
-        description="tokenised rows: the folder that `glmtune tokenize` wrote"
-    )
     gradient_accumulation_steps: int = Field(1, ge=1, description="passes per optimiser step")
     max_steps: int = Field(
         -1, ge=-1, description="optimiser steps; when above 0, num_train_epochs does not count"
@@ -73,6 +71,15 @@ class TrainingDataSettings(Settings):
     seed: int = Field(42, ge=0, lt=2**32, description="seed of LoRA's start, dropout and the split")
     data_seed: int | None = Field(
         None, ge=0, lt=2**32, description="seed of the rows' order (default: seed)"
+    )
+
+
+class TrainingDataSettings(StepSettings):
+    """The rows to train on, and for how long."""
+
+    group: ClassVar[str] = "data"
+    dataset_path: PathText = Field(
+        description="tokenised rows: the folder that `glmtune tokenize` wrote"
     )
 
 
@@ -129,19 +136,12 @@ class OptimiserSettings(Settings):
         return self
 
 
-class RunFolderSettings(Settings):
-    """What the run writes, and how it is resumed."""
+class RunRecordSettings(Settings):
+    """How long a run is, and what it logs and saves."""
 
     group: ClassVar[str] = "run folder"
-    output_dir: PathText = Field(
-        description="folder for checkpoints, metrics and the recipe as run"
-    )
     overwrite_output_dir: bool = Field(
         False, description="start anew in a folder that holds another run"
-    )
-    resume_from_checkpoint: Literal["true"] | PathText | None = Field(
-        None,
-        description="resume from this checkpoint; true: from the newest in output_dir",
     )
     resume_anyway: bool = Field(
         False,
@@ -151,15 +151,28 @@ class RunFolderSettings(Settings):
     max_hours: float | None = Field(
         None, gt=0, description="stop after N hours, loading included, with a checkpoint"
     )
-    save_steps: int = Field(1000, ge=1, description="steps between checkpoints")
     save_total_limit: int | None = Field(
         None, ge=1, description="checkpoints kept, the newest ones (default: all)"
     )
-    logging_steps: int = Field(50, ge=1, description="steps between logged lines")
     report_to: Literal["tensorboard", "none", "all"] = Field(
         "tensorboard", description="where metrics go, beside metrics.jsonl"
     )
     disable_tqdm: bool = Field(False, description="plain lines instead of a progress bar")
+
+
+class RunFolderSettings(RunRecordSettings):
+    """What the run writes, and how it is resumed."""
+
+    group: ClassVar[str] = "run folder"
+    output_dir: PathText = Field(
+        description="folder for checkpoints, metrics and the recipe as run"
+    )
+    resume_from_checkpoint: Literal["true"] | PathText | None = Field(
+        None,
+        description="resume from this checkpoint; true: from the newest in output_dir",
+    )
+    save_steps: int = Field(1000, ge=1, description="steps between checkpoints")
+    logging_steps: int = Field(50, ge=1, description="steps between logged lines")
 
     @field_validator("resume_from_checkpoint", mode="before")
     @classmethod
@@ -244,3 +257,48 @@ class PlanSettings(TrainSettings):
         if self.memory_gib and self.card:
             raise conflict("memory_gib and card both name a card: choose one", "memory_gib", "card")
         return self
+
+
+class TuneSettings(
+    BadRowSettings,
+    StepSettings,
+    LayoutSettings,
+    LoraSettings,
+    OptimiserSettings,
+    RunRecordSettings,
+    BaseModelSettings,
+    TrainingDeviceSettings,
+):
+    """Settings of `glmtune tune`: what may be said of its stages, most of it of the training."""
+
+    verb = "tune"
+    group: ClassVar[str] = "tune"
+    bare_words = ("data_path",)
+    reads_and_writes = ("data_path", "out")
+    data_path: PathText = Field(description="alpaca records to learn: .json (a list) or .jsonl")
+    out: PathText = Field(
+        description="folder to write: a new one, or one of the same command, which then resumes"
+    )
+    max_seq_length: int | None = Field(
+        None, ge=4, description="tokens of a row (default: as many as keep 95 % of the rows)"
+    )
+    skip_overlength: bool = Field(
+        True, description="drop rows longer than max_seq_length instead of cutting them"
+    )
+    eval_ratio: float = Field(
+        0.05, ge=0, le=0.5, description="share of the rows held out, to judge the adapter by"
+    )
+    save_steps: int | None = Field(
+        None, ge=1, description="steps between checkpoints (default: a twentieth of the run)"
+    )
+    logging_steps: int | None = Field(
+        None, ge=1, description="steps between logged lines (default: from the number of steps)"
+    )
+    overwrite_output_dir: bool = Field(
+        False,
+        description="train anew where the folder holds a run of other rows or other settings",
+    )
+    limit: int | None = Field(
+        20, ge=1, description="held-out questions that base and tuned weights answer; none: all"
+    )
+    max_new_tokens: int = Field(150, ge=1, description="longest answer, in tokens")

@@ -1,6 +1,7 @@
 """Context and target to token rows on disk: encoded in batches, counted, plotted by length."""
 
 import math
+import sys
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from glmtune.errors import UserError, visible
 
 ROWS_PER_BATCH = 4096
 SHARE_TO_KEEP = 0.95
+MIN_LENGTH = 4
+"""Tokens that a row has at least: the settings allow no shorter limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,15 +101,18 @@ class EncodedRows:
         """The length of each kept row."""
         return np.diff(self.ends, prepend=0)
 
+    def keeping(self, share: float) -> int:
+        """The least max_seq_length that leaves a share of the rows whole."""
+        return int(np.sort(self.limits)[math.ceil(share * len(self.limits)) - 1])
+
     def advice(self, limit: int) -> str | None:
         """Say which max_seq_length leaves 95 % of the rows whole, and which all of them."""
-        needed = np.sort(self.limits)
-        num_whole = int(np.searchsorted(needed, limit, side="right"))
-        if num_whole == len(needed):
+        num_whole = int(np.sum(np.asarray(self.limits) <= limit))
+        if num_whole == len(self.limits):
             return None
-        share, most = SHARE_TO_KEEP, int(needed[math.ceil(SHARE_TO_KEEP * len(needed)) - 1])
-        whole = f"{num_whole:,} of {len(needed):,} rows are whole; "
-        for_all = f"--max_seq_length {needed[-1]} keeps all of them"
+        share, most = SHARE_TO_KEEP, self.keeping(SHARE_TO_KEEP)
+        whole = f"{num_whole:,} of {len(self.limits):,} rows are whole; "
+        for_all = f"--max_seq_length {self.keeping(1)} keeps all of them"
         return whole + (f"--max_seq_length {most} keeps {share:.0%}, " * (most > limit)) + for_all
 
 
@@ -149,6 +155,20 @@ def tokenize(
     )
     print(visible(str(summary)))
     return summary
+
+
+def fit_length(settings: TokenizeSettings, tokenizer: RowTokenizer) -> TokenizeSettings:
+    """The settings with the least max_seq_length that leaves 95 % of the rows whole.
+
+    It is theirs at most. The rows are encoded for it. Raises UserError for what read_rows refuses.
+    """
+    rows, _ = read_rows(settings.jsonl_path, settings.on_bad_row, settings.encoding)
+    uncut = encode_rows(
+        rows, tokenizer, settings.model_copy(update={"max_seq_length": sys.maxsize})
+    )
+    length = uncut.keeping(SHARE_TO_KEEP) if uncut.limits else MIN_LENGTH
+    length = min(max(MIN_LENGTH, length), settings.max_seq_length)
+    return settings.model_copy(update={"max_seq_length": length})
 
 
 def encode_rows(

@@ -3,8 +3,7 @@
 import shutil
 from pathlib import Path
 
-from glmtune.disk import check_room
-from glmtune.errors import UserError
+from glmtune.tune.folder import check_folder, usable_folder
 
 NUM_BYTES = 64 * 2**20
 """More than a demo ever writes: mostly the adapter, with its optimiser's state."""
@@ -31,24 +30,12 @@ def claim_folder(out: Path) -> None:
     Raises:
         UserError: it holds other things, cannot be written, or its disk has too little space.
     """
-    try:
-        entries = {entry.name for entry in out.iterdir()} if out.exists() else set()
+    with usable_folder(out):
         about = out / ABOUT_FILE
         is_ours = about.is_file() and about.read_text(encoding="utf-8") == ABOUT
-        if others := sorted(entries - {*WRITTEN} if is_ours else entries):
-            raise UserError(
-                f"--out: {out} holds other things ({others[0]}); name a new folder, or one that "
-                "`glmtune demo` made"
-            )
-        fix = "free some, or let --out name a folder on another disk"
-        check_room(out, NUM_BYTES, "the demo takes at most", fix)
+        entries = check_folder(out, is_ours, WRITTEN, NUM_BYTES, "demo")
         out.mkdir(parents=True, exist_ok=True)
         about.write_text(ABOUT, encoding="utf-8")
         for name in entries - {ABOUT_FILE}:
             path = out / name
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"--out: {out} cannot be used ({reason}); name a folder that can be written"
-        ) from error

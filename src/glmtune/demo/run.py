@@ -25,13 +25,14 @@ from glmtune.data.convert import convert
 from glmtune.data.files import new_file
 from glmtune.data.tokenizing import tokenize
 from glmtune.demo.folder import WRITTEN, claim_folder
-from glmtune.demo.page import TITLE, loss_panel, panel_style, score_panel
+from glmtune.demo.page import TITLE, panel_style, score_panel
 from glmtune.demo.questions import Asked, held_out_questions, num_right, training_questions
 from glmtune.demo.recipe import RECIPE
 from glmtune.demo.world import LANGUAGES
 from glmtune.errors import program
 from glmtune.evaluation.checkup import check_after_training
 from glmtune.evaluation.compare import compare
+from glmtune.evaluation.loss_panel import loss_panel, loss_style
 from glmtune.evaluation.page import html
 from glmtune.evaluation.report import Text
 from glmtune.models.loading import load_tokenizer
@@ -39,6 +40,7 @@ from glmtune.models.resolve import GLM_TINY, base_name
 from glmtune.run_files import RECIPE_FILE
 from glmtune.runlog import format_seconds, print_pairs
 from glmtune.training.loop import train
+from glmtune.tune.folder import print_stage
 
 MAX_NEW_TOKENS = 16
 QUESTIONS_PER_BATCH = 100
@@ -104,7 +106,7 @@ def demo(settings: DemoSettings) -> DemoResult:
         title=TITLE,
         verdict=_verdict(base, tuned, len(training)),
         panels=[score_panel(base, tuned), loss_panel(run.log_history)],
-        style=panel_style(),
+        style=panel_style() + loss_style(),
     )
     with new_file(paths["demo.html"]) as file:
         file.write(page)
@@ -135,7 +137,7 @@ def training_config(settings: DemoSettings, dataset_path: str, output_dir: str) 
 
 @contextmanager
 def _stage(number: int, what: str, seconds: dict[str, float]) -> Iterator[None]:
-    print(f"\n[{number}/4] {what}", flush=True)
+    print_stage(number, 4, what)
     started = time.monotonic()
     yield
     seconds[what] = time.monotonic() - started

@@ -40,7 +40,7 @@ def read_settings(base: str) -> Any:
 
 
 def load_row_tokenizer(base: str) -> RowTokenizer:
-    """The tokenizer of a base model, for rows only; `load_tokenizer` makes it where torch is needed.
+    """The tokenizer of a base model, for rows only, made by `load_tokenizer` where it must be.
 
     Raises:
         UserError: no vocabulary there, or one of another family.

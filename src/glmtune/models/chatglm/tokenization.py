@@ -191,7 +191,7 @@ class ChatGLMTokenizer(Encoder, PreTrainedTokenizer):
         max_length: int | None = None,
         num_threads: int | None = None,
     ) -> list[list[int]]:
-        """Encode many texts like `Encoder.encode_batch`, added tokens included, equal to `encode`."""
+        """Encode many texts like `Encoder.encode_batch`, with added tokens, equal to `encode`."""
         if not self._new_tokens:
             return super().encode_batch(
                 texts,

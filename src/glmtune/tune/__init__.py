@@ -1,0 +1,1 @@
+"""From a file of records to a judged adapter: the verbs one after the other."""
