@@ -198,6 +198,9 @@ def check(settings: config.CheckSettings) -> int:
 
 def tune(settings: config.TuneSettings) -> int:
     """Go from a file of alpaca records to an adapter, and say how good it is."""
+    from glmtune.early import check_tuning
+
+    check_tuning(settings)
     from glmtune.tune.run import tune
 
     return 0 if tune(settings) else 1

@@ -18,6 +18,7 @@ from glmtune.config.settings import (
     MergeSettings,
     ReplaySettings,
     TrainSettings,
+    TuneSettings,
 )
 from glmtune.data.dataset import check_is_folder
 from glmtune.data.files import open_bytes
@@ -54,6 +55,18 @@ def check_training(settings: TrainSettings) -> None:
     check_is_folder(settings.dataset_path)
     if settings.chatglm_path or not settings.resume_from_checkpoint:
         check_base(settings.chatglm_path)
+
+
+def check_tuning(settings: TuneSettings) -> None:
+    """Check that the records, the linears and the base exist.
+
+    Raises:
+        UserError: one does not exist.
+    """
+    check_targets(settings.lora_target)
+    with open_bytes(settings.data_path):
+        pass
+    check_base(settings.chatglm_path)
 
 
 def check_merge(settings: MergeSettings) -> None:

@@ -8,7 +8,7 @@ import types
 
 import pytest
 
-from glmtune import __version__, cli
+from glmtune import __version__, cli, early
 from glmtune.config.settings import (
     SETTINGS,
     CompareSettings,
@@ -48,6 +48,8 @@ FINISHED = types.SimpleNamespace(interrupted=False)
 def room(monkeypatch):
     """Stand in for a room that a verb calls; what it was called with is in the returned list."""
     calls = []
+    for name in (name for name in vars(early) if name.startswith("check_")):
+        monkeypatch.setattr(early, name, lambda _: None)  # what the verbs name is not there
 
     def replace(module: str, **functions) -> list:
         def recorder(name, result):
@@ -154,13 +156,13 @@ def test_findings_are_exit_codes(room, is_good):
 
 def test_tokenize_finds_model_and_tokenizer(room):
     calls = room("glmtune.models.resolve", resolve_base="folder", base_name="name")
-    room("glmtune.models.loading", load_tokenizer="tokenizer")
+    room("glmtune.models.base_files", load_row_tokenizer="tokenizer")
     room("glmtune.data.tokenizing", tokenize=None)
     line = "tokenize --jsonl_path a --save_path b --chatglm_path c"
     assert cli.main(line.split()) == 0
     assert calls[:3] == [
         ("resolve_base", "c"),
-        ("load_tokenizer", "folder"),
+        ("load_row_tokenizer", "folder"),
         ("base_name", "folder"),
     ]
     assert calls[3][0] == "tokenize"

@@ -60,6 +60,8 @@ MISTAKES = {
     "replay": "replay ./no",
     "doctor": "doctor --explain nothing_that_is_known",
     "demo": "demo --out tokens",
+    "tune": f"tune no.json --out new {TINY}",
+    "tune base": "tune rows.json --out new --chatglm_path ./no",
     "new-model": "new-model tokens --like glm-tiny",
     "bench train": "bench train --dataset_path no",
     "bench decode": "bench decode --json_path no/such/file",

@@ -1,4 +1,4 @@
-"""LoRA adapters: attach, load, save, convert and merge. Today's PEFT form and those of 2023.
+"""LoRA adapters: attach, load, save, convert and merge, in today's PEFT format or those of 2023.
 
 Each function is imported, and with it torch and PEFT, when it is first asked for.
 """

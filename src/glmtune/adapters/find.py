@@ -80,7 +80,7 @@ def _has_lora(path: Path) -> bool:
 
     try:
         return any(".lora_A." in key for key in load_bin(path, device="meta"))
-    except UserError:  # an optimiser's state, say
+    except UserError:  # an optimiser's state, for example
         return False
 
 

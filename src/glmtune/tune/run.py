@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from glmtune.config.groups import Settings
 from glmtune.config.reading import write_sections
@@ -25,7 +24,7 @@ from glmtune.config.settings import (
     ValidateSettings,
 )
 from glmtune.data.convert import convert
-from glmtune.data.dataset import CARD_FILE, DataCard
+from glmtune.data.dataset import CARD_FILE, DataCard, RowTokenizer
 from glmtune.data.files import new_file, open_bytes, sha256_of
 from glmtune.data.records import Record, read_alpaca
 from glmtune.data.tokenizing import fit_length, tokenize
@@ -34,8 +33,9 @@ from glmtune.errors import UserError, note
 from glmtune.evaluation.checkup import check
 from glmtune.evaluation.compare import compare
 from glmtune.hardware import free_memory
+from glmtune.models.base_files import load_row_tokenizer
 from glmtune.models.families import check_targets
-from glmtune.models.loading import load_config, load_tokenizer
+from glmtune.models.loading import load_config
 from glmtune.models.resolve import base_name, resolve_base
 from glmtune.run_files import RECIPE_FILE, WEIGHTS_FILE, saved_steps
 from glmtune.training.loop import train
@@ -98,7 +98,7 @@ class Tuning:
     settings: TuneSettings
     out: Path
     sections: Sections
-    tokenizer: Any
+    tokenizer: RowTokenizer
     data_sha256: str
     journal: Journal
 
@@ -115,7 +115,7 @@ class Tuning:
                 check_folder(out, False, (), NUM_BYTES, "tune")
         base = resolve_base(settings.chatglm_path)
         sections = Sections(settings, base)
-        return cls(settings, out, sections, load_tokenizer(base), digest, journal)
+        return cls(settings, out, sections, load_row_tokenizer(base), digest, journal)
 
     def go(self) -> bool:
         """Run all stages in order; see `tune`."""
@@ -194,7 +194,7 @@ class Tuning:
         changes = [line for stage, key in keys.items() for line in self.journal.changes(stage, key)]
         if changes:
             raise UserError(
-                f"{self._run} was trained with other settings or rows ({'; '.join(dict.fromkeys(changes))}); "
+                f"{self._run} was trained with others ({'; '.join(dict.fromkeys(changes))}); "
                 "--overwrite_output_dir true trains anew, or let --out name another folder"
             )
 
@@ -211,7 +211,7 @@ class Tuning:
         return records
 
     def _prepare_rows(self) -> None:
-        """Validate, convert and tokenize; the folder is made once the rows are known to be valid."""
+        """Validate, convert and tokenize; the folder is made only once the rows are valid."""
         key = self._key(ValidateSettings, data=self.data_sha256)
         self.journal.do("validate", key, (), self._validate)
         key = self._convert_key()
@@ -241,7 +241,7 @@ class Tuning:
         tokenize(settings, self.tokenizer, base_name(base))
 
     def _hold_out(self) -> None:
-        """Write the records that are held out of the training, whose questions are asked afterwards."""
+        """Write the records that are held out of the training, to be asked afterwards."""
         self.journal.do("hold out", self._hold_out_key(), [QUESTIONS_FILE], self._write_questions)
 
     def _write_questions(self) -> None:
