@@ -71,7 +71,7 @@ def main() -> None:
     figures["write_checkpoint_s"] = round(time.perf_counter() - start, 1)
 
     jsonl = str(folder / "data.jsonl")
-    model = ["--chatglm_path", str(base)]
+    model = ["--base", str(base)]
     figures["convert_s"] = run("convert", "--data_path", settings.data, "--save_path", jsonl)
     figures["tokenize_s"] = run(
         "tokenize", "--jsonl_path", jsonl, "--save_path", str(rows), "--max_seq_length", "200",
@@ -99,7 +99,7 @@ def main() -> None:
     run(*recipe, *recompute, "--max_steps", "20")
     figures["train_recompute_peak_gib"] = peak_gib()
     figures["compare_s"] = run(
-        "compare", "--data_path", settings.data, "--model_path", str(output), "--limit", "6",
+        "compare", "--data_path", settings.data, "--adapter", str(output), "--limit", "6",
         "--max_new_tokens", "48", *model,
     )  # fmt: skip
 

@@ -90,7 +90,7 @@ def short_run(dataset_path, output_dir, **changes):
     settings = {
         "dataset_path": str(dataset_path),
         "output_dir": str(output_dir),
-        "chatglm_path": GLM_TINY,
+        "base": GLM_TINY,
         "max_steps": 4,
         "per_device_train_batch_size": 3,
         "gradient_accumulation_steps": 2,

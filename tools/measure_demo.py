@@ -48,7 +48,7 @@ def main() -> int:
     print(f"base: {scores['base']}", flush=True)
     for seed in range(flags.seeds):
         run = flags.out / f"seed-{seed}"
-        fixed = {"chatglm_path": flags.model, "dataset_path": str(data), "output_dir": str(run)}
+        fixed = {"base": flags.model, "dataset_path": str(data), "output_dir": str(run)}
         config = read_config(TrainSettings, None, fixed | settings | {"seed": str(seed)})
         started = time.monotonic()
         train(config)

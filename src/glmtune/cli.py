@@ -39,7 +39,7 @@ def tokenize(settings: config.TokenizeSettings) -> None:
     from glmtune.models.base_files import load_row_tokenizer
     from glmtune.models.resolve import base_name, resolve_base
 
-    base = resolve_base(settings.chatglm_path)
+    base = resolve_base(settings.base)
     tokenize(settings, load_row_tokenizer(base), base_name(base))
 
 

@@ -40,9 +40,9 @@ def check_answering(
     if not isinstance(settings, ChatSettings) and settings.data_path:
         with open_bytes(settings.data_path):
             pass
-    if settings.model_path:
-        find_adapter(settings.model_path)
-    check_base(settings.chatglm_path, settings.model_path)
+    if settings.adapter:
+        find_adapter(settings.adapter)
+    check_base(settings.base, settings.adapter)
 
 
 def check_training(settings: TrainSettings) -> None:
@@ -53,8 +53,8 @@ def check_training(settings: TrainSettings) -> None:
     """
     check_targets(settings.lora_target)
     check_is_folder(settings.dataset_path)
-    if settings.chatglm_path or not settings.resume_from_checkpoint:
-        check_base(settings.chatglm_path)
+    if settings.base or not settings.resume_from_checkpoint:
+        check_base(settings.base)
 
 
 def check_tuning(settings: TuneSettings) -> None:
@@ -66,7 +66,7 @@ def check_tuning(settings: TuneSettings) -> None:
     check_targets(settings.lora_target)
     with open_bytes(settings.data_path):
         pass
-    check_base(settings.chatglm_path)
+    check_base(settings.base)
 
 
 def check_merge(settings: MergeSettings) -> None:
@@ -76,8 +76,8 @@ def check_merge(settings: MergeSettings) -> None:
         UserError: one does not exist, or the folder is not empty.
     """
     refuse_existing(settings.save_path)
-    find_adapter(settings.model_path)
-    check_base(settings.chatglm_path, settings.model_path)
+    find_adapter(settings.adapter)
+    check_base(settings.base, settings.adapter)
 
 
 def check_conversion(settings: ConvertAdapterSettings) -> None:
@@ -97,8 +97,8 @@ def check_replay(settings: ReplaySettings) -> None:
         UserError: one does not exist.
     """
     check_bundle(Path(settings.bundle))
-    if settings.chatglm_path:
-        check_base(settings.chatglm_path)
+    if settings.base:
+        check_base(settings.base)
 
 
 def check_bench(
@@ -114,12 +114,12 @@ def check_bench(
         check_is_folder(settings.dataset_path)
 
 
-def check_base(chatglm_path: str | None, run_folder: str | None = None) -> None:
+def check_base(named: str | None, run_folder: str | None = None) -> None:
     """Check that a base model exists and that its config.json is of a known family.
 
     Raises:
         UserError: there is none, or it is of an unknown family.
     """
-    base = resolve_base(chatglm_path, run_folder)
+    base = resolve_base(named, run_folder)
     if Path(base).is_dir():
         read_settings(base)

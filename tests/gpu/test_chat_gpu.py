@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
 ]
 QUESTION = "What is the colour of the apple?"
-COMMAND = [sys.executable, "-m", "glmtune", "chat", "--chatglm_path", GLM_TINY]
+COMMAND = [sys.executable, "-m", "glmtune", "chat", "--base", GLM_TINY]
 
 
 @pytest.mark.parametrize("bits", ["16", "8", "4"])

@@ -85,4 +85,4 @@ def test_train_stop_and_resume(tmp_path, precision, monkeypatch):
 
     assert losses("whole")[-1] < losses("whole")[0] - 0.5
     assert losses("broken") == pytest.approx(losses("whole"), abs=5e-2)
-    run("infer --data_path data.json --model_path broken --limit 3 --max_new_tokens 4")
+    run("infer --data_path data.json --adapter broken --limit 3 --max_new_tokens 4")

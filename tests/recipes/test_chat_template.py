@@ -54,7 +54,7 @@ def test_chat_says_what_infer_gets(train, talk):
     Path("r.json").write_text(json.dumps(RECORDS, ensure_ascii=False), encoding="utf-8")
     assert main(["convert", "--data_path", "r.json", "--save_path", "r.jsonl"]) == 0
     train([json.loads(line) for line in Path("r.jsonl").read_text("utf-8").splitlines()])
-    asking = "--data_path r.json --model_path run --max_new_tokens 16 --use_cpu true"
+    asking = "--data_path r.json --adapter run --max_new_tokens 16 --use_cpu true"
     assert main(["infer", *asking.split()]) == 0
     lines = Path("run/answers.jsonl").read_text("utf-8").splitlines()
     answers = [DEFAULT.chat.polish(json.loads(line)["answer"]) for line in lines]

@@ -54,7 +54,7 @@ def test_a_damaged_base_and_its_replay(folder, capsys):
     assert run("replay run/crash-1 --use_cpu true") == 0
     assert "reproduced\n" in capsys.readouterr().out
     # On a sound base the same step is without fault.
-    assert run(f"replay run/crash-1 --use_cpu true --chatglm_path {GLM_TINY}") == 1
+    assert run(f"replay run/crash-1 --use_cpu true --base {GLM_TINY}") == 1
     assert "not reproduced\n" in capsys.readouterr().out
 
 
@@ -93,7 +93,7 @@ def test_stop_tokens_that_disagree(folder, file, capsys):
     settings = json.loads(path.read_text())
     path.write_text(json.dumps(settings | {"eos_token_id": 2}))
     capsys.readouterr()
-    answer = "--data_path records.json --model_path run --use_cpu true"
+    answer = "--data_path records.json --adapter run --use_cpu true"
     for command in (
         f"{TRAIN} --overwrite_output_dir true",
         f"infer {answer}",

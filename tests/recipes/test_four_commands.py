@@ -106,7 +106,7 @@ def test_the_four_commands_of_the_original_run(root, folder, language):
     said = run(
         root,
         folder,
-        f"infer.py --data_path data/alpaca_data_{lang}.json --model_path output_{lang} "
+        f"infer.py --data_path data/alpaca_data_{lang}.json --adapter output_{lang} "
         "--limit 4 --max_new_tokens 8",
     )
     for heading in ("Instruction: ", "Answer: ", "### "):

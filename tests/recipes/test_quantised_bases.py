@@ -53,15 +53,15 @@ def test_train_go_on_answer_compare_and_merge(rows, tmp_path, capsys, bits, layo
     assert f"quantization_bit {bits} (now None)" in told
     assert "quantize_head True (now False)" in told
 
-    answer = f"--data_path records.json --model_path run --max_new_tokens 4 {base}"
+    answer = f"--data_path records.json --adapter run --max_new_tokens 4 {base}"
     run(f"infer {answer} --limit 2", capsys)
     run(f"compare {answer} --limit 2", capsys)
-    plain = "--data_path records.json --model_path run --max_new_tokens 4 --use_cpu true --limit 3"
+    plain = "--data_path records.json --adapter run --max_new_tokens 4 --use_cpu true --limit 3"
     told = run(f"infer {plain}", capsys, status=2)
     assert f"its answers were made with quantization_bit {bits}" in told
 
     # Into the base as it was, not into its rounded weights.
-    run("merge --model_path run --save_path merged", capsys)
+    run("merge --adapter run --save_path merged", capsys)
     settings = json.loads((tmp_path / "merged" / "config.json").read_text(encoding="utf-8"))
     assert "quantization_config" not in settings
 
@@ -73,8 +73,8 @@ def test_train_on_and_merge_into_a_folder_that_was_saved_quantised(rows, tmp_pat
     for name in ("ice_text.model", "tokenizer_config.json"):
         shutil.copy(f"{GLM_TINY}/{name}", tmp_path / "base")
     settings = "--max_steps 2 --learning_rate 0.01 --layout packed --use_cpu true"
-    run(f"train --chatglm_path base --dataset_path rows --output_dir run {settings}", capsys)
-    told = run("merge --chatglm_path base --model_path run --save_path merged", capsys)
+    run(f"train --base base --dataset_path rows --output_dir run {settings}", capsys)
+    told = run("merge --base base --adapter run --save_path merged", capsys)
     assert "dequantised to float16" in told
     settings = json.loads((tmp_path / "merged" / "config.json").read_text(encoding="utf-8"))
     assert "quantization_config" not in settings

@@ -41,12 +41,12 @@ def test_train_answer_compare_and_merge(base, tmp_path, capsys):
     told = run(f"train --dataset_path rows --output_dir run {few_steps}", capsys)
     assert "weights of base are dequantised to float32" in told
 
-    answer = "--data_path records.json --model_path run --max_new_tokens 4 --use_cpu true"
+    answer = "--data_path records.json --adapter run --max_new_tokens 4 --use_cpu true"
     for verb in ("infer", "compare --limit 2"):
         told = run(f"{verb} {answer}", capsys)
         assert "weights of base stay packed" in told
 
-    told = run("merge --model_path run --save_path merged", capsys)
+    told = run("merge --adapter run --save_path merged", capsys)
     assert "weights of base are dequantised to float16" in told
     settings = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert not settings.get("quantization_bit")

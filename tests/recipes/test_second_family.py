@@ -36,7 +36,7 @@ def rows(base):
 
 
 def words(text):
-    return [*text.split(), "--chatglm_path", "base"]
+    return [*text.split(), "--base", "base"]
 
 
 def train(name, *flags):
@@ -66,18 +66,18 @@ def test_check_compare_and_infer_use_the_adapter(adapter, capsys):
     Path("records.json").write_text(json.dumps(records), encoding="utf-8")
     capsys.readouterr()
     asked = "--data_path records.json --max_new_tokens 8 --use_cpu true"
-    assert main([*words(f"check {asked} --model_path run")]) in (0, 1)
+    assert main([*words(f"check {asked} --adapter run")]) in (0, 1)
     assert "14 of 14 linears" in capsys.readouterr().out
-    assert main([*words(f"infer {asked} --model_path run --output_path tuned.jsonl")]) == 0
+    assert main([*words(f"infer {asked} --adapter run --output_path tuned.jsonl")]) == 0
     assert main([*words(f"infer {asked} --output_path base.jsonl")]) == 0
     answers = [Path(name).read_text(encoding="utf-8") for name in ("tuned.jsonl", "base.jsonl")]
     assert answers[0] != answers[1]
-    assert main([*words(f"compare {asked} --model_path run --output_dir page")]) == 0
+    assert main([*words(f"compare {asked} --adapter run --output_dir page")]) == 0
     assert Path("page/compare.html").is_file()
 
 
 def test_a_merged_folder_is_the_family_s_own_and_gives_the_same_logits(adapter, capsys):
-    assert main([*words("merge --model_path run --save_path merged")]) == 0
+    assert main([*words("merge --adapter run --save_path merged")]) == 0
     assert "merged 14 modules" in capsys.readouterr().out
     merged = TOY.native().model_class.from_pretrained("merged", dtype=torch.float32)
     tuned = load_adapter(load_base_model("base", dtype=torch.float32), "run")
@@ -103,7 +103,7 @@ def test_a_linear_of_another_family_is_refused(rows, capsys, name):
 
 def test_rows_of_another_family_are_refused(rows, capsys):
     with_them = "train --dataset_path tokens --output_dir run --use_cpu true"
-    assert main([*with_them.split(), "--chatglm_path", "glm-tiny"]) == 2
+    assert main([*with_them.split(), "--base", "glm-tiny"]) == 2
     assert "another tokenizer" in capsys.readouterr().err
 
 

@@ -28,7 +28,7 @@ from glmtune.tune import run as stages
 from glmtune.tune.folder import Journal
 
 STAGES = list(stages.STAGES)
-FAST = ("--chatglm_path", "glm-tiny", "--use_cpu", "--limit", "2", "--max_new_tokens", "4")
+FAST = ("--base", "glm-tiny", "--use_cpu", "--limit", "2", "--max_new_tokens", "4")
 RECORDS = [question.record() for question in training_questions()[:24]]
 
 
@@ -185,7 +185,7 @@ def test_the_commands_of_the_page_in_the_docs_run(data, root, tmp_path, monkeypa
     for command in _commands(root / "docs" / "tune.md"):
         words = command.replace("chatglm-6b", "glm-tiny").split()
         if words[0] in ("tune", "train"):
-            words += ["--chatglm_path", "glm-tiny", "--max_steps", "2", "--use_cpu"]
+            words += ["--base", "glm-tiny", "--max_steps", "2", "--use_cpu"]
         if words[0] == "tune":
             words += ["--limit", "4", "--max_new_tokens", "2", "--learning_rate", "1e-3"]
         assert cli.main(words) == 0, command
@@ -417,7 +417,7 @@ def test_bad_rows_are_left_out_where_that_is_asked_for(tmp_path, capsys):
         ('[{"instruction": "q"}]', ("--on_bad_row", "skip"), "data.json"),
         ('[{"context": "q", "target": "a"}]', (), "data.json"),
         (RECORDS, ("--lora_target", "nothing"), "lora_target"),
-        (RECORDS, ("--chatglm_path", "./nowhere"), "./nowhere is no folder"),
+        (RECORDS, ("--base", "./nowhere"), "./nowhere is no folder"),
         (RECORDS, ("--lora_rank", "0"), "--lora_rank '0' should be a whole number"),
         (RECORDS, ("--dataset_path", "x"), "--dataset_path is a setting of train"),
         (RECORDS, ("--lora_rnak", "4"), "did you mean --lora_rank?"),

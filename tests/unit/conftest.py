@@ -60,8 +60,8 @@ def answering(tiny_folder, records_file, word_tokenizer, monkeypatch, tmp_path):
     adapter = shutil.copytree(tiny_folder / "adapter_peft_0_2_plain", tmp_path / "output_zh")
     return {
         "data_path": str(records_file),
-        "model_path": str(adapter),
-        "chatglm_path": str(tiny_folder),
+        "adapter": str(adapter),
+        "base": str(tiny_folder),
         "max_new_tokens": 6,
         "per_device_eval_batch_size": 2,
         "use_cpu": True,
@@ -147,5 +147,5 @@ def toy_run(toy_rows, tmp_path):
 def tiny_run(toy_run, tiny_rows, tiny_folder, word_tokenizer, monkeypatch):
     """The same for the tiny golden model, and let it be trained without a vocabulary."""
     monkeypatch.setattr("glmtune.training.prepare.load_tokenizer", lambda base: word_tokenizer)
-    defaults = {"dataset_path": tiny_rows, "chatglm_path": str(tiny_folder), "max_steps": 6}
+    defaults = {"dataset_path": tiny_rows, "base": str(tiny_folder), "max_steps": 6}
     return lambda **settings: toy_run(**defaults | settings)

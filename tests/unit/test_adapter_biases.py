@@ -102,8 +102,8 @@ def test_biases_are_in_effect_wherever_the_adapter_is(
     )
 
     config = MergeSettings(
-        chatglm_path=str(tiny_folder),
-        model_path=str(tmp_path / "new"),
+        base=str(tiny_folder),
+        adapter=str(tmp_path / "new"),
         save_path=str(tmp_path / "m"),
     )
     merge_adapter(config)
@@ -121,8 +121,8 @@ def test_biases_on_a_quantised_base_are_refused(
         load_adapter(tiny_base, todays_adapter)
     merge_adapter(
         MergeSettings(
-            chatglm_path=str(folder),
-            model_path=str(todays_adapter),
+            base=str(folder),
+            adapter=str(todays_adapter),
             save_path=str(tmp_path / "merged"),
         )
     )

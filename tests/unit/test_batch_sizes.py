@@ -47,7 +47,7 @@ def test_an_adapter_that_adds_nothing_changes_no_answer(
 ):
     compared = compare(
         CompareSettings(
-            data_path=questions, model_path=idle_adapter, chatglm_path=GLM_TINY,
+            data_path=questions, adapter=idle_adapter, base=GLM_TINY,
             output_dir=str(tmp_path / "compare"), per_device_eval_batch_size=size,
             max_new_tokens=12, use_cpu=True, **numbers,
         )
@@ -76,7 +76,7 @@ def test_a_broken_run_ends_with_the_answers_of_an_unbroken_one(
     def answer(folder, **more):
         return compare(
             CompareSettings(
-                data_path=questions, model_path=idle_adapter, chatglm_path=GLM_TINY,
+                data_path=questions, adapter=idle_adapter, base=GLM_TINY,
                 output_dir=str(tmp_path / folder), per_device_eval_batch_size=3,
                 max_new_tokens=12, use_cpu=True, **numbers, **more,
             )

@@ -46,7 +46,7 @@ def talk(monkeypatch, capsys):
             return line
 
         monkeypatch.setattr("builtins.input", type_line)
-        asked = {"chatglm_path": GLM_TINY, "max_new_tokens": 12, "do_sample": False}
+        asked = {"base": GLM_TINY, "max_new_tokens": 12, "do_sample": False}
         chat(ChatSettings(**(asked | {"use_cpu": True} | settings)))
         assert not left or lines[-1] == "never", "it ended early"
         return capsys.readouterr().out.splitlines()[1:], prompts
@@ -412,9 +412,9 @@ def test_broken_bytes_of_a_terminal_do_no_harm(talk):
 
 
 def test_mistakes_at_the_start(capsys):
-    assert main(["chat", "--stop_strings", "<n>", "--chatglm_path", GLM_TINY]) == 2
+    assert main(["chat", "--stop_strings", "<n>", "--base", GLM_TINY]) == 2
     assert "cannot occur" in capsys.readouterr().err.splitlines()[-1]
-    assert main(["chat", "--adapter", "no_such_folder", "--chatglm_path", GLM_TINY]) == 2
+    assert main(["chat", "--adapter", "no_such_folder", "--base", GLM_TINY]) == 2
     assert main(["chat", "--max_new_tokens", "0"]) == 2
 
 
@@ -427,7 +427,7 @@ def test_in_a_terminal_wide_letters_are_edited_and_ctrl_c_works(tmp_path):
     if child == 0:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a script does for what it starts with `&`
         os.environ.update(LC_ALL="C.UTF-8", TERM="xterm", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
-        arguments = ["chat", "--chatglm_path", GLM_TINY, "--max_new_tokens", "1900"]
+        arguments = ["chat", "--base", GLM_TINY, "--max_new_tokens", "1900"]
         arguments += ["--temperature", "9", "--top_p", "none"]  # so that it finds no end
         os.execv(sys.executable, [sys.executable, "-m", "glmtune", *arguments])
     text = ""

@@ -164,7 +164,7 @@ def checking(tiny_folder, word_tokenizer, monkeypatch, tmp_path):
     """A command line that checks the adapter of 2023 on the tiny model."""
     monkeypatch.setattr("glmtune.evaluation.answers.load_tokenizer", lambda base: word_tokenizer)
     adapter = shutil.copytree(tiny_folder / "adapter_peft_0_2_plain", tmp_path / "run")
-    options = {"chatglm_path": tiny_folder, "use_cpu": "true", "max_new_tokens": 6}
+    options = {"base": tiny_folder, "use_cpu": "true", "max_new_tokens": 6}
     return ["check", str(adapter), *(f"--{name}={value}" for name, value in options.items())]
 
 

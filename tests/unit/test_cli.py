@@ -93,22 +93,22 @@ def room(monkeypatch):
             TrainSettings(dataset_path="a", output_dir="b"),
         ),
         (
-            "infer --data_path a --model_path b",
+            "infer --data_path a --adapter b",
             "glmtune.evaluation.infer",
             "infer",
-            InferSettings(data_path="a", model_path="b"),
+            InferSettings(data_path="a", adapter="b"),
         ),
         (
-            "compare --data_path a --model_path b",
+            "compare --data_path a --adapter b",
             "glmtune.evaluation.compare",
             "compare",
-            CompareSettings(data_path="a", model_path="b"),
+            CompareSettings(data_path="a", adapter="b"),
         ),
         (
-            "merge --model_path a --save_path b",
+            "merge --adapter a --save_path b",
             "glmtune.adapters",
             "merge_adapter",
-            MergeSettings(model_path="a", save_path="b"),
+            MergeSettings(adapter="a", save_path="b"),
         ),
     ],
 )
@@ -158,7 +158,7 @@ def test_tokenize_finds_model_and_tokenizer(room):
     calls = room("glmtune.models.resolve", resolve_base="folder", base_name="name")
     room("glmtune.models.base_files", load_row_tokenizer="tokenizer")
     room("glmtune.data.tokenizing", tokenize=None)
-    line = "tokenize --jsonl_path a --save_path b --chatglm_path c"
+    line = "tokenize --jsonl_path a --save_path b --base c"
     assert cli.main(line.split()) == 0
     assert calls[:3] == [
         ("resolve_base", "c"),
@@ -335,13 +335,13 @@ def test_first_lines_are_our_own(tmp_path):
     """No library's bar or complaint stands among them: on stderr are notes and what is loaded."""
     record = {"instruction": "Who?", "input": "", "output": "x"}
     (tmp_path / "a.json").write_text(json.dumps([record] * 60))
-    small = "--chatglm_path glm-tiny --use_cpu true"
+    small = "--base glm-tiny --use_cpu true"
     for line in (
         "convert --data_path a.json --save_path a.jsonl",
-        "tokenize --jsonl_path a.jsonl --save_path rows --chatglm_path glm-tiny",
+        "tokenize --jsonl_path a.jsonl --save_path rows --base glm-tiny",
         f"train --dataset_path rows --output_dir run --max_steps 2 --report_to none {small}",
-        f"infer --data_path a.json --model_path run --limit 2 --max_new_tokens 2 {small}",
-        f"compare --data_path a.json --model_path run --max_new_tokens 2 {small} "
+        f"infer --data_path a.json --adapter run --limit 2 --max_new_tokens 2 {small}",
+        f"compare --data_path a.json --adapter run --max_new_tokens 2 {small} "
         "--per_device_eval_batch_size 2 --limit 60",
     ):
         done = python("-m", "glmtune", *line.split(), cwd=tmp_path, HF_HUB_OFFLINE="1")
@@ -405,12 +405,12 @@ def test_script_is_its_verb(script, root, tmp_path):
             "--save_total_limit 2 --learning_rate 1e-4 --fp16 false --remove_unused_columns false "
             "--logging_steps 50 --output_dir b",
         ),
-        ("infer.py", "--data_path a.json --model_path b"),
+        ("infer.py", "--data_path a.json --adapter b"),
     ],
 )
 def test_the_originals_flags_are_all_read(script, line, monkeypatch):
     configs = []
     monkeypatch.setitem(cli.VERBS, SCRIPTS[script], configs.append)
-    assert cli.main([SCRIPTS[script], *line.split(), "--chatglm_path", "base"]) == 0
+    assert cli.main([SCRIPTS[script], *line.split(), "--base", "base"]) == 0
     (config,) = configs
-    assert config.chatglm_path == "base"
+    assert config.base == "base"

@@ -20,7 +20,7 @@ def run(answering):
 
 @pytest.fixture
 def folder(answering):
-    return Path(answering["model_path"], "compare")
+    return Path(answering["adapter"], "compare")
 
 
 def read(path):
@@ -30,9 +30,9 @@ def read(path):
 @pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "seed": 7}])
 def test_both_sides_are_what_infer_answers(run, folder, answering, tmp_path, sampling):
     comparison = run(**sampling)
-    for side, model_path in (("base", None), ("tuned", answering["model_path"])):
+    for side, adapter in (("base", None), ("tuned", answering["adapter"])):
         output = tmp_path / f"{side}.jsonl"
-        changes = sampling | {"model_path": model_path, "output_path": str(output)}
+        changes = sampling | {"adapter": adapter, "output_path": str(output)}
         infer(InferSettings(**(answering | changes)))
         answers = [line["answer"] for line in read(output)]
         assert answers == [line[side]["text"] for line in read(folder / "compare.jsonl")]
@@ -90,7 +90,7 @@ def test_a_stop_string_that_cannot_occur_is_refused(run):
 
 
 def test_an_adapter_without_effect_is_told(run, answering, capsys):
-    path = Path(answering["model_path"], "adapter_model.bin")
+    path = Path(answering["adapter"], "adapter_model.bin")
     weights = torch.load(path, weights_only=True)
     torch.save({name: 1e-4 * tensor for name, tensor in weights.items()}, path)
     assert run().num_different == 0

@@ -43,8 +43,8 @@ REQUIRED = {
     "train": TRAIN,
     "plan": {},
     "infer": {"data_path": "a.json"},
-    "compare": {"data_path": "a.json", "model_path": "output"},
-    "merge": {"model_path": "output", "save_path": "merged"},
+    "compare": {"data_path": "a.json", "adapter": "output"},
+    "merge": {"adapter": "output", "save_path": "merged"},
     "adapters convert": {"old": "old", "new": "new"},
     "doctor": {},
     "demo": {},
@@ -265,7 +265,7 @@ def test_settings_that_contradict(verb, flags, words):
 @pytest.mark.parametrize("flags", [{}, {"do_sample": "true"}, {"do_sample": "false"}])
 @pytest.mark.parametrize("verb", ["infer", "compare", "chat"])
 def test_a_temperature_of_nothing_is_taken_everywhere(verb, flags):
-    paths = {} if verb == "chat" else {"data_path": "a.json", "model_path": "run"}
+    paths = {} if verb == "chat" else {"data_path": "a.json", "adapter": "run"}
     config = read_config(SETTINGS[verb], None, {"temperature": "0", **paths, **flags})
     assert config.temperature == 0
 
@@ -283,7 +283,7 @@ def test_all_that_is_missing_in_one_line():
 def test_none_undoes_a_recipe(recipe):
     path = recipe("save_total_limit: 2\nchatglm_path: base")
     assert train(path).save_total_limit == 2
-    assert train(path, save_total_limit="none", chatglm_path="None").save_total_limit is None
+    assert train(path, save_total_limit="none", base="None").save_total_limit is None
     assert read_config(
         CompareSettings, None, REQUIRED["compare"] | {"limit": "none"}
     ).limit is None  # fmt: skip
@@ -337,7 +337,7 @@ def test_a_slip_is_understood(word, meant):
     [
         *("base_model", "checkpoint_dir", "val_size", "lora_dim", "adapter_name_or_path"),
         *("adam_beta3", "fp32", "bf8", "save_path", "top_p", "test_steps", "data_sets", "rank"),
-        *("model_path", "num_steps", "max_tokens", "min_steps", "eval_dtype", "lora_beta", "x", ""),
+        *("adapter", "num_steps", "max_tokens", "min_steps", "eval_dtype", "lora_beta", "x", ""),
     ],
 )
 def test_another_name_is_no_slip(word):
@@ -409,23 +409,23 @@ def test_flat_recipe_and_flags(recipe):
 
 def test_sections_and_what_they_share(recipe):
     path = recipe(
-        "chatglm_path: base\nmax_seq_length: 100\nseed: 1\n"
+        "base: base\nmax_seq_length: 100\nseed: 1\n"
         "tokenize:\n  jsonl_path: rows\n  save_path: tokens\n"
         "train:\n  dataset_path: tokens\n  output_dir: out\n  seed: 2\ninfer:\n"
     )
     rows = read_config(TokenizeSettings, path, {})
-    assert (rows.chatglm_path, rows.max_seq_length, rows.save_path) == ("base", 100, "tokens")
+    assert (rows.base, rows.max_seq_length, rows.save_path) == ("base", 100, "tokens")
     config = read_config(TrainSettings, path, {})
-    assert (config.chatglm_path, config.seed) == ("base", 2)
+    assert (config.base, config.seed) == ("base", 2)
     assert read_config(InferSettings, path, {"data_path": "a"}).seed == 1
 
 
 def test_scalars_are_taken_as_written(recipe):
     """YAML 1.1 would make these a boolean, an octal number, a date and a base-60 number."""
     for text in ("no", "0123", "2023-05-01", "12:30"):
-        assert train(recipe(f"chatglm_path: {text}")).chatglm_path == text
-    assert train(recipe("chatglm_path:")).chatglm_path is None
-    assert train(recipe("\ufeffchatglm_path: 模型/基座")).chatglm_path == "模型/基座"
+        assert train(recipe(f"base: {text}")).base == text
+    assert train(recipe("base:")).base is None
+    assert train(recipe("\ufeffchatglm_path: 模型/基座")).base == "模型/基座"
     assert "should be a whole number" in refusal("train", recipe("lora_rank: true"))
 
 
@@ -491,8 +491,8 @@ def test_whom_a_recipe_is_for(recipe, text, verbs):
 
 
 def test_one_setting_of_a_recipe(recipe):
-    path = recipe("chatglm_path: base\nseed: null\ntrain:\n  lora_rank: 8")
-    assert shared_setting(path, "chatglm_path") == "base"
+    path = recipe("base: base\nseed: null\ntrain:\n  lora_rank: 8")
+    assert shared_setting(path, "base") == "base"
     assert shared_setting(path, "seed") is shared_setting(path, "lora_rank") is None
 
 
@@ -533,7 +533,7 @@ def test_any_value_survives_the_recipe(path, rate, targets, resume, tmp_path_fac
     config = TrainSettings(
         dataset_path=path,
         output_dir=path + "x",
-        chatglm_path=path,
+        base=path,
         learning_rate=rate,
         lora_target=targets,
         resume_from_checkpoint=resume,
@@ -558,7 +558,7 @@ def test_published_recipes(root):
             configs[verb] = read_config(SETTINGS[verb], str(path), {})
         assert configs["convert"].save_path == configs["tokenize"].jsonl_path
         assert configs["tokenize"].save_path == configs["train"].dataset_path
-        assert configs["train"].output_dir == configs["infer"].model_path
+        assert configs["train"].output_dir == configs["infer"].adapter
         assert configs["train"].max_steps == 52000
         assert math.isclose(configs["train"].learning_rate, 1e-4)
         assert (configs["tokenize"].max_seq_length, configs["infer"].max_new_tokens) == (200, 150)

@@ -49,7 +49,7 @@ def crash_run(tiny_run, numbered_rows):
     """Make settings of a short run, on the tiny model unless another base is given."""
 
     def make(base=None, **settings):
-        bases = {} if base is None else {"chatglm_path": str(base)}
+        bases = {} if base is None else {"base": str(base)}
         return tiny_run(**{"dataset_path": numbered_rows} | bases | settings)
 
     return make
@@ -117,7 +117,7 @@ def test_a_mended_base_does_not_reproduce_it(crash_run, broken_base, tiny_folder
     told = json.loads((bundle / "crash.json").read_text())
     told["surroundings"] |= {"device": "NVIDIA T4", "torch": "2.0"}
     (bundle / "crash.json").write_text(json.dumps(told))
-    here = ReplaySettings(bundle=str(bundle), chatglm_path=str(tiny_folder), use_cpu=True)
+    here = ReplaySettings(bundle=str(bundle), base=str(tiny_folder), use_cpu=True)
     assert not replay(here)
     out = capsys.readouterr().out
     assert "all is finite\nnot reproduced\n  device then NVIDIA T4, now CPU" in out
@@ -242,7 +242,7 @@ def stop_in_one_of_two(folder, dataset_path, base):
     with pytest.MonkeyPatch.context() as patch:
         fail_at(2, patch, rank=1)
         with pytest.raises(UserError) as error:
-            loop.train(short_run(dataset_path, folder, chatglm_path=base, **settings))
+            loop.train(short_run(dataset_path, folder, base=base, **settings))
     Path(f"{folder}.{os.environ['RANK']}").write_text(str(error.value))
 
 

@@ -147,7 +147,7 @@ class TestDisk:
         """A write that the kernel cuts off in a real process: exit code 2, one line, no draft."""
         folder = tmp_path / "run"
         settings = (
-            f"--dataset_path {toy_rows} --output_dir {folder} --chatglm_path {GLM_TINY} --use_cpu "
+            f"--dataset_path {toy_rows} --output_dir {folder} --base {GLM_TINY} --use_cpu "
             "true --per_device_train_batch_size 3 --max_steps 4 --report_to none"
         )
         done = subprocess.run(

@@ -210,7 +210,7 @@ def test_a_check_that_fails_is_a_problem_of_that_check(monkeypatch, capsys):
         monkeypatch.setattr(environment, name, fall_over)
     for name in ("check_base", "check_tokenizer", "check_stop_ids"):
         monkeypatch.setattr(model, name, fall_over)
-    assert cli.main(["doctor", "--chatglm_path", "glm-tiny"]) == 1
+    assert cli.main(["doctor", "--base", "glm-tiny"]) == 1
     out = capsys.readouterr().out
     assert out.count("the check itself failed (ZeroDivisionError: deep)") == 6
     assert "problem  python" in out

@@ -45,7 +45,7 @@ def test_a_base_that_is_not_here_yet(monkeypatch):
 def findings_on(base, **settings):
     """What is found of a base model: (status, text) of all lines, and the names of all checks."""
     loading.hub_config.cache_clear()
-    findings = list(run.examine(DoctorSettings(chatglm_path=base, use_cpu=True, **settings)))
+    findings = list(run.examine(DoctorSettings(base=base, use_cpu=True, **settings)))
     of_base = [(f.status, f.text) for f in findings if f.check == "base model"]
     return of_base, {finding.check for finding in findings}
 

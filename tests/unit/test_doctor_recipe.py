@@ -30,7 +30,7 @@ def rows(tmp_path, monkeypatch):
     lines = [{"context": "Who is it?", "target": "word " * n} for n in (1, 1, 40, 40)]
     Path("x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     line = "tokenize --jsonl_path x.jsonl --save_path rows --max_seq_length 16"
-    assert cli.main([*line.split(), "--chatglm_path", "glm-tiny"]) == 0
+    assert cli.main([*line.split(), "--base", "glm-tiny"]) == 0
     return tmp_path / "rows"
 
 
@@ -55,7 +55,7 @@ def test_a_recipe_that_would_start(rows, tmp_path, capsys):
     [
         ({"lora_rnk": 8}, "recipe problem", "did you mean lora_rank"),
         ({"fp16": "true", "bf16": "true"}, "recipe problem", "fp16 and bf16 are both true"),
-        ({"chatglm_path": "./no/such"}, "base model problem", "is no folder"),
+        ({"base": "./no/such"}, "base model problem", "is no folder"),
         ({"resume_from_checkpoint": "true"}, "run folder problem", "is no folder"),
         ({"lora_rank": 100_000_000}, "run folder problem", "MB are free, but 1 checkpoint(s) of"),
         ({"max_steps": -1}, "run folder warning", "set save_total_limit"),

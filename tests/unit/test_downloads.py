@@ -178,7 +178,7 @@ def test_a_mirror_s_own_shard_is_told_where_the_publisher_cannot_be_asked(hub):
         (hub.root / "glmtune-checked.json").unlink()
         check_download(unpublished, hub.snapshot)
     (hub.root / "glmtune-checked.json").unlink()
-    with pytest.raises(UserError, match=rf"{SHARD}: is none of .* --chatglm_path ") as caught:
+    with pytest.raises(UserError, match=rf"{SHARD}: is none of .* --base ") as caught:
         check_download(HUB_ID, hub.snapshot)
     assert "\n" not in str(caught.value)
 

@@ -206,7 +206,7 @@ class TestContentThatNothingReads:
         assert 'into "instruction" or "output", and take the field out' in told
         assert main(["validate", path]) == 2
         assert place in capsys.readouterr().out
-        told = refused(capsys, "infer", "--data_path", path, "--chatglm_path", "glm-tiny")
+        told = refused(capsys, "infer", "--data_path", path, "--base", "glm-tiny")
         assert place in told
 
     def test_is_skipped_on_demand_and_listed(self, write, capsys, name, value):
@@ -276,6 +276,6 @@ def test_fields_nothing_reads_are_said_by_every_reader(write, capsys):
     write({"context": "a", "target": "b", "id": 1}, name="rows.jsonl")
     assert main(["tokenize", "--jsonl_path", "rows.jsonl", "--save_path", "rows"]) == 0
     assert '1 with a field "id", which is not used' in capsys.readouterr().out
-    answer = ["--chatglm_path", "glm-tiny", "--max_new_tokens", "2", "--output_path", "x.jsonl"]
+    answer = ["--base", "glm-tiny", "--max_new_tokens", "2", "--output_path", "x.jsonl"]
     assert main(["infer", "--data_path", path, *answer]) == 0
     assert 'note: a.json: 2 with a field "id", which is not used' in capsys.readouterr().err

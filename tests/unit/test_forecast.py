@@ -233,7 +233,7 @@ class TestCards:
 
 
 class TestPlanVerb:
-    HUB = ("--chatglm_path", "zai-org/chatglm-6b")
+    HUB = ("--base", "zai-org/chatglm-6b")
 
     def plan(self, tmp_path, *flags, code=0):
         path = tmp_path / "plan.jsonl"
@@ -267,7 +267,7 @@ class TestPlanVerb:
         assert "does not fit" in out
         assert "this is of ChatGLM-6B" in err
         assert self.plan(tmp_path, "--card", "T4")["weights_gib"] > 11
-        assert self.plan(tmp_path, "--card", "T4", "--chatglm_path", "glm-tiny")["fits"]
+        assert self.plan(tmp_path, "--card", "T4", "--base", "glm-tiny")["fits"]
 
     def test_the_least_memory_is_told_before_what_is_spent_for_speed(self, tmp_path, capsys):
         record = self.plan(tmp_path, "--memory_gib", "24", *self.HUB)
@@ -300,7 +300,7 @@ class TestPlanVerb:
     def test_a_recipe_with_sections_is_read_as_training_reads_it(self, tmp_path):
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text(
-            "chatglm_path: zai-org/chatglm-6b\nconvert:\n  data_path: a.json\n  save_path: b\n"
+            "base: zai-org/chatglm-6b\nconvert:\n  data_path: a.json\n  save_path: b\n"
             "train:\n  tokens_per_step: 2048\n  lora_rank: 16\n  output_dir: out\n"
             "plan:\n  memory_gib: 24\n",
             encoding="utf-8",
@@ -316,7 +316,7 @@ class TestPlanVerb:
         (tmp_path / "base").mkdir()
         config = (tiny_folder / "config.json").read_text(encoding="utf-8")
         (tmp_path / "base" / "config.json").write_text(config, encoding="utf-8")
-        record = self.plan(tmp_path, "--chatglm_path", str(tmp_path / "base"), "--use_cpu", "true")
+        record = self.plan(tmp_path, "--base", str(tmp_path / "base"), "--use_cpu", "true")
         assert record["layout"] == "padded"
         assert record["num_layers"] == 4
 

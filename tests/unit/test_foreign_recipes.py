@@ -16,9 +16,9 @@ def test_what_a_recipe_shares_is_for_the_verbs_that_call_it_so(tmp_path):
         "tokenize:\n  cutoff_len: 100\ntrain:\n  lora_r: 4\n"
     )
     rows = read_config(SETTINGS["tokenize"], str(recipe), REQUIRED["tokenize"])
-    assert (rows.save_path, rows.chatglm_path, rows.max_seq_length) == ("tokens", "m", 100)
+    assert (rows.save_path, rows.base, rows.max_seq_length) == ("tokens", "m", 100)
     train = read_config(SETTINGS["train"], str(recipe), REQUIRED["train"])
-    assert (train.chatglm_path, train.lora_rank) == ("m", 4)
+    assert (train.base, train.lora_rank) == ("m", 4)
     assert read_config(SETTINGS["chat"], str(recipe), {}).adapter == "out"
     assert recipe_verbs(str(recipe)) == ["tokenize", "train"]
     recipe.write_text("tokenize:\n  optim: sgd\ntrain:\n")
@@ -104,7 +104,7 @@ def test_whole_recipes_of_others(tmp_path):
     recipe = tmp_path / "theirs.yaml"
     recipe.write_text(LLAMA_FACTORY)
     config = read_config(SETTINGS["train"], str(recipe), {"dataset_path": "rows"})
-    assert (config.chatglm_path, config.eval_ratio) == ("THUDM/chatglm-6b", 0.1)
+    assert (config.base, config.eval_ratio) == ("THUDM/chatglm-6b", 0.1)
     assert (config.warmup_steps, config.lora_target, config.bf16) == (0.1, ("all",), True)
     recipe.write_text(LLAMA_FACTORY + "dataset: identity\n")
     with pytest.raises(UserError, match=r"theirs.yaml:37: dataset 'identity': training reads rows"):

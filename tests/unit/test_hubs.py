@@ -184,8 +184,8 @@ def test_a_checkpoint_of_p_tuning_says_what_it_is(sharded, with_base, capsys):
     assert ("a base model and a prefix in one" if with_base else "no base model") in str(
         caught.value
     )
-    assert "trained on (config.json names THUDM/chatglm-6b) as --chatglm_path" in str(caught.value)
-    assert main(["doctor", "--chatglm_path", str(sharded), "--use_cpu", "true"]) == 1
+    assert "trained on (config.json names THUDM/chatglm-6b) as --base" in str(caught.value)
+    assert main(["doctor", "--base", str(sharded), "--use_cpu", "true"]) == 1
     assert "problem  base model" in capsys.readouterr().out
 
 
@@ -231,16 +231,16 @@ def test_march_s_model_without_its_image_tokens(shared, march_vocabulary, tmp_pa
 def test_an_adapter_by_its_hub_id(tmp_path, strange_adapter, capsys):
     cache_model(strange_adapter, tmp_path / "hub" / "models--me--my-adapter")
     Path("a.json").write_text('[{"instruction": "Who?", "input": "", "output": "x"}]')
-    flags = ["--data_path", "a.json", "--chatglm_path", "glm-tiny", "--max_new_tokens", "4"]
+    flags = ["--data_path", "a.json", "--base", "glm-tiny", "--max_new_tokens", "4"]
     answers = []
     for path in ("me/my-adapter", strange_adapter):
         for _ in range(2):  # the second time the answers lie in a folder of that name
-            flags_of_it = ["--model_path", path, "--output_path", f"{len(answers)}.jsonl"]
+            flags_of_it = ["--adapter", path, "--output_path", f"{len(answers)}.jsonl"]
             assert main(["infer", *flags, *flags_of_it, "--use_cpu", "true"]) == 0
             answers.append(json.loads(Path(f"{len(answers)}.jsonl").read_text())["answer"])
     assert len(set(answers)) == 1
-    assert main(["infer", *flags, "--model_path", "me/my-adapter", "--use_cpu", "true"]) == 0
-    assert main(["infer", *flags, "--model_path", "me/my-adapter", "--use_cpu", "true"]) == 0
+    assert main(["infer", *flags, "--adapter", "me/my-adapter", "--use_cpu", "true"]) == 0
+    assert main(["infer", *flags, "--adapter", "me/my-adapter", "--use_cpu", "true"]) == 0
     assert "nothing was left to do" in capsys.readouterr().out
     settings = json.loads(Path("me/my-adapter/answers.settings.json").read_text())
     assert settings["adapter"] == "me/my-adapter"
@@ -320,7 +320,7 @@ def test_modelscope_without_its_client(monkeypatch):
     monkeypatch.setattr(hubs, "find_spec", lambda _: None)
     with pytest.raises(UserError, match="pip install modelscope and run this again") as caught:
         load_tokenizer(resolve_base("ZhipuAI/ChatGLM-6B"))
-    assert str(caught.value).endswith("--chatglm_path zai-org/chatglm-6b")
+    assert str(caught.value).endswith("--base zai-org/chatglm-6b")
 
 
 # --- the hub ---

@@ -22,7 +22,7 @@ def run(answering):
 
 @pytest.fixture
 def path(answering):
-    return Path(answering["model_path"], "answers.jsonl")
+    return Path(answering["adapter"], "answers.jsonl")
 
 
 def read(path):
@@ -121,7 +121,7 @@ def test_without_an_adapter_the_base_answers(run, path, tmp_path, monkeypatch):
     run()
     tuned = read(path)
     monkeypatch.chdir(tmp_path)
-    run(model_path=None)
+    run(adapter=None)
     base = read(tmp_path / "answers.jsonl")
     assert [line["row"] for line in base] == [1, 2, 3, 4, 5]
     assert [line["answer"] for line in base] != [line["answer"] for line in tuned]
@@ -130,8 +130,8 @@ def test_without_an_adapter_the_base_answers(run, path, tmp_path, monkeypatch):
 def test_a_run_folder_means_its_newest_checkpoint(run, path, answering, tmp_path):
     run()
     for step in (2, 10):
-        shutil.copytree(answering["model_path"], tmp_path / "run" / f"checkpoint-{step}")
-    run(model_path=str(tmp_path / "run"))
+        shutil.copytree(answering["adapter"], tmp_path / "run" / f"checkpoint-{step}")
+    run(adapter=str(tmp_path / "run"))
     written = tmp_path / "run" / "answers.jsonl"
     assert written.read_bytes() == path.read_bytes()
     settings = json.loads((tmp_path / "run" / "answers.settings.json").read_text(encoding="utf-8"))
@@ -216,7 +216,7 @@ def test_answers_of_other_settings_do_not_mix(run, path, changes, told):
 
 def test_answers_of_an_adapter_trained_on_do_not_mix(run, answering):
     run(limit=2)
-    other = Path(answering["model_path"], "adapter_config.json")
+    other = Path(answering["adapter"], "adapter_config.json")
     settings = json.loads(other.read_text(encoding="utf-8"))
     other.write_text(json.dumps(settings | {"lora_alpha": 64}), encoding="utf-8")
     with pytest.raises(UserError, match="adapter_sha256"):

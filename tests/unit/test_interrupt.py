@@ -109,7 +109,7 @@ def be_stopped(moment, rows, folder):
     else:  # of four passes, which take 20 s
         passes.PaddedPass.run = slow(passes.PaddedPass.run, 5, FromCall(9))
     flags = {
-        "dataset_path": rows, "output_dir": folder, "chatglm_path": GLM_TINY, "use_cpu": "true",
+        "dataset_path": rows, "output_dir": folder, "base": GLM_TINY, "use_cpu": "true",
         "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 10000,
         "per_device_eval_batch_size": 1, "eval_ratio": 0.17, "eval_steps": 2, "save_steps": 2,
         "report_to": "none",

@@ -25,7 +25,7 @@ class TestRunFolder:
         settings = TrainSettings(
             dataset_path=tiny_rows,
             output_dir=str(folder),
-            chatglm_path=str(tiny_folder),
+            base=str(tiny_folder),
             num_train_epochs=2,
             logging_steps=2,
             save_steps=2,
@@ -119,7 +119,7 @@ def test_banner_and_summary_tell_the_run(tiny_run, capsys):
         "step 1/4: loss ",
         "Done: all 4 steps",
         "evaluation loss",
-        f"glmtune infer --data_path RECORDS.json --model_path {tiny_run().output_dir}",
+        f"glmtune infer --data_path RECORDS.json --adapter {tiny_run().output_dir}",
     ):
         assert words in out, words
 

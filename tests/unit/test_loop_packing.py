@@ -66,7 +66,7 @@ class TestPacking:
         curve = losses(result)
         assert curve[-1] < curve[0]
         assert losses(result, "eval_loss")[-1] < curve[0]
-        assert load_adapter(load_base_model(tiny_run().chatglm_path), tiny_run().output_dir)
+        assert load_adapter(load_base_model(tiny_run().base), tiny_run().output_dir)
 
     def test_each_row_is_trained_on_once_an_epoch(self, tiny_run, spy, monkeypatch):
         monkeypatch.setattr(loop, "check_first_step", lambda *args: None)

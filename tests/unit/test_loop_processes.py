@@ -97,7 +97,7 @@ def run_in_two_processes(folder, dataset_path, base):
     def settings(name, **changes):
         paths = {"dataset_path": dataset_path, "output_dir": f"{folder}/{name}"}
         dealt = test.SETTINGS | test.DEALT["two"] | changes
-        return short_run(**paths, chatglm_path=base, **dealt)
+        return short_run(**paths, base=base, **dealt)
 
     loop.train(settings("two", lora_dropout=0))
     loop.train(settings("two in passes", lora_dropout=0, **test.DEALT["two in passes"]))

@@ -40,7 +40,7 @@ def test_a_merged_folder_is_a_plain_model_with_the_same_logits(
 ):
     folder = tie_head(tiny_folder, tmp_path / "tied") if tied else tiny_folder
     config = MergeSettings(
-        model_path=str(fused_adapter), chatglm_path=str(folder), save_path=str(tmp_path / "merged")
+        adapter=str(fused_adapter), base=str(folder), save_path=str(tmp_path / "merged")
     )
     assert merge_adapter(config) < 1e-5
 
@@ -64,9 +64,7 @@ def test_merge_copies_the_tokenizer_byte_for_byte_and_no_code_but_its_own(
     folder = tie_head(tiny_folder, tmp_path / "tied")
     merged = tmp_path / "merged"
     merge_adapter(
-        MergeSettings(
-            model_path=str(fused_adapter), chatglm_path=str(folder), save_path=str(merged)
-        )
+        MergeSettings(adapter=str(fused_adapter), base=str(folder), save_path=str(merged))
     )
     name = "tokenizer_config.json"
     assert (merged / name).read_bytes() == (folder / name).read_bytes()
@@ -105,9 +103,7 @@ def test_a_merged_folder_is_loaded_by_those_who_know_transformers_alone(
         (tiny_base / name).write_text(json.dumps(settings))
     merged = tmp_path / "merged"
     merge_adapter(
-        MergeSettings(
-            model_path=strange_adapter, chatglm_path=str(tiny_base), save_path=str(merged)
-        )
+        MergeSettings(adapter=strange_adapter, base=str(tiny_base), save_path=str(merged))
     )
     for name in ("config.json", "tokenizer_config.json"):
         for target in json.loads((merged / name).read_text())["auto_map"].values():
@@ -132,8 +128,8 @@ def test_a_merge_that_went_wrong_leaves_nothing(tiny_folder, fused_adapter, tmp_
         model.transformer.layers[0].attention.dense.weight.data.zero_()
 
     config = MergeSettings(
-        model_path=str(fused_adapter),
-        chatglm_path=str(tiny_folder),
+        adapter=str(fused_adapter),
+        base=str(tiny_folder),
         save_path=str(tmp_path / "merged"),
     )
     monkeypatch.setattr(merge, "downcast_lossless", damage)
@@ -144,8 +140,8 @@ def test_a_merge_that_went_wrong_leaves_nothing(tiny_folder, fused_adapter, tmp_
 
 def test_merge_never_overwrites(tiny_folder, fused_adapter):
     config = MergeSettings(
-        model_path=str(fused_adapter),
-        chatglm_path=str(tiny_folder),
+        adapter=str(fused_adapter),
+        base=str(tiny_folder),
         save_path=str(fused_adapter.parent),
     )
     with fails("there already and not empty"):

@@ -32,7 +32,7 @@ def test_the_setting_wins_over_environment_and_run_folder(tmp_path, monkeypatch)
     for folder in folders:
         folder.mkdir()
     flag, env, recipe, run = map(str, folders)
-    (tmp_path / "run" / "recipe.yaml").write_text(f"chatglm_path: {recipe}\n")
+    (tmp_path / "run" / "recipe.yaml").write_text(f"base: {recipe}\n")
     (tmp_path / "run" / "checkpoint-5").mkdir()
     assert resolve_base(None, run) == recipe
     assert resolve_base(None, f"{run}/checkpoint-5") == recipe
@@ -56,7 +56,7 @@ def test_nothing_given_and_nothing_found(capsys):
     assert out == ""
     assert err.count("\n") == 1, "told once a process, in one line"
     assert "glm-tiny" in err
-    assert "--chatglm_path FOLDER" in err
+    assert "--base FOLDER" in err
     assert load_tokenizer(GLM_TINY).vocab_size <= load_base_model(GLM_TINY).config.vocab_size
 
 
@@ -93,7 +93,7 @@ def test_a_hub_that_fails_or_hangs(trouble, monkeypatch):
 
 @pytest.mark.parametrize("value", ["./no/such", "/no/such", "typo", "~/no-such-folder", "a/b/c"])
 def test_a_folder_that_is_not_there(value):
-    with pytest.raises(UserError, match=r"--chatglm_path.*is no folder"):
+    with pytest.raises(UserError, match=r"--base.*is no folder"):
         resolve_base(value)
 
 

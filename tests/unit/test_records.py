@@ -211,7 +211,7 @@ def test_the_encoding_that_is_named_is_the_one_that_reads(write, capsys, encodin
     if not lines:
         (first, *_), _ = read_rows("out")
         assert (first.context, first.target) == (f"Instruction: {text}\nAnswer: ", text)
-        answer = ["--chatglm_path", "glm-tiny", "--max_new_tokens", "1", "--output_path", "x"]
+        answer = ["--base", "glm-tiny", "--max_new_tokens", "1", "--output_path", "x"]
         assert main(["infer", "--data_path", path, "--limit", "1", *answer, *fix]) == 0
 
 

@@ -174,7 +174,7 @@ class TestAnotherRun:
         name = next(name for name in tensors if "query_key_value.weight" in name)
         tensors[name] *= 1.01
         save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-        told = self.refusal(toy_run(chatglm_path=str(base), **saved))
+        told = self.refusal(toy_run(base=str(base), **saved))
         assert "base weights " in told
         assert "base model" not in told
 

@@ -136,7 +136,7 @@ class TestComputed:
 
 
 class TestPlanVerb:
-    FLAGS = ("--chatglm_path", "zai-org/chatglm-6b", "--card", "H200")
+    FLAGS = ("--base", "zai-org/chatglm-6b", "--card", "H200")
 
     def plan(self, tmp_path, *flags):
         path = tmp_path / "plan.jsonl"

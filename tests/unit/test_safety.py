@@ -169,7 +169,7 @@ def run_folder(tmp_path_factory):
     tokenize = f"tokenize --jsonl_path {folder}/x.jsonl --save_path {folder}/rows"
     train = f"train --dataset_path {folder}/rows --output_dir {folder}/out --max_steps 2"
     for line in (tokenize, f"{train} --save_steps 1 --use_cpu --disable_tqdm"):
-        assert cli.main([*line.split(), "--chatglm_path", "glm-tiny"]) == 0
+        assert cli.main([*line.split(), "--base", "glm-tiny"]) == 0
     return folder / "out"
 
 
@@ -321,9 +321,9 @@ def test_recipes(tmp_path, monkeypatch, text, words):
 
 def test_the_recipe_of_a_run_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("GLMTUNE_MODEL", raising=False)
-    (tmp_path / "recipe.yaml").write_text("chatglm_path: !!python/object/apply:os.mkdir [sprung]")
-    refused(r"recipe\.yaml:1: chatglm_path should be plain", resolve_base, None, str(tmp_path))
-    (tmp_path / "recipe.yaml").write_text("chatglm_path: [")
+    (tmp_path / "recipe.yaml").write_text("base: !!python/object/apply:os.mkdir [sprung]")
+    refused(r"recipe\.yaml:1: base should be plain", resolve_base, None, str(tmp_path))
+    (tmp_path / "recipe.yaml").write_text("base: [")
     refused(r"recipe\.yaml:1: not YAML", resolve_base, None, str(tmp_path))
 
 

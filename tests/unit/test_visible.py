@@ -72,13 +72,13 @@ def test_infer_prints_unseen_characters_as_escapes(strange, capsys, form):
     out = capsys.readouterr().out
     assert acting(out) == set()
     assert out.count("\\u202e") == 5  # three of the record, one in each answer
-    line = Path(strange["model_path"], "answers.jsonl").read_text("utf-8").splitlines()[0]
+    line = Path(strange["adapter"], "answers.jsonl").read_text("utf-8").splitlines()[0]
     assert json.loads(line)["answer"] == f"answer {UNSEEN}", "the file holds what was said"
 
 
 def test_compare_prints_unseen_characters_as_escapes(strange, capsys):
     compare(CompareSettings(**strange))
-    folder = Path(strange["model_path"], "compare")
+    folder = Path(strange["adapter"], "compare")
     for name in ("compare.md", "compare.html"):
         text = (folder / name).read_text(encoding="utf-8")
         assert acting(text) == set(), name
@@ -96,7 +96,7 @@ def test_chat_prints_unseen_characters_as_escapes(monkeypatch, capsys):
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     monkeypatch.setattr("glmtune.evaluation.chat.polish", lambda *_: f"answer {UNSEEN}")
     monkeypatch.setattr("glmtune.evaluation.chat.polish_beginning", lambda *_: "answer ")
-    chat(ChatSettings(chatglm_path=GLM_TINY, max_new_tokens=3, do_sample=False, use_cpu=True))
+    chat(ChatSettings(base=GLM_TINY, max_new_tokens=3, do_sample=False, use_cpu=True))
     out = capsys.readouterr().out
     assert acting(out) == set()
     assert "answer \\x1b[31m" in out
@@ -109,8 +109,8 @@ def test_chat_prints_unseen_characters_as_escapes(monkeypatch, capsys):
         "validate r.json",
         "convert --data_path r.json --save_path r.jsonl",
         "convert --data_path r.json --save_path r.jsonl --on_bad_row skip",
-        f"infer --data_path r.json --chatglm_path {GLM_TINY} --output_path a.jsonl --use_cpu true",
-        f"infer --data_path r.json --chatglm_path {GLM_TINY} --output_path a.jsonl --use_cpu true "
+        f"infer --data_path r.json --base {GLM_TINY} --output_path a.jsonl --use_cpu true",
+        f"infer --data_path r.json --base {GLM_TINY} --output_path a.jsonl --use_cpu true "
         "--on_bad_row skip --max_new_tokens 1",
     ],
 )

@@ -46,8 +46,8 @@ def merge_adapter(settings: MergeSettings) -> float:
             adapter changes nothing, or the merged folder gives other logits.
     """
     refuse_existing(settings.save_path)
-    adapter_folder = find_adapter(settings.model_path)
-    base = resolve_base(settings.chatglm_path, settings.model_path)
+    adapter_folder = find_adapter(settings.adapter)
+    base = resolve_base(settings.base, settings.adapter)
     print(f"loading {base} with the adapter of {adapter_folder}")
     base_config = load_config(base)
     # Round dequantised weights as they will be stored, so that the expected logits match them.

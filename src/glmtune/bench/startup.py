@@ -20,7 +20,7 @@ from glmtune.errors import UserError
 from glmtune.runlog import print_pairs
 
 NUM_ROWS = 100
-TINY = "--chatglm_path glm-tiny"
+TINY = "--base glm-tiny"
 MISTAKE, LIGHT, ROWS, MODEL = 0.35, 0.5, 1.0, 3.0
 """The targets, as multiples of `import torch`."""
 
@@ -44,9 +44,9 @@ CASES = (
     Case("mistake: recipe", MISTAKE, "train bad.yaml", rc=2),
     Case("mistake: rows", MISTAKE, "tokenize --jsonl_path no --save_path new " + TINY, rc=2),
     Case("mistake: data set", MISTAKE, "train --dataset_path no --output_dir new " + TINY, rc=2),
-    Case("mistake: base", MISTAKE, "chat --chatglm_path ./no", rc=2),
+    Case("mistake: base", MISTAKE, "chat --base ./no", rc=2),
     Case("mistake: records", MISTAKE, "infer --data_path no " + TINY, rc=2),
-    Case("mistake: adapter", MISTAKE, "merge --model_path no --save_path new " + TINY, rc=2),
+    Case("mistake: adapter", MISTAKE, "merge --adapter no --save_path new " + TINY, rc=2),
     Case("validate", LIGHT, "validate rows.json"),
     Case("convert", LIGHT, "convert --data_path rows.json --save_path again.jsonl"),
     Case("plan", LIGHT, "plan --use_cpu true " + TINY),

@@ -71,7 +71,7 @@ class BaseModelSettings(Settings):
     """Which base model."""
 
     group: ClassVar[str] = "model"
-    chatglm_path: PathText | None = Field(
+    base: PathText | None = Field(
         None,
         description="folder or hub id of ChatGLM-6B (default: the environment's GLMTUNE_MODEL, "
         "else what the run folder names, else the hub's, else glm-tiny, which is in the package)",

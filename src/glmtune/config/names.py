@@ -14,7 +14,8 @@ from glmtune.config.foreign.fates import Becomes, Fate, Idle, Refused, spellings
 from glmtune.config.settings import SETTINGS
 from glmtune.errors import UserError, note
 
-_ADAPTER = ("model_path", "adapter")
+RENAMED = {"chatglm_path": "base", "model_path": "adapter"}
+"""Deprecated names of settings, read silently: older recipes and commands have them."""
 
 
 class Given(NamedTuple):
@@ -37,6 +38,21 @@ class Given(NamedTuple):
         """The setting with its value, for the start of an error line."""
         value = "null" if self.value is None else repr(self.value)
         return f"{self.source} {value if len(value) <= 200 else f'{value[:197]}...'}"
+
+
+def renamed(given: Mapping[str, Given]) -> dict[str, Given]:
+    """The same settings with deprecated names replaced.
+
+    Raises:
+        UserError: one setting under both names.
+    """
+    found: dict[str, Given] = {}
+    for name, setting in given.items():
+        today = RENAMED.get(name, name)
+        if today in found:
+            raise UserError(f"{found[today].source} and {setting.source} are one setting; keep one")
+        found[today] = setting
+    return found
 
 
 def did_you_mean(word: str, candidates: Iterable[str], prefix: str = "") -> str:
@@ -88,11 +104,12 @@ def knows(verb: str, name: str) -> bool:
     if name in SETTINGS[verb].model_fields:
         return True
     is_ours = any(name in settings.model_fields for settings in SETTINGS.values())
-    return bool(_fates(verb, name)) and (not is_ours or setting_named(verb, name) in _ADAPTER)
+    return bool(_fates(verb, name)) and (not is_ours or setting_named(verb, name) == "adapter")
 
 
 def setting_named(verb: str, name: str) -> str | None:
     """The setting of `verb` that a name stands for whatever its value, if there is one."""
+    name = RENAMED.get(name, name)
     if name in SETTINGS[verb].model_fields:
         return name
     first = next(iter(_fates(verb, name)), None)
@@ -111,6 +128,7 @@ def read_as_settings(verb: str) -> list[str]:
 
 def check_name(verb: str, name: str, source: str) -> None:
     """Raise UserError, with the likeliest fix, for a name that `verb` does not know."""
+    name = RENAMED.get(name, name)
     if name in SETTINGS[verb].model_fields or _fates(verb, name):
         return
     if verbs := _verbs_that_have(name):

@@ -27,6 +27,7 @@ from glmtune.config.names import (
     check_name,
     did_you_mean,
     knows,
+    renamed,
     setting_named,
     translate,
     with_todays_names,
@@ -62,7 +63,7 @@ def read_config(
     """
     given = recipe_settings(cls.verb, recipe_path) if recipe_path is not None else {}
     from_flags = {name: Given(text, f"--{name}") for name, text in flags.items()}
-    given |= with_todays_names(cls.verb, from_flags)
+    given |= with_todays_names(cls.verb, renamed(from_flags))
     values = {
         name: None if _means_none(cls, name, setting.value) else setting.value
         for name, setting in given.items()
@@ -182,12 +183,12 @@ def _read_yaml(path: str) -> tuple[dict[str, Given], dict[str, dict[str, Given]]
     for name, (where, node) in _pairs(root, path).items():
         if name in SETTINGS and (isinstance(node, yaml.MappingNode) or node.tag == _TAG + "null"):
             pairs = _pairs(node, path) if isinstance(node, yaml.MappingNode) else {}
-            sections[name] = {key: _given(key, *pair) for key, pair in pairs.items()}
+            sections[name] = renamed({key: _given(key, *pair) for key, pair in pairs.items()})
         elif isinstance(node, yaml.MappingNode) and name not in FOREIGN:
             raise UserError(f"{where}: {name} is no section{did_you_mean(name, SETTINGS)}")
         else:
             shared[name] = _given(name, where, node)
-    return shared, sections
+    return renamed(shared), sections
 
 
 def _pairs(mapping: yaml.MappingNode, path: str) -> dict[str, tuple[str, yaml.Node]]:

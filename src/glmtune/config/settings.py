@@ -156,12 +156,12 @@ class InferSettings(AnsweringSettings):
     verb = "infer"
     group: ClassVar[str] = "data"
     reads_and_writes = ("data_path", "output_path")
-    model_path: PathText | None = Field(
+    adapter: PathText | None = Field(
         None, description="run folder or adapter (default: the base model alone)"
     )
     output_path: PathText | None = Field(
         None,
-        description="JSONL file of the answers (default: answers.jsonl in model_path)",
+        description="JSONL file of the answers (default: answers.jsonl beside the adapter)",
     )
     limit: int | None = Field(None, ge=1, description="answer this many records (default: all)")
     print_limit: int | None = Field(
@@ -177,10 +177,10 @@ class CompareSettings(AnsweringSettings):
 
     verb = "compare"
     group: ClassVar[str] = "data"
-    model_path: PathText = Field(description="run folder or adapter")
+    adapter: PathText = Field(description="run folder or adapter")
     output_dir: PathText | None = Field(
         None,
-        description="folder for compare.md, .html and .jsonl (default: compare in model_path)",
+        description="folder for compare.md, .html and .jsonl (default: compare beside the adapter)",
     )
     limit: int | None = Field(20, ge=1, description="answer this many records; none: all")
 
@@ -204,11 +204,6 @@ class ChatSettings(AnswerSettings, AnsweringWeightSettings, BaseModelSettings, D
     top_p: float | None = Field(
         0.7, gt=0, le=1, description="draw from the likeliest tokens that hold this probability"
     )
-
-    @property
-    def model_path(self) -> str | None:
-        """The adapter, by the name it has in other verbs."""
-        return self.adapter
 
 
 # --- replay, check ---
@@ -240,11 +235,6 @@ class CheckSettings(AnsweringWeightSettings, BaseModelSettings, DeviceSettings):
     max_new_tokens: int = Field(150, ge=1, description="longest answer, in tokens")
     json_path: PathText | None = Field(None, description="JSON file to write all figures into")
 
-    @property
-    def model_path(self) -> str:
-        """The adapter, by the name it has in other verbs."""
-        return self.adapter
-
 
 # --- merge, adapters convert ---
 
@@ -254,8 +244,8 @@ class MergeSettings(BaseModelSettings):
 
     verb = "merge"
     group: ClassVar[str] = "data"
-    reads_and_writes = ("model_path", "save_path")
-    model_path: PathText = Field(description="run folder or adapter to merge")
+    reads_and_writes = ("adapter", "save_path")
+    adapter: PathText = Field(description="run folder or adapter to merge")
     save_path: PathText = Field(
         description="folder for the merged model, which loads as a plain one"
     )

@@ -215,7 +215,7 @@ def check_data_card(card: DataCard, tokenizer: RowTokenizer, path: str) -> None:
     base = f" of {card.base_model}" if card.base_model else ""
     raise UserError(
         f"{path}: tokenised with another tokenizer{base} ({what}); run `glmtune tokenize` "
-        "with the --chatglm_path that you train with"
+        "with the --base that you train with"
     )
 
 

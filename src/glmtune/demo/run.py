@@ -90,8 +90,8 @@ def demo(settings: DemoSettings) -> DemoResult:
         comparison = compare(
             CompareSettings(
                 data_path=paths["questions.json"],
-                model_path=paths["run"],
-                chatglm_path=GLM_TINY,
+                adapter=paths["run"],
+                base=GLM_TINY,
                 limit=None,
                 max_new_tokens=MAX_NEW_TOKENS,
                 per_device_eval_batch_size=QUESTIONS_PER_BATCH,
@@ -125,7 +125,7 @@ def training_config(settings: DemoSettings, dataset_path: str, output_dir: str) 
         **recipe,
         dataset_path=dataset_path,
         output_dir=output_dir,
-        chatglm_path=GLM_TINY,
+        base=GLM_TINY,
         seed=settings.seed,
         use_cpu=settings.use_cpu,
         save_total_limit=1,
@@ -204,10 +204,10 @@ def _print_end(result: DemoResult, settings: DemoSettings) -> None:
     print_pairs(
         "What to try next",
         {
-            "ask it": f"{program()} infer --data_path {questions} --model_path {run} --limit 10",
+            "ask it": f"{program()} infer --data_path {questions} --adapter {run} --limit 10",
             "look it over": f"{program()} check {run} --data_path {questions}",
             "train it your way": f"{program()} train {recipe} --output_dir my-run --lora_rank 2",
-            "the real one": f"{program()} convert, tokenize, train and infer with --chatglm_path "
+            "the real one": f"{program()} convert, tokenize, train and infer with --base "
             "FOLDER of ChatGLM-6B and your own alpaca records",
             **activation(),
         },

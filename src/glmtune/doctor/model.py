@@ -27,7 +27,7 @@ PUBLISHED_GB = 13.4
 """Size of the published float16 shards on disk."""
 
 
-def find_base(chatglm_path: str | None, run_folder: str | None = None) -> Path | str:
+def find_base(named: str | None, run_folder: str | None = None) -> Path | str:
     """The folder of the base that a run would use, or its hub id if it is not on this machine yet.
 
     If none is named or found, that is the published model's.
@@ -35,7 +35,7 @@ def find_base(chatglm_path: str | None, run_folder: str | None = None) -> Path |
     Raises:
         UserError: a path that does not exist.
     """
-    base = resolve_base(chatglm_path, run_folder, needs_weights=False)
+    base = resolve_base(named, run_folder, needs_weights=False)
     if Path(base).is_dir():
         return Path(base)
     config = try_to_load_from_cache(base, "config.json")
@@ -55,7 +55,7 @@ def check_hub_base(base: str, is_named: bool) -> Iterator[CheckLine]:
             WARNING,
             (
                 f"none is named or found, so this is of {base}; where no hub answers a run takes "
-                "glm-tiny, the toy model: name one with --chatglm_path FOLDER"
+                "glm-tiny, the toy model: name one with --base FOLDER"
             ),
         )
     elif hub_config(base) is None:
@@ -64,7 +64,7 @@ def check_hub_base(base: str, is_named: bool) -> Iterator[CheckLine]:
             (
                 f"{base} is not on this machine, and "
                 + ("HF_HUB_OFFLINE forbids to ask for it" if HF_HUB_OFFLINE else "no hub answers")
-                + ": name a folder with --chatglm_path"
+                + ": name a folder with --base"
             ),
         )
 
@@ -74,7 +74,7 @@ def check_base(base: Path | str) -> Iterator[CheckLine]:
     if not isinstance(base, Path):
         size = f" ({PUBLISHED_GB} GB)" if base in published_names() else ""
         text = f"{base} would be downloaded first{size}"
-        yield WARNING, f"{text}: {download_command(base)}, or name a folder with --chatglm_path"
+        yield WARNING, f"{text}: {download_command(base)}, or name a folder with --base"
         return
     config = load_config(str(base))
     family = family_of(config)
@@ -83,7 +83,7 @@ def check_base(base: Path | str) -> Iterator[CheckLine]:
     shape = family.shape(config)
     text = f"{base_name(str(base))}: {shape.num_layers} layers, vocabulary {shape.vocab_size}"
     if str(base) == GLM_TINY:
-        text += " (the toy model: name the real one with --chatglm_path FOLDER)"
+        text += " (the toy model: name the real one with --base FOLDER)"
     yield OK, text
 
 

@@ -29,10 +29,10 @@ _READS = (
     ("convert", "data_path", None),
     ("tokenize", "jsonl_path", ("convert", "save_path")),
     ("infer", "data_path", None),
-    ("infer", "model_path", ("train", "output_dir")),
+    ("infer", "adapter", ("train", "output_dir")),
     ("compare", "data_path", None),
-    ("compare", "model_path", ("train", "output_dir")),
-    ("merge", "model_path", ("train", "output_dir")),
+    ("compare", "adapter", ("train", "output_dir")),
+    ("merge", "adapter", ("train", "output_dir")),
 )
 _SHARE_CUT_TO_WARN_OF = 0.05
 

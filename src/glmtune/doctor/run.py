@@ -102,8 +102,8 @@ def _examine_run(settings: DoctorSettings) -> Iterator[Finding]:
     found: list[Path | str] = []
 
     def base_model() -> Iterator[CheckLine]:
-        named = [getattr(plan, "chatglm_path", None) for plan in plans.values()]
-        name = settings.chatglm_path or next(filter(None, named), None)
+        named = [getattr(plan, "base", None) for plan in plans.values()]
+        name = settings.base or next(filter(None, named), None)
         if not name and isinstance(train, TrainSettings):
             name = recipe.base_of_rows(train.dataset_path)
         base = model.find_base(name)

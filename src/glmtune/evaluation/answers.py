@@ -112,8 +112,8 @@ class ModelChoice:
         Raises:
             UserError: there is no such base or adapter, or the device lacks something.
         """
-        adapter = find_adapter(settings.model_path) if settings.model_path else None
-        base = resolve_base(settings.chatglm_path, settings.model_path)
+        adapter = find_adapter(settings.adapter) if settings.adapter else None
+        base = resolve_base(settings.base, settings.adapter)
         device = pick_device(settings.use_cpu)
         check_decoding(device, settings.decoder_bits, settings.decode_compile)
         dtype, caution = pick_dtype(device, settings.bf16, settings.fp16)

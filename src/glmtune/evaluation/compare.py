@@ -36,7 +36,7 @@ def compare(settings: CompareSettings) -> Comparison:
     subject = ModelChoice.of(settings)
     if settings.on_bad_row == "skip":
         records = fit_positions(records, settings, subject.base)
-    folder = Path(settings.output_dir or Path(settings.model_path, "compare"))
+    folder = Path(settings.output_dir or Path(settings.adapter, "compare"))
     file = AnswerFile(
         folder / "compare.jsonl",
         records,

@@ -61,7 +61,7 @@ def infer(settings: InferSettings) -> InferSummary:
     if settings.on_bad_row == "skip":
         records = fit_positions(records, settings, subject.base)
     file = AnswerFile(
-        Path(settings.output_path or Path(settings.model_path or "", "answers.jsonl")),
+        Path(settings.output_path or Path(settings.adapter or "", "answers.jsonl")),
         records,
         {"verb": "infer"} | subject.identity() | settings.in_effect(),
         overwrite=settings.overwrite_output,

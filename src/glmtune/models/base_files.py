@@ -137,7 +137,7 @@ def _not_given(base: str) -> str:
 def _other_ways(base: str) -> str:
     if family_not_loaded(base):
         return f"pass {DEFAULT.name}, such as {HUB_IDS[0]}"
-    ways = "check the name and the network, or pass --chatglm_path FOLDER with a downloaded copy"
+    ways = "check the name and the network, or pass --base FOLDER with a downloaded copy"
     if is_on_modelscope(base):
         return ways
     return f"{ways}; is it a name on ModelScope, `modelscope download --model {base}` gets one"

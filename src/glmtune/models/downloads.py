@@ -93,7 +93,7 @@ def check_download(hub_id: str, snapshot: Path) -> None:
             raise UserError(
                 f"{path}: is none of the published files that are known here, and {PUBLISHER} is "
                 f"not there to ask; delete {path.resolve()} and download it again, or, if you know "
-                f"where it comes from, pass the folder itself: --chatglm_path {snapshot}"
+                f"where it comes from, pass the folder itself: --base {snapshot}"
             )
     with suppress(OSError):  # a cache that is not writable is checked again next time
         record.write_text(json.dumps(checked | states), encoding="utf-8")

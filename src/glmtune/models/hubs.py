@@ -188,7 +188,7 @@ def from_modelscope(hub_id: str, patterns: list[str]) -> Path:
         same = f"zai-org/{hub_id.partition('/')[2].lower()}"
         raise UserError(
             f"{hub_id}: is a name on ModelScope, whose client is not installed: pip install "
-            f"modelscope and run this again, or take the same from --chatglm_path {same}"
+            f"modelscope and run this again, or take the same from --base {same}"
         )
     from modelscope import snapshot_download
 

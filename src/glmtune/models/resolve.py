@@ -32,7 +32,7 @@ GLM_TINY = str(Path(__file__).resolve().with_name("glm-tiny"))
 
 
 def resolve_base(
-    chatglm_path: str | None = None, run_folder: str | None = None, *, needs_weights: bool = True
+    named: str | None = None, run_folder: str | None = None, *, needs_weights: bool = True
 ) -> str:
     """Decide which base model is meant.
 
@@ -41,7 +41,7 @@ def resolve_base(
     these, glm-tiny, with a note on stderr.
 
     Args:
-        chatglm_path: `--chatglm_path`: a folder, a hub id, or the name glm-tiny.
+        named: `--base`: a folder, a hub id, or the name glm-tiny.
         run_folder: of the adapter that is to be used, if any.
         needs_weights: without, the published model is meant where none is named, be it here or not.
 
@@ -52,9 +52,9 @@ def resolve_base(
         UserError: a path that does not exist, or HF_ENDPOINT is no address.
     """
     for value, source in (
-        (chatglm_path, "--chatglm_path"),
+        (named, "--base"),
         (os.environ.get(ENVIRONMENT_VARIABLE), ENVIRONMENT_VARIABLE),
-        (_recipe_base(run_folder), f"chatglm_path in {run_folder}/{RECIPE_FILE}"),
+        (_recipe_base(run_folder), f"base in {run_folder}/{RECIPE_FILE}"),
     ):
         if value:
             return _folder_or_hub_id(value, source)
@@ -74,13 +74,13 @@ def resolve_base(
 def _tell_of_glm_tiny() -> None:
     note(
         "no base model is given or found, so this uses glm-tiny, which knows a toy world and "
-        f"nothing else; name the real one with --chatglm_path FOLDER (or {ENVIRONMENT_VARIABLE})"
+        f"nothing else; name the real one with --base FOLDER (or {ENVIRONMENT_VARIABLE})"
     )
 
 
 def _recipe_base(run_folder: str | None) -> str | None:
     recipes = find_around(Path(run_folder), RECIPE_FILE) if run_folder else []
-    return shared_setting(str(recipes[0]), "chatglm_path") if recipes else None
+    return shared_setting(str(recipes[0]), "base") if recipes else None
 
 
 def _folder_or_hub_id(value: str, source: str) -> str:

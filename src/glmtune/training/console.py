@@ -111,7 +111,7 @@ def print_summary(
     pairs["adapter"] = f"{run.settings.output_dir} (the curve: {PLOT_FILE})"
     if not is_done and state.last_good:
         pairs["resume with"] = resume_command(run, state.last_good, program())
-    pairs["answer with"] = f"{program()} infer --data_path RECORDS.json --model_path {folder}"
+    pairs["answer with"] = f"{program()} infer --data_path RECORDS.json --adapter {folder}"
     print_pairs(f"{how} {run.max_steps:,} steps", pairs)
 
 

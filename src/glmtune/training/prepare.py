@@ -55,7 +55,7 @@ def prepare(settings: TrainSettings, accelerator: Accelerator, dtype: torch.dtyp
     if settings.base_dtype == "fp8":
         check_fp8(accelerator.device)
     resume, notes = on_main(accelerator, lambda: run_folder.resume_point(settings))
-    base = resolve_base(settings.chatglm_path, str(resume) if resume else None)
+    base = resolve_base(settings.base, str(resume) if resume else None)
     tokenizer = load_tokenizer(base)
     config = load_config(base)
     family = family_of(config)
@@ -93,7 +93,7 @@ def prepare(settings: TrainSettings, accelerator: Accelerator, dtype: torch.dtyp
     sizes = forecast.setup, run.max_steps, accelerator.num_processes
     on_main(accelerator, lambda: run_folder.check_disk(settings, *sizes, resume))
     as_run = {
-        "chatglm_path": base,
+        "base": base,
         "resume_from_checkpoint": None,
         "resume_anyway": False,
         "overwrite_output_dir": False,

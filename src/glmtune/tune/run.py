@@ -113,7 +113,7 @@ class Tuning:
             journal = Journal.of(out, STAGES)
             if not journal.is_claimed:  # nothing in a folder of ours is deleted, whosever it is
                 check_folder(out, False, (), NUM_BYTES, "tune")
-        base = resolve_base(settings.chatglm_path)
+        base = resolve_base(settings.base)
         sections = Sections(settings, base)
         return cls(settings, out, sections, load_row_tokenizer(base), digest, journal)
 

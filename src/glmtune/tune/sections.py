@@ -38,7 +38,7 @@ CHECKPOINTS_KEPT = 2
 
 # The result of a stage does not depend on these; files that they name are known by content.
 _WITHOUT_EFFECT = {
-    "data_path", "chatglm_path", "use_cpu", "eval_ratio", "eval_steps", "save_steps",
+    "data_path", "base", "use_cpu", "eval_ratio", "eval_steps", "save_steps",
     "save_total_limit", "logging_steps", "report_to", "disable_tqdm", "max_hours",
     "overwrite_output_dir", "resume_anyway",
 }  # fmt: skip
@@ -74,7 +74,7 @@ class Sections:
         return TokenizeSettings(
             jsonl_path=self.path(ROWS_FILE),
             save_path=self.path(ROWS_FOLDER),
-            chatglm_path=self.base,
+            base=self.base,
             max_seq_length=max_seq_length,
             skip_overlength=self.given.skip_overlength,
         )
@@ -96,7 +96,7 @@ class Sections:
             TrainSettings,
             dataset_path=self.path(ROWS_FOLDER),
             output_dir=self.path(RUN_FOLDER),
-            chatglm_path=self.base,
+            base=self.base,
             eval_ratio=self.eval_ratio(num_rows),
             save_steps=given.save_steps or save_steps,
             logging_steps=given.logging_steps or logging_steps,
@@ -109,7 +109,7 @@ class Sections:
         return self._settings(
             CheckSettings,
             adapter=self.path(RUN_FOLDER),
-            chatglm_path=self.base,
+            base=self.base,
             data_path=None if self.eval_ratio(num_rows) else self.path(QUESTIONS_FILE),
             limit=CheckSettings.model_fields["limit"].default,
             json_path=self.path(CHECK_FILE),
@@ -120,8 +120,8 @@ class Sections:
         return self._settings(
             CompareSettings,
             data_path=self.path(QUESTIONS_FILE),
-            model_path=self.path(RUN_FOLDER),
-            chatglm_path=self.base,
+            adapter=self.path(RUN_FOLDER),
+            base=self.base,
             output_dir=self.path(COMPARE_FOLDER),
             on_bad_row="skip",  # those that leave no room for an answer
             encoding=None,

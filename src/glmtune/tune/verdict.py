@@ -72,8 +72,8 @@ def tell_verdict(sections: Sections) -> bool:
     )
     commands = {
         "talk to it": f"chat --adapter {run}",
-        "let it answer": f"infer --data_path {questions} --model_path {run}",
-        "one plain model": f"merge --model_path {run} --save_path {merged}",
+        "let it answer": f"infer --data_path {questions} --adapter {run}",
+        "one plain model": f"merge --adapter {run} --save_path {merged}",
         "a stage again": f"check {recipe}",
     }
     print()

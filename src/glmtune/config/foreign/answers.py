@@ -18,7 +18,7 @@ from glmtune.config.foreign.fates import (
 _OURS = "glmtune"
 _WITHOUT_QUESTION = becomes("max_new_tokens", word="max_length counted the question, this does not")
 _ONE_FILE = refused("answers go to a file: --output_path output/answers.jsonl", ("infer",))
-_AS_IT_WAS = "`glmtune merge --model_path output --save_path merged` writes the base's own type"
+_AS_IT_WAS = "`glmtune merge --adapter output --save_path merged` writes the base's own type"
 _NO_SERVER = refused("chat is in the terminal; leave this out", EVERYWHERE)
 
 ANSWERS: tuple[Foreign, ...] = (
@@ -65,22 +65,15 @@ ANSWERS: tuple[Foreign, ...] = (
     *off_rows("LLaMA-Factory", "export_quantization_bit export_legacy_format", _AS_IT_WAS),
     # --- our own names, given to a verb that has another name for it ---
     *rows(
-        _OURS,
-        "model_path",
-        becomes("adapter", word="run folder or adapter"),
-        refused("the new adapter goes to --output_dir output, the base is --chatglm_path FOLDER"),
-        refused("the base is --chatglm_path FOLDER", ("convert", "tokenize", "doctor", "replay")),
-    ),
-    *rows(
         f"{_OURS}, axolotl",
         "adapter",
-        becomes("model_path", word="run folder or adapter"),
         becomes("quantization_bit", word="NF4 under LoRA", values={"qlora": "4"}, verbs=TRAINING),
         idle("lora", word="LoRA is what is trained"),
         refused(
-            "a run starts with a new adapter; --resume_from_checkpoint output/checkpoint-1000 "
-            "resumes a run"
+            "a run starts with a new adapter, which goes to --output_dir output; the base is "
+            "--base FOLDER; --resume_from_checkpoint output/checkpoint-1000 resumes a run"
         ),
+        refused("the base is --base FOLDER", ("convert", "tokenize", "doctor", "replay")),
     ),
     *rows(
         _OURS,

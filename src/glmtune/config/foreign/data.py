@@ -27,7 +27,7 @@ NO_ROWS = refused(
 NOT_CONVERTED = refused(
     f"records become lines first: {CONVERT}, then --jsonl_path rows.jsonl", ("tokenize",)
 )
-_ASK = "`glmtune compare --data_path FILE.json --model_path output`"
+_ASK = "`glmtune compare --data_path FILE.json --adapter output`"
 
 _RECORDS = (
     NO_ROWS,

@@ -16,14 +16,14 @@ from glmtune.config.foreign.fates import (
     unless,
 )
 
-_BASE = becomes("chatglm_path", word="folder or hub id of the base")
+_BASE = becomes("base", word="folder or hub id of the base")
 _NEW_ADAPTER = refused(
     "a run starts with a new adapter: to resume a run, --resume_from_checkpoint output/"
-    "checkpoint-1000; to build on an adapter `glmtune merge --model_path ADAPTER --save_path "
-    "merged`, then --chatglm_path merged"
+    "checkpoint-1000; to build on an adapter `glmtune merge --adapter ADAPTER --save_path "
+    "merged`, then --base merged"
 )
-_ADAPTER = (becomes("model_path", "adapter", word="run folder or adapter"), _NEW_ADAPTER)
-_TOKENIZER = refused("the tokenizer is the base's, from --chatglm_path; leave this out", WITH_BASE)
+_ADAPTER = (becomes("adapter", word="run folder or adapter"), _NEW_ADAPTER)
+_TOKENIZER = refused("the tokenizer is the base's, from --base; leave this out", WITH_BASE)
 _NOT_QUANTISED = idle("false", word="nothing is quantised", verbs=EVERYWHERE)
 _IN_8_BITS = (
     becomes("quantization_bit", word="LLM.int8", values={"true": "8", "false": DEFAULT}),
@@ -92,7 +92,7 @@ MODELS: tuple[Foreign, ...] = (
         "model_revision revision",
         "main",
         "fetch it with `hf download zai-org/chatglm-6b --revision NAME --local-dir chatglm-6b`, "
-        "then --chatglm_path chatglm-6b",
+        "then --base chatglm-6b",
         WITH_BASE,
     ),
     *off_rows(

@@ -109,7 +109,7 @@ TRAINING_ARGUMENTS: tuple[Foreign, ...] = (
         "what is evaluated is the loss on the rows held out",
     ),
     *_off("eval_delay", "the first evaluation comes after --eval_steps 500"),
-    *_off("eval_on_start", "`glmtune compare --data_path FILE --model_path output` shows the base"),
+    *_off("eval_on_start", "`glmtune compare --data_path FILE --adapter output` shows the base"),
     *_off(
         "include_for_metrics include_inputs_for_metrics",
         "what is evaluated is the loss; leave this out",
@@ -117,7 +117,7 @@ TRAINING_ARGUMENTS: tuple[Foreign, ...] = (
     *_off(
         "load_best_model_at_end",
         "the last checkpoint is the result; metrics.jsonl shows which was the best, and `glmtune "
-        "merge --model_path output/checkpoint-1000 --save_path merged` takes any",
+        "merge --adapter output/checkpoint-1000 --save_path merged` takes any",
     ),
     *_moot("metric_for_best_model greater_is_better", "no checkpoint is chosen as the best"),
     # --- saving and resuming ---
@@ -252,7 +252,7 @@ TRAINING_ARGUMENTS: tuple[Foreign, ...] = (
         *unless(
             "false",
             word="training answers nothing",
-            way="`glmtune infer --data_path FILE --model_path output` answers",
+            way="`glmtune infer --data_path FILE --adapter output` answers",
             verbs=EVERYWHERE,
         ),
     ),

@@ -10,7 +10,7 @@ FIRST_TWENTY = (
         "has a tokenizer of its own and never runs that code: load the folder with glmtune.",
         "模型自带的远程分词器代码与 transformers 4.34 及以后的版本不兼容。glmtune 自带分词器，"
         "从不运行那段代码：请用 glmtune 加载该文件夹。",
-        "glmtune chat --chatglm_path chatglm-6b",
+        "glmtune chat --base chatglm-6b",
         "zai-org/ChatGLM-6B#1505, shibing624/MedicalGPT#295",
     ),
     KnownError(
@@ -20,7 +20,7 @@ FIRST_TWENTY = (
         "has a tokenizer of its own and never runs that code.",
         "模型自带的远程分词器代码与 transformers 4.45 及以后的版本不兼容。glmtune 自带分词器，"
         "从不运行那段代码。",
-        "glmtune tokenize --jsonl_path data.jsonl --save_path data --chatglm_path chatglm-6b",
+        "glmtune tokenize --jsonl_path data.jsonl --save_path data --base chatglm-6b",
         "zai-org/ChatGLM3#1324, zai-org/GLM-4#578, modelscope/ms-swift#2151",
     ),
     KnownError(
@@ -31,7 +31,7 @@ FIRST_TWENTY = (
         "the model natively and decodes by itself.",
         "模型的远程代码调用了 transformers 4.49 已删除的函数。glmtune 内置了原生模型和自己的解"
         "码器。",
-        "glmtune infer --data_path data.json --chatglm_path chatglm-6b --output_path answers.jsonl",
+        "glmtune infer --data_path data.json --base chatglm-6b --output_path answers.jsonl",
         "zai-org/GLM-4#715, hiyouga/LlamaFactory#9335",
     ),
     KnownError(
@@ -40,7 +40,7 @@ FIRST_TWENTY = (
         "The model's remote code reads a field of its config that transformers 5 removed. "
         "glmtune has a config class of its own.",
         "模型的远程代码读取了 transformers 5 已从配置中移除的字段。glmtune 使用自己的配置类。",
-        "glmtune chat --chatglm_path chatglm-6b",
+        "glmtune chat --base chatglm-6b",
         "zai-org/GLM-4-Voice#181",
     ),
     KnownError(
@@ -51,7 +51,7 @@ FIRST_TWENTY = (
         "ids. Download all files of one revision, and tokenise the rows anew.",
         "权重、代码与词表来自不同版本：2023 年 3 月版（150528 个编号）的所有编号都比现版"
         "（130528）高 20000；或者截断时丢掉了特殊词元。请下载同一版本的全部文件，并重新分词。",
-        f"{DOWNLOAD} && glmtune doctor --chatglm_path chatglm-6b",
+        f"{DOWNLOAD} && glmtune doctor --base chatglm-6b",
         "mymusise/ChatGLM-Tuning#183, zai-org/ChatGLM-6B#329, lich99/ChatGLM-finetune-LoRA#28",
     ),
     KnownError(
@@ -126,7 +126,7 @@ FIRST_TWENTY = (
         "toolkit. glmtune needs neither, for the int8 and int4 folders either.",
         "cpm_kernels 和 icetk 是 2023 年远程代码的依赖；cpm_kernels 找不到 CUDA 工具包。"
         "glmtune 两者都不需要，int8、int4 文件夹也一样。",
-        "glmtune chat --chatglm_path chatglm-6b-int4",
+        "glmtune chat --base chatglm-6b-int4",
         "zai-org/ChatGLM-6B#115, zai-org/ChatGLM-6B#46, zai-org/ChatGLM-6B#634",
     ),
     KnownError(
@@ -161,7 +161,7 @@ FIRST_TWENTY = (
         "config.json is of one revision of ChatGLM-6B and the weights are of the other. Take "
         "config, vocabulary and all shards from one download.",
         "config.json 与权重来自 ChatGLM-6B 的不同版本。配置、词表和所有分片必须来自同一次下载。",
-        f"{DOWNLOAD} && glmtune doctor --chatglm_path chatglm-6b",
+        f"{DOWNLOAD} && glmtune doctor --base chatglm-6b",
         "zai-org/ChatGLM-6B#537",
     ),
     KnownError(

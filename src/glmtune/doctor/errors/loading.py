@@ -22,7 +22,7 @@ LOADING = (
         "folder of an adapter. Fetch the whole folder again; an adapter is named by --adapter.",
         "文件夹里缺少权重，或缺少说明各分片内容的索引文件；也可能它是适配器的文件夹。请重新下载完"
         "整的文件夹；适配器要用 --adapter 指定。",
-        f"{DOWNLOAD} && glmtune doctor --chatglm_path chatglm-6b",
+        f"{DOWNLOAD} && glmtune doctor --base chatglm-6b",
         "zai-org/ChatGLM-6B#1009, zai-org/ChatGLM-6B#801, mymusise/ChatGLM-Tuning#162",
     ),
     KnownError(
@@ -33,7 +33,7 @@ LOADING = (
         "A weight file was cut short while it was fetched or copied. Fetch it anew; the doctor "
         "names a file that is not whole.",
         "某个权重文件在下载或拷贝时没有传完。请重新下载；doctor 会指出不完整的文件。",
-        f"{DOWNLOAD} --force-download && glmtune doctor --chatglm_path chatglm-6b",
+        f"{DOWNLOAD} --force-download && glmtune doctor --base chatglm-6b",
     ),
     KnownError(
         "_pickle.UnpicklingError: Weights only load failed. This file can still be loaded, to do "
@@ -59,7 +59,7 @@ LOADING = (
         r"Tokenizer class ChatGLM\w*Tokenizer\w* does not exist",
         "The tokenizer's class is in remote code that was not loaded. glmtune has one of its own.",
         "分词器类在远程代码里，而远程代码没有加载。glmtune 自带分词器。",
-        f"{TOKENIZE} --chatglm_path chatglm-6b",
+        f"{TOKENIZE} --base chatglm-6b",
     ),
     KnownError(
         "ValueError: Unrecognized configuration class <class "
@@ -116,7 +116,7 @@ LOADING = (
         "The check names what does not fit.",
         "适配器权重的秩或所属底座与 adapter_config.json 不一致；大小为 0 则是 DeepSpeed ZeRO-3 保"
         "存时没有写入权重。check 会指出哪里不符。",
-        "glmtune check output --chatglm_path chatglm-6b",
+        "glmtune check output --base chatglm-6b",
         "zai-org/ChatGLM3#657, hiyouga/ChatGLM-Efficient-Tuning#262",
     ),
     KnownError(
@@ -126,7 +126,7 @@ LOADING = (
         "though loading continues. glmtune refuses such an adapter and reads every naming of 2023.",
         "适配器中的名称与底座对不上，因此部分或全部不起作用，但加载仍会继续。glmtune 会拒绝这样的"
         "适配器，并能读取 2023 年以来的各种命名。",
-        "glmtune check output --chatglm_path chatglm-6b",
+        "glmtune check output --base chatglm-6b",
     ),
     KnownError(
         "TypeError: LoraConfig.__init__() got an unexpected keyword argument 'corda_config'",
@@ -144,7 +144,7 @@ LOADING = (
         "not be compiled. glmtune reads these folders without them.",
         "int4、int8 文件夹的远程代码找不到内核：cpm_kernels 没有安装，或编译失败。glmtune 读取这"
         "些文件夹时不需要它们。",
-        "glmtune chat --chatglm_path chatglm-6b-int4",
+        "glmtune chat --base chatglm-6b-int4",
         "zai-org/ChatGLM-6B#1483, zai-org/ChatGLM-6B#185, zai-org/ChatGLM2-6B#145",
     ),
     KnownError(
@@ -157,7 +157,7 @@ LOADING = (
         "none with glmtune, on a CPU either.",
         "远程代码或某个扩展需要编译器（gcc、nvcc）。用 glmtune 读取 int4、int8 文件夹不需要编译，"
         "在 CPU 上也一样。",
-        "glmtune chat --chatglm_path chatglm-6b-int4",
+        "glmtune chat --base chatglm-6b-int4",
         "zai-org/ChatGLM-6B#214",
     ),
     KnownError(
@@ -179,6 +179,6 @@ LOADING = (
         "that name either. Correct the path, or name the hub's: zai-org/chatglm-6b.",
         "这里没有这个文件夹，于是它的名字被当成了 hub 上的编号，而 hub 上也没有。请改正路径，或写"
         " hub 上的名称：zai-org/chatglm-6b。",
-        "glmtune doctor --chatglm_path zai-org/chatglm-6b",
+        "glmtune doctor --base zai-org/chatglm-6b",
     ),
 )

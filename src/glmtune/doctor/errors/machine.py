@@ -69,7 +69,7 @@ MACHINE = (
         "vocabulary without icetk and without protobuf.",
         "icetk 和旧版 sentencepiece 的代码是为旧版 protobuf 生成的。glmtune 读取词表不需要 icetk"
         "，也不需要 protobuf。",
-        "glmtune tokenize --jsonl_path data.jsonl --save_path data --chatglm_path chatglm-6b",
+        "glmtune tokenize --jsonl_path data.jsonl --save_path data --base chatglm-6b",
     ),
     KnownError(
         "ImportError: cannot import name 'EncoderDecoderCache' from 'transformers'",
@@ -127,7 +127,7 @@ MACHINE = (
         "The system killed the process: the computer's own memory, not the card's, ran out, mostly "
         "while weights were loaded in float32.",
         "系统杀掉了进程：用完的是电脑内存而不是显存，多半发生在以 float32 加载权重时。",
-        "glmtune plan --chatglm_path chatglm-6b --quantization_bit 8",
+        "glmtune plan --base chatglm-6b --quantization_bit 8",
     ),
     KnownError(
         "RuntimeError: MPS backend out of memory (MPS allocated: 17.65 GB)",

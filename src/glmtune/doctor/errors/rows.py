@@ -82,7 +82,7 @@ ROWS = (
         "of ChatGLM-6B, or for another model. Tokenise them with the base that is trained.",
         "有编号超出了词嵌入的行数：数据是用 ChatGLM-6B 的另一版本或别的模型分词的。请用要训练的底"
         "座重新分词。",
-        f"{TOKENIZE} --chatglm_path chatglm-6b",
+        f"{TOKENIZE} --base chatglm-6b",
         "27182812/ChatGLM-LLaMA-chinese-insturct#28",
     ),
     KnownError(
@@ -101,7 +101,7 @@ ROWS = (
         "counts the answer alone; ChatGLM-6B has 2,048 positions for both.",
         "max_length 把问题也算在内，长对话把它用完了。max_new_tokens 只算回答；ChatGLM-6B 问答合"
         "计有 2048 个位置。",
-        "glmtune infer --data_path data.json --model_path output --max_new_tokens 150",
+        "glmtune infer --data_path data.json --adapter output --max_new_tokens 150",
         "zai-org/ChatGLM-6B#17, zai-org/ChatGLM-6B#83, zai-org/ChatGLM2-6B#65",
     ),
     KnownError(
@@ -110,7 +110,7 @@ ROWS = (
         "A temperature of 0 divides by zero; an integer may be refused as well. What is meant is "
         "the likeliest token each time, which is no draw.",
         "温度为 0 会导致除以零；整数也可能被拒绝。想要的是每次都取最可能的词元，也就是不抽样。",
-        "glmtune infer --data_path data.json --model_path output --do_sample false",
+        "glmtune infer --data_path data.json --adapter output --do_sample false",
         "lxe/simple-llm-finetuner#14, Vision-CAIR/MiniGPT-4#200",
     ),
 )

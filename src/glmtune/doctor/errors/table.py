@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 DOWNLOAD = "hf download zai-org/chatglm-6b --local-dir chatglm-6b"
-CHAT = "glmtune chat --chatglm_path chatglm-6b"
+CHAT = "glmtune chat --base chatglm-6b"
 TRAIN = "glmtune train --dataset_path data --output_dir output"
 TOKENIZE = "glmtune tokenize --jsonl_path data.jsonl --save_path data"
 

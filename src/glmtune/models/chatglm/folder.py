@@ -53,7 +53,7 @@ def check_folder(
         # transformers would load the base that this file names, wherever that lies.
         raise UserError(
             f"{folder / ADAPTER_CONFIG_FILE}: an adapter's file in a base model's folder; name the "
-            "base with --chatglm_path and the adapter apart, or take this file away"
+            "base with --base and the adapter apart, or take this file away"
         )
     files = folders.weight_files(folder)
     found = weights.read_outline(files)
@@ -123,6 +123,6 @@ def _refuse_prefix(folder: Path, found: weights.Outline) -> None:
     what = "no base model" if len(of_prefix) == len(found) else "a base model and a prefix in one"
     raise UserError(
         f"{folder}: is a P-Tuning v2 checkpoint, {what} ({of_prefix[0]}); glmtune tunes by LoRA "
-        f"and has no use for the prefix: pass the base it was trained on{named} as --chatglm_path "
+        f"and has no use for the prefix: pass the base it was trained on{named} as --base "
         "and train an adapter on the same rows"
     )

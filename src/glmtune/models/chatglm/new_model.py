@@ -40,7 +40,7 @@ class NewModel:
 
     def __str__(self) -> str:
         if self.has_vocabulary:
-            use = f"use it with --chatglm_path {self.folder}"
+            use = f"use it with --base {self.folder}"
         else:
             use = f"it has no tokenizer: put a {VOCAB_FILE} into it, or pass --vocab_file"
         return f"written: {self.folder}, {self.num_parameters:,} random parameters; {use}"

@@ -125,7 +125,7 @@ def _leave_bundle(
         "rows": _places(run, passes),
     }
     settings = run.settings.model_copy(
-        update={"chatglm_path": base.name_or_path or None, "resume_from_checkpoint": None}
+        update={"base": base.name_or_path or None, "resume_from_checkpoint": None}
     )
     with new_folder(str(folder)) as draft:
         write_json(told, draft / CRASH_FILE)

@@ -43,7 +43,7 @@ def replay(settings: ReplaySettings) -> bool:
     if accelerator.scaler is not None and bundle.told["scale"]:
         scale = float(bundle.told["scale"])
         accelerator.scaler = torch.amp.GradScaler(accelerator.device.type, init_scale=scale)
-    base = resolve_base(settings.chatglm_path or recipe.chatglm_path)
+    base = resolve_base(settings.base or recipe.base)
     step = bundle.told["step"]
     num_rows = sum(len(step_pass.row_ids) for step_pass in bundle.passes)
     print(f"step {step} of {bundle.told['base']} on {num_rows} rows", flush=True)

@@ -42,9 +42,9 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
     check_targets(settings.lora_target)
     check_appendable(settings.json_path)
     card, dtype = _card_and_dtype(settings)
-    base = resolve_base(settings.chatglm_path, needs_weights=False)
-    if base == HUB_IDS[0] and not settings.chatglm_path:
-        note(f"no base model is named or found, so this is of {DEFAULT.name} (--chatglm_path)")
+    base = resolve_base(settings.base, needs_weights=False)
+    if base == HUB_IDS[0] and not settings.base:
+        note(f"no base model is named or found, so this is of {DEFAULT.name} (--base)")
     config = read_settings(base)
     rows = _rows(settings, config)
     forecaster = partial(forecast, config=config, dtype=dtype, card=card, rows=rows)
