@@ -8,10 +8,11 @@ import torch
 from toys import draw_rows, save_rows
 
 from glmtune.bench.rows import random_rows
+from glmtune.cards import CARDS
 from glmtune.cli import main
 from glmtune.config.settings import TrainSettings
 from glmtune.errors import UserError
-from glmtune.hardware import CARDS, Card
+from glmtune.hardware import Card
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.training.plan import PackPlan, RowPlan
 from glmtune.training.planning.advice import advise, check_fit, find_remedies, verdict

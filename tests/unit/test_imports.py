@@ -15,7 +15,7 @@ import glmtune
 
 PACKAGE = Path(glmtune.__file__).parent
 FLOORS = [
-    {"errors"},
+    {"errors", "cards"},
     {"disk", "drafts", "run_files", "signals"},
     {"config", "hardware", "runlog"},
     {"data", "ops"},

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from glmtune.bench.rows import random_rows
+from glmtune.cards import CARDS
 from glmtune.cli import main
 from glmtune.config.settings import TrainSettings
-from glmtune.hardware import CARDS, Card
+from glmtune.hardware import Card
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.training.plan import make_plan
 from glmtune.training.planning.forecast import PACK_SPEEDS, forecast

@@ -6,7 +6,7 @@ matrix products reach `EFFICIENCY` of the card's rated TFLOP/s. Shapes: R rows.
 
 from dataclasses import dataclass
 
-from glmtune.hardware import find_cards
+from glmtune.cards import find_cards
 from glmtune.training.plan import Plan
 from glmtune.training.planning.forecast import Forecast
 from glmtune.training.planning.memory import Setup
