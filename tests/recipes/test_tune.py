@@ -339,6 +339,30 @@ def test_a_change_of_the_questions_repeats_the_comparison_alone(tuned, capsys):
     assert "compare, again: limit was 2, is 1" in printed
 
 
+@pytest.mark.parametrize(
+    ("flags", "terminal", "desktop", "opened"),
+    [
+        (("--open_page", "true"), False, False, True),
+        (("--open_page", "false"), True, True, False),
+        ((), True, True, True),
+        ((), True, False, False),
+        ((), False, True, False),
+    ],
+)
+def test_the_page_is_opened_where_there_is_a_desktop(
+    flags, terminal, desktop, opened, tuned, monkeypatch, capsys
+):
+    pages = []
+    monkeypatch.setattr("webbrowser.open", lambda uri: pages.append(uri) or False)
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal, raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    monkeypatch.setenv("DISPLAY", ":0" if desktop else "")
+    assert tune(*tuned, *flags) == 0
+    assert pages == ([(tuned[1] / "tune.html").as_uri()] if opened else [])
+    assert ("no browser" in capsys.readouterr().err) == opened
+
+
 def test_another_adapter_is_judged_anew(tuned, capsys):
     data, out = tuned
     assert tune(data, out) == 0  # the recipe names this folder now

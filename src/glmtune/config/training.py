@@ -302,3 +302,7 @@ class TuneSettings(
         20, ge=1, description="held-out questions that base and tuned weights answer; none: all"
     )
     max_new_tokens: int = Field(150, ge=1, description="longest answer, in tokens")
+    open_page: bool | None = Field(
+        None,
+        description="open the page in a browser at the end (default: in a terminal with a desktop)",
+    )

@@ -55,7 +55,7 @@ from glmtune.tune.sections import (
     Sections,
     changed,
 )
-from glmtune.tune.verdict import tell_verdict, write_page
+from glmtune.tune.verdict import show_page, tell_verdict, write_page
 
 STAGES = ("validate", "convert", "tokenize", "hold out", "plan", "train", "check", "compare")
 NUM_BYTES = 16 * 2**20
@@ -127,7 +127,9 @@ class Tuning:
             note("max_hours is over; the same command resumes the training")
             return False
         self._judge()
-        return tell_verdict(self.sections)
+        is_fine = tell_verdict(self.sections)
+        show_page(self.sections)
+        return is_fine
 
     # --- what stages depend on ---
 

@@ -1,12 +1,15 @@
 """The end of `glmtune tune`: the page, and the verdict that is printed."""
 
+import os
 import shlex
+import sys
+import webbrowser
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from glmtune.data.files import new_file, read_json_object
-from glmtune.errors import program
+from glmtune.errors import note, program
 from glmtune.evaluation.loss_panel import loss_panel, loss_style
 from glmtune.evaluation.page import Panel, escape, html
 from glmtune.evaluation.report import Comparison, Text
@@ -81,6 +84,22 @@ def tell_verdict(sections: Sections) -> bool:
     print()
     print_pairs("Next", {name: f"{program()} {line}" for name, line in commands.items()})
     return bool(found["is_fine"])
+
+
+def show_page(sections: Sections) -> None:
+    """Open the page in a browser, if `open_page` or a terminal with a desktop asks for it."""
+    wanted = sections.given.open_page
+    if wanted is None:
+        wanted = sys.stdout.isatty() and _has_desktop()
+    if wanted and not webbrowser.open(Path(sections.path(PAGE_FILE)).absolute().as_uri()):
+        note("no browser was found to open the page")
+
+
+def _has_desktop() -> bool:
+    """Whether a browser would open in a window; one inside the terminal would hide the verdict."""
+    if sys.platform in ("win32", "darwin"):
+        return "SSH_CONNECTION" not in os.environ
+    return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
 def _history(sections: Sections) -> History:
