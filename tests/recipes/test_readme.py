@@ -21,7 +21,8 @@ COMMAND = re.compile(r"^(python \w+\.py|glmtune) .+", re.MULTILINE)
 # What would take hours on a real base: as few steps and answers as show that the command runs.
 SHORTER = {
     "--max_steps 52000": "--max_steps 2",
-    "--max_steps 200": "--max_steps 2 --limit 1 --max_new_tokens 8",
+    "--max_steps 200": "--max_steps 2",
+    "--out tuned_en": "--out tuned_en --limit 1 --max_new_tokens 8",
     "recipes/": f"{ROOT}/recipes/",
 }
 # Commands that have tests of their own, because they take minutes, or ask for input.
