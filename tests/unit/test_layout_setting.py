@@ -126,7 +126,7 @@ def test_the_advice_after_a_fault_of_the_fast_pass_works(quick, tmp_path, monkey
     flags = {"resume_from_checkpoint": "true", "max_steps": "3"}
     with monkeypatch.context() as patch:
         patch.setattr(passes.PackedPass, "run", lambda *args: run_pass(*args) * math.inf)
-        advice = r"set layout padded and tokens_per_step none \(and resume_anyway true to go on\)"
+        advice = r"set layout padded and tokens_per_step none \(and resume_anyway true to resume\)"
         with pytest.raises(UserError, match=advice):
             loop.train(read_config(TrainSettings, recipe, flags))
     flags |= {"layout": "padded", "tokens_per_step": "none", "resume_anyway": "true"}
