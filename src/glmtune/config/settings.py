@@ -344,21 +344,23 @@ SETTINGS: dict[str, type[Settings]] = {
         TokenizeSettings,
         TrainSettings,
         PlanSettings,
+        ReplaySettings,
         InferSettings,
         CompareSettings,
+        ChatSettings,
+        CheckSettings,
         MergeSettings,
         ConvertAdapterSettings,
+        NewModelSettings,
         DoctorSettings,
         DemoSettings,
-        NewModelSettings,
         BenchTrainSettings,
         BenchDecodeSettings,
         BenchMemorySettings,
         BenchStartupSettings,
-        ChatSettings,
-        ReplaySettings,
-        CheckSettings,
         TuneSettings,
     )
 }
-"""Verb -> its settings."""
+"""Verb -> its settings, in the order of the README's groups.
+
+Of verbs that know equally many names of a recipe without sections, the first is meant."""

@@ -231,7 +231,7 @@ class PlanSettings(TrainSettings):
     group: ClassVar[str] = "plan"
     reads_section_of: ClassVar[str | None] = "train"
     memory_gib: float | None = Field(
-        None, gt=0, description="plan for a card of so much memory instead of this machine's"
+        None, gt=0, description="plan for a card with this memory instead of this machine's"
     )
     card: NameText | None = Field(
         None, description="plan for a card by its name, such as T4, A10, 4090 or H100"
