@@ -195,8 +195,9 @@ class Tuning:
         }
         changes = [line for stage, key in keys.items() for line in self.journal.changes(stage, key)]
         if changes:
+            named = "; ".join(dict.fromkeys(changes))
             raise UserError(
-                f"{self._run} was trained with others ({'; '.join(dict.fromkeys(changes))}); "
+                f"{self._run}: was trained with other settings or rows ({named}); "
                 "--overwrite_output_dir true trains anew, or let --out name another folder"
             )
 
