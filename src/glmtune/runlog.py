@@ -249,9 +249,9 @@ def _draw(loss: list[tuple[int, float]], eval_loss: list[tuple[int, float]]):
     else:
         axes.plot(steps, values, color=ACCENT, linewidth=2.2, label="loss")
     for at in {0, len(steps) - 1}:  # raw values: smoothing distorts the ends
-        axes.annotate(
-            f"{values[at]:.3f}", (steps[at], values[at]), xytext=(6, 0),
-            textcoords="offset points", va="center", color=ACCENT, fontsize=10,
+        axes.annotate(  # the first above the line, which falls from there; the last beside it
+            f"{values[at]:.3f}", (steps[at], values[at]), xytext=(6, 0 if at else 4),
+            textcoords="offset points", va="center" if at else "bottom", color=ACCENT, fontsize=10,
         )  # fmt: skip
     if eval_loss:
         axes.plot(
