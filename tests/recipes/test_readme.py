@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 READMES = ("README.md", "README.zh.md")
 # Each in both languages; they take up what the README's commands leave.
 GUIDES = ("docs/data.md", "docs/training.md", "docs/answers.md", "docs/cards.md")
+# Their commands are tests and benchmarks, of which most take minutes.
+PAGES_OF_TESTS = ("docs/reliability.md", "docs/peers.md")
 COMMAND = re.compile(r"^(python \w+\.py|glmtune) .+", re.MULTILINE)
 # What would take hours on a real base: as few steps and answers as show that the command runs.
 SHORTER = {
@@ -34,12 +36,17 @@ RECORDS = [
 ] * 4
 
 
+def fenced(page):
+    """What stands in the fenced blocks of a page, line continuations joined."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(?:bash|sh)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return "".join(blocks).replace("\\\n", " ")
+
+
 def commands(readme):
-    """The commands in the fenced blocks of a README, line continuations joined."""
-    text = (ROOT / readme).read_text(encoding="utf-8")
-    blocks = re.findall(r"^```(?:bash|sh)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    joined = "".join(blocks).replace("\\\n", " ")
-    return [re.sub(r" +", " ", match[0]).split(" #")[0] for match in COMMAND.finditer(joined)]
+    """The commands in the fenced blocks of a README."""
+    found = COMMAND.finditer(fenced(readme))
+    return [re.sub(r" +", " ", match[0]).split(" #")[0] for match in found]
 
 
 def chinese(page):
@@ -113,3 +120,27 @@ def test_links_of_the_readme_lead_somewhere(readme):
     folder = (ROOT / readme).parent
     for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", text):
         assert (folder / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES_OF_TESTS)
+def test_files_that_the_commands_of_a_page_name_exist(page):
+    named = " ".join(line for line in fenced(page).splitlines() if line.startswith("python"))
+    named = re.sub(
+        r"(\S*)\{([\w,]+)\}(\S*)",
+        lambda m: " ".join(m[1] + name + m[3] for name in m[2].split(",")),
+        named,
+    )
+    files = re.findall(r"(?:tests|benchmarks|tools)/[\w/]+\.py", named)
+    assert files
+    assert not [file for file in files if not (ROOT / file).is_file()]
+
+
+def test_the_commands_that_measure_reading_run(tmp_path):
+    (tmp_path / "alpaca_data_zh.json").write_text(json.dumps(RECORDS), encoding="utf-8")
+    lines = [x for x in fenced(PAGES_OF_TESTS[0]).splitlines() if x.startswith("python benchmarks")]
+    assert len(lines) == 2
+    for line in lines:
+        _, script, *arguments = shlex.split(line.replace(" 2000", " 2"))
+        command = [sys.executable, str(ROOT / script), *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr.decode()[-1500:]
