@@ -22,7 +22,7 @@ FLOORS = [
     {"models"},
     {"adapters"},
     {"training", "generation"},
-    {"evaluation", "bench", "early", "serving", "integrations"},
+    {"evaluation", "bench", "early", "integrations"},
     {"tune"},
     {"demo", "doctor"},
     {"cli"},
