@@ -207,8 +207,7 @@ def _print_end(result: DemoResult, settings: DemoSettings) -> None:
             "ask it": f"{program()} infer --data_path {questions} --adapter {run} --limit 10",
             "look it over": f"{program()} check {run} --data_path {questions}",
             "train it your way": f"{program()} train {recipe} --output_dir my-run --lora_rank 2",
-            "the real one": f"{program()} convert, tokenize, train and infer with --base "
-            "FOLDER of ChatGLM-6B and your own alpaca records",
+            "the real one": f"{program()} tune YOUR_RECORDS.json --out tuned --base CHATGLM_6B",
             **activation(),
         },
     )
