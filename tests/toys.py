@@ -14,12 +14,21 @@ from safetensors.torch import load_file
 from torch import nn
 
 from glmtune.config.settings import TrainSettings
+from glmtune.generation import EncodedPrompt
 from glmtune.models.chatglm.rows import row_rule
 from glmtune.models.resolve import GLM_TINY
 
 NUM_ROWS = 23  # no multiple of any batch size here
 PACKED = {"layout": "packed", "tokens_per_step": 64}
 EXACT = {"layout": "exact"}
+
+
+def recorded_prompts(folder, config):
+    """The prompts of the recorded greedy answers, of unequal lengths, up to and with <sop>."""
+    rows = json.loads((folder / "expected.json").read_text())["generate_greedy_24"]
+    ids = [row[: row.index(config.bos_token_id) + 1] for row in rows]
+    assert len({len(row) for row in ids}) > 1
+    return [EncodedPrompt(row, number) for number, row in enumerate(ids)]
 
 
 class ToyTokenizer:

@@ -25,6 +25,11 @@ class UserError(ValueError):
         super().__init__(_presentable(line))
 
 
+def reason_of(error: Exception) -> str:
+    """The first line of another library's error, or its type where it has no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def note(*lines: str, of_each_process: bool = False) -> None:
     """Print a note for the user on stderr, apart from the results.
 

@@ -1,9 +1,8 @@
 """The captured step on a CUDA device; run by name: pytest -m gpu tests/gpu."""
 
-import json
-
 import pytest
 import torch
+from toys import recorded_prompts
 
 from glmtune.errors import UserError
 from glmtune.generation import Decoder, EncodedPrompt, GenerationSettings
@@ -41,9 +40,7 @@ def model(tiny_folder):
 
 @pytest.fixture(scope="module")
 def prompts(tiny_folder, model):
-    rows = json.loads((tiny_folder / "expected.json").read_text())["generate_greedy_24"]
-    ids = [row[: row.index(model.config.bos_token_id) + 1] for row in rows]
-    return [EncodedPrompt(row, number) for number, row in enumerate(ids)]
+    return recorded_prompts(tiny_folder, model.config)
 
 
 @pytest.fixture(scope="module")

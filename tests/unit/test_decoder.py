@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
+from toys import recorded_prompts
 
 from glmtune.adapters import attach_lora
 from glmtune.errors import UserError
@@ -41,10 +42,7 @@ def model(tiny_folder):
 
 @pytest.fixture(scope="module")
 def prompts(tiny_folder, model):
-    rows = json.loads((tiny_folder / "expected.json").read_text())["generate_greedy_24"]
-    ids = [row[: row.index(model.config.bos_token_id) + 1] for row in rows]
-    assert len({len(row) for row in ids}) > 1, "they must be of unequal lengths"
-    return [EncodedPrompt(row, number) for number, row in enumerate(ids)]
+    return recorded_prompts(tiny_folder, model.config)
 
 
 @pytest.fixture

@@ -1,15 +1,15 @@
 """Rows join and leave a running batch, and each answers as it does alone."""
 
 import functools
-import json
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toys import recorded_prompts
 
 from glmtune.errors import UserError
-from glmtune.generation import Decoder, EncodedPrompt, GenerationSettings
+from glmtune.generation import Decoder, GenerationSettings
 from glmtune.generation import slots as room
 from glmtune.generation.slots import Slots
 from glmtune.models.loading import load_base_model
@@ -35,10 +35,7 @@ def model(tiny_folder):
 
 @pytest.fixture(scope="module")
 def prompts(tiny_folder, model):
-    rows = json.loads((tiny_folder / "expected.json").read_text())["generate_greedy_24"]
-    ids = [row[: row.index(model.config.bos_token_id) + 1] for row in rows]
-    assert len({len(row) for row in ids}) > 1, "they must be of unequal lengths"
-    return [EncodedPrompt(row, number) for number, row in enumerate(ids)]
+    return recorded_prompts(tiny_folder, model.config)
 
 
 @pytest.fixture(scope="module")

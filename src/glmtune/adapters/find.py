@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from glmtune.errors import UserError
+from glmtune.errors import UserError, reason_of
 from glmtune.models.folders import fetch
 from glmtune.models.hubs import is_hub_id, open_folder, try_to_load_from_cache
 from glmtune.run_files import (
@@ -53,7 +53,7 @@ def find_adapter(folder: str | Path) -> Path:
         except UserError:
             raise
         except Exception as error:  # hub clients raise many kinds of exceptions
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = reason_of(error)
             fault = f"no such folder, and the hub does not give it ({reason[:200]})"
     raise UserError(f"{folder}: {fault} (an adapter is a folder with {WEIGHTS_FILE})")
 

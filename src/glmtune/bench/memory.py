@@ -24,7 +24,7 @@ from glmtune.bench.timing import machine
 from glmtune.bench.train import time_steps
 from glmtune.config.settings import BenchMemorySettings, TrainSettings
 from glmtune.data.jsonlines import append_json, check_appendable
-from glmtune.errors import UserError
+from glmtune.errors import UserError, reason_of
 from glmtune.hardware import GIB, memory_gib, pick_device, pick_dtype
 from glmtune.models.families import family_of
 from glmtune.models.loading import load_base_model
@@ -91,7 +91,7 @@ def bench_memory(settings: BenchMemorySettings) -> dict[str, Any]:
             try:
                 record[name] = asdict(_in_a_process(measure, name, settings, folder))
             except (UserError, BrokenProcessPool, torch.OutOfMemoryError) as error:
-                record[name] = {"not_measured": str(error).splitlines()[0]}
+                record[name] = {"not_measured": reason_of(error)}
             print(f"  {_words(record[name])}", flush=True)  # minutes of work: not only at the end
     copied = f"{record['copy_bytes_per_second'] / 1e9:,.0f} GB/s read and written"
     pairs = {"copy": copied} | {name: _words(record[name]) for name in names}

@@ -16,7 +16,7 @@ from packaging.version import Version
 from glmtune.doctor.checkout import OLDEST_PYTHON
 from glmtune.doctor.explain import find_known
 from glmtune.doctor.findings import OK, PROBLEM, WARNING, CheckLine
-from glmtune.errors import UserError
+from glmtune.errors import UserError, reason_of
 from glmtune.hardware import GIB, device_name, pick_device, pick_dtype
 
 # As in pyproject.toml.
@@ -126,7 +126,7 @@ def check_imports() -> Iterator[CheckLine]:
             importlib.import_module(name)
         except Exception as error:  # also RuntimeError and OSError, from inner libraries
             failed = True
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = reason_of(error)
             known = "".join(f" ({known.cause})" for known in find_known(str(error))[:1])
             spare = "" if name in _NEEDED else f", or pip uninstall {name}: few settings need it"
             yield PROBLEM, f"import {name}: {reason[:200]}{known}; pip install -U {name}{spare}"

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from glmtune.data.dataset import RowTokenizer
 from glmtune.data.files import read_json_object
-from glmtune.errors import UserError
+from glmtune.errors import UserError, reason_of
 from glmtune.models import folders
 from glmtune.models.families import (
     DEFAULT,
@@ -98,7 +98,7 @@ def built(folder: Path, build: Callable[[], T]) -> T:
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be imported here
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = reason_of(error)
         raise UserError(
             f"{folder}: cannot be loaded ({reason[:300]}); take its files from the published "
             f"{FAMILIES[0].name} folder"
@@ -116,7 +116,7 @@ def fetch_base(base: str, only: Iterable[str] = folders.DATA_FILES) -> Path:
     except UserError:
         raise
     except Exception as error:  # hub clients raise many kinds of exceptions
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .")
+        reason = reason_of(error).rstrip(" .")
         raise UserError(
             f"{base}: {_not_given(base)} ({reason[:300]}); {_other_ways(base)}"
         ) from error

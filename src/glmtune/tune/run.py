@@ -205,13 +205,14 @@ class Tuning:
     def _records(self) -> list[Record]:
         """The rows that `convert` writes, in their order."""
         given = self.settings
-        records, _ = read_alpaca(given.data_path, given.on_bad_row, given.encoding)
-        if not any(record.output.strip() for record in records):
+        return read_alpaca(given.data_path, given.on_bad_row, given.encoding)[0]
+
+    def _refuse_empty_outputs(self) -> None:
+        if not any(record.output.strip() for record in self._records):
             raise UserError(
-                f"{given.data_path}: the output of every row is empty, so there is nothing to "
-                "train on; fill them in, or name another file"
+                f"{self.settings.data_path}: the output of every row is empty, so there is nothing "
+                "to train on; fill them in, or name another file"
             )
-        return records
 
     def _prepare_rows(self) -> None:
         """Validate, convert and tokenize; the folder is made only once the rows are valid."""
@@ -219,7 +220,7 @@ class Tuning:
         self.journal.do("validate", key, (), self._validate)
         key = self._convert_key()
         if not self.journal.is_whole("convert", key, [ROWS_FILE]):
-            assert self._records, "read_alpaca refuses a file without any"
+            self._refuse_empty_outputs()
         if not self.journal.is_claimed:
             with usable_folder(self.out):
                 self.journal.claim()

@@ -4,6 +4,8 @@
 """
 
 import hashlib
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -123,10 +125,14 @@ class Encoder:
         """
         specials = [self.gmask_token_id, self.bos_token_id] if add_special_tokens else []
         room = None if max_length is None else max(0, max_length - len(specials))
+        return [[*islice(ids, room), *specials] for ids in self._ids_of(texts, num_threads)]
+
+    def _ids_of(self, texts: list[str], num_threads: int | None) -> Iterable[Iterable[int]]:
+        """The ids of each text."""
         threads = num_threads or (-1 if len(texts) >= MIN_TEXTS_PER_THREAD else 1)
         offset = self.num_image_tokens
         encoded = self.sp.encode([replace_blanks(text) for text in texts], num_threads=threads)
-        return [[i + offset for i in ids[:room]] + specials for ids in encoded]
+        return ([i + offset for i in ids] for ids in encoded)
 
 
 class RowEncoder(Encoder):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from glmtune.config.settings import NewModelSettings
 from glmtune.data.files import new_folder
 from glmtune.disk import check_room
-from glmtune.errors import UserError
+from glmtune.errors import UserError, reason_of
 from glmtune.hardware import GIB, machine_memory_gib
 from glmtune.models.chatglm.family import check_pair
 from glmtune.models.chatglm.settings import VOCAB_SIZE_V1_1
@@ -79,8 +79,7 @@ def new_model(settings: NewModelSettings) -> NewModel:
             )
     except RuntimeError as error:  # torch.save's word for a disk that is full
         raise UserError(
-            f"{folder}: the weights cannot be written ({str(error).splitlines()[0]}); check the "
-            "free space"
+            f"{folder}: the weights cannot be written ({reason_of(error)}); check the free space"
         ) from error
     result = NewModel(folder, num_parameters, vocab_file is not None)
     print(result)

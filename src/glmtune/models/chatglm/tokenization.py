@@ -9,8 +9,8 @@ a string first; and a text is split at tokens that were added by name.
 """
 
 import re
-from collections.abc import Callable
-from itertools import compress, groupby, islice
+from collections.abc import Callable, Iterable
+from itertools import compress, groupby
 from pathlib import Path
 from typing import Any
 
@@ -183,27 +183,11 @@ class ChatGLMTokenizer(Encoder, PreTrainedTokenizer):
         padding = [0] * (len(row) - num_kept)
         return padding + mask if self.padding_side == "left" else mask + padding
 
-    def encode_batch(
-        self,
-        texts: list[str],
-        *,
-        add_special_tokens: bool = False,
-        max_length: int | None = None,
-        num_threads: int | None = None,
-    ) -> list[list[int]]:
-        """Encode many texts like `Encoder.encode_batch`, with added tokens, equal to `encode`."""
+    def _ids_of(self, texts: list[str], num_threads: int | None) -> Iterable[Iterable[int]]:
         if not self._new_tokens:
-            return super().encode_batch(
-                texts,
-                add_special_tokens=add_special_tokens,
-                max_length=max_length,
-                num_threads=num_threads,
-            )
-        specials = [self.gmask_token_id, self.bos_token_id] if add_special_tokens else []
-        room = None if max_length is None else max(0, max_length - len(specials))
+            return super()._ids_of(texts, num_threads)
         to_id = self._convert_token_to_id_with_added_voc
-        rows = (map(to_id, self._pieces(text, self._new_tokens)) for text in texts)
-        return [[*islice(ids, room), *specials] for ids in rows]
+        return (map(to_id, self._pieces(text, self._new_tokens)) for text in texts)
 
     def tokenize(self, text: str, *args, split_special_tokens: bool | None = None, **kwargs):
         """The pieces of a text. Special names are ordinary text, unless a template wrote them.
