@@ -43,6 +43,9 @@ class ByteTokenizer:
         rows = [[FIRST_BYTE + byte for byte in text.encode()] for text in texts]
         return [self.row_rule.prompt(row) for row in rows] if add_special_tokens else rows
 
+    def encode_contexts(self, contexts, *, num_threads=None):
+        return self.encode_batch(contexts)
+
     def decode(self, ids, skip_special_tokens=False):
         return bytes(i - FIRST_BYTE for i in ids if i >= FIRST_BYTE).decode(errors="replace")
 

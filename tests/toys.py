@@ -47,6 +47,9 @@ class ToyTokenizer:
         specials = [self.gmask_token_id, self.bos_token_id] if add_special_tokens else []
         return [[self.encode_word(word) for word in text.split()] + specials for text in texts]
 
+    def encode_contexts(self, contexts, *, num_threads=None):
+        return self.encode_batch(contexts)
+
     @staticmethod
     def encode_word(word):
         return int(word) if word.isdecimal() else 4 + zlib.crc32(word.encode()) % 990

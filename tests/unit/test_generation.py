@@ -17,6 +17,7 @@ from glmtune.generation import (
     generate_answers,
 )
 from glmtune.generation.weights import read_weights
+from glmtune.models.families import ChatGLMConfig
 from glmtune.models.loading import load_base_model
 
 GREEDY = GenerationSettings(max_new_tokens=24)
@@ -98,7 +99,7 @@ def test_an_answer_ends_before_the_first_stop_token(answer, continuations, many_
 
 
 def test_stop_ids_of_the_config_where_generation_config_has_none():
-    config, silent = SimpleNamespace(eos_token_id=7), SimpleNamespace(eos_token_id=None)
+    config, silent = ChatGLMConfig(eos_token_id=7), SimpleNamespace(eos_token_id=None)
     assert find_stop_ids(SimpleNamespace(generation_config=silent, config=config)) == [7]
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from glmtune.data import templates
 from glmtune.data.templates import alpaca, is_alpaca, parts
 
 
@@ -34,3 +35,26 @@ def test_contexts_are_those_of_the_original(shared, name):
         record = row["record"]
         assert alpaca(record["instruction"], record.get("input", "")) == row["context"]
         assert record["output"] == row["target"]
+
+
+@pytest.mark.parametrize(
+    "history, question",
+    [
+        ([], "bare"),
+        ([("q", "a")], "then?"),
+        ([("[Round 0]\n问：x", "a\n答：b"), ("", "")], "last\n答：?"),
+    ],
+)
+def test_a_conversation_is_read_back(history, question):
+    context = templates.rounds(history, question) if history else question
+    assert templates.conversation_of(context) == (history, question)
+
+
+def test_a_records_conversation_is_its_instruction_and_input():
+    assert templates.conversation_of(alpaca("Add.", "1 2")) == ([], "Add.\n1 2")
+    assert templates.conversation_of(alpaca("加法。")) == ([], "加法。")
+
+
+def test_rounds_that_do_not_count_up_are_one_question():
+    text = "[Round 0]\n问：a\n[Round 1]\n问：b\n答："
+    assert templates.conversation_of(text) == ([], text)

@@ -37,6 +37,8 @@ class CharTokenizer:
     def encode_batch(self, texts, *, num_threads=None):
         return [[ord(character) for character in text.replace("\u200b", "")] for text in texts]
 
+    encode_contexts = encode_batch
+
 
 @pytest.fixture(autouse=True)
 def _in_tmp_path(tmp_path, monkeypatch):

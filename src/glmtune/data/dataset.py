@@ -43,6 +43,15 @@ class RowTokenizer(Protocol):
     def encode_batch(self, texts: list[str], *, num_threads: int | None = None) -> list[list[int]]:
         """Encode texts without special ids."""
 
+    def encode_contexts(
+        self, contexts: list[str], *, num_threads: int | None = None
+    ) -> list[list[int]]:
+        """Encode contexts: what stands between `before_prompt` and `after_prompt` of the rule.
+
+        A family without a layout of its own for conversations encodes them as texts; others write
+        the conversation that `data.templates.conversation_of` reads off a context.
+        """
+
 
 @dataclass(frozen=True, slots=True)
 class DataCard:

@@ -2,7 +2,7 @@
 
 A row is a prompt and the answer to it, with a family's special ids before, between and after::
 
-    before_prompt  prompt text  after_prompt  answer text  end
+    before_prompt  prompt text  after_prompt  before_answer  answer text  end
     `---------------- seq_len ids -----------'
 
 Shapes: R rows of a data set, T tokens of some rows end to end, X streams of positions.
@@ -32,6 +32,10 @@ class RowRule(NamedTuple):
     end: tuple[Special, ...]
     pad_id: int
     before_prompt: tuple[Special, ...] = ()
+    before_answer: tuple[Special, ...] = ()
+    """Ids that the model writes itself before an answer's text: supervised, unlike the prompt's."""
+    stops: tuple[int, ...] = ()
+    """Ids at which an answer ends as well as at `end`, such as the start of another's turn."""
     prompt_sees_all: bool = False
     """Whether tokens of the prompt see each other in both directions; else a row is causal.
 
@@ -45,7 +49,7 @@ class RowRule(NamedTuple):
     @property
     def special_ids(self) -> dict[str, int]:
         """All special ids of a row, by name."""
-        specials = (*self.before_prompt, *self.after_prompt, *self.end)
+        specials = (*self.before_prompt, *self.after_prompt, *self.before_answer, *self.end)
         return {special.name: special.id for special in specials}
 
     @property
@@ -67,6 +71,10 @@ class RowRule(NamedTuple):
         room = len(text_ids) if keep is None else max(0, keep - len(before) - len(after))
         kept = text_ids[:room] if cut == "end" else text_ids[max(0, len(text_ids) - room) :]
         return [*before, *kept, *after]
+
+    def answer(self, text_ids: list[int]) -> list[int]:
+        """The ids of a whole answer, those before its text and its end included."""
+        return [*_ids(self.before_answer), *text_ids, *self.end_ids]
 
     @property
     def num_prompt_specials(self) -> int:

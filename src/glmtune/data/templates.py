@@ -34,6 +34,35 @@ def context_of(instruction: str, input: str, history: Iterable[tuple[str, str]] 
     return alpaca(instruction, input)
 
 
+def conversation_of(context: str) -> tuple[list[tuple[str, str]], str]:
+    """Return the earlier rounds and the question that a context was made of.
+
+    The inverse of `context_of`, for models whose rows are conversations: `alpaca`'s words around a
+    record are dropped, and its input follows the instruction on a line of its own.
+    """
+    if has_rounds(context) and (read := _read_rounds(context)):
+        return read
+    instruction, input = parts(context)
+    return [], f"{instruction}\n{input}" if input else instruction
+
+
+def _read_rounds(context: str) -> tuple[list[tuple[str, str]], str] | None:
+    """Undo `rounds`; None where the numbers of the rounds do not count up from 0."""
+    rest, pairs = context, []
+    while True:
+        begin, following = f"[Round {len(pairs)}]\n问：", f"\n[Round {len(pairs) + 1}]\n问："
+        if not rest.startswith(begin):
+            return None
+        this, separator, after = rest[len(begin) :].partition(following)
+        if not separator:
+            return pairs, this.removesuffix("\n答：")
+        question, separator, answer = this.partition("\n答：")
+        if not separator:
+            return None
+        pairs.append((question, answer))
+        rest = following[1:] + after
+
+
 def has_rounds(context: str) -> bool:
     """Whether a context looks as if `rounds` had written it."""
     return context.startswith("[Round 0]\n问：") and context.endswith("\n答：")

@@ -189,7 +189,7 @@ def encode_rows(
         length = len(context) + rule.num_prompt_specials
         # After earlier rounds comes the question that the answer is about: keep the end.
         prompt = rule.prompt(context, limit, cut="start" if has_rounds(row.context) else "end")
-        answer = [*target, *rule.end_ids]
+        answer = rule.answer(target)
         num_lost = len(answer) - limit if len(target) > limit else 0
         input_ids = prompt + answer[: len(answer) - num_lost]
         is_empty = not settings.keep_empty and not (target and row.target.strip())
@@ -220,7 +220,7 @@ def _encode_in_batches(
     with tqdm(total=len(rows), desc="tokenize", unit="row", delay=1) as progress:
         for start in range(0, len(rows), ROWS_PER_BATCH):
             batch = rows[start : start + ROWS_PER_BATCH]
-            contexts = tokenizer.encode_batch(
+            contexts = tokenizer.encode_contexts(
                 [row.context for row in batch], num_threads=num_threads
             )
             targets = tokenizer.encode_batch([row.target for row in batch], num_threads=num_threads)

@@ -21,6 +21,7 @@ from glmtune.data.records import BadRow, Record, list_bad_rows, read_alpaca
 from glmtune.data.templates import context_of
 from glmtune.errors import UserError, note, visible
 from glmtune.generation import Prompt, find_too_long
+from glmtune.generation.prompts import prompt_ids
 from glmtune.hardware import check_decoding, pick_device, pick_dtype
 from glmtune.models.hubs import name_of_folder
 from glmtune.models.loading import check_pair, load_base_model, load_config, load_tokenizer
@@ -55,7 +56,7 @@ def fit_positions(
     """
     tokenizer, limit = load_tokenizer(base), load_config(base).max_position_embeddings
     texts = [prompt_of(record).text for record in records]
-    lengths = map(len, tokenizer.encode_batch(texts, add_special_tokens=True))
+    lengths = map(len, prompt_ids(tokenizer, texts))
     found = find_too_long(list(lengths), settings.max_new_tokens, limit)
     if found and settings.on_bad_row == "fail":
         (first, reason), *others = found.items()

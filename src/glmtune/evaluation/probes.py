@@ -54,10 +54,12 @@ class Probes(NamedTuple):
 
 def from_texts(tokenizer: Any, pairs: list[tuple[str, str]]) -> list[Probe]:
     """Encode contexts and their answers, uncut."""
-    prompts = tokenizer.encode_batch([context for context, _ in pairs], add_special_tokens=True)
+    contexts = tokenizer.encode_contexts([context for context, _ in pairs])
     answers = tokenizer.encode_batch([answer for _, answer in pairs])
-    end = tokenizer.row_rule.end_ids
-    return [Probe(p, [*a, *end]) for p, a in zip(prompts, answers, strict=True)]
+    rule = tokenizer.row_rule
+    return [
+        Probe(rule.prompt(c), rule.answer(a)) for c, a in zip(contexts, answers, strict=True)
+    ]
 
 
 def own_probes(tokenizer: Any, limit: int) -> Probes:

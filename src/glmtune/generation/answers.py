@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from glmtune.config.groups import GenerationSettings
 from glmtune.errors import UserError
 from glmtune.generation.decoder import Decoder, find_stop_ids
-from glmtune.generation.prompts import Answer, EncodedPrompt, Prompt
+from glmtune.generation.prompts import Answer, EncodedPrompt, Prompt, prompt_ids
 from glmtune.generation.reference import generate_ids
 from glmtune.generation.streaming import before_stop, check_stop_strings, cut_at_stop
 
@@ -34,7 +34,7 @@ def generate_answers(
 
     Args:
         model: in evaluation mode, with or without an adapter.
-        tokenizer: any with the project's `encode_batch` and `decode`.
+        tokenizer: any with the project's `encode_contexts`, `row_rule` and `decode`.
         prompts: prompts to answer; all are checked before the first is answered.
         settings: how to generate.
         batch_size: prompts answered at a time.
@@ -84,7 +84,7 @@ def encode_prompts(
     Raises:
         TooLongError: a prompt that leaves the model no positions for `max_new_tokens` more.
     """
-    encoded = tokenizer.encode_batch([prompt.text for prompt in prompts], add_special_tokens=True)
+    encoded = prompt_ids(tokenizer, [prompt.text for prompt in prompts])
     limit = model.config.max_position_embeddings
     if too_long := find_too_long([len(ids) for ids in encoded], max_new_tokens, limit):
         (first, reason), *others = too_long.items()

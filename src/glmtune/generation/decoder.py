@@ -27,11 +27,13 @@ TOKENS_PER_LOOK = 8
 
 
 def find_stop_ids(model: Any) -> list[int]:
-    """The ids at which an answer ends, from the model's generation_config or config."""
+    """The ids at which an answer ends: the model's generation_config's or config's, the family's."""
     for config in (model.generation_config, model.config):
-        stop = config.eos_token_id
-        if stop is not None:
-            return [stop] if isinstance(stop, int) else list(stop)
+        named = config.eos_token_id
+        if named is not None:
+            named = [named] if isinstance(named, int) else named
+            rule = family_of(model.config).row_rule(model.config)
+            return list(dict.fromkeys([*named, *rule.stops]))
     raise AssertionError("the model names no eos_token_id")
 
 

@@ -1,6 +1,7 @@
 """Prompts and answers as plain data."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 
 class Prompt(NamedTuple):
@@ -18,6 +19,18 @@ class EncodedPrompt(NamedTuple):
 
     ids: list[int]
     number: int
+
+
+def prompt_ids(tokenizer: Any, contexts: Sequence[str]) -> list[list[int]]:
+    """The ids after which an answer is generated, for each context.
+
+    Args:
+        tokenizer: with `encode_contexts` and `row_rule`; and, where its folder's chat template
+            begins an answer with more than the row rule, with `generation_ids`.
+        contexts: as rows have them.
+    """
+    rule, more = tokenizer.row_rule, getattr(tokenizer, "generation_ids", ())
+    return [[*rule.prompt(ids), *more] for ids in tokenizer.encode_contexts(list(contexts))]
 
 
 class Answer(NamedTuple):

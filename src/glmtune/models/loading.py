@@ -189,9 +189,10 @@ def check_ends(ends: int | list[int] | None, tokenizer: Any) -> None:
     Raises:
         UserError: it names another.
     """
-    (end,) = tokenizer.row_rule.end
+    rule = tokenizer.row_rule
+    (end,) = rule.end
     named = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if any(id_ != end.id for id_ in named):
+    if any(id_ not in (end.id, *rule.stops) for id_ in named):
         raise UserError(
             f"generation_config.json: eos_token_id says {ends}, but answers are taught to end with "
             f"the tokenizer's {end.id} ({end.text}); set it to that in the model's folder, or "

@@ -127,6 +127,12 @@ class Encoder:
         room = None if max_length is None else max(0, max_length - len(specials))
         return [[*islice(ids, room), *specials] for ids in self._ids_of(texts, num_threads)]
 
+    def encode_contexts(
+        self, contexts: list[str], *, num_threads: int | None = None
+    ) -> list[list[int]]:
+        """Encode contexts as the texts that they are; see `data.dataset.RowTokenizer`."""
+        return self.encode_batch(contexts, num_threads=num_threads)
+
     def _ids_of(self, texts: list[str], num_threads: int | None) -> Iterable[Iterable[int]]:
         """The ids of each text."""
         threads = num_threads or (-1 if len(texts) >= MIN_TEXTS_PER_THREAD else 1)
