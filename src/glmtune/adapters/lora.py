@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from glmtune.adapters.biases import biases_in_effect, restore_when_disabled
 from glmtune.adapters.formats import Adapter, read_adapter, write_adapter
 from glmtune.errors import UserError, note
-from glmtune.models.families import family_of
+from glmtune.models.families import family_of, find_family
 from glmtune.models.shape import find_targets
 from glmtune.run_files import ADAPTER_CONFIG_FILE
 
@@ -44,11 +44,13 @@ def attach_lora(
         UserError: the model lacks a target (the message lists those it has), or already has an
             adapter.
     """
+    family = find_family(model.config.to_dict())
     if targets is None:
         targets = family_of(model.config).lora_target
     names = targets.split(",") if isinstance(targets, str) else targets
     wanted = [name.strip() for name in names]
-    adapted = find_targets(wanted, "this model", tuple(_linear_names(model)))
+    other_names = family.other_names if family else {}
+    adapted = find_targets(wanted, "this model", tuple(_linear_names(model)), other_names)
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=rank,

@@ -57,9 +57,7 @@ def from_texts(tokenizer: Any, pairs: list[tuple[str, str]]) -> list[Probe]:
     contexts = tokenizer.encode_contexts([context for context, _ in pairs])
     answers = tokenizer.encode_batch([answer for _, answer in pairs])
     rule = tokenizer.row_rule
-    return [
-        Probe(rule.prompt(c), rule.answer(a)) for c, a in zip(contexts, answers, strict=True)
-    ]
+    return [Probe(rule.prompt(c), rule.answer(a)) for c, a in zip(contexts, answers, strict=True)]
 
 
 def own_probes(tokenizer: Any, limit: int) -> Probes:

@@ -33,7 +33,7 @@ def read_settings(base: str) -> Any:
         UserError: no model there, or one of another family.
     """
     if known := published_family(base):
-        return known.read_settings({})
+        return known.read_settings(known.published_settings)
     folder = fetch_base(base, [CONFIG_FILE])
     family, settings = find_base(base, folder)
     return built(folder, lambda: family.read_settings(settings))

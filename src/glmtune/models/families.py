@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from glmtune.errors import UserError
 from glmtune.models import chatglm
 from glmtune.models.chatglm.family import V1_0, V1_1
+from glmtune.models.glm import family as glm
 from glmtune.models.family import Family
 from glmtune.models.shape import ALL
 
@@ -24,16 +26,16 @@ def __getattr__(name: str) -> Any:
     return getattr(chatglm, name)
 
 
-FAMILIES: list[Family] = [V1_1, V1_0]
+FAMILIES: list[Family] = [V1_1, V1_0, *glm.ENTRIES]
 DEFAULT = FAMILIES[0]
 """What is meant where no model is named."""
 
 # What a name says of a model where no config can be read; the first that fits counts.
 _NOT_LOADED = {
-    r"chatglm2|codegeex2": "ChatGLM2-6B",
-    r"chatglm3": "ChatGLM3-6B",
     r"visualglm": "VisualGLM-6B",
-    r"glm-?[45]|glm-z1|glm-edge|codegeex4": "of the GLM-4 family",
+    r"glm-?4\.?\d?v|glm-edge-v|cogvlm|glm-ocr|autoglm": "a GLM that sees pictures",
+    r"glm-?4\.[5-9]": "GLM-4.5 or newer, a mixture of experts",
+    r"glm-?5": "GLM-5",
     r"glm-(large|2b|10b|130b)": "an older GLM",
     r"llama|qwen|baichuan|internlm|mistral|deepseek|bloom|gemma|\b(yi|phi)-": "of another family",
 }
@@ -68,10 +70,14 @@ def check_targets(wanted: tuple[str, ...] | None) -> None:
     Raises:
         UserError: `lora_target` names one that none has.
     """
-    shapes = [family.shape(family.read_settings({})) for family in FAMILIES]
+    shapes = [family.shape(family.read_settings(family.published_settings)) for family in FAMILIES]
     known = {name for shape in shapes for name in shape.linear_names} | {ALL}
-    if wanted and not known.issuperset(wanted):
-        DEFAULT.targets(wanted, shapes[0])
+    known |= {name for family in FAMILIES for name in family.other_names}
+    if wanted and (unknown := [name for name in wanted if name not in known]):
+        raise UserError(
+            f"lora_target: no model has a linear {', '.join(map(repr, unknown))}; choose from "
+            f"{', '.join(sorted(known - {ALL}))}, or {ALL} for every one of a layer"
+        )
 
 
 @lru_cache(maxsize=1)
@@ -89,8 +95,12 @@ def register() -> None:
         MODEL_MAPPING_NAMES,
     )
 
-    for name, native in ((family.model_type, family.native()) for family in FAMILIES):
-        if native.bare_class is None or name in MODEL_MAPPING_NAMES:
+    for family in FAMILIES:
+        # Asked before `native`, which imports the family's classes.
+        if (name := family.model_type) in MODEL_MAPPING_NAMES:
+            continue
+        native = family.native()
+        if native.bare_class is None:
             continue
         AutoConfig.register(name, native.config_class)
         AutoTokenizer.register(native.config_class, native.tokenizer_class)

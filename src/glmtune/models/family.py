@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from glmtune.data.dataset import RowTokenizer
@@ -73,6 +74,9 @@ class Native(NamedTuple):
     """How its layer is computed on packed rows, for training."""
     decoding: DecodingBlock
     """How it is computed token by token, for answering."""
+    read_tensors: Callable[[Path, Any], dict[str, Tensor] | None] = lambda folder, config: None
+    """``(folder, config)`` to the tensors of a folder in a layout that transformers does not read,
+    under the names of the model class; None for a folder that it does."""
     bare_class: type[PreTrainedModel] | None = None
     """The model without its head, of a family whose classes transformers does not know."""
     write_random: Callable[..., None] | None = None
@@ -114,6 +118,10 @@ class Family(NamedTuple):
     """Ids of a short row from all over the vocabulary, of the configuration."""
     head_dims: tuple[int, ...]
     """Sizes of a head for which the packed block is compiled with the kernels of ops/."""
+    published_settings: Mapping[str, Any] = MappingProxyType({})
+    """config.json of the model that `published` names, as far as `read_settings` has no default."""
+    other_names: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    """What other code calls linears of a layer: a name to those that are meant."""
     row_tokenizer: Callable[[Path], RowTokenizer | None] = lambda folder: None
     """A folder's tokenizer without torch and transformers, for rows alone; None where only the
     tokenizer's class will do."""
@@ -128,7 +136,9 @@ class Family(NamedTuple):
         Raises:
             UserError: `wanted` names one that the family does not have.
         """
-        return find_targets(wanted or self.lora_target, self.name, shape.linear_names)
+        return find_targets(
+            wanted or self.lora_target, self.name, shape.linear_names, self.other_names
+        )
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:

@@ -59,7 +59,7 @@ def load_config(base: str) -> Any:
         UserError: no model there, or one of another family.
     """
     if known := published_family(base):
-        return known.native().config_class()
+        return known.native().config_class.from_dict(dict(known.published_settings))
     return _read_config(base, fetch_base(base, [CONFIG_FILE]))[1]
 
 
@@ -111,7 +111,12 @@ def load_base_model(
         model: Any = built(
             folder,
             lambda: read_strictly(
-                native.model_class, native.check_folder, folder, config=config, **loading
+                native.model_class,
+                native.check_folder,
+                folder,
+                config=config,
+                read=native.read_tensors,
+                **loading,
             ),
         )
     model.name_or_path = model.config.name_or_path = base

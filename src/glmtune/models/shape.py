@@ -1,6 +1,7 @@
 """A model as plain numbers, from which memory plans, limits and sizes are computed."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from glmtune.errors import UserError
@@ -11,6 +12,13 @@ from glmtune.hardware import NumberFormat
 NF4_BLOCK, NF4_GROUP = 64, 256
 ALL = "all"
 """The value of `lora_target` for every linear of a layer."""
+
+
+# Linears that other code has apart, and some models have as one.
+_FUSED = {
+    "q_proj, k_proj and v_proj": {"q_proj", "k_proj", "v_proj"},
+    "gate_proj and up_proj": {"gate_proj", "up_proj"},
+}
 
 
 class LinearShape(NamedTuple):
@@ -109,13 +117,19 @@ def bits_of(config: Any) -> int | None:
     return 8 if settings.get("load_in_8bit") else 4
 
 
-def find_targets(wanted: Iterable[str], family: str, names: tuple[str, ...]) -> tuple[str, ...]:
+def find_targets(
+    wanted: Iterable[str],
+    family: str,
+    names: tuple[str, ...],
+    other_names: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
+) -> tuple[str, ...]:
     """Resolve `lora_target` to linears: those named, or all for "all".
 
     Args:
         wanted: the setting.
         family: name of the model in messages.
         names: the linears that the model has.
+        other_names: what else some of them are called, and which are meant.
 
     Raises:
         UserError: a name that no linear has.
@@ -123,11 +137,15 @@ def find_targets(wanted: Iterable[str], family: str, names: tuple[str, ...]) -> 
     wanted = tuple(wanted)
     if wanted == (ALL,):
         return names
-    if unknown := [name for name in wanted if name not in names]:
-        is_split = any(name in ("q_proj", "k_proj", "v_proj") for name in unknown)
-        fused = " (q_proj, k_proj and v_proj are one here)" if is_split else ""
+    meant = [part for name in wanted for part in other_names.get(name, (name,))]
+    if unknown := [name for name in meant if name not in names]:
+        fused = "".join(
+            f" ({parts} are one here)"
+            for parts, some in _FUSED.items()
+            if not some.isdisjoint(unknown)
+        )
         raise UserError(
             f"lora_target: {family} has no linear {', '.join(map(repr, unknown))}; choose from "
             f"{', '.join(names)}{fused}, or {ALL} for every one"
         )
-    return wanted
+    return tuple(dict.fromkeys(meant))

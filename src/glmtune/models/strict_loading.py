@@ -1,14 +1,15 @@
 """transformers' `from_pretrained`, but strict: the files are checked against the model first."""
 
 import copy
-import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from glmtune.errors import UserError
 from glmtune.hardware import pick_device, pick_dtype
@@ -16,6 +17,7 @@ from glmtune.models import folders, weights
 from glmtune.models.integer_weights import SCALE, IntegerModule
 from glmtune.models.quantised import as_floats, check_quantising, finish_loading
 from glmtune.models.shape import bits_of
+from glmtune.run_files import ADAPTER_CONFIG_FILE
 
 # What transformers' loader offers and a strict one does not.
 _NOT_OFFERED = {
@@ -34,6 +36,7 @@ def read_strictly(
     name_or_path: Any,
     *args,
     config: Any = None,
+    read: Callable[[Path, Any], dict[str, Tensor] | None] = lambda folder, config: None,
     **kwargs,
 ) -> Any:
     """Call `model_class.from_pretrained` after checking the folder; none of its code is run.
@@ -51,6 +54,8 @@ def read_strictly(
         name_or_path: a published folder, one written by `save_pretrained`, or a hub id.
         args: see transformers.
         config: configuration of the model; by default the folder's.
+        read: gives the tensors of a folder whose layout transformers does not read; None for
+            others.
         kwargs: see transformers.
 
     Raises:
@@ -86,9 +91,14 @@ def read_strictly(
         kwargs["dtype"], caution = pick_dtype(pick_device(), bf16=None, fp16=False)
         if caution:
             warnings.warn(caution, stacklevel=2)
-    with weights.indexed(folder) as place:
-        loaded = load(place, *args, config=config, **kwargs)
+    if (tensors := read(folder, config)) is not None:
+        loaded = load(None, *args, config=config, state_dict=tensors, **kwargs)
+    else:
+        with weights.indexed(folder) as place:
+            loaded = load(place, *args, config=config, **kwargs)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
+    if tensors is not None and (folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     if model.get_output_embeddings() is not None and config.tie_word_embeddings:
         _finish_head(model, is_to_copy)
     if bits_of(model.config):
@@ -118,7 +128,7 @@ def check_plain_folder(
     model_class: type[PreTrainedModel],
     *,
     must_tie: bool = False,
-    ignored: str = "(?!)",
+    rename: Callable[[weights.Outline], weights.Outline] = dict,
 ) -> None:
     """Check a folder's tensors against the model, for a family without its own check.
 
@@ -127,12 +137,18 @@ def check_plain_folder(
         config: configuration of that folder.
         model_class: class of the model that the weights are for.
         must_tie: embedding and head must be equal in the files.
-        ignored: pattern of names that may be present and are not read.
+        rename: gives an outline the model's names, and drops what is not read.
 
     Raises:
         UserError: one line that names what does not fit.
     """
-    found = weights.read_outline(folders.weight_files(folder))
+    if (folder / ADAPTER_CONFIG_FILE).is_file():
+        # transformers would load the base that this file names, wherever that lies.
+        raise UserError(
+            f"{folder / ADAPTER_CONFIG_FILE}: an adapter's file in a base model's folder; name the "
+            "base with --base and the adapter apart, or take this file away"
+        )
+    found = rename(weights.read_outline(folders.weight_files(folder)))
     with torch.device("meta"):
         model = model_class(config)
     if bits_of(config):
@@ -144,8 +160,14 @@ def check_plain_folder(
             "two tensors; leave tie_word_embeddings out"
         )
     weights.check_outline(
-        {name: tensor for name, tensor in found.items() if not re.search(ignored, name)},
+        found,
         model.state_dict(),
         folder,
         optional=set(tied or ()),
+        exact=[
+            f"{name}.{key}"
+            for name, module in model.named_modules()
+            if isinstance(module, IntegerModule)
+            for key in ("weight", SCALE)
+        ],
     )

@@ -95,6 +95,21 @@ def load_bin(path: Path, device: str = "cpu", *, mmap: bool = False) -> dict[str
     return tensors
 
 
+def load_mapped(path: Path) -> dict[str, Tensor]:
+    """The tensors of a weight file, each of which is read from the disk when it is used.
+
+    Raises:
+        UserError: the file is damaged, or is a pickle with more than tensors in it.
+    """
+    if path.suffix != ".safetensors":
+        return load_bin(path, mmap=True)
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path}: is damaged ({error}); download it again") from error
+
+
 def tensors_differ(files: Iterable[Path], first: str, second: str) -> bool:
     """Whether two tensors are both present and differ (a head that is not tied)."""
     found: dict[str, Tensor] = {}

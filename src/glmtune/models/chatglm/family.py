@@ -10,7 +10,11 @@ from glmtune.models.chatglm import conversation
 from glmtune.models.chatglm.encoder import RowEncoder
 from glmtune.models.chatglm.published import known_sha256
 from glmtune.models.chatglm.rows import row_rule
-from glmtune.models.chatglm.settings import VOCAB_SIZE_V1_0, ChatGLMSettings
+from glmtune.models.chatglm.settings import (
+    VOCAB_SIZE_V1_0,
+    ChatGLMSettings,
+    has_later_keys,
+)
 from glmtune.models.family import ChatFormat, Family, Native
 from glmtune.models.shape import LinearShape, Shape
 
@@ -111,9 +115,9 @@ def _native() -> Native:
 
 
 def _is_of(v1_0: bool, settings: Mapping[str, Any]) -> bool:
-    return settings.get("model_type") == "chatglm" and v1_0 == (
-        settings.get("vocab_size") == VOCAB_SIZE_V1_0
-    )
+    if settings.get("model_type") != "chatglm" or has_later_keys(settings):
+        return False
+    return v1_0 == (settings.get("vocab_size") == VOCAB_SIZE_V1_0)
 
 
 V1_1 = Family(

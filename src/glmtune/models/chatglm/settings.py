@@ -24,6 +24,11 @@ _MAX_SIZE = 2**24
 _LATER_FAMILY_KEYS = ("padded_vocab_size", "multi_query_attention", "kv_channels")
 
 
+def has_later_keys(settings: Mapping[str, Any]) -> bool:
+    """Whether a config.json of this model_type is of ChatGLM2-6B or a younger model."""
+    return any(key in settings for key in _LATER_FAMILY_KEYS)
+
+
 def _no_value(name: str, value: object) -> UserError:
     return UserError(
         f"config.json: {name} is {value!r:.99}, which no model has; take config.json from the "
@@ -148,10 +153,11 @@ class ChatGLMSettings:
     @staticmethod
     def check_others(others: Mapping[str, Any]) -> None:
         """Refuse keys of other families, and unknown kinds of quantisation."""
-        if found := [key for key in _LATER_FAMILY_KEYS if key in others]:
+        if has_later_keys(others):
             raise UserError(
-                f'config.json: model_type "chatglm" with {found[0]} is ChatGLM2-6B or ChatGLM3-6B, '
-                "which this version does not load; pass a ChatGLM-6B folder"
+                'config.json: model_type "chatglm" with these keys is ChatGLM2-6B, ChatGLM3-6B or '
+                "GLM-4-9B, which have another class; let a verb of glmtune load the folder, or "
+                "glmtune.models.loading.load_base_model"
             )
         if settings := others.get("quantization_config"):
             _check_quantization(settings if isinstance(settings, dict) else settings.to_dict())

@@ -1,0 +1,217 @@
+"""The younger family as the rest of the project sees it: one entry for each published layout."""
+
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from glmtune.data.dataset import RowTokenizer
+from glmtune.data.row_rule import RowRule
+from glmtune.errors import UserError
+from glmtune.models.family import Family, Native
+from glmtune.models.glm.layouts import LAYOUTS, Layout
+from glmtune.models.glm.settings import (
+    CHATGLM2,
+    CHATGLM3,
+    EDGE,
+    GLM4,
+    GLM4_0414,
+    GlmSettings,
+    variant_of,
+)
+from glmtune.models.shape import LinearShape, Shape
+
+_QKV = ("q_proj", "k_proj", "v_proj")
+# What the publisher's code calls linears that are others here.
+_PUBLISHED_NAMES = {
+    "query_key_value": _QKV,
+    "dense": ("o_proj",),
+    "dense_h_to_4h": ("gate_up_proj",),
+    "dense_4h_to_h": ("down_proj",),
+}
+_CHATGLM = {
+    "model_type": "glm", "vocab_size": 65_024, "num_hidden_layers": 28, "rms_norm_eps": 1e-5,
+    "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+_STOPS = [151_329, 151_336, 151_338]
+_PUBLISHED_SETTINGS: dict[str, dict[str, Any]] = {
+    CHATGLM2: _CHATGLM | {"max_position_embeddings": 32_768, "published_as": CHATGLM2},
+    CHATGLM3: _CHATGLM | {"max_position_embeddings": 8192, "published_as": CHATGLM3},
+    GLM4: {
+        "model_type": "glm", "rms_norm_eps": 1.5625e-7, "eos_token_id": _STOPS,
+        "pad_token_id": _STOPS[0], "max_position_embeddings": 131_072,
+    },
+    GLM4_0414: {
+        "model_type": "glm4", "rms_norm_eps": 1e-5, "eos_token_id": _STOPS,
+        "pad_token_id": _STOPS[0], "max_position_embeddings": 32_768, "attention_bias": True,
+    },
+    EDGE: {
+        "model_type": "glm", "vocab_size": 59_264, "hidden_size": 2048, "intermediate_size": 6144,
+        "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-5, "max_position_embeddings": 8192, "attention_bias": False,
+        "tie_word_embeddings": True, "partial_rotary_factor": 1.0,
+        "eos_token_id": [59_246, 59_253, 59_255], "pad_token_id": 59_246,
+    },
+}  # fmt: skip
+"""config.json of the model that each entry is named for, as far as it is needed.
+
+Sources: the published config.json; GLM-Edge-1.5B's as quoted in public tests.
+"""
+
+
+def shape(config: Any) -> Shape:
+    """The sizes of a model."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    of_queries = config.num_attention_heads * config.head_dim
+    of_keys = config.num_key_value_heads * config.head_dim
+    num_norms = 4 if config.model_type == "glm4" else 2
+    has_bias = config.attention_bias
+    return Shape(
+        num_layers=config.num_hidden_layers,
+        hidden_size=hidden,
+        vocab_size=config.vocab_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        max_positions=config.max_position_embeddings,
+        tied_head=config.tie_word_embeddings,
+        linears=(
+            LinearShape("q_proj", of_queries, hidden, has_bias=has_bias, makes_qkv=True),
+            LinearShape("k_proj", of_keys, hidden, has_bias=has_bias, makes_qkv=True),
+            LinearShape("v_proj", of_keys, hidden, has_bias=has_bias, makes_qkv=True),
+            LinearShape("o_proj", hidden, of_queries, has_bias=False),
+            LinearShape("gate_up_proj", 2 * inner, hidden, has_bias=False),
+            LinearShape("down_proj", hidden, inner, has_bias=False),
+        ),
+        norm_values=num_norms * hidden,
+        final_norm_values=hidden,
+        kept_by_mlp=2 * inner,
+    )
+
+
+def row_rule(layout: Layout, config: Any) -> RowRule:
+    """How rows are laid out; a small model's special ids follow its end of text as published."""
+    ends = config.eos_token_id
+    first = ends[0] if isinstance(ends, list) else ends
+    published = layout.stop_ids[0]
+    if first in (None, published):
+        return layout.row_rule()
+    return layout.row_rule({name: i - published + first for name, i in layout.specials.items()})
+
+
+def check_pair(layout: Layout, config: Any, tokenizer: Any) -> None:
+    """Make sure that a config.json and a tokenizer are of one model.
+
+    Raises:
+        UserError: the tokenizer has more ids than the model, or ends answers at an id that the
+            model does not stop at.
+    """
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"vocab_size: the tokenizer has {tokenizer.vocab_size} ids, the model only "
+            f"{config.vocab_size} rows; take both from the same download"
+        )
+    ends = config.eos_token_id
+    named = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    (end,) = tokenizer.row_rule.end
+    if named and end.id not in (*named, *layout.stops):
+        raise UserError(
+            f"eos_token_id: the model stops at {ends}, the tokenizer's rows end with {end.id} "
+            f"({end.text}); take both from the same download"
+        )
+
+
+def _open_encoder(folder: Path) -> RowTokenizer | None:
+    from glmtune.models.glm.encoder import of_folder
+
+    return of_folder(folder)
+
+
+def probe_row(config: Any) -> list[int]:
+    """Twenty ids from all over the vocabulary."""
+    return [config.vocab_size * i // 20 for i in range(20)]
+
+
+@cache
+def _native(variant: str) -> Native:
+    from glmtune.models.glm.configuration import Glm4Config, GlmConfig
+    from glmtune.models.glm.decoding import DECODING
+    from glmtune.models.glm.modeling import (
+        Glm4ForCausalLM,
+        GlmForCausalLM,
+        check_folder,
+        read_tensors,
+    )
+    from glmtune.models.glm.packed import PACKED
+
+    is_glm4 = variant == GLM4_0414
+    config_class: Any = Glm4Config if is_glm4 else GlmConfig
+    bench = {
+        CHATGLM3: {"chatglm3-6b": {}},
+        GLM4: {"glm-4-9b": {}},
+        GLM4_0414: {
+            "glm-4-9b-0414": {},
+            "glm-small": {
+                "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 768,
+                "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+                "head_dim": 64, "eos_token_id": [4001, 4008, 4010], "pad_token_id": 4001,
+            },
+        },
+        EDGE: {"glm-edge-1.5b": {}},
+    }  # fmt: skip
+    return Native(
+        config_class=config_class,
+        model_class=Glm4ForCausalLM if is_glm4 else GlmForCausalLM,
+        tokenizer_class=None,
+        check_folder=check_folder,
+        read_tensors=read_tensors,
+        packed=PACKED,
+        decoding=DECODING,
+        bench_configs={
+            name: config_class.from_dict(_PUBLISHED_SETTINGS[variant] | changes)
+            for name, changes in bench.get(variant, {}).items()
+        },
+    )
+
+
+def _entry(variant: str, name: str, published: tuple[str, ...]) -> Family:
+    layout = LAYOUTS[variant]
+
+    def owns(settings: Mapping[str, Any]) -> bool:
+        return variant_of(settings) == variant
+
+    native: Callable[[], Native] = partial(_native, variant)
+    return Family(
+        name=name,
+        owns=owns,
+        model_type=_PUBLISHED_SETTINGS[variant]["model_type"],
+        native=native,
+        read_settings=GlmSettings.read,
+        published=published,
+        published_settings=_PUBLISHED_SETTINGS[variant],
+        shape=shape,
+        row_rule=partial(row_rule, layout),
+        row_tokenizer=_open_encoder,
+        check_pair=partial(check_pair, layout),
+        lora_target=_QKV,
+        other_names=_PUBLISHED_NAMES,
+        chat=layout.chat,
+        probe_row=probe_row,
+        head_dims=(64, 128),
+    )
+
+
+ENTRIES = [
+    _entry(CHATGLM3, "ChatGLM3-6B",
+           ("zai-org/chatglm3-6b", "THUDM/chatglm3-6b", "ZhipuAI/chatglm3-6b")),
+    _entry(CHATGLM2, "ChatGLM2-6B",
+           ("zai-org/chatglm2-6b", "THUDM/chatglm2-6b", "ZhipuAI/chatglm2-6b")),
+    _entry(GLM4_0414, "GLM-4-0414",
+           ("zai-org/GLM-4-9B-0414", "THUDM/GLM-4-9B-0414", "ZhipuAI/GLM-4-9B-0414",
+            "zai-org/GLM-Z1-9B-0414", "THUDM/GLM-Z1-9B-0414", "ZhipuAI/GLM-Z1-9B-0414")),
+    _entry(GLM4, "GLM-4-9B",
+           ("zai-org/glm-4-9b-chat-hf", "THUDM/glm-4-9b-chat-hf", "ZhipuAI/glm-4-9b-chat-hf")),
+    _entry(EDGE, "GLM-Edge",
+           ("zai-org/glm-edge-1.5b-chat", "THUDM/glm-edge-1.5b-chat",
+            "ZhipuAI/glm-edge-1.5b-chat")),
+]  # fmt: skip

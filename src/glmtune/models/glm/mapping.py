@@ -1,0 +1,63 @@
+"""The publisher's tensors under transformers' names, and back.
+
+Rows of the fused ``query_key_value`` are those of queries, keys and values, one after another. What
+is cut is cut by views: neither copies nor reads a tensor that lies in a file.
+
+Shapes: N heads of queries, G of keys and values, D size of a head.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PUBLISHED_LAYER = "transformer.encoder.layers."
+FUSED = "self_attention.query_key_value"
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+# Values that the model computes from its settings.
+INV_FREQ = "transformer.rotary_pos_emb.inv_freq"
+_TOP = {
+    "transformer.embedding.word_embeddings.": "model.embed_tokens.",
+    "transformer.encoder.final_layernorm.": "model.norm.",
+    "transformer.output_layer.": "lm_head.",
+}
+MODULES = {
+    "self_attention.dense": "self_attn.o_proj",
+    "mlp.dense_h_to_4h": "mlp.gate_up_proj",
+    "mlp.dense_4h_to_h": "mlp.down_proj",
+}
+"""Linears of a layer whose weights are the same tensor in both layouts: published name to ours."""
+_LAYER = re.compile(rf"{re.escape(PUBLISHED_LAYER)}(\d+)\.(.+)\.(\w+)")
+
+
+def sizes_of_qkv(config: Any) -> tuple[int, int, int]:
+    """Rows of queries, keys and values in the fused linear: ``N D, G D, G D``."""
+    of_keys = config.num_key_value_heads * config.head_dim
+    return config.num_attention_heads * config.head_dim, of_keys, of_keys
+
+
+def to_glm(tensors: "Mapping[str, Tensor]", config: Any) -> "dict[str, Tensor]":
+    """Tensors of the publisher's layout under transformers' names; others keep theirs.
+
+    Args:
+        tensors: by name; on the meta device, too.
+        config: of the model.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name == INV_FREQ:
+            continue
+        if (layer := _LAYER.fullmatch(name)) is None:
+            begin = next((begin for begin in _TOP if name.startswith(begin)), None)
+            found[name if begin is None else _TOP[begin] + name.removeprefix(begin)] = tensor
+            continue
+        number, module, kind = layer.groups()
+        place = f"model.layers.{number}."
+        if module == FUSED and len(tensor) == sum(sizes_of_qkv(config)):
+            parts = tensor.split(sizes_of_qkv(config))
+            found |= {f"{place}{ours}.{kind}": part for ours, part in zip(QKV, parts, strict=True)}
+        else:
+            found[f"{place}{MODULES.get(module, module)}.{kind}"] = tensor
+    return found

@@ -1,0 +1,120 @@
+"""transformers' `GlmForCausalLM` and `Glm4ForCausalLM`, loaded strictly and from either layout."""
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME
+
+from glmtune.data.files import read_json_object
+from glmtune.errors import UserError
+from glmtune.models import folders, weights
+from glmtune.models.glm.configuration import Glm4Config, GlmConfig
+from glmtune.models.glm.mapping import INV_FREQ, to_glm
+from glmtune.models.glm.settings import ROPE_BASE, is_published
+from glmtune.models.integer_weights import use_integer_modules
+from glmtune.models.strict_loading import check_plain_folder, read_strictly
+
+
+_SAME = 0.1  # of a base that was rounded to float16
+
+
+class GlmForCausalLM(transformers.GlmForCausalLM):
+    """transformers' model; from a published int4 or int8 folder its layers hold packed integers."""
+
+    config_class = GlmConfig
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        if bits := getattr(config, "quantization_bit", 0):
+            use_integer_modules(self.model.layers, bits)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a folder of either layout, or a hub id: see `read_strictly`."""
+        return read_strictly(
+            cls, check_folder, pretrained_model_name_or_path, *args, read=read_tensors, **kwargs
+        )
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Do nothing: what is registered so leaves a copy of its source in each saved folder."""
+
+
+class Glm4ForCausalLM(transformers.Glm4ForCausalLM):
+    """transformers' model, whose layers have two norms more."""
+
+    config_class = Glm4Config
+
+    from_pretrained = classmethod(GlmForCausalLM.from_pretrained.__func__)  # type: ignore[attr-defined]
+    register_for_auto_class = classmethod(
+        GlmForCausalLM.register_for_auto_class.__func__  # type: ignore[attr-defined]
+    )
+
+
+def read_tensors(folder: Path, config: Any) -> dict[str, Tensor] | None:
+    """The tensors of a folder in the publisher's layout; None for one that transformers reads.
+
+    They lie in the files still: a tensor is read when it is used.
+    """
+    if not is_published(read_json_object(folder / CONFIG_NAME)):
+        return None
+    tensors: dict[str, Tensor] = {}
+    for path in folders.weight_files(folder):
+        tensors |= weights.load_mapped(path)
+    return to_glm(tensors, config)
+
+
+def check_folder(
+    folder: Path,
+    config: Any,
+    model_class: type[PreTrainedModel],
+    *,
+    must_tie: bool = False,
+) -> None:
+    """Check a folder's tensors against its config.json.
+
+    Args:
+        folder: of a checkpoint, in either layout.
+        config: configuration of that folder.
+        model_class: class of the model that the weights are for.
+        must_tie: embedding and head must be one.
+
+    Raises:
+        UserError: one line that names what does not fit.
+    """
+    published = is_published(read_json_object(folder / CONFIG_NAME))
+    check_plain_folder(
+        folder,
+        config,
+        model_class,
+        must_tie=must_tie,
+        rename=(lambda found: to_glm(found, config)) if published else dict,
+    )
+    if published:
+        _check_rotary(folder, config)
+
+
+def _check_rotary(folder: Path, config: Any) -> None:
+    """Make sure that the frequencies in the files are those of config.json's rope_ratio.
+
+    The publisher's code writes those of ratio 1 whatever the ratio is, so these say nothing.
+
+    Raises:
+        UserError: they are of another; the folder was put together from two models.
+    """
+    files = [weights.load_mapped(path) for path in folders.weight_files(folder)]
+    found = next((tensors[INV_FREQ] for tensors in files if INV_FREQ in tensors), None)
+    if found is None or len(found) < 2:
+        return
+    # The last of n is base ** -(1 - 1 / n): it says which base the file was made for.
+    base = float(found[-1].double()) ** (-len(found) / (len(found) - 1))
+    wanted = config.rope_parameters["rope_theta"]
+    if all(abs(base / of_config - 1) > _SAME for of_config in (wanted, ROPE_BASE)):
+        raise UserError(
+            f"{folder}: config.json has rope_ratio {wanted / ROPE_BASE:g}, the weights were made "
+            f"for about {base / ROPE_BASE:.0f} ({INV_FREQ}); take config.json and all weight files from "
+            "the same download"
+        )

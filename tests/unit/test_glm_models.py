@@ -1,0 +1,253 @@
+"""Glm and Glm4 against the published code's recorded numbers and transformers' own classes."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from toys import randomise_adapter
+
+from glmtune.adapters.lora import attach_lora
+from glmtune.data.packing import lay_out
+from glmtune.data.token_rows import IGNORED, TokenRows
+from glmtune.errors import UserError
+from glmtune.generation import Decoder, EncodedPrompt, GenerationSettings
+from glmtune.models.families import family_of, find_family
+from glmtune.models.glm.configuration import GlmConfig
+from glmtune.models.glm.mapping import to_glm
+from glmtune.models.glm.modeling import Glm4ForCausalLM, GlmForCausalLM
+from glmtune.models.glm.settings import GlmSettings
+from glmtune.models.loading import load_base_model
+from glmtune.models.packed import PackedModel
+
+TINY = {
+    "chatglm2": "chatglm2-6b-tiny",
+    "chatglm3-32k": "chatglm3-6b-32k-tiny",
+    "chatglm3-128k": "glm/models/chatglm3-6b-128k-tiny",
+    "glm": "glm/models/glm-tiny",
+    "glm4": "glm/models/glm4-tiny",
+    "edge": "glm/models/glm-edge-tiny",
+}
+NAMES = {
+    "chatglm2": "ChatGLM2-6B", "chatglm3-32k": "ChatGLM3-6B", "chatglm3-128k": "ChatGLM3-6B",
+    "glm": "GLM-4-9B", "glm4": "GLM-4-0414", "edge": "GLM-Edge",
+}  # fmt: skip
+kinds = pytest.mark.parametrize("kind", TINY)
+
+
+@pytest.fixture
+def load(shared):
+    def load(kind, **kwargs):
+        model_class = Glm4ForCausalLM if kind == "glm4" else GlmForCausalLM
+        folder = shared / "golden" / TINY[kind]
+        return model_class.from_pretrained(folder, dtype=torch.float32, **kwargs).eval()
+
+    return load
+
+
+@pytest.mark.parametrize("kind", ["chatglm2", "chatglm3-32k"])
+def test_logits_and_loss_are_the_published_codes(load, shared, kind):
+    model = load(kind)
+    recorded = load_file(shared / "golden" / TINY[kind] / "forward.safetensors")
+    with torch.inference_mode():
+        out = model(input_ids=recorded["input_ids"], labels=recorded["labels"])
+    assert (out.logits - recorded["logits"]).abs().max() < 1e-5
+    assert abs(out.loss - recorded["loss"]) < 1e-5
+
+
+@kinds
+def test_the_family_is_read_off_config_json(shared, kind):
+    settings = json.loads((shared / "golden" / TINY[kind] / "config.json").read_text())
+    assert find_family(settings).name == NAMES[kind]
+
+
+@kinds
+def test_a_saved_model_is_of_the_same_family_and_loads_in_transformers(load, tmp_path, kind):
+    model = load(kind)
+    model.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    assert settings["model_type"] in ("glm", "glm4")
+    assert find_family(settings).name == NAMES[kind]
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ids = torch.arange(5, 25)[None]
+    with torch.inference_mode():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@kinds
+def test_greedy_continuations_are_the_recorded_ones(load, shared, kind):
+    recorded = json.loads((shared / "golden/glm/generation.json").read_text())["models"]
+    folder = TINY[kind].rsplit("/", 1)[-1]
+    entry = next(value for name, value in recorded.items() if name.rsplit("/", 1)[-1] == folder)
+    model = load(kind)
+    decoder = Decoder(model, [])
+    prompts = [EncodedPrompt(ids, 0) for ids in entry["prompts"]]
+    rows = [[] for _ in prompts]
+    for more in decoder.stream(prompts, GenerationSettings(max_new_tokens=32)):
+        for row, ids in zip(rows, more, strict=True):
+            row += ids
+    assert rows == entry["tokens"]
+
+
+def random_rows(config, shapes, seed=0):
+    """Rows of random ids: how many in the prompt, how many in the answer."""
+    random = np.random.default_rng(seed)
+    lengths = [prompt + answer for prompt, answer in shapes]
+    return TokenRows(
+        ids_T=random.integers(5, config.vocab_size, sum(lengths)),
+        starts_R1=np.concatenate(([0], np.cumsum(lengths))),
+        prompt_lengths_R=np.array([prompt for prompt, _ in shapes]),
+        rule=family_of(config).row_rule(config)._replace(pad_id=0),
+    )
+
+
+def with_adapter(base, targets=None):
+    torch.manual_seed(0)
+    return randomise_adapter(attach_lora(base, rank=4, dropout=0.0, targets=targets), std=0.1)
+
+
+def plain_loss(model, rows, row_ids):
+    """transformers' and PEFT's own loss of rows, each by itself."""
+    total = 0
+    for row in row_ids:
+        ids = torch.tensor(rows[row])[None]
+        labels = ids.clone()
+        labels[:, : rows.prompt_lengths_R[row]] = IGNORED
+        out = model(input_ids=ids, labels=labels, use_cache=False)
+        total = total + out.loss * rows.num_labels_R[row]
+    return total
+
+
+@kinds
+@pytest.mark.parametrize("targets", [None, "all"])
+@pytest.mark.parametrize("recompute", [0, 1])
+def test_packed_rows_have_the_loss_and_gradients_of_transformers(load, kind, targets, recompute):
+    model = with_adapter(load(kind), targets)
+    block = family_of(model.config).native().packed
+    rows = random_rows(model.config, [(5, 9), (30, 2), (1, 17), (12, 12)])
+    plain_loss(model, rows, range(4)).backward()
+    wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    packed = PackedModel(model, block, compiled=False, recompute=recompute)
+    loss = packed.loss(packed.to_tensors(lay_out(rows, np.array([2, 0, 3, 1]), 100)))
+    loss.backward()
+    assert abs(loss - plain_loss(model, rows, range(4))) < 1e-4 * loss
+    assert any(grad.abs().max() > 1e-3 for grad in wanted.values())
+    for name, grad in wanted.items():
+        off = (model.get_parameter(name).grad - grad).norm()
+        assert off < 1e-4 * max(1.0, grad.norm()), name
+
+
+@kinds
+def test_twenty_steps_are_those_of_transformers(load, kind):
+    ours, theirs = (with_adapter(load(kind), "all") for _ in range(2))
+    packed = PackedModel(ours, family_of(ours.config).native().packed, compiled=False)
+    rows = random_rows(ours.config, [(5, 9), (3, 12), (1, 17), (8, 8)])
+    optimisers = [
+        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        for model in (ours, theirs)
+    ]
+    for step in range(20):
+        row_ids = np.array([step % 4, (step + 1) % 4])
+        pack = packed.to_tensors(lay_out(rows, row_ids, 64))
+        losses = packed.loss(pack), plain_loss(theirs, rows, row_ids)
+        for loss, optimiser in zip(losses, optimisers, strict=True):
+            optimiser.zero_grad()
+            (loss / rows.num_labels_R[row_ids].sum()).backward()
+            optimiser.step()
+    num_labels = rows.num_labels_R[row_ids].sum()
+    assert abs(losses[0] - losses[1]) / num_labels < 1e-5
+
+
+def test_names_of_the_publishers_code_mean_our_linears(load):
+    model = attach_lora(load("chatglm3-32k"), targets="query_key_value,dense_h_to_4h")
+    adapted = {name.split(".")[-2] for name in model.state_dict() if "lora_A" in name}
+    assert model.peft_config["default"].target_modules == {
+        "q_proj", "k_proj", "v_proj", "gate_up_proj"
+    }  # fmt: skip
+    assert adapted
+
+
+@pytest.mark.parametrize("name", ["gate_proj", "up_proj"])
+def test_half_of_a_fused_linear_is_refused(load, name):
+    with pytest.raises(UserError, match="gate_proj and up_proj are one here"):
+        attach_lora(load("glm4"), targets=f"q_proj,{name}")
+
+
+def test_a_folder_of_two_models_is_refused(shared, tmp_path):
+    folder = shutil.copytree(shared / "golden" / TINY["chatglm3-32k"], tmp_path / "base")
+    (folder / "config.json").chmod(0o644)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"multi_query_group_num": 4}))
+    with pytest.raises(UserError, match="do not fit config.json"):
+        GlmForCausalLM.from_pretrained(folder)
+
+
+def test_frequencies_of_another_base_are_refused(shared, tmp_path):
+    folder = shutil.copytree(shared / "golden" / TINY["chatglm3-32k"], tmp_path / "base")
+    weights = torch.load(folder / "pytorch_model.bin")
+    step = torch.arange(4) / 4
+    weights["transformer.rotary_pos_emb.inv_freq"] = (1 / 5e6**step).half()
+    (folder / "pytorch_model.bin").chmod(0o644)
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="rope_ratio 50, the weights were made for about 499"):
+        GlmForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("theta", [{"rope_theta": 1e4}, {"rope_parameters": {"rope_theta": 1e4}}])
+def test_a_ratio_and_a_base_that_differ_are_refused(theta):
+    with pytest.raises(UserError, match="rope_ratio 500 means rope_theta 5e"):
+        GlmConfig.from_dict({"model_type": "glm", "rope_ratio": 500, **theta})
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [({"rmsnorm": False}, "rmsnorm is False"), ({"num_layers": 0}, "num_hidden_layers is 0"),
+     ({"pre_seq_len": 128}, "P-Tuning v2"), ({"quantization_bit": 3}, "quantization_bit 3"),
+     ({"rope_ratio": "x"}, "rope_ratio is 'x'"), ({"multi_query_group_num": 3}, "cannot share")],
+)  # fmt: skip
+def test_settings_that_no_model_has_are_refused(shared, change, word):
+    settings = json.loads((shared / "golden" / TINY["chatglm2"] / "config.json").read_text())
+    for read in (GlmConfig.from_dict, GlmSettings.read):
+        with pytest.raises(UserError, match=word):
+            read(settings | change)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_published_integers_load_as_they_are(load, shared, tmp_path, bits):
+    """A folder as the publisher quantises: rows of int8 or two int4 a byte, a scale for each."""
+    folder = shutil.copytree(shared / "golden" / TINY["chatglm2"], tmp_path / "base")
+    weights = torch.load(folder / "pytorch_model.bin")
+    floats = {}
+    for name in [
+        name for name in weights if re.search(r"layers.*(key_value|dense\w*)\.weight", name)
+    ]:
+        weight = weights[name].float()
+        scale = weight.abs().amax(1) / (127 if bits == 8 else 7)
+        integers = (weight / scale[:, None]).round().to(torch.int8)
+        floats[name] = (integers * scale.half()[:, None].float()).half()
+        packed = integers if bits == 8 else (integers[:, ::2] << 4) | (integers[:, 1::2] & 15)
+        weights[name], weights[f"{name}_scale"] = packed, scale.half()
+    for path in folder.iterdir():
+        path.chmod(0o644)
+    torch.save(weights, folder / "pytorch_model.bin")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"quantization_bit": bits}))
+    model = load_base_model(str(folder), dtype=torch.float32, keep_integers=True)
+    as_floats = load_base_model(str(folder), dtype=torch.float32)
+    assert type(model.model.layers[0].self_attn.k_proj).__name__ == "IntegerLinear"
+    plain = load("chatglm2")
+    plain.load_state_dict(
+        to_glm({n: w.float() for n, w in floats.items()}, plain.config), strict=False
+    )
+    ids = torch.arange(5, 30)[None]
+    with torch.inference_mode():
+        wanted = plain(ids).logits
+        assert (model(ids).logits - wanted).abs().max() < 2e-3
+        assert (as_floats(ids).logits - wanted).abs().max() < 2e-3
+        assert (load("chatglm2")(ids).logits - wanted).abs().max() > 1e-2
