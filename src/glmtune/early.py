@@ -23,8 +23,7 @@ from glmtune.config.settings import (
 from glmtune.data.dataset import check_is_folder
 from glmtune.data.files import open_bytes
 from glmtune.data.jsonlines import check_appendable
-from glmtune.models.base_files import read_settings
-from glmtune.models.families import check_targets
+from glmtune.models.base_files import check_targets, read_settings
 from glmtune.models.resolve import resolve_base
 from glmtune.run_files import check_bundle
 
@@ -51,7 +50,8 @@ def check_training(settings: TrainSettings) -> None:
     Raises:
         UserError: one does not exist.
     """
-    check_targets(settings.lora_target)
+    if settings.lora_target:
+        check_targets(settings.lora_target, resolve_base(settings.base))
     check_is_folder(settings.dataset_path)
     if settings.base or not settings.resume_from_checkpoint:
         check_base(settings.base)
@@ -63,7 +63,8 @@ def check_tuning(settings: TuneSettings) -> None:
     Raises:
         UserError: one does not exist.
     """
-    check_targets(settings.lora_target)
+    if settings.lora_target:
+        check_targets(settings.lora_target, resolve_base(settings.base))
     with open_bytes(settings.data_path):
         pass
     check_base(settings.base)

@@ -32,7 +32,7 @@ from glmtune.config.settings import (
     TrainSettings,
 )
 from glmtune.errors import UserError
-from glmtune.models.families import DEFAULT, check_targets
+from glmtune.models.families import DEFAULT
 
 TRAIN = {"dataset_path": "data/tokens", "output_dir": "output"}
 NONES = ("none", "null")
@@ -193,7 +193,8 @@ def test_a_lora_target_that_no_model_has(recipe, capsys, verb, names, in_recipe)
     assert "Traceback" not in told
     line = next(line for line in told.splitlines() if "ChatGLM-6B has no linear 'q_proj'" in line)
     assert code == (1 if verb == "doctor" else 2)
-    check_targets([line.partition("choose from ")[2].partition(",")[0]])
+    advised = line.partition("choose from ")[2].partition(",")[0]
+    assert DEFAULT.targets((advised,), DEFAULT.shape(DEFAULT.read_settings({}))) == (advised,)
 
 
 def test_lora_target_as_a_list(recipe):

@@ -62,19 +62,23 @@ def test_no_other_module_knows_a_family(path):
 def test_the_walk_sees_names_and_strings_and_passes_over_messages():
     source = "import chatglm\nx.gmask_token_id\n'<sop>'\n'pass ChatGLM-6B'\nchatglm_path\n"
     assert list(words_of_a_family(source)) == [(1, "chatglm"), (2, "gmask"), (3, "<sop>")]
-    assert [room.name for room in ROOMS] == ["chatglm"]
+    assert [room.name for room in ROOMS] == ["chatglm", "glm"]
 
 
 def test_each_family_knows_its_config():
     for family in families.FAMILIES:
-        config = family.native().config_class()
+        config = family.native().config_class.from_dict(dict(family.published_settings))
+        assert families.family_of(config) is family or family.name.endswith("v1.0")
         assert family.row_rule(config).special_ids
         shape = family.shape(config)
         assert set(family.lora_target) <= set(shape.linear_names)
         assert len(shape.linears) == family.native().packed.num_linears
         assert max(family.probe_row(config)) < shape.vocab_size
     names = [family.name for family in families.FAMILIES]
-    assert names == ["ChatGLM-6B", "ChatGLM-6B v1.0"]
+    assert names == [
+        "ChatGLM-6B", "ChatGLM-6B v1.0", "ChatGLM3-6B", "ChatGLM2-6B", "GLM-4-0414", "GLM-4-9B",
+        "GLM-Edge",
+    ]  # fmt: skip
     assert families.family_of(ChatGLMConfig()).name == "ChatGLM-6B"
     march = ChatGLMConfig(vocab_size=150_528, bos_token_id=150_004, eos_token_id=150_005)
     assert families.family_of(march).name == "ChatGLM-6B v1.0"
@@ -84,11 +88,11 @@ def test_each_family_knows_its_config():
 def test_a_family_is_found_once_it_is_on_the_list(monkeypatch):
     assert families.find_family(CONFIG.to_dict()) is None
     families.check_targets(("dense", "all"))
-    with pytest.raises(UserError, match="ChatGLM-6B has no linear 'down_proj'"):
-        families.check_targets(("down_proj",))
+    with pytest.raises(UserError, match="no model has a linear 'gate_proj'; choose from dense, "):
+        families.check_targets(("gate_proj",))
     monkeypatch.setattr(families, "FAMILIES", [*families.FAMILIES, TOY])
     assert families.family_of(CONFIG) is TOY
-    families.check_targets(("down_proj", "dense"))
+    families.check_targets(("gate_proj", "dense"))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-
 from toys import randomise_adapter
 
 from glmtune.adapters.lora import attach_lora
@@ -184,7 +183,7 @@ def test_a_folder_of_two_models_is_refused(shared, tmp_path):
     (folder / "config.json").chmod(0o644)
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(settings | {"multi_query_group_num": 4}))
-    with pytest.raises(UserError, match="do not fit config.json"):
+    with pytest.raises(UserError, match=r"do not fit config\.json"):
         GlmForCausalLM.from_pretrained(folder)
 
 

@@ -354,10 +354,14 @@ def test_an_endpoint_that_is_no_address(value, fix, monkeypatch):
 @pytest.mark.parametrize(
     "name, family",
     [
-        ("THUDM/chatglm3-6b", "ChatGLM3-6B"),
-        ("zai-org/chatglm2-6b-32k-int4", "ChatGLM2-6B"),
-        ("THUDM/glm-4-9b-chat-hf", "of the GLM-4 family"),
-        ("zai-org/GLM-4.5-Air", "of the GLM-4 family"),
+        ("THUDM/chatglm3-6b", None),
+        ("zai-org/chatglm2-6b-32k-int4", None),
+        ("THUDM/glm-4-9b-chat-hf", None),
+        ("zai-org/GLM-4-9B-0414", None),
+        ("THUDM/glm-4v-9b", "a GLM that sees pictures"),
+        ("zai-org/GLM-4.1V-9B-Thinking", "a GLM that sees pictures"),
+        ("zai-org/GLM-4.5-Air", "GLM-4.5 or newer, a mixture of experts"),
+        ("zai-org/GLM-5.1", "GLM-5, a mixture of experts"),
         ("Qwen/Qwen2-7B", "of another family"),
         ("THUDM/chatglm-6b-int4", None),
         ("silver/chatglm-6b-slim", None),

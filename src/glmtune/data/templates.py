@@ -48,7 +48,8 @@ def conversation_of(context: str) -> tuple[list[tuple[str, str]], str]:
 
 def _read_rounds(context: str) -> tuple[list[tuple[str, str]], str] | None:
     """Undo `rounds`; None where the numbers of the rounds do not count up from 0."""
-    rest, pairs = context, []
+    rest = context
+    pairs: list[tuple[str, str]] = []
     while True:
         begin, following = f"[Round {len(pairs)}]\n问：", f"\n[Round {len(pairs) + 1}]\n问："
         if not rest.startswith(begin):

@@ -14,10 +14,11 @@ from glmtune.doctor.findings import OK, PROBLEM, WARNING, CheckLine
 from glmtune.doctor.model import config_of
 from glmtune.errors import UserError
 from glmtune.hardware import Card, pick_device, pick_dtype
-from glmtune.models.families import check_targets, family_of
+from glmtune.models.base_files import check_targets
+from glmtune.models.families import family_of
 from glmtune.models.folders import is_lfs_pointer
 from glmtune.models.loading import load_tokenizer
-from glmtune.models.resolve import GLM_TINY
+from glmtune.models.resolve import GLM_TINY, resolve_base
 from glmtune.training.plan import count_steps, make_plan
 from glmtune.training.planning.advice import advise, verdict
 from glmtune.training.planning.forecast import EqualRows, Forecaster, Lengths, forecast
@@ -47,7 +48,8 @@ def check_settings(path: str, verbs: list[str], plans: Plans) -> Iterator[CheckL
         try:
             settings = read_config(SETTINGS[verb], path, {})
             if isinstance(settings, TrainSettings):
-                check_targets(settings.lora_target)
+                base = resolve_base(settings.base, needs_weights=False)
+                check_targets(settings.lora_target, base)
             plans[verb] = settings
         except UserError as error:
             yield PROBLEM, str(error)

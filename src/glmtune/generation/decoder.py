@@ -27,7 +27,7 @@ TOKENS_PER_LOOK = 8
 
 
 def find_stop_ids(model: Any) -> list[int]:
-    """The ids at which an answer ends: the model's generation_config's or config's, the family's."""
+    """The ids at which an answer ends, by generation_config or config, and by the family."""
     for config in (model.generation_config, model.config):
         named = config.eos_token_id
         if named is not None:

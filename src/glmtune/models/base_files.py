@@ -7,12 +7,13 @@ from typing import Any, TypeVar
 from glmtune.data.dataset import RowTokenizer
 from glmtune.data.files import read_json_object
 from glmtune.errors import UserError, reason_of
-from glmtune.models import folders
+from glmtune.models import families, folders
 from glmtune.models.families import (
     DEFAULT,
     FAMILIES,
     Family,
     family_not_loaded,
+    family_of,
     find_family,
 )
 from glmtune.models.hubs import CONFIG_FILE, is_on_modelscope, try_to_load_from_cache
@@ -37,6 +38,22 @@ def read_settings(base: str) -> Any:
     folder = fetch_base(base, [CONFIG_FILE])
     family, settings = find_base(base, folder)
     return built(folder, lambda: family.read_settings(settings))
+
+
+def check_targets(wanted: tuple[str, ...] | None, base: str) -> None:
+    """Make sure that a base model has all the linears that `lora_target` names.
+
+    Of a base whose config.json is not here yet it is only known what some family has.
+
+    Raises:
+        UserError: it has not; or its config.json cannot be read.
+    """
+    if Path(base).is_dir() or published_family(base):
+        config = read_settings(base)
+        family = family_of(config)
+        family.targets(wanted, family.shape(config))
+    else:
+        families.check_targets(wanted)
 
 
 def load_row_tokenizer(base: str) -> RowTokenizer:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from glmtune.errors import UserError
 from glmtune.models import chatglm
 from glmtune.models.chatglm.family import V1_0, V1_1
-from glmtune.models.glm import family as glm
 from glmtune.models.family import Family
+from glmtune.models.glm import family as glm
 from glmtune.models.shape import ALL
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ _NOT_LOADED = {
     r"visualglm": "VisualGLM-6B",
     r"glm-?4\.?\d?v|glm-edge-v|cogvlm|glm-ocr|autoglm": "a GLM that sees pictures",
     r"glm-?4\.[5-9]": "GLM-4.5 or newer, a mixture of experts",
-    r"glm-?5": "GLM-5",
+    r"glm-?5": "GLM-5, a mixture of experts",
     r"glm-(large|2b|10b|130b)": "an older GLM",
     r"llama|qwen|baichuan|internlm|mistral|deepseek|bloom|gemma|\b(yi|phi)-": "of another family",
 }

@@ -21,7 +21,6 @@ from glmtune.config.settings import TrainSettings
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError, note
 from glmtune.hardware import memory_gib
-from glmtune.models.families import check_targets
 from glmtune.runlog import RunLog
 from glmtune.training.console import Pace, memory_advice, print_banner, print_summary
 from glmtune.training.faults.crash import bundle_on_fault
@@ -68,7 +67,6 @@ def train(settings: TrainSettings, at_end: AtEnd | None = None) -> TrainResult:
             memory or the disk is too small, or the loss is no longer finite.
         KeyboardInterrupt: a signal came before the first step.
     """
-    check_targets(settings.lora_target)
     accelerator, dtype = start_accelerator(settings)
     with StopRequest(accelerator, settings.max_hours) as stop:
         ready = prepare(settings, accelerator, dtype)

@@ -33,8 +33,7 @@ from glmtune.errors import UserError, note
 from glmtune.evaluation.checkup import check
 from glmtune.evaluation.compare import compare
 from glmtune.hardware import free_memory
-from glmtune.models.base_files import load_row_tokenizer
-from glmtune.models.families import check_targets
+from glmtune.models.base_files import check_targets, load_row_tokenizer
 from glmtune.models.loading import load_config
 from glmtune.models.resolve import base_name, resolve_base
 from glmtune.run_files import RECIPE_FILE, WEIGHTS_FILE, saved_steps
@@ -105,7 +104,8 @@ class Tuning:
     @classmethod
     def of(cls, settings: TuneSettings) -> "Tuning":
         """Check all files and settings; nothing is written."""
-        check_targets(settings.lora_target)
+        base = resolve_base(settings.base)
+        check_targets(settings.lora_target, base)
         with open_bytes(settings.data_path):
             digest = sha256_of(settings.data_path)
         out = Path(settings.out)
@@ -113,7 +113,6 @@ class Tuning:
             journal = Journal.of(out, STAGES)
             if not journal.is_claimed:  # nothing in a folder of ours is deleted, whosever it is
                 check_folder(out, False, (), NUM_BYTES, "tune")
-        base = resolve_base(settings.base)
         sections = Sections(settings, base)
         return cls(settings, out, sections, load_row_tokenizer(base), digest, journal)
 

@@ -117,7 +117,8 @@ def run_block(
     """One layer on one new token a row, see `DecodingBlock.run_block`."""
     normed, mixed_BN31D = _project(hidden_B1H, block, keys_BNKD.shape[-1])
     # Both at once: a step is made of many small kernels.
-    turned = rotate(mixed_BN31D[:, :, :2], *(angle[:, None] for angle in angles))
+    cos, sin = (angle[:, None] for angle in angles)
+    turned = rotate(mixed_BN31D[:, :, :2], cos, sin)
     query_BN1D, key_BN1D = turned.unbind(2)
     put(keys_BNKD, place, key_BN1D)
     put(values_BNKD, place, mixed_BN31D[:, :, 2])

@@ -31,7 +31,7 @@ class _OfEitherLayout:
         return super().from_dict(as_glm(config_dict), **kwargs)  # type: ignore[misc]
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """The configuration of a folder or a hub id; see `from_dict`."""
         settings, kwargs = cls.get_config_dict(  # type: ignore[attr-defined]
             pretrained_model_name_or_path, **kwargs

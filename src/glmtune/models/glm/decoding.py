@@ -1,7 +1,7 @@
 """What one layer of Glm or Glm4 computes while answering, as plain functions.
 
-Shapes: B rows of a batch, S columns of the longest prompt, K columns of the cache, H hidden, N heads
-of queries, G of keys and values, D head size.
+Shapes: B rows of a batch, S columns of the longest prompt, K columns of the cache, H hidden,
+N heads of queries, G of keys and values, D head size.
 """
 
 from collections.abc import Callable

@@ -17,7 +17,6 @@ from glmtune.models.glm.settings import ROPE_BASE, is_published
 from glmtune.models.integer_weights import use_integer_modules
 from glmtune.models.strict_loading import check_plain_folder, read_strictly
 
-
 _SAME = 0.1  # of a base that was rounded to float16
 
 
@@ -48,10 +47,14 @@ class Glm4ForCausalLM(transformers.Glm4ForCausalLM):
 
     config_class = Glm4Config
 
-    from_pretrained = classmethod(GlmForCausalLM.from_pretrained.__func__)  # type: ignore[attr-defined]
-    register_for_auto_class = classmethod(
-        GlmForCausalLM.register_for_auto_class.__func__  # type: ignore[attr-defined]
-    )
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a folder or a hub id: see `read_strictly`."""
+        return read_strictly(cls, check_folder, pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Do nothing: what is registered so leaves a copy of its source in each saved folder."""
 
 
 def read_tensors(folder: Path, config: Any) -> dict[str, Tensor] | None:
@@ -115,6 +118,6 @@ def _check_rotary(folder: Path, config: Any) -> None:
     if all(abs(base / of_config - 1) > _SAME for of_config in (wanted, ROPE_BASE)):
         raise UserError(
             f"{folder}: config.json has rope_ratio {wanted / ROPE_BASE:g}, the weights were made "
-            f"for about {base / ROPE_BASE:.0f} ({INV_FREQ}); take config.json and all weight files from "
-            "the same download"
+            f"for about {base / ROPE_BASE:.0f} ({INV_FREQ}); take config.json and all weight files "
+            "from the same download"
         )

@@ -87,9 +87,13 @@ def weights_of(layer: nn.Module) -> BlockWeights:
     def optional_norm(name: str) -> RmsNorm | None:
         return RmsNorm.of(get(name)) if has_four_norms else None
 
+    query, key, value, output = (linear_of(get(f"self_attn.{name}_proj")) for name in "qkvo")
     return BlockWeights(
         RmsNorm.of(get("input_layernorm")),
-        *(linear_of(get(f"self_attn.{name}_proj")) for name in "qkvo"),
+        query,
+        key,
+        value,
+        output,
         optional_norm("post_self_attn_layernorm"),
         RmsNorm.of(get("post_attention_layernorm")),
         linear_of(get("mlp.gate_up_proj")),

@@ -23,8 +23,8 @@ from glmtune.hardware import (
     pick_dtype,
     pick_format,
 )
-from glmtune.models.base_files import read_settings
-from glmtune.models.families import DEFAULT, check_targets, family_of
+from glmtune.models.base_files import check_targets, read_settings
+from glmtune.models.families import DEFAULT, family_of
 from glmtune.models.resolve import HUB_IDS, base_name, resolve_base
 from glmtune.runlog import print_pairs
 from glmtune.training.plan import count_steps, make_plan
@@ -39,10 +39,10 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
     Raises:
         UserError: a card or a base model that is not known, or a JSON file that cannot be written.
     """
-    check_targets(settings.lora_target)
+    base = resolve_base(settings.base, needs_weights=False)
+    check_targets(settings.lora_target, base)
     check_appendable(settings.json_path)
     card, dtype = _card_and_dtype(settings)
-    base = resolve_base(settings.base, needs_weights=False)
     if base == HUB_IDS[0] and not settings.base:
         note(f"no base model is named or found, so this is of {DEFAULT.name} (--base)")
     config = read_settings(base)
