@@ -16,7 +16,7 @@ from glmtune.data.packing import lay_out
 from glmtune.data.token_rows import IGNORED, TokenRows
 from glmtune.errors import UserError
 from glmtune.generation import Decoder, EncodedPrompt, GenerationSettings
-from glmtune.models.families import family_of, find_family
+from glmtune.models.families import FAMILIES, family_of, find_family
 from glmtune.models.glm.configuration import GlmConfig
 from glmtune.models.glm.mapping import to_glm
 from glmtune.models.glm.modeling import Glm4ForCausalLM, GlmForCausalLM
@@ -91,6 +91,30 @@ def test_greedy_continuations_are_the_recorded_ones(load, shared, kind):
         for row, ids in zip(rows, more, strict=True):
             row += ids
     assert rows == entry["tokens"]
+
+
+@kinds
+def test_the_shape_counts_what_the_model_holds(load, kind):
+    model = load(kind)
+    shape = family_of(model.config).shape(model.config)
+    assert shape.weight_bytes(torch.float32) == 4 * sum(p.numel() for p in model.parameters())
+    linears = {n.split(".")[-1]: m for n, m in model.named_modules() if ".layers.0." in n}
+    for linear in shape.linears:
+        module = linears[linear.name]
+        assert module.weight.shape == (linear.outputs, linear.inputs)
+        assert (module.bias is not None) is linear.has_bias
+
+
+@pytest.mark.parametrize(
+    "name, count",
+    [("GLM-4-9B", 9_399_951_360), ("GLM-4-0414", 9_400_279_040), ("GLM-Edge", 1_472_055_296),
+     ("ChatGLM3-6B", 6_243_584_000), ("ChatGLM2-6B", 6_243_584_000)],
+)  # fmt: skip
+def test_published_sizes(name, count):
+    """As counted by others: see the model cards."""
+    family = next(family for family in FAMILIES if family.name == name)
+    shape = family.shape(family.read_settings(family.published_settings))
+    assert shape.weight_bytes(torch.bfloat16) == 2 * count
 
 
 def random_rows(config, shapes, seed=0):

@@ -51,6 +51,8 @@ class Shape(NamedTuple):
     kept_by_mlp: int
     """Numbers a token kept for the backward pass between the linears of the MLP: the input of its
     activation, gate included."""
+    output_norms: int = 0
+    """Norms of a layer that read what attention or MLP gives, instead of the residual."""
 
     @property
     def linear_names(self) -> tuple[str, ...]:

@@ -86,6 +86,7 @@ def shape(config: Any) -> Shape:
         norm_values=num_norms * hidden,
         final_norm_values=hidden,
         kept_by_mlp=2 * inner,
+        output_norms=num_norms - 2,
     )
 
 

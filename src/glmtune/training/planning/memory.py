@@ -151,8 +151,8 @@ def supervised_share(setup: Setup, batch: Batch) -> float:
 def kept_by_layer(setup: Setup, share: float = 1.0) -> float:
     """What a layer keeps for the backward pass, in values a token.
 
-    The inputs of both norms, queries, keys and values, the attention's output with a float32 a head
-    for its softmax, and the input of GELU. Everything else is recomputed from these by compiled
+    The inputs of its norms, queries, keys and values, the attention's output with a float32 a head
+    for its softmax, and the input of the MLP's activation. Everything else is recomputed from these by compiled
     code, or not needed, since the weights are frozen.
 
     Args:
@@ -163,7 +163,8 @@ def kept_by_layer(setup: Setup, share: float = 1.0) -> float:
     hidden, queries = shape.hidden_size, shape.num_heads * shape.head_dim
     keys = shape.num_kv_heads * shape.head_dim
     softmax = 4 * shape.num_heads / setup.value_bytes
-    before, after = 1 + (shape.qkv_values + queries) / hidden + softmax, 1 + setup.mlp
+    before = 1 + (shape.qkv_values + queries) / hidden + softmax
+    after = 1 + setup.mlp + shape.output_norms
     if setup.layout == "padded":
         before += (queries + keys) / hidden  # rotated, beside the projections' outputs
     if not setup.compiled and itemsize < 4:
