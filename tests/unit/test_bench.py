@@ -1,6 +1,7 @@
 """The benchmark of a training step, run small on a CPU."""
 
 import json
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from glmtune.bench import limits
 from glmtune.bench.random_model import CONFIGS, shape_of
 from glmtune.bench.rows import random_rows
 from glmtune.cli import main
+from glmtune.config.settings import BenchTrainSettings
 
 
 def bench(tmp_path, *flags):
@@ -105,3 +107,27 @@ def test_random_rows_are_as_long_as_real_ones():
 
 def test_the_weights_that_a_token_meets():
     assert shape_of("6b").matmul_parameters() == 6_171_787_264
+
+
+def test_shapes_are_those_of_the_families():
+    assert set(get_args(BenchTrainSettings.model_fields["shape"].annotation)) == set(CONFIGS)
+
+
+@pytest.mark.parametrize("targets", ["q_proj,k_proj,v_proj", "all"])
+def test_the_younger_models_step_is_measured_beside_transformers(tmp_path, targets):
+    flags = ["--shape", "glm-small", "--layout", "packed", "--tokens_per_step", "512"]
+    record = bench(tmp_path, *flags, "--lora_target", targets, "--compare", "true")
+    assert record["layout"] == "packed"
+    assert record["glm_peft_real_tokens_per_second"] > 0
+    assert record["plain"]["loss"] == pytest.approx(record["loss"], abs=0.5)
+    assert record["loss"] == pytest.approx(np.log(4096), abs=1)
+
+
+def test_the_younger_models_answers_are_measured(tmp_path):
+    path = tmp_path / "bench.jsonl"
+    flags = ["--shape", "glm-small", "--use_cpu", "true", "--prompt_length", "8"]
+    flags += ["--max_new_tokens", "4", "--compare", "true", "--json_path", str(path)]
+    assert main(["bench", "decode", *flags]) == 0
+    record = json.loads(path.read_text())
+    assert record["decode_tokens_per_second"] > 0
+    assert record["generate_tokens_per_second"] > 0

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from glmtune.bench.limits import copy_rate
 from glmtune.bench.random_model import CONFIGS, check_room, random_model
+from glmtune.bench.rows import end_of_text_ids
 from glmtune.bench.timing import machine
 from glmtune.config.settings import BenchDecodeSettings
 from glmtune.data.jsonlines import append_json, check_appendable
@@ -170,7 +171,7 @@ def _check(
 def _random_prompts(config: Any, num_prompts: int, length: int) -> list[EncodedPrompt]:
     rule = family_of(config).row_rule(config)
     size = num_prompts, length - rule.num_prompt_specials
-    texts = torch.randint(rule.pad_id + 1, min(rule.special_ids.values()) - 1, size).tolist()
+    texts = torch.randint(5, end_of_text_ids(config) - 1, size).tolist()
     return [EncodedPrompt(rule.prompt(text), number) for number, text in enumerate(texts)]
 
 

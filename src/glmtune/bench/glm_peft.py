@@ -1,4 +1,4 @@
-"""What transformers and PEFT offer of themselves: `GlmForCausalLM` of ChatGLM3-6B's size with LoRA.
+"""What transformers and PEFT offer of themselves: a model of transformers' with LoRA.
 
 Compiled layer by layer, which is the fastest that they do on ordinary settings, or with
 bitsandbytes' linears, which graphs break at, as they are. Rows of a pack are one row without
@@ -6,13 +6,16 @@ document masks: they see their neighbours.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from copy import copy
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from glmtune.bench.timing import times_ms
+from glmtune.models.families import family_of
+from glmtune.models.family import layers_of
 from glmtune.models.quantised import quantise
 
 _WARMUP = 3
@@ -23,8 +26,9 @@ def glm_peft_rate(
     batches: Sequence[Sequence[int]],
     device: torch.device,
     dtype: torch.dtype,
+    config: PreTrainedConfig,
     *,
-    small: bool,
+    targets: Sequence[str] | None = None,
     bits: int | None = None,
 ) -> float:
     """Real tokens a second of training steps.
@@ -34,28 +38,24 @@ def glm_peft_rate(
             tokens are supervised.
         device: where.
         dtype: of the base; the adapter is float32.
-        small: a tiny model instead of one of six billion parameters.
+        config: of a model that transformers has.
+        targets: linears with an adapter; by default the family's own choice.
         bits: 8 or 4 for a base that bitsandbytes has quantised.
     """
-    from transformers import GlmConfig, GlmForCausalLM
-
-    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-             "vocab_size": 1024} if small else {
-             "hidden_size": 4096, "intermediate_size": 13696, "num_hidden_layers": 28,
-             "num_attention_heads": 32, "num_key_value_heads": 2, "head_dim": 128,
-             "vocab_size": 65024}  # fmt: skip
-    config = GlmConfig(**sizes, attention_bias=True, pad_token_id=_PAD, eos_token_id=2)
+    family = family_of(config)
     with torch.device(device):
-        base = GlmForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa")
+        base = family.native().model_class._from_config(
+            copy(config), dtype=dtype, attn_implementation="sdpa"
+        )
+    layers = layers_of(base)
     if bits:
-        quantise(base, base.model.layers, bits)
-    targets = ["q_proj", "k_proj", "v_proj"]
+        quantise(base, layers, bits)
+    names = family.targets(tuple(targets) if targets else None, family.shape(config))
     model = get_peft_model(
-        base, LoraConfig(r=8, lora_alpha=32, lora_dropout=0.1, target_modules=targets)
+        base, LoraConfig(r=8, lora_alpha=32, lora_dropout=0.1, target_modules=list(names))
     )
     if device.type == "cuda" and not bits:
-        for layer in base.model.layers:
+        for layer in layers:
             layer.compile()
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=device.type == "cuda")

@@ -20,8 +20,7 @@ def random_rows(config: PreTrainedConfig, num_rows: int, seed: int = 0) -> Token
     rule = family_of(config).row_rule(config)
     prompts_R = (lengths_R * _PROMPT).astype(np.int64).clip(min=rule.num_prompt_specials)
     starts_R1 = np.concatenate(([0], np.cumsum(lengths_R)))
-    special_ids = rule.special_ids.values()
-    ids_T = random.integers(5, min(special_ids) - 1, starts_R1[-1])
+    ids_T = random.integers(5, end_of_text_ids(config) - 1, starts_R1[-1])
     for place, special in enumerate(rule.before_prompt):
         ids_T[starts_R1[:-1] + place] = special.id
     ends = (rule.after_prompt, starts_R1[:-1] + prompts_R), (rule.end, starts_R1[1:])
@@ -29,3 +28,9 @@ def random_rows(config: PreTrainedConfig, num_rows: int, seed: int = 0) -> Token
         for back, special in enumerate(reversed(specials), start=1):
             ids_T[ends_R - back] = special.id
     return TokenRows(ids_T, starts_R1, prompts_R, rule)
+
+
+def end_of_text_ids(config: PreTrainedConfig) -> int:
+    """The first special id behind a vocabulary's text, which may have some before it as well."""
+    rule = family_of(config).row_rule(config)
+    return min(i for i in rule.special_ids.values() if 2 * i > config.vocab_size)

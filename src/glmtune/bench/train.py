@@ -101,7 +101,10 @@ def bench_train(settings: BenchTrainSettings) -> dict[str, Any]:
             [[tokens]] * settings.steps if layout == "packed" else lengths,
             device,
             dtype,
-            small=settings.shape != "6b",
+            CONFIGS[
+                family_of(base_config).native().bench_peers.get(settings.shape, settings.shape)
+            ],
+            targets=settings.lora_target,
             bits=settings.bits,
         )
     _print(record)

@@ -13,11 +13,15 @@ class BenchSettings(Settings):
 
     group: ClassVar[str] = "benchmark"
     bare_words = ()
-    shape: Literal["6b", "wide", "small"] = Field(
+    shape: Literal[
+        "6b", "wide", "small", "chatglm3-6b", "glm-4-9b", "glm-4-9b-0414", "glm-edge-1.5b",
+        "glm-small",
+    ] = Field(
         "6b",
-        description="sizes of the model, whose weights are random: nothing is downloaded; wide: 2 "
-        "layers of width 1,024 with the whole vocabulary, small: 4 of width 256 with 4,096 ids",
-    )
+        description="sizes of the model, whose weights are random: nothing is downloaded; 6b is "
+        "ChatGLM-6B, wide 2 of its layers of width 1,024 with the whole vocabulary, small 4 of "
+        "width 256 with 4,096 ids; glm-small is as small, with GLM-4-0414's layers",
+    )  # fmt: skip
     json_path: PathText | None = Field(None, description="JSON lines file to add the record to")
 
 
@@ -34,7 +38,9 @@ class BenchTrainSettings(BenchSettings, LayoutSettings, LoraSettings, TrainingDe
     warmup: int = Field(3, ge=0, description="steps before them, after the first")
     limits: bool = Field(True, description="time the matrix products alone, too")
     plain: bool = Field(True, description="time the reference path at six padded rows a step, too")
-    compare: bool = Field(False, description="time transformers' Glm with PEFT, too")
+    compare: bool = Field(
+        False, description="time transformers' model with PEFT, too (ChatGLM3-6B beside 6b)"
+    )
     kernel_table: PathText | None = Field(None, description="file for a table of a step's kernels")
 
 

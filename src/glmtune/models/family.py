@@ -84,6 +84,8 @@ class Native(NamedTuple):
     published."""
     bench_configs: Mapping[str, PreTrainedConfig] = {}
     """What `glmtune bench --shape` offers: name to configuration."""
+    bench_peers: Mapping[str, str] = {}
+    """For shapes of a model that transformers has not: the shape of its that is timed beside."""
 
 
 class Family(NamedTuple):

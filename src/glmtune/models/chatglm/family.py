@@ -101,6 +101,7 @@ def _native() -> Native:
         packed=PACKED,
         decoding=DECODING,
         write_random=write_random_model,
+        bench_peers={"6b": "chatglm3-6b", "wide": "glm-small", "small": "glm-small"},
         bench_configs={
             "6b": ChatGLMConfig(),
             "wide": ChatGLMConfig(
