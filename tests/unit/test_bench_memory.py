@@ -35,6 +35,15 @@ def test_each_setting_is_measured_beside_its_estimate(tmp_path, capsys):
     assert "copy" in out
 
 
+def test_a_younger_models_memory_is_measured(tmp_path):
+    path = tmp_path / "memory.jsonl"
+    flags = ["--shape", "glm-small", *SMALL[2:], "--only", "recompute", "--json_path", str(path)]
+    assert main(["bench", "memory", *flags]) == 0
+    peak = json.loads(path.read_text(encoding="utf-8"))["recompute"]
+    assert peak["forecast"]["layers_recomputed"] == 3
+    assert peak["allocated_gib"] > 0
+
+
 def test_the_settings_are_those_of_the_targets():
     configs = {name: train_settings(name, BenchMemorySettings()) for name in room.CASES}
     assert [config.bits for config in configs.values()] == [4, 8, None, None]
@@ -58,7 +67,7 @@ def test_what_a_machine_cannot_do_is_said_and_the_rest_measured(monkeypatch, cap
     [
         (["--only", "5bit"], "only '5bit': is none of 4bit, 8bit, recompute, packed"),
         (["--json_path", "no/such/file"], "cannot be written"),
-        (["--shape", "huge"], "--shape 'huge' should be 6b, wide or small"),
+        (["--shape", "huge"], "--shape 'huge' should be 6b, wide, small, "),
     ],
 )
 def test_mistakes_of_bench_memory_are_refused_in_one_line(flags, words, capsys):

@@ -97,13 +97,12 @@ def bench_train(settings: BenchTrainSettings) -> dict[str, Any]:
         _measure_limits(record, shape, tokens, learned, device, dtype)
     if settings.compare:
         free_memory()
+        peers = family_of(base_config).native().bench_peers
         record["glm_peft_real_tokens_per_second"] = glm_peft_rate(
             [[tokens]] * settings.steps if layout == "packed" else lengths,
             device,
             dtype,
-            CONFIGS[
-                family_of(base_config).native().bench_peers.get(settings.shape, settings.shape)
-            ],
+            CONFIGS[peers.get(settings.shape, settings.shape)],
             targets=settings.lora_target,
             bits=settings.bits,
         )

@@ -144,9 +144,11 @@ def _native(variant: str) -> Native:
         read_tensors,
     )
     from glmtune.models.glm.packed import PACKED
+    from glmtune.models.glm.random_init import write_random_model
 
     is_glm4 = variant == GLM4_0414
     config_class: Any = Glm4Config if is_glm4 else GlmConfig
+    model_class: Any = Glm4ForCausalLM if is_glm4 else GlmForCausalLM
     bench = {
         CHATGLM3: {"chatglm3-6b": {}},
         GLM4: {"glm-4-9b": {}},
@@ -162,12 +164,13 @@ def _native(variant: str) -> Native:
     }  # fmt: skip
     return Native(
         config_class=config_class,
-        model_class=Glm4ForCausalLM if is_glm4 else GlmForCausalLM,
+        model_class=model_class,
         tokenizer_class=None,
         check_folder=check_folder,
         read_tensors=read_tensors,
         packed=PACKED,
         decoding=DECODING,
+        write_random=partial(write_random_model, model_class),
         bench_configs={
             name: config_class.from_dict(_PUBLISHED_SETTINGS[variant] | changes)
             for name, changes in bench.get(variant, {}).items()

@@ -152,8 +152,8 @@ def kept_by_layer(setup: Setup, share: float = 1.0) -> float:
     """What a layer keeps for the backward pass, in values a token.
 
     The inputs of its norms, queries, keys and values, the attention's output with a float32 a head
-    for its softmax, and the input of the MLP's activation. Everything else is recomputed from these by compiled
-    code, or not needed, since the weights are frozen.
+    for its softmax, and the input of the MLP's activation. Everything else is recomputed from these
+    by compiled code, or not needed, since the weights are frozen.
 
     Args:
         setup: what is trained, and how.
