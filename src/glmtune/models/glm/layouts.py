@@ -1,0 +1,182 @@
+"""How the younger models write conversations: special tokens, roles, and what ends an answer.
+
+A turn is its role's token, a newline and the text; the answer's newline is written by the model,
+so it is supervised. ChatGLM2-6B alone has no role tokens: its rounds are text.
+
+Sources of the ids and strings: the published tokenizers and fine-tuning code, run for the recorded
+rows that tests/unit/test_glm_layouts.py compares with.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+from glmtune.data import templates
+from glmtune.data.row_rule import RowRule, Special
+from glmtune.models.family import ChatFormat
+from glmtune.models.glm import settings
+
+SYSTEM, USER, ASSISTANT, OBSERVATION = "system", "user", "assistant", "observation"
+ROLES = {role: f"<|{role}|>" for role in (SYSTEM, USER, ASSISTANT, OBSERVATION)}
+
+# What data cards call the special tokens of a row.
+_LABELS = {"[gMASK]": "gmask", "sop": "bos", "<sop>": "bos"}
+_LABELS |= {name: role for role, name in ROLES.items()}
+
+
+class Layout(NamedTuple):
+    """A published layout of conversations."""
+
+    name: str
+    """Whose layout it is, one of `settings.VARIANTS`; what data cards call the revision."""
+    describe: str
+    """The layout in a few words, for the list of formats in a chat."""
+    specials: Mapping[str, int]
+    """Special tokens by name, with their published ids."""
+    prefix: tuple[str, ...]
+    """What a conversation begins with."""
+    end: str
+    """What an answer is taught to end with."""
+    stops: tuple[str, ...]
+    """All that ends an answer; the first is the tokenizer's own end of text."""
+    pad: str
+    newline: tuple[int, ...]
+    """The ids of the newline after a role; empty where only the folder's tokenizer knows them."""
+    num_rows: int
+    """Rows of the published embedding: the ids, and some that no token has."""
+    hoists_system: bool = False
+    """Whether system messages come first, wherever they stand."""
+    polish: Callable[[str], str] = str.strip
+    """An answer as the published chat shows it."""
+    marks: tuple[str, ...] = ()
+    """What `polish` replaces."""
+
+    @property
+    def has_roles(self) -> bool:
+        """Whether turns begin with role tokens."""
+        return ROLES[USER] in self.specials
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The published ids at which an answer ends."""
+        return tuple(self.specials[name] for name in self.stops)
+
+    def missing(self, ids: Mapping[str, int]) -> list[str]:
+        """The special tokens that rows need and a vocabulary lacks."""
+        needed = {*self.prefix, *self.stops, self.pad, self.end}
+        needed |= {ROLES[USER], ROLES[ASSISTANT]} if self.has_roles else set()
+        return sorted(needed - set(ids))
+
+    def row_rule(
+        self, ids: Mapping[str, int] | None = None, newline: Iterable[int] | None = None
+    ) -> RowRule:
+        """How rows are laid out.
+
+        Args:
+            ids: the special ids by name; None for the published ones.
+            newline: ids of the newline after a role; None for the published ones.
+        """
+        ids = self.specials if ids is None else ids
+        newline = self.newline if newline is None else tuple(newline)
+
+        def special(name: str) -> Special:
+            return Special(_LABELS[name], name, ids[name])
+
+        opening = [*self.prefix, ROLES[USER]] if self.has_roles else self.prefix
+        answering = [ROLES[ASSISTANT]] if self.has_roles else []
+        return RowRule(
+            before_prompt=tuple(map(special, opening)),
+            after_prompt=tuple(map(special, answering)),
+            before_answer=tuple(
+                Special(f"newline {place}" if len(newline) > 1 else "newline", "newline", id_)
+                for place, id_ in enumerate(newline, start=1)
+            ),
+            end=(Special("eos", self.end, ids[self.end]),),
+            stops=tuple(ids[name] for name in self.stops if name != self.end),
+            pad_id=ids[self.pad],
+        )
+
+    @property
+    def chat(self) -> ChatFormat:
+        """The words around a conversation; the encoder turns them into the layout's tokens."""
+        return ChatFormat(
+            describe=f"the model's own, {self.describe}; a question continues the conversation",
+            write=lambda rounds, question: (
+                templates.rounds(rounds, question) if rounds else question
+            ),
+            polish=self.polish,
+            marks=self.marks,
+            unsettled="",
+        )
+
+
+def numbered_rounds(history: Iterable[tuple[str, str]], question: str) -> str:
+    """Earlier rounds and a question as ChatGLM2-6B reads them, numbered from 1."""
+    pairs = list(history)
+    earlier = "".join(
+        f"[Round {i}]\n\n问：{q}\n\n答：{a}\n\n" for i, (q, a) in enumerate(pairs, start=1)
+    )
+    return f"{earlier}[Round {len(pairs) + 1}]\n\n问：{question}\n\n答："
+
+
+# A mark that the model's training data had in the place of a date. Source: the published chat.
+_DATE_MARK, _DATE = "[[训练时间]]", "2023年"
+
+
+def _with_date(text: str) -> str:
+    return text.strip().replace(_DATE_MARK, _DATE)
+
+
+def _numbered(first: int, *names: str) -> dict[str, int]:
+    return {name: first + place for place, name in enumerate(names)}
+
+
+_PIECES = {"<unk>": 0, "</s>": 2}
+# In this order behind the pieces of the sentencepiece file.
+_SPECIALS_2 = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+_SPECIALS_3 = (*_SPECIALS_2, *ROLES.values())
+_SPECIALS_4 = ("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", *ROLES.values())
+_VISUAL = ("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>")
+_TURNS = "<|user|>, <|assistant|>, a newline after each"
+
+_CHATGLM3 = Layout(
+    name=settings.CHATGLM3,
+    describe=_TURNS,
+    specials=_PIECES | _numbered(64789, *_SPECIALS_3),
+    prefix=("[gMASK]", "sop"),
+    end="</s>",
+    stops=("</s>", ROLES[USER], ROLES[OBSERVATION]),
+    pad="<unk>",
+    newline=(30910, 13),
+    num_rows=65024,
+    polish=_with_date,
+    marks=(_DATE_MARK,),
+)
+_CHATGLM2 = _CHATGLM3._replace(
+    name=settings.CHATGLM2,
+    describe="[Round N], 问：, 答：",
+    specials=_PIECES | _numbered(64789, *_SPECIALS_2),
+    stops=("</s>",),
+    newline=(),
+)
+_GLM4 = Layout(
+    name=settings.GLM4,
+    describe=_TURNS,
+    specials=_numbered(151329, *_SPECIALS_4, *_VISUAL),
+    prefix=("[gMASK]", "<sop>"),
+    end=ROLES[USER],
+    stops=("<|endoftext|>", ROLES[USER], ROLES[OBSERVATION]),
+    pad="<|endoftext|>",
+    newline=(198,),
+    num_rows=151552,
+)
+_GLM4_0414 = _GLM4._replace(name=settings.GLM4_0414, hoists_system=True)
+# Its stop ids are published; the ids between them are read as those of GLM-4's order.
+_EDGE = _GLM4._replace(
+    name=settings.EDGE,
+    specials=_numbered(59246, *_SPECIALS_4),
+    prefix=(),
+    newline=(),
+    num_rows=59264,
+)
+LAYOUTS = {layout.name: layout for layout in (_CHATGLM2, _CHATGLM3, _GLM4, _GLM4_0414, _EDGE)}
+"""The layouts by the name of their variant, see `settings.variant_of`."""
