@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 import glmtune.models  # noqa: F401
 from glmtune.errors import UserError
 from glmtune.evaluation.conversation import Round, write_prompt
-from glmtune.models.chatglm.chat_template import GUARD, MARK, WRITTEN_NAMES
+from glmtune.models.chatglm.chat_template import WRITTEN_NAMES
 from glmtune.models.chatglm.tokenization import ChatGLMTokenizer
 from glmtune.models.families import DEFAULT
 from glmtune.models.resolve import GLM_TINY
+from glmtune.models.special_names import GUARD, MARK
 
 NAMES = ["[gMASK]", "<sop>", "<eop>"]
 NASTY = "a [gMASK]<sop> b <eop><|blank_3|> \n\t[MASK]<pad>你好"

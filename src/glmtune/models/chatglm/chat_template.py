@@ -1,26 +1,12 @@
-"""The chat template of ChatGLM-6B, and who wrote a special name: the template or a user.
+"""The chat template of ChatGLM-6B, whose special names in a text are ordinary text.
 
-``[gMASK]``, ``<sop>`` and ``<eop>`` in a text are ordinary text. What a template writes around
-messages has to become ids, also where it is kept as a string first. So while a template runs, the
-names within messages are broken up by `GUARD`; of those found whole afterwards the template is the
-author, and they get `MARK` before them, which the tokenizer reads. Both are among the code points
-that Unicode keeps for use within a program (U+FDD0 to U+FDEF, no characters); in a message they
-become U+FFFD, the sign for what cannot be shown.
+`models.special_names` tells those that the template wrote from those in a message.
 """
 
-import dataclasses
-import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from glmtune.models.special_names import pattern_of
 
-from glmtune.errors import UserError
-
-MARK, GUARD = "\ufdd0", "\ufdd1"
 WRITTEN_NAMES = ("[gMASK]", "<sop>", "<eop>")
-
-_NAME = re.compile("|".join(map(re.escape, WRITTEN_NAMES)))
-_OPENING = re.compile(r"[\[<]")
-_INTERNAL = re.compile(f"[{MARK}{GUARD}]")
+NAMES = pattern_of(WRITTEN_NAMES)
 
 # Source of the rounds: the published code's `chat`, as revision v1.1 has it.
 CHAT_TEMPLATE = """\
@@ -88,57 +74,3 @@ CHAT_TEMPLATE = """\
     {%- endgeneration %}
 {%- endif %}
 """
-
-
-def guard(value: Any) -> Any:
-    """Break up special names in all strings of messages, tools, documents or variables.
-
-    Objects become dictionaries, as a template reads them; keys without a value are left out.
-    """
-    if isinstance(value, str):
-        return _OPENING.sub(rf"\g<0>{GUARD}", _INTERNAL.sub("\ufffd", value))
-    if hasattr(value, "messages"):
-        return guard(value.messages)
-    if isinstance(value, Mapping):
-        return {key: guard(part) for key, part in value.items() if part is not None}
-    if isinstance(value, list | tuple):
-        return [guard(part) for part in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return guard({f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
-    if callable(dump := getattr(value, "model_dump", None)) and not isinstance(value, type):
-        return guard(dump())
-    return value
-
-
-def mark(rendered: str) -> str:
-    """Mark the names that the template wrote, and mend those of the messages."""
-    return _NAME.sub(rf"{MARK}\g<0>", rendered).replace(GUARD, "")
-
-
-def assistant_mask(
-    rendered: str, spans: list[tuple[int, int]], tokenize: Callable[[str], list[str]]
-) -> list[int]:
-    """For each piece of a rendered chat, 1 where a ``{% generation %}`` block wrote it.
-
-    Args:
-        rendered: as the template left it, of guarded messages.
-        spans: first place and end of what each block wrote.
-        tokenize: a marked text's pieces.
-
-    Raises:
-        UserError: a block begins or ends within a text, so that it has no pieces of its own.
-    """
-    mask: list[int] = []
-    pieces: list[str] = []
-    at = 0
-    for end in sorted({place for span in spans for place in span} | {len(rendered)}):
-        of_part = tokenize(mark(rendered[at:end]))
-        mask += [int(any(start <= at < stop for start, stop in spans))] * len(of_part)
-        pieces += of_part
-        at = end
-    if pieces != tokenize(mark(rendered)):
-        raise UserError(
-            "return_assistant_tokens_mask: a generation block of this chat template begins or ends "
-            "within a text; let it begin behind <sop> and end with <eop>"
-        )
-    return mask

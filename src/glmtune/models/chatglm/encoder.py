@@ -25,9 +25,8 @@ from glmtune.models.chatglm.vocabulary import (
     read_vocab,
     replace_blanks,
 )
+from glmtune.models.pieces import encode_pieces
 
-# Starting the native threads costs more than encoding a handful of texts.
-MIN_TEXTS_PER_THREAD = 32
 # The tokens that fill these places, whatever `tokenizer_config.json` names for them.
 NAMED_TOKENS = {
     "unk_token": "<unk>",
@@ -135,9 +134,8 @@ class Encoder:
 
     def _ids_of(self, texts: list[str], num_threads: int | None) -> Iterable[Iterable[int]]:
         """The ids of each text."""
-        threads = num_threads or (-1 if len(texts) >= MIN_TEXTS_PER_THREAD else 1)
         offset = self.num_image_tokens
-        encoded = self.sp.encode([replace_blanks(text) for text in texts], num_threads=threads)
+        encoded = encode_pieces(self.sp, [replace_blanks(text) for text in texts], num_threads)
         return ([i + offset for i in ids] for ids in encoded)
 
 

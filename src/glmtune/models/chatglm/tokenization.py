@@ -9,8 +9,8 @@ a string first; and a text is split at tokens that were added by name.
 """
 
 import re
-from collections.abc import Callable, Iterable
-from itertools import compress, groupby
+from collections.abc import Iterable
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,7 @@ from transformers.utils import get_json_schema
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from glmtune.errors import UserError
-from glmtune.models.chatglm.chat_template import (
-    CHAT_TEMPLATE,
-    MARK,
-    WRITTEN_NAMES,
-    assistant_mask,
-    guard,
-    mark,
-)
+from glmtune.models.chatglm.chat_template import CHAT_TEMPLATE, NAMES, WRITTEN_NAMES
 from glmtune.models.chatglm.encoder import NAMED_TOKENS, Encoder
 from glmtune.models.chatglm.vocabulary import (
     UNFINISHED,
@@ -34,6 +27,8 @@ from glmtune.models.chatglm.vocabulary import (
     replace_blanks,
     restore_blanks,
 )
+from glmtune.models.pieces import join_runs
+from glmtune.models.special_names import MARK, assistant_mask, guard, mark
 
 _WRITTEN = [(re.escape(MARK + name), name) for name in WRITTEN_NAMES]
 _IMAGE = re.compile(r"<image_(\d+)>")
@@ -147,7 +142,7 @@ class ChatGLMTokenizer(Encoder, PreTrainedTokenizer):
             conversation, chat_template=chat_template, tokenize=False, **given
         )
         is_batch = isinstance(rendered, list)
-        texts = [mark(text) for text in (rendered if is_batch else [rendered])]
+        texts = [mark(text, NAMES) for text in (rendered if is_batch else [rendered])]
         if not tokenize:
             return texts if is_batch else texts[0]
         rows = self(
@@ -168,7 +163,7 @@ class ChatGLMTokenizer(Encoder, PreTrainedTokenizer):
             )
             ids = rows["input_ids"] if is_batch or return_tensors else [rows["input_ids"]]
             masks = [
-                self._fit(assistant_mask(text, of_text, self.tokenize), row)
+                self._fit(assistant_mask(text, of_text, self.tokenize, NAMES), row)
                 for text, of_text, row in zip(rendered, spans, ids, strict=True)
             ]
             rows["assistant_masks"] = masks if is_batch or return_tensors else masks[0]
@@ -252,7 +247,11 @@ class ChatGLMTokenizer(Encoder, PreTrainedTokenizer):
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """The text of some pieces, with the names of special ones among it."""
-        return _join(tokens, [self._name_of(token) for token in tokens], self.sp.decode_pieces)
+        return join_runs(
+            tokens,
+            [self._name_of(token) for token in tokens],
+            lambda run: restore_blanks(self.sp.decode_pieces(run)),
+        )
 
     def save_vocabulary(
         self, save_directory: str, filename_prefix: str | None = None
@@ -288,7 +287,9 @@ class ChatGLMTokenizer(Encoder, PreTrainedTokenizer):
         if skip_special_tokens:
             shown = [name is None or not self._is_special(name) for name in names]
             ids, names = list(compress(ids, shown)), list(compress(names, shown))
-        text = _join(ids, names, lambda run: self.sp.decode([i - first for i in run]))
+        text = join_runs(
+            ids, names, lambda run: restore_blanks(self.sp.decode([i - first for i in run]))
+        )
         clean = clean_up_tokenization_spaces
         if self.clean_up_tokenization_spaces if clean is None else clean:
             text = self.clean_up_tokenization(text)
@@ -303,17 +304,6 @@ class ChatGLMTokenizer(Encoder, PreTrainedTokenizer):
         """The name of a special or an added token; None for the pieces of ordinary text."""
         is_named = self.is_new(piece) and piece in self._added_tokens_encoder
         return piece if is_named or self.sp.is_control(self.sp[piece]) else None
-
-
-def _join(items: list, names: list[str | None], decode: Callable[[list], str]) -> str:
-    """The text of ids or pieces: runs of those without a name are decoded, between the names."""
-    parts = []
-    for is_text, run in groupby(zip(items, names, strict=True), lambda pair: pair[1] is None):
-        if is_text:
-            parts.append(restore_blanks(decode([item for item, _ in run])))
-        else:
-            parts += [name for _, name in run if name]
-    return "".join(parts)
 
 
 def _pattern(token: AddedToken) -> str:

@@ -5,14 +5,13 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
-from glmtune.data.files import check_inside
 from glmtune.errors import UserError
 from glmtune.models.chatglm.settings import (
     NUM_IMAGE_TOKENS,
     VOCAB_SIZE_V1_0,
     VOCAB_SIZE_V1_1,
 )
-from glmtune.models.folders import is_lfs_pointer
+from glmtune.models.pieces import open_pieces, read_vocabulary
 
 VOCAB_FILE = "ice_text.model"
 MAX_BLANKS = 80
@@ -54,19 +53,8 @@ def read_vocab(vocab_file: str | Path | None) -> tuple[bytes, SentencePieceProce
             f"tokenizer: no {VOCAB_FILE} in the folder (value: {vocab_file}); take it from the "
             "published ChatGLM-6B folder, beside the weights (ChatGLM2 and 3 are not loaded yet)"
         )
-    if is_lfs_pointer(Path(vocab_file)):
-        raise UserError(
-            f"{vocab_file}: is a Git-LFS pointer, not the vocabulary; run `git lfs pull` in that "
-            "folder or download the file itself"
-        )
-    check_inside(Path(vocab_file))
-    data = Path(vocab_file).read_bytes()
-    try:
-        return data, SentencePieceProcessor(model_proto=data)
-    except RuntimeError as error:
-        raise UserError(
-            f"{vocab_file}: is no sentencepiece model ({len(data)} bytes); download it again"
-        ) from error
+    data = read_vocabulary(Path(vocab_file))
+    return data, open_pieces(Path(vocab_file), data)
 
 
 def image_tokens_v1_0(model_vocab_size: int | None, given: int | None) -> int:

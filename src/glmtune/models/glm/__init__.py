@@ -1,1 +1,1 @@
-"""ChatGLM2-6B, ChatGLM3-6B, GLM-4-9B, GLM-4-0414, GLM-Z1 and GLM-Edge."""
+"""The younger family: ChatGLM2-6B, ChatGLM3-6B, GLM-4, GLM-4-0414, GLM-Edge."""

@@ -60,6 +60,12 @@ class Layout(NamedTuple):
         """The published ids at which an answer ends."""
         return tuple(self.specials[name] for name in self.stops)
 
+    def missing(self, ids: Mapping[str, int]) -> list[str]:
+        """The special tokens that rows need and a vocabulary lacks."""
+        needed = {*self.prefix, *self.stops, self.pad, self.end}
+        needed |= {ROLES[USER], ROLES[ASSISTANT]} if self.has_roles else set()
+        return sorted(needed - set(ids))
+
     def row_rule(
         self, ids: Mapping[str, int] | None = None, newline: Iterable[int] | None = None
     ) -> RowRule:
@@ -75,14 +81,14 @@ class Layout(NamedTuple):
         def special(name: str) -> Special:
             return Special(_LABELS[name], name, ids[name])
 
-        roles = (USER, ASSISTANT) if self.has_roles else ()
+        opening = [*self.prefix, ROLES[USER]] if self.has_roles else self.prefix
+        answering = [ROLES[ASSISTANT]] if self.has_roles else []
         return RowRule(
-            before_prompt=tuple(map(special, (*self.prefix, *map(ROLES.get, roles[:1])))),
-            after_prompt=tuple(map(special, map(ROLES.__getitem__, roles[1:]))),
+            before_prompt=tuple(map(special, opening)),
+            after_prompt=tuple(map(special, answering)),
             before_answer=tuple(
                 Special(f"newline {place}" if len(newline) > 1 else "newline", "newline", id_)
                 for place, id_ in enumerate(newline, start=1)
-                if roles
             ),
             end=(Special("eos", self.end, ids[self.end]),),
             stops=tuple(ids[name] for name in self.stops if name != self.end),

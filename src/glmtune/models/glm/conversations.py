@@ -1,0 +1,271 @@
+"""Encode conversations in a layout, whatever vocabulary turns texts into ids."""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from glmtune.data.files import read_json_object
+from glmtune.data.row_rule import RowRule
+from glmtune.data.templates import conversation_of
+from glmtune.errors import UserError
+from glmtune.models.glm import layouts
+from glmtune.models.glm.layouts import ASSISTANT, LAYOUTS, ROLES, SYSTEM, USER, Layout
+from glmtune.models.glm.settings import variant_of
+from glmtune.models.glm.template import generation_ids, read_template
+from glmtune.models.special_names import MARK, beginning_of, pattern_of
+
+CONFIG_FILE = "config.json"
+# Rows of a published embedding that no token has: fewer than these.
+SPARE_ROWS = 400
+
+
+class Turn(NamedTuple):
+    """A message of a conversation."""
+
+    role: str
+    text: str
+    metadata: str = ""
+    """What stands between the role and the newline: the name of a tool that is called."""
+
+
+class ConversationEncoder:
+    """Encode texts and conversations; each kind of vocabulary adds how it encodes a text."""
+
+    layout: Layout
+    layout_names: tuple[str, ...]
+    """The layouts that such a vocabulary may have; the first where nothing says which."""
+    ids: Mapping[str, int]
+    """Special ids by name."""
+    model_bytes: bytes
+    """The vocabulary file."""
+    joins_newline = False
+    """Whether a role's newline and the text after it are encoded together."""
+    has_blank = False
+    """Whether chat templates write the blank that the vocabulary puts before each text."""
+    folder_template: str | None = None
+    """The chat template of the folder."""
+
+    def encode_texts(self, texts: list[str], num_threads: int | None = None) -> list[list[int]]:
+        """The ids of texts, in which special names are ordinary text."""
+        raise NotImplementedError
+
+    def piece_of(self, id_: int) -> str:
+        """How messages show an id."""
+        raise NotImplementedError
+
+    @property
+    def vocab_hash(self) -> str:
+        """The sha256 of the vocabulary file, in hex."""
+        return hashlib.sha256(self.model_bytes).hexdigest()
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids, special ones included."""
+        raise NotImplementedError
+
+    @property
+    def revision(self) -> str:
+        """Whose vocabulary it is: one of `settings.VARIANTS`."""
+        return self.layout.name
+
+    @cached_property
+    def newline_ids(self) -> tuple[int, ...]:
+        """The ids of the newline after a role; none in a layout without roles."""
+        return tuple(self.encode_texts(["\n"])[0]) if self.layout.has_roles else ()
+
+    @property
+    def row_rule(self) -> RowRule:
+        """How rows are laid out with these ids."""
+        return self.layout.row_rule(self.ids, self.newline_ids)
+
+    @cached_property
+    def generation_ids(self) -> tuple[int, ...]:
+        """The ids that follow a prompt where the folder's template begins the answer itself."""
+        return generation_ids(self)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids at which an answer ends."""
+        return tuple(self.ids[name] for name in self.layout.stops)
+
+    @cached_property
+    def written(self) -> dict[str, list[int]]:
+        """The names that a chat template may write, with the ids that each becomes."""
+        prefix = self.layout.prefix
+        written = {name: [id_] for name, id_ in self.ids.items() if not name.isalpha()}
+        return written | ({"".join(prefix): [self.ids[name] for name in prefix]} if prefix else {})
+
+    @cached_property
+    def written_names(self) -> re.Pattern:
+        """What finds such a name in a rendered chat."""
+        return pattern_of(self.written)
+
+    @cached_property
+    def beginnings(self) -> re.Pattern:
+        """What finds the beginning of such a name in a message."""
+        return beginning_of(self.written)
+
+    def encode_batch(
+        self,
+        texts: list[str],
+        *,
+        add_special_tokens: bool = False,
+        max_length: int | None = None,
+        num_threads: int | None = None,
+    ) -> list[list[int]]:
+        """Encode many texts at once; special names in them are ordinary text.
+
+        Args:
+            texts: any number of texts.
+            add_special_tokens: make each the prompt of a question.
+            max_length: most ids of each; a prompt keeps its special ids.
+            num_threads: all cores by default.
+        """
+        if not add_special_tokens:
+            return [ids[:max_length] for ids in self.encode_texts(texts, num_threads)]
+        rule = self.row_rule
+        contexts = self.encode_contexts(texts, num_threads=num_threads)
+        return [rule.prompt(ids, max_length) for ids in contexts]
+
+    def encode_contexts(
+        self, contexts: list[str], *, num_threads: int | None = None
+    ) -> list[list[int]]:
+        """Encode contexts as conversations; see `data.dataset.RowTokenizer`."""
+        conversations = [conversation_of(context) for context in contexts]
+        if not self.layout.has_roles:
+            texts = [layouts.numbered_rounds(*conversation) for conversation in conversations]
+            return self.encode_texts(texts, num_threads)
+        encoded = self._encode_turns(
+            [
+                [
+                    turn
+                    for asked, answered in history
+                    for turn in (Turn(USER, asked), Turn(ASSISTANT, answered))
+                ]
+                + [Turn(USER, question)]
+                for history, question in conversations
+            ],
+            num_threads,
+        )
+        return [ids[1:] for ids in encoded]  # the first role stands in `before_prompt`
+
+    def conversation_ids(self, turns: Sequence[Turn], *, begin_answer: bool = True) -> list[int]:
+        """A conversation as the model reads it, from its prefix on.
+
+        Args:
+            turns: its messages, of any role.
+            begin_answer: let the role of the next answer follow.
+
+        Raises:
+            UserError: a layout without roles, and turns that are no rounds of question and answer.
+        """
+        prefix = [self.ids[name] for name in self.layout.prefix]
+        if not self.layout.has_roles:
+            return prefix + self.encode_texts([_as_rounds(turns)])[0]
+        if self.layout.hoists_system:
+            turns = sorted(turns, key=lambda turn: turn.role != SYSTEM)
+        answer = [self.ids[ROLES[ASSISTANT]]] if begin_answer else []
+        return prefix + self._encode_turns([turns])[0] + answer
+
+    def _encode_turns(
+        self, conversations: Sequence[Sequence[Turn]], num_threads: int | None = None
+    ) -> list[list[int]]:
+        """The ids of each conversation's turns: role, newline, text."""
+        texts = []
+        for turn in (turn for turns in conversations for turn in turns):
+            head = f"{turn.metadata}\n"
+            texts += [head + turn.text] if self.joins_newline else [head, turn.text]
+        encoded = iter(self.encode_texts(texts, num_threads))
+        rows = []
+        for turns in conversations:
+            row: list[int] = []
+            for turn in turns:
+                row += [self.ids[ROLES[turn.role]], *next(encoded)]
+                row += [] if self.joins_newline else next(encoded)
+            rows.append(row)
+        return rows
+
+    def written_ids(self, marked: str) -> list[int]:
+        """The ids of a rendered chat whose special names are marked, see `models.special_names`.
+
+        A role's newline is encoded as in rows, and so is the text behind it.
+        """
+        parts = re.split(f"{MARK}({self.written_names.pattern})", marked)
+        ids: list[int] = self.encode_texts(parts[:1])[0] if parts[0] else []
+        for name, text in zip(parts[1::2], parts[2::2], strict=True):
+            ids += self.written[name]
+            texts = [text]
+            if name in ROLES.values() and not self.joins_newline:
+                head, newline, rest = text.partition("\n")
+                if newline:
+                    head = head.strip(" ") if self.has_blank else head
+                    texts = [f"{head}\n", rest.removeprefix(" ") if self.has_blank else rest]
+            for part in self.encode_texts([text for text in texts if text]):
+                ids += part
+        return ids
+
+    def open_folder(self, vocab_file: Path, layout: str | None = None) -> None:
+        """Take the layout from the config.json beside a vocabulary, and the chat template.
+
+        Args:
+            vocab_file: in a folder with or without a config.json.
+            layout: the name that a saved tokenizer remembers, for a folder without.
+
+        Raises:
+            UserError: the config.json is of a model with another kind of vocabulary.
+        """
+        name = variant_of(_settings_beside(vocab_file)) or layout
+        if name is not None and name not in self.layout_names:
+            raise UserError(
+                f"{vocab_file}: is a vocabulary of {' or '.join(self.layout_names)}, but the "
+                f"config.json beside it is of {name}; take both from the same download"
+            )
+        self.layout = LAYOUTS[name or self.layout_names[0]]
+        self.folder_template = read_template(vocab_file.parent)
+
+    def check_size(self, vocab_file: Path) -> None:
+        """Make sure that the vocabulary and the config.json beside it are of one model.
+
+        Raises:
+            UserError: there are more ids than rows, or the rows are another model's.
+        """
+        settings = _settings_beside(vocab_file)
+        rows = settings.get("padded_vocab_size", settings.get("vocab_size"))
+        if not isinstance(rows, int):
+            return
+        is_whole = rows in {layout.num_rows for layout in LAYOUTS.values()}
+        if rows < self.vocab_size or (is_whole and rows - self.vocab_size > SPARE_ROWS):
+            raise UserError(
+                f"{vocab_file}: the tokenizer has {self.vocab_size} ids, but config.json says "
+                f"{rows} rows, so they are of different models; take both from the same download"
+            )
+
+
+def _settings_beside(vocab_file: Path) -> dict[str, Any]:
+    file = vocab_file.with_name(CONFIG_FILE)
+    return read_json_object(file) if file.is_file() else {}
+
+
+def _as_rounds(turns: Sequence[Turn]) -> str:
+    """Questions and answers by turns as ChatGLM2-6B reads them; an answer at the end stands there.
+
+    Raises:
+        UserError: they are not by turns.
+    """
+    for place, turn in enumerate(turns):
+        wanted = (USER, ASSISTANT)[place % 2]
+        if turn.role != wanted:
+            raise UserError(
+                f"message {place + 1} ({turn.role}): ChatGLM2-6B reads questions and answers by "
+                f"turns, so it has to be of role {wanted}"
+            )
+    if not turns:
+        raise UserError("no question: begin with a message of the user")
+    asked = [turn.text for turn in turns[::2]]
+    answered = [turn.text for turn in turns[1::2]]
+    rounds = list(zip(asked[:-1], answered, strict=False))
+    last = answered[-1] if len(answered) == len(asked) else ""
+    return layouts.numbered_rounds(rounds, asked[-1]) + last

@@ -1,0 +1,93 @@
+"""Who wrote a special name in a rendered chat: the template, or somebody in a message.
+
+What a template writes around messages has to become special ids, and a name that a message spells
+has to stay text. So while a template runs, the names within messages are broken up by `GUARD`; of
+those found whole afterwards the template is the author, and they get `MARK` before them, which a
+tokenizer reads. Both are among the code points that Unicode keeps for use within a program (U+FDD0
+to U+FDEF, no characters); in a message they become U+FFFD, the sign for what cannot be shown.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from glmtune.errors import UserError
+
+MARK, GUARD = "\ufdd0", "\ufdd1"
+
+_OPENING = re.compile(r"[\[<]")
+_INTERNAL = re.compile(f"[{MARK}{GUARD}]")
+
+
+def pattern_of(names: Iterable[str]) -> re.Pattern:
+    """What finds any of some names, the longest that fits."""
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
+
+
+def beginning_of(names: Iterable[str]) -> re.Pattern:
+    """What finds the first character of any of some names, where the rest follows."""
+    return re.compile("|".join(f"{re.escape(n[0])}(?={re.escape(n[1:])})" for n in names))
+
+
+def guard(value: Any, beginning: re.Pattern = _OPENING) -> Any:
+    """Break up special names in all strings of messages, tools, documents or variables.
+
+    Objects become dictionaries, as a template reads them; keys without a value are left out.
+
+    Args:
+        value: any of these.
+        beginning: what finds the beginning of a name, behind which it is broken up.
+    """
+    if isinstance(value, str):
+        return beginning.sub(rf"\g<0>{GUARD}", _INTERNAL.sub("\ufffd", value))
+    if hasattr(value, "messages"):
+        return guard(value.messages, beginning)
+    if isinstance(value, Mapping):
+        return {key: guard(part, beginning) for key, part in value.items() if part is not None}
+    if isinstance(value, list | tuple):
+        return [guard(part, beginning) for part in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = dataclasses.fields(value)
+        return guard({f.name: getattr(value, f.name) for f in fields}, beginning)
+    if callable(dump := getattr(value, "model_dump", None)) and not isinstance(value, type):
+        return guard(dump(), beginning)
+    return value
+
+
+def mark(rendered: str, names: re.Pattern) -> str:
+    """Mark the names that the template wrote, and mend those of the messages."""
+    return names.sub(rf"{MARK}\g<0>", rendered).replace(GUARD, "")
+
+
+def assistant_mask(
+    rendered: str,
+    spans: list[tuple[int, int]],
+    tokenize: Callable[[str], list],
+    names: re.Pattern,
+) -> list[int]:
+    """For each piece of a rendered chat, 1 where a ``{% generation %}`` block wrote it.
+
+    Args:
+        rendered: as the template left it, of guarded messages.
+        spans: first place and end of what each block wrote.
+        tokenize: a marked text's pieces, or their ids.
+        names: the names that the template may write.
+
+    Raises:
+        UserError: a block begins or ends within a text, so that it has no pieces of its own.
+    """
+    flags: list[int] = []
+    pieces: list = []
+    at = 0
+    for end in sorted({place for span in spans for place in span} | {len(rendered)}):
+        of_part = tokenize(mark(rendered[at:end], names))
+        flags += [int(any(start <= at < stop for start, stop in spans))] * len(of_part)
+        pieces += of_part
+        at = end
+    if pieces != tokenize(mark(rendered, names)):
+        raise UserError(
+            "return_assistant_tokens_mask: a generation block of this chat template begins or ends "
+            "within a text; let it begin behind a special token and end with one"
+        )
+    return flags
