@@ -166,6 +166,13 @@ def bench_startup(settings: config.BenchStartupSettings) -> None:
     bench_startup(settings)
 
 
+def reproduce(settings: config.ReproduceSettings) -> None:
+    """Print the commands that repeat a published result, and the figures to compare with."""
+    from glmtune.bench.published import reproduce
+
+    reproduce(settings)
+
+
 def chat(settings: config.ChatSettings) -> None:
     """Talk to base or tuned weights in the terminal."""
     from glmtune.early import check_answering
@@ -226,6 +233,7 @@ VERBS: dict[str, Callable[[Any], int | None]] = {
     "bench decode": bench_decode,
     "bench memory": bench_memory,
     "bench startup": bench_startup,
+    "reproduce": reproduce,
     "tune": tune,
 }
 

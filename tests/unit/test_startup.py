@@ -67,6 +67,7 @@ MISTAKES = {
     "bench decode": "bench decode --json_path no/such/file",
     "bench memory": "bench memory --json_path no/such/file",
     "bench startup": "bench startup --json_path no/such/file",
+    "reproduce": "reproduce no-such-work",
 }
 # Of what works: all that the verb has no use for.
 ANSWERING = HEAVY - {"torch", "transformers", "accelerate"}

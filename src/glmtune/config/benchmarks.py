@@ -4,7 +4,13 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from glmtune.config.groups import DecodingSettings, DeviceSettings, PathText, Settings
+from glmtune.config.groups import (
+    DecodingSettings,
+    DeviceSettings,
+    PathText,
+    PlainText,
+    Settings,
+)
 from glmtune.config.training import LayoutSettings, LoraSettings, TrainingDeviceSettings
 
 
@@ -81,3 +87,12 @@ class BenchStartupSettings(Settings):
     bare_words = ()
     repeats: int = Field(5, ge=1, description="rounds; the medians are reported")
     json_path: PathText | None = Field(None, description="JSON lines file to add the record to")
+
+
+class ReproduceSettings(Settings):
+    """Settings of `glmtune reproduce`."""
+
+    verb = "reproduce"
+    group: ClassVar[str] = "published work"
+    bare_words = ("name",)
+    name: PlainText | None = Field(None, description="one of the works (default: list them)")

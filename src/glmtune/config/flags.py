@@ -159,7 +159,10 @@ def verb_help(verb: str, summary: str) -> str:
     for heading, fields in fields_by_group(SETTINGS[verb]).items():
         lines += ["", f"{heading}:"]
         for name, field in fields.items():
-            lines.append(f"  --{name} {kind_of(field).column}")
+            # Many choices are broken behind a stroke.
+            choices = f"--{name} {kind_of(field).column}".replace("|", "| ")
+            wrapped = textwrap.wrap(choices, width, initial_indent="  ", subsequent_indent="    ")
+            lines += [line.replace("| ", "|") for line in wrapped]
             text = f"{field.description}{_default(field)}"
             lines += textwrap.wrap(text, width, initial_indent="      ", subsequent_indent="      ")
     if names := read_as_settings(verb):

@@ -16,6 +16,7 @@ from glmtune.config.benchmarks import (
     BenchMemorySettings,
     BenchStartupSettings,
     BenchTrainSettings,
+    ReproduceSettings,
 )
 from glmtune.config.groups import (
     OF_THE_DRAW,
@@ -358,6 +359,7 @@ SETTINGS: dict[str, type[Settings]] = {
         BenchDecodeSettings,
         BenchMemorySettings,
         BenchStartupSettings,
+        ReproduceSettings,
         TuneSettings,
     )
 }
