@@ -147,7 +147,12 @@ class PaddedRows(NamedTuple):
         return self.attend(_add(y_TN3D, update).chunk(3, dim=-1), (None,) * 3, cos, sin)
 
     def attend(
-        self, qkv: Sequence[Tensor], updates: Sequence[Update], cos: Tensor, sin: Tensor
+        self,
+        qkv: Sequence[Tensor],
+        updates: Sequence[Update],
+        cos: Tensor,
+        sin: Tensor,
+        interleaved: bool = False,
     ) -> Tensor:
         """Attention of a pack: ``(T, N, D)``.
 
@@ -157,11 +162,13 @@ class PaddedRows(NamedTuple):
                 ``(G D, R)``; None without an adapter.
             cos: ``(T, 2, D / 4)``, as `rotary_angles` gives it for one row.
             sin: of the same shape.
+            interleaved: see `ops.rotary.rotate`.
         """
         query, key, value = (
             _add(x, update).transpose(0, 1)[None] for x, update in zip(qkv, updates, strict=True)
         )
-        turned = rotate(query, cos[None], sin[None]), rotate(key, cos[None], sin[None]), value
+        query, key = (rotate(x, cos[None], sin[None], interleaved) for x in (query, key))
+        turned = query, key, value
         group = query.shape[1] // key.shape[1]
         contexts = []
         for place_BS, mask_B1SS in self.groups:

@@ -1,7 +1,8 @@
-"""LayerNorm as a plain function of its weights."""
+"""LayerNorm and RMSNorm as plain functions of their weights."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,3 +22,25 @@ class Norm(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         """Normalise over the last dimension, ``(..., H)``."""
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
+
+
+class RmsNorm(NamedTuple):
+    """An RMSNorm's weight, ``(H,)``, as `Norm` has a LayerNorm's.
+
+    The sum of squares is taken in float32, and the result rounded before it is multiplied with the
+    weight, as transformers' modules do.
+    """
+
+    weight: Tensor
+    epsilon: float
+
+    @classmethod
+    def of(cls, norm: Any) -> "RmsNorm":
+        """Take the weight of one of transformers' modules, without a copy."""
+        return cls(norm.weight, norm.variance_epsilon)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Normalise over the last dimension, ``(..., H)``."""
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.epsilon)
+        return self.weight * y.to(x.dtype)

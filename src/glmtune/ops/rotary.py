@@ -34,18 +34,35 @@ def _frequencies(half: int, device: torch.device) -> Tensor:
     return (1.0 / ROTARY_BASE**exponent).half().float().to(device)
 
 
-def rotate(x_BNSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x_BNSD: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """Rotate each half of each head by its own stream: element i is paired with i + D/4.
 
     Args:
         x_BNSD: queries or keys.
         cos: ``(B, S, 2, D/4)``, from `rotary_angles`.
         sin: ``(B, S, 2, D/4)``, from `rotary_angles`.
+        interleaved: neighbouring elements 2i and 2i + 1 are a pair instead, and the angles are
+            those of the pairs in their order.
     """
-    first, second = x_BNSD.unflatten(-1, (2, 2, -1)).unbind(-2)
     cos, sin = cos[:, None].to(x_BNSD.dtype), sin[:, None].to(x_BNSD.dtype)
+    if interleaved:
+        return rotate_pairs(x_BNSD, cos.flatten(-2), sin.flatten(-2))
+    first, second = x_BNSD.unflatten(-1, (2, 2, -1)).unbind(-2)
     turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-2)
     return turned.flatten(-3)
+
+
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each pair ``(2i, 2i + 1)`` of a head by its angle.
+
+    Args:
+        x: queries or keys, ``(..., D)``.
+        cos: ``(..., D / 2)``, broadcastable, of the type of `x`.
+        sin: of the same shape.
+    """
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((first * cos - second * sin, second * cos + first * sin), -1)
+    return turned.flatten(-2)
 
 
 def whole_angles(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
