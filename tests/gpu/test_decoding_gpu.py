@@ -6,7 +6,7 @@ from toys import recorded_prompts
 
 from glmtune.errors import UserError
 from glmtune.generation import Decoder, EncodedPrompt, GenerationSettings
-from glmtune.generation.linears import DenseLinear, GroupQuantised
+from glmtune.generation.linears import Adapted, DenseLinear, GroupQuantised
 from glmtune.generation.reference import generate_ids
 from glmtune.generation.slots import Slots
 from glmtune.generation.streaming import before_stop
@@ -14,11 +14,14 @@ from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
 from glmtune.models.decoding import Place, attend, put
 from glmtune.models.loading import load_base_model
+from glmtune.ops.lora import LowRank
+from glmtune.ops.norm import Norm, RmsNorm
 from glmtune.ops.rotary import rotate
 
 if torch.cuda.is_available():
     from glmtune.ops import decoding_attention
     from glmtune.ops import decoding_kernels as kernels
+    from glmtune.ops.decoding_norms import normalise
 
 pytestmark = [
     pytest.mark.gpu,
@@ -146,10 +149,77 @@ def test_a_product_in_one_kernel_is_what_its_parts_are(bits, shape, num_rows):
     assert torch.allclose(found.double(), expected + 7.5 * residual, atol=1e-4)
 
 
+def linear_and_weight(num_outputs, num_inputs, bits, rank=0, bias=True):
+    """A linear with kernels, and the weight and bias in float64 of what it computes."""
+    weight = 0.02 * draw(num_outputs, num_inputs, dtype=torch.float32)
+    bias = draw(num_outputs, dtype=torch.float32) if bias else None
+    linear = DenseLinear(weight, bias) if bits == 16 else GroupQuantised.of(weight, bias, bits)
+    whole = weight.double() if bits == 16 else linear.weight.unpack(torch.float32).double()
+    if rank:
+        shape = (rank, num_inputs), (num_outputs, rank)
+        a, b = (0.1 * draw(*size, dtype=torch.float32) for size in shape)
+        linear, whole = (
+            Adapted(linear, (LowRank(a, b, 0.5),)),
+            whole + 0.5 * b.double() @ a.double(),
+        )
+    return linear, whole, None if bias is None else bias.double()
+
+
+NORM_WIDTH = 512
+
+
+@pytest.fixture
+def norm():
+    torch.manual_seed(0)
+    return RmsNorm(0.5 + torch.rand(NORM_WIDTH, device="cuda"), 1e-5)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("num_outputs", [48, 72, 8208])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("rank", [0, 6])
+@torch.inference_mode()
+def test_a_gated_product_of_normalised_inputs(norm, bits, num_outputs, num_rows, rank):
+    linear, weight, bias = linear_and_weight(num_outputs, NORM_WIDTH, bits, rank, bias=False)
+    x = 3 * draw(num_rows, 1, NORM_WIDTH, dtype=torch.float32)
+    gate, up = torch.nn.functional.linear(norm(x).double(), weight, bias).chunk(2, -1)
+    found = linear.fused(x, norm=norm, gated=True)
+    assert torch.allclose(found.double(), torch.nn.functional.silu(gate) * up, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("ranks", [(0, 0, 0), (6, 0, 3)])
+@torch.inference_mode()
+def test_three_products_in_one_kernel(norm, bits, num_rows, ranks):
+    sizes = 8192, 48, 80
+    parts = [
+        linear_and_weight(size, NORM_WIDTH, bits, rank)
+        for size, rank in zip(sizes, ranks, strict=True)
+    ]
+    x = 3 * draw(num_rows, 1, NORM_WIDTH, dtype=torch.float32)
+    for each in (norm, None):
+        inputs = x if each is None else each(x)
+        found = kernels.project_three(x, [linear.factor(x, each) for linear, _, _ in parts], each)
+        expected = [torch.nn.functional.linear(inputs.double(), w, b) for _, w, b in parts]
+        assert torch.allclose(found.double(), torch.cat(expected, -1), atol=2e-4)
+
+
+@torch.inference_mode()
+def test_norms_in_one_kernel(norm):
+    x, residual, bias = 3 * draw(3, 1, NORM_WIDTH), draw(3, 1, NORM_WIDTH), draw(NORM_WIDTH)
+    for each in (norm, Norm(norm.weight, bias.float(), norm.epsilon)):
+        expected = each(x.float())
+        assert torch.allclose(normalise(x, each, torch.float32), expected, atol=1e-5)
+        found = normalise(x, each, torch.float32, residual)
+        assert torch.allclose(found, expected + residual, atol=1e-5)
+
+
 @pytest.mark.parametrize("columns", [(0, 0), (70, 3), (600, 65), (31, 703)])
 @pytest.mark.parametrize("heads, kv_heads", [(3, 3), (6, 2), (4, 1)])
+@pytest.mark.parametrize("interleaved", [False, True])
 @torch.inference_mode()
-def test_attention_in_one_kernel_is_what_its_parts_are(columns, heads, kv_heads):
+def test_attention_in_one_kernel_is_what_its_parts_are(columns, heads, kv_heads, interleaved):
     """Each row with a column of its own, and heads of queries that share those of keys."""
     torch.manual_seed(0)
     rows, size, num_columns, kind = 2, 64, 704, torch.float32
@@ -160,14 +230,15 @@ def test_attention_in_one_kernel_is_what_its_parts_are(columns, heads, kv_heads)
     cos, sin = (draw(rows, 1, 2, size // 4, dtype=kind) for _ in range(2))
     place = Place(*torch.tensor([range(rows), columns], device="cuda"))
     filled = [tensor.clone() for tensor in cache]
-    put(filled[0], place, rotate(key, cos, sin))
+    put(filled[0], place, rotate(key, cos, sin, interleaved))
     put(filled[1], place, value)
     seen = torch.arange(num_columns, device="cuda") <= place.column_B[:, None]
-    expected = attend(rotate(query, cos, sin), *filled, seen[:, None, None])
+    expected = attend(rotate(query, cos, sin, interleaved), *filled, seen[:, None, None])
     for _ in range(3):  # what is counted must be set back
         found = decoding_attention.attend(
-            query[:, :, 0], key[:, :, 0], value[:, :, 0], *cache, place.column_B, cos, sin
-        )
+            query[:, :, 0], key[:, :, 0], value[:, :, 0], *cache, place.column_B, cos, sin,
+            interleaved,
+        )  # fmt: skip
         assert torch.allclose(found, expected, atol=1e-5)
     assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(cache, filled, strict=True))
 

@@ -125,6 +125,28 @@ HEADS = 6
 @pytest.mark.parametrize(("head_dim", "rank"), itertools.product([64, 128], [0, 8]))
 def test_attention_kernels_equal_dense_attention(head_dim, rank, num_kv_heads):
     """Rows of one token, prefixes of one, answers of none, rows that no block holds whole."""
+    compare_attention(head_dim, rank, num_kv_heads, interleaved=False)
+
+
+@pytest.mark.parametrize("num_kv_heads", [6, 2, 1])
+@pytest.mark.parametrize(("head_dim", "rank"), [(64, 8), (128, 0), (128, 8)])
+def test_attention_kernels_rotate_neighbours(head_dim, rank, num_kv_heads):
+    compare_attention(head_dim, rank, num_kv_heads, interleaved=True)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("programs", "shares"), [(1, 1), (40, 3), (10_000, 6)])
+def test_gradients_of_shared_heads_do_not_depend_on_the_programs(
+    monkeypatch, programs, shares, interleaved
+):
+    from glmtune.ops import attention_kernels
+
+    monkeypatch.setattr(attention_kernels, "_PROGRAMS", programs)
+    assert attention_kernels._num_shares(HEADS, 15) == shares  # 15 blocks of keys
+    compare_attention(64, 8, 1, interleaved)
+
+
+def compare_attention(head_dim, rank, num_kv_heads, interleaved):
     from glmtune.ops.packed_attention import RowSpans
 
     torch.manual_seed(0)
@@ -159,7 +181,7 @@ def test_attention_kernels_equal_dense_attention(head_dim, rank, num_kv_heads):
         if num_kv_heads is None:
             context = rows.attend_fused(parts[0], updates[0], cos, sin)
         else:
-            context = rows.attend(parts, updates, cos, sin)
+            context = rows.attend(parts, updates, cos, sin, interleaved)
         results.append([context, *torch.autograd.grad(context, inputs, upstream)])
     for fast, plain in zip(*results, strict=True):
         assert (fast - plain).norm() / plain.norm() < 1e-5

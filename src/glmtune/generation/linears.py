@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from glmtune.errors import UserError
 from glmtune.models.decoding import Projection
 from glmtune.ops.lora import LowRank
+from glmtune.ops.norm import RmsNorm
 from glmtune.ops.words import GROUP_SIZE, Words, round_groups
 
 
@@ -50,6 +51,10 @@ class DenseLinear:
     def fused(self, x: Tensor, **more: Any) -> Tensor:
         """The same for a few rows, fused with what else `ops.decoding_kernels.project` takes."""
         return _kernels().project(x, self.weight_OI, self.bias_O, **more)
+
+    def factor(self, x: Tensor, norm: RmsNorm | None = None) -> Any:
+        """The linear as `ops.decoding_kernels.project_three` takes it."""
+        return _kernels().Factor(self.weight_OI, self.bias_O, None)
 
 
 # torch's product with int8 weights is faster than one with them as floats up to 64 rows, and reads
@@ -151,6 +156,10 @@ class GroupQuantised:
         """The same for a few rows, fused with what else `ops.decoding_kernels.project` takes."""
         return _kernels().project(x, self.weight, self.bias_O, **more)
 
+    def factor(self, x: Tensor, norm: RmsNorm | None = None) -> Any:
+        """The linear as `ops.decoding_kernels.project_three` takes it."""
+        return _kernels().Factor(self.weight, self.bias_O, None)
+
 
 @dataclass(frozen=True)
 class Adapted:
@@ -172,12 +181,18 @@ class Adapted:
         """The input type in which `fused` is fastest."""
         return self.base.input_dtype
 
-    def fused(self, x: Tensor, **more: Any) -> Tensor:
+    def fused(self, x: Tensor, *, norm: RmsNorm | None = None, **more: Any) -> Tensor:
         """The same for a few rows and one update, fused with what else the base's `fused` takes."""
-        kernels = _kernels()
+        return self.base.fused(x, norm=norm, update=self._update(x, norm), **more)
+
+    def factor(self, x: Tensor, norm: RmsNorm | None = None) -> Any:
+        """The linear as `ops.decoding_kernels.project_three` takes it; x is not normalised yet."""
+        return self.base.factor(x)._replace(update=self._update(x, norm))
+
+    def _update(self, x: Tensor, norm: RmsNorm | None) -> Any:
         ((a_RI, b_OR, scale),) = self.updates
-        low_BR = kernels.project(x, a_RI, dtype=torch.float32).flatten(0, -2)
-        return self.base.fused(x, update=(low_BR, b_OR, scale), **more)
+        low = _kernels().project(x, a_RI, norm=norm, dtype=torch.float32)
+        return low.flatten(0, -2), b_OR, scale
 
 
 def can_be_fused(linear: Projection) -> bool:

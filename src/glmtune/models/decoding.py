@@ -178,9 +178,9 @@ def run_head_in_few_kernels(
     hidden_B1H: Tensor, final_norm: Normalisation, head: Projection
 ) -> Tensor:
     """`run_head` for a few rows on a GPU."""
-    from glmtune.ops import decoding_kernels as kernels
+    from glmtune.ops.decoding_norms import normalise
 
-    normed = kernels.normalise(hidden_B1H, final_norm, head.input_dtype)
+    normed = normalise(hidden_B1H, final_norm, head.input_dtype)
     return head.fused(normed, dtype=final_norm.weight.dtype).squeeze(1)
 
 

@@ -1,14 +1,15 @@
 """The packed attention of `ops.attention` as Triton kernels, rotary positions and adapter included.
 
-One kernel adds the adapters' updates to the projections' outputs and rotates queries and keys; the
-attention then reads only the keys of the rows at hand, wherever they begin: aligned blocks would be
-mostly masked for rows of about sixty tokens. The backward pass rotates gradients back while it
-writes them. `packed_attention` has the operators that autograd and the compiler know. The method is
-that of FlashAttention-2 (Dao, 2023, arXiv 2307.08691), algorithms 1 and 2.
+One kernel adds the adapters' updates to the projections' outputs and rotates queries and keys
+(`ops.rotary_kernels`); the attention then reads only the keys of the rows at hand, wherever they
+begin: aligned blocks would be mostly masked for rows of about sixty tokens. The backward pass
+rotates gradients back while it writes them. `packed_attention` has the operators that autograd and
+the compiler know. The method is that of FlashAttention-2 (Dao, 2023, arXiv 2307.08691), algorithms
+1 and 2.
 
-Shapes: T tokens, N heads of queries, G heads of keys and values, D head size, Q = D / 4 columns of
-a quarter of a head, R rank of an adapter; in the kernels M queries and K keys of a block, Q_ROW and
-KV_ROW the strides in elements from one token to the next, HEAD the stride between heads.
+Shapes: T tokens, N heads of queries, G heads of keys and values, D head size, R rank of an adapter;
+in the kernels M queries and K keys of a block, Q_ROW and KV_ROW the strides in elements from one
+token to the next, HEAD the stride between heads.
 """
 
 from typing import NamedTuple
@@ -18,70 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from glmtune.ops.rotary_kernels import rotate, store_rotated
+
 LOG2_E = 1.4426950408889634
-
-
-@triton.jit
-def _store_rotated(x, stride, place, is_real, cos, sin, value, BACK: tl.constexpr,
-                  BLOCK: tl.constexpr, Q: tl.constexpr):  # fmt: skip
-    """Rotate each half of queries or keys by its own stream, or their gradients back; store."""
-    # ``(BLOCK, 4 Q)`` as two tensors ``(BLOCK, 2, Q)``: first and second quarter of each half.
-    quarters = tl.permute(tl.reshape(value, (BLOCK, 2, 2, Q)), (0, 1, 3, 2))
-    first, second = tl.split(quarters)
-    half, column = tl.arange(0, 2), tl.arange(0, Q)
-    mask = is_real[:, None, None]
-    angle = place[:, None, None] * (2 * Q) + half[None, :, None] * Q + column[None, None, :]
-    c, s = tl.load(cos + angle, mask, 0.0), tl.load(sin + angle, mask, 0.0)
-    if BACK:
-        s = -s
-    at = place[:, None, None] * stride + half[None, :, None] * (2 * Q) + column[None, None, :]
-    kind = x.dtype.element_ty
-    tl.store(x + at, (first * c - second * s).to(kind), mask)
-    tl.store(x + at + Q, (second * c + first * s).to(kind), mask)
-
-
-@triton.jit
-def _add_update(x, a, b, place, is_real, column, R, R_PADDED: tl.constexpr):
-    """``x + a @ b^T`` for a block of tokens and the columns of one head."""
-    if R_PADDED > 0:
-        inner = tl.arange(0, R_PADDED)
-        is_inner = (inner < R)[None, :]
-        a_MR = tl.load(a + place[:, None] * R + inner[None, :], is_real[:, None] & is_inner, 0.0)
-        b_DR = tl.load(b + column[:, None] * R + inner[None, :], is_inner, 0.0)
-        x = tl.dot(a_MR, tl.trans(b_DR), x, input_precision="ieee")
-    return x
-
-
-@triton.jit
-def _rotate(
-    q, k, v, a_q, b_q, a_k, b_k, a_v, b_v, cos, sin, to_q, to_k, to_v, T, R_q, R_k, R_v,
-    N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, Q_ROW: tl.constexpr, KV_ROW: tl.constexpr,
-    HEAD: tl.constexpr, P_q: tl.constexpr, P_k: tl.constexpr, P_v: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """``rotate(x + a @ b^T)`` for one head of queries, keys or values; values are not rotated."""
-    head = tl.program_id(0)
-    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    is_real = place < T
-    column = tl.arange(0, D)
-    if head < N:
-        first = head * HEAD
-        at = place[:, None] * Q_ROW + first + column[None, :]
-        x = tl.load(q + at, is_real[:, None], 0.0).to(tl.float32)
-        x = _add_update(x, a_q, b_q, place, is_real, first + column, R_q, P_q)
-        _store_rotated(to_q + first, Q_ROW, place, is_real, cos, sin, x, False, BLOCK, D // 4)
-    elif head < N + G:
-        first = (head - N) * HEAD
-        at = place[:, None] * KV_ROW + first + column[None, :]
-        x = tl.load(k + at, is_real[:, None], 0.0).to(tl.float32)
-        x = _add_update(x, a_k, b_k, place, is_real, first + column, R_k, P_k)
-        _store_rotated(to_k + first, KV_ROW, place, is_real, cos, sin, x, False, BLOCK, D // 4)
-    else:
-        first = (head - N - G) * HEAD
-        at = place[:, None] * KV_ROW + first + column[None, :]
-        x = tl.load(v + at, is_real[:, None], 0.0).to(tl.float32)
-        x = _add_update(x, a_v, b_v, place, is_real, first + column, R_v, P_v)
-        tl.store(to_v + at, x.to(to_v.dtype.element_ty), is_real[:, None])
 
 
 @triton.jit
@@ -154,7 +94,7 @@ def _forward(
 def _backward_query(
     q, k, v, cos, sin, start, prefix_end, out, lse, grad_out, grad_q, delta, T, scale, scale_log2,
     N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, Q_ROW: tl.constexpr, KV_ROW: tl.constexpr,
-    HEAD: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
+    HEAD: tl.constexpr, PAIRS: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     query = tl.program_id(0) * M + tl.arange(0, M)
@@ -184,17 +124,21 @@ def _backward_query(
         d_score = (weight * (d_weight - delta_M[:, None])).to(k_KD.dtype)
         d_q = tl.dot(d_score, k_KD, d_q, input_precision="ieee")
     at = grad_q + head * HEAD
-    _store_rotated(at, Q_ROW, query, is_query, cos, sin, d_q * scale, True, M, D // 4)
+    store_rotated(at, Q_ROW, query, is_query, cos, sin, d_q * scale, True, M, D // 4, PAIRS)
 
 
 @triton.jit
 def _backward_key(
-    q, k, v, cos, sin, start, prefix_end, end, lse, grad_out, grad_k, grad_v, delta, T, scale,
-    scale_log2, N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, Q_ROW: tl.constexpr,
-    KV_ROW: tl.constexpr, HEAD: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
+    q, k, v, cos, sin, start, prefix_end, end, lse, grad_out, grad_k, grad_v, shares, delta, T,
+    scale, scale_log2, N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, Q_ROW: tl.constexpr,
+    KV_ROW: tl.constexpr, HEAD: tl.constexpr, PAIRS: tl.constexpr, SHARES: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one head of keys and values, summed over the heads of queries that share it."""
-    kv_head = tl.program_id(1)
+    """Gradients of one head of keys and values, summed over the heads of queries that share it.
+
+    Where those are divided among several programs, each stores its sums for `_add_shares`.
+    """
+    kv_head, share = tl.program_id(1) // SHARES, tl.program_id(1) % SHARES
     key = tl.program_id(0) * K + tl.arange(0, K)
     is_key = key < T
     first_k = tl.load(start + key, is_key, T)
@@ -208,7 +152,8 @@ def _backward_key(
     v_KD = tl.load(v + at_kv, is_key[:, None], 0.0)
     d_k = tl.zeros([K, D], tl.float32)
     d_v = tl.zeros([K, D], tl.float32)
-    for head in range(kv_head * (N // G), (kv_head + 1) * (N // G)):
+    first_head = kv_head * (N // G) + share * (N // G // SHARES)
+    for head in range(first_head, first_head + N // G // SHARES):
         for place in range(low, high, M):
             query = place + tl.arange(0, M)
             is_query = query < high
@@ -229,9 +174,35 @@ def _backward_key(
             d_weight = tl.dot(v_KD, tl.trans(g), input_precision="ieee")
             d_score = (weight * (d_weight - delta_M[None, :])).to(v_KD.dtype)
             d_k = tl.dot(d_score, q_MD, d_k, input_precision="ieee")
-    tl.store(grad_v + at_kv, d_v.to(grad_v.dtype.element_ty), is_key[:, None])
-    at = grad_k + kv_head * HEAD
-    _store_rotated(at, KV_ROW, key, is_key, cos, sin, d_k * scale, True, K, D // 4)
+    if SHARES == 1:
+        tl.store(grad_v + at_kv, d_v.to(grad_v.dtype.element_ty), is_key[:, None])
+        at = grad_k + kv_head * HEAD
+        store_rotated(at, KV_ROW, key, is_key, cos, sin, d_k * scale, True, K, D // 4, PAIRS)
+    else:
+        at = ((share * 2 * G + kv_head) * T + key[:, None]) * D + column[None, :]
+        tl.store(shares + at, d_k * scale, is_key[:, None])
+        tl.store(shares + at + G * T * D, d_v, is_key[:, None])
+
+
+@triton.jit
+def _add_shares(
+    shares, grad_k, grad_v, cos, sin, T, G: tl.constexpr, D: tl.constexpr, KV_ROW: tl.constexpr,
+    HEAD: tl.constexpr, PAIRS: tl.constexpr, SHARES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sum what the programs of `_backward_key` found for some keys of a head, or their values."""
+    head = tl.program_id(0)  # of keys, then of values
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    is_real, column = place < T, tl.arange(0, D)
+    at = (head * T + place[:, None]) * D + column[None, :]
+    total = tl.zeros([BLOCK, D], tl.float32)
+    for share in tl.static_range(SHARES):
+        total += tl.load(shares + share * (2 * G * T * D) + at, is_real[:, None], 0.0)
+    if head < G:
+        at_k = grad_k + head * HEAD
+        store_rotated(at_k, KV_ROW, place, is_real, cos, sin, total, True, BLOCK, D // 4, PAIRS)
+    else:
+        at = place[:, None] * KV_ROW + (head - G) * HEAD + column[None, :]
+        tl.store(grad_v + at, total.to(grad_v.dtype.element_ty), is_real[:, None])
 
 
 # Blocks of queries and keys, and how a kernel runs, for 2-byte numbers on Hopper.
@@ -239,6 +210,8 @@ FORWARD = {"M": 64, "K": 32, "num_warps": 4, "num_stages": 3}
 BACKWARD_QUERY = {"M": 64, "K": 32, "num_warps": 4, "num_stages": 2}
 BACKWARD_KEY = {"M": 32, "K": 64, "num_warps": 4, "num_stages": 2}
 TURN = {"BLOCK": 32, "num_warps": 4, "num_stages": 1}
+# With fewer programs, heads of queries that share one of keys are divided among more of them.
+_PROGRAMS = 1024
 
 
 class Parts(NamedTuple):
@@ -274,9 +247,13 @@ Factors = list[Tensor | None]
 
 def run_forward(
     parts: Parts, turned: Parts, a: Factors, b: Factors, cos: Tensor, sin: Tensor,
-    start_T: Tensor, prefix_end_T: Tensor,
+    start_T: Tensor, prefix_end_T: Tensor, interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Fill `turned`, and return the context ``(T, N, D)`` and the logarithms ``(N, T)``."""
+    """Fill `turned`, and return the context ``(T, N, D)`` and the logarithms ``(N, T)``.
+
+    Where pairs are interleaved, `turned` holds queries and keys with all first elements before all
+    second ones, and `run_backward` takes them so.
+    """
     num_tokens, num_heads, head_dim = parts.q_TND.shape
     assert all(x.is_contiguous() for x in (cos, sin, *a, *b) if x is not None)
     ranks = [0 if factor is None else factor.shape[1] for factor in a]
@@ -285,9 +262,10 @@ def run_forward(
     lse_NT = torch.empty(num_heads, num_tokens, device=out_TND.device)
     grid = num_heads + 2 * parts.k_TGD.shape[1], triton.cdiv(num_tokens, TURN["BLOCK"])
     factors = [factor for pair in zip(a, b, strict=True) for factor in pair]
-    _rotate[grid](
+    rotate[grid](
         *parts, *factors, cos, sin, *turned, num_tokens, *ranks,
-        **dict(zip(("P_q", "P_k", "P_v"), padded, strict=True)), **parts.sizes(TURN),
+        **dict(zip(("P_q", "P_k", "P_v"), padded, strict=True)), PAIRS=interleaved,
+        **parts.sizes(TURN),
     )  # fmt: skip
     sizes = turned.sizes(FORWARD)
     grid = triton.cdiv(num_tokens, sizes["M"]), num_heads
@@ -299,6 +277,7 @@ def run_forward(
 def run_backward(
     grads: Parts, turned: Parts, grad_TND: Tensor, out_TND: Tensor, lse_NT: Tensor,
     cos: Tensor, sin: Tensor, start_T: Tensor, prefix_end_T: Tensor, end_T: Tensor,
+    interleaved: bool = False,
 ) -> None:  # fmt: skip
     """Fill `grads`, the gradients with respect to the inputs before rotation."""
     grad_TND, delta_NT = grad_TND.contiguous(), torch.empty_like(lse_NT)
@@ -309,11 +288,29 @@ def run_backward(
     grid = triton.cdiv(num_tokens, sizes["M"]), num_heads
     _backward_query[grid](
         *turned, cos, sin, start_T, prefix_end_T, out_TND, lse_NT, grad_TND, grads.q_TND,
-        delta_NT, *scales, **sizes,
+        delta_NT, *scales, PAIRS=interleaved, **sizes,
     )  # fmt: skip
-    sizes = turned.sizes(BACKWARD_KEY)
-    grid = triton.cdiv(num_tokens, sizes["K"]), turned.k_TGD.shape[1]
-    _backward_key[grid](
+    sizes, num_kv_heads = turned.sizes(BACKWARD_KEY), turned.k_TGD.shape[1]
+    blocks = triton.cdiv(num_tokens, sizes["K"])
+    num_shares = _num_shares(num_heads // num_kv_heads, blocks * num_kv_heads)
+    shares = None
+    if num_shares > 1:
+        shares = lse_NT.new_empty(num_shares, 2, num_kv_heads, num_tokens, head_dim)
+        assert shares.numel() < 2**31
+    _backward_key[(blocks, num_kv_heads * num_shares)](
         *turned, cos, sin, start_T, prefix_end_T, end_T, lse_NT, grad_TND, grads.k_TGD,
-        grads.v_TGD, delta_NT, *scales, **sizes,
+        grads.v_TGD, shares, delta_NT, *scales, PAIRS=interleaved, SHARES=num_shares, **sizes,
     )  # fmt: skip
+    if shares is not None:
+        sizes = grads.sizes(TURN)
+        del sizes["N"], sizes["Q_ROW"]
+        _add_shares[(2 * num_kv_heads, triton.cdiv(num_tokens, TURN["BLOCK"]))](
+            shares, grads.k_TGD, grads.v_TGD, cos, sin, num_tokens, PAIRS=interleaved,
+            SHARES=num_shares, **sizes,
+        )  # fmt: skip
+
+
+def _num_shares(group: int, programs: int) -> int:
+    """Into how many equal parts `group` heads of queries are divided, for enough programs."""
+    divisors = [n for n in range(1, group + 1) if group % n == 0]
+    return next((n for n in divisors if n * programs >= _PROGRAMS), group)

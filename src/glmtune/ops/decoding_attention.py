@@ -1,7 +1,7 @@
 """One new token's attention over the cache, for a few rows, as a Triton kernel.
 
 The columns of a head are divided among blocks; the last block to finish combines the partial
-results of all. Launch and wait follow `ops.decoding_kernels`.
+results of all. Launch and wait follow `ops.early_launch`.
 
 Shapes: B rows of a batch, N heads of queries, M of keys and values, D head size, K columns of the
 cache.
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glmtune.ops.decoding_kernels import await_last, launches_early, let_next_begin
+from glmtune.ops.early_launch import await_last, launches_early, let_next_begin
 
 _SPLITS, _BLOCK_K, _WARPS = 16, 32, 2
 
@@ -23,8 +23,8 @@ _SPLITS, _BLOCK_K, _WARPS = 16, 32, 2
 def _attend(
     query, key, value, cos, sin, keys, values, column, partial, counts, y, scale,
     query_b, query_n, key_b, key_m, stride_b, stride_m, stride_k,
-    N: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, EARLY: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK_K: tl.constexpr,
+    N: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr,
+    EARLY: tl.constexpr, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One head's share of the columns; the last share to finish combines all of them.
 
@@ -48,12 +48,14 @@ def _attend(
     key_block = tl.load(at_key + first_k[:, None] * stride_k, (first_k < end)[:, None], 0.0)
     value_block = tl.load(at_value + first_k[:, None] * stride_k, (first_k < end)[:, None], 0.0)
 
-    # Element d of a half is rotated together with the one a quarter of a head away.
+    # Element d is rotated together with its neighbour, or else, within a half, with the one a
+    # quarter of a head away.
     at_query, at_new = query + row * query_b + head * query_n, row * key_b + head // GROUP * key_m
-    partner = d ^ Q
-    angle = row * 2 * Q + d // (2 * Q) * Q + d % Q
+    APART: tl.constexpr = 1 if PAIRS else Q
+    partner = d ^ APART
+    angle = row * 2 * Q + (d // 2 if PAIRS else d // (2 * Q) * Q + d % Q)
     c = tl.load(cos + angle).to(tl.float32)
-    s = tl.where((d & Q) == 0, -1.0, 1.0) * tl.load(sin + angle).to(tl.float32)
+    s = tl.where((d & APART) == 0, -1.0, 1.0) * tl.load(sin + angle).to(tl.float32)
     await_last(EARLY)
     turned = tl.load(at_query + d).to(tl.float32) * c
     turned += tl.load(at_query + partner).to(tl.float32) * s
@@ -114,6 +116,7 @@ def attend(
     column_B: Tensor,
     cos: Tensor,
     sin: Tensor,
+    interleaved: bool = False,
 ) -> Tensor:
     """Rotate a new token's query and key, write key and value to the cache, and attend to it.
 
@@ -125,8 +128,10 @@ def attend(
         keys_BMKD: cached keys of a layer; same strides as `values_BMKD`.
         values_BMKD: cached values of a layer.
         column_B: the new token's column in each row. All columns before it are attended to.
-        cos: cosines of the new token's position, ``(B, 1, 2, D / 4)``.
+        cos: cosines of the new token's position, ``(B, 1, 2, D / 4)``, or ``(B, 1, D / 2)`` of the
+            pairs of a head in their order; contiguous.
         sin: sines, same shape.
+        interleaved: see `ops.rotary.rotate`.
 
     Returns:
         ``(B, 1, N D)``, in the query's type.
@@ -135,14 +140,14 @@ def attend(
     assert key_BMD.stride() == value_BMD.stride()
     assert keys_BMKD.stride() == values_BMKD.stride()
     assert query_BND.stride(-1) == key_BMD.stride(-1) == keys_BMKD.stride(-1) == 1
-    assert column_B.is_contiguous()
+    assert all(tensor.is_contiguous() for tensor in (column_B, cos, sin))
     y = query_BND.new_empty(num_rows, 1, num_heads * head_dim)
     partial = y.new_empty(num_rows * num_heads, _SPLITS, head_dim + 2, dtype=torch.float32)
     counts = _counts(num_rows * num_heads, y.device)
     _attend[(num_rows * num_heads, _SPLITS)](
         query_BND, key_BMD, value_BMD, cos, sin, keys_BMKD, values_BMKD, column_B, partial, counts,
         y, head_dim**-0.5, *query_BND.stride()[:2], *key_BMD.stride()[:2], *keys_BMKD.stride()[:3],
-        num_heads, num_heads // key_BMD.shape[1], head_dim, launches_early(y.device), _SPLITS,
-        _BLOCK_K, num_warps=_WARPS, launch_pdl=launches_early(y.device),
+        num_heads, num_heads // key_BMD.shape[1], head_dim, interleaved, launches_early(y.device),
+        _SPLITS, _BLOCK_K, num_warps=_WARPS, launch_pdl=launches_early(y.device),
     )  # fmt: skip
     return y

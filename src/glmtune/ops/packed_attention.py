@@ -126,6 +126,7 @@ def grouped_attention(
     start_T: Tensor,
     prefix_end_T: Tensor,
     end_T: Tensor,
+    interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`fused_attention` of three projections, whose heads of keys and values may be fewer.
 
@@ -144,16 +145,19 @@ def grouped_attention(
         start_T: see `fused_attention`.
         prefix_end_T: see `fused_attention`.
         end_T: see `fused_attention`.
+        interleaved: see `ops.rotary.rotate`.
 
     Returns:
-        ``(T, N, D)``; rotated queries and keys, values with their update; the logarithms.
+        ``(T, N, D)``; queries and keys as `run_forward` rotates them, values with their update; the
+        logarithms.
     """
     parts = Parts(q_TND, k_TGD, v_TGD)
     assert all(x.is_contiguous() for x in parts)
     turned = Parts(*map(torch.empty_like, parts))
     out_TND, lse_NT = run_forward(
-        parts, turned, [a_q, a_k, a_v], [b_q, b_k, b_v], cos, sin, start_T, prefix_end_T
-    )
+        parts, turned, [a_q, a_k, a_v], [b_q, b_k, b_v], cos, sin, start_T, prefix_end_T,
+        interleaved,
+    )  # fmt: skip
     return out_TND, *turned, lse_NT
 
 
@@ -170,37 +174,44 @@ def grouped_attention_backward(
     start_T: Tensor,
     prefix_end_T: Tensor,
     end_T: Tensor,
+    interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `grouped_attention` for its first three arguments."""
     turned = Parts(q_TND, k_TGD, v_TGD)
     grads = Parts(*map(torch.empty_like, turned))
-    run_backward(grads, turned, grad_TND, out_TND, lse_NT, cos, sin, start_T, prefix_end_T, end_T)
+    run_backward(
+        grads, turned, grad_TND, out_TND, lse_NT, cos, sin, start_T, prefix_end_T, end_T,
+        interleaved,
+    )  # fmt: skip
     return grads.q_TND, grads.k_TGD, grads.v_TGD
 
 
 @grouped_attention.register_fake
-def _(q_TND, k_TGD, v_TGD, a_q, b_q, a_k, b_k, a_v, b_v, cos, sin, start_T, prefix_end_T, end_T):
+def _(q_TND, k_TGD, v_TGD, a_q, b_q, a_k, b_k, a_v, b_v, cos, sin, start_T, prefix_end_T, end_T,
+      interleaved):  # fmt: skip
     turned = map(torch.empty_like, (q_TND, k_TGD, v_TGD))
     return torch.empty_like(q_TND), *turned, cos.new_empty(q_TND.shape[1], q_TND.shape[0])
 
 
 @grouped_attention_backward.register_fake
-def _(grad_TND, out_TND, q_TND, k_TGD, v_TGD, lse_NT, cos, sin, start_T, prefix_end_T, end_T):
+def _(grad_TND, out_TND, q_TND, k_TGD, v_TGD, lse_NT, cos, sin, start_T, prefix_end_T, end_T,
+      interleaved):  # fmt: skip
     return tuple(map(torch.empty_like, (q_TND, k_TGD, v_TGD)))
 
 
 def _keep_grouped(ctx, inputs, output):
-    ctx.save_for_backward(*output, *inputs[3:])
+    *others, ctx.interleaved = inputs[3:]
+    ctx.save_for_backward(*output, *others)
 
 
 def _backward_grouped(ctx, grad_TND, *_):
     kept, factors, others = ctx.saved_tensors[:5], ctx.saved_tensors[5:11], ctx.saved_tensors[11:]
-    grads = grouped_attention_backward(grad_TND, *kept, *others)
+    grads = grouped_attention_backward(grad_TND, *kept, *others, ctx.interleaved)
     of_factors: list[Tensor | None] = []
     for grad, a_TR, b_NR in zip(grads, factors[::2], factors[1::2], strict=True):
         flat = grad.flatten(1)
         of_factors += [None, None] if a_TR is None else [flat @ b_NR, flat.T @ a_TR]
-    return *grads, *of_factors, *(None,) * 5
+    return *grads, *of_factors, *(None,) * 6
 
 
 grouped_attention.register_autograd(_backward_grouped, setup_context=_keep_grouped)
@@ -224,8 +235,13 @@ class RowSpans(NamedTuple):
         return fused_attention(y_TN3D, a_TR, b_NR, cos, sin, *self)[0]
 
     def attend(
-        self, qkv: Sequence[Tensor], updates: Sequence[Update], cos: Tensor, sin: Tensor
+        self,
+        qkv: Sequence[Tensor],
+        updates: Sequence[Update],
+        cos: Tensor,
+        sin: Tensor,
+        interleaved: bool = False,
     ) -> Tensor:
         """Compute what `ops.attention.PaddedRows.attend` computes."""
         factors = [factor for update in updates for factor in update or (None, None)]
-        return grouped_attention(*qkv, *factors, cos, sin, *self)[0]
+        return grouped_attention(*qkv, *factors, cos, sin, *self, interleaved)[0]

@@ -151,10 +151,10 @@ def run_block_in_few_kernels(
 ) -> Tensor:
     """`run_block` on one new token of a few rows, whose linears have kernels."""
     from glmtune.ops import decoding_attention
-    from glmtune.ops import decoding_kernels as kernels
+    from glmtune.ops.decoding_norms import normalise
 
     dtype = block.query_key_value.input_dtype  # of all that lies between the kernels
-    normed = kernels.normalise(hidden_B1H, block.input_norm, dtype)
+    normed = normalise(hidden_B1H, block.input_norm, dtype)
     mixed_B1H = block.query_key_value.fused(normed)
     heads_BN3D = mixed_B1H.squeeze(1).unflatten(-1, (-1, 3, keys_BNKD.shape[-1]))
     query, key, value = heads_BN3D.unbind(2)
@@ -162,7 +162,7 @@ def run_block_in_few_kernels(
         query, key, value, keys_BNKD, values_BNKD, place.column_B, *angles
     )
     hidden = block.dense.fused(context, residual=normed, alpha=RESIDUAL_SCALE)
-    normed = kernels.normalise(hidden, block.post_attention_norm, dtype)
+    normed = normalise(hidden, block.post_attention_norm, dtype)
     inner = block.dense_h_to_4h.fused(normed, gelu=True)
     return block.dense_4h_to_h.fused(inner, residual=normed, alpha=RESIDUAL_SCALE)
 
