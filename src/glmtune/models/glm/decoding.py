@@ -21,6 +21,7 @@ from glmtune.models.decoding import (
     attend,
     put,
 )
+from glmtune.models.glm.decoding_kernels import run_block_in_few_kernels
 from glmtune.models.glm.rotary import pair_angles
 from glmtune.ops.norm import RmsNorm
 from glmtune.ops.rotary import rotate_pairs
@@ -156,4 +157,5 @@ DECODING = DecodingBlock(
     prompt_angles=prompt_angles,
     read_block=read_block,
     run_block=run_block,
+    run_block_in_few_kernels=run_block_in_few_kernels,
 )
