@@ -373,7 +373,7 @@ class TestRefused:
         ("settings", "method"),
         [
             ({"quant_method": "gptq", "bits": 4}, "gptq"),
-            ({"bits": 4}, "of no named method"),
+            ({"bits": 4}, "without quant_method"),
             ({"quant_method": "bitsandbytes"}, "bitsandbytes"),
             (
                 {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "q4"},
@@ -386,13 +386,13 @@ class TestRefused:
             ),
         ],
     )  # fmt: skip
-    def test_a_way_of_quantising_that_is_not_known(self, saved, settings, method, tmp_path):
+    def test_a_kind_of_quantisation_that_is_not_supported(self, saved, settings, method, tmp_path):
         folder = shutil.copytree(saved[0], tmp_path / "other")
         config = json.loads((folder / "config.json").read_text())
         config["quantization_config"] = settings
         (folder / "config.json").write_text(json.dumps(config))
         with pytest.raises(
-            UserError, match=rf"quantization_config \({method}\) is a way"
+            UserError, match=rf"quantization_config \({method}\) is not a supported"
         ) as caught:
             load(folder)
         assert "\n" not in str(caught.value)

@@ -84,12 +84,12 @@ def test_rows_as_trl_makes_them_of_text_stop_a_trainer(model, tmp_path):
         trainer.train()
 
 
-def test_rows_as_trl_makes_them_stop_a_trainer_that_keeps_the_labels_to_itself(model, tmp_path):
-    """As label smoothing does, and TRL."""
+def test_rows_without_an_answer_stop_a_trainer_that_passes_no_labels(model, tmp_path):
+    """Label smoothing in Trainer passes none, and TRL makes such rows of plain text."""
     row = torch.tensor([7, 8, 9, 10, EOP, GMASK, SOP])
     trainer = make_trainer(model, tmp_path, label_smoothing_factor=0.1)
     trainer.train_dataset = [{"input_ids": row, "labels": row}]
-    with pytest.raises(ValueError, match="input_ids: row 0 has nothing behind its <sop> to learn"):
+    with pytest.raises(ValueError, match="input_ids: row 0 has no answer after its <sop>"):
         trainer.train()
     assert model.eval()(row[None]).logits.isfinite().all()
     assert model.train().generate(row[None], max_new_tokens=2).shape == (1, 9)

@@ -1,11 +1,11 @@
-"""The chat template of ChatGLM-6B, and who wrote a special name: the template or a user.
+"""The chat template of ChatGLM-6B, and marks on the special names that the template itself writes.
 
-``[gMASK]``, ``<sop>`` and ``<eop>`` in a text are ordinary text. What a template writes around
-messages has to become ids, also where it is kept as a string first. So while a template runs, the
-names within messages are broken up by `GUARD`; of those found whole afterwards the template is the
-author, and they get `MARK` before them, which the tokenizer reads. Both are among the code points
-that Unicode keeps for use within a program (U+FDD0 to U+FDEF, no characters); in a message they
-become U+FFFD, the sign for what cannot be shown.
+``[gMASK]``, ``<sop>`` and ``<eop>`` in a message are ordinary text; those that the template writes
+have to become ids, even if the rendered text is stored as a string first. So `guard` breaks up
+these names in messages with `GUARD` before the template runs. The names that are whole afterwards
+were written by the template; `mark` puts `MARK` before them, which the tokenizer looks for. Both
+are noncharacters, which Unicode reserves for use within a program (U+FDD0 to U+FDEF); in a message
+they are replaced by U+FFFD, the replacement character.
 """
 
 import dataclasses
@@ -93,7 +93,7 @@ CHAT_TEMPLATE = """\
 def guard(value: Any) -> Any:
     """Break up special names in all strings of messages, tools, documents or variables.
 
-    Objects become dictionaries, as a template reads them; keys without a value are left out.
+    Objects become dictionaries, which a template can read; keys whose value is None are left out.
     """
     if isinstance(value, str):
         return _OPENING.sub(rf"\g<0>{GUARD}", _INTERNAL.sub("\ufffd", value))
@@ -111,7 +111,7 @@ def guard(value: Any) -> Any:
 
 
 def mark(rendered: str) -> str:
-    """Mark the names that the template wrote, and mend those of the messages."""
+    """Mark the names that the template wrote, and restore those in messages."""
     return _NAME.sub(rf"{MARK}\g<0>", rendered).replace(GUARD, "")
 
 
@@ -121,9 +121,9 @@ def assistant_mask(
     """For each piece of a rendered chat, 1 where a ``{% generation %}`` block wrote it.
 
     Args:
-        rendered: as the template left it, of guarded messages.
-        spans: first place and end of what each block wrote.
-        tokenize: a marked text's pieces.
+        rendered: the template's output for guarded messages.
+        spans: start and end of what each block wrote, in characters.
+        tokenize: splits a marked text into pieces.
 
     Raises:
         UserError: a block begins or ends within a text, so that it has no pieces of its own.
@@ -139,6 +139,6 @@ def assistant_mask(
     if pieces != tokenize(mark(rendered)):
         raise UserError(
             "return_assistant_tokens_mask: a generation block of this chat template begins or ends "
-            "within a text; let it begin behind <sop> and end with <eop>"
+            "within a text; let it begin after <sop> and end with <eop>"
         )
     return mask

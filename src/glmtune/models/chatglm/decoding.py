@@ -1,7 +1,6 @@
 """What one layer of ChatGLM-6B computes while answering, as plain functions.
 
-The mathematics is `modeling`'s (a test holds them together); see `models.decoding` for what
-surrounds it.
+It computes the same as `modeling` (a test compares them). `models.decoding` runs the layers.
 
 Shapes: B rows of a batch, S columns of the longest prompt, K columns of the cache, H hidden,
 N heads, D head size.
@@ -32,7 +31,7 @@ from glmtune.ops.rotary import rotary_angles, rotate, rotate_whole, whole_angles
 
 
 class Block(NamedTuple):
-    """What one layer computes with."""
+    """The weights of one layer."""
 
     input_norm: Norm
     query_key_value: Projection
@@ -47,7 +46,7 @@ def weights_of(
     read: Callable[[nn.Module], Projection],
     read_norm: Callable[[nn.Module], nn.Module],
 ) -> Block:
-    """The weights of a `ChatGLMBlock`, in PEFT's wrapping or plain."""
+    """The weights of a `ChatGLMBlock`, with or without PEFT's wrappers."""
     get = layer.get_submodule
     return Block(
         input_norm=_norm(read_norm(get("input_layernorm"))),
@@ -94,7 +93,7 @@ def read_block(
 ) -> Tensor:
     """One layer on whole prompts, see `DecodingBlock.read_block`.
 
-    For a short prompt the host launches kernels more slowly than a GPU runs them, so they are few.
+    It launches few kernels, because with a short prompt the launches take most of the time.
     """
     normed, mixed_BN3SD = _project(hidden_BSH, block, keys_BNSD.shape[-1])
     query_key_BN2SD, value_BNSD = mixed_BN3SD[:, :, :2], mixed_BN3SD[:, :, 2]
@@ -116,23 +115,23 @@ def run_block(
 ) -> Tensor:
     """One layer on one new token a row, see `DecodingBlock.run_block`."""
     normed, mixed_BN31D = _project(hidden_B1H, block, keys_BNKD.shape[-1])
-    # Both at once: a step is made of many small kernels.
-    turned = rotate(mixed_BN31D[:, :, :2], *(angle[:, None] for angle in angles))
-    query_BN1D, key_BN1D = turned.unbind(2)
+    # Query and key in one call: a step consists of many small kernels.
+    rotated = rotate(mixed_BN31D[:, :, :2], *(angle[:, None] for angle in angles))
+    query_BN1D, key_BN1D = rotated.unbind(2)
     put(keys_BNKD, place, key_BN1D)
     put(values_BNKD, place, mixed_BN31D[:, :, 2])
     return _finish(attend(query_BN1D, keys_BNKD, values_BNKD, mask_B11K), normed, block)
 
 
 def _project(hidden_BSH: Tensor, block: Block, head_dim: int) -> tuple[Tensor, Tensor]:
-    """A layer up to its attention: what the residual takes, and the heads ``(B, N, 3, S, D)``."""
+    """A layer before its attention: the residual's input, and the heads ``(B, N, 3, S, D)``."""
     normed_BSH = block.input_norm(hidden_BSH)
     heads_BSN3D = block.query_key_value(normed_BSH).unflatten(-1, (-1, 3, head_dim))
     return normed_BSH, heads_BSN3D.movedim(1, 3)
 
 
 def _finish(context_BSH: Tensor, normed_BSH: Tensor, block: Block) -> Tensor:
-    """A layer from its attention on."""
+    """A layer after its attention."""
     attended = block.dense(context_BSH)
     normed = block.post_attention_norm(torch.add(attended, normed_BSH, alpha=RESIDUAL_SCALE))
     inner = F.gelu(block.dense_h_to_4h(normed), approximate="tanh")
@@ -152,7 +151,7 @@ def run_block_in_few_kernels(
     from glmtune.ops import decoding_attention
     from glmtune.ops import decoding_kernels as kernels
 
-    dtype = block.query_key_value.input_dtype  # of all that lies between the kernels
+    dtype = block.query_key_value.input_dtype  # of all values between the kernels
     normed = kernels.normalise(hidden_B1H, block.input_norm, dtype)
     mixed_B1H = block.query_key_value.fused(normed)
     heads_BN3D = mixed_B1H.squeeze(1).unflatten(-1, (-1, 3, keys_BNKD.shape[-1]))

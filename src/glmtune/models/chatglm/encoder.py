@@ -1,6 +1,6 @@
-"""Encode text with a published `ice_text.model`, without transformers: all that rows need.
+"""Encode text with a published `ice_text.model`, without transformers, for training rows.
 
-`tokenization.ChatGLMTokenizer` is the same for every other use, and encodes with this.
+`tokenization.ChatGLMTokenizer` is the full tokenizer; it inherits from this encoder.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from glmtune.models.chatglm.vocabulary import (
 
 # Starting the native threads costs more than encoding a handful of texts.
 MIN_TEXTS_PER_THREAD = 32
-# The tokens that fill these places, whatever `tokenizer_config.json` names for them.
+# Role -> special token; other names in `tokenizer_config.json` are not used.
 NAMED_TOKENS = {
     "unk_token": "<unk>",
     "pad_token": "<pad>",
@@ -43,7 +43,7 @@ class Encoder:
 
     Args:
         vocab_file: path of the sentencepiece file.
-        num_image_tokens: ids before the first text token; read off the file when None.
+        num_image_tokens: ids before the first text token; by default from the file.
 
     Raises:
         UserError: no such file, or not a sentencepiece model of this family.
@@ -55,7 +55,7 @@ class Encoder:
         self.open_vocabulary(vocab_file, num_image_tokens)
 
     def open_vocabulary(self, vocab_file: str | None, num_image_tokens: int | None) -> None:
-        """Read the file; see the class."""
+        """Read the file; arguments and errors as in the class."""
         self.model_bytes, self.sp = read_vocab(vocab_file)
         num_pieces = self.sp.get_piece_size()
         config_file = Path(str(vocab_file)).with_name("config.json")
@@ -136,10 +136,10 @@ class Encoder:
 
 
 class RowEncoder(Encoder):
-    """An encoder by itself, whose special ids are those of the vocabulary."""
+    """An encoder that takes the special ids from the vocabulary."""
 
     def __getattr__(self, name: str) -> int:
-        """``bos_token_id`` and the like."""
+        """``bos_token_id`` and the other roles of `NAMED_TOKENS`."""
         if (token := NAMED_TOKENS.get(name.removesuffix("_id"))) and name.endswith("_id"):
             return self.id_of(token)
         raise AttributeError(name)
