@@ -121,7 +121,7 @@ def test_a_short_demo_writes_its_page_and_says_what_to_try_next(tmp_path, capsys
     asked = f"6 records of {out}/questions.json"
     assert asked in printed, "the check-up asks what was held out"
     assert "this decides nothing" not in printed
-    (command,) = re.findall(r"look it over +\S*glmtune (.*)", printed)
+    (command,) = re.findall(r"check it +\S*glmtune (.*)", printed)
     cli.main(command.split())
     assert asked in capsys.readouterr().out
     page = (out / "demo.html").read_text(encoding="utf-8")

@@ -238,4 +238,4 @@ def test_bench_startup_says_which_command_does_not_work(monkeypatch, capsys):
     broken = startup.Case("broken", 1.0, "validate rows.json", until="never said")
     monkeypatch.setattr(startup, "CASES", [broken])
     assert cli.main(["bench", "startup", "--repeats", "1"]) == 2
-    assert "validate rows.json: does not come to its work" in capsys.readouterr().err
+    assert "validate rows.json: does not reach its work" in capsys.readouterr().err

@@ -1,8 +1,7 @@
-"""What transformers and PEFT offer of themselves: `GlmForCausalLM` of ChatGLM3-6B's size with LoRA.
+"""The baseline: transformers and PEFT alone, `GlmForCausalLM` of ChatGLM3-6B's size with LoRA.
 
-Compiled layer by layer, which is the fastest that they do on ordinary settings, or with
-bitsandbytes' linears, which graphs break at, as they are. Rows of a pack are one row without
-document masks: they see their neighbours.
+Each layer is compiled, the fastest of their usual settings, except with bitsandbytes' linears,
+which cause graph breaks. A pack is one long row without document masks, so its rows see each other.
 """
 
 from collections.abc import Sequence
@@ -32,9 +31,9 @@ def glm_peft_rate(
     Args:
         batches: the lengths of the rows of each step, which are padded to the longest; all of their
             tokens are supervised.
-        device: where.
+        device: to run on.
         dtype: of the base; the adapter is float32.
-        small: a tiny model instead of one of six billion parameters.
+        small: a tiny model instead of one with six billion parameters.
         bits: 8 or 4 for a base that bitsandbytes has quantised.
     """
     from transformers import GlmConfig, GlmForCausalLM
