@@ -124,7 +124,7 @@ HEADS = 6
 )
 @pytest.mark.parametrize(("head_dim", "rank"), itertools.product([64, 128], [0, 8]))
 def test_attention_kernels_equal_dense_attention(head_dim, rank, num_kv_heads):
-    """Rows of one token, prefixes of one, answers of none, rows that no block holds whole."""
+    """Rows of one token, prefixes of one, empty answers, rows longer than a block."""
     from glmtune.ops.packed_attention import RowSpans
 
     torch.manual_seed(0)

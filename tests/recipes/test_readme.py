@@ -15,7 +15,7 @@ from glmtune.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 READMES = ("README.md", "README.zh.md")
-# Each in both languages; they take up what the README's commands leave.
+# Each in both languages; their commands use the files that the README's commands write.
 GUIDES = ("docs/data.md", "docs/training.md", "docs/answers.md", "docs/cards.md")
 # Their commands are tests and benchmarks, of which most take minutes.
 PAGES_OF_TESTS = ("docs/reliability.md", "docs/peers.md")
@@ -23,7 +23,7 @@ PAGES_OF_TESTS = ("docs/reliability.md", "docs/peers.md")
 OTHERS = ("docs/tune.md", "docs/memory.md", "docs/architecture.md")
 TRANSLATED = (READMES[0], *GUIDES, *PAGES_OF_TESTS, *OTHERS)
 COMMAND = re.compile(r"^(python \w+\.py|glmtune) .+", re.MULTILINE)
-# What would take hours on a real base: as few steps and answers as show that the command runs.
+# Fewer steps and answers than on a real base: enough to see that the command runs.
 SHORTER = {
     "--max_steps 52000": "--max_steps 2",
     "--max_steps 200": "--max_steps 2",
@@ -40,7 +40,7 @@ RECORDS = [
 
 
 def fenced(page):
-    """What stands in the fenced blocks of a page, line continuations joined."""
+    """The content of a page's fenced blocks, line continuations joined."""
     text = (ROOT / page).read_text(encoding="utf-8")
     blocks = re.findall(r"^```(?:bash|sh)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     return "".join(blocks).replace("\\\n", " ")
@@ -80,7 +80,7 @@ def test_english_and_chinese_pages_name_the_same_functions_and_flags(page):
 
 @pytest.mark.parametrize("page", TRANSLATED)
 def test_english_and_chinese_pages_have_the_same_sections_and_numbers(page):
-    """A figure that one language has and the other not is one that was forgotten."""
+    """A number that only one language has was forgotten in the other."""
     both = []
     for name in (page, chinese(page)):
         text = (ROOT / name).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`bench decode` measures what it says, and refuses at once what cannot end well."""
+"""`bench decode`: its figures, and what it refuses before it measures."""
 
 import json
 import math

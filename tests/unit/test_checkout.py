@@ -1,4 +1,4 @@
-"""A checkout before its environment is there, or outside of it: one line that helps."""
+"""A checkout without its environment, or outside of it: one line with the fix."""
 
 import ast
 import os

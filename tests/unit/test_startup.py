@@ -1,4 +1,4 @@
-"""What each verb imports, and that a mistake is told before anything heavy is; `bench startup`."""
+"""The imports of each verb, mistakes reported before heavy imports, and `bench startup`."""
 
 import json
 import os
@@ -68,7 +68,7 @@ MISTAKES = {
     "bench memory": "bench memory --json_path no/such/file",
     "bench startup": "bench startup --json_path no/such/file",
 }
-# Of what works: all that the verb has no use for.
+# Packages that each working verb must not import.
 ANSWERING = HEAVY - {"torch", "transformers", "accelerate"}
 INFER = "infer --data_path rows.json --output_path answers.jsonl --limit 1 --max_new_tokens 1"
 TOKENIZE = "tokenize --jsonl_path rows.jsonl --save_path new"

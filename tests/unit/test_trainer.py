@@ -48,7 +48,7 @@ def test_label_smoothing_smooths_the_label_one_place_on(model, tmp_path, is_adap
     expected = (1 - smoothing) * of_labels - smoothing * log_probs[supervised].mean()
     if is_adapted:
         lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["query_key_value"])
-        model = get_peft_model(model, lora)  # which changes nothing before it learns
+        model = get_peft_model(model, lora)  # without effect before training
     trainer = make_trainer(model, tmp_path, label_smoothing_factor=smoothing)
     inputs = {"input_ids": IDS, "labels": LABELS}
     with torch.no_grad():
@@ -95,4 +95,4 @@ def test_rows_without_an_answer_stop_a_trainer_that_passes_no_labels(model, tmp_
     assert model.train().generate(row[None], max_new_tokens=2).shape == (1, 9)
     assert model.transformer.train()(IDS).last_hidden_state.requires_grad
     bare = type(model.transformer)(model.config).train()
-    assert bare(row[None]).last_hidden_state.requires_grad  # which may learn something else
+    assert bare(row[None]).last_hidden_state.requires_grad  # which may be trained in another way
