@@ -14,7 +14,7 @@ STEM = "base_model.model.transformer.layers.0.attention.query_key_value"
 
 
 def edit_weights(folder: Path, change) -> None:
-    """Rewrite the weights file of a folder as `change` leaves its dict of tensors."""
+    """Apply `change` to a folder's dict of tensors and write the weights file again."""
     if (folder / WEIGHTS).exists():
         tensors = load_file(folder / WEIGHTS)
         save_file(change(tensors) or tensors, folder / WEIGHTS)

@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: golden folders in the project and, where it lies, ../shared."""
+"""Fixtures shared by all tests: golden folders in the project and, if present, ../shared."""
 
 import json
 import os
@@ -23,7 +23,7 @@ NO_SHARED = "../shared is not here: the real tokenizer and records lie outside t
 
 
 def pytest_sessionfinish(session):
-    """On CI a test may not skip for want of ../shared while ../shared is there."""
+    """On CI a test must not skip because of ../shared while ../shared is present."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     skipped = reporter.stats.get("skipped", []) if reporter else []
     unfounded = SHARED.is_dir() and any(NO_SHARED in str(report.longrepr) for report in skipped)
@@ -48,7 +48,7 @@ def shared() -> Path:
 
 @dataclass
 class Call:
-    """What a function was called with and what it returned; `None` as long as it has not."""
+    """Arguments of a call and its result, which is None until the function returns."""
 
     name: str
     args: tuple
@@ -88,7 +88,7 @@ def tiny_folder() -> Path:
 def write_quantised():
     """A function that writes a float folder in the form of -int8, -int4 or, all of it, -int4-qe.
 
-    tests/parity holds what it writes against the recorded folders, byte for byte.
+    tests/parity compares what it writes with the recorded folders, byte for byte.
     """
     from glmtune.models import ChatGLMForConditionalGeneration
 
@@ -124,7 +124,7 @@ def write_quantised():
 
 @pytest.fixture(scope="session")
 def strange_adapter(tmp_path_factory) -> str:
-    """Folder of a random adapter of the embedded model, with which it answers otherwise."""
+    """Folder of a random adapter of the embedded model that changes its answers."""
     from toys import randomise_adapter
 
     from glmtune.adapters import attach_lora, save_adapter
@@ -177,7 +177,7 @@ class HandTraining:
         self.num_steps += 1
 
     def snapshot(self):
-        """A copy of all that a step changes."""
+        """A copy of everything that a step changes."""
         moments = self.optimizer.state_dict()["state"].values()
         slots = [slot for of_weight in moments for slot in of_weight.values()]
         return [tensor.clone() for tensor in (*[w.detach() for w in self.weights], *slots)]

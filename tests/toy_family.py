@@ -1,4 +1,4 @@
-"""A second model family, as a newcomer would write it: Llama's block, and bytes as vocabulary.
+"""A second model family as a contributor would write it: Llama's block, and bytes as vocabulary.
 
 Shapes as in `models.packed` and `models.decoding`.
 """

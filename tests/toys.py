@@ -32,7 +32,7 @@ def recorded_prompts(folder, config):
 
 
 class ToyTokenizer:
-    """Numbers are their own ids, any other word has an id of its own by chance.
+    """Numbers are their own ids, any other word gets an arbitrary id.
 
     Its special ids are those of the tiny golden model, which has no vocabulary.
     """
@@ -78,7 +78,7 @@ def draw_rows(shapes, specials, seed=0):
 
 
 def draw_uneven_rows(specials, seed=0):
-    """`NUM_ROWS` rows of very different lengths, so that a mean of means shows."""
+    """`NUM_ROWS` rows of very different lengths, so that a mean of means would be noticed."""
     shapes = np.random.default_rng(seed).integers((1, 2), 17, (NUM_ROWS, 2))
     return draw_rows(shapes, specials, seed)
 
@@ -90,7 +90,7 @@ def save_rows(rows, folder):
 
 
 def randomise_adapter(model, std):
-    """Give an adapter that was just attached an effect; returns the model."""
+    """Make a newly attached adapter change the outputs; returns the model."""
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(weight, std=std)
@@ -137,7 +137,7 @@ def child_environment():
 
 
 def in_two_processes(script, *arguments):
-    """Launch a test file as two processes of one group; what they do is its `__main__`."""
+    """Launch a test file as two processes of one group, which run its `__main__`."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
         [*launch, script, *map(str, arguments)],
@@ -158,7 +158,7 @@ def history(run):
 
 
 def records(run, key="loss"):
-    """The records that have a key, without the numbers that no two runs share."""
+    """The records that have a key, without the numbers that differ between any two runs."""
     private = ("tokens_per_second", "memory_gib")
     return [
         {name: value for name, value in record.items() if name not in private}

@@ -1,6 +1,6 @@
-"""The command line: one verb a function, whose imports stand inside it, behind `early` checks.
+"""The command line: a function for each verb, which imports what it needs after `early` checks.
 
-`glmtune --help` therefore answers at once: nothing heavy is imported before a verb is chosen.
+So `glmtune --help` is fast: nothing heavy is imported before a verb is chosen.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def validate(settings: config.ValidateSettings) -> None:
-    """Find everything that is wrong with files of rows."""
+    """Find all problems in files of rows."""
     from glmtune.data.validation import validate
 
     validate(settings)
@@ -56,7 +56,7 @@ def train(settings: config.TrainSettings) -> None:
 
 
 def plan(settings: config.PlanSettings) -> int:
-    """Tell what training takes in memory and time, and which settings make it fit."""
+    """Estimate memory and time of training, and list settings that fit."""
     from glmtune.training.planning.preview import plan
 
     return 1 if plan(settings)["cannot_fit"] else 0
@@ -83,7 +83,7 @@ def compare(settings: config.CompareSettings) -> None:
 
 
 def merge(settings: config.MergeSettings) -> None:
-    """Write base and adapter as one plain model."""
+    """Write base and adapter as one merged model."""
     from glmtune.early import check_merge
 
     check_merge(settings)
@@ -93,7 +93,7 @@ def merge(settings: config.MergeSettings) -> None:
 
 
 def convert_adapter(settings: config.ConvertAdapterSettings) -> None:
-    """Write an adapter of 2023 in PEFT's form of today."""
+    """Convert an adapter of 2023 to PEFT's current format."""
     from glmtune.early import check_conversion
 
     check_conversion(settings)
@@ -103,14 +103,14 @@ def convert_adapter(settings: config.ConvertAdapterSettings) -> None:
 
 
 def doctor(settings: config.DoctorSettings) -> int:
-    """Look for what would stop a run, or explain an error message."""
+    """Find what would stop a run, or explain an error message."""
     from glmtune.doctor.run import doctor
 
     return doctor(settings)
 
 
 def demo(settings: config.DemoSettings) -> None:
-    """Teach the tiny model in the package to answer, and show it on a page."""
+    """Train the tiny model in the package, and show the effect on a page."""
     from pathlib import Path
 
     from glmtune.demo.folder import claim_folder
@@ -130,7 +130,7 @@ def new_model(settings: config.NewModelSettings) -> None:
 
 
 def bench_train(settings: config.BenchTrainSettings) -> None:
-    """Measure a training step: its speed and memory, its ceiling, and the reference path."""
+    """Measure a training step: speed, memory, its upper limit, and the reference path."""
     from glmtune.early import check_bench
 
     check_bench(settings)
@@ -140,7 +140,7 @@ def bench_train(settings: config.BenchTrainSettings) -> None:
 
 
 def bench_decode(settings: config.BenchDecodeSettings) -> None:
-    """Measure how fast random weights answer, and how fast the memory would allow."""
+    """Measure decoding speed on random weights, and the limit of memory bandwidth."""
     from glmtune.early import check_bench
 
     check_bench(settings)
@@ -150,7 +150,7 @@ def bench_decode(settings: config.BenchDecodeSettings) -> None:
 
 
 def bench_memory(settings: config.BenchMemorySettings) -> None:
-    """Measure what training takes in memory, beside what `plan` says of it."""
+    """Measure memory of training, beside the estimate of `plan`."""
     from glmtune.early import check_bench
 
     check_bench(settings)
@@ -160,7 +160,7 @@ def bench_memory(settings: config.BenchMemorySettings) -> None:
 
 
 def bench_startup(settings: config.BenchStartupSettings) -> None:
-    """Measure what each verb takes before its work begins, beside `import torch`."""
+    """Measure CPU time of each verb before its work begins, beside `import torch`."""
     from glmtune.bench.startup import bench_startup
 
     bench_startup(settings)
@@ -174,7 +174,7 @@ def reproduce(settings: config.ReproduceSettings) -> None:
 
 
 def chat(settings: config.ChatSettings) -> None:
-    """Talk to base or tuned weights in the terminal."""
+    """Chat with the base or the tuned model in the terminal."""
     from glmtune.early import check_answering
 
     check_answering(settings)
@@ -194,7 +194,7 @@ def replay(settings: config.ReplaySettings) -> int:
 
 
 def check(settings: config.CheckSettings) -> int:
-    """Say whether an adapter changes nothing, too much, or what it should."""
+    """Check whether an adapter changes nothing, too much, or what it should."""
     from glmtune.early import check_answering
 
     check_answering(settings)
@@ -204,7 +204,7 @@ def check(settings: config.CheckSettings) -> int:
 
 
 def tune(settings: config.TuneSettings) -> int:
-    """Go from a file of alpaca records to an adapter, and say how good it is."""
+    """Train an adapter on a file of alpaca records, and report how good it is."""
     from glmtune.early import check_tuning
 
     check_tuning(settings)
@@ -249,15 +249,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         Ctrl+C.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A terminal that lacks a letter (a Chinese one in ASCII) must not stop a run.
+        # A character that the terminal cannot encode (Chinese in ASCII) must not stop a run.
         sys.stdout.reconfigure(errors="backslashreplace")
     if "OMP_WAIT_POLICY" not in os.environ:
-        # torch's threads wait for each other in a busy loop; where another program has one of the
-        # cores, that slows a CPU run down many times over. So they soon sleep (docs/log.md). Read
-        # as torch is loaded.
+        # torch's threads wait for each other in a busy loop; if another program uses one of the
+        # cores, a run on the CPU becomes many times slower. So they sleep early (docs/log.md). The
+        # variable is read when torch is loaded.
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    _hush_libraries()
-    if argv is None:  # this process is the command, and no other program's
+    _silence_libraries()
+    if argv is None:  # started as the command, not called by another program
         glmtune.registers_models = False
     try:
         code = run(list(sys.argv[1:] if argv is None else argv))
@@ -283,11 +283,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _hush_libraries() -> None:
-    """Keep back what libraries say at their start and is of no use to who runs a command.
+def _silence_libraries() -> None:
+    """Suppress output of libraries that does not help the user of a command.
 
-    That bitsandbytes has no faster kernel for 4 bits on a CPU, and bars over what takes a blink.
-    Where glmtune is imported by another program, that program decides.
+    It is bitsandbytes' note that it has no faster 4-bit kernel for CPUs, and progress bars of
+    steps that take milliseconds. A program that imports glmtune decides this for itself.
     """
     import logging
 
@@ -296,9 +296,9 @@ def _hush_libraries() -> None:
 
 
 def _reader_is_gone() -> bool:
-    """Whether stdout's reader (`| head`) has left; if so, what is left to write is dropped."""
+    """Whether the reader of stdout (`| head`) has closed it; if so, discard further output."""
     try:
-        print(flush=True)  # a flush alone may find the buffer already thrown away
+        print(flush=True)  # print, since the buffer may be discarded already, and flush then passes
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
@@ -306,10 +306,10 @@ def _reader_is_gone() -> bool:
 
 
 def run(arguments: list[str]) -> int:
-    """Find the verb, read its settings and do it.
+    """Find the verb, read its settings and run it.
 
     Returns:
-        0, or 1 where the verb has found what it warns of.
+        0, or 1 if the verb reports a bad result.
 
     Raises:
         UserError: an unknown verb, and whatever the settings or the verb itself refuse.
@@ -326,7 +326,7 @@ def run(arguments: list[str]) -> int:
     if not _HELP.isdisjoint(arguments[1:2]) and any(verb.startswith(group) for verb in VERBS):
         print(overview(group))
         return 0
-    # Only from here on: pydantic alone takes a tenth of a second.
+    # Imported late: pydantic alone takes a tenth of a second.
     from glmtune.config.flags import split_arguments, verb_help
     from glmtune.config.names import did_you_mean
     from glmtune.config.reading import read_config

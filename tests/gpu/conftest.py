@@ -1,4 +1,4 @@
-"""What tests of compiled passes share."""
+"""Fixtures for tests of compiled passes."""
 
 import pytest
 import torch
@@ -14,5 +14,5 @@ def rows(request):
 
 @pytest.fixture
 def fresh_compiler():
-    """What an earlier test compiled does not count as this one's recompilation."""
+    """Clear compiled code, so that a test counts only its own recompilations."""
     torch._dynamo.reset()

@@ -24,16 +24,16 @@ CONFIG = ChatGLMConfig(
     bos_token_id=3572, eos_token_id=3573,
 )  # fmt: skip
 NUM_BATCHES = 300
-# Of the whole gradient, in 16 bits from float64: so low scores leave their differences few digits.
+# Relative error of the whole gradient, 16 bits against float64: low scores lose most digits.
 LARGEST_DISTANCE = 1.2
 LOW_BIAS = 9.0  # makes scores of about -16 * 9 * 9 / sqrt(128) = -115
 TYPES = torch.bfloat16, torch.float16
-# How much farther a kernel may be from the exact result than the same steps in the same 16 bits.
+# Factor by which a kernel's error may exceed that of the same steps in the same 16 bits.
 FACTOR = 2.0
 
 
 class RoundedAttention(torch.autograd.Function):
-    """What a fused kernel computes, in plain steps, and where it rounds to 16 bits.
+    """The steps of a fused kernel, one by one, rounded to 16 bits where it rounds.
 
     Its backward pass takes the sum over a row of the weights' gradients from the rounded output.
     Keys that have much in common let that rounding show: 6 % of the queries' gradient in a trained
@@ -135,7 +135,7 @@ def loss_and_gradient(model, rows):
 
 @pytest.fixture(scope="module")
 def trained():
-    """A model after some steps, and with scores as low as a trained base's lowest."""
+    """A model after some steps, with scores as low as the lowest of a trained base."""
     torch.manual_seed(0)
     model = ChatGLMForConditionalGeneration._from_config(copy.copy(CONFIG)).cuda()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)

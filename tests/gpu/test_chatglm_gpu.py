@@ -61,7 +61,7 @@ def test_greedy_continuations(tiny_folder, cache):
 
 @pytest.mark.parametrize("precision", ["--bf16 true", "--fp16 true"])
 def test_train_stop_and_resume(tmp_path, precision, monkeypatch):
-    """On the embedded model: losses fall, and a resumed run ends where the unbroken one does."""
+    """On the embedded model: losses fall, and a resumed run equals an uninterrupted one."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data.json").write_text(json.dumps(RECORDS), encoding="utf-8")
 

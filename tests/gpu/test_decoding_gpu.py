@@ -244,7 +244,7 @@ def test_attention_in_one_kernel_is_what_its_parts_are(columns, heads, kv_heads,
 
 
 def test_rows_that_join_a_captured_batch_answer_as_alone(model, prompts):
-    """Also while the first that draws joins, or a longer one for which the buffers grow."""
+    """Also when the first sampling row joins, or a longer row for which the buffers grow."""
     stops = [model.config.eos_token_id]
     each = [
         GREEDY,
@@ -282,7 +282,7 @@ def test_every_kind_of_weights_is_captured(wide, bits, compiled, num_rows):
 
 
 def test_a_model_in_cpu_memory_answers_on_the_gpu_in_its_rounded_size(wide):
-    """The same answer as from one that is on the GPU, which holds none of its full weights."""
+    """The same answer as with the model on the GPU, where no full weights are stored."""
     config = wide.config
     prompts = [EncodedPrompt([5, 6, 7, config.gmask_token_id, config.bos_token_id], 0)]
     expected = decode(Decoder(wide, [], bits=4), prompts)

@@ -90,7 +90,7 @@ def test_a_captured_pass_equals_the_packed_pass(rows, bits, quantize_head):
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_a_compiled_pass_keeps_no_weight_as_floats(rows, bits):
-    """From the way forward to the way back; a base as it is shows that one would be seen."""
+    """Between forward and backward pass; an unquantised base shows that the test can fail."""
     model, _ = make_model(bits, False, targets="query_key_value")
     packed = PackedModel(model, PACKED, compiled=True)
     one = PackedPass(Accelerator(), packed, rows, 0.1, LENGTH)
@@ -110,7 +110,7 @@ def test_a_compiled_pass_keeps_no_weight_as_floats(rows, bits):
 
 
 def test_the_check_holds_no_weight_of_8_bits_as_floats():
-    """Or a card on which the run fits could end before its first step."""
+    """Else a run that fits on the card could fail before its first step."""
     with torch.device(CUDA):
         part = torch.nn.Sequential(torch.nn.Linear(4096, 16384, dtype=torch.bfloat16))
     part[0] = quantised_linear(part[0], 8, torch.bfloat16)
@@ -166,7 +166,7 @@ print(torch.cuda.max_memory_allocated() / GIB, torch.cuda.memory_allocated() / G
 
 @pytest.mark.parametrize(("bits", "most_gib"), [(4, 5.0), (8, 7.5)])
 def test_6b_loads_within_little_memory(tmp_path, bits, most_gib):
-    """float16 shards as published; libraries and CUDA itself are in the figure of the CPU."""
+    """float16 shards as published; CPU memory includes the libraries and CUDA itself."""
     config = ChatGLMConfig()
     if shutil.disk_usage(tmp_path).free < 20 * GIB:
         pytest.skip("the shards take 12 GiB of disk")

@@ -1,6 +1,6 @@
 """Token rows equal those of the script of 2023: real tokenizer, whole path from records to disk.
 
-But for one thing: that script taught the end of an answer also where it had cut the answer.
+One difference: that script supervised the end token also after a cut answer.
 """
 
 import json

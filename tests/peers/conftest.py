@@ -1,8 +1,8 @@
-"""Other projects' own tests, read from their source at test time; none of it lies in this project.
+"""Other projects' own tests, read from their source at test time; no copy is in this project.
 
 The source is that of the installed release. It is looked for in ``$GLMTUNE_PEERS/NAME`` (a checkout
 of the project NAME, "transformers" or "peft", of the same release), then in ``.cache/peers``, where
-pip puts the source distribution. Where neither can be had a test is skipped and says so.
+pip puts the source distribution. If neither is available, a test is skipped with the reason.
 
 A source distribution has only ``tests/test_*.py``: what lies deeper needs a checkout.
 """
@@ -25,7 +25,7 @@ CACHE = Path(__file__).resolve().parents[2] / ".cache" / "peers"
 
 
 def find_tests(project: str) -> Path | str:
-    """The folder `tests` of an installed project's source, or why it cannot be had."""
+    """The folder `tests` of an installed project's source, or why it is not available."""
     release = f"{project}-{importlib.metadata.version(project)}"
     if checkouts := os.environ.get(CHECKOUTS):
         tests = Path(checkouts, project, "tests")
@@ -33,14 +33,14 @@ def find_tests(project: str) -> Path | str:
     CACHE.mkdir(parents=True, exist_ok=True)
     tests = CACHE / release / "tests"
     with open(CACHE / f"{release}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # pytest's workers come here together
+        fcntl.flock(lock, fcntl.LOCK_EX)  # several pytest workers may run this at once
         if not tests.is_dir() and (trouble := download(project, release)):
             return trouble
     return tests
 
 
 def download(project: str, release: str) -> str:
-    """Put a release's source distribution into the cache; returns what went wrong, or nothing."""
+    """Put a release's source distribution into the cache; returns an error text, or None."""
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--retries", "1"]
         wanted = ["--no-binary", project, "--dest", folder, release.replace("-", "==", 1)]

@@ -49,7 +49,7 @@ def import_tests():
     tests = conftest.find_tests("peft")
     if isinstance(tests, str):
         pytest.skip(tests, allow_module_level=True)
-    # They ask for the class of a pipeline which none of the tests here has.
+    # They need a pipeline class, which none of the tests here has.
     diffusers = types.ModuleType("diffusers")
     diffusers.StableDiffusionPipeline = type("StableDiffusionPipeline", (), {})
     sys.modules.setdefault("diffusers", diffusers)
@@ -67,7 +67,7 @@ def write_model(folder):
     torch.manual_seed(0)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # pytest's workers come here together
+        fcntl.flock(lock, fcntl.LOCK_EX)  # several pytest workers may run this at once
         if not (folder / "config.json").is_file():
             ChatGLMTokenizer.from_pretrained(GLM_TINY).save_pretrained(folder)
             ChatGLMForConditionalGeneration(config).float().save_pretrained(folder)
@@ -79,7 +79,7 @@ PEER = import_tests()
 RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
 FOLDER = Path(tempfile.gettempdir(), f"glmtune-peers-{RUN}", "tiny-chatglm")
 CONFIG = write_model(FOLDER)
-# In place, as the decorators of the tests have taken the lists themselves.
+# In place, because the tests' decorators hold references to the lists.
 PEER.PEFT_DECODER_MODELS_TO_TEST[:] = [str(FOLDER)]
 for _, settings in PEER.ALL_CONFIGS:
     # Most methods have no default for this family.
@@ -97,7 +97,7 @@ class TestDecoderModels(PEER.TestDecoderModels):
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def _test_generate_half_prec(self, model_id, config_cls, config_kwargs):
-        # PEFT's own has rows of text alone, which are no rows of this family.
+        # PEFT's own rows are text only, which is not valid for this family.
         model = self.transformers_class.from_pretrained(model_id, dtype=torch.bfloat16)
         config = config_cls(base_model_name_or_path=model_id, **config_kwargs)
         get_peft_model(model, config).generate(**self.prepare_inputs_for_testing())

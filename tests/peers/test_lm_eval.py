@@ -32,7 +32,7 @@ def row_of(tokenizer, question, answer):
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
-    """An adapter of the embedded model that has learnt four answers by heart."""
+    """An adapter of the embedded model that has memorised four answers."""
     torch.manual_seed(0)
     tokenizer = load_tokenizer(str(GLM_TINY))
     base = load_base_model(str(GLM_TINY), dtype=torch.float32)
@@ -168,7 +168,7 @@ def test_log_likelihoods_are_those_of_training_rows(adapter):
 
 @pytest.fixture
 def arguments(tasks, adapter):
-    """Of the command, on the task `choose`."""
+    """The command's arguments, for the task `choose`."""
     names = ["--model", "glmtune", "--tasks", "choose", "--include_path", str(tasks)]
     model_args = f"pretrained={GLM_TINY},peft={adapter}"
     return [*names, "--device", "cpu", "--output_path", "out", "--model_args", model_args]

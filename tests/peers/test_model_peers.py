@@ -15,8 +15,8 @@ from glmtune.models import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatG
 
 PARTS = 4  # for workers to share
 PAD, MASK, GMASK, SOP, EOP = 3, 10, 11, 14, 15
-# Why transformers' tests fail that do. One that no longer does fails ours, until it is taken out
-# here and in docs/peers.md.
+# Why each of transformers' tests fails. If one passes again, our test fails until the name is
+# removed here and in docs/peers.md.
 OF_MODELS = {
     "test_bc_cache_name_forward": "wants a warning of the older name of a cache, which PEFT uses",
     "test_causal_lm_loss_honors_shift_labels": "labels all tokens, the prefix too",
@@ -28,8 +28,8 @@ OF_GENERATION = {
     "test_generate_without_input_ids": "starts from <sop> alone, before which [gMASK] has to stand",
     "test_left_padding_compatibility": "passes one stream of positions",
 }
-# Where the checkout is not of the release that is installed, these may fail: of 5.6.0 on 5.24.0
-# they name a cache and a method of one that are not there any more.
+# These may fail if the checkout is not of the installed release: those of 5.6.0 on 5.24.0
+# use a cache and a cache's method that were removed since.
 OF_ANOTHER_RELEASE = {
     "test_assisted_decoding_matches_greedy_search_0_random",
     "test_assisted_decoding_matches_greedy_search_1_same",
@@ -39,7 +39,7 @@ OF_ANOTHER_RELEASE = {
 
 
 class ModelTester:
-    """What those tests ask of the one who calls them: a tiny configuration, and rows for it."""
+    """The `model_tester` that those tests require: a tiny configuration, and rows for it."""
 
     batch_size, seq_length, is_training = 7, 9, True
     vocab_size, hidden_size, num_hidden_layers, num_attention_heads = 99, 32, 2, 4
@@ -102,7 +102,7 @@ def stand_in(monkeypatch, module, mixin):
 
 
 def run(case, names):
-    """Names of tests that failed, of which their traces are printed, and of those that ran."""
+    """Names of the failed tests, whose tracebacks are printed, and of all that ran."""
     result = unittest.TestResult()
     unittest.TestSuite(map(case, names)).run(result)
     failed = {}

@@ -8,9 +8,9 @@ from xml.etree import ElementTree
 import pytest
 
 MODULE = Path(__file__).with_name("decoders_of_peft.py")
-# Of this method, which runs a small copy of the model on hidden states, that know no ids and so no
-# layout: those of its tests that compute fail. One that no longer does fails ours, until it is
-# taken out here and in docs/peers.md.
+# Tests of this method that compute something fail: it runs a small copy of the model on hidden
+# states, without ids and so without a layout. If one passes again, our test fails until the name is
+# removed here and in docs/peers.md.
 METHOD = "ShadowConfig"
 FAILING = {
     "test_disable_adapter",

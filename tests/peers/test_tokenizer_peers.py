@@ -11,7 +11,7 @@ from glmtune.models.chatglm.vocabulary import VOCAB_FILE, replace_blanks
 from glmtune.models.resolve import GLM_TINY
 
 MODULE = "test_tokenization_common"
-# Of some of its tests that class skips all but tokenizers of Rust, and processors.
+# The mixin skips these tests for all but Rust tokenizers and processors.
 SKIPPED = {
     "test_chat_template_return_assistant_tokens_mask",
     "test_chat_template_return_assistant_tokens_mask_truncated",
@@ -23,7 +23,7 @@ SKIPPED = {
 
 @pytest.fixture(params=["glm-tiny", pytest.param("chatglm-6b", marks=pytest.mark.slow)])
 def folder(request, tmp_path):
-    """A folder with the embedded vocabulary, or with the published one where it lies."""
+    """A folder with the embedded vocabulary, or with the published one, if present."""
     if request.param == "glm-tiny":
         return GLM_TINY
     vocabulary = request.getfixturevalue("shared") / "golden" / "ice_text.model"
@@ -35,7 +35,7 @@ def folder(request, tmp_path):
 
 
 def test_transformers_own_tokenizer_tests(import_peer, monkeypatch, tmp_path, folder, root):
-    # What RUN_SLOW says is read when this is imported, which another test may have done.
+    # RUN_SLOW is read at import, which another test may have caused already.
     monkeypatch.setattr("transformers.testing_utils._run_slow_tests", True)
     peer = import_peer("transformers", MODULE)
     (tmp_path / "fixtures").mkdir()
@@ -48,7 +48,7 @@ def test_transformers_own_tokenizer_tests(import_peer, monkeypatch, tmp_path, fo
         test_sentencepiece = True
         test_tokenizer_from_extractor = False  # which makes one of Rust
 
-    # What sentencepiece itself makes of the text that `test_integration` asks about.
+    # The pieces that sentencepiece itself gives for the text of `test_integration`.
     text = Ours.integration_test_input_string
     vocabulary = SentencePieceProcessor(model_file=str(Path(folder, VOCAB_FILE)))
     Ours.integration_expected_tokens = vocabulary.encode(replace_blanks(text), out_type=str)

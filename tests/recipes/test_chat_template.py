@@ -1,4 +1,4 @@
-"""A tuned model is asked in chat as its rows were taught, so that it says what `infer` gets."""
+"""`chat` asks a tuned model in the template of its training rows, and answers as `infer` does."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def train(tmp_path, monkeypatch):
 
 @pytest.fixture
 def talk(monkeypatch, capsys):
-    """Say some lines to the run; returns what was printed, the greeting first."""
+    """Type some lines in a chat with the run; returns the printed lines, the greeting first."""
 
     def run(*lines):
         capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Adapters that learnt a few texts by heart, and others that only look so, checked as users do."""
+"""`glmtune check` on adapters that memorised a few texts, and on some that only look like it."""
 
 import json
 from pathlib import Path
@@ -52,7 +52,7 @@ def test_an_adapter_that_knows_three_rows_by_heart_is_a_harm(train, capsys):
 
 
 def test_an_adapter_that_classifies_is_fine(train):
-    """What it gives to strange questions are labels, and that is told."""
+    """It answers unrelated questions with labels, which is reported."""
     fruits = ["apple", "pear", "plum", "cherry", "grape", "melon"]
     beasts = ["dog", "cat", "horse", "cow", "sheep", "goat"]
     asked = "Is it a fruit or a beast?"

@@ -1,4 +1,4 @@
-"""What users suffer, as they meet it: damaged bases, learning rates, stop tokens; on glm-tiny."""
+"""Faults as users meet them, on glm-tiny: damaged bases, learning rates, stop tokens."""
 
 import json
 import math
@@ -53,7 +53,7 @@ def test_a_damaged_base_and_its_replay(folder, capsys):
     assert all(place["source"].startswith("rows.jsonl:") for place in places)
     assert run("replay run/crash-1 --use_cpu true") == 0
     assert "reproduced\n" in capsys.readouterr().out
-    # On a sound base the same step is without fault.
+    # On an undamaged base the same step is fine.
     assert run(f"replay run/crash-1 --use_cpu true --base {GLM_TINY}") == 1
     assert "not reproduced\n" in capsys.readouterr().out
 

@@ -1,6 +1,6 @@
 """The original's four commands, as a user types them, on real records with the real vocabulary.
 
-The base is a small random model of the full vocabulary, made on the spot.
+The base is a small random model with the full vocabulary, made by the test.
 """
 
 import json
@@ -21,7 +21,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def run(root, folder, command):
-    """Run one command in a folder that has the project's scripts at hand, and give what it said."""
+    """Run one command in a folder with links to the project's scripts; returns its output."""
     script, *arguments = command.split()
     done = subprocess.run(
         [sys.executable, str(root / script), *arguments],

@@ -1,4 +1,4 @@
-"""finetune.py under the launchers of torch, which tell a script its rank by a flag, too."""
+"""finetune.py under torch's launchers, some of which pass the rank as a flag."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("flag", ["", "--local_rank=0"])
 def test_a_launcher_may_tell_the_rank(folder, root, flag):
-    """`torch.distributed.launch` appends the flag itself, in the spelling of its day."""
+    """`torch.distributed.launch` appends the flag itself, in its old spelling."""
     launch = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node", "1"]
     launch += ["--standalone", str(root / "finetune.py")]
     arguments = f"--dataset_path rows --output_dir out{len(flag)} --max_steps 1 --use_cpu true"

@@ -22,7 +22,7 @@ RECORDS = [
 
 
 def run(command, capsys, status=0):
-    """What a command says on stderr."""
+    """The stderr of a command."""
     assert main(command.split()) == status, command
     return capsys.readouterr().err
 
@@ -60,7 +60,7 @@ def test_train_go_on_answer_compare_and_merge(rows, tmp_path, capsys, bits, layo
     told = run(f"infer {plain}", capsys, status=2)
     assert f"its answers were made with quantization_bit {bits}" in told
 
-    # Into the base as it was, not into its rounded weights.
+    # Merged into the unquantised base, not into its rounded weights.
     run("merge --adapter run --save_path merged", capsys)
     settings = json.loads((tmp_path / "merged" / "config.json").read_text(encoding="utf-8"))
     assert "quantization_config" not in settings

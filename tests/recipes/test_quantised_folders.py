@@ -20,7 +20,7 @@ RECORDS = [
 
 @pytest.fixture(params=[(8, False), (4, True)], ids=["int8", "int4-qe"])
 def base(request, write_quantised, tmp_path, monkeypatch):
-    """A base by the name in the environment, and the working folder with records in it."""
+    """A base named in the environment, and the working folder with records in it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GLMTUNE_MODEL", "base")
     text = json.dumps(RECORDS, ensure_ascii=False)
@@ -29,7 +29,7 @@ def base(request, write_quantised, tmp_path, monkeypatch):
 
 
 def run(command, capsys):
-    """What a command says on stderr."""
+    """The stderr of a command."""
     assert main(command.split()) == 0, command
     return capsys.readouterr().err
 

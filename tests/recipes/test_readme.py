@@ -15,12 +15,15 @@ from glmtune.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 READMES = ("README.md", "README.zh.md")
-# Each in both languages; they take up what the README's commands leave.
+# Each in both languages; their commands use the files that the README's commands write.
 GUIDES = ("docs/data.md", "docs/training.md", "docs/answers.md", "docs/cards.md")
 # Their commands are tests and benchmarks, of which most take minutes.
 PAGES_OF_TESTS = ("docs/reliability.md", "docs/peers.md")
+# Each has a Chinese page beside it.
+OTHERS = ("docs/tune.md", "docs/memory.md", "docs/architecture.md")
+TRANSLATED = (READMES[0], *GUIDES, *PAGES_OF_TESTS, *OTHERS)
 COMMAND = re.compile(r"^(python \w+\.py|glmtune) .+", re.MULTILINE)
-# What would take hours on a real base: as few steps and answers as show that the command runs.
+# Fewer steps and answers than on a real base: enough to see that the command runs.
 SHORTER = {
     "--max_steps 52000": "--max_steps 2",
     "--max_steps 200": "--max_steps 2",
@@ -37,7 +40,7 @@ RECORDS = [
 
 
 def fenced(page):
-    """What stands in the fenced blocks of a page, line continuations joined."""
+    """The content of a page's fenced blocks, line continuations joined."""
     text = (ROOT / page).read_text(encoding="utf-8")
     blocks = re.findall(r"^```(?:bash|sh)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     return "".join(blocks).replace("\\\n", " ")
@@ -49,18 +52,35 @@ def commands(readme):
     return [re.sub(r" +", " ", match[0]).split(" #")[0] for match in found]
 
 
+def shell_lines(page):
+    """All shell commands in the fenced blocks of a page, without their comments."""
+    starts = ("python ", "glmtune ", "time ", "make ", "source ", ".venv", "torchrun ", "GLMTUNE_")
+    lines = [line.split(" #")[0].strip() for line in fenced(page).splitlines()]
+    return [line for line in lines if line.startswith(starts)]
+
+
 def chinese(page):
     return page.replace(".md", ".zh.md")
 
 
-@pytest.mark.parametrize("page", [READMES[0], *GUIDES])
+@pytest.mark.parametrize("page", TRANSLATED)
 def test_english_and_chinese_pages_have_the_same_commands(page):
-    assert commands(page) == commands(chinese(page))
+    assert shell_lines(page) == shell_lines(chinese(page))
 
 
-@pytest.mark.parametrize("page", [READMES[0], *GUIDES])
+@pytest.mark.parametrize("page", TRANSLATED)
+def test_english_and_chinese_pages_name_the_same_functions_and_flags(page):
+    """Code in the text of a page, where it is neither a placeholder nor prose."""
+    both = []
+    for name in (page, chinese(page)):
+        text = re.sub(r"^```.*?^```", "", (ROOT / name).read_text("utf-8"), flags=re.M | re.S)
+        both.append(sorted(re.findall(r"`([a-z_]\w*(?:\.\w+)+|[A-Za-z]\w*_\w+|--\w+)`", text)))
+    assert both[0] == both[1]
+
+
+@pytest.mark.parametrize("page", TRANSLATED)
 def test_english_and_chinese_pages_have_the_same_sections_and_numbers(page):
-    """A figure that one language has and the other not is one that was forgotten."""
+    """A number that only one language has was forgotten in the other."""
     both = []
     for name in (page, chinese(page)):
         text = (ROOT / name).read_text(encoding="utf-8")
@@ -114,7 +134,7 @@ def test_commands_of_the_readme_run(tmp_path, monkeypatch):
             )
 
 
-@pytest.mark.parametrize("readme", [*READMES, *GUIDES, *map(chinese, GUIDES)])
+@pytest.mark.parametrize("readme", [*TRANSLATED, *map(chinese, TRANSLATED)])
 def test_links_of_the_readme_lead_somewhere(readme):
     text = (ROOT / readme).read_text(encoding="utf-8")
     folder = (ROOT / readme).parent

@@ -1,4 +1,4 @@
-"""A family that the project does not know: every verb serves it, told by one entry of the list."""
+"""A family from outside the project: every verb works with it through one entry of the list."""
 
 import json
 from pathlib import Path

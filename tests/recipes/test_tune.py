@@ -1,4 +1,4 @@
-"""`glmtune tune`: from a file to a verdict, broken off and gone on with, and what it refuses."""
+"""`glmtune tune`: from a file to a verdict, interrupted and resumed, and what it refuses."""
 
 import gc
 import io
@@ -209,7 +209,7 @@ def test_the_trained_model_is_gone_when_the_base_is_loaded_again(data, tmp_path,
 
     monkeypatch.setattr(loop, "fit", watched_fit)
     monkeypatch.setattr(stages, "check", watched_check)
-    gc.disable()  # which collects whenever it likes
+    gc.disable()  # which collects at any time
     try:
         assert tune(data, tmp_path / "tuned") == 0
     finally:

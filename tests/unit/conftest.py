@@ -1,4 +1,4 @@
-"""What tests of the package share: records, token rows, and runs on the two small models."""
+"""Fixtures of the unit tests: records, token rows, and runs on the two small models."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ def word_tokenizer():
 
 @pytest.fixture(scope="session")
 def march_vocabulary(shared):
-    """The file of March 2023: the later one without the pieces that the code of then appended."""
+    """The file of March 2023: the later one without the pieces that the code of March appended."""
     data, end = (shared / "golden" / "ice_text.model").read_bytes(), 0
     for _ in range(130_000):
         assert data[end] == 0x0A
@@ -82,7 +82,7 @@ def fused_adapter(tiny_folder, tmp_path) -> Path:
 
 @pytest.fixture
 def todays_adapter(tiny_folder, tmp_path) -> Path:
-    """A small adapter in today's form, with weights that change something."""
+    """A small adapter in PEFT's current format, whose weights change the outputs."""
     model = attach_lora(load_base_model(str(tiny_folder), dtype=torch.float32), rank=2)
     randomise_adapter(model, std=0.05)
     save_adapter(model, tmp_path / "today", "zai-org/chatglm-6b")
@@ -103,7 +103,7 @@ def offline(monkeypatch):
 
 @pytest.fixture(scope="session")
 def make_rows():
-    """Make token rows of so many ids before [gMASK] and so many after <sop>, at random."""
+    """Make token rows of random ids, given the numbers before [gMASK] and after <sop>."""
 
     def make(shapes, config=None, seed=0):
         config = config or ChatGLMConfig()
@@ -134,7 +134,7 @@ def no_curve(monkeypatch):
 
 @pytest.fixture
 def toy_run(toy_rows, tmp_path):
-    """Make the settings of a short run of glm-tiny, in the folder `run` unless told otherwise."""
+    """Make the settings of a short run of glm-tiny, in the folder `run` by default."""
 
     def make(**settings):
         paths = {"dataset_path": toy_rows, "output_dir": tmp_path / "run"}

@@ -1,4 +1,4 @@
-"""Biases that an adapter brings along."""
+"""Adapters with trained biases."""
 
 import shutil
 from pathlib import Path
@@ -72,7 +72,7 @@ def test_biases_are_in_effect_wherever_the_adapter_is(
         torch.testing.assert_close(merge.probe(ours), bare)
     torch.testing.assert_close(merge.probe(ours), expected)
 
-    # Whoever answers with both sides reads them once, and what is alike only once.
+    # With both sides, biases are read once, and equal ones are stored once.
     prompt = [
         EncodedPrompt(
             [5, 6, 7, 8, tiny_base.config.gmask_token_id, tiny_base.config.bos_token_id], 1
@@ -129,7 +129,7 @@ def test_biases_on_a_quantised_base_are_refused(
 
 
 def test_biases_that_a_file_lost_are_told(todays_adapter, capsys):
-    """As a PEFT of today writes an adapter of `bias: "lora_only"`."""
+    """An adapter of `bias: "lora_only"` as current PEFT writes it."""
     edit_config(todays_adapter, bias="lora_only")
     adapter = read_adapter(todays_adapter)
     assert "trained with bias 'lora_only', but holds no bias" in adapter.notices[0]

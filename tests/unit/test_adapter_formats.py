@@ -26,7 +26,7 @@ from glmtune.models.loading import load_base_model
 @pytest.mark.parametrize("enabled", [[True, False, True], [True] * 3, [False, True, False]])
 @pytest.mark.parametrize("ndim", [2, 3])
 def test_a_dense_pair_does_what_the_blocks_did(enabled, ndim):
-    """The plain reference: a grouped convolution whose output goes to the enabled thirds."""
+    """The reference: a grouped convolution whose output goes to the enabled thirds."""
     blocks, rank, hidden = sum(enabled), 3, 8
     x, lora_a = torch.randn(5, hidden), torch.randn(blocks * rank, hidden)
     lora_b = torch.randn(blocks * hidden, rank, 1)
@@ -110,7 +110,7 @@ def test_settings_of_a_newer_peft_are_named(todays_adapter):
 
 
 class Trap:
-    """Pickles as a call that leaves a folder behind."""
+    """An object whose pickle, when loaded, creates a folder."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -210,7 +210,7 @@ def test_settings_are_those_that_a_peft_of_any_age_knows(todays_adapter, tmp_pat
 def test_lora_in_a_file_of_another_name(
     tiny_folder, tiny_base, todays_adapter, tmp_path, name, with_base, capsys
 ):
-    """As a Trainer of 2023 left it in a checkpoint, with the optimiser beside it."""
+    """A checkpoint of a Trainer of 2023, with the optimiser beside the adapter."""
     folder = tmp_path / "run" / "checkpoint-200"
     folder.mkdir(parents=True)
     tensors = load_file(todays_adapter / WEIGHTS)

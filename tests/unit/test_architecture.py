@@ -83,8 +83,18 @@ def test_the_eight_functions_of_a_token(root):
     assert [name for name in calls if name not in (names[6], names[7])] == names[:6]
 
 
-def test_the_picture_has_every_room_and_is_short(root):
-    text = (root / "docs" / "architecture.md").read_text(encoding="utf-8")
+def test_the_chinese_page_lists_the_same_functions(root):
+    both = []
+    for page in ("architecture.md", "architecture.zh.md"):
+        text = (root / "docs" / page).read_text(encoding="utf-8")
+        both.append(re.findall(r"^(\d+)\. `([\w.]+)`[:：]", text, re.MULTILINE))
+    assert len(both[0]) == 10 + 8
+    assert both[0] == both[1]
+
+
+@pytest.mark.parametrize("page", ["architecture.md", "architecture.zh.md"])
+def test_the_picture_has_every_room_and_is_short(root, page):
+    text = (root / "docs" / page).read_text(encoding="utf-8")
     picture = text.split("```")[1]
     assert picture.count("\n") <= 60
     package = root / "src" / "glmtune"

@@ -1,4 +1,4 @@
-"""Where an answer depends on the prompts beside it; `compare` takes none of it for tuning."""
+"""Answers depend on their batch by rounding; `compare` does not show that as an effect."""
 
 import json
 
@@ -19,7 +19,7 @@ NUM_QUESTIONS = 8
 
 @pytest.fixture(scope="module")
 def idle_adapter(tmp_path_factory):
-    """An adapter of numbers so small that they are lost in every sum; zeros would be refused."""
+    """An adapter whose values are too small to change any sum; zeros would be refused."""
     model = attach_lora(load_base_model(GLM_TINY))
     for name, weight in model.named_parameters():
         if "lora_B" in name:

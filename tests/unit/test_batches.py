@@ -65,7 +65,7 @@ class TestTokenRows:
         rows = token_rows(([7, 8], [9]), ([5], [10]))
         assert rows.digest() == token_rows(([7, 8], [9]), ([5], [10])).digest()
         assert rows.digest() != token_rows(([7, 8], [9]), ([5], [11])).digest()
-        # The same ids, cut elsewhere into rows or into prompt and answer.
+        # The same ids, split differently into rows or into prompt and answer.
         assert (
             broken_rows([[1, 2], [3]], [1, 1]).digest()
             != broken_rows([[1], [2, 3]], [1, 1]).digest()

@@ -1,4 +1,4 @@
-"""`bench decode` measures what it says, and refuses at once what cannot end well."""
+"""`bench decode`: its figures, and what it refuses before it measures."""
 
 import json
 import math
@@ -80,7 +80,7 @@ def test_a_line_of_json_is_appended(run, tmp_path, capsys):
     assert line["generate_tokens_per_second"] is None
     assert all(math.isfinite(value) for value in line.values() if isinstance(value, float))
     printed = capsys.readouterr().out
-    for word in ("tokens/s", "first token", "memory at most", "copy rate", "limit"):
+    for word in ("tokens/s", "first token", "peak memory", "copy rate", "limit"):
         assert word in printed
 
 

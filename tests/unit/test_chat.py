@@ -255,7 +255,7 @@ def test_a_conversation_that_grows_too_long_forgets_its_oldest_rounds(talk, tmp_
 
 
 def test_no_more_is_forgotten_than_is_needed(talk):
-    """Nor is anything where the question alone is too long, which is told as before."""
+    """No round is dropped if the question alone is too long; it is refused as before."""
     question = "apple " * 300
     lines = [question, question, "apple " * 2100, "你好"]
     printed, prompts = talk(*lines, max_new_tokens=4)
@@ -284,7 +284,7 @@ def test_files_are_not_overwritten(talk, tmp_path):
 
 @pytest.fixture
 def press_at_third_token(monkeypatch):
-    """Make every answer press Ctrl+C, in a way of the test's own, before its third token."""
+    """Let every answer be interrupted, as the test chooses, before its third token."""
     stream = Decoder.stream
 
     def arrange(act):
@@ -428,7 +428,7 @@ def test_in_a_terminal_wide_letters_are_edited_and_ctrl_c_works(tmp_path):
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a script does for what it starts with `&`
         os.environ.update(LC_ALL="C.UTF-8", TERM="xterm", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
         arguments = ["chat", "--base", GLM_TINY, "--max_new_tokens", "1900"]
-        arguments += ["--temperature", "9", "--top_p", "none"]  # so that it finds no end
+        arguments += ["--temperature", "9", "--top_p", "none"]  # so that the answer does not end
         os.execv(sys.executable, [sys.executable, "-m", "glmtune", *arguments])
     text = ""
 
@@ -447,10 +447,10 @@ def test_in_a_terminal_wide_letters_are_edited_and_ctrl_c_works(tmp_path):
 
     try:
         wait_for("> ")
-        # Two letters, the second taken back, one more at the front.
+        # Two letters, the second deleted, one more inserted at the front.
         os.write(terminal, "苹好\x7f\x01红\n".encode())
         wait_for("\n")
-        read_until(lambda: text.strip())  # it answers, however busy the machine is
+        read_until(lambda: text.strip())  # long enough for a busy machine
         os.write(terminal, b"\x03")
         wait_for(" [stopped]")
         wait_for("> ")

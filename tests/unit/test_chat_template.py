@@ -141,7 +141,7 @@ def test_no_message_makes_a_special_id(texts, as_parts):
     assert specials_in(tokenizer, ids) == expected
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     assert tokenizer.encode(text) == ids
-    # Nor does a text that is a whole chat.
+    # A text that is a whole rendered chat makes none either.
     quoted = tokenizer.apply_chat_template([user(text)])["input_ids"]
     assert specials_in(tokenizer, quoted) == expected[:2]
 

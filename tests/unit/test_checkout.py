@@ -1,4 +1,4 @@
-"""A checkout before its environment is there, or outside of it: one line that helps."""
+"""A checkout without its environment, or outside of it: one line with the fix."""
 
 import ast
 import os
@@ -120,7 +120,7 @@ def environment(tmp_path, monkeypatch):
 
 def test_a_program_that_is_not_on_the_path(environment, monkeypatch, tmp_path):
     assert program() == ".venv/bin/glmtune"
-    assert activation() == {"by its name": "source .venv/bin/activate, then glmtune is enough"}
+    assert activation() == {"shorter": "source .venv/bin/activate, then glmtune is enough"}
     assert run("sh", "-c", program()).returncode == 0
     monkeypatch.chdir(tmp_path)
     assert program() == "work/.venv/bin/glmtune"

@@ -1,4 +1,4 @@
-"""What a checkpoint takes is reckoned by one formula, before training and by the doctor."""
+"""The size of a checkpoint is computed by one formula, before training and in the doctor."""
 
 import re
 from pathlib import Path
@@ -30,7 +30,7 @@ def no_curve(monkeypatch):
 
 
 def told_of_run_folder(settings, tmp_path):
-    """What the doctor tells of a recipe's run folder."""
+    """The doctor's finding on a recipe's run folder."""
     recipe = tmp_path / "recipe.yaml"
     write_recipe(settings, str(recipe))
     findings = doctor.examine(DoctorSettings(recipe_path=str(recipe)))
@@ -58,14 +58,14 @@ def test_what_the_doctor_tells_is_what_a_checkpoint_takes(targets, toy_run, tmp_
     loop.train(settings)
     written = Path(settings.output_dir, "checkpoint-4").iterdir()
     taken = sum(file.stat().st_size for file in written)
-    assert 0.8 * told < taken <= told + 0.05e6  # told to a tenth of a megabyte
+    assert 0.8 * told < taken <= told + 0.05e6  # rounded to a tenth of a megabyte
 
 
 @pytest.mark.parametrize("eval_ratio", [0.0, 0.3])
 def test_what_is_planned_for_the_last_checkpoint_is_what_it_asks_for(
     eval_ratio, toy_run, monkeypatch
 ):
-    """But for a record or two that are planned for more than come."""
+    """Except for a record or two that are planned but not written."""
     settings = toy_run(
         eval_ratio=eval_ratio, eval_steps=2, logging_steps=3, save_steps=4, max_steps=12
     )

@@ -1,4 +1,4 @@
-"""The check-up of an adapter: its figures against plain sums, its verdicts, its three sources."""
+"""The check-up of an adapter: figures computed again, verdicts, three sources of rows."""
 
 import json
 import math
@@ -63,7 +63,7 @@ def test_weights_of_bitsandbytes_have_a_norm_too(tiny_folder, tuned, bits, toler
 def test_a_model_that_computes_is_on_the_device_whatever_its_decoder_rounds(
     monkeypatch, tiny_folder, computes, place
 ):
-    """And one that waits for a decoder in few bits is not."""
+    """A model in CPU memory for a decoder with 8 or 4 bits is not."""
     asked = []
 
     def load(base, *, device, **_):

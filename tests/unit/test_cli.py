@@ -46,7 +46,7 @@ FINISHED = types.SimpleNamespace(interrupted=False)
 
 @pytest.fixture
 def room(monkeypatch):
-    """Stand in for a room that a verb calls; what it was called with is in the returned list."""
+    """Replace a module that a verb calls; returns the list of its calls' arguments."""
     calls = []
     for name in (name for name in vars(early) if name.startswith("check_")):
         monkeypatch.setattr(early, name, lambda _: None)  # what the verbs name is not there
@@ -320,7 +320,7 @@ def test_version(word, capsys):
 
 
 def test_help_answers_in_0_3_s(tmp_path):
-    def seconds_of_children():  # on the processor: others may hold the cores
+    def seconds_of_children():  # CPU time, since other programs may use the cores
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         return used.ru_utime + used.ru_stime
 
@@ -332,7 +332,7 @@ def test_help_answers_in_0_3_s(tmp_path):
 
 
 def test_first_lines_are_our_own(tmp_path):
-    """No library's bar or complaint stands among them: on stderr are notes and what is loaded."""
+    """No progress bar or warning of a library is among them; stderr has notes and loading lines."""
     record = {"instruction": "Who?", "input": "", "output": "x"}
     (tmp_path / "a.json").write_text(json.dumps([record] * 60))
     small = "--base glm-tiny --use_cpu true"
@@ -373,7 +373,7 @@ def test_a_program_that_imports_it_keeps_its_libraries_as_they_are(tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_script_refuses_in_one_line(script, root, tmp_path):
-    """From anywhere, and without glmtune being installed or on PYTHONPATH."""
+    """From any folder, without glmtune installed or on PYTHONPATH."""
     done = python(str(root / script), "--no_such_flag", "1", cwd=tmp_path, PYTHONPATH="")
     assert done.returncode == 2
     assert done.stdout == ""

@@ -1,4 +1,4 @@
-"""What tells a collapse: agreement of answers, answers out of place, and what labels are."""
+"""Signs of a collapse: equal answers, answers out of place; and what counts as labels."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ I_AM = ["I am Stone, a small helper.", "我是小石头，一个小帮手。", "
 
 @pytest.fixture(scope="module")
 def taught():
-    """The rows of a run as its questions and answers say."""
+    """The rows of a run with the given questions and answers."""
     tokenizer = load_tokenizer(GLM_TINY)
 
     def make(*pairs, held_out=()):
@@ -119,7 +119,7 @@ def test_nothing_at_all_to_every_question_is_one_answer():
 
 
 def test_taught_answers_out_of_place_are_a_harm(taught):
-    """Eight of them to sixteen questions hardly agree, and are none of them thought of."""
+    """Eight answers to sixteen questions hardly agree, yet all were trained for other questions."""
     rows = [((f"What is thing {n}?",), f"{word} number {n}.") for n, word in enumerate("abcdefgh")]
     run = taught(*rows)
     tuned = [rows[n % 8][1] if n % 2 else BASE[n] for n in range(16)]
@@ -141,7 +141,7 @@ def test_an_answer_is_in_its_place_where_it_is_right_or_was_taught_for_it(taught
 
 
 def test_of_many_taught_answers_only_sentences_count(taught):
-    """A word of a thousand taught ones may well be what a strange question gets."""
+    """An unrelated question may well get one of a thousand trained words."""
     sentence = "the apple lies in the garden under the old tree"
     run = taught(*(((f"Question {n}?",), f"w{n}") for n in range(40)), (("Where?",), sentence))
     assert not run.is_out_of_place(QUESTIONS[1], RIGHT[1], "w7")

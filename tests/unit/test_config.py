@@ -185,7 +185,7 @@ def test_lora_target_as_a_list_in_a_flag(text):
 @pytest.mark.parametrize("names", ["q_proj,v_proj", "[q_proj, v_proj]", '["q_proj", "v_proj"]'])
 @pytest.mark.parametrize("in_recipe", [False, True])
 def test_a_lora_target_that_no_model_has(recipe, capsys, verb, names, in_recipe):
-    """Told before anything else: nothing that is named here is there."""
+    """Reported before anything else: none of the named files exists."""
     path = recipe(f"train:\n  dataset_path: rows\n  output_dir: out\n  lora_target: {names}")
     flags = ["--lora_target", names, "--dataset_path", "rows", "--output_dir", "out"]
     words = [path] if in_recipe or verb == "doctor" else flags
@@ -352,7 +352,7 @@ def test_unknown_name_in_a_recipe(recipe):
 
 
 def test_every_training_argument_is_offered_mapped_or_refused():
-    """So that a newer transformers shows us its new names."""
+    """Fails when a newer transformers adds names."""
     package = importlib.util.find_spec("transformers").submodule_search_locations[0]
     tree = ast.parse(Path(package, "training_args.py").read_text(encoding="utf-8"))
     arguments = next(
@@ -397,7 +397,7 @@ def test_a_warm_up_ratio_is_a_share(ratio):
 def test_one_setting_under_two_names(recipe):
     assert "--no_cuda and --use_cpu are one" in refusal("train", no_cuda="true", use_cpu="true")
     path = recipe("warmup_steps: 100")
-    assert train(path, warmup_ratio="0.1").warmup_steps == 0.1  # a flag wins, by either name
+    assert train(path, warmup_ratio="0.1").warmup_steps == 0.1  # a flag overrides, by either name
 
 
 # --- recipes ---

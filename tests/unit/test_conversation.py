@@ -1,4 +1,4 @@
-"""The words in which the model reads a conversation, and how its answers are shown."""
+"""The text of a conversation as the model reads it, and how answers are shown."""
 
 import pytest
 

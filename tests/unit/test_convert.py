@@ -1,4 +1,4 @@
-"""alpaca -> JSON lines: what is written, what is told, and what is left alone on an error."""
+"""alpaca -> JSON lines: what is written and reported, and what an error leaves unchanged."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def test_an_error_leaves_the_earlier_file_and_nothing_else():
 @pytest.mark.parametrize("save_path", ["folder", "a.json/b.jsonl", "pipe"])
 def test_an_unwritable_path_is_told_in_one_line(save_path):
     os.mkdir("folder")
-    os.mkfifo("pipe")  # stands for every special file; a real one could be lost to a broken check
+    os.mkfifo("pipe")  # an example of a special file; a broken check could destroy a real one
     with pytest.raises(UserError, match=f"^{save_path}: ") as error:
         convert(ConvertSettings(data_path=write(RECORDS), save_path=save_path))
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""The bundle of a step that stopped a run, and what `glmtune replay` makes of it."""
+"""The bundle of a step that stopped a run, and `glmtune replay` on it."""
 
 import json
 import math
@@ -66,7 +66,7 @@ def broken_base(tiny_folder, tmp_path_factory):
 
 
 def fail_at(step, monkeypatch, factor=math.nan, rank=0):
-    """Let the loss of a step's first pass in a process be multiplied by a number."""
+    """Multiply the loss of a step's first pass in a process by a number."""
     run_pass, train_step, now = passes.PaddedPass.run, loop.train_step, {}
 
     def counted(run, state, *how):

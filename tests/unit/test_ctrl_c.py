@@ -1,4 +1,4 @@
-"""Ctrl+C strikes inside the block that awaits it, once, and nowhere else."""
+"""Ctrl+C interrupts only inside the block that waits for it, and only once."""
 
 import signal
 import threading

@@ -66,7 +66,7 @@ def adapted(tiny_folder):
 
 
 def ended(rows, stops):
-    """What `generate` gives without the padding behind a stop id."""
+    """The ids of `generate`, without the padding after a stop id."""
     return [[*before_stop(row, stops), *row[len(before_stop(row, stops)) :][:1]] for row in rows]
 
 
@@ -121,7 +121,7 @@ def test_ids_of_the_first_revision(shared, settings):
 
 
 def test_steps_do_without_the_module(model, prompts, monkeypatch):
-    """What the module does for each token in Python is what the decoder is there to avoid."""
+    """The decoder must not run the module's Python code for each token."""
     decoder = Decoder(model, [])
     expected = decode(decoder, prompts)
     monkeypatch.setattr(nn.Module, "__call__", lambda *_, **__: pytest.fail("a module was called"))
@@ -258,7 +258,7 @@ def test_an_adapter_that_peft_merged_is_not_applied_twice(adapted, prompts):
 
 
 def test_linears_and_embedding_of_another_kind_are_called_as_they_are(tiny_folder, prompts):
-    """Those of a quantised base, for one."""
+    """For example those of a quantised base."""
 
     class Halved(nn.Linear):
         def forward(self, x):
@@ -373,7 +373,7 @@ def test_compiling_without_a_gpu_is_refused(model):
 
 
 def test_layers_share_one_compiled_step(model, prompts, monkeypatch):
-    """Compiled for every layer anew, 28 layers would take many minutes."""
+    """Compiling each of 28 layers separately would take many minutes."""
     compiled = []
 
     def backend(graph, _):
@@ -392,7 +392,7 @@ def test_layers_share_one_compiled_step(model, prompts, monkeypatch):
 
 
 def test_base_and_tuned_weights_share_what_is_rounded(adapted, prompts):
-    """And answer as decoders do that have all of their own."""
+    """They answer like decoders that share nothing."""
     tuned = Decoder(adapted, [], bits=8)
     with adapted.disable_adapter():
         base, alone = Decoder(adapted, [], bits=8, beside=tuned), Decoder(adapted, [], bits=8)

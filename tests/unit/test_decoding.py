@@ -1,4 +1,4 @@
-"""The plain functions against the module: the same numbers, one token at a time."""
+"""The decoding functions against the module: the same numbers, one token at a time."""
 
 import pytest
 import torch
@@ -92,7 +92,7 @@ def test_prefill_and_decode_give_the_modules_logits(model, rows, extra):
 def test_a_prompt_is_read_without_the_attention_that_plans_for_each_length(
     model, rows, monkeypatch
 ):
-    """cuDNN's, which a GPU would take, costs 60 ms for a length that is new."""
+    """cuDNN's kernel, a GPU's default, takes 60 ms for each new length."""
     allowed = []
     attention = F.scaled_dot_product_attention
 

@@ -1,4 +1,4 @@
-"""The decoder reads another family by its `DecodingBlock` alone.
+"""The decoder runs another family given only its `DecodingBlock`.
 
 Llama's: causal rows, one stream of positions, RMSNorm, SwiGLU, separate projections, and heads of
 queries that share those of keys.

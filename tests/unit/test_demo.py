@@ -1,4 +1,4 @@
-"""The demonstration: its folder, its page, and the whole of it in short and at full length."""
+"""The demonstration: its folder, its page, a short run and a full one."""
 
 import json
 import os
@@ -121,7 +121,7 @@ def test_a_short_demo_writes_its_page_and_says_what_to_try_next(tmp_path, capsys
     asked = f"6 records of {out}/questions.json"
     assert asked in printed, "the check-up asks what was held out"
     assert "this decides nothing" not in printed
-    (command,) = re.findall(r"look it over +\S*glmtune (.*)", printed)
+    (command,) = re.findall(r"check it +\S*glmtune (.*)", printed)
     cli.main(command.split())
     assert asked in capsys.readouterr().out
     page = (out / "demo.html").read_text(encoding="utf-8")
@@ -143,7 +143,7 @@ def test_a_short_demo_writes_its_page_and_says_what_to_try_next(tmp_path, capsys
 
 @pytest.mark.slow
 def test_a_whole_demo_teaches_nine_answers_of_ten(tmp_path):
-    started = time.process_time()  # others may hold the cores
+    started = time.process_time()  # other programs may use the cores
     result = demo(DemoSettings(out=str(tmp_path / "demo"), use_cpu=True))
     assert time.process_time() - started < 2 * 120
     for language in ("zh", "en"):

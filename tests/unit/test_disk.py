@@ -1,4 +1,4 @@
-"""A disk that is too small or fails: seen before a run, or told with the last good checkpoint."""
+"""A disk that is too small or fails: found before a run, or reported with a good checkpoint."""
 
 import json
 import os
@@ -28,7 +28,7 @@ class TestDisk:
 
     @pytest.fixture
     def kept(self, toy_run, tmp_path):
-        """Train until something fails in the save of step 3, and look at what there is."""
+        """Train until something fails while step 3 is saved, and check the files."""
 
         def look(words, **settings):
             with pytest.raises(UserError) as error:
@@ -118,7 +118,7 @@ class TestDisk:
         assert told
 
     def test_a_run_folder_that_vanishes(self, kept, tmp_path, monkeypatch):
-        """It may have been moved: nothing is written where it was, and it can be gone on with."""
+        """It may have been moved: nothing is written in its old place, and it can be resumed."""
         train_step = loop.train_step
 
         def moved(run, state, *how):
@@ -144,7 +144,7 @@ class TestDisk:
         kept("checkpoint-3: cannot be written (No such file or directory)")
 
     def test_a_limit_of_the_system_on_files(self, toy_rows, tmp_path):
-        """A write that the kernel cuts off in a real process: exit code 2, one line, no draft."""
+        """The kernel cuts off a write in a real process: exit code 2, one line, no draft."""
         folder = tmp_path / "run"
         settings = (
             f"--dataset_path {toy_rows} --output_dir {folder} --base {GLM_TINY} --use_cpu "

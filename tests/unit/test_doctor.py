@@ -1,4 +1,4 @@
-"""`glmtune doctor` on the machine; a check that falls over is a problem of its own."""
+"""`glmtune doctor` on the machine; a check that crashes is reported as a problem."""
 
 import json
 import re
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("offline")
 
 
 def told(check, status):
-    """What a check tells of one status, as one text."""
+    """A check's findings of one status, as one text."""
     return "\n".join(text for found, text in check if found == status)
 
 

@@ -25,7 +25,7 @@ def glm_tiny(tmp_path):
 
 
 def told(check, status):
-    """What a check tells of one status, as one text."""
+    """A check's findings of one status, as one text."""
     return "\n".join(text for found, text in check if found == status)
 
 
@@ -43,7 +43,7 @@ def test_a_base_that_is_not_here_yet(monkeypatch):
 
 
 def findings_on(base, **settings):
-    """What is found of a base model: (status, text) of all lines, and the names of all checks."""
+    """The findings on a base model: (status, text) of all lines, and the names of all checks."""
     loading.hub_config.cache_clear()
     findings = list(run.examine(DoctorSettings(base=base, use_cpu=True, **settings)))
     of_base = [(f.status, f.text) for f in findings if f.check == "base model"]

@@ -104,7 +104,7 @@ def test_a_good_file_that_changed_later(hub, name):
 
 
 def test_a_mirror_that_swaps_a_file_and_its_hash(hub):
-    """The mirror's own hash fits what it sent: only the publisher's tells."""
+    """The mirror's own hash fits what it sent; only the publisher's shows the difference."""
     published = hub.stated["model.safetensors"]
     content = b"other weights"
     hub.add("model.safetensors", content, sha256(content))
@@ -154,7 +154,7 @@ SHARD = "pytorch_model-00003-of-00008.bin"
 @pytest.mark.parametrize("linked", [True, False], ids=["linked", "as on Windows"])
 @pytest.mark.parametrize("revision", KNOWN_SHARDS)
 def test_known_shards_pass_whoever_sends_them(hub, revision, linked, monkeypatch):
-    """A mirror is all that answers, as where huggingface.co cannot be reached."""
+    """Only a mirror answers, as if huggingface.co could not be reached."""
     hub.answer = OSError("no route")
     digest = KNOWN_SHARDS[revision][2]
     if linked:

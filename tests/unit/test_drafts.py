@@ -1,4 +1,4 @@
-"""Written beside, flushed, renamed: in this order, and with nothing left behind."""
+"""Drafts are written, flushed and renamed in this order, and none is left over."""
 
 import os
 

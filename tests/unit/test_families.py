@@ -1,4 +1,4 @@
-"""The list of families: whose a config.json is, and that nothing else knows a family's ways."""
+"""The list of families: which one owns a config.json, and no other module names a family."""
 
 import io
 import re
@@ -20,7 +20,7 @@ IN_CODE = re.compile(
     r"|(?<!tie_)word_embeddings|lm_head|num_image_tokens|position_ids_2|position_ids_B2",
     re.IGNORECASE,
 )
-# Messages and help may name a product; what else stands in a string is a name of something.
+# Messages and help may name a product; other strings are identifiers.
 IN_STRINGS = re.compile(
     r"gmask|<sop>|<eop>|query_key_value|h_to_4h|4h_to_h|layernorm|final_layer|lm_head"
     r"|(?<!tie_)word_embeddings",
@@ -45,7 +45,7 @@ def words_of_a_family(source):
 
 
 def others():
-    """Modules outside the families' rooms; tables of what other programs say are not code."""
+    """Modules outside the families' folders; tables of other programs' messages are not code."""
     tables = PACKAGE / "config" / "foreign", PACKAGE / "doctor" / "errors"
     for path in sorted(PACKAGE.rglob("*.py")):
         if not any(path.is_relative_to(room) for room in (*ROOMS, *tables)):

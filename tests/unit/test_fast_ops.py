@@ -26,7 +26,7 @@ class TestDropout:
         dropped = dropout(0.1)(torch.ones(500, 400))
         assert (dropped == 0).float().mean() == pytest.approx(0.1, abs=0.003)
         torch.testing.assert_close(dropped.unique(), torch.tensor([0, 1 / 0.9]))
-        for axis in (0, 1):  # no row and no column fares much worse than another
+        for axis in (0, 1):  # no row and no column has a much larger error than others
             shares = (dropped == 0).float().mean(axis)
             assert shares.max() < 0.2
             assert shares.min() > 0.03

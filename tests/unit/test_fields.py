@@ -1,4 +1,4 @@
-"""Fields of rows: what is read by another name, kept as earlier rounds, said or refused."""
+"""Fields of rows: read by other names, kept as earlier rounds, noted or refused."""
 
 import json
 
@@ -89,7 +89,7 @@ class TestHistory:
         assert 'a.json:1 (row 2): field "history" is' in told
         assert '[["earlier question", "its answer"], ...]' in told
         assert refused(capsys, "validate", path)
-        # What the line says is done:
+        # The fix in the line works:
         assert len(convert(write(PLAIN, PLAIN | {"history": [["q", "a"]]}))) == 2
         assert problems_of("a.json") == {}
 

@@ -1,4 +1,4 @@
-"""What is chosen by a card's memory, and which settings are advised where it is too small."""
+"""The choices made for a card's memory, and the settings advised if it is too small."""
 
 import json
 
@@ -24,7 +24,7 @@ SIX_ROWS = {"max_steps": 500, "per_device_train_batch_size": 6}
 
 
 def forecast_on(gib, **settings):
-    """The forecast of a run on a card of so much memory."""
+    """The forecast of a run on a card of given memory."""
     return make_forecaster(Card.sized(gib))(make_config(**settings))
 
 

@@ -18,9 +18,9 @@ from glmtune.errors import UserError
 
 from .test_config import REQUIRED
 
-# A text that is right for each kind of setting, for names that only stand for another.
+# A valid value for each kind of setting, for names that are aliases.
 TEXTS = ("12", "0.25", "true", "linear", "tensorboard", "4", "dense", "some/path")
-# What the conversions read, and what they make of it.
+# Inputs of the conversions, and their results.
 CONVERTED = {
     "eval_ratio": [("0.1", 0.1), ("0", 0.0)],
     "warmup_steps": [("0.03", 0.03)],
@@ -36,7 +36,7 @@ CONVERTED = {
 
 
 def fates(verb: str, name: str) -> list[Fate]:
-    """What may become of a name that is given to a verb."""
+    """The possible outcomes for a name that is given to a verb."""
     fields = SETTINGS[verb].model_fields
     return [
         fate
@@ -57,7 +57,7 @@ def cases() -> list[tuple[str, str]]:
 
 
 def read(verb: str, **flags: str):
-    """A verb's settings, what it requires being given unless the flags stand for that."""
+    """A verb's settings, with required ones filled in unless the flags give them."""
     given = {}
     for name in flags:
         for fate in fates(verb, name) if name in FOREIGN else ():
@@ -115,7 +115,7 @@ ALL_CASES = set(cases())
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_each_fate_of_a_name(name, capsys, monkeypatch):
-    """A setting really gets the value; what is idle changes nothing; what is refused, helps."""
+    """A setting gets the value; a name without effect changes nothing; a refusal names a fix."""
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     for verb in SETTINGS:
         if (verb, name) in ALL_CASES:
@@ -165,7 +165,7 @@ def try_each_fate(verb, name, capsys):
 
 
 def passes_on(verb: str, name: str, target: str) -> int:
-    """Give a name values that its setting takes: all the same is made of them."""
+    """Values that the setting accepts give the same result under the other name."""
     tried = 0
     for text in TEXTS:
         try:

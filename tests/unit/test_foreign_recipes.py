@@ -100,7 +100,7 @@ special_tokens:
 
 
 def test_whole_recipes_of_others(tmp_path):
-    """Their own forms, but for the rows, which a verb of ours makes."""
+    """Other trainers' own settings, except for the rows, which a verb of ours writes."""
     recipe = tmp_path / "theirs.yaml"
     recipe.write_text(LLAMA_FACTORY)
     config = read_config(SETTINGS["train"], str(recipe), {"dataset_path": "rows"})

@@ -2,7 +2,7 @@
 
 Whatever stands in them, a reader gives what it reads or refuses in one line: never a traceback, a
 hang, or memory that the file's size does not explain. hypothesis draws the damage: bytes cut out
-and put in, settings of other types and sizes, tensors that are none. For a long run, by name:
+and put in, settings of other types and sizes, values in place of tensors. For a long run, by name:
 GLMTUNE_FUZZ_SECONDS=600 python -m pytest -m slow tests/unit/test_fuzz_readers.py -k adapter
 """
 
@@ -262,7 +262,7 @@ def adapter(tiny_folder, tmp_path_factory):
         folder = Room(data.draw(st.sampled_from(sources)), place).damaged(data)
         try:
             load_adapter(base, folder).unload()
-        finally:  # a base that was left with half an adapter on it would refuse all that follow
+        finally:  # a base with parts of an adapter left on it would refuse all later ones
             assert [name for name, _ in base.named_modules()] == names
 
     return read
@@ -308,10 +308,10 @@ READERS = ("recipe", "checkpoint", "adapter", "base")
 
 
 def examine(read, num_inputs: int, seed: int, told: SimpleNamespace) -> None:
-    """Let a reader read so many inputs, and hold each against the limits."""
+    """Let a reader read `num_inputs` inputs, and check each against the limits."""
 
     def one(data):
-        began = time.process_time()  # others may hold the cores
+        began = time.process_time()  # other programs may use the cores
         refusal = ""
         try:
             read(data)

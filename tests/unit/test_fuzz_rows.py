@@ -1,4 +1,4 @@
-"""Damaged files of rows: whatever stands in them, no row is lost, and nothing but a line is told.
+"""Damaged files of rows: whatever they contain, no row is lost, and errors are one line.
 
 Files of our own rows are damaged at random and read in windows of many sizes. What must hold is
 known without reading them: a row that was left alone is read, one that json reads has json's value,
@@ -160,7 +160,7 @@ def depth(value: object) -> int:
 
 
 def examine(rng: random.Random, folder, monkeypatch) -> None:
-    """Damage one file and hold the readers and the validator to what is known of it."""
+    """Damage one file and check the readers and the validator against what is known of it."""
     layout, rows = rng.choice(LAYOUTS), some_rows(rng)
     content, untouched = damaged(rng, parts := written(rows, layout))
     path, held_out, report = (str(folder / name) for name in ("a.json", "b.json", "report.json"))
@@ -255,7 +255,7 @@ def test_damaged_files_for_long(tmp_path, monkeypatch, capsys):
     seed, slowest, start = random.randrange(2**32), 0.0, time.monotonic()
     num = 0
     while time.monotonic() < start + seconds:
-        began = time.process_time()  # others may hold the cores
+        began = time.process_time()  # other programs may use the cores
         try:
             examine(random.Random(seed + num), tmp_path, monkeypatch)
         except Exception as error:

@@ -1,4 +1,4 @@
-"""Answers do not depend on their batch, are drawn as asked, and end where the model ends them."""
+"""Answers do not depend on their batch, follow the sampling settings, and end at a stop id."""
 
 import json
 from types import SimpleNamespace

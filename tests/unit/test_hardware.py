@@ -1,4 +1,4 @@
-"""Device, number format and memory, on machines that this one only pretends to be."""
+"""Device, number format and memory, on simulated machines."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from glmtune.errors import UserError
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Pretend to be a machine with so many GPUs, with or without bfloat16."""
+    """Simulate a machine with some GPUs, with or without bfloat16."""
 
     def pretend(num_gpus, has_bf16=True, local_rank=None):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)

@@ -1,4 +1,4 @@
-"""Folders and names as people have them: hub caches, shards without an index, ModelScope."""
+"""Folders and names as users have them: hub caches, shards without an index, ModelScope."""
 
 import json
 import os

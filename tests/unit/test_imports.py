@@ -1,4 +1,4 @@
-"""Who may import whom: a room imports only from floors below its own, or its own package.
+"""Allowed imports: a package imports only from floors below its own, or from itself.
 
 docs/architecture.md has the picture. And what must not be imported at all before it is needed.
 """
@@ -51,7 +51,7 @@ def imports(source: str, module: str, is_package: bool) -> Iterator[str]:
 
 
 def rooms_used(source: str, module: str, is_package: bool = False) -> set[str]:
-    """The rooms of glmtune that a module imports from."""
+    """The packages of glmtune that a module imports from."""
     names = (name.split(".") for name in imports(source, module, is_package))
     return {parts[1] for parts in names if parts[0] == "glmtune" and parts[1:]} & set(FLOOR_OF)
 

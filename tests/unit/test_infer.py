@@ -1,4 +1,4 @@
-"""`infer`: what it prints and writes, and how it goes on after a break."""
+"""`infer`: what it prints and writes, and how it resumes."""
 
 import json
 import shutil
@@ -146,7 +146,7 @@ def test_a_resumed_run_equals_an_unbroken_one(run, path, sampling, kept):
     run(**sampling)
     unbroken = path.read_bytes()
     lines = unbroken.splitlines(keepends=True)
-    # The break falls into the next line, in the midst of a Chinese letter or just before its end.
+    # The file is cut within the next line, inside a Chinese character or just before the end.
     cut = lines[kept][: lines[kept].find("一".encode()[:1]) + 1 or -1]
     path.write_bytes(b"".join(lines[:kept]) + cut)
     summary = run(**sampling)

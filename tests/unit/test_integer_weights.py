@@ -188,7 +188,7 @@ def test_an_adapter_learns_on_packed_weights_as_on_floats(folder):
     assert max(gradient.abs().max() for gradient in packed.values()) > 0
 
 
-# What does not fit
+# Refused folders
 
 
 def change(edit):

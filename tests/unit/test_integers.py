@@ -1,4 +1,4 @@
-"""IntegerModule integers as numbers again."""
+"""Integer weights converted back to floats."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_a_batch_of_rows():
 
 
 def test_rounding_to_8_bits(monkeypatch):
-    """Within half a step of each row's own; a row of zeros stays one; by pieces as at once."""
+    """Errors within half a step of each row; zeros stay zero; in pieces as all at once."""
     torch.manual_seed(0)
     weight = torch.randn(7, 50) * torch.tensor([1e-7, 1e-3, 1e-2, 0.0, 1, 10, 100])[:, None]
     packed, scale = quantise_int8(weight)

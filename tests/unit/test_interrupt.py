@@ -28,7 +28,7 @@ def weights(folder):
 
 
 class TestSignals:
-    """A real process, told to stop while it does one thing or another."""
+    """A real process that gets a signal during different stages."""
 
     def stopped(self, rows, folder, moment, number):
         """Start a run, send it a signal at a moment; gives its output and exit code."""
@@ -83,7 +83,7 @@ class TestSignals:
 
 
 def be_stopped(moment, rows, folder):
-    """The process that is told to stop: a run that says when the moment is there, and dwells."""
+    """The process to stop: a run that reports when it reaches the stage, and stays in it."""
     from glmtune.cli import main
 
     def dwell(seconds):
@@ -130,7 +130,7 @@ class FromCall:
 
 
 def test_an_evaluation_that_was_cut_short_is_made_up_for(toy_run, tmp_path, monkeypatch):
-    """The run that goes on has the records and the weights of one that was never stopped."""
+    """The resumed run has the records and weights of one that was never stopped."""
     settings = {"eval_ratio": 0.3, "eval_steps": 2, "per_device_eval_batch_size": 2}
     loop.train(toy_run(output_dir=str(tmp_path / "unbroken"), **settings))
     loss, at = passes.PaddedPass.loss, FromCall(2)

@@ -1,4 +1,4 @@
-"""Streaming rows: what is read at once and what row by row is the same, and memory has a bound."""
+"""Streaming rows: bulk and row-by-row reading give the same, within bounded memory."""
 
 import json
 import tracemalloc
@@ -30,7 +30,7 @@ def read(tmp_path):
 
 @pytest.fixture
 def no_reference(monkeypatch):
-    """Let nothing be read row by row."""
+    """Fail if anything is read row by row."""
     monkeypatch.setattr(windows, "_Reference", lambda: None)
 
 

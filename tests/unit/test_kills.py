@@ -19,7 +19,7 @@ from toys import child_environment
 
 
 def few_or(number_of_all, few):
-    """A few in the ordinary tests, and all of them where slow ones are asked for."""
+    """A few in the ordinary tests, all of them in those marked slow."""
     return [few, pytest.param(number_of_all, marks=pytest.mark.slow)]
 
 
@@ -53,7 +53,7 @@ class TestKills:
 
 
 class Server:
-    """What a child inherits: a run on the tiny model, with one step's worth of optimiser state."""
+    """What a child inherits: a run on the tiny model, with the optimiser state of one step."""
 
     def __init__(self, folder, base):
         import torch

@@ -1,4 +1,4 @@
-"""The known errors: found in whatever wraps them, and explained as they should be."""
+"""The known errors: recognised within other text, and explained."""
 
 import re
 import types
@@ -54,7 +54,7 @@ def test_other_forms_of_a_message(text, number):
     assert find_known(text) == [KNOWN_ERRORS[number]]
 
 
-# As they are pasted, with other paths, numbers and wrappings: and a word of the message meant.
+# Errors as users paste them, with other paths and numbers, and a word of the right explanation.
 PASTED = [
     (
         "Traceback (most recent call last):\n"

@@ -19,7 +19,7 @@ from glmtune.training.planning.advice import find_remedies
 from glmtune.training.planning.forecast import forecast
 
 LAYOUTS = ("padded", "exact", "packed")
-# What each pair of the old switches comes to; None: not given.
+# The layout for each pair of the old switches; None: not given.
 OLD_SWITCHES = {
     ("true", None): "packed",
     ("true", "false"): "packed",
@@ -82,7 +82,7 @@ def quick(toy_run, monkeypatch):
 
 
 def write_as_before(recipe: Path, layout: str) -> None:
-    """Turn a recipe as run into one of the time of the two switches."""
+    """Rewrite a run's recipe with the two old switches."""
     settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     assert settings.pop("layout") == layout
     settings |= {"packing": layout == "packed", "exact_batch": layout == "exact"}
@@ -108,7 +108,7 @@ def test_a_run_folder_with_the_old_switches_is_resumed(layout, quick, tmp_path, 
 
 
 def test_the_advice_of_the_check_before_the_first_step_works(quick, tmp_path, monkeypatch):
-    """Also where it is the recipe as run that is followed, which has a length of packs."""
+    """Also if the run's own recipe is used, which contains a pack length."""
     packed = quick(layout="packed", tokens_per_step=64)
     with monkeypatch.context() as patch:
         patch.setattr(first_step, "TOLERANCES", dict.fromkeys(first_step.TOLERANCES, (0, 0)))

@@ -38,7 +38,7 @@ def labels(*kept):
 
 @pytest.mark.parametrize("kept", [(3, 4, 5, 6), (4, 5, 6), (6,), ()])
 def test_labels_behind_sop_are_taken(model, kept):
-    """<sop> itself is learned from [gMASK] by this project's rows, and by the original's."""
+    """<sop> is supervised in this project's rows, and in the original's."""
     assert model(torch.tensor([ROW]), labels=labels(*kept)).loss.isfinite()
 
 
@@ -63,7 +63,7 @@ def test_labels_at_or_before_sop_are_refused(model, kept, number):
 
 
 def test_a_row_of_an_empty_answer_supervises_its_sop(model):
-    """As the original's rows do; it is the last real token of its row."""
+    """As in the original's rows; <sop> is the last real token of such a row."""
     row = torch.tensor([[*ROW[:4], 3, 3]])
     assert row[0, 3] == SOP
     assert model.config.pad_token_id == 3
@@ -84,7 +84,7 @@ def square(layout):
 
 
 def test_rows_as_trl_makes_them_of_text_are_refused(model):
-    """Question, answer and only then what should stand between them."""
+    """Question and answer, followed by the ids that should be between them."""
     row = torch.tensor([[7, 8, 9, 10, EOP, GMASK, SOP]])
     only_the_answer = row.masked_fill(torch.arange(7) < 2, -100)
     for supervised in (row, only_the_answer):
@@ -98,7 +98,7 @@ def test_shifted_labels_are_labels_one_place_on(model):
     loss = model(ids, labels=there).loss
     assert torch.equal(model(ids, shift_labels=shifted).loss, loss)
     assert torch.equal(model(ids, labels=labels(6), shift_labels=shifted).loss, loss)
-    # Its last one is of a token beyond the row, as where a row is dealt out in parts.
+    # The last label is of a token after the row, as if a row were split into parts.
     beyond = shifted.clone()
     beyond[:, -1] = 12
     expected = -model(ids).logits[0, -1].log_softmax(-1)[12] + loss * (shifted != -100).sum()

@@ -126,7 +126,7 @@ def test_banner_and_summary_tell_the_run(tiny_run, capsys):
 
 class TestStep:
     def test_the_number_of_passes_changes_no_loss(self, tiny_run, tmp_path):
-        """The mean is over the label tokens of the global batch, not over passes of a few."""
+        """The mean is over the label tokens of the global batch, not over its passes."""
         whole = loop.train(
             tiny_run(per_device_train_batch_size=6, gradient_accumulation_steps=1, lora_dropout=0)
         )
@@ -210,7 +210,7 @@ class TestStep:
 
         usual = course()
         assert course() == usual
-        # The first loss tells the rows alone: the adapter starts without effect.
+        # The first loss depends only on the rows: the adapter has no effect yet.
         assert course(data_seed=7)[0] != usual[0]
         other_start = course(seed=7, data_seed=42)
         assert other_start[0] == usual[0]
@@ -228,7 +228,7 @@ class TestStep:
     def test_a_record_is_the_mean_of_the_steps_since_the_last(self, tiny_run, tmp_path):
         every = losses(loop.train(tiny_run()))
         third = losses(loop.train(tiny_run(logging_steps=3, output_dir=str(tmp_path / "b"))))
-        # The first step is told at once.
+        # The first step is logged at once.
         expected = [every[0], sum(every[1:3]) / 2, sum(every[3:]) / 3]
         assert third == pytest.approx(expected, abs=1e-6)
 

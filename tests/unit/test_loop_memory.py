@@ -1,4 +1,4 @@
-"""What the training loop says of memory, and does before its first step."""
+"""What the training loop reports on memory, and does before its first step."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ class TestMemory:
         assert "fits" in lines[-1]
 
     def test_what_the_card_has_free_is_asked_once_before_the_weights_are_on_it(self, tiny_run, spy):
-        """Later the advice would take the weights for another program's."""
+        """Later the weights would be counted as another program's memory."""
         calls = spy(Card, "of")
         spy(prepare, "load_base_model", calls)
         loop.train(tiny_run(max_steps=1))
@@ -52,7 +52,7 @@ class TestMemory:
         assert not Path(tiny_run().output_dir).exists()
 
     def test_the_heaviest_pass_of_the_run_comes_first(self, tiny_run, layout, spy, monkeypatch):
-        """And changes none of its numbers, dropout's random ones among them."""
+        """It changes no result of the run, nor its random state."""
         asked = tiny_run(max_steps=8, lora_dropout=0.3, **layout)
         calls, check = [], loop.check_first_step
 
@@ -79,7 +79,7 @@ class TestMemory:
             return lengths_R[ids].max() * len(ids)
 
         assert len(others) > 8
-        if layout == PACKED:  # packs of an epoch are full but for the last: the first tells of all
+        if layout == PACKED:  # all packs but an epoch's last are full: the first stands for all
             seen = np.cumsum([len(ids) for ids in others])
             others = others[: np.searchsorted(seen, NUM_ROWS) + 1]
         assert weight(heaviest) == max(map(weight, others))

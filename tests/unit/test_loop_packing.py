@@ -77,7 +77,7 @@ class TestPacking:
 
     @pytest.mark.parametrize("layout", [PACKED, EXACT])
     def test_a_resumed_run_is_the_unbroken_run(self, tiny_run, tmp_path, layout):
-        """Bit for bit, with dropout and two passes a step: packs and order come back, too."""
+        """Bit for bit, with dropout and two passes a step; packs and order are restored."""
         settings = {**layout, "max_steps": 7, "save_steps": 3, "lora_dropout": 0.1}
         unbroken = loop.train(tiny_run(output_dir=str(tmp_path / "unbroken"), **settings))
         loop.train(tiny_run(**settings))
@@ -142,7 +142,7 @@ class TestPacking:
         ],
     )
     def test_the_layout_that_settings_and_device_choose(self, kind, settings, expected):
-        """The original's command, which says how many rows and steps, keeps both on a GPU."""
+        """The original's command, which gives rows and steps, keeps both on a GPU."""
         asked = TrainSettings(dataset_path="rows", output_dir="run", **settings)
         assert choose_layout(asked, on_gpu=kind == "cuda") == expected
 

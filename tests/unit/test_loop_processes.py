@@ -29,7 +29,7 @@ class TestTwoProcesses:
 
     @pytest.fixture(scope="class")
     def folder(self, tiny_rows, tiny_folder, tmp_path_factory):
-        """Where two processes did all that `run_in_two_processes` does, with what they printed."""
+        """The folder of two processes that ran `run_in_two_processes`, with their output."""
         folder = tmp_path_factory.mktemp("two")
         done = in_two_processes(__file__, folder, tiny_rows, tiny_folder)
         (folder / "stdout").write_text(done.stdout)

@@ -16,7 +16,7 @@ from glmtune.training.saving import checkpoints
 
 
 class TestCautions:
-    """What is most likely a slip is said before the first step."""
+    """A likely mistake is reported before the first step."""
 
     def test_many_epochs_are_warned_of(self, tiny_run, capsys, monkeypatch):
         monkeypatch.setattr(loop, "fit", lambda run, *_: SimpleNamespace(global_step=0))
@@ -132,7 +132,7 @@ class TestRefusals:
         assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
 
     def test_weights_that_learn_nothing_are_told(self, tiny_run, monkeypatch, capsys):
-        """A gradient of zero on one of them is told, on all of them it ends the run."""
+        """A zero gradient of one weight is reported, of all weights it ends the run."""
         run_pass = passes.PaddedPass.run
         silenced = ["layers.2.attention.query_key_value.lora_A"]
 

@@ -1,4 +1,4 @@
-"""The training loop stops with a checkpoint and goes on from it as if unbroken."""
+"""The training loop stops with a checkpoint and resumes from it without a difference."""
 
 import json
 import os
@@ -39,7 +39,7 @@ class TestResume:
         return loop.train(tiny_run(output_dir=str(tmp_path / "unbroken"), **self.SETTINGS))
 
     def test_a_resumed_run_is_the_unbroken_run(self, tiny_run, unbroken, tmp_path):
-        """Bit for bit: from step 5, amid an epoch, amid three steps that are logged together."""
+        """Bit for bit: from step 5, within an epoch and within three steps logged together."""
         checkpoint = tmp_path / "unbroken" / "checkpoint-5"
         resumed = loop.train(tiny_run(resume_from_checkpoint=str(checkpoint), **self.SETTINGS))
         assert resumed.global_step == 9

@@ -1,4 +1,4 @@
-"""What a pass takes, against an H200's measurements and what the CPU's allocator counts."""
+"""The memory of a pass, against an H200's measurements and the CPU allocator's counts."""
 
 import numpy as np
 import pytest
@@ -62,12 +62,12 @@ def test_each_layer_that_is_recomputed_takes_less():
     sizes = [estimate(setup, batch, k).allocated for k in range(28)]
     differences = np.diff(sizes) / (batch.num_tokens * setup.value_bytes)
     assert differences.max() < 0
-    # Of all that a layer keeps, its input is left.
+    # A recomputed layer keeps only its input.
     assert differences[:20] == pytest.approx(-9.5, abs=0.05)
 
 
 def peak_bytes(work):
-    """The most that was allocated at once on the CPU while some work was done."""
+    """Peak CPU memory that was allocated during some work."""
     with profile(use_cpu=True, profile_memory=True, use_kineto=True) as seen:
         work()
     events = [e for e in seen.kineto_results.events() if e.name() == "[memory]"]

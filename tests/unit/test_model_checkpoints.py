@@ -115,7 +115,7 @@ def test_load_base_model(tiny_folder):
 
 
 def test_a_head_that_the_files_hold_twice_is_compared_once(tmp_path, spy):
-    """transformers would compare both copies anew where they are loaded, which takes memory."""
+    """transformers would compare both copies again while loading, which takes memory."""
     shape = {"hidden_size": 32, "num_layers": 1, "num_attention_heads": 2, "inner_hidden_size": 64}
     config = ChatGLMConfig(**shape, vocab_size=1024, bos_token_id=1004, eos_token_id=1005)
     write_random_model(tmp_path, config, num_shards=2)
@@ -162,7 +162,7 @@ def test_a_model_and_a_tokenizer_that_disagree(tiny_folder):
 @pytest.mark.parametrize("name", IDS)
 @pytest.mark.parametrize("value", [{}, "130004", 1.5, True])
 def test_special_ids_that_are_none(name, value):
-    with pytest.raises(UserError, match=rf"config\.json: {name} is .* which no model has"):
+    with pytest.raises(UserError, match=rf"config\.json: {name} is .* which is not possible"):
         ChatGLMConfig(**{name: value})
 
 

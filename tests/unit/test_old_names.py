@@ -1,4 +1,4 @@
-"""Names that settings had before are read without a word: commands and run folders have them."""
+"""Old names of settings are read without a note: commands and run folders have them."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from glmtune.config.reading import read_config, shared_setting
 from glmtune.config.settings import SETTINGS
 from glmtune.errors import UserError
 
-# What else a verb must be given.
+# Required settings of a verb.
 NEEDED = {
     "infer": {"data_path": "a.json"}, "compare": {"data_path": "a.json"}, "chat": {}, "check": {},
     "merge": {"save_path": "out"}, "doctor": {}, "replay": {"bundle": "crash-1"},

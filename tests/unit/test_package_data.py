@@ -1,4 +1,4 @@
-"""What the package reads beside its modules is in it, and goes into a wheel."""
+"""The package's data files are in the checkout and in a wheel."""
 
 import tomllib
 from importlib import resources
@@ -8,7 +8,7 @@ PACKAGE = Path(str(resources.files("glmtune")))
 
 
 def files() -> list[Path]:
-    """Every file of the package that is no module."""
+    """Every file of the package that is not a module."""
     found = (path for path in PACKAGE.rglob("*") if path.is_file())
     return [path for path in found if path.suffix not in (".py", ".pyc")]
 

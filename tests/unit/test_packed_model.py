@@ -26,7 +26,7 @@ PACK_LENGTH = 32  # the longest row of SHAPES has 20 tokens
 
 
 def make_model(like, targets="all", dropout=0.0, num_layers=2):
-    """A few narrow layers with an adapter that does something."""
+    """A few narrow layers with an adapter that has an effect."""
     torch.manual_seed(0)
     config = ChatGLMConfig(
         vocab_size=like.vocab_size, hidden_size=16, num_layers=num_layers, num_attention_heads=2,
@@ -229,7 +229,7 @@ class TestCheck:
     def test_gradients_of_memorised_rows_may_differ_by_rounding(
         self, monkeypatch, loss_a_label, passes
     ):
-        """It is a difference of nearly equal numbers then, and may be off by more."""
+        """The gradient is then a difference of nearly equal numbers, with a larger error."""
         num_labels = int(self.rows.num_labels_R[:3].sum())
 
         def gradients_as_if(off):

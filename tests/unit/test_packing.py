@@ -1,4 +1,4 @@
-"""Packs: which rows share one, and what each token of one is told."""
+"""Packs: which rows share one, and the positions and labels of their tokens."""
 
 import numpy as np
 import pytest

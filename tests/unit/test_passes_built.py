@@ -1,4 +1,4 @@
-"""The forecast decides how a pass is computed, and `build_pass` builds just that."""
+"""The forecast decides how a pass is computed, and `build_pass` builds that pass."""
 
 from dataclasses import replace
 from types import SimpleNamespace

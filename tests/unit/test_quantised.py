@@ -1,4 +1,4 @@
-"""Bases in 8 and 4 bits by bitsandbytes: loaded, trained on both ways, saved and refused."""
+"""Bases in 8 and 4 bits by bitsandbytes: loaded, trained padded and packed, saved and refused."""
 
 import json
 import os
@@ -197,7 +197,7 @@ def drop_scales(tensors):
 
 @pytest.fixture(scope="module", params=[(8, False), (4, False), (4, True), (None, True)])
 def trainable(request):
-    """A base with an adapter that does something, its rows, and both passes over them."""
+    """A base with an adapter that has an effect, its rows, and both passes over them."""
     model = attach_lora(
         load(bits=request.param[0], quantize_head=request.param[1]),
         rank=4, dropout=0.0, targets="all",
@@ -281,7 +281,7 @@ def test_a_published_folder_is_requantised(write_quantised, tmp_path, kind, embe
     assert off(logits(model), logits(reference)) < 1e-5
 
 
-# How much memory loading takes
+# Memory of loading
 
 
 _PEAK = """
@@ -339,7 +339,7 @@ def test_loading_holds_the_quantised_weights_and_one_more(bits, form, tmp_path):
     assert int(done.stdout) < in_the_end + rounding_one + 10 * 2**20
 
 
-# What cannot be
+# Refused settings
 
 
 class TestRefused:
@@ -373,7 +373,7 @@ class TestRefused:
         ("settings", "method"),
         [
             ({"quant_method": "gptq", "bits": 4}, "gptq"),
-            ({"bits": 4}, "of no named method"),
+            ({"bits": 4}, "without quant_method"),
             ({"quant_method": "bitsandbytes"}, "bitsandbytes"),
             (
                 {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "q4"},
@@ -386,13 +386,13 @@ class TestRefused:
             ),
         ],
     )  # fmt: skip
-    def test_a_way_of_quantising_that_is_not_known(self, saved, settings, method, tmp_path):
+    def test_a_kind_of_quantisation_that_is_not_supported(self, saved, settings, method, tmp_path):
         folder = shutil.copytree(saved[0], tmp_path / "other")
         config = json.loads((folder / "config.json").read_text())
         config["quantization_config"] = settings
         (folder / "config.json").write_text(json.dumps(config))
         with pytest.raises(
-            UserError, match=rf"quantization_config \({method}\) is a way"
+            UserError, match=rf"quantization_config \({method}\) is not a supported"
         ) as caught:
             load(folder)
         assert "\n" not in str(caught.value)

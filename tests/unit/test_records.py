@@ -1,4 +1,4 @@
-"""Reading rows: where each stands, what is wrong with it, and what a file really is."""
+"""Reading rows: the place of each, what is wrong with it, and the real format of a file."""
 
 import gzip
 import json
@@ -194,7 +194,7 @@ def test_another_encoding_is_named_with_its_byte(write, data, place, likely):
 )
 @pytest.mark.parametrize("lines", [False, True])
 def test_the_encoding_that_is_named_is_the_one_that_reads(write, capsys, encoding, lines):
-    """What the refusal says is passed to every verb that reads rows."""
+    """The encoding that the refusal names works with every verb that reads rows."""
     text = "a café, thé à la crème" if encoding == "cp1252" else "一二三四，五六七八"
     row = {"context": text, "target": text} if lines else {"instruction": text, "output": text}
     dumped = json.dumps(row, ensure_ascii=False)
@@ -216,7 +216,7 @@ def test_the_encoding_that_is_named_is_the_one_that_reads(write, capsys, encodin
 
 
 def test_a_long_file_in_another_encoding(write, monkeypatch):
-    """However its windows fall, no character is cut."""
+    """No character is cut, wherever a window ends."""
     rows = [
         {"instruction": f"第{number}问：" + "汉字" * 40, "output": "答"} for number in range(300)
     ]

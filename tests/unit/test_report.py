@@ -1,4 +1,4 @@
-"""The report: figures, escaping, and what the page promises of itself."""
+"""The report: figures, escaping, and the properties of the page."""
 
 import html as standard_html
 import re

@@ -1,4 +1,4 @@
-"""A checkpoint's optimiser: what is not this run's is refused before a step stumbles over it."""
+"""A checkpoint's optimiser: what does not fit the run is refused before the first step."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from glmtune.training.saving.restore import check_moments, restore
 
 
 def other_state(optimizer, change):
-    """What an optimiser saved, with something else in one place."""
+    """A saved optimiser with one value replaced."""
     state = optimizer.state_dict()
     change(state)
     return state

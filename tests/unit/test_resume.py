@@ -1,4 +1,4 @@
-"""A resumed run ends with the very bits of the run that was never stopped; others are refused."""
+"""A resumed run equals one that was never stopped, bit for bit; other runs are refused."""
 
 import atexit
 import json
@@ -34,7 +34,7 @@ SETTINGS = {
     "warmup_steps": 3,
 }
 LAYOUTS = {"padded": {}, "end to end": EXACT, "packed": PACKED}
-# In the first epoch, on its end, after it, and on the next one's.
+# Within the first epoch, at its end, after it, and at the end of the second.
 STEPS = (3, 4, 5, 8)
 ONCE = {"save_steps": 1000}  # at the end; how often is no part of what a run computes
 
@@ -42,14 +42,14 @@ pytestmark = pytest.mark.usefixtures("no_curve")
 
 
 def outcome(folder):
-    """What two runs must have the same: every tensor's bits, and every record but its speed."""
+    """What must be equal in two runs: every tensor's bits, and every record except its speed."""
     state = TrainerState.load_from_json(Path(folder, "trainer_state.json"))
     bits = {name: weight.numpy().tobytes() for name, weight in adapter_weights(folder).items()}
     return bits, records(state, "step"), state.num_input_tokens_seen
 
 
 def keep_only(run, step, target):
-    """What a killed run has left: its folder, with checkpoint `step` as the newest."""
+    """The folder of a killed run, with checkpoint `step` as the newest."""
     shutil.copytree(run, target)
     for checkpoint in target.glob("checkpoint-*"):
         if int(checkpoint.name.partition("-")[2]) > step:
@@ -71,7 +71,7 @@ def test_a_run_resumed_at_any_step_is_the_unbroken_run(toy_run, tmp_path, layout
 
 
 def test_a_run_resumed_again_and_again_is_the_unbroken_run(toy_run, tmp_path):
-    """Stopped after every second step by a clock that has run out, as under a scheduler."""
+    """Stopped after every second step by a time limit, as under a scheduler."""
     loop.train(toy_run(**SETTINGS | ONCE))
     settings = SETTINGS | ONCE | {"output_dir": str(tmp_path / "again")}
     with pytest.MonkeyPatch.context() as patch:
@@ -230,7 +230,7 @@ class TestAnotherRun:
 
 
 class TestNothingLeftToDo:
-    """A run that is done is no run that goes on: that is told, with what would make it one."""
+    """Resuming a finished run is refused, with the setting that would continue it."""
 
     def files(self, folder):
         found = sorted(path for path in Path(folder).rglob("*") if path.is_file())
@@ -338,7 +338,7 @@ class TestFallingBack:
     def test_a_checkpoint_of_an_earlier_version_is_taken_with_a_word(
         self, toy_run, tmp_path, capsys
     ):
-        """It has no manifest, and says nothing of tokenizer, template and weights."""
+        """It has no manifest, and no record of tokenizer, template and weights."""
         loop.train(toy_run(**SETTINGS))
         folder = keep_only(tmp_path / "run", 5, tmp_path / "old")
         old = Path(folder, "checkpoint-5")

@@ -80,7 +80,7 @@ class TestMeasured:
         assert not speed.measured
 
     def test_packs_are_chosen_by_speeds_like_these(self):
-        """The forecast's own measured table says the same of shorter packs."""
+        """The forecast's measured table agrees for shorter packs."""
         longest = speed_on("H200", tokens_per_step=8192).tokens_per_second
         for length, share in PACK_SPEEDS.items():
             speed = speed_on("H200", tokens_per_step=length)

@@ -1,4 +1,4 @@
-"""What a run tells and leaves: metrics, events, lines, the curve."""
+"""The records of a run: metrics, events, printed lines, the curve."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Nothing foreign is executed: each way in is tried, and has to be refused by name in one line."""
+"""No foreign code is executed: each attempt must be refused in one line that names the file."""
 
 import ast
 import json
@@ -37,7 +37,7 @@ RECIPE_BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 
 
 class Trap:
-    """What makes a folder when it is unpickled."""
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -70,7 +70,7 @@ def base(tiny_folder):
 
 
 def refused(words, function, *arguments):
-    """That a call is refused in one short line with these words."""
+    """Check that a call is refused in one short line with these words."""
     start = time.process_time()
     with pytest.raises(UserError, match=words) as caught:
         function(*arguments)

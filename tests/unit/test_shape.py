@@ -1,4 +1,4 @@
-"""What weights take, held against models that were made."""
+"""Sizes of weights, compared with real models."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Tests skip without ../shared; on CI that is a failure where ../shared lies there."""
+"""Tests skip without ../shared; on CI, skipping is a failure if ../shared is present."""
 
 import os
 import shutil

@@ -40,7 +40,7 @@ def prompts(tiny_folder, model):
 
 @pytest.fixture(scope="module")
 def alone(model, prompts):
-    """What a prompt is answered with settings and stop ids when nothing is beside it."""
+    """The answer to a prompt, given settings and stop ids, in a batch of its own."""
 
     @functools.cache
     def answer(prompt, kind, stops):
@@ -52,7 +52,7 @@ def alone(model, prompts):
 
 @pytest.fixture(params=[False, True], ids=["steps", "captured"])
 def slots(model, monkeypatch, request):
-    """Also taking the step over all columns, which a GPU would have captured."""
+    """Also with the step over all columns, which a GPU would capture."""
     decoder = Decoder(model, [])
     if request.param:
         captured = lambda slots, *given: functools.partial(slots._step, *given)
@@ -62,14 +62,14 @@ def slots(model, monkeypatch, request):
 
 
 class Asked:
-    """Which prompt was asked how, and what came so far."""
+    """A prompt, its settings, and the tokens so far."""
 
     def __init__(self, slots, prompts):
         self.slots, self.prompts = slots, prompts
         self.in_slot, self.ended = {}, []
 
     def admit(self, slot, *questions):
-        """Each question is a prompt's number, the number of its settings and of its stop ids."""
+        """Each question is (index of the prompt, of its settings, of its stop ids)."""
         self.slots.admit(
             slot,
             [self.prompts[prompt] for prompt, _, _ in questions],
@@ -101,7 +101,7 @@ class Asked:
 
 @pytest.mark.parametrize("joining", [(1, 0, 0), (2, 3, 1), (4, 6, 0)])
 def test_a_row_that_joins_a_running_batch_answers_as_alone(slots, prompts, alone, joining):
-    """And so do those it joins: greedy ones, also when it draws, and when the buffers grow."""
+    """The rows it joins do too: greedy ones, also beside a sampling row, and when buffers grow."""
     asked = Asked(slots, prompts)
     asked.admit(0, (3, 0, 0), (0, 0, 0))
     asked.step(5)
@@ -123,7 +123,7 @@ def test_rows_of_one_batch_have_settings_of_their_own(slots, prompts, alone):
 
 
 def test_a_row_that_leaves_frees_its_slot(slots, prompts, alone):
-    """One that drew and one with a penalty: the greedy rows after them have neither."""
+    """After a sampling row and one with a penalty, later greedy rows have neither."""
     asked = Asked(slots, prompts)
     asked.admit(0, (0, 3, 0), (1, 3, 0), (3, 7, 0))
     asked.step(2)
@@ -140,7 +140,7 @@ def test_a_row_that_leaves_frees_its_slot(slots, prompts, alone):
 
 
 def test_greedy_rows_take_the_greedy_step_whoever_was_there_before(slots, prompts, monkeypatch):
-    """A sort of the vocabulary is paid for by those who draw alone."""
+    """Only batches with sampling rows sort the vocabulary."""
     asked = Asked(slots, prompts)
     asked.admit(0, (0, 3, 0))
     asked.to_the_end()

@@ -1,4 +1,4 @@
-"""What each verb imports, and that a mistake is told before anything heavy is; `bench startup`."""
+"""The imports of each verb, mistakes reported before heavy imports, and `bench startup`."""
 
 import json
 import os
@@ -69,7 +69,7 @@ MISTAKES = {
     "bench startup": "bench startup --json_path no/such/file",
     "reproduce": "reproduce no-such-work",
 }
-# Of what works: all that the verb has no use for.
+# Packages that each working verb must not import.
 ANSWERING = HEAVY - {"torch", "transformers", "accelerate"}
 INFER = "infer --data_path rows.json --output_path answers.jsonl --limit 1 --max_new_tokens 1"
 TOKENIZE = "tokenize --jsonl_path rows.jsonl --save_path new"
@@ -239,4 +239,4 @@ def test_bench_startup_says_which_command_does_not_work(monkeypatch, capsys):
     broken = startup.Case("broken", 1.0, "validate rows.json", until="never said")
     monkeypatch.setattr(startup, "CASES", [broken])
     assert cli.main(["bench", "startup", "--repeats", "1"]) == 2
-    assert "validate rows.json: does not come to its work" in capsys.readouterr().err
+    assert "validate rows.json: does not reach its work" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Streamed text adds up to the answer, and nothing of it is ever taken back."""
+"""Streamed text adds up to the answer, and no part of it is changed later."""
 
 import random
 import re
@@ -33,7 +33,7 @@ def byte_ids(tokenizer, text):
 
 
 def rows(tokenizer):
-    """Encoded texts, the same spelled in bytes, and ids at random, broken bytes among them."""
+    """Encoded texts, the same as byte pieces, and random ids, with invalid bytes among them."""
     yield from tokenizer.encode_batch(TEXTS)
     yield from (byte_ids(tokenizer, text) for text in TEXTS)
     chance = random.Random(0)
@@ -75,7 +75,7 @@ def test_half_a_name_is_held_back(tokenizer):
 
 
 def test_text_comes_soon(tokenizer):
-    """Holding back everything to the end would add up as well."""
+    """Withholding everything until the end would pass the other tests."""
     (ids,) = tokenizer.encode_batch(["one two three four five six seven eight nine ten"])
     assert sum(bool(piece) for piece in pieces(TextStream(tokenizer), ids, 1)[:-1]) > len(ids) / 2
 

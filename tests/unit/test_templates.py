@@ -1,4 +1,4 @@
-"""The context around a record."""
+"""The template around a record."""
 
 import json
 

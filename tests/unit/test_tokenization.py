@@ -137,7 +137,7 @@ def test_the_first_vocabulary_without_image_tokens(folder, vocab_file, tmp_path,
     text = "你好, world\n\t  three   blanks 🦙"
     assert slim(text).input_ids == later(text).input_ids
     assert (slim.revision, slim.vocab_size, slim.pad_token_id) == ("v1.0", 130_344, 3)
-    slim.save_pretrained(tmp_path / "alone")  # where no config.json tells of its model
+    slim.save_pretrained(tmp_path / "alone")  # where no config.json describes its model
     assert AutoTokenizer.from_pretrained(tmp_path / "alone")(text) == later(text)
 
 
@@ -219,5 +219,5 @@ def test_saving_leaves_no_trace_of_code_that_is_not_there(folder, tiny_folder, t
     model.save_pretrained(tmp_path)
     for name in ("config.json", "tokenizer_config.json"):
         assert "auto_map" not in (tmp_path / name).read_text()
-    assert model.config.auto_map == {}  # which TRL reads of every model that it is to load
+    assert model.config.auto_map == {}  # which TRL reads from every model's configuration
     assert not list(tmp_path.glob("*.py"))

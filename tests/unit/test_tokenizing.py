@@ -1,4 +1,4 @@
-"""Rows to tokens: what is kept, cut, dropped and told, and what the folder says of itself."""
+"""Rows to tokens: what is kept, cut, dropped and reported, and the data card."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ GMASK, BOS, EOS = 9001, 9004, 9005
 
 
 class CharTokenizer:
-    """An id per character; NUL-width characters have none."""
+    """An id per character; zero-width characters have none."""
 
     gmask_token_id, bos_token_id, eos_token_id = GMASK, BOS, EOS
     pad_token_id = 3
@@ -75,7 +75,7 @@ def test_context_and_target_are_cut_apart_and_told(capsys):
     told = capsys.readouterr().out
     assert "2 kept, context cut to 5 tokens: rows 1, 3" in told
     assert "1 kept, target cut to 5 tokens: row 2" in told
-    assert summary.card.num_targets_lost == 2  # z, and the end, which a cut answer has not
+    assert summary.card.num_targets_lost == 2  # z, and the end token, which a cut answer lacks
     assert "lost        2 target tokens (15.4%), cut off 1 answers" in told
 
 
@@ -137,7 +137,7 @@ def test_the_advised_length_keeps_what_it_says(capsys, skip):
 
 
 def test_rows_that_were_dropped_are_told_again(capsys):
-    """By training, which would otherwise not say what it never sees."""
+    """By training, which would not mention dropped rows otherwise."""
     run([("a", "b")] * 9 + [("a" * 9, "b")], max_seq_length=5, skip_overlength=True)
     dropped = load_dataset("tokens")[1].describe_dropped()
     assert "1 of 10 rows (10%) were dropped as longer than 5 tokens" in dropped

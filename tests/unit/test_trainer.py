@@ -48,7 +48,7 @@ def test_label_smoothing_smooths_the_label_one_place_on(model, tmp_path, is_adap
     expected = (1 - smoothing) * of_labels - smoothing * log_probs[supervised].mean()
     if is_adapted:
         lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["query_key_value"])
-        model = get_peft_model(model, lora)  # which changes nothing before it learns
+        model = get_peft_model(model, lora)  # without effect before training
     trainer = make_trainer(model, tmp_path, label_smoothing_factor=smoothing)
     inputs = {"input_ids": IDS, "labels": LABELS}
     with torch.no_grad():
@@ -84,15 +84,15 @@ def test_rows_as_trl_makes_them_of_text_stop_a_trainer(model, tmp_path):
         trainer.train()
 
 
-def test_rows_as_trl_makes_them_stop_a_trainer_that_keeps_the_labels_to_itself(model, tmp_path):
-    """As label smoothing does, and TRL."""
+def test_rows_without_an_answer_stop_a_trainer_that_passes_no_labels(model, tmp_path):
+    """Label smoothing in Trainer passes none, and TRL makes such rows of plain text."""
     row = torch.tensor([7, 8, 9, 10, EOP, GMASK, SOP])
     trainer = make_trainer(model, tmp_path, label_smoothing_factor=0.1)
     trainer.train_dataset = [{"input_ids": row, "labels": row}]
-    with pytest.raises(ValueError, match="input_ids: row 0 has nothing behind its <sop> to learn"):
+    with pytest.raises(ValueError, match="input_ids: row 0 has no answer after its <sop>"):
         trainer.train()
     assert model.eval()(row[None]).logits.isfinite().all()
     assert model.train().generate(row[None], max_new_tokens=2).shape == (1, 9)
     assert model.transformer.train()(IDS).last_hidden_state.requires_grad
     bare = type(model.transformer)(model.config).train()
-    assert bare(row[None]).last_hidden_state.requires_grad  # which may learn something else
+    assert bare(row[None]).last_hidden_state.requires_grad  # which may be trained in another way

@@ -1,4 +1,4 @@
-"""Finding, judging, rotating and clearing checkpoints, on folders made by hand."""
+"""Finding, checking, rotating and deleting checkpoints, on folders made by hand."""
 
 import json
 import math
@@ -75,7 +75,7 @@ def rewrite(name, text):
 
 
 def flip(name):
-    """One bit, in the midst of the file."""
+    """Flip one bit in the middle of the file."""
 
     def damage(folder):
         content = bytearray((folder / name).read_bytes())
@@ -114,7 +114,7 @@ DAMAGES = [
     (cut("scheduler.pt"), "scheduler.pt is damaged"),
     (cut("trainer_state.json"), "trainer_state.json is damaged"),
 ]
-# What only a manifest shows.
+# Damage that only a manifest shows.
 SILENT_DAMAGES = [
     (flip("adapter_model.safetensors"), "adapter_model.safetensors is damaged: its sha256"),
     (flip("adapter_config.json"), "adapter_config.json is damaged: its sha256"),

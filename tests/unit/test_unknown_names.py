@@ -1,4 +1,4 @@
-"""Names of other trainers that are no names of ours: no setting is guessed for them."""
+"""Names of other trainers that glmtune does not have: no setting is suggested for them."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""`glmtune validate`: every problem told with its place, and nothing told of what is well."""
+"""`glmtune validate`: every problem is reported with its place, and nothing else."""
 
 import json
 

@@ -15,7 +15,7 @@ from glmtune.run_files import ADAPTER_CONFIG_FILE, WEIGHTS_FILE
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def model(request, tiny_folder):
-    """A model whose adapter has moved, in training mode."""
+    """A model with a changed adapter, in training mode."""
     torch.manual_seed(0)
     model = attach_lora(load_base_model(str(tiny_folder), dtype=request.param), rank=4)
     return randomise_adapter(model, std=1.0).train()

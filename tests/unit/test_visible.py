@@ -1,4 +1,4 @@
-"""What of records and answers acts unseen is shown as signs, wherever they are shown."""
+"""Invisible characters of records and answers are printed as escapes everywhere."""
 
 import json
 import re
@@ -20,7 +20,7 @@ UNSEEN = "\x1b[31m \x07 \x08 \x7f \x9b \r \u202e \u2066 \u200f \u061c \u200b \uf
 
 
 def acting(text):
-    """Characters of a text that do something unseen."""
+    """The invisible characters of a text."""
     return {c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp")} - {"\n", "\t"}
 
 

@@ -1,4 +1,4 @@
-"""What stops a run, by itself: the flag on the device, float16's scaler, the course of the loss."""
+"""The checks that stop a run, alone: flag on the device, float16's scaler, watch of the loss."""
 
 import math
 
@@ -47,7 +47,7 @@ def test_on_a_gpu_no_step_changes_anything_until_the_host_comes_by(
     training.watch.sync()
     before = training.snapshot()
     training.step(**numbers)
-    training.step()  # launched in ignorance
+    training.step()  # launched before the host knows
     training.step(loss=math.inf)
     assert all(map(torch.equal, training.snapshot(), before))
     with pytest.raises(NotFiniteError, match=words) as stop:
@@ -154,14 +154,14 @@ def test_a_gradient_in_any_of_the_first_steps_is_enough(start):
         ([5.0, 4.0, 16.0], "explodes: 16, after 4.5 usually and 5 at first", False),
         ([5.0, 4.0, 16.0, 30.0, 20.0], "explodes: 20, after 4.5 usually", True),
         ([5.0, 16.0, 30.0, 20.0], "explodes", True),  # from the start
-        ([5.0, 4.0, 16.0, 30.0, 3.0], None, False),  # it came back
-        ([5.0, 0.01, 0.02, 0.9, 1.2, 1.1], None, False),  # noise below what the base had
+        ([5.0, 4.0, 16.0, 30.0, 3.0], None, False),  # back to normal
+        ([5.0, 0.01, 0.02, 0.9, 1.2, 1.1], None, False),  # noise below the base's loss
         ([5.0, 5.5, 7.0, 9.0, 11.0], None, False),  # bad, but within three times
         ([5.0, 0.0], "exactly 0", False),
         ([5.0, 0.0, 0.0, 0.0], "exactly 0", True),
         ([5.0, 0.0, 0.0, 1e-6], None, False),
         ([0.0, 0.0, 0.0], "exactly 0", True),
-        ([5.0, 0.0, 0.0, 20.0], "explodes", False),  # the rows of oddities are counted apart
+        ([5.0, 0.0, 0.0, 20.0], "explodes", False),  # rows of each kind are counted separately
     ],
 )
 def test_the_course_of_the_loss(losses, words, stops):

@@ -1,4 +1,4 @@
-"""Weights in words: what comes out is what went in, to half a step of its group."""
+"""Weights packed into 32-bit words: unpacked values are within half a step of their group."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_no_weight_is_further_off_than_half_a_step(bits, num_inputs):
 
 @BITS
 def test_numbers_of_a_word_belong_to_inputs_far_apart(bits):
-    """And those of neighbouring words to neighbouring inputs, all of one group to one scale."""
+    """Neighbouring words hold neighbouring inputs, and a group shares one scale."""
     num_inputs = 4 * GROUP_SIZE
     num_words = num_inputs * bits // 32
     numbers = torch.arange(num_inputs) * 7 % 2**bits

@@ -47,7 +47,7 @@ PRIVATE = {
 
 
 def prose_of(path: Path) -> Iterator[str]:
-    """A page; of a module its comments and strings, names of variables not among them."""
+    """The text of a page, or a module's comments and strings, without variable names."""
     text = path.read_text()
     if path.suffix == ".md":
         yield text
@@ -65,7 +65,7 @@ def joined(texts: Iterator[str]) -> str:
 
 
 def fragments(source: str) -> list[str]:
-    """Docstrings, of variables too, that only go on with the name above them."""
+    """Docstrings, also of variables, that begin as a continuation of the name."""
     values = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Expr)]
     texts = [value.value for value in values if isinstance(value, ast.Constant)]
     return [

@@ -1,4 +1,4 @@
-"""The toy world: both languages tell and ask every fact, and none is told wrongly."""
+"""The toy world: both languages state and ask every fact, and none is stated wrongly."""
 
 import re
 from collections import Counter

@@ -1,7 +1,7 @@
-"""`glmtune bench decode`: how fast answers come, and how fast the memory would let them.
+"""`glmtune bench decode`: decoding speed, and the limit that memory bandwidth sets.
 
-Every token reads all weights and the cache once, so that a machine's copy rate, measured in the
-same run, gives the limit of any decoder on it.
+Every token reads all weights and the cache once, so the copy rate of the device, measured in the
+same run, limits the speed of any decoder on it.
 """
 
 import time
@@ -37,7 +37,7 @@ REPEATS = 3
 
 @dataclass(frozen=True)
 class DecodeFigures:
-    """What was measured. Rates are of all rows of the batch together, medians of some runs."""
+    """The results. Rates count all rows of the batch; they are medians of `REPEATS` runs."""
 
     dtype: str
     shape: str
@@ -47,17 +47,17 @@ class DecodeFigures:
     prompt_length: int
     max_new_tokens: int
     tokens_per_second: float
-    """Tokens a second of whole answers, reading the prompt included."""
+    """Tokens a second of whole answers, prefill included."""
     decode_tokens_per_second: float
-    """After the first token of each."""
+    """Tokens a second after the first of each answer."""
     first_token_ms: float
     peak_memory_gib: float
     set_up_seconds: float
-    """Once: rounding, compiling, capturing, and a first batch of answers."""
+    """Done once: quantising, compiling, capturing, and a first batch of answers."""
     copy_gb_per_second: float
     """Device to device, read and written bytes both counted."""
     gb_per_token: float
-    """What a step must read, at the middle of an answer."""
+    """Weights and cache that a step reads in the middle of an answer, a row's share."""
     limit_tokens_per_second: float
     share_of_limit: float
     generate_tokens_per_second: float | None
@@ -156,7 +156,7 @@ def _measure(
 def _check(
     settings: BenchDecodeSettings, config: Any, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Refuse before the minutes of work what cannot end well."""
+    """Refuse what would fail only after minutes of work."""
     check_appendable(settings.json_path)
     check_decoding(device, settings.decoder_bits, settings.decode_compile)
     limit = family_of(config).shape(config).max_positions
@@ -192,14 +192,14 @@ def _time_generate(
     prompts: list[EncodedPrompt],
     settings: GenerationSettings,
 ) -> Times:
-    """`generate` gives nothing before the end: its first token is timed as an answer of one."""
+    """`generate` returns only at the end: an answer of one token gives the time to the first."""
 
     def seconds(max_new_tokens: int) -> float:
         start = time.perf_counter()
         generate_ids(model, prompts, GenerationSettings(max_new_tokens=max_new_tokens), [])
         return time.perf_counter() - start
 
-    seconds(2)  # what is set up at first use
+    seconds(2)  # warm-up
     return _medians([Times(seconds(1), seconds(settings.max_new_tokens)) for _ in range(REPEATS)])
 
 
@@ -215,7 +215,7 @@ def _print(figures: DecodeFigures, device: torch.device) -> None:
         "tokens/s": f"{figures.tokens_per_second:,.1f} with the prompt of {figures.prompt_length}, "
         f"{figures.decode_tokens_per_second:,.1f} after the first token",
         "first token": f"{figures.first_token_ms:,.1f} ms",
-        "memory at most": f"{figures.peak_memory_gib:,.2f} GiB",
+        "peak memory": f"{figures.peak_memory_gib:,.2f} GiB",
         "copy rate": f"{figures.copy_gb_per_second:,.0f} GB/s, {figures.gb_per_token:,.3f} GB a "
         "token to read",
         "limit": f"{figures.limit_tokens_per_second:,.1f} tokens/s, of which "

@@ -1,4 +1,4 @@
-"""What transformers and PEFT offer of themselves: a model of transformers' with LoRA.
+"""The baseline: transformers and PEFT alone, on a model that transformers has.
 
 Compiled layer by layer, which is the fastest that they do on ordinary settings, or with
 bitsandbytes' linears, which graphs break at, as they are. Rows of a pack are one row without

@@ -1,4 +1,4 @@
-"""The ceiling of a training step: the model's own matrix products, and nothing else.
+"""The upper limit of a training step: the time of the model's matrix products alone.
 
 A LoRA step multiplies each frozen weight twice, forward and for the gradient of its input. No step
 can be faster than these products on random numbers, run one after the other.
@@ -12,8 +12,8 @@ from glmtune.models.shape import Shape
 from glmtune.ops import CHUNK
 from glmtune.ops.linear import quantise, quantise_rows
 
-# Number of layers whose weights are allocated, so that none stays in a cache from one layer to the
-# next.
+# Number of layers whose weights are allocated: enough that a GPU's cache does not keep any weights
+# until they are used again.
 _LAYERS_HELD = 4
 
 
@@ -25,15 +25,15 @@ def matmul_limit(
     dtype: torch.dtype,
     fp8: bool = False,
 ) -> float:
-    """Milliseconds that the matrix products of a step take: a median.
+    """Milliseconds of the matrix products of a step, median of five runs.
 
     Args:
         shape: of the model.
-        num_tokens: rows that meet the layers' weights.
-        num_supervised: rows that meet the head's.
-        device: where.
+        num_tokens: rows multiplied with the layers' weights.
+        num_supervised: rows multiplied with the head's.
+        device: to run on.
         dtype: the compute type.
-        fp8: the layers' weights and what meets them in float8, already quantised.
+        fp8: multiply the layers in float8, with weights and inputs quantised beforehand.
     """
 
     def random(*size: int) -> Tensor:

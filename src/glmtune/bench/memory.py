@@ -1,7 +1,7 @@
-"""`glmtune bench memory`: what training takes in memory, beside what `glmtune plan` says of it.
+"""`glmtune bench memory`: memory that training takes, beside the estimate of `glmtune plan`.
 
-Each setting is a run of its own in a process of its own, from a folder of random weights to some
-steps: a peak knows nothing of what was there before, and what one run lacks the next still has.
+Each setting is run in a process of its own, from loading random weights to some steps. So no peak
+includes memory of an earlier run, and a run that fails does not end the others.
 """
 
 import gc
@@ -39,23 +39,23 @@ CASES: dict[str, dict[str, Any]] = {
     "recompute": {**_SIX_ROWS, "gradient_checkpointing": True},
     "packed": {"layout": "packed", "gradient_checkpointing": False},
 }
-"""Settings of `glmtune train`, by what they are called here."""
+"""Name of a case -> settings of `glmtune train`."""
 _NUM_ROWS = 20_000
 
 
 @dataclass(frozen=True)
 class Peak:
-    """What a run of one setting took, in GiB, and how fast it was."""
+    """Peak memory of a run of one setting, in GiB, and its speed."""
 
     allocated_gib: float
-    """Tensors at the peak; on a CPU all that the process grew by since its imports."""
+    """Tensors at the peak; on a CPU the growth of the process since its imports."""
     reserved_gib: float | None
-    """What the allocator held for them; None on a CPU."""
+    """Memory that the allocator had reserved; None on a CPU."""
     loading_gib: float
     """Like `allocated_gib`, while the weights were loaded."""
     estimate_gib: float
     ratio: float
-    """Estimate over what was measured."""
+    """Estimate divided by measurement."""
     real_tokens_per_second: float
     ms: float
     """A median step."""
@@ -63,7 +63,7 @@ class Peak:
 
 
 def bench_memory(settings: BenchMemorySettings) -> dict[str, Any]:
-    """Measure and print; the record is returned, and appended where asked for.
+    """Measure, print and return a record; append it to `json_path` if given.
 
     Raises:
         UserError: a setting that is not known, a device or a disk too small for the weights, or a
@@ -92,7 +92,7 @@ def bench_memory(settings: BenchMemorySettings) -> dict[str, Any]:
                 record[name] = asdict(_in_a_process(measure, name, settings, folder))
             except (UserError, BrokenProcessPool, torch.OutOfMemoryError) as error:
                 record[name] = {"not_measured": reason_of(error)}
-            print(f"  {_words(record[name])}", flush=True)  # minutes of work: not only at the end
+            print(f"  {_words(record[name])}", flush=True)  # now, since each takes minutes
     copied = f"{record['copy_bytes_per_second'] / 1e9:,.0f} GB/s read and written"
     pairs = {"copy": copied} | {name: _words(record[name]) for name in names}
     print_pairs(f"memory of training, {record['shape']}, {record['device']}", pairs)
@@ -114,7 +114,7 @@ def measure(name: str, settings: BenchMemorySettings, folder: str) -> Peak:
     """One setting, from loading to its last step; to be called in a process of its own.
 
     Raises:
-        UserError: the machine cannot do it.
+        UserError: the device or the installation lacks what the setting needs.
     """
     config = train_settings(name, settings)
     accelerator, dtype = start_accelerator(config)
@@ -160,7 +160,7 @@ def _peak_gib(device: torch.device) -> float:
 
 
 def train_settings(name: str, settings: BenchMemorySettings) -> TrainSettings:
-    """The settings of a run of this kind; it has neither data nor a folder."""
+    """The settings of a case; no data set and no run folder are used."""
     shared = settings.model_dump(include=set(TrainSettings.model_fields))
     return TrainSettings(dataset_path="random rows", output_dir="none", **shared, **CASES[name])
 

@@ -1,4 +1,4 @@
-"""The models that are measured: shapes by name, filled with random weights."""
+"""The models to measure: shapes by name, filled with random weights."""
 
 from copy import copy
 from typing import Any
@@ -28,7 +28,7 @@ def check_room(name: str, device: torch.device, dtype: torch.dtype) -> None:
     """Make sure that a device has room for the weights of a shape.
 
     Raises:
-        UserError: it has not.
+        UserError: the weights do not fit.
     """
     needed, total = (
         shape_of(name).matmul_parameters() * dtype.itemsize / GIB,
@@ -50,7 +50,7 @@ def random_model(
     bits: int | None = None,
     quantize_head: bool = False,
 ) -> Any:
-    """A model of a shape, made where it will be; quantised or not, from the same weights each time.
+    """Make a model of a shape on its device, with the same weights each time; quantised or not.
 
     Raises:
         UserError: bits that the device or the installation does not have.

@@ -26,7 +26,7 @@ MISTAKE, LIGHT, ROWS, MODEL = 0.35, 0.5, 1.0, 3.0
 
 
 class Case(NamedTuple):
-    """A command line, and the sign that its work has begun."""
+    """A command line, and how to see that its work has begun."""
 
     name: str
     target: float
@@ -77,7 +77,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class Startup:
-    """The result of a case."""
+    """The result of one case."""
 
     cpu_seconds: float
     """The median of the rounds."""
@@ -135,7 +135,7 @@ def _prepare(place: Path) -> None:
 
 def _measure(case: Case, place: Path) -> float:
     command = [sys.executable, "-m", "glmtune", *case.arguments.split()]
-    with tempfile.TemporaryDirectory(dir=place) as folder:  # each run finds nothing of another's
+    with tempfile.TemporaryDirectory(dir=place) as folder:  # each run starts in a new folder
         for name in ("rows.json", "rows.jsonl", "tokens", "bad.yaml"):
             if (place / name).exists():
                 os.symlink(place / name, Path(folder, name))
@@ -176,8 +176,8 @@ def _cpu_seconds(
     process.returncode = os.waitstatus_to_exitcode(status)
     ended = any(until in line for line in lines) if until else process.returncode == rc
     if not ended:
-        last = (lines or ["it said nothing"])[-1].strip()
-        raise UserError(f"{' '.join(command)}: does not come to its work ({last})")
+        last = (lines or ["no output"])[-1].strip()
+        raise UserError(f"{' '.join(command)}: does not reach its work ({last})")
     return used.ru_utime + used.ru_stime
 
 
@@ -190,8 +190,8 @@ def _surroundings() -> dict[str, Any]:
 
 
 def _words(startup: Startup) -> str:
-    kept = "kept" if startup.multiple <= startup.target else "MISSED"
+    met = "met" if startup.multiple <= startup.target else "MISSED"
     return (
         f"{startup.cpu_seconds:6.2f} s {startup.multiple:6.2f} x "
-        f"(target {startup.target:g} x: {kept})"
+        f"(target {startup.target:g} x: {met})"
     )

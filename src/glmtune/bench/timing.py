@@ -1,4 +1,4 @@
-"""Time on a device, and where results go."""
+"""Timing on a device, and the facts recorded with a result."""
 
 import importlib.metadata
 import platform
@@ -44,7 +44,7 @@ def median_ms(work: Callable[[], Any], device: torch.device, *, warmup: int, rep
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a figure must be read with: date, commit, device and versions."""
+    """The context of a result: date, commit, device and versions."""
     names = ("torch", "transformers", "peft")
     return {
         "date": date.today().isoformat(),
@@ -57,7 +57,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this package lies in, where it lies in one."""
+    """The commit of the checkout that holds this package; None if it is in none."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""`glmtune bench train`: speed and memory of a step, beside its ceiling and the reference path."""
+"""`glmtune bench train`: speed and memory of a step, its upper limit, and the reference path."""
 
 import time
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ class Speed:
 
 
 def bench_train(settings: BenchTrainSettings) -> dict[str, Any]:
-    """Measure on random weights and print; the record is returned, and appended where asked for.
+    """Measure on random weights, print and return a record; append it to `json_path` if given.
 
     Raises:
         UserError: float8 on a device without it, a device too small for the weights, rows that do
@@ -78,7 +78,7 @@ def bench_train(settings: BenchTrainSettings) -> dict[str, Any]:
     model = adapt(base, training)
     run = Run.of(training, accelerator, rows, model, settings.shape)
     record["layout"] = run.layout
-    speed, tokens, learned = _measure(run, model, settings)
+    speed, tokens, supervised = _measure(run, model, settings)
     record |= speed.__dict__
     flops = 4 * shape.matmul_parameters() * speed.real_tokens_per_second
     record["model_tflops_4n"] = flops / 1e12
@@ -94,7 +94,7 @@ def bench_train(settings: BenchTrainSettings) -> dict[str, Any]:
     del model, base, run
     free_memory()
     if settings.limits:
-        _measure_limits(record, shape, tokens, learned, device, dtype)
+        _measure_limits(record, shape, tokens, supervised, device, dtype)
     if settings.compare:
         free_memory()
         peers = family_of(base_config).native().bench_peers
@@ -113,7 +113,7 @@ def bench_train(settings: BenchTrainSettings) -> dict[str, Any]:
 
 
 def _train_settings(settings: BenchTrainSettings) -> TrainSettings:
-    """The settings of a run like the one measured; it has neither data nor a folder."""
+    """The settings of a training run; no run folder is used."""
     shared = settings.model_dump(include=set(TrainSettings.model_fields) - {"dataset_path"})
     return TrainSettings(
         dataset_path=settings.dataset_path or "random rows", output_dir="none", **shared
@@ -130,13 +130,13 @@ def _rows(settings: BenchTrainSettings, config: PreTrainedConfig) -> TokenRows:
 
 
 def _measure(run: Run, model: PeftModel, settings: BenchTrainSettings) -> tuple[Speed, int, int]:
-    """Speed, and how many tokens of a pass meet the layers' weights and how many the head's."""
+    """Speed, and tokens a pass that go through the layers, and through the head."""
     state = build_state(run, model)
     start = time.perf_counter()
     step_pass = build_pass(run, model, state.weights)
     speed = _time_steps(run, state, step_pass, settings, start)
     part = run.plan.parts(0, 1)[0]
-    if run.layout == "padded":  # its head meets every token, padding among them
+    if run.layout == "padded":  # the head computes every token, padding too
         num_tokens = len(part) * int(run.rows.lengths_R[part].max())
         return speed, num_tokens, num_tokens
     pack = step_pass.pack(part)  # type: ignore[attr-defined]
@@ -169,7 +169,7 @@ def _time_steps(
 def time_steps(
     run: Run, state: TrainingState, step_pass: Pass, warmup: int, steps: int
 ) -> tuple[list[float], np.ndarray]:
-    """Milliseconds of each of some training steps after others, and the rows of all of them."""
+    """Milliseconds of each of `steps` steps after `warmup` others, and the rows of these steps."""
     first = state.global_step + warmup
     times = times_ms(
         lambda: train_step(run, state, step_pass),
@@ -206,15 +206,15 @@ def _measure_limits(
     record: dict[str, Any],
     shape: Shape,
     tokens: int,
-    learned: int,
+    supervised: int,
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Add the ceilings in tokens a second, and the share of the one that applies."""
-    ms = limits.matmul_limit(shape, tokens, learned, device, dtype)
+    """Add the upper limits in tokens a second, and the share of the one that applies."""
+    ms = limits.matmul_limit(shape, tokens, supervised, device, dtype)
     record["matmul_limit_tokens_per_second"] = limit = tokens / ms * 1e3
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
-        ms = limits.matmul_limit(shape, tokens, learned, device, dtype, fp8=True)
+        ms = limits.matmul_limit(shape, tokens, supervised, device, dtype, fp8=True)
         record["matmul_limit_fp8_tokens_per_second"] = tokens / ms * 1e3
         if record["settings"].get("base_dtype") == "fp8":
             limit = record["matmul_limit_fp8_tokens_per_second"]
@@ -244,7 +244,7 @@ def _print(record: dict[str, Any]) -> None:
 
     mfu = ""
     if record["mfu_4n"] is not None:
-        mfu = f", {record['mfu_4n']:.1%} of what the card is rated in 16 bits"
+        mfu = f", {record['mfu_4n']:.1%} of the card's rated 16-bit speed"
     pairs = {
         "device": record["device"],
         "real": per_second("real_tokens_per_second"),

@@ -88,7 +88,7 @@ class QuantisingSettings(Settings):
         "4 is NF4 with double quantisation",
     )
     quantize_head: bool = Field(
-        False, description="hold embedding and head in 8 bits, which takes half a GiB off"
+        False, description="keep embedding and head in 8 bits, which saves half a GiB"
     )
 
     @field_validator("quantization_bit", mode="before")
@@ -131,7 +131,7 @@ class BadRowSettings(EncodingSettings):
 
     group: ClassVar[str] = "rows"
     on_bad_row: Literal["fail", "skip"] = Field(
-        "fail", description="stop at the first unusable row, or leave such rows out and list them"
+        "fail", description="stop at the first unusable row, or skip such rows and list them"
     )
 
 
@@ -143,7 +143,7 @@ class DeviceSettings(Settings):
         None, description="compute in bfloat16 (default: on a GPU that has it)"
     )
     fp16: bool = Field(False, description="compute in float16, which overflows sooner")
-    use_cpu: bool = Field(False, description="leave the GPU alone")
+    use_cpu: bool = Field(False, description="use the CPU even if there is a GPU")
 
     @field_validator("bf16", mode="before")
     @classmethod
@@ -214,14 +214,14 @@ class AnswerSettings(Settings):
 
     group: ClassVar[str] = "answers"
     max_new_tokens: int = Field(150, ge=1, description="longest answer, in tokens")
-    do_sample: bool = Field(False, description="draw tokens at random instead of the likeliest")
+    do_sample: bool = Field(False, description="sample tokens instead of taking the likeliest")
     temperature: float | None = Field(
-        None, ge=0, description="above 1 flattens the draw; 0 takes the likeliest tokens"
+        None, ge=0, description="above 1 samples more evenly; 0 takes the likeliest tokens"
     )
     top_p: float | None = Field(
-        None, gt=0, le=1, description="draw from the likeliest tokens that hold this probability"
+        None, gt=0, le=1, description="sample from the likeliest tokens of this total probability"
     )
-    top_k: int | None = Field(None, ge=1, description="draw from this many likeliest tokens")
+    top_k: int | None = Field(None, ge=1, description="sample from this many likeliest tokens")
     repetition_penalty: float | None = Field(
         None, gt=0, description="above 1 discourages tokens already used"
     )
@@ -229,7 +229,7 @@ class AnswerSettings(Settings):
         None,
         description="an answer ends before the first of these texts; a \\n in one is a new line",
     )
-    seed: int = Field(42, ge=0, lt=2**32, description="seed of the draw")
+    seed: int = Field(42, ge=0, lt=2**32, description="seed of sampling")
 
     @field_validator("stop_strings", mode="before")
     @classmethod
@@ -249,7 +249,7 @@ class GenerationSettings(AnswerSettings, DecodingSettings):
     """All settings of how records are answered; a setting that is None has no effect."""
 
     group: ClassVar[str] = "answers"
-    num_beams: int = Field(1, ge=1, description="beams of the search; 1 searches none")
+    num_beams: int = Field(1, ge=1, description="beams of beam search; 1 means none")
 
     @model_validator(mode="after")
     def search_alone(self) -> Self:

@@ -1,9 +1,9 @@
 """The settings of each verb, with the names of transformers' TrainingArguments where those exist.
 
-A verb's class is put together from groups (data, LoRA, optimiser, ...), each a class of its own,
-so that a setting shared by verbs is described once and `--help` can print group by group. A field's
-`description` is its help text; its type and bounds also word the error that a wrong value gets.
-Configs are frozen: what was checked is what runs.
+A verb's class inherits from groups (data, LoRA, optimiser, ...), each a class of its own, so that a
+setting shared by verbs is described once and `--help` can print group by group. A field's
+`description` is its help text; the error for a wrong value is made from its type and bounds.
+Settings are frozen, so that a run uses the values that were checked.
 """
 
 import os
@@ -53,18 +53,18 @@ class ValidateSettings(EncodingSettings):
         None, description="rows kept for testing: none of their questions may occur in the files"
     )
     json_path: PathText | None = Field(
-        None, description="JSON file to write every single problem into"
+        None, description="JSON file for the complete list of problems"
     )
 
     @field_validator("files", mode="before")
     @classmethod
     def wrap_one(cls, value: object) -> object:
-        """Accept one path for a list of one."""
+        """Turn a single path into a list of one."""
         return (value,) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def keep_files(self) -> Self:
-        """The report replaces none of the files it is about."""
+        """Refuse a report that would overwrite a file it is about."""
         read = {os.path.realpath(path) for path in (*self.files, self.held_out or "")}
         if self.json_path and os.path.realpath(self.json_path) in read:
             raise conflict(
@@ -120,7 +120,7 @@ class RecordSettings(BadRowSettings):
     group: ClassVar[str] = "data"
     data_path: PathText = Field(description="alpaca records to answer: .json (a list) or .jsonl")
     overwrite_output: bool = Field(
-        False, description="answer anew what a half-done file already answers"
+        False, description="start over instead of continuing an unfinished file of answers"
     )
 
 
@@ -132,13 +132,13 @@ class AnsweringSettings(
     BaseModelSettings,
     DeviceSettings,
 ):
-    """All that the verbs that answer records have in common."""
+    """The settings that the verbs that answer records share."""
 
     group: ClassVar[str] = "data"
 
     @model_validator(mode="after")
     def sampling_is_on(self) -> Self:
-        """Settings of the draw without a draw would be ignored in silence."""
+        """Refuse sampling settings without do_sample, which would have no effect."""
         for name in OF_THE_DRAW:
             value = getattr(self, name)
             if not self.do_sample and value is not None and (name, value) != ("temperature", 0):
@@ -169,7 +169,8 @@ class InferSettings(AnsweringSettings):
         10, ge=0, description="print this many of them with their answers; none: all"
     )
     print_form: Literal["labels", "original"] = Field(
-        "labels", description="Model and Expected under their names, or as the script of 2023 did"
+        "labels",
+        description="print lines named Model and Expected, or the format of the script of 2023",
     )
 
 
@@ -190,7 +191,7 @@ class CompareSettings(AnsweringSettings):
 
 
 class ChatSettings(AnswerSettings, AnsweringWeightSettings, BaseModelSettings, DeviceSettings):
-    """Settings of `glmtune chat`; those of the draw are the published code's."""
+    """Settings of `glmtune chat`; sampling defaults are those of the published code."""
 
     verb = "chat"
     group: ClassVar[str] = "chat"
@@ -198,12 +199,12 @@ class ChatSettings(AnswerSettings, AnsweringWeightSettings, BaseModelSettings, D
         None, description="run folder or adapter to talk to (default: the base model alone)"
     )
     max_new_tokens: int = Field(512, ge=1, description="longest answer, in tokens")
-    do_sample: bool = Field(True, description="draw tokens at random instead of the likeliest")
+    do_sample: bool = Field(True, description="sample tokens instead of taking the likeliest")
     temperature: float | None = Field(
-        0.95, ge=0, description="above 1 flattens the draw; 0 takes the likeliest tokens"
+        0.95, ge=0, description="above 1 samples more evenly; 0 takes the likeliest tokens"
     )
     top_p: float | None = Field(
-        0.7, gt=0, le=1, description="draw from the likeliest tokens that hold this probability"
+        0.7, gt=0, le=1, description="sample from the likeliest tokens of this total probability"
     )
 
 
@@ -216,8 +217,8 @@ class ReplaySettings(BaseModelSettings):
     verb = "replay"
     group: ClassVar[str] = "bundle"
     bare_words = ("bundle",)
-    bundle: PathText = Field(description="crash-N folder that a run left")
-    use_cpu: bool = Field(False, description="leave the GPU alone")
+    bundle: PathText = Field(description="crash-N folder that a run wrote")
+    use_cpu: bool = Field(False, description="use the CPU even if there is a GPU")
 
 
 class CheckSettings(AnsweringWeightSettings, BaseModelSettings, DeviceSettings):
@@ -226,15 +227,15 @@ class CheckSettings(AnsweringWeightSettings, BaseModelSettings, DeviceSettings):
     verb = "check"
     group: ClassVar[str] = "check-up"
     bare_words = ("adapter",)
-    adapter: PathText = Field(description="run folder or adapter to look over")
+    adapter: PathText = Field(description="run folder or adapter to check")
     data_path: PathText | None = Field(
         None,
         description="alpaca records to ask (default: rows that the run held out, else a few "
-        "questions of our own)",
+        "built-in questions)",
     )
-    limit: int = Field(16, ge=1, description="ask N at most, beside 16 questions of other kinds")
+    limit: int = Field(16, ge=1, description="ask N at most, and 16 unrelated questions besides")
     max_new_tokens: int = Field(150, ge=1, description="longest answer, in tokens")
-    json_path: PathText | None = Field(None, description="JSON file to write all figures into")
+    json_path: PathText | None = Field(None, description="JSON file for all measured values")
 
 
 # --- merge, adapters convert ---
@@ -248,7 +249,7 @@ class MergeSettings(BaseModelSettings):
     reads_and_writes = ("adapter", "save_path")
     adapter: PathText = Field(description="run folder or adapter to merge")
     save_path: PathText = Field(
-        description="folder for the merged model, which loads as a plain one"
+        description="folder for the merged model, which loads without an adapter"
     )
 
 
@@ -260,7 +261,7 @@ class ConvertAdapterSettings(Settings):
     bare_words = ("old", "new")
     reads_and_writes = ("old", "new")
     old: PathText = Field(description="folder of an adapter of 2023")
-    new: PathText = Field(description="folder to write, in PEFT's form of today")
+    new: PathText = Field(description="folder to write, in PEFT's current format")
 
 
 # --- doctor ---
@@ -273,13 +274,13 @@ class DoctorSettings(BaseModelSettings, DeviceSettings):
     group: ClassVar[str] = "doctor"
     bare_words = ("recipe_path",)
     recipe_path: PathText | None = Field(
-        None, description="recipe to examine with all that it names (default: the machine alone)"
+        None, description="recipe to check, with its base and data (default: only the machine)"
     )
-    json_path: PathText | None = Field(None, description="JSON file to write the findings into")
+    json_path: PathText | None = Field(None, description="JSON file for the findings")
     explain: PlainText | None = Field(
         None,
         description="explain this error message in Chinese and English instead: its text, a file "
-        "that holds it, or - for what comes by stdin",
+        "that contains it, or - for stdin",
     )
     errors: bool = Field(False, description="list the errors that are known, as Markdown")
 
@@ -296,25 +297,25 @@ class DemoSettings(Settings):
     out: PathText = Field(
         "glmtune-demo", description="folder to write: a new one, or one that a demo wrote before"
     )
-    seed: int = Field(42, ge=0, lt=2**32, description="seed of LoRA's start and the rows' order")
+    seed: int = Field(42, ge=0, lt=2**32, description="seed of LoRA's weights and the rows' order")
     max_steps: int | None = Field(
         None, ge=1, description="training steps (default: as many as the demo needs)"
     )
     limit: int = Field(
         400, ge=2, le=400, description="held-out questions, half Chinese and half English"
     )
-    use_cpu: bool = Field(False, description="leave the GPU alone")
+    use_cpu: bool = Field(False, description="use the CPU even if there is a GPU")
 
 
 class NewModelSettings(Settings):
-    """Settings of `glmtune new-model`; a size that is None is that of the model in `like`."""
+    """Settings of `glmtune new-model`; sizes that are None are those of the model in `like`."""
 
     verb = "new-model"
     group: ClassVar[str] = "new model"
     bare_words = ("folder",)
     folder: PathText = Field(description="folder to write, new or empty")
     like: Literal["chatglm-6b", "glm-tiny"] = Field(
-        description="model whose sizes and layout it has, where no other size is given"
+        description="model to take the layout from, and all sizes that are not given"
     )
     vocab_file: PathText | None = Field(
         None,
@@ -323,14 +324,14 @@ class NewModelSettings(Settings):
     )
     hidden_size: int | None = Field(None, ge=4, description="width of the model")
     num_layers: int | None = Field(None, ge=1, description="number of layers")
-    num_attention_heads: int | None = Field(None, ge=1, description="heads of a layer")
+    num_attention_heads: int | None = Field(None, ge=1, description="attention heads of a layer")
     inner_hidden_size: int | None = Field(
         None, ge=1, description="width inside the MLP (default: 4 x a given hidden_size)"
     )
     vocab_size: int | None = Field(
-        None, ge=1024, description="rows of the embedding; at least what the vocabulary file has"
+        None, ge=1024, description="rows of the embedding; at least as many as pieces"
     )
-    max_sequence_length: int | None = Field(None, ge=8, description="most positions")
+    max_sequence_length: int | None = Field(None, ge=8, description="largest number of positions")
     num_shards: int | None = Field(
         None, ge=1, le=1000, description="weight files (default: 8 for chatglm-6b, else 1)"
     )
@@ -365,4 +366,5 @@ SETTINGS: dict[str, type[Settings]] = {
 }
 """Verb -> its settings, in the order of the README's groups.
 
-Of verbs that know equally many names of a recipe without sections, the first is meant."""
+A recipe without sections belongs to the verb that knows most of its names; of several, the first.
+"""

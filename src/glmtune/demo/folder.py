@@ -1,4 +1,4 @@
-"""The folder that `glmtune demo` writes, and whether it may."""
+"""The folder that `glmtune demo` writes, and the checks before it does."""
 
 import shutil
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from glmtune.tune.folder import check_folder, usable_folder
 
 NUM_BYTES = 64 * 2**20
-"""More than a demo ever writes: mostly the adapter, with its optimiser's state."""
+"""Upper bound of what a demo writes: mostly adapter and optimiser state."""
 
 ABOUT_FILE = "ABOUT.txt"
 ABOUT = """\
@@ -25,7 +25,7 @@ WRITTEN = (
 
 
 def claim_folder(out: Path) -> None:
-    """Make the folder, or empty one that a demo made; every check comes before the first change.
+    """Create the folder, or empty one that a demo made; nothing changes before all checks.
 
     Raises:
         UserError: it holds other things, cannot be written, or its disk has too little space.

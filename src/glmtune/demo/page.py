@@ -1,4 +1,4 @@
-"""What the demonstration's page has beyond a comparison's and the curve of the loss: the score."""
+"""The score panel of the demonstration's page, beside the comparison and the loss curve."""
 
 from collections.abc import Mapping
 from importlib import resources

@@ -14,8 +14,8 @@ from glmtune.demo.world import LANGUAGES, Fact, Kind, Question, Term, load_world
 HELD_OUT_SHARE = 0.25
 NUM_HELD_OUT = 400
 NUM_PER_KIND = 40
-"""Training records of each kind and language, but for the kinds named next."""
-# To read an answer off a list or a story is harder to learn than to recall a fact.
+"""Training records of each kind and language, except for the kinds named next."""
+# An answer that has to be found in a list or a story needs more examples than a recalled fact.
 _NUM_OF_HARD_KIND = dict.fromkeys(("count", "first", "last", "sort", "holder"), 140) | (
     dict.fromkeys(("biggest", "bigger", "smaller", "sum", "difference", "after", "before"), 80)
 )
@@ -37,7 +37,7 @@ class Asked:
 
 
 def num_right(questions: Sequence[Asked], answers: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """Answers that are word for word right, and questions, by language and by kind.
+    """Count the answers that are right word for word, and all, by language and by kind.
 
     Returns:
         "en", "zh", and each kind's name -> (right, asked).
@@ -52,10 +52,10 @@ def num_right(questions: Sequence[Asked], answers: Sequence[str]) -> dict[str, t
 
 @cache
 def training_questions(scale: float = 1.0) -> list[Asked]:
-    """Questions to train on, of every kind, alike in both languages, in random order.
+    """Questions to train on, of every kind, as many in each language, in random order.
 
     Args:
-        scale: how many, compared with the demonstration's.
+        scale: factor on the demonstration's number of questions.
     """
     chosen = []
     for kind in load_world().kinds.values():
@@ -104,7 +104,7 @@ def _group(fact: Fact) -> tuple[Term, ...]:
 def _ask(
     kind: Kind, language: str, facts: Sequence[Fact], *, held_out: bool, count: int
 ) -> list[Asked]:
-    """Different questions of one kind; facts come round in turn, each time in another phrasing."""
+    """Different questions of one kind: facts in turn, each time in a random phrasing."""
     random = Random(f"{kind.name} {language} {held_out}")
     phrasings = [ask for ask in kind.phrasings[language] if ask.held_out == held_out]
     turn = random.sample(facts, min(count, len(facts)))

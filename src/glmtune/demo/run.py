@@ -1,4 +1,4 @@
-"""`glmtune demo`: the whole job on the tiny model in the package, ending on a page.
+"""`glmtune demo`: all stages on the tiny model in the package, and a page with the result.
 
 Every stage is the verb that the 6B model's users call, with the same settings and files.
 """
@@ -62,7 +62,7 @@ class DemoResult:
 
 
 def demo(settings: DemoSettings) -> DemoResult:
-    """Teach glm-tiny to answer questions about its toy world, and show the effect on a page.
+    """Train glm-tiny to answer questions about its toy world, and show the effect on a page.
 
     Raises:
         UserError: the folder holds other things or cannot be written, or the disk is full.
@@ -116,7 +116,7 @@ def demo(settings: DemoSettings) -> DemoResult:
 
 
 def training_config(settings: DemoSettings, dataset_path: str, output_dir: str) -> TrainSettings:
-    """The demo's recipe, with what the command line says."""
+    """The demo's recipe, with the settings of the command line."""
     recipe = dict(RECIPE)
     if settings.max_steps is not None:
         recipe["max_steps"] = settings.max_steps
@@ -178,12 +178,12 @@ def _verdict(base: Count, tuned: Count, num_training: int) -> Text:
 
 
 def activation() -> dict[str, str]:
-    """How the README's commands come to work as they stand there, where they do not yet."""
+    """How to make `glmtune` available by name in this terminal; empty if it is already."""
     if program() == "glmtune" or sys.prefix == sys.base_prefix:
         return {}
     place = Path(program()).parent
     how = f"{place}\\activate" if os.name == "nt" else f"source {shlex.quote(str(place))}/activate"
-    return {"by its name": f"{how}, then glmtune is enough"}
+    return {"shorter": f"{how}, then glmtune is enough"}
 
 
 def _print_end(result: DemoResult, settings: DemoSettings) -> None:
@@ -205,7 +205,7 @@ def _print_end(result: DemoResult, settings: DemoSettings) -> None:
         "What to try next",
         {
             "ask it": f"{program()} infer --data_path {questions} --adapter {run} --limit 10",
-            "look it over": f"{program()} check {run} --data_path {questions}",
+            "check it": f"{program()} check {run} --data_path {questions}",
             "train it your way": f"{program()} train {recipe} --output_dir my-run --lora_rank 2",
             "the real one": f"{program()} tune YOUR_RECORDS.json --out tuned --base CHATGLM_6B",
             **activation(),

@@ -1,4 +1,4 @@
-"""The configuration of ChatGLM-6B, both published revisions, as transformers knows it."""
+"""The transformers configuration of ChatGLM-6B, both published revisions."""
 
 from typing import Any, ClassVar
 
@@ -18,20 +18,19 @@ class ChatGLMConfig(ChatGLMSettings, PreTrainedConfig):
     """Shape and special ids of a ChatGLM-6B checkpoint, read from its published `config.json`.
 
     The special ids that the first revision leaves out of its file are filled in: `[MASK]`,
-    `[gMASK]` and `<pad>` stand at fixed distances from `<sop>` (`bos_token_id`). The `auto_map` of
-    the file, which names code that the publisher wrote, is neither followed nor saved.
+    `[gMASK]` and `<pad>` are at fixed distances from `<sop>` (`bos_token_id`). The `auto_map` of
+    the file, which names the publisher's code, is neither followed nor saved.
 
     Raises:
-        UserError: the file is of another family that calls itself "chatglm" too, states weights
-            quantised in a way that is not the published one, asks for positions that this model
-            does not have, or holds no possible size.
+        UserError: the file is of another family that is named "chatglm" too, or has an unknown
+            quantisation, one-dimensional positions, or an impossible size.
     """
 
     model_type = "chatglm"
     attribute_map = ChatGLMSettings.attribute_map
     keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012  (Trainer adds a list)
 
-    # Clients look for it, TRL in every configuration.
+    # Some libraries read it from every configuration, TRL for one.
     auto_map: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self, **kwargs):
@@ -45,4 +44,4 @@ class ChatGLMConfig(ChatGLMSettings, PreTrainedConfig):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
-        """Do nothing: what is registered so leaves a copy of its source in each saved folder."""
+        """Do nothing: transformers would copy the source of the class into each saved folder."""

@@ -1,15 +1,15 @@
-"""What ChatGLM-6B's own chat makes of an answer. Source: the published code of revision v1.1."""
+"""How ChatGLM-6B's own chat edits an answer. Source: the published code of revision v1.1."""
 
 import re
 
-# The vocabulary has no full-width punctuation of these kinds, so answers come with the half-width.
+# The vocabulary lacks these full-width characters, so answers have the half-width ones instead.
 FULL_WIDTH = dict(zip(",!:;?", "，！：；？", strict=True))
 _BESIDE_CHINESE = re.compile("(?<=[\u4e00-\u9fff])[,!:;?]|[,!:;?](?=[\u4e00-\u9fff])")
-# A mark that the model's training data had in the place of a date.
+# A placeholder for a date in the model's training data.
 MARK, _MARKED = "[[训练时间]]", "2023年"
 
 
 def polish(text: str) -> str:
-    """An answer as it is shown: full-width punctuation beside Chinese, a year for its mark."""
+    """An answer as shown: full-width punctuation next to Chinese, a year for the placeholder."""
     text = text.replace(MARK, _MARKED)
     return _BESIDE_CHINESE.sub(lambda mark: FULL_WIDTH[mark[0]], text)

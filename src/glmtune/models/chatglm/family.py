@@ -1,4 +1,4 @@
-"""ChatGLM-6B as the rest of the project sees it: its two published revisions."""
+"""The `Family` entries of ChatGLM-6B: its two published revisions."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -46,7 +46,7 @@ def shape(config: ChatGLMSettings) -> Shape:
 
 
 def check_pair(config: ChatGLMSettings, tokenizer: Any) -> None:
-    """Make sure that a config.json and a tokenizer name the same ids.
+    """Check that a config.json and a tokenizer have the same special ids.
 
     Raises:
         UserError: they are of different revisions, or disagree on a special id.
@@ -67,7 +67,7 @@ def check_pair(config: ChatGLMSettings, tokenizer: Any) -> None:
 
 
 def probe_row(config: ChatGLMSettings) -> list[int]:
-    """Twenty ids from all over the vocabulary, with the special ids in their midst."""
+    """Twenty ids spread over the vocabulary, with the special ids in the middle."""
     import torch
 
     text = torch.linspace(config.pad_token_id + 1, config.mask_token_id - 1, 18).long().tolist()
@@ -76,7 +76,7 @@ def probe_row(config: ChatGLMSettings) -> list[int]:
 
 
 def _new_model(settings: Any) -> Any:
-    # It resolves glm-tiny, and what resolves knows the list of families.
+    # Imported late: it imports models.resolve, which imports the list of families.
     from glmtune.models.chatglm.new_model import new_model
 
     return new_model(settings)

@@ -1,4 +1,4 @@
-"""Whether a folder's weights, configuration and vocabulary are those of one ChatGLM-6B."""
+"""Check that a folder's weights, configuration and vocabulary fit together."""
 
 import re
 from pathlib import Path
@@ -38,13 +38,13 @@ def check_folder(
     *,
     must_tie: bool = False,
 ) -> None:
-    """Hold weights, configuration and vocabulary of a folder against each other; set the tie.
+    """Check that weights, configuration and vocabulary of a folder agree; set the head's tie.
 
     Args:
         folder: a checkpoint's.
         config: of that folder; `tie_word_embeddings` is set to what the weights say.
-        model_class: what the weights are for: the language model, or the bare model in it.
-        must_tie: the weights have to say that embedding and head are one.
+        model_class: the class to load: the language model, or the bare model without a head.
+        must_tie: refuse weights whose head differs from the embedding.
 
     Raises:
         UserError: one line that names what does not fit.
@@ -53,7 +53,7 @@ def check_folder(
         # transformers would load the base that this file names, wherever that lies.
         raise UserError(
             f"{folder / ADAPTER_CONFIG_FILE}: an adapter's file in a base model's folder; name the "
-            "base with --base and the adapter apart, or take this file away"
+            "base with --base and the adapter with --adapter, or remove this file"
         )
     files = folders.weight_files(folder)
     found = weights.read_outline(files)
@@ -104,7 +104,7 @@ def check_folder(
     if (folder / VOCAB_FILE).is_file():
         num_pieces = check_revision(folder / VOCAB_FILE, config.vocab_size)
         if num_pieces == NUM_PIECES_V1_0 and not _names_gmask(folder):
-            # Image tokens cut away (silver/chatglm-6b-slim); rows and code are still March's.
+            # Image tokens removed (silver/chatglm-6b-slim); positions are still those of v1.0.
             config.sop_in_prefix = True
 
 
@@ -114,7 +114,7 @@ def _names_gmask(folder: Path) -> bool:
 
 
 def _refuse_prefix(folder: Path, found: weights.Outline) -> None:
-    """Report a checkpoint of P-Tuning v2, whose trained prefix has no place in this model."""
+    """Refuse a checkpoint of P-Tuning v2, whose trained prefix this model cannot use."""
     of_prefix = [name for name in found if PREFIX in name]
     if not of_prefix:
         return
@@ -122,7 +122,7 @@ def _refuse_prefix(folder: Path, found: weights.Outline) -> None:
     named = f" (config.json names {base})" if isinstance(base, str) and base else ""
     what = "no base model" if len(of_prefix) == len(found) else "a base model and a prefix in one"
     raise UserError(
-        f"{folder}: is a P-Tuning v2 checkpoint, {what} ({of_prefix[0]}); glmtune tunes by LoRA "
-        f"and has no use for the prefix: pass the base it was trained on{named} as --base "
+        f"{folder}: is a P-Tuning v2 checkpoint, {what} ({of_prefix[0]}); glmtune trains LoRA "
+        f"and cannot use the prefix: pass the base it was trained on{named} as --base "
         "and train an adapter on the same rows"
     )

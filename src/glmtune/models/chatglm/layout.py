@@ -1,4 +1,4 @@
-"""What the ids of a row say about it: where it is padded, where its prefix ends, its positions.
+"""Derive the layout of rows from their ids: padding, the end of the prefix, positions.
 
 A row is ``text ids, [gMASK], <sop>, answer ids, <eop>`` with padding at either end. Shapes: B rows
 of a batch, S tokens, H hidden.
@@ -16,7 +16,7 @@ from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.ops.attention import prefix_lm_mask
 from glmtune.ops.loss import IGNORED
 
-_CACHED_ROWS = "glmtune_rows"  # of a transformers' cache: the attribute that holds its `CachedRows`
+_CACHED_ROWS = "glmtune_rows"  # attribute of a transformers cache that holds its `CachedRows`
 
 
 class Layout(NamedTuple):
@@ -33,7 +33,7 @@ class Layout(NamedTuple):
 
 
 class CachedRows(NamedTuple):
-    """What the rows in a cache determine about the tokens that continue them."""
+    """The layout of the rows in a cache, as far as their next tokens need it."""
 
     prefix_end_B: Tensor
     """Column of the cache that holds ``<sop>``."""
@@ -45,17 +45,17 @@ class CachedRows(NamedTuple):
     """The largest of `prefix_end_B`: a cache that was cut to less holds no whole prefix."""
 
     def keep(self, cache: Cache) -> None:
-        """Leave word of these rows with a cache, for `of` to find."""
+        """Attach this to a cache, where `of` finds it."""
         setattr(cache, _CACHED_ROWS, self)
 
     @classmethod
     def of(cls, cache: Cache) -> "CachedRows | None":
-        """What is known about the rows last read into a cache, if anything."""
+        """The `CachedRows` attached to a cache, if any."""
         return getattr(cache, _CACHED_ROWS, None)
 
     @classmethod
     def of_whole(cls, layout: Layout, num_past: int, valid_BK: Tensor) -> "CachedRows":
-        """Derive it from whole rows after `num_past` columns that all of each row sees."""
+        """Derive it from whole rows after `num_past` columns that every token sees."""
         prefix_end_B = layout.prefix_end_B + num_past
         return cls(prefix_end_B, layout.target_B, valid_BK.bool(), int(prefix_end_B.max()))
 
@@ -68,7 +68,7 @@ class CachedRows(NamedTuple):
         if num_past < self.longest_prefix:
             raise ValueError(
                 f"past_key_values: ends at column {num_past}, inside a prefix of "
-                f"{self.longest_prefix}, of which every token has seen all; start from an empty "
+                f"{self.longest_prefix}, which every token sees as a whole; start from an empty "
                 "cache with whole rows"
             )
         column_S = torch.arange(num_past, num_past + num_new, device=self.prefix_end_B.device)
@@ -87,13 +87,13 @@ def read_layout(
     With c prefix tokens and [gMASK] at place m, the position stream counts 0..c-1 over the prefix
     and stays at m from ``<sop>`` on; the block stream is 0 over the prefix and counts 1, 2, 3...
     from ``<sop>`` on. In revision v1.0 ``<sop>`` itself has position c. Padding does not count.
-    Source: the published code, as held by the golden vectors.
+    Source: the published code; recorded vectors test this.
 
     Args:
         input_ids_BS: whole rows, padded at the right or the left.
         config: gives the special ids and the revision.
         valid_BS: 1 or true for real tokens; by default every id but ``<pad>`` is real.
-        name: what the error calls the rows.
+        name: of the argument, for errors.
 
     Raises:
         ValueError: a row has no ``<sop>``, or neither [gMASK] nor [MASK] before it.
@@ -110,12 +110,12 @@ def read_layout(
     is_target_BS = torch.where(has_gmask_B1, is_gmask_BS, is_mask_BS)
     _check_specials(is_sop_BS, is_target_BS, name)
 
-    # Counted over real tokens: of a virtual prompt before padding at the left there is a gap.
+    # Real tokens only: columns have a gap where left padding follows a virtual prompt.
     place_BS = (valid_BS.cumsum(-1) - 1).clamp(min=0)
     target_B1 = place_BS.gather(-1, is_target_BS.int().argmax(-1, keepdim=True))
     position_BS = torch.where(in_prefix_BS, place_BS, target_B1)
     if config.sop_in_prefix:
-        # v1.0 counted <sop> as the prompt's last token and turned to [gMASK] only after it.
+        # In v1.0 <sop> continues the prompt's positions; only later tokens have [gMASK]'s.
         is_first_sop_BS = column_S == prefix_end_B[:, None]
         position_BS = torch.where(is_first_sop_BS & has_gmask_B1, place_BS, position_BS)
     block_BS = (column_S - prefix_end_B[:, None] + 1).clamp(min=0)
@@ -132,25 +132,26 @@ def lay_out(
     position_ids: Tensor | None = None,
     cache: Cache | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mask ``(B, 1, S, K)`` and positions ``(B, 2, S)`` of what the model is given.
+    """Mask ``(B, 1, S, K)`` and positions ``(B, 2, S)`` of the model's inputs.
 
-    What whole rows say is left with the cache, so that their next tokens need a mask alone. Whole
-    rows beside a cache of which no such word was left stand behind a virtual prompt, as prefix
-    tuning has it: all of each row sees it, and no position counts it.
+    The layout of whole rows is attached to the cache, so that their next tokens need only a mask.
+    Whole rows with a filled cache that has no layout attached follow a virtual prompt, as in prefix
+    tuning: every token of a row sees it, and positions do not count it.
 
     Args:
         input_ids: whole rows ``(B, S)``, or the next tokens of cached ones.
-        inputs_embeds: ``(B, S, H)`` of the same; they tell the special ids where no ids do.
+        inputs_embeds: ``(B, S, H)`` of the same; without ids, special ids are found in them.
         embed: the model's embedding.
         config: gives the special ids and the revision.
         attention_mask: 1 or true for real tokens, ``(B, P + S)`` with the P columns of the cache;
-            it may be left out for whole rows, where only ``<pad>`` is not real. Or the mask itself.
-        position_ids: the positions themselves.
+            it may be left out for whole rows, where only ``<pad>`` is not real. Or a ready mask,
+            boolean ``(B, 1, S, K)``.
+        position_ids: ready positions ``(B, 2, S)``.
         cache: one of transformers', empty or filled.
 
     Raises:
-        ValueError: a row lacks its special ids; mask or positions are of another form, or no mask
-            says what a cache holds; or a cache ends inside a prefix.
+        ValueError: a row lacks its special ids; mask or positions have another shape; a cache
+            comes without a mask, or ends inside a prefix.
     """
     _check_shapes(attention_mask, position_ids)
     if attention_mask is None or attention_mask.ndim == 2:
@@ -207,7 +208,7 @@ def _lay_out_ids(
     mask_B1SK = prefix_lm_mask(prefix_end_B, valid_BK.bool(), num_new)
     if cache is not None:
         num_keys, _ = cache.get_mask_sizes(num_new, 0)
-        # A static cache has more places than tokens: what lies beyond is not there yet.
+        # A static cache has more columns than tokens so far; the rest is masked.
         mask_B1SK = F.pad(mask_B1SK, (0, num_keys - mask_B1SK.shape[-1]), value=False)
     return mask_B1SK, positions_B2S
 
@@ -219,24 +220,24 @@ def known_mask(
     num_new: int,
     config: ChatGLMConfig,
 ) -> Tensor | None:
-    """Which columns are real, also if generation does not say: it drops a mask of ones.
+    """Which columns hold real tokens, also where generation gives no mask: it drops one of ones.
 
-    A filled cache gets its rows here, if it has none yet.
+    A filled cache without `CachedRows` gets them here.
 
     Args:
-        given_BK: what generation tells.
+        given_BK: the mask from generation, if any.
         cache: one of transformers', empty or filled.
-        input_ids_BS: the whole rows; or only what follows embeddings, or follows the cache.
+        input_ids_BS: whole rows, or only the tokens after given embeddings or after the cache.
         num_new: number of tokens to read.
-        config: as that of `read_layout`.
+        config: gives the special ids and the revision.
 
     Returns:
-        `given_BK`; or ``(B, S)`` where the ids are the whole rows, though the cache may hold a
-        virtual prompt before them, of which then whoever put it there has to tell; or
-        ``(B, P + S)``; or nothing before embeddings are read, which themselves tell.
+        `given_BK`, if there is one. Else ``(B, S)`` if the ids are whole rows, which leaves out a
+        virtual prompt in the cache: its owner has to extend the mask. Else ``(B, P + S)`` for rows
+        in a cache, or None for embeddings, from which `lay_out` derives it.
     """
     num_past = 0 if cache is None else int(cache.get_seq_length())
-    num_before = num_past + num_new - input_ids_BS.shape[1]  # columns of which there are no ids
+    num_before = num_past + num_new - input_ids_BS.shape[1]  # columns without ids
     valid_BK = input_ids_BS.ne(config.pad_token_id) if given_BK is None else given_BK
     if cache is None or not num_past:
         return valid_BK if num_before == 0 else given_BK
@@ -255,7 +256,7 @@ def _check_shapes(attention_mask: Tensor | None, position_ids: Tensor | None) ->
     if position_ids is not None and (position_ids.ndim != 3 or position_ids.shape[1] != 2):
         raise ValueError(
             f"position_ids: is of shape {tuple(position_ids.shape)}, but this model has two "
-            "streams of positions, (B, 2, S); leave it out, and they are read off the ids"
+            "streams of positions, (B, 2, S); leave it out, and they are derived from the ids"
         )
     if attention_mask is None or attention_mask.ndim == 2:
         return
@@ -270,15 +271,15 @@ def _check_shapes(attention_mask: Tensor | None, position_ids: Tensor | None) ->
 def special_ids(
     embeds_BSH: Tensor, embed: Callable[[Tensor], Tensor], config: ChatGLMConfig
 ) -> Tensor:
-    """Find the special ids of rows of which only the embeddings are known.
+    """Find the special ids in rows that are given as embeddings.
 
     Args:
-        embeds_BSH: of whole rows; what is no row of the table, as a virtual prompt, is text.
+        embeds_BSH: of whole rows; what is not in the table, such as a virtual prompt, is text.
         embed: the model's embedding.
         config: gives the ids of ``<pad>``, [MASK], [gMASK] and ``<sop>``.
 
     Returns:
-        int64 ``(B, S)``: those ids where their embeddings stand, -1 elsewhere.
+        int64 ``(B, S)``: those ids at their places, -1 elsewhere.
     """
     pad, mask, gmask, sop = (
         config.pad_token_id, config.mask_token_id, config.gmask_token_id, config.bos_token_id,
@@ -296,12 +297,12 @@ def special_ids(
 def check_labels(
     labels_BS: Tensor, position_ids_B2S: Tensor, valid_BS: Tensor | None = None
 ) -> None:
-    """Make sure that what is supervised stands in the answer.
+    """Refuse labels outside the answer.
 
-    The prefix is seen in both directions, so of a label in it the answer is in sight: its loss
-    falls without any training effect. ``<sop>`` is the first token that no token before it sees,
-    and this project's rows supervise it too, as the original's. Alone it is no answer to learn,
-    except of a row that ends with it, whose answer is empty.
+    Tokens of the prefix see each other in both directions, so a label there is visible to the token
+    that predicts it, and its loss falls without any effect. ``<sop>`` is the first token that no
+    earlier one sees; it is supervised, as in the original's rows. A row with no other label is
+    refused, unless it ends there, with an empty answer.
 
     Args:
         labels_BS: not shifted, `IGNORED` where a token is not supervised.
@@ -322,32 +323,32 @@ def check_labels(
     if bad:
         number = int((is_label_BS & (block_BS < 2))[bad[0]].sum())
         raise ValueError(
-            f"labels: row {bad[0]} has {number} at or before its <sop>, where every token is seen "
-            "from before and nothing is trained; put what is to be trained behind it (question "
-            f"[gMASK] <sop> answer <eop>), and set the labels of the question to {IGNORED}"
+            f"labels: row {bad[0]} has {number} at or before its <sop>, where tokens see their "
+            "labels and nothing is trained; put the supervised tokens after it (question [gMASK] "
+            f"<sop> answer <eop>), and set the labels of the question to {IGNORED}"
         )
 
 
 def check_answers(valid_BS: Tensor, position_ids_B2S: Tensor) -> None:
-    """Make sure that rows to train on have an answer, where labels are not to be seen.
+    """Refuse training rows without an answer, where no labels are passed.
 
-    Trainer's label smoothing and TRL keep the labels to themselves. Of rows of text alone TRL puts
-    [gMASK] and ``<sop>`` behind question and answer, as the tokenizer does.
+    Trainer's label smoothing and TRL compute the loss outside the model, so it gets no labels. Rows
+    of plain text end with [gMASK] and ``<sop>`` in TRL, since the tokenizer appends them.
 
     Raises:
-        ValueError: a row has no real token behind its ``<sop>``.
+        ValueError: a row has no real token after its ``<sop>``.
     """
     bad = (~(valid_BS & (position_ids_B2S[:, 1] > 1)).any(-1)).nonzero().flatten().tolist()
     if bad:
         raise ValueError(
-            f"input_ids: row {bad[0]} has nothing behind its <sop> to learn, all of it is prefix, "
-            "which is seen from before; put the answer behind <sop> (question [gMASK] <sop> answer "
-            "<eop>; of TRL's rows those with messages are so), or call model.eval() to ask only"
+            f"input_ids: row {bad[0]} has no answer after its <sop>; all of it is prefix, where "
+            "nothing is trained; put the answer after <sop> (question [gMASK] <sop> answer <eop>, "
+            "as TRL does with messages), or call model.eval() if you do not train"
         )
 
 
 def _check_specials(is_sop_BS: Tensor, is_target_BS: Tensor, name: str) -> None:
-    # One look for both, since a device has to be waited for.
+    # Both checks in one transfer, since reading from a device waits for it.
     found_B2 = torch.stack((is_sop_BS.any(-1), is_target_BS.any(-1)), dim=-1)
     for row, column in (~found_B2).nonzero().tolist():
         what = ("<sop>", "[gMASK] before <sop>")[column]

@@ -1,6 +1,6 @@
 """ChatGLM-6B on transformers' own classes, numerically equal to the published code.
 
-What sets the model apart from its contemporaries: a prefix that is seen in both directions, two
+Differences from other decoders: a prefix that is seen in both directions, two
 streams of rotary positions, and a residual that carries the normalised input scaled by alpha.
 
 Shapes: B rows of a batch, S query tokens, K key tokens, H hidden, N heads, D head size,
@@ -54,7 +54,7 @@ def eager_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **_
 ) -> tuple[Tensor, Tensor]:
     """Attention in plain steps, the reference of the fused kernels: ``(B, S, N, D)``, weights."""
-    # In 16 bits a product of some hundreds would be rounded to whole numbers.
+    # In bfloat16, scores of some hundreds would be rounded to whole numbers.
     scores_BNSK = query.float() @ key.float().transpose(-1, -2) * scaling
     weights_BNSK = scores_BNSK.masked_fill(~mask, -torch.inf).softmax(-1).to(query.dtype)
     return (weights_BNSK @ value).transpose(1, 2), weights_BNSK
@@ -68,7 +68,7 @@ class ChatGLMAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.scaling = config.head_dim**-0.5
-        self.is_causal = False  # the mask says it all
+        self.is_causal = False  # the mask decides
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
@@ -138,7 +138,7 @@ class ChatGLMBlock(GradientCheckpointingLayer):
 
 
 class ChatGLMPreTrainedModel(PreTrainedModel):
-    """What the bare model and the language model share."""
+    """The common base of the bare model and the language model."""
 
     config: ChatGLMConfig
     config_class = ChatGLMConfig
@@ -161,7 +161,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         return read_strictly(cls, check_folder, pretrained_model_name_or_path, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
-        if not isinstance(module, IntegerModule):  # random integers mean nothing
+        if not isinstance(module, IntegerModule):  # its weights always come from a file
             super()._init_weights(module)
 
 
@@ -204,20 +204,19 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             attention_mask: 1 for real tokens, 0 for padding, ``(B, S)``; beside a cache of P
                 columns ``(B, P + S)``; or a ready boolean ``(B, 1, S, K)``. By default every id but
                 ``<pad>`` is real.
-            position_ids: ``(B, 2, S)``, both streams; by default read off the ids.
+            position_ids: ``(B, 2, S)``, both streams; by default derived from the ids.
             past_key_values: one of transformers' caches, which holds the beginning of the rows, or
-                a virtual prompt that all of each row sees, as of prefix tuning.
-            inputs_embeds: ``(B, S, H)`` of the same tokens, which then are what is read; without
-                ids beside them the special ids are known by their embeddings.
+                a virtual prompt that every token sees, as in prefix tuning.
+            inputs_embeds: ``(B, S, H)`` of the same tokens, used in place of the ids; if no ids
+                are given, the special ids are found in the embeddings.
             use_cache: make a cache where none was given.
             cache: another name of `past_key_values`, that of transformers 5.24.
-            labels: ``(B, S)``, not shifted; see `check_labels`, which is all that is done here.
+            labels: ``(B, S)``, not shifted; only checked here, see `check_labels`.
             kwargs: `output_hidden_states` and `output_attentions`.
 
         Raises:
-            ValueError: positions or mask cannot be derived, because a row lacks its special ids,
-                because no mask says what a given cache holds, or because of their shapes; or a row
-                has a label where it cannot be supervised.
+            ValueError: a row lacks its special ids, a cache comes without a mask, an argument has
+                another shape, or a row has a label outside its answer.
         """
         if input_ids is None and inputs_embeds is None:
             raise ValueError("input_ids: pass ids (B, S), or inputs_embeds (B, S, H)")
@@ -228,17 +227,17 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         mask_B1SK, position_ids_B2S = lay_out(
             input_ids, inputs_embeds, self.word_embeddings, self.config, *given
         )
-        is_to_learn = self.is_below_head and self.training and torch.is_grad_enabled()
+        is_training = self.is_below_head and self.training and torch.is_grad_enabled()
         valid_BS = None if input_ids is None else input_ids.ne(self.config.pad_token_id)
         if labels is not None:
             check_labels(labels, position_ids_B2S, valid_BS)
-        elif is_to_learn and valid_BS is not None:
+        elif is_training and valid_BS is not None:
             check_answers(valid_BS, position_ids_B2S)
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
         cos, sin = rotary_angles(position_ids_B2S, self.config.head_dim)
 
-        # A packed embedding cannot know the compute type.
+        # An integer embedding does not know the compute type.
         hidden_BSH = inputs_embeds.to(self.final_layernorm.weight.dtype)
         for layer in self.layers:
             hidden_BSH = layer(hidden_BSH, mask_B1SK, cos, sin, past_key_values=past_key_values)
@@ -297,14 +296,14 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             num_items_in_batch: what the summed loss is divided by (labels of the whole step).
             cache: another name of `past_key_values`.
             kwargs: `output_hidden_states` and `output_attentions`; and `shift_labels` ``(B, S)``,
-                labels that are shifted already, which go before `labels`. (Trainer takes every
-                named argument for one that a batch has to have.)
+                already shifted labels, used in place of `labels`. (If it were a named argument,
+                Trainer would require it in every batch.)
 
         Raises:
-            ValueError: as that of `ChatGLMModel`; or a loss is asked for, of some logits only.
+            ValueError: as in `ChatGLMModel`; or labels are given, but only some logits computed.
         """
         if (shift_labels := kwargs.pop("shift_labels", None)) is not None:
-            labels = F.pad(shift_labels[:, :-1], (1, 0), value=IGNORED)  # for what looks at places
+            labels = F.pad(shift_labels[:, :-1], (1, 0), value=IGNORED)  # for `check_labels`
         if labels is not None and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
             raise ValueError("logits_to_keep: a loss needs all logits; leave it out, or the labels")
         if use_cache is None:
@@ -352,12 +351,12 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         """One step's inputs: the new ids or embeddings, and a mask over all columns.
 
         Raises:
-            ValueError: `position_ids` of this model's form, which generation would not move on.
+            ValueError: `position_ids` of two streams, which generation would not advance.
         """
-        position_ids = kwargs.pop("position_ids", None)  # transformers makes some of one stream
+        position_ids = kwargs.pop("position_ids", None)  # transformers makes one stream: unused
         if position_ids is not None and position_ids.ndim == 3:
             raise ValueError(
-                "position_ids: generation reads them off the ids; leave it out, or call the model"
+                "position_ids: generation derives them from ids; leave it out, or call the model"
             )
         kwargs.pop("labels", None)
         cache = past_key_values if cache is None else cache
@@ -365,7 +364,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         whole: Tensor = inputs_embeds if starts_from_embeds else input_ids  # type: ignore[assignment]
         new = whole if next_sequence_length is None else whole[:, -next_sequence_length:]
         attention_mask = known_mask(attention_mask, cache, input_ids, new.shape[1], self.config)
-        # Beside embeddings there may be no ids, or only those that were generated from them.
+        # With embeddings there may be no ids, or only those generated so far.
         has_ids = not starts_from_embeds or input_ids.shape[1] >= whole.shape[1]
         inputs = kwargs | {
             "input_ids": input_ids[:, -new.shape[1] :].contiguous() if has_ids else None,
@@ -374,7 +373,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             "past_key_values": cache,
         }
         if cache is not None and cache.is_compileable:
-            # Inputs of the same shapes in every step, which a compiled step reads.
+            # A compiled step needs inputs of the same shapes every time.
             rows = inputs["input_ids"], inputs["inputs_embeds"], self.transformer.word_embeddings
             layout = lay_out(*rows, self.config, attention_mask, None, cache)
             inputs["attention_mask"], inputs["position_ids"] = layout

@@ -77,7 +77,7 @@ def new_model(settings: NewModelSettings) -> NewModel:
             random_init.write_random_model(
                 draft, config, vocab_file, seed=settings.seed, num_shards=num_shards
             )
-    except RuntimeError as error:  # torch.save's word for a disk that is full
+    except RuntimeError as error:  # raised by torch.save when the disk is full
         raise UserError(
             f"{folder}: the weights cannot be written ({reason_of(error)}); check the free space"
         ) from error
@@ -89,8 +89,8 @@ def new_model(settings: NewModelSettings) -> NewModel:
 def shape(settings: NewModelSettings, vocab_file: Path | None) -> "ChatGLMConfig":
     """The sizes and special ids that the settings ask for.
 
-    The special ids are those of the vocabulary; without one they stand as far from the end as in
-    the published one.
+    The special ids are those of the vocabulary; without one they are as far from the end as in the
+    published one.
 
     Raises:
         UserError: sizes that do not fit each other, or the vocabulary.
@@ -116,7 +116,7 @@ def shape(settings: NewModelSettings, vocab_file: Path | None) -> "ChatGLMConfig
 
 
 def count_parameters(config: "ChatGLMConfig") -> int:
-    """Parameters of a model of this shape, the tied head not counted again; nothing is drawn."""
+    """Parameters of a model of this shape, a tied head counted once; no memory is allocated."""
     import torch
 
     from glmtune.models.chatglm.modeling import ChatGLMForConditionalGeneration
@@ -140,7 +140,7 @@ def _vocabulary(settings: NewModelSettings) -> Path | None:
 def _check_empty(folder: Path) -> None:
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder}: is there and not an empty folder; name a new one")
+            raise UserError(f"{folder}: exists and is not an empty folder; name a new one")
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror}); name a new one") from error
 

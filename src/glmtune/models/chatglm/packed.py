@@ -43,14 +43,14 @@ def block(
     """One layer, ``(T, H)`` to ``(T, H)``: what `ChatGLMBlock` computes.
 
     Args:
-        hidden_TH: what the layer before gives.
+        hidden_TH: output of the previous layer.
         weights: of this layer.
-        attention: of all layers, as the next two.
+        attention: the same for all layers, as are `cos` and `sin`.
         cos: ``(T, 2, D / 4)``, see `ops.rotary`.
         sin: of the same shape.
         dropout: of this layer; None for none.
-        wanted_L: places of the tokens whose output is wanted, which makes it ``(L, H)``: the last
-            layer gives the supervised tokens alone. Keys and values are those of all tokens.
+        wanted_L: indices of the tokens to compute outputs ``(L, H)`` for: in the last layer only
+            the supervised tokens. Keys and values are those of all tokens.
     """
     drop_1, drop_2, drop_3, drop_4 = dropout.each() if dropout else (None,) * 4
     normed_TH = weights.input_layernorm(hidden_TH)
@@ -68,7 +68,7 @@ def block(
 
 
 def gelu(x: Tensor) -> Tensor:
-    """GELU in its tanh form, as a sigmoid where a compiler fuses it: that takes one exponential."""
+    """Tanh form of GELU; on a GPU, where it is fused, as a sigmoid, which takes one exponential."""
     if not x.is_cuda:
         return F.gelu(x, approximate="tanh")
     y = x.float()

@@ -1,4 +1,4 @@
-"""Hashes of the published files of ChatGLM-6B, for where no hub answers that states them."""
+"""Known sha256 of the published files of ChatGLM-6B, used if the hub cannot be reached."""
 
 import re
 
@@ -27,19 +27,19 @@ KNOWN_SHARDS = {
 """Hashes of the publisher's ChatGLM-6B shards in float16, in their order.
 
 Source: git-lfs pointers to these files in public repositories; their sizes are those of the files.
-Between the two there was v1.0 without image tokens, whose first and last shard are not among them.
+Not known: the first and last shard of v1.0 without image tokens, which was published in between.
 """
 KNOWN_VOCABULARIES = {
     "5e974d9a69c242ce014c88c2b26089270f6198f3c0b700a887666cd3e816f17e",  # since mid-2023
     "99871e0c85db81ad7af1028854fd091cd5778c8414ae9d94bbbc10d02c831c21",  # March 2023
 }
-"""Hashes of the vocabularies of the publisher's ChatGLM-6B, whatever its bits."""
+"""Hashes of the vocabularies of the publisher's ChatGLM-6B, quantised or not."""
 _PUBLISHED = re.compile(r"(zai-org|THUDM)/chatglm-6b(-int8|-int4|-int4-qe)?")
 _SHARD = re.compile(r"pytorch_model-0000([1-8])-of-00008\.bin")
 
 
 def known_sha256(hub_id: str, name: str) -> set[str]:
-    """What the sha256 of a file of the publisher may be; empty where that is not known here."""
+    """The accepted sha256 of a published file; empty if unknown."""
     found = _PUBLISHED.fullmatch(hub_id)
     if found and name == "ice_text.model":
         return KNOWN_VOCABULARIES

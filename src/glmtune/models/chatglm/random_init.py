@@ -56,14 +56,14 @@ def write_random_model(
     num_shards: int = PUBLISHED_SHARDS,
     device: torch.device | str = "cpu",
 ) -> None:
-    """Write what a download of the same shape would hold, with random weights.
+    """Write a folder like a download of this shape, with random weights.
 
     float16 `.bin` shards and their index, which names the tied head too; `config.json` with the
     published `auto_map`; and, with a vocabulary, the tokenizer's files. The weights are normal with
     standard deviation `config.initializer_range`, biases 0, LayerNorms 1.
 
     Args:
-        folder: made if it is not there; files of the same names in it are replaced.
+        folder: created if missing; files of the same names in it are replaced.
         config: the shape.
         vocab_file: an `ice_text.model` to copy beside the weights.
         seed: of the weights.

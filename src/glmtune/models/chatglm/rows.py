@@ -1,4 +1,4 @@
-"""How ChatGLM-6B lays out a row of training."""
+"""The layout of ChatGLM-6B's training rows."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ from glmtune.data.row_rule import RowRule, Special
 
 
 def row_rule(ids: Any) -> RowRule:
-    """How rows are laid out, of what names the special ids: a configuration or a tokenizer.
+    """How rows are laid out, given a configuration or tokenizer, which has the special ids.
 
-    A row is ``text ids, [gMASK], <sop>, answer ids, <eop>``. All before ``<sop>`` is seen in both
-    directions, and ``<sop>`` is the first supervised token, as the published code has it.
+    A row is ``text ids, [gMASK], <sop>, answer ids, <eop>``. Tokens before ``<sop>`` see each other
+    in both directions, and ``<sop>`` is the first supervised token, as in the published code.
     """
     eos = ids.eos_token_id
     return RowRule(

@@ -6,12 +6,12 @@ from typing import Any, ClassVar, Self
 
 from glmtune.errors import UserError
 
-# March 2023 (v1.0): 20,000 image tokens stand before the text vocabulary, so every id is 20,000
+# March 2023 (v1.0): 20,000 image tokens precede the text vocabulary, so every id is 20,000
 # higher than in the revision of mid-2023 (v1.1).
 NUM_IMAGE_TOKENS = 20_000
 VOCAB_SIZE_V1_0 = 150_528
 VOCAB_SIZE_V1_1 = 130_528
-# Of packed integers in the published folders.
+# Bits of the published quantised folders.
 PACKED_BITS = (8, 4)
 
 _SIZES = (
@@ -31,7 +31,7 @@ def has_later_keys(settings: Mapping[str, Any]) -> bool:
 
 def _no_value(name: str, value: object) -> UserError:
     return UserError(
-        f"config.json: {name} is {value!r:.99}, which no model has; take config.json from the "
+        f"config.json: {name} is {value!r:.99}, which is not possible; take config.json from the "
         "published folder"
     )
 
@@ -42,7 +42,7 @@ def _check_quantization(settings: dict) -> None:
     Raises:
         UserError: it is not.
     """
-    method = settings.get("quant_method") or "of no named method"
+    method = settings.get("quant_method") or "without quant_method"
     in_8_bits, in_4_bits = (bool(settings.get(f"load_in_{bits}bit")) for bits in (8, 4))
     kind = settings.get("bnb_4bit_quant_type")
     is_known = method == "bitsandbytes" and in_8_bits != in_4_bits
@@ -52,8 +52,8 @@ def _check_quantization(settings: dict) -> None:
         is_known, method = False, "bitsandbytes' llm_int8_has_fp16_weight"
     if not is_known:
         raise UserError(
-            f"config.json: quantization_config ({method}) is a way of quantising that is not known "
-            "here, only bitsandbytes' 8 and 4 bits are; pass ChatGLM-6B in float16 with "
+            f"config.json: quantization_config ({method}) is not a supported quantisation, "
+            "only bitsandbytes' 8 and 4 bits are; pass ChatGLM-6B in float16 with "
             "quantization_bit 8 or 4, or its published -int8, -int4 or -int4-qe folder"
         )
 
@@ -63,7 +63,7 @@ class ChatGLMSettings:
     """Sizes and special ids of a checkpoint, checked; `ChatGLMConfig` adds what transformers needs.
 
     The special ids that the first revision leaves out of its file are filled in: `[MASK]`,
-    `[gMASK]` and `<pad>` stand at fixed distances from `<sop>` (`bos_token_id`).
+    `[gMASK]` and `<pad>` are at fixed distances from `<sop>` (`bos_token_id`).
 
     Raises:
         UserError: as `ChatGLMConfig`.
@@ -88,10 +88,10 @@ class ChatGLMSettings:
     tie_word_embeddings: bool = True
     use_cache: bool = True
     sop_in_prefix: bool = False
-    """Whether ``<sop>`` has the prompt's last position, as the code of March 2023 gave it: so in
-    v1.0, and in copies of it whose image tokens were cut away."""
-    quantization_bit: int = 0  # 8 or 4: packed integers in the layers' linears
-    quantization_embeddings: bool = False  # and in embedding and head; alone, those in 8 bits
+    """Whether ``<sop>`` continues the prompt's positions, as in the code of March 2023: true for
+    v1.0, and for copies of it whose image tokens were removed."""
+    quantization_bit: int = 0  # 8 or 4: integer weights in the layers' linears
+    quantization_embeddings: bool = False  # embedding and head too; without the former, in 8 bits
     bos_token_id: int | None = 130004
     eos_token_id: int | list[int] | None = 130005
     mask_token_id: int = None  # type: ignore[assignment]  # filled in from bos_token_id

@@ -4,8 +4,8 @@ Text rules of the published code: a newline becomes ``<n>``, a tab ``<|tab|>`` a
 ``<|blank_n|>``, longest first; everything else, special names in the text included, is left to
 sentencepiece, so no text can produce a special id. `encode` appends ``[gMASK] <sop>``.
 
-Special ids come out of a chat template alone (chat_template.py), be it tokenised at once or kept as
-a string first; and a text is split at tokens that were added by name.
+Only a chat template writes special ids (chat_template.py), whether its output is tokenised at once
+or stored as a string first. Text is also split at tokens that were added by name.
 """
 
 import re
@@ -39,12 +39,12 @@ class ChatGLMTokenizer(Encoder, PreTrainedTokenizer):
 
     The special tokens are those of the vocabulary, whatever `tokenizer_config.json` says: files of
     the first revision name `</s>` as the end of text, which the model was never trained to write.
-    Names that the vocabulary does not have are the caller's: they are added behind its last id, and
-    the model's embedding must have rows for them.
+    Names that the vocabulary lacks are added after its last id; the model's embedding must have
+    rows for them.
 
     Args:
         vocab_file: path of the sentencepiece file.
-        num_image_tokens: ids before the first text token; read off the file when None.
+        num_image_tokens: ids before the first text token; by default from the file.
 
     Raises:
         UserError: no such file, or not a sentencepiece model of this family.
@@ -53,7 +53,7 @@ class ChatGLMTokenizer(Encoder, PreTrainedTokenizer):
     vocab_files_names = {"vocab_file": VOCAB_FILE}  # noqa: RUF012
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
     unfinished = UNFINISHED
-    """The end of a decoded text that more ids may turn into something else, as a pattern."""
+    """Pattern of a decoded text's end that further ids may still change."""
 
     def __init__(
         self, vocab_file: str | None = None, num_image_tokens: int | None = None, **kwargs
@@ -71,7 +71,7 @@ class ChatGLMTokenizer(Encoder, PreTrainedTokenizer):
             for index, token in kwargs.get("added_tokens_decoder", {}).items()
             if self.is_new(token)
         }
-        kwargs.pop("auto_map", None)  # it names code that a published folder has and we do not run
+        kwargs.pop("auto_map", None)  # names the publisher's code, which is not run
         kwargs.setdefault("clean_up_tokenization_spaces", False)
         kwargs.setdefault("padding_side", "left")
         kwargs["chat_template"] = kwargs.get("chat_template") or CHAT_TEMPLATE
@@ -79,7 +79,7 @@ class ChatGLMTokenizer(Encoder, PreTrainedTokenizer):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoTokenizer") -> None:
-        """Do nothing: what is registered so leaves a copy of its source in each saved folder."""
+        """Do nothing: transformers would copy the source of the class into each saved folder."""
 
     def get_vocab(self) -> dict[str, int]:
         """Every piece and its id, added tokens included."""
@@ -106,21 +106,21 @@ class ChatGLMTokenizer(Encoder, PreTrainedTokenizer):
         sanitize_control_tokens: bool = True,
         **variables: Any,
     ) -> Any:
-        """Messages as the rows that this model learns from; arguments as transformers' method.
+        """Render messages like this model's training rows; arguments as in transformers.
 
-        A first question stands alone, later ones come in rounds; ``[gMASK] <sop>`` follows the last
-        question with or without `add_generation_prompt`, and ``<eop>`` the answer. The words of a
-        leading system message come before the first question, on a line of their own.
+        A single question is written as it is, several as rounds; ``[gMASK] <sop>`` follows the last
+        question with or without `add_generation_prompt`, and ``<eop>`` the answer. The text of a
+        leading system message comes before the first question, on a line of its own.
 
-        Special names in a message stay text, whether `sanitize_control_tokens` says so or not.
-        Without `tokenize` the names that the template wrote carry a mark, which `encode` reads.
-        `assistant_masks` is 1 where a ``{% generation %}`` block wrote: the last answer and its
-        ``<eop>``, since those before it belong to the question.
+        Special names in a message stay text, whatever `sanitize_control_tokens` is. With `tokenize`
+        false, the names that the template wrote carry a mark, which `encode` reads.
+        `assistant_masks` is 1 for what a ``{% generation %}`` block wrote: the last answer and its
+        ``<eop>``, since earlier answers belong to the question.
 
         Raises:
             jinja2.TemplateError: what the model cannot read: tools, pictures, other roles, two
                 questions in a row.
-            UserError: a mask is wanted of a template whose block begins or ends within a text.
+            UserError: a mask is requested, but the template's block begins or ends within a text.
         """
         if return_assistant_tokens_mask and (
             not tokenize or not return_dict or continue_final_message
@@ -211,7 +211,7 @@ class ChatGLMTokenizer(Encoder, PreTrainedTokenizer):
     def _add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
         num_added = super()._add_tokens(new_tokens, special_tokens=special_tokens)
         added = [token for token in self._added_tokens_decoder.values() if self.is_new(token)]
-        added.sort(key=lambda token: -len(token.content))  # the longest that fits
+        added.sort(key=lambda token: -len(token.content))  # the longest match first
         self._new_tokens = [(_pattern(token), token.content) for token in added]
         return num_added
 
@@ -307,7 +307,7 @@ class ChatGLMTokenizer(Encoder, PreTrainedTokenizer):
 
 
 def _pattern(token: AddedToken) -> str:
-    """What of a text an added token takes."""
+    """The pattern that an added token matches in a text."""
     pattern = re.escape(token.content)
     if token.single_word:
         pattern = f"(?<![^ ]){pattern}(?![^ ])"

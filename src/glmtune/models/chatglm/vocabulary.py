@@ -1,4 +1,4 @@
-"""The vocabulary file of ChatGLM-6B, both published revisions, and blanks as pieces of it."""
+"""The vocabulary file of ChatGLM-6B, both published revisions, and its pieces for white space."""
 
 import re
 from pathlib import Path
@@ -22,7 +22,7 @@ NUM_PIECES_V1_1 = 130_344
 _BLANKS = re.compile(f" {{2,{MAX_BLANKS}}}")
 _STANDINS = re.compile(r"<n>|<\|tab\|>|<\|blank_(\d+)\|>")
 UNFINISHED = r"<(\|(t(a(b\|?)?)?|b(l(a(n(k(_(\d{1,2}\|?)?)?)?)?)?)?)?|n)?$"
-"""The beginning of such a name at the end of a text, which more pieces may make whole."""
+"""An incomplete name of such a piece at the end of a text, which more pieces may complete."""
 
 
 def replace_blanks(text: str) -> str:
@@ -58,10 +58,10 @@ def read_vocab(vocab_file: str | Path | None) -> tuple[bytes, SentencePieceProce
 
 
 def image_tokens_v1_0(model_vocab_size: int | None, given: int | None) -> int:
-    """How many ids stand before the text in the first revision: 20,000, unless they were cut away.
+    """Number of ids before the text ids in the first revision: 20,000, unless they were removed.
 
     ChatGLM-6B-Slim (March 2023) has the first revision's vocabulary file beside 130,528 rows, so
-    that its ids are those of the later revision. A vocabulary saved by itself says how many.
+    that its ids are those of the later revision. A tokenizer saved by itself states the number.
     """
     if model_vocab_size == VOCAB_SIZE_V1_1:
         return 0
