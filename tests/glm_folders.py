@@ -1,8 +1,11 @@
-"""Folders of the younger family with real or toy vocabularies, as downloaded; no weights."""
+"""Folders of the younger family with real or toy vocabularies, as downloaded."""
 
 import base64
 import json
+import shutil
 from pathlib import Path
+
+import torch
 
 PUBLISHED = {"model_type": "chatglm", "multi_query_attention": True}
 CONFIGS = {
@@ -44,3 +47,72 @@ def write_folder(
     settings = {key: value for key, value in settings.items() if value}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
+
+
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+}  # fmt: skip
+PUBLISHED_SIZES = {
+    "hidden_size": 32, "ffn_hidden_size": 48, "num_layers": 2, "num_attention_heads": 4,
+    "multi_query_group_num": 2, "kv_channels": 8, "seq_length": 512, "add_qkv_bias": True,
+    "eos_token_id": 2, "pad_token_id": 0, "layernorm_epsilon": 1e-5,
+}  # fmt: skip
+
+
+def write_model(folder: Path, family, vocabulary: Path, *, published: bool = False) -> Path:
+    """A tiny model of random weights with a real vocabulary, in either layout.
+
+    Args:
+        folder: is made.
+        family: its entry of the list.
+        vocabulary: a tokenizer.model.
+        published: in the publisher's layout, as .bin shards, instead of transformers'.
+    """
+    native = family.native()
+    settings = dict(family.published_settings) | SIZES
+    torch.manual_seed(0)
+    model = native.model_class(native.config_class.from_dict(settings))
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(weight, std=0.1)
+    folder.mkdir(parents=True)
+    if published:
+        variant = model.config.published_as or "glm4"
+        config = CONFIGS[variant] | PUBLISHED_SIZES
+        config["eos_token_id"] = settings["eos_token_id"]
+        config["pad_token_id"] = settings["pad_token_id"]
+        (folder / "config.json").write_text(json.dumps(config))
+        torch.save(as_published(model), folder / "pytorch_model.bin")
+    else:
+        model.save_pretrained(folder)
+    shutil.copyfile(vocabulary, folder / "tokenizer.model")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "ChatGLM4Tokenizer", "padding_side": "left"})
+    )
+    return folder
+
+
+def as_published(model) -> dict[str, torch.Tensor]:
+    """A model's tensors in float16 under the names of the publisher's code."""
+    weights = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    found = {
+        "transformer.embedding.word_embeddings.weight": weights["model.embed_tokens.weight"],
+        "transformer.encoder.final_layernorm.weight": weights["model.norm.weight"],
+        "transformer.output_layer.weight": weights["lm_head.weight"],
+    }
+    for layer in range(model.config.num_hidden_layers):
+        ours, theirs = f"model.layers.{layer}.", f"transformer.encoder.layers.{layer}."
+        for kind in ("weight", "bias"):
+            parts = [weights[f"{ours}self_attn.{name}_proj.{kind}"] for name in "qkv"]
+            found[f"{theirs}self_attention.query_key_value.{kind}"] = torch.cat(parts)
+        for a, b in (
+            ("self_attn.o_proj", "self_attention.dense"),
+            ("mlp.gate_up_proj", "mlp.dense_h_to_4h"),
+            ("mlp.down_proj", "mlp.dense_4h_to_h"),
+            ("input_layernorm", "input_layernorm"),
+            ("post_attention_layernorm", "post_attention_layernorm"),
+        ):
+            found[f"{theirs}{b}.weight"] = weights[f"{ours}{a}.weight"]
+    return found

@@ -20,7 +20,7 @@ GUIDES = ("docs/data.md", "docs/training.md", "docs/answers.md", "docs/cards.md"
 # Their commands are tests and benchmarks, of which most take minutes.
 PAGES_OF_TESTS = ("docs/reliability.md", "docs/peers.md")
 # Each has a Chinese page beside it.
-OTHERS = ("docs/tune.md", "docs/memory.md", "docs/architecture.md")
+OTHERS = ("docs/tune.md", "docs/memory.md", "docs/architecture.md", "docs/models.md")
 TRANSLATED = (READMES[0], *GUIDES, *PAGES_OF_TESTS, *OTHERS)
 COMMAND = re.compile(r"^(python \w+\.py|glmtune) .+", re.MULTILINE)
 # Fewer steps and answers than on a real base: enough to see that the command runs.
@@ -164,3 +164,10 @@ def test_the_commands_that_measure_reading_run(tmp_path):
         command = [sys.executable, str(ROOT / script), *arguments]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
         assert done.returncode == 0, done.stderr.decode()[-1500:]
+
+
+@pytest.mark.parametrize("line", [line for line in shell_lines("docs/models.md") if "plan" in line])
+def test_plans_of_the_page_on_models(line, capsys):
+    """Its other commands are run with tiny models, in test_glm_verbs.py."""
+    assert main(shlex.split(line)[1:]) == 0
+    assert "fits" in capsys.readouterr().out

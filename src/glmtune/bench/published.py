@@ -95,7 +95,7 @@ WORKS = {
             "percent, mean of subjects)",
         ),
         source="README.md of the ChatGLM2-6B repository",
-        caution="the publisher's script asks in words of its own and reads the letter off a chat's "
+        caution="the publisher's script has a prompt of its own and reads the letter off a chat's "
         "answer, lm-eval compares probabilities of the four letters: a point or two apart says "
         "nothing",
     ),
