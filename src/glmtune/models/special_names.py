@@ -9,10 +9,8 @@ to U+FDEF, no characters); in a message they become U+FFFD, the sign for what ca
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
-
-from glmtune.errors import UserError
 
 MARK, GUARD = "\ufdd0", "\ufdd1"
 
@@ -58,36 +56,3 @@ def guard(value: Any, beginning: re.Pattern = _OPENING) -> Any:
 def mark(rendered: str, names: re.Pattern) -> str:
     """Mark the names that the template wrote, and mend those of the messages."""
     return names.sub(rf"{MARK}\g<0>", rendered).replace(GUARD, "")
-
-
-def assistant_mask(
-    rendered: str,
-    spans: list[tuple[int, int]],
-    tokenize: Callable[[str], list],
-    names: re.Pattern,
-) -> list[int]:
-    """For each piece of a rendered chat, 1 where a ``{% generation %}`` block wrote it.
-
-    Args:
-        rendered: as the template left it, of guarded messages.
-        spans: first place and end of what each block wrote.
-        tokenize: a marked text's pieces, or their ids.
-        names: the names that the template may write.
-
-    Raises:
-        UserError: a block begins or ends within a text, so that it has no pieces of its own.
-    """
-    flags: list[int] = []
-    pieces: list = []
-    at = 0
-    for end in sorted({place for span in spans for place in span} | {len(rendered)}):
-        of_part = tokenize(mark(rendered[at:end], names))
-        flags += [int(any(start <= at < stop for start, stop in spans))] * len(of_part)
-        pieces += of_part
-        at = end
-    if pieces != tokenize(mark(rendered, names)):
-        raise UserError(
-            "return_assistant_tokens_mask: a generation block of this chat template begins or ends "
-            "within a text; let it begin behind a special token and end with one"
-        )
-    return flags

@@ -3,7 +3,10 @@
 `models.special_names` tells those that the template wrote from those in a message.
 """
 
-from glmtune.models.special_names import pattern_of
+from collections.abc import Callable
+
+from glmtune.errors import UserError
+from glmtune.models.special_names import mark, pattern_of
 
 WRITTEN_NAMES = ("[gMASK]", "<sop>", "<eop>")
 NAMES = pattern_of(WRITTEN_NAMES)
@@ -74,3 +77,32 @@ CHAT_TEMPLATE = """\
     {%- endgeneration %}
 {%- endif %}
 """
+
+
+def assistant_mask(
+    rendered: str, spans: list[tuple[int, int]], tokenize: Callable[[str], list[str]]
+) -> list[int]:
+    """For each piece of a rendered chat, 1 where a ``{% generation %}`` block wrote it.
+
+    Args:
+        rendered: as the template left it, of guarded messages.
+        spans: first place and end of what each block wrote.
+        tokenize: a marked text's pieces.
+
+    Raises:
+        UserError: a block begins or ends within a text, so that it has no pieces of its own.
+    """
+    mask: list[int] = []
+    pieces: list[str] = []
+    at = 0
+    for end in sorted({place for span in spans for place in span} | {len(rendered)}):
+        of_part = tokenize(mark(rendered[at:end], NAMES))
+        mask += [int(any(start <= at < stop for start, stop in spans))] * len(of_part)
+        pieces += of_part
+        at = end
+    if pieces != tokenize(mark(rendered, NAMES)):
+        raise UserError(
+            "return_assistant_tokens_mask: a generation block of this chat template begins or ends "
+            "within a text; let it begin behind <sop> and end with <eop>"
+        )
+    return mask

@@ -19,7 +19,7 @@ from transformers.utils import get_json_schema
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from glmtune.errors import UserError
-from glmtune.models.chatglm.chat_template import CHAT_TEMPLATE, NAMES, WRITTEN_NAMES
+from glmtune.models.chatglm.chat_template import CHAT_TEMPLATE, NAMES, WRITTEN_NAMES, assistant_mask
 from glmtune.models.chatglm.encoder import NAMED_TOKENS, Encoder
 from glmtune.models.chatglm.vocabulary import (
     UNFINISHED,
@@ -28,7 +28,7 @@ from glmtune.models.chatglm.vocabulary import (
     restore_blanks,
 )
 from glmtune.models.pieces import join_runs
-from glmtune.models.special_names import MARK, assistant_mask, guard, mark
+from glmtune.models.special_names import MARK, guard, mark
 
 _WRITTEN = [(re.escape(MARK + name), name) for name in WRITTEN_NAMES]
 _IMAGE = re.compile(r"<image_(\d+)>")
@@ -163,7 +163,7 @@ class ChatGLMTokenizer(Encoder, PreTrainedTokenizer):
             )
             ids = rows["input_ids"] if is_batch or return_tensors else [rows["input_ids"]]
             masks = [
-                self._fit(assistant_mask(text, of_text, self.tokenize, NAMES), row)
+                self._fit(assistant_mask(text, of_text, self.tokenize), row)
                 for text, of_text, row in zip(rendered, spans, ids, strict=True)
             ]
             rows["assistant_masks"] = masks if is_batch or return_tensors else masks[0]

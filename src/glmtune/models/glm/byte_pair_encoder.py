@@ -141,6 +141,7 @@ class BytePairEncoder(ConversationEncoder):
                 f"{vocab_file}: has no token {missing[0]}, so it is not a vocabulary of "
                 f"{self.layout.name}; take it from the folder of the model's weights"
             )
+        self._num_read = self.vocab_size
         self.check_size(vocab_file)
 
     @property
@@ -151,6 +152,8 @@ class BytePairEncoder(ConversationEncoder):
     def encode_texts(self, texts: list[str], num_threads: int | None = None) -> list[list[int]]:
         """The ids of texts, in which special names are ordinary text."""
         tokenizer = self.byte_pairs
+        tokenizer.no_truncation()  # transformers leaves there what a call of it asked for
+        tokenizer.no_padding()
         before, tokenizer.encode_special_tokens = tokenizer.encode_special_tokens, True
         try:
             if num_threads == 1 or len(texts) == 1:

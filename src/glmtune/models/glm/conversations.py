@@ -45,6 +45,7 @@ class ConversationEncoder:
     """Whether a role's newline and the text after it are encoded together."""
     has_blank = False
     """Whether chat templates write the blank that the vocabulary puts before each text."""
+    folder: Path
     folder_template: str | None = None
     """The chat template of the folder."""
 
@@ -224,7 +225,8 @@ class ConversationEncoder:
                 f"config.json beside it is of {name}; take both from the same download"
             )
         self.layout = LAYOUTS[name or self.layout_names[0]]
-        self.folder_template = read_template(vocab_file.parent)
+        self.folder = vocab_file.parent
+        self.folder_template = read_template(self.folder)
 
     def check_size(self, vocab_file: Path) -> None:
         """Make sure that the vocabulary and the config.json beside it are of one model.

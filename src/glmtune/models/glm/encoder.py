@@ -36,6 +36,16 @@ def find_vocabulary(folder: Path) -> Path:
     )
 
 
+def is_byte_pairs(vocab_file: Path) -> bool:
+    """Whether a vocabulary file is one of byte pairs, else one of sentencepiece.
+
+    Raises:
+        UserError: a Git-LFS pointer, or a link that leads out of the folder.
+    """
+    data = read_vocabulary(vocab_file)
+    return vocab_file.name == TOKENIZER_FILE or is_tiktoken(data)
+
+
 def of_folder(folder: Path) -> ConversationEncoder:
     """The encoder of a model's folder.
 
@@ -43,6 +53,4 @@ def of_folder(folder: Path) -> ConversationEncoder:
         UserError: there is no vocabulary, or it is damaged or not of the model beside it.
     """
     vocab_file = find_vocabulary(folder)
-    if vocab_file.name == TOKENIZER_FILE or is_tiktoken(read_vocabulary(vocab_file)):
-        return BytePairEncoder(vocab_file)
-    return PieceEncoder(vocab_file)
+    return (BytePairEncoder if is_byte_pairs(vocab_file) else PieceEncoder)(vocab_file)

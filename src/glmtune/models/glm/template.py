@@ -116,20 +116,30 @@ def generation_ids(encoder: ConversationEncoder) -> tuple[int, ...]:
 
 
 def check_template(encoder: ConversationEncoder) -> list[str]:
+    """Compare the rows with a folder's chat template, token by token, and with its settings' ids.
+
+    Returns:
+        A message for each difference, of up to three lines; the first of the template's alone.
+
+    Raises:
+        UserError: a settings file that cannot be read.
+    """
+    return [*_compare_template(encoder), *_compare_ids(encoder)]
+
+
+def _compare_template(encoder: ConversationEncoder) -> list[str]:
     """Compare the folder's chat template with the rows, token by token.
 
     An end that rows have no part in may differ: a newline behind the last role, which
     `generation_ids` repeats, the end of an answer, and the role that GLM-Edge's template always
     writes. Nor does the blank matter that ChatGLM3-6B's templates write before a newline or behind
     it, since no tokenizer of the model made it part of its ids.
-
-    Returns:
-        A message of a few lines for the first difference; nothing where there is none, or no
-        template.
     """
     if encoder.folder_template is None:
         return []
     newline = list(encoder.newline_ids)
+    # Such a template leaves the prefix to the tokenizer, which begins every text with it.
+    prefix = [] if encoder.layout.has_roles else [encoder.ids[n] for n in encoder.layout.prefix]
     for what, probe in _PROBES.items():
         if not encoder.layout.has_roles and probe[0][0] == SYSTEM:
             continue
@@ -137,6 +147,7 @@ def check_template(encoder: ConversationEncoder) -> list[str]:
             theirs = _template_ids(encoder, probe)
         except Exception as error:
             return [f"chat template: fails on {what} ({reason_of(error)[:200]})"]
+        theirs = theirs if theirs[: len(prefix)] == prefix else prefix + theirs
         ours = _row_ids(encoder, probe)
         if theirs in (ours, ours + newline):
             continue
@@ -153,6 +164,7 @@ def check_template(encoder: ConversationEncoder) -> list[str]:
         theirs = _template_ids(encoder, probe, begin_answer=False)
     except Exception as error:
         return [f"chat template: fails on {_WHOLE} ({reason_of(error)[:200]})"]
+    theirs = theirs if theirs[: len(prefix)] == prefix else prefix + theirs
     ends = [*([encoder.ids[name]] for name in _endings(encoder)), []]
     return (
         []
@@ -184,15 +196,11 @@ def _shown(encoder: ConversationEncoder, ids: Sequence[int]) -> str:
     return " ".join(f"{id_} {encoder.piece_of(id_)!r}" for id_ in ids) or "(nothing)"
 
 
-def check_ids(encoder: ConversationEncoder, folder: Path) -> list[str]:
-    """Compare special ids and stop ids with the folder's settings: a line for each difference.
-
-    Raises:
-        UserError: a file that cannot be read.
-    """
+def _compare_ids(encoder: ConversationEncoder) -> list[str]:
+    """Compare special ids and stop ids with the folder's settings: a line for each difference."""
     from glmtune.models.glm.conversations import SPARE_ROWS
 
-    found = []
+    folder, found = encoder.folder, []
     for name, id_ in encoder.ids.items():
         published = encoder.layout.specials.get(name)
         is_whole = abs(encoder.layout.num_rows - encoder.vocab_size) < SPARE_ROWS
