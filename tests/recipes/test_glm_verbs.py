@@ -52,7 +52,7 @@ def glmtune(line, base):
 
 
 def test_from_records_to_an_adapter_and_on(here, capsys):
-    assert main("convert --data_path data.json --save_path rows.jsonl".split()) == 0
+    assert main(["convert", "--data_path", "data.json", "--save_path", "rows.jsonl"]) == 0
     glmtune("tokenize --jsonl_path rows.jsonl --save_path rows", here)
     rows, card = load_dataset("rows")
     tokenizer = load_tokenizer(here)
@@ -83,21 +83,20 @@ def test_from_records_to_an_adapter_and_on(here, capsys):
     glmtune(f"infer --data_path data.json --adapter packed --limit 3 {answering}", here)
     glmtune(f"compare --data_path data.json --adapter packed --limit 3 {answering}", here)
     assert main(["check", "packed", "--base", here, "--use_cpu", "true", "--limit", "2"]) in (0, 1)
-    glmtune("merge --adapter packed --save_path merged --use_cpu true", here)
+    glmtune("merge --adapter packed --save_path merged", here)
     merged = load_base_model("merged")
-    assert find_family(merged.config.to_dict()).name == find_family(
-        load_base_model(here).config.to_dict()
-    ).name
+    assert (
+        find_family(merged.config.to_dict()).name
+        == find_family(load_base_model(here).config.to_dict()).name
+    )
     assert load_tokenizer("merged").row_rule == rule
-    assert "Instruction:" not in capsys.readouterr().out
 
 
 def test_plan_and_doctor(here, capsys):
     glmtune("plan --card 4090 --num_rows 100 --row_length 64", here)
     assert "fits" in capsys.readouterr().out
     main(["doctor", "--base", here, "--use_cpu", "true"])
-    out = capsys.readouterr().out
-    assert "PROBLEM" not in out.upper()
+    assert "0 problem(s)" in capsys.readouterr().out
 
 
 def test_a_chat_is_asked_in_the_models_own_layout(here, monkeypatch, capsys):

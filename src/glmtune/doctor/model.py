@@ -110,8 +110,10 @@ def check_tokenizer(base: Path | str) -> Iterator[CheckLine]:
     config, tokenizer = load_config(str(base)), load_tokenizer(str(base))
     family_of(config).check_pair(config, tokenizer)
     rule = tokenizer.row_rule
-    specials = ", ".join(f"{special.text} {special.id}" for special in rule.after_prompt)
+    shown = (*rule.before_prompt, *rule.after_prompt)
+    specials = ", ".join(f"{special.text} {special.id}" for special in shown)
     yield OK, f"revision {tokenizer.revision}, {tokenizer.vocab_size} ids, {specials}"
+    yield from ((WARNING, text) for text in family_of(config).check_tokenizer(tokenizer))
 
 
 def check_stop_ids(base: Path | str) -> Iterator[CheckLine]:

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from glmtune.data.dataset import RowTokenizer
 from glmtune.data.files import read_json_object
-from glmtune.errors import UserError, reason_of
+from glmtune.errors import UserError, note, reason_of
 from glmtune.models import families, folders
 from glmtune.models.families import (
     DEFAULT,
@@ -22,7 +22,7 @@ from glmtune.models.resolve import HUB_IDS
 T = TypeVar("T")
 
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-TOKENIZER_FILES = ("*.json", "*.model")
+TOKENIZER_FILES = ("*.json", "*.model", "*.jinja")
 
 
 def read_settings(base: str) -> Any:
@@ -66,10 +66,21 @@ def load_row_tokenizer(base: str) -> RowTokenizer:
     folder = fetch_base(base, TOKENIZER_FILES)
     built(folder, lambda: family.read_settings(settings))
     if (encoder := built(folder, lambda: family.row_tokenizer(folder))) is not None:
+        tell_differences(base, family, encoder)
         return encoder
     from glmtune.models.loading import load_tokenizer  # which imports torch
 
     return load_tokenizer(base)
+
+
+_told: set[str] = set()
+
+
+def tell_differences(base: str, family: Family, tokenizer: Any) -> None:
+    """Print once, as notes, where a folder's chat template is not how its rows are laid out."""
+    if base not in _told:
+        _told.add(base)
+        note(*family.check_tokenizer(tokenizer))
 
 
 def published_family(base: str) -> Family | None:

@@ -127,6 +127,8 @@ class Family(NamedTuple):
     row_tokenizer: Callable[[Path], RowTokenizer | None] = lambda folder: None
     """A folder's tokenizer without torch and transformers, for rows alone; None where only the
     tokenizer's class will do."""
+    check_tokenizer: Callable[[Any], list[str]] = lambda tokenizer: []
+    """In what a folder's own chat template and settings differ from how rows are laid out."""
     known_sha256: Callable[[str, str], set[str]] = lambda hub_id, name: set()
     """Hub id and file name to what the sha256 of a published file may be; empty if not known."""
     new_model: Callable[[Any], Any] | None = None

@@ -20,7 +20,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 # Data alone, never code.
-DATA_FILES = ("*.json", "*.model", "*.safetensors", "*.bin")
+DATA_FILES = ("*.json", "*.model", "*.jinja", "*.safetensors", "*.bin")
 MAX_NAMED = 3
 _SHARD = re.compile(r"([\w.-]+)-(\d{5})-of-(\d{5})\.(bin|safetensors)")
 HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download")

@@ -18,6 +18,7 @@ from glmtune.models.base_files import (
     fetch_base,
     find_base,
     published_family,
+    tell_differences,
 )
 from glmtune.models.families import DEFAULT, Family, family_not_loaded, family_of, register
 from glmtune.models.hubs import CONFIG_FILE, hub_settings
@@ -47,7 +48,9 @@ def load_tokenizer(base: str) -> Any:
     for name in TOKENIZER_SETTINGS:
         if (folder / name).is_file():
             read_json_object(folder / name)
-    return built(folder, lambda: family.native().tokenizer_class.from_pretrained(folder))
+    tokenizer = built(folder, lambda: family.native().tokenizer_class.from_pretrained(folder))
+    tell_differences(base, family, tokenizer)
+    return tokenizer
 
 
 def load_config(base: str) -> Any:

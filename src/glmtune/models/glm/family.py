@@ -128,6 +128,12 @@ def _open_encoder(folder: Path) -> RowTokenizer | None:
     return of_folder(folder)
 
 
+def _check_tokenizer(tokenizer: Any) -> list[str]:
+    from glmtune.models.glm.template import check_template
+
+    return check_template(tokenizer)
+
+
 def probe_row(config: Any) -> list[int]:
     """Twenty ids from all over the vocabulary."""
     return [config.vocab_size * i // 20 for i in range(20)]
@@ -145,11 +151,12 @@ def _native(variant: str) -> Native:
     )
     from glmtune.models.glm.packed import PACKED
     from glmtune.models.glm.random_init import write_random_model
+    from glmtune.models.glm.tokenization import GLMTokenizer
 
     is_glm4 = variant == GLM4_0414
     config_class: Any = Glm4Config if is_glm4 else GlmConfig
     model_class: Any = Glm4ForCausalLM if is_glm4 else GlmForCausalLM
-    bench = {
+    bench: dict[str, dict[str, dict[str, Any]]] = {
         CHATGLM3: {"chatglm3-6b": {}},
         GLM4: {"glm-4-9b": {}},
         GLM4_0414: {
@@ -165,7 +172,7 @@ def _native(variant: str) -> Native:
     return Native(
         config_class=config_class,
         model_class=model_class,
-        tokenizer_class=None,
+        tokenizer_class=GLMTokenizer,
         check_folder=check_folder,
         read_tensors=read_tensors,
         packed=PACKED,
@@ -197,6 +204,7 @@ def _entry(variant: str, name: str, published: tuple[str, ...]) -> Family:
         row_rule=partial(row_rule, layout),
         row_tokenizer=_open_encoder,
         check_pair=partial(check_pair, layout),
+        check_tokenizer=_check_tokenizer,
         lora_target=_QKV,
         other_names=_PUBLISHED_NAMES,
         chat=layout.chat,
