@@ -86,9 +86,9 @@ def hub(monkeypatch):
 @pytest.mark.parametrize(
     "name, config, words",
     [
-        ("THUDM/chatglm3-6b", CHATGLM | {"multi_query_attention": True}, "ChatGLM2-6B or ChatGLM3"),
-        ("me/by-no-name", CHATGLM | {"padded_vocab_size": 65024}, "ChatGLM2-6B or ChatGLM3-6B"),
-        ("me/another", {"model_type": "llama"}, "model_type 'llama', not 'chatglm'"),
+        ("me/pictures", {"model_type": "glm4v"}, "is GLM-4.1V, which sees pictures"),
+        ("me/experts", {"model_type": "glm4_moe"}, "GLM-4.5, 4.6 or 4.7, a mixture of experts"),
+        ("me/another", {"model_type": "llama"}, "is of model_type 'llama', no model that is known"),
         ("me/prefix", CHATGLM | {"pre_seq_len": 128}, "is a P-Tuning v2 checkpoint"),
         ("me/gptq", CHATGLM | {"quantization_config": {"quant_method": "gptq"}}, "gptq"),
         ("me/none", None, "gives no config.json (status 404); check the name"),
@@ -103,6 +103,17 @@ def test_what_cannot_be_loaded_is_told_before_it_is_fetched(hub, name, config, w
     assert words in findings[0][1]
     assert "memory" not in checks
     assert {path for path in hub.asked if "config" in path} == {f"/{name}/resolve/main/config.json"}
+
+
+@pytest.mark.parametrize(
+    "name, size", [("THUDM/chatglm3-6b", "12.5 GB"), ("zai-org/GLM-4-9B-0414", "18.8 GB")]
+)
+def test_published_models_are_known_without_a_hub(hub, name, size):
+    findings, checks = findings_on(name)
+    assert [status for status, _ in findings] == [WARNING]
+    assert f"{name} would be downloaded first ({size})" in findings[0][1]
+    assert not [path for path in hub.asked if "config" in path]
+    assert model.config_of(name).num_hidden_layers in (28, 40)
 
 
 def test_a_hub_s_model_that_can_be_loaded(hub):
@@ -124,22 +135,22 @@ def test_a_download_that_was_not_finished_is_finished_by_the_run(tmp_path, monke
 
 def test_a_name_is_all_there_is_where_no_hub_answers(hub, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    findings, _ = findings_on("THUDM/chatglm2-6b")
+    findings, _ = findings_on("zai-org/GLM-4.5-Air")
     assert findings == [(PROBLEM, findings[0][1])]
-    assert "is ChatGLM2-6B by its name" in findings[0][1]
+    assert "is GLM-4.5 or newer, a mixture of experts by its name" in findings[0][1]
     findings, _ = findings_on("me/unheard-of")
     assert findings[0][0] == PROBLEM
     assert "no hub answers" in findings[0][1]
 
 
 def test_modelscope_is_asked_for_its_models(monkeypatch, hub, spy):
-    answer = 200, {"multi_query_attention": True, **CHATGLM}
+    answer = 200, {"model_type": "glm4v"}
     monkeypatch.setattr(hubs, "ask", lambda url: answer)
     calls = spy(hubs, "ask")
-    findings, _ = findings_on("ZhipuAI/chatglm3-6b")
+    findings, _ = findings_on("ZhipuAI/chatglm3-6b-like")
     assert [status for status, _ in findings] == [PROBLEM]
     assert calls[-1].args == (
-        "https://modelscope.cn/api/v1/models/ZhipuAI/chatglm3-6b/repo?FilePath=config.json",
+        "https://modelscope.cn/api/v1/models/ZhipuAI/chatglm3-6b-like/repo?FilePath=config.json",
     )
 
 

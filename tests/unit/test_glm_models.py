@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from toys import randomise_adapter
 
 from glmtune.adapters.lora import attach_lora
+from glmtune.cli import main
 from glmtune.data.packing import lay_out
 from glmtune.data.token_rows import IGNORED, TokenRows
 from glmtune.errors import UserError
@@ -274,3 +275,26 @@ def test_published_integers_load_as_they_are(load, shared, tmp_path, bits):
         assert (model(ids).logits - wanted).abs().max() < 2e-3
         assert (as_floats(ids).logits - wanted).abs().max() < 2e-3
         assert (load("chatglm2")(ids).logits - wanted).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"model_type": "glm4_moe"}, "is GLM-4.5, 4.6 or 4.7, a mixture of experts"),
+        ({"model_type": "glm4_moe_lite"}, "is GLM-4.7-Flash, a mixture of experts"),
+        ({"model_type": "glm_moe_dsa"}, "is GLM-5, a mixture of experts"),
+        ({"model_type": "glm4v"}, "is GLM-4.1V, which sees pictures"),
+        ({"model_type": "chatglm", "padded_vocab_size": 151_552, "vision_config": {}},
+         "is GLM-4V-9B, which sees pictures"),
+        ({"model_type": "glm", "block_position_encoding": True}, "is an older GLM"),
+        ({"model_type": "qwen3"}, "is of model_type 'qwen3', no model that is known here"),
+        ({}, "is of model_type 'None'"),
+    ],
+)  # fmt: skip
+def test_another_model_is_named_for_what_it_is(tmp_path, settings, words, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    for verb in ("plan", "chat", "tokenize --jsonl_path a --save_path b"):
+        assert main([*verb.split(), "--base", str(tmp_path)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert words in line
+        assert "pass ChatGLM-6B, ChatGLM3-6B, ChatGLM2-6B, GLM-4-0414, GLM-4-9B or GLM-Edge" in line

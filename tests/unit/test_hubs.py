@@ -303,7 +303,10 @@ def test_modelscope_s_client_is_asked_where_it_is_installed(tmp_path, monkeypatc
     assert load_tokenizer(base).vocab_size
     asked = sys.modules.pop("modelscope").asked
     assert [name for name, _ in asked] == ["ZhipuAI/ChatGLM-6B"] * 2
-    assert [patterns for _, patterns in asked] == [["config.json"], ["*.json", "*.model"]]
+    assert [patterns for _, patterns in asked] == [
+        ["config.json"],
+        ["*.json", "*.model", "*.jinja"],
+    ]
 
 
 def test_a_download_from_modelscope_that_was_not_finished_is_gone_on_with(tmp_path, monkeypatch):

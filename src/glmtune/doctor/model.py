@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from glmtune.config.groups import DeviceSettings
 from glmtune.data.files import read_json_object
 from glmtune.doctor.findings import OK, PROBLEM, WARNING, CheckLine
-from glmtune.hardware import GIB, Card, pick_device, pick_dtype
+from glmtune.hardware import FLOAT16, GIB, Card, pick_device, pick_dtype
 from glmtune.models.families import DEFAULT, family_of, published_names
 from glmtune.models.folders import are_there
 from glmtune.models.hubs import download_command
@@ -22,9 +22,6 @@ from glmtune.models.loading import (
 )
 from glmtune.models.resolve import GLM_TINY, base_name, resolve_base
 from glmtune.models.shape import bits_of
-
-PUBLISHED_GB = 13.4
-"""Size of the published float16 shards on disk."""
 
 
 def find_base(named: str | None, run_folder: str | None = None) -> Path | str:
@@ -72,7 +69,11 @@ def check_hub_base(base: str, is_named: bool) -> Iterator[CheckLine]:
 def check_base(base: Path | str) -> Iterator[CheckLine]:
     """Whether config and weights belong to one model."""
     if not isinstance(base, Path):
-        size = f" ({PUBLISHED_GB} GB)" if base in published_names() else ""
+        size = ""
+        if base in published_names():
+            config = load_config(base)
+            shape = family_of(config).shape(config)._replace(tied_head=False)  # as files have it
+            size = f" ({shape.weight_bytes(FLOAT16) / 1e9:.1f} GB)"
         text = f"{base} would be downloaded first{size}"
         yield WARNING, f"{text}: {download_command(base)}, or name a folder with --base"
         return
@@ -132,5 +133,6 @@ def config_of(base: Path | str) -> PreTrainedConfig:
     """The config of a base; if that is not on this machine, its hub's, or the published one."""
     if isinstance(base, Path):
         return load_config(str(base))
-    told = None if base in published_names() else hub_config(base)
-    return told or DEFAULT.native().config_class()
+    if base in published_names():
+        return load_config(base)
+    return hub_config(base) or DEFAULT.native().config_class()

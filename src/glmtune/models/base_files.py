@@ -15,6 +15,8 @@ from glmtune.models.families import (
     family_not_loaded,
     family_of,
     find_family,
+    names_of_families,
+    what_is_not_loaded,
 )
 from glmtune.models.hubs import CONFIG_FILE, is_on_modelscope, try_to_load_from_cache
 from glmtune.models.resolve import HUB_IDS
@@ -105,10 +107,10 @@ def family_by_settings(base: str, settings: dict[str, Any]) -> Family:
     """The family of a config.json; raises UserError where there is none."""
     family = find_family(settings)
     if family is None:
-        known = " or ".join(dict.fromkeys(f.model_type for f in FAMILIES))
         raise UserError(
-            f"{base}: config.json says model_type {settings.get('model_type')!r}, not {known!r}; "
-            f"pass a {DEFAULT.name} folder"
+            f"{base}: is {what_is_not_loaded(settings)}, by its config.json (model_type "
+            f"{settings.get('model_type')!r}), which is not loaded here; pass "
+            f"{names_of_families()}"
         )
     return family
 

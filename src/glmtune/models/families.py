@@ -41,6 +41,36 @@ _NOT_LOADED = {
 }
 
 
+# What a config.json's model_type says of a model that is not loaded.
+_OTHER_TYPES = {
+    "glm4_moe": "GLM-4.5, 4.6 or 4.7, a mixture of experts",
+    "glm4_moe_lite": "GLM-4.7-Flash, a mixture of experts",
+    "glm_moe_dsa": "GLM-5, a mixture of experts",
+    "glm5_next": "GLM-5.3-Flash, a mixture of experts",
+    "glm4v": "GLM-4.1V, which sees pictures",
+    "glm4v_moe": "GLM-4.5V, which sees pictures",
+    "glm46v": "GLM-4.6V, which sees pictures",
+    "glm_ocr": "GLM-OCR, which sees pictures",
+    "glm": "an older GLM or one in a layout of its own",
+}
+
+
+def what_is_not_loaded(settings: Mapping[str, Any]) -> str:
+    """What a config.json that no family owns is of, in a few words."""
+    kind = str(settings.get("model_type"))
+    if "vision_config" in settings and kind == "chatglm":
+        return "GLM-4V-9B, which sees pictures"
+    if kind in _OTHER_TYPES:
+        return _OTHER_TYPES[kind]
+    return f"of model_type {kind!r}, no model that is known here"
+
+
+def names_of_families() -> str:
+    """The models that are loaded, as a list in a sentence."""
+    names = list(dict.fromkeys(family.name for family in FAMILIES if "v1.0" not in family.name))
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
 def find_family(settings: Mapping[str, Any]) -> Family | None:
     """The family that a config.json is of; None where none of the list is."""
     return next((family for family in FAMILIES if family.owns(settings)), None)

@@ -1,0 +1,226 @@
+"""The settings in config.json of the younger family, without transformers.
+
+Two layouts exist. The publisher's own, with model_type "chatglm" and remote code, is that of
+ChatGLM2-6B, ChatGLM3-6B and the first GLM-4-9B; transformers' is that of the -hf folders, of
+GLM-4-0414, GLM-Z1 and GLM-Edge. The first maps onto the second without a rest.
+
+Sources: config.json and modeling_chatglm.py of the published folders; transformers' `GlmConfig` and
+`Glm4Config`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from glmtune.errors import UserError
+
+CHATGLM2, CHATGLM3, GLM4, GLM4_0414, EDGE = "chatglm2", "chatglm3", "glm4", "glm4-0414", "glm-edge"
+VARIANTS = (CHATGLM2, CHATGLM3, GLM4, GLM4_0414, EDGE)
+
+_PUBLISHED_TYPE = "chatglm"
+_OF_2022 = "block_position_encoding"  # a key of GLM-10B and its kin, whose model_type is "glm", too
+# Keys that the publisher's layout has since ChatGLM2-6B, and ChatGLM-6B has not.
+_PUBLISHED_KEYS = ("padded_vocab_size", "multi_query_attention", "kv_channels")
+ROPE_BASE = 10_000.0
+_HALF = 0.5  # of a head, the part that is rotated
+_VOCAB_CHATGLM = 65_024  # rows of embedding and head of ChatGLM2-6B and ChatGLM3-6B
+_CHATGLM2_POSITIONS = 32_768
+_MAX_SIZE = 2**24
+_BITS = (0, 8, 4)
+_RENAMED = {
+    "padded_vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+    "kv_channels": "head_dim",
+    "layernorm_epsilon": "rms_norm_eps",
+    "seq_length": "max_position_embeddings",
+    "add_qkv_bias": "attention_bias",
+}
+# Switches of the publisher's code with the value that its models have; another is another model.
+_FIXED = {
+    "rmsnorm": True,
+    "post_layer_norm": True,
+    "add_bias_linear": False,
+    "apply_residual_connection_post_layernorm": False,
+    "original_rope": True,
+}
+# Keys of the publisher's layout that have their names in transformers' as well.
+_KEPT = ("eos_token_id", "pad_token_id", "tie_word_embeddings", "torch_dtype", "dtype", "use_cache",
+         "quantization_bit", "quantization_config")  # fmt: skip
+
+
+def is_published(settings: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of the publisher's own layout."""
+    return settings.get("model_type") == _PUBLISHED_TYPE and any(
+        key in settings for key in _PUBLISHED_KEYS
+    )
+
+
+def variant_of(settings: Mapping[str, Any]) -> str | None:
+    """Which model a config.json is of, one of `VARIANTS`; None where it is of another family.
+
+    ChatGLM2-6B and ChatGLM3-6B have the same layout and sizes. What tells them apart is the name
+    that the publisher left in the file, or else the number of positions.
+    """
+    kind, saved = settings.get("model_type"), settings.get("published_as")
+    if _OF_2022 in settings:
+        return None
+    if kind in ("glm", "glm4") and saved in VARIANTS:
+        return saved
+    if kind == "glm4":
+        return GLM4_0414
+    if kind == "glm":
+        if _rotary_factor(settings) == 1.0:
+            return EDGE
+        return CHATGLM3 if settings.get("vocab_size") == _VOCAB_CHATGLM else GLM4
+    if not is_published(settings) or "vision_config" in settings:
+        return None
+    name = str(settings.get("_name_or_path", "")).lower()
+    if "chatglm2" in name or "codegeex2" in name:
+        return CHATGLM2
+    if "chatglm3" in name:
+        return CHATGLM3
+    rows = settings.get("padded_vocab_size")
+    if isinstance(rows, int) and rows > _VOCAB_CHATGLM:
+        return GLM4
+    is_long = settings.get("seq_length") == _CHATGLM2_POSITIONS
+    return CHATGLM2 if is_long and settings.get("rope_ratio", 1) == 1 else CHATGLM3
+
+
+def as_glm(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a config.json under transformers' names; those of its layout stay.
+
+    Raises:
+        UserError: a switch of the publisher's code that none of its models has, P-Tuning's prefix,
+            or a size that no model has.
+    """
+    if not is_published(settings):
+        _check_ratio(settings)
+        return dict(settings)
+    if settings.get("pre_seq_len"):
+        raise UserError(
+            "config.json has pre_seq_len, so it is a P-Tuning v2 checkpoint, which is not loaded "
+            "here; pass the base it was trained on"
+        )
+    for name, value in _FIXED.items():
+        if bool(settings.get(name, value)) is not value:
+            raise _no_value(name, settings[name])
+    found = {ours: settings[name] for name, ours in _RENAMED.items() if name in settings}
+    found |= {name: settings[name] for name in _KEPT if name in settings}
+    found.setdefault("attention_bias", False)
+    found["num_key_value_heads"] = (
+        settings.get("multi_query_group_num", 1)
+        if settings.get("multi_query_attention")
+        else settings.get("num_attention_heads")
+    )
+    ratio = settings.get("rope_ratio", 1)
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or ratio <= 0:
+        raise _no_value("rope_ratio", ratio)
+    found["rope_parameters"] = {
+        "rope_type": "default",
+        "rope_theta": ROPE_BASE * ratio,
+        "partial_rotary_factor": _HALF,
+    }
+    found.setdefault("tie_word_embeddings", False)
+    return found | {"model_type": "glm", "published_as": variant_of(settings)}
+
+
+@dataclass(kw_only=True)
+class GlmSettings:
+    """Sizes and special ids of a checkpoint, checked, under transformers' names.
+
+    Raises:
+        UserError: a size that no model has.
+    """
+
+    model_type: str = "glm"
+    published_as: str | None = None
+    vocab_size: int = 151_552
+    hidden_size: int = 4096
+    intermediate_size: int = 13_696
+    num_hidden_layers: int = 40
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 2
+    head_dim: int = 128
+    max_position_embeddings: int = 131_072
+    attention_bias: bool = True
+    tie_word_embeddings: bool = False
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    quantization_bit: int = 0
+    quantization_config: Any = None
+
+    def __post_init__(self) -> None:
+        check_sizes(vars(self))
+
+    @classmethod
+    def read(cls, settings: Mapping[str, Any]) -> Self:
+        """The settings of a config.json of either layout."""
+        named = as_glm(settings)
+        own = {field.name for field in fields(cls)}
+        read = cls(**{name: value for name, value in named.items() if name in own})
+        read.published_as = variant_of(settings)
+        return read
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings under the names that config.json has."""
+        return dict(vars(self))
+
+
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+          "num_attention_heads", "num_key_value_heads", "head_dim",
+          "max_position_embeddings")  # fmt: skip
+
+
+def check_sizes(settings: Mapping[str, Any]) -> None:
+    """Make sure that sizes can be those of a model.
+
+    Args:
+        settings: under transformers' names.
+
+    Raises:
+        UserError: one cannot.
+    """
+    for name in _SIZES:
+        size = settings.get(name)
+        if type(size) is not int or not 0 < size <= _MAX_SIZE:
+            raise _no_value(name, size)
+    heads, groups = settings["num_attention_heads"], settings["num_key_value_heads"]
+    if heads % groups:
+        raise UserError(
+            f"config.json: {heads} heads (num_attention_heads) cannot share {groups} heads of keys "
+            "and values; take config.json from the published folder"
+        )
+    if settings["head_dim"] % 4:
+        raise _no_value("head_dim", settings["head_dim"])
+    if settings.get("quantization_bit", 0) not in _BITS:
+        raise UserError(
+            f"config.json: quantization_bit {settings['quantization_bit']!r} is not known, only "
+            "the 8 and 4 of the published folders; pass one of those, or the model in float16"
+        )
+
+
+def _check_ratio(settings: Mapping[str, Any]) -> None:
+    """Refuse settings of transformers' layout with a rope_ratio that their rope_theta is not of."""
+    rope = settings.get("rope_parameters") or {}
+    theta = settings.get("rope_theta", rope.get("rope_theta"))
+    ratio = settings.get("rope_ratio")
+    if isinstance(ratio, int | float) and theta is not None and theta != ROPE_BASE * ratio:
+        raise UserError(
+            f"config.json: rope_ratio {ratio:g} means rope_theta {ROPE_BASE * ratio:g}, but "
+            f"rope_theta is {theta:g}; take config.json from the folder of the weights"
+        )
+
+
+def _rotary_factor(settings: Mapping[str, Any]) -> float:
+    rope = settings.get("rope_parameters") or {}
+    return settings.get("partial_rotary_factor", rope.get("partial_rotary_factor", _HALF))
+
+
+def _no_value(name: str, value: object) -> UserError:
+    return UserError(
+        f"config.json: {name} is {value!r:.99}, which no model has; take config.json from the "
+        "published folder"
+    )
