@@ -5,13 +5,16 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from glm_folders import toy_tiktoken, write_folder
-from transformers import GlmConfig, GlmForCausalLM, PreTrainedTokenizerBase, pipeline
+from transformers import AutoTokenizer, GlmConfig, GlmForCausalLM, PreTrainedTokenizerBase, pipeline
 
 from glmtune.errors import UserError
+from glmtune.models import families
+from glmtune.models.chatglm.tokenization import ChatGLMTokenizer
 from glmtune.models.chatglm.vocabulary import VOCAB_FILE as TOY_PIECES
 from glmtune.models.glm.byte_pair_encoder import tokenizer_of_tiktoken
 from glmtune.models.glm.encoder import find_vocabulary, of_folder
@@ -377,3 +380,20 @@ def test_no_code_of_the_folder_is_run(toy):
     assert isinstance(
         GLMTokenizer.from_pretrained(toy, trust_remote_code=True), PreTrainedTokenizerBase
     )
+
+
+def test_auto_tokenizer_of_a_published_folder(built, monkeypatch):
+    """Its settings name ChatGLMTokenizer, as those of ChatGLM-6B do."""
+    folder, encoder, _ = built("chatglm3")
+    native = SimpleNamespace(tokenizer_class=GLMTokenizer)
+    family = SimpleNamespace(native=lambda: native)
+    known = families.find_family
+    monkeypatch.setattr(
+        families,
+        "find_family",
+        lambda settings: family if "padded_vocab_size" in settings else known(settings),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert type(tokenizer) is PieceTokenizer
+    assert tokenizer.vocab_hash == encoder.vocab_hash
+    assert type(AutoTokenizer.from_pretrained(GLM_TINY)) is ChatGLMTokenizer
