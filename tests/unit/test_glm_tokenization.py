@@ -5,12 +5,16 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from glm_folders import toy_tiktoken, write_folder
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GlmConfig, GlmForCausalLM, PreTrainedTokenizerBase, pipeline
 
 from glmtune.errors import UserError
+from glmtune.models import families
+from glmtune.models.chatglm.tokenization import ChatGLMTokenizer
 from glmtune.models.chatglm.vocabulary import VOCAB_FILE as TOY_PIECES
 from glmtune.models.glm.byte_pair_encoder import tokenizer_of_tiktoken
 from glmtune.models.glm.encoder import find_vocabulary, of_folder
@@ -197,6 +201,49 @@ def test_added_tokens_stand_behind_the_last_id(variant, built, toy, tmp_path):
     tokenizer.save_pretrained(tmp_path / "saved")
     again = GLMTokenizer.from_pretrained(tmp_path / "saved")
     assert again("the <mark>the", add_special_tokens=False)["input_ids"] == ids
+    assert again.vocab_hash == tokenizer.vocab_hash
+    assert again.joins_newline == tokenizer.joins_newline
+
+
+def test_tokens_added_to_a_json_are_saved(toy, tmp_path):
+    GLMTokenizer.from_pretrained(toy).save_pretrained(tmp_path / "json")
+    (tmp_path / "json" / "tokenizer.model").unlink()
+    tokenizer = GLMTokenizer.from_pretrained(tmp_path / "json")
+    assert tokenizer.joins_newline
+    tokenizer.add_tokens(["<mark>"])
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again = GLMTokenizer.from_pretrained(tmp_path / "saved")
+    assert again("the <mark>")["input_ids"] == tokenizer("the <mark>")["input_ids"]
+
+
+def test_a_padded_call_changes_no_rows(toy):
+    tokenizer = GLMTokenizer.from_pretrained(toy)
+    rows = tokenizer.encode_batch(["the", "the the the"])
+    tokenizer(["the", "the the"], padding="max_length", truncation=True, max_length=2)
+    assert tokenizer.encode_batch(["the", "the the the"]) == rows
+
+
+@pytest.mark.parametrize("variant", ["chatglm3", "glm4"])
+def test_a_pipeline_answers_a_chat(variant, built, toy):
+    folder = toy if variant == "glm4" else built(variant)[0]
+    tokenizer = GLMTokenizer.from_pretrained(folder)
+    torch.manual_seed(0)
+    config = GlmConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, pad_token_id=0,
+        eos_token_id=list(tokenizer.stop_ids),
+    )  # fmt: skip
+    model = GlmForCausalLM(config).eval()
+    answer = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    chats = [CHAT[:1], CHAT[:3]]
+    said = answer(chats, max_new_tokens=5, do_sample=False, batch_size=2)
+    asked = tokenizer.apply_chat_template(chats, add_generation_prompt=True)["input_ids"]
+    for chat, (got,), ids in zip(chats, said, asked, strict=True):
+        row = torch.tensor([ids])
+        new = model.generate(row, max_new_tokens=5, do_sample=False)[0, len(ids) :]
+        assert got["generated_text"][:-1] == chat
+        wanted = tokenizer.decode(new, skip_special_tokens=True)
+        assert got["generated_text"][-1]["content"].strip() == wanted.strip()
 
 
 def test_pieces_and_special_names(built):
@@ -333,3 +380,20 @@ def test_no_code_of_the_folder_is_run(toy):
     assert isinstance(
         GLMTokenizer.from_pretrained(toy, trust_remote_code=True), PreTrainedTokenizerBase
     )
+
+
+def test_auto_tokenizer_of_a_published_folder(built, monkeypatch):
+    """Its settings name ChatGLMTokenizer, as those of ChatGLM-6B do."""
+    folder, encoder, _ = built("chatglm3")
+    native = SimpleNamespace(tokenizer_class=GLMTokenizer)
+    family = SimpleNamespace(native=lambda: native)
+    known = families.find_family
+    monkeypatch.setattr(
+        families,
+        "find_family",
+        lambda settings: family if "padded_vocab_size" in settings else known(settings),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert type(tokenizer) is PieceTokenizer
+    assert tokenizer.vocab_hash == encoder.vocab_hash
+    assert type(AutoTokenizer.from_pretrained(GLM_TINY)) is ChatGLMTokenizer

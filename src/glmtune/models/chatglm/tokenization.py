@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AddedToken, PreTrainedTokenizer
-from transformers.utils import get_json_schema
+from transformers.utils import CONFIG_NAME, get_json_schema
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from glmtune.data.files import read_json_object
 from glmtune.errors import UserError
+from glmtune.models import families
 from glmtune.models.chatglm.chat_template import CHAT_TEMPLATE, NAMES, WRITTEN_NAMES, assistant_mask
 from glmtune.models.chatglm.encoder import NAMED_TOKENS, Encoder
 from glmtune.models.chatglm.vocabulary import (
@@ -80,6 +82,20 @@ class ChatGLMTokenizer(Encoder, PreTrainedTokenizer):
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoTokenizer") -> None:
         """Do nothing: transformers would copy the source of the class into each saved folder."""
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: Any, *inputs: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """The tokenizer of a folder; arguments as transformers' method.
+
+        The published folders of later models name a class of this name as well: they get their
+        own family's, as those of `AutoTokenizer` do.
+        """
+        file = Path(name_or_path) / CONFIG_NAME
+        family = families.find_family(read_json_object(file)) if file.is_file() else None
+        own = family.native().tokenizer_class if family and cls is ChatGLMTokenizer else cls
+        if own is not cls:
+            return own.from_pretrained(name_or_path, *inputs, **kwargs)
+        return super().from_pretrained(name_or_path, *inputs, **kwargs)
 
     def get_vocab(self) -> dict[str, int]:
         """Every piece and its id, added tokens included."""

@@ -233,21 +233,18 @@ class BytePairTokenizer(ConversationTokenizer, BytePairEncoder, PreTrainedTokeni
         legacy_format: bool | None = None,
         filename_prefix: str | None = None,
     ) -> tuple[str, ...]:
-        """Write the vocabulary file as it was read, byte for byte, unless tokens were added.
+        """Write the vocabulary file as it was read, byte for byte, beside what was added to it.
 
         Beside tiktoken's form goes a ``tokenizer.json``, which other programs read.
         """
         start = f"{filename_prefix}-" if filename_prefix else ""
-        named = (
-            Path(save_directory, start + TOKENIZER_FILE),
-            Path(save_directory, start + VOCAB_FILE),
-        )
-        has_new = self.byte_pairs.get_vocab_size() > self._num_read
-        if has_new or not self.joins_newline:
-            self.byte_pairs.save(str(named[0]))
+        as_json = Path(save_directory, start + TOKENIZER_FILE)
+        if self.joins_newline and self.byte_pairs.get_vocab_size() == self._num_read:
+            as_json.write_bytes(self.model_bytes)
         else:
-            named[0].write_bytes(self.model_bytes)
-        if has_new or self.joins_newline:
-            return (*file_names, str(named[0]))
-        named[1].write_bytes(self.model_bytes)
-        return (*file_names, *map(str, named))
+            self.byte_pairs.save(str(as_json))
+        if self.joins_newline:
+            return (*file_names, str(as_json))
+        as_read = Path(save_directory, start + VOCAB_FILE)
+        as_read.write_bytes(self.model_bytes)
+        return (*file_names, str(as_json), str(as_read))
