@@ -115,7 +115,7 @@ def check_pair(layout: Layout, config: Any, tokenizer: Any) -> None:
     ends = config.eos_token_id
     named = ends if isinstance(ends, list) else [] if ends is None else [ends]
     (end,) = tokenizer.row_rule.end
-    if named and end.id not in (*named, *layout.stops):
+    if named and end.id not in (*named, *layout.stop_ids):
         raise UserError(
             f"eos_token_id: the model stops at {ends}, the tokenizer's rows end with {end.id} "
             f"({end.text}); take both from the same download"
