@@ -175,7 +175,7 @@ def norm():
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])
-@pytest.mark.parametrize("num_outputs", [48, 72, 8208])
+@pytest.mark.parametrize("num_outputs", [48, 80, 8208])
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("rank", [0, 6])
 @torch.inference_mode()
