@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from glmtune.errors import UserError
 from glmtune.models.decoding import Projection
 from glmtune.ops.lora import LowRank
-from glmtune.ops.norm import RmsNorm
 from glmtune.ops.words import GROUP_SIZE, Words, round_groups
 
 
@@ -52,7 +51,7 @@ class DenseLinear:
         """The same for a few rows, fused with what else `ops.decoding_kernels.project` takes."""
         return _kernels().project(x, self.weight_OI, self.bias_O, **more)
 
-    def factor(self, x: Tensor, norm: RmsNorm | None = None) -> Any:
+    def factor(self, x: Tensor) -> Any:
         """The linear as `ops.decoding_kernels.project_three` takes it."""
         return _kernels().Factor(self.weight_OI, self.bias_O, None)
 
@@ -156,7 +155,7 @@ class GroupQuantised:
         """The same for a few rows, fused with what else `ops.decoding_kernels.project` takes."""
         return _kernels().project(x, self.weight, self.bias_O, **more)
 
-    def factor(self, x: Tensor, norm: RmsNorm | None = None) -> Any:
+    def factor(self, x: Tensor) -> Any:
         """The linear as `ops.decoding_kernels.project_three` takes it."""
         return _kernels().Factor(self.weight, self.bias_O, None)
 
@@ -181,17 +180,17 @@ class Adapted:
         """The input type in which `fused` is fastest."""
         return self.base.input_dtype
 
-    def fused(self, x: Tensor, *, norm: RmsNorm | None = None, **more: Any) -> Tensor:
+    def fused(self, x: Tensor, **more: Any) -> Tensor:
         """The same for a few rows and one update, fused with what else the base's `fused` takes."""
-        return self.base.fused(x, norm=norm, update=self._update(x, norm), **more)
+        return self.base.fused(x, update=self._update(x), **more)
 
-    def factor(self, x: Tensor, norm: RmsNorm | None = None) -> Any:
-        """The linear as `ops.decoding_kernels.project_three` takes it; x is not normalised yet."""
-        return self.base.factor(x)._replace(update=self._update(x, norm))
+    def factor(self, x: Tensor) -> Any:
+        """The linear as `ops.decoding_kernels.project_three` takes it, for some inputs."""
+        return self.base.factor(x)._replace(update=self._update(x))
 
-    def _update(self, x: Tensor, norm: RmsNorm | None) -> Any:
+    def _update(self, x: Tensor) -> Any:
         ((a_RI, b_OR, scale),) = self.updates
-        low = _kernels().project(x, a_RI, norm=norm, dtype=torch.float32)
+        low = _kernels().project(x, a_RI, dtype=torch.float32)
         return low.flatten(0, -2), b_OR, scale
 
 

@@ -2,9 +2,10 @@
 
 Such a step reads every weight once and computes little with it: it is bound by memory bandwidth, as
 long as enough reads are in flight and little else stands between them. So each product is fused
-with what surrounds it (norm, bias, adapter, GELU or gate, residual), each block reads a few whole
-rows of the matrix, and numbers of 8 or 4 bits become floats by placing their bits in a float's
-fraction. Each kernel is launched while the one before it ends, see `ops.early_launch`.
+with what follows it (bias, adapter, GELU or gate, residual), each block reads a few whole rows of
+the matrix, and numbers of 8 or 4 bits become floats by placing their bits in a float's fraction. A
+norm is a kernel of its own: within each block of the product that follows, it took longer. Each
+kernel is launched while the one before it ends, see `ops.early_launch`.
 
 Shapes: I inputs, O outputs, R rank of an adapter; W and G as in `ops.words`.
 """
@@ -18,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 from glmtune.ops.early_launch import await_last, launches_early, let_next_begin
-from glmtune.ops.norm import RmsNorm
 from glmtune.ops.words import GROUP_SIZE, Words
 
 # Registers a thread: 128 allow sixteen warps an SM, so that 16,384 outputs fit in one wave.
@@ -58,18 +58,16 @@ def _power(n: int, bits: int) -> float:
 
 @triton.jit
 def _sums(
-    x, weight, scales, norm, epsilon, output, row, NUM_OUTPUTS, NUM_INPUTS: tl.constexpr,
+    x, weight, scales, output, row, NUM_OUTPUTS, NUM_INPUTS: tl.constexpr,
     EARLY: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_O: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Products of one row of inputs with some rows of a matrix: of BITS bits, or of floats if 0.
 
-    The first weights load while the kernel waits for the inputs. An RMSNorm of the inputs is a
-    factor for each input, and one for all, which is not known before the last has been read.
+    The first weights load while the kernel waits for the inputs.
     """
     if BITS == 0:
         column = tl.arange(0, BLOCK)
-        squares = tl.zeros([1, BLOCK], tl.float32)
         total = tl.zeros([BLOCK_O, BLOCK], tl.float32)
         tile = _tile(weight, output, 0, NUM_OUTPUTS, NUM_INPUTS, BLOCK)
         await_last(EARLY)
@@ -77,9 +75,6 @@ def _sums(
             at_x = x + row * NUM_INPUTS + start + column[None, :]
             inside = (start + column < NUM_INPUTS)[None, :]
             value = tl.load(at_x, inside, 0.0).to(tl.float32)
-            if norm is not None:
-                squares += value * value
-                value *= tl.load(norm + start + column[None, :], inside, 0.0).to(tl.float32)
             total += value * tile.to(tl.float32)
             tile = _tile(weight, output, start + BLOCK, NUM_OUTPUTS, NUM_INPUTS, BLOCK)
     else:
@@ -87,7 +82,6 @@ def _sums(
         column, four = tl.arange(0, BLOCK), 4 * tl.arange(0, BLOCK // 4)
         W: tl.constexpr = NUM_INPUTS * BITS // 32
         HALF: tl.constexpr = 2.0 ** (BITS - 1)
-        squares = tl.zeros([1, BLOCK], tl.float32)
         total = tl.zeros([BLOCK_O, BLOCK // 4], tl.float32)
         at_scales = scales + output[:, None] * (NUM_INPUTS // GROUP)
         is_output = (output < NUM_OUTPUTS)[:, None]
@@ -104,19 +98,13 @@ def _sums(
             for n in tl.static_range(32 // BITS):
                 at = n * W + start + column[None, :]
                 value = tl.load(x + row * NUM_INPUTS + at, inside, 0.0).to(tl.float32)
-                if norm is not None:
-                    squares += value * value
-                    value *= tl.load(norm + at, inside, 0.0).to(tl.float32)
                 products += _number(tile, n, BITS) * (value * _power(n, BITS))
                 inputs += value
             products = tl.sum(tl.reshape(products, [BLOCK_O, BLOCK // 4, 4]), 2)
             inputs = tl.sum(tl.reshape(inputs, [1, BLOCK // 4, 4]), 2)
             total += products * (scale * 2.0**69) + inputs * (middle - HALF * scale)
             tile = _tile(weight, output, start + BLOCK, NUM_OUTPUTS, W, BLOCK)
-    sums = tl.sum(total, 1)
-    if norm is not None:
-        sums *= tl.rsqrt(tl.sum(tl.sum(squares, 1), 0) / NUM_INPUTS + epsilon)
-    return sums
+    return tl.sum(total, 1)
 
 
 @triton.jit
@@ -137,7 +125,7 @@ def _add(sums, output, row, bias, low, up, low_scale, NUM_OUTPUTS, R: tl.constex
 
 @triton.jit
 def _project(
-    x, weight, scales, norm, bias, low, up, residual, y, epsilon, low_scale, alpha, NUM_OUTPUTS,
+    x, weight, scales, bias, low, up, residual, y, low_scale, alpha, NUM_OUTPUTS,
     R: tl.constexpr, R_PADDED: tl.constexpr, GELU: tl.constexpr, GATED: tl.constexpr,
     NUM_INPUTS: tl.constexpr, EARLY: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK: tl.constexpr,
@@ -149,8 +137,7 @@ def _project(
     if GATED:  # each gate beside what it multiplies, half of the outputs away
         output = column // 2 + column % 2 * (NUM_OUTPUTS // 2)
     sums = _sums(
-        x, weight, scales, norm, epsilon, output, row, NUM_OUTPUTS, NUM_INPUTS, EARLY, BITS, GROUP,
-        BLOCK_O, BLOCK,
+        x, weight, scales, output, row, NUM_OUTPUTS, NUM_INPUTS, EARLY, BITS, GROUP, BLOCK_O, BLOCK,
     )  # fmt: skip
     sums = _add(sums, output, row, bias, low, up, low_scale, NUM_OUTPUTS, R, R_PADDED)
     if GELU:
@@ -168,7 +155,7 @@ def _project(
 @triton.jit
 def _project_three(
     x, weight_0, scales_0, bias_0, low_0, up_0, weight_1, scales_1, bias_1, low_1, up_1,
-    weight_2, scales_2, bias_2, low_2, up_2, norm, y, epsilon, scale_0, scale_1, scale_2,
+    weight_2, scales_2, bias_2, low_2, up_2, y, scale_0, scale_1, scale_2,
     NUM_0, NUM_1, NUM_2, R_0: tl.constexpr, R_1: tl.constexpr, R_2: tl.constexpr,
     P_0: tl.constexpr, P_1: tl.constexpr, P_2: tl.constexpr,
     NUM_INPUTS: tl.constexpr, EARLY: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
@@ -182,24 +169,24 @@ def _project_three(
     if block < blocks_0:
         output = block * BLOCK_O + tl.arange(0, BLOCK_O)
         sums = _sums(
-            x, weight_0, scales_0, norm, epsilon, output, row, NUM_0, NUM_INPUTS, EARLY, BITS,
-            GROUP, BLOCK_O, BLOCK,
+            x, weight_0, scales_0, output, row, NUM_0, NUM_INPUTS, EARLY, BITS, GROUP, BLOCK_O,
+            BLOCK,
         )  # fmt: skip
         sums = _add(sums, output, row, bias_0, low_0, up_0, scale_0, NUM_0, R_0, P_0)
         tl.store(at + output, sums.to(y.dtype.element_ty), output < NUM_0)
     elif block < blocks_0 + blocks_1:
         output = (block - blocks_0) * BLOCK_O + tl.arange(0, BLOCK_O)
         sums = _sums(
-            x, weight_1, scales_1, norm, epsilon, output, row, NUM_1, NUM_INPUTS, EARLY, BITS,
-            GROUP, BLOCK_O, BLOCK,
+            x, weight_1, scales_1, output, row, NUM_1, NUM_INPUTS, EARLY, BITS, GROUP, BLOCK_O,
+            BLOCK,
         )  # fmt: skip
         sums = _add(sums, output, row, bias_1, low_1, up_1, scale_1, NUM_1, R_1, P_1)
         tl.store(at + NUM_0 + output, sums.to(y.dtype.element_ty), output < NUM_1)
     else:
         output = (block - blocks_0 - blocks_1) * BLOCK_O + tl.arange(0, BLOCK_O)
         sums = _sums(
-            x, weight_2, scales_2, norm, epsilon, output, row, NUM_2, NUM_INPUTS, EARLY, BITS,
-            GROUP, BLOCK_O, BLOCK,
+            x, weight_2, scales_2, output, row, NUM_2, NUM_INPUTS, EARLY, BITS, GROUP, BLOCK_O,
+            BLOCK,
         )  # fmt: skip
         sums = _add(sums, output, row, bias_2, low_2, up_2, scale_2, NUM_2, R_2, P_2)
         tl.store(at + NUM_0 + NUM_1 + output, sums.to(y.dtype.element_ty), output < NUM_2)
@@ -219,7 +206,6 @@ def project(
     weight: Tensor | Words,
     bias_O: Tensor | None = None,
     *,
-    norm: RmsNorm | None = None,
     update: Update | None = None,
     gelu: bool = False,
     gated: bool = False,
@@ -227,14 +213,13 @@ def project(
     alpha: float = 1.0,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``act(norm(x) @ weight.T + bias + update) + alpha * residual``, in float32 until stored.
+    """``act(x @ weight.T + bias + update) + alpha * residual``, in float32 until it is stored.
 
     Args:
         x: ``(..., I)``, a few rows, contiguous; best in float32 where weights are packed, else in
             the weights' type, so that threads hold both in the same layout.
         weight: ``(O, I)``, floats or packed.
         bias_O: the bias; None without one.
-        norm: norm of the inputs; None for none.
         update: low ``(B, R)``, up ``(O, R)`` and a scale: an adapter adds ``low @ up.T * scale``.
         gelu: whether to apply GELU, in its tanh form.
         gated: whether the first half of the outputs, through SiLU, multiplies the second.
@@ -252,22 +237,20 @@ def project(
     low, up, low_scale = update or (None, None, 0.0)
     rank, padded = _rank(low)
     block_o, block, how = _blocks(num_outputs, num_inputs, weight, x.device)
-    weight_of_norm, epsilon = norm or (None, 0.0)
     _project[(triton.cdiv(num_outputs, block_o), x.numel() // num_inputs)](
-        x, matrix, scales, weight_of_norm, bias_O, low, up, residual, y, epsilon, low_scale, alpha,
-        num_outputs, rank, padded, gelu, gated, num_inputs, launches_early(x.device), bits,
-        GROUP_SIZE, block_o, block, **how,
+        x, matrix, scales, bias_O, low, up, residual, y, low_scale, alpha, num_outputs, rank,
+        padded, gelu, gated, num_inputs, launches_early(x.device), bits, GROUP_SIZE, block_o, block,
+        **how,
     )  # fmt: skip
     return y
 
 
-def project_three(x: Tensor, factors: Sequence[Factor], norm: RmsNorm | None = None) -> Tensor:
+def project_three(x: Tensor, factors: Sequence[Factor]) -> Tensor:
     """Three linears of the same inputs in one kernel, in float32 until they are stored.
 
     Args:
         x: ``(..., I)``, see `project`.
         factors: the linears, of one kind.
-        norm: norm of the inputs; None for none.
 
     Returns:
         The outputs of all, one after another in the last dimension, in the type of x.
@@ -286,10 +269,9 @@ def project_three(x: Tensor, factors: Sequence[Factor], norm: RmsNorm | None = N
     ranks, padded = zip(*(_rank(low) for low, _, _ in updates), strict=True)
     block_o, block, how = _blocks(sum(sizes), num_inputs, factors[0].weight, x.device)
     y = x.new_empty(*x.shape[:-1], sum(sizes))
-    weight_of_norm, epsilon = norm or (None, 0.0)
     num_blocks = sum(triton.cdiv(size, block_o) for size in sizes)
     _project_three[(num_blocks, x.numel() // num_inputs)](
-        x, *tensors, weight_of_norm, y, epsilon, *(scale for _, _, scale in updates), *sizes,
+        x, *tensors, y, *(scale for _, _, scale in updates), *sizes,
         *ranks, *padded, num_inputs, launches_early(x.device), bits, GROUP_SIZE, block_o, block,
         **how,
     )  # fmt: skip

@@ -95,15 +95,15 @@ def rotate(
         at = place[:, None] * Q_ROW + first + column[None, :]
         x = tl.load(q + at, is_real[:, None], 0.0).to(tl.float32)
         x = _add_update(x, a_q, b_q, place, is_real, first + column, R_q, P_q)
-        at = to_q + first
-        store_rotated(at, Q_ROW, place, is_real, cos, sin, x, False, BLOCK, D // 4, PAIRS)
+        to = to_q + first
+        store_rotated(to, Q_ROW, place, is_real, cos, sin, x, False, BLOCK, D // 4, PAIRS)
     elif head < N + G:
         first = (head - N) * HEAD
         at = place[:, None] * KV_ROW + first + column[None, :]
         x = tl.load(k + at, is_real[:, None], 0.0).to(tl.float32)
         x = _add_update(x, a_k, b_k, place, is_real, first + column, R_k, P_k)
-        at = to_k + first
-        store_rotated(at, KV_ROW, place, is_real, cos, sin, x, False, BLOCK, D // 4, PAIRS)
+        to = to_k + first
+        store_rotated(to, KV_ROW, place, is_real, cos, sin, x, False, BLOCK, D // 4, PAIRS)
     else:
         first = (head - N - G) * HEAD
         at = place[:, None] * KV_ROW + first + column[None, :]

@@ -1,4 +1,4 @@
-"""One layer of Glm or Glm4 on one new token of a few rows, in seven kernels.
+"""One layer of Glm or Glm4 on one new token of a few rows, in seven kernels or nine.
 
 The mathematics is that of `run_block` in `decoding`, in whose Block the weights are; a test holds
 the two together.
@@ -32,9 +32,9 @@ def run_block_in_few_kernels(
     from glmtune.ops.decoding_norms import normalise
 
     dtype = block.query.input_dtype  # of all that lies between the kernels
-    hidden, norm = hidden_B1H.to(dtype), block.input_norm
+    normed = normalise(hidden_B1H, block.input_norm, dtype)
     linears = block.query, block.key, block.value
-    mixed_B1X = project_three(hidden, [linear.factor(hidden, norm) for linear in linears], norm)
+    mixed_B1X = project_three(normed, [linear.factor(normed) for linear in linears])
     heads_BXD = mixed_B1X.squeeze(1).unflatten(-1, (-1, keys_BGKD.shape[-1]))
     num_kv_heads = keys_BGKD.shape[1]
     num_heads = heads_BXD.shape[1] - 2 * num_kv_heads
@@ -43,11 +43,12 @@ def run_block_in_few_kernels(
         query, key, value, keys_BGKD, values_BGKD, place.column_B, *angles, interleaved=True
     )
     if block.attended_norm is None:
-        hidden = block.output.fused(context, residual=hidden)
+        hidden = block.output.fused(context, residual=hidden_B1H)
     else:
         attended = block.output.fused(context)
-        hidden = normalise(attended, block.attended_norm, dtype, residual=hidden)
-    inner = block.gate_up.fused(hidden, norm=block.mlp_norm, gated=True)
+        hidden = normalise(attended, block.attended_norm, dtype, residual=hidden_B1H)
+    normed = normalise(hidden, block.mlp_norm, dtype)
+    inner = block.gate_up.fused(normed, gated=True)
     if block.mlp_output_norm is None:
         return block.down.fused(inner, residual=hidden)
     return normalise(block.down.fused(inner), block.mlp_output_norm, dtype, residual=hidden)
