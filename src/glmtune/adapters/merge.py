@@ -21,7 +21,10 @@ from glmtune.models.resolve import resolve_base
 from glmtune.models.shape import bits_of
 from glmtune.models.shim import write_shim
 
-TOKENIZER_FILES = ("*.model", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES = (
+    "*.model", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja",
+)  # fmt: skip
 # Adding the adapter to the weights rounds differently from adding it to the activations, in float32
 # by less than this share of the largest logit; a wrong merge differs by far more.
 TOLERANCE = 1e-3
