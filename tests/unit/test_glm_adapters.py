@@ -385,6 +385,11 @@ def with_bias(tensors):
     return tensors | {f"{stem}.bias": torch.ones(64)}
 
 
+def with_magnitude(tensors):
+    stem = "base_model.model.model.layers.0.self_attn.q_proj"
+    return tensors | {f"{stem}.lora_magnitude_vector": torch.ones(64)}
+
+
 def with_embedding(tensors):
     stem = "base_model.model.model.embed_tokens"
     return tensors | {f"{stem}.lora_A.weight": torch.ones(3, 256),
@@ -393,7 +398,11 @@ def with_embedding(tensors):
 
 @pytest.mark.parametrize(
     "change, fragment",
-    [(with_bias, "has bias"), (with_embedding, "embed_tokens, which the publisher's code has no")],
+    [
+        (with_bias, "has bias"),
+        (with_magnitude, "has .*lora_magnitude_vector, but only plain"),
+        (with_embedding, "embed_tokens, which the publisher's code has no"),
+    ],
 )
 def test_what_the_published_naming_has_no_place_for_is_refused(ours, tmp_path, change, fragment):
     folder = ours("glm-tiny", "q_proj,v_proj")
