@@ -93,13 +93,13 @@ def merge(settings: config.MergeSettings) -> None:
 
 
 def convert_adapter(settings: config.ConvertAdapterSettings) -> None:
-    """Convert an adapter of 2023 to PEFT's current format."""
+    """Convert an adapter of any format to PEFT's current one, or to the published names."""
     from glmtune.early import check_conversion
 
     check_conversion(settings)
     from glmtune.adapters import convert_adapter
 
-    convert_adapter(settings.old, settings.new)
+    convert_adapter(settings.old, settings.new, settings.to, settings.base)
 
 
 def doctor(settings: config.DoctorSettings) -> int:

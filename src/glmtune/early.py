@@ -82,13 +82,15 @@ def check_merge(settings: MergeSettings) -> None:
 
 
 def check_conversion(settings: ConvertAdapterSettings) -> None:
-    """Check that the adapter exists, and that the target folder is free.
+    """Check that the adapter and a base that is named exist, and that the target folder is free.
 
     Raises:
-        UserError: it does not exist, or the folder is not empty.
+        UserError: one does not exist, or the folder is not empty.
     """
     refuse_existing(settings.new)
     find_adapter(settings.old)
+    if settings.base:
+        check_base(settings.base)
 
 
 def check_replay(settings: ReplaySettings) -> None:

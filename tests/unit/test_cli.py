@@ -173,8 +173,13 @@ def test_tokenize_finds_model_and_tokenizer(room):
 def test_adapters_convert(room):
     calls = room("glmtune.adapters", convert_adapter=None)
     assert cli.main(["adapters", "convert", "old", "new"]) == 0
-    assert cli.main(["adapters", "convert", "--old", "a", "--new", "b"]) == 0
-    assert calls == [("convert_adapter", "old", "new"), ("convert_adapter", "a", "b")]
+    assert cli.main(["adapters", "convert", "--old", "a", "--new", "b", "--to", "chatglm"]) == 0
+    assert cli.main(["adapters", "convert", "a", "b", "--base", "c"]) == 0
+    assert calls == [
+        ("convert_adapter", "old", "new", "peft", None),
+        ("convert_adapter", "a", "b", "chatglm", None),
+        ("convert_adapter", "a", "b", "peft", "c"),
+    ]
 
 
 def test_a_recipe_and_a_flag(room, root):

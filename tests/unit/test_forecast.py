@@ -273,7 +273,8 @@ class TestPlanVerb:
     def test_the_least_memory_is_told_before_what_is_spent_for_speed(self, tmp_path, capsys):
         record = self.plan(tmp_path, "--memory_gib", "24", *self.HUB)
         lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-        assert lines[1][:3] == ["at", "least", f"{record['least_gib']:.2f}"]
+        assert lines[1][0] == "lora"
+        assert lines[2][:3] == ["at", "least", f"{record['least_gib']:.2f}"]
         (spent,) = (float(line[1]) for line in lines if line[0] == "spent")
         assert spent == pytest.approx(record["needed_gib"] - record["least_gib"], abs=0.01)
         assert record["least_gib"] < 13 < 20 < record["needed_gib"]

@@ -7,15 +7,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from glmtune.adapters.convert import convert_adapter
     from glmtune.adapters.find import find_adapter
-    from glmtune.adapters.formats import convert_adapter, read_adapter
+    from glmtune.adapters.formats import read_adapter
     from glmtune.adapters.lora import attach_lora, load_adapter, restore_adapter, save_adapter
     from glmtune.adapters.merge import merge_adapter
     from glmtune.adapters.verify import verify_saved
 
 _HOMES = {
     "attach_lora": "lora",
-    "convert_adapter": "formats",
+    "convert_adapter": "convert",
     "find_adapter": "find",
     "load_adapter": "lora",
     "merge_adapter": "merge",

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from glmtune.adapters.biases import bias_setting, name_biases
-from glmtune.adapters.find import find_adapter, find_weights, refuse_existing
+from glmtune.adapters.find import find_adapter, find_weights
 from glmtune.adapters.settings import (
     enabled_parts,
     lora_config,
@@ -33,7 +33,7 @@ from glmtune.adapters.settings import (
 )
 from glmtune.data.files import check_inside, new_folder
 from glmtune.drafts import replacing_files, write_errors
-from glmtune.errors import UserError, note
+from glmtune.errors import UserError
 from glmtune.models.folders import is_lfs_pointer
 from glmtune.models.weights import load_bin
 from glmtune.run_files import (
@@ -46,8 +46,8 @@ from glmtune.run_files import (
 ALPHA_2023 = 32
 ENABLE_LORA_2023 = (True, False, True)
 
-_KEY_PREFIX = "base_model.model."
-_SUFFIX_A, _SUFFIX_B = ".lora_A.weight", ".lora_B.weight"
+KEY_PREFIX = "base_model.model."
+SUFFIX_A, SUFFIX_B = ".lora_A.weight", ".lora_B.weight"
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class Adapter:
     @property
     def modules(self) -> list[str]:
         """Names of the adapted modules in the base model."""
-        keys = (key for key in self.weights if key.endswith(_SUFFIX_A))
-        return [key.removeprefix(_KEY_PREFIX).removesuffix(_SUFFIX_A) for key in keys]
+        keys = (key for key in self.weights if key.endswith(SUFFIX_A))
+        return [key.removeprefix(KEY_PREFIX).removesuffix(SUFFIX_A) for key in keys]
 
     def check_effect(self) -> None:
         """Refuse an adapter without any effect: every tensor but lora_A is zero.
@@ -75,7 +75,7 @@ class Adapter:
         Raises:
             UserError: the adapter changes nothing.
         """
-        if not any(tensor.any() for key, tensor in self.weights.items() if _SUFFIX_A not in key):
+        if not any(tensor.any() for key, tensor in self.weights.items() if SUFFIX_A not in key):
             raise UserError(
                 f"{self.path}: this adapter changes nothing: lora_B is zero in all "
                 f"{len(self.modules)} modules, as before training; pass a trained one"
@@ -114,8 +114,8 @@ def read_adapter(folder: str | Path) -> Adapter:
         settings["r"] *= sum(enabled)
         settings["lora_alpha"] *= sum(enabled)
     if isinstance(settings.get("target_modules"), str):
-        stems = [key.removesuffix(_SUFFIX_A) for key in weights if key.endswith(_SUFFIX_A)]
-        settings["target_modules"] = [stem.removeprefix(_KEY_PREFIX) for stem in stems]
+        stems = [key.removesuffix(SUFFIX_A) for key in weights if key.endswith(SUFFIX_A)]
+        settings["target_modules"] = [stem.removeprefix(KEY_PREFIX) for stem in stems]
     _check_rank(settings, weights, path)
     bias = bias_setting(weights)
     if bias == "none" and settings.get("bias", "none") != "none":
@@ -161,25 +161,6 @@ def _write_files(config: LoraConfig, tensors: dict[str, Tensor], folder: Path) -
     # Serialise in memory first: a full disk is then an OSError, as with every other file.
     (folder / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
     write_settings(config, folder)
-
-
-def convert_adapter(old: str | Path, new: str | Path) -> Path:
-    """Write the adapter in folder `old`, of any format, in today's format to folder `new`.
-
-    Returns:
-        The folder that was read: `old` or its newest checkpoint.
-
-    Raises:
-        UserError: `new` exists already, or `old` holds no adapter or one without effect.
-    """
-    refuse_existing(new)
-    adapter = read_adapter(old)
-    adapter.check_effect()
-    note(*adapter.notices)
-    write_adapter(adapter.config, adapter.weights, new, adapter.config.base_model_name_or_path)
-    source = adapter.path.parent
-    print(f"{source} -> {new}: {len(adapter.modules)} modules, rank {adapter.config.r}")
-    return source
 
 
 def dense_pair(lora_a: Tensor, lora_b: Tensor, enabled: Sequence[bool]) -> tuple[Tensor, Tensor]:
@@ -233,8 +214,8 @@ def _canonical_keys(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]
         if not tensor.is_floating_point() or not tensor.ndim:
             what = f"{list(tensor.shape)} of {tensor.dtype}"
             raise UserError(f"{path}: {key} is {what}, no weights; pass another adapter")
-        name = key.removeprefix("module.").removeprefix(_KEY_PREFIX)
-        name = re.sub(r"\.(lora_[AB])\.[^.]+\.weight$", r".\1.weight", _KEY_PREFIX + name)
+        name = key.removeprefix("module.").removeprefix(KEY_PREFIX)
+        name = re.sub(r"\.(lora_[AB])\.[^.]+\.weight$", r".\1.weight", KEY_PREFIX + name)
         if name in weights:
             raise UserError(f"{path}: holds {name} twice, from two adapters; pass one")
         if not torch.isfinite(tensor).all():
@@ -245,15 +226,15 @@ def _canonical_keys(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]
 
 def _pairs(weights: dict[str, Tensor], path: Path) -> Iterator[tuple[str, str]]:
     """The keys of each lora_A with its lora_B, after checking that both are matrices."""
-    stems = (key.rpartition(".lora_")[0] for key in weights if key.endswith((_SUFFIX_A, _SUFFIX_B)))
+    stems = (key.rpartition(".lora_")[0] for key in weights if key.endswith((SUFFIX_A, SUFFIX_B)))
     for stem in dict.fromkeys(stems):
-        for key in (stem + _SUFFIX_A, stem + _SUFFIX_B):
+        for key in (stem + SUFFIX_A, stem + SUFFIX_B):
             if key not in weights:
                 raise UserError(f"{path}: {key} is missing; get the whole file again")
             if weights[key].ndim < 2 or not weights[key].numel():
                 shape = list(weights[key].shape)
                 raise UserError(f"{path}: {key} has shape {shape}, no matrix; get it again")
-        yield stem + _SUFFIX_A, stem + _SUFFIX_B
+        yield stem + SUFFIX_A, stem + SUFFIX_B
 
 
 def _dense_weights(
@@ -280,7 +261,7 @@ def _check_rank(settings: dict, weights: dict[str, Tensor], path: Path) -> None:
     """Refuse a rank that no tensor has, before PEFT allocates memory for it."""
     pattern = settings.get("rank_pattern") or {}
     ranks = [settings["r"], *pattern.values()] if isinstance(pattern, dict) else [pattern]
-    found = max((len(weights[a]) for a in weights if a.endswith(_SUFFIX_A)), default=0)
+    found = max((len(weights[a]) for a in weights if a.endswith(SUFFIX_A)), default=0)
     if any(not isinstance(rank, int) or rank > found for rank in ranks):
         raise UserError(
             f"{path}: its lora_A has {found} rows, {ADAPTER_CONFIG_FILE} says rank {ranks!s:.99}; "
@@ -299,7 +280,7 @@ def _guess_settings(weights: dict[str, Tensor], path: Path) -> tuple[dict, Seque
             f"{sorted(ranks)}, {sorted(blocks)} blocks in lora_A); add the {ADAPTER_CONFIG_FILE} "
             "it was trained with"
         )
-    modules = (key_a.removesuffix(_SUFFIX_A).rpartition(".")[2] for key_a, _ in pairs)
+    modules = (key_a.removesuffix(SUFFIX_A).rpartition(".")[2] for key_a, _ in pairs)
     settings = {
         "r": ranks.pop(),
         "lora_alpha": ALPHA_2023,

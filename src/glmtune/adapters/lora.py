@@ -1,7 +1,8 @@
 """LoRA on a model in memory: attach it, load it, save it."""
 
 import warnings
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,8 +14,10 @@ from transformers import PreTrainedModel
 
 from glmtune.adapters.biases import biases_in_effect, restore_when_disabled
 from glmtune.adapters.formats import Adapter, read_adapter, write_adapter
+from glmtune.adapters.naming import families_with, family_of_adapter, in_own_names
 from glmtune.errors import UserError, note
 from glmtune.models.families import family_of, find_family
+from glmtune.models.family import layers_of
 from glmtune.models.shape import find_targets
 from glmtune.run_files import ADAPTER_CONFIG_FILE
 
@@ -41,8 +44,8 @@ def attach_lora(
             every linear but the head. By default the family's own choice.
 
     Raises:
-        UserError: the model lacks a target (the message lists those it has), or already has an
-            adapter.
+        UserError: the model, or a layer of it, lacks a target (the message lists those it has), or
+            it already has an adapter.
     """
     family = find_family(model.config.to_dict())
     if targets is None:
@@ -51,6 +54,10 @@ def attach_lora(
     wanted = [name.strip() for name in names]
     other_names = family.other_names if family else {}
     adapted = find_targets(wanted, "this model", tuple(_linear_names(model)), other_names)
+    if lacking := _layers_without(model, adapted):
+        raise UserError(
+            f"lora_target: {_in_some_layers(model, lacking)}; name linears that each layer has"
+        )
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=rank,
@@ -81,8 +88,10 @@ def save_adapter(peft_model: PeftModel, folder: str | Path, base_name: str) -> N
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     """Put the adapter of a folder, of any format since 2023, on a base model, in place, for use.
 
-    The adapter's weights stay float32 on a base of any type. What had to be assumed about an old
-    folder is printed as a note on stderr.
+    Linears may have other names there, those of the publisher's code for example, and be cut or
+    fused otherwise: see `adapters.naming`. The adapter's weights stay float32 on a base of any
+    type. What had to be assumed about an old folder is printed as a note on stderr, and so is that
+    an adapter leaves out layers.
 
     Args:
         model: the base model.
@@ -98,23 +107,23 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     adapter = read_adapter(folder)
     adapter.check_effect()
     note(*adapter.notices)
-    present = dict(model.named_modules())
-    if not any(name in present for name in adapter.modules):
-        raise UserError(
-            f"{adapter.path}: this adapter fits no module of this base: it adapts "
-            f"{', '.join(adapter.modules[:2])}..., the base's linears are "
-            f"{', '.join(_linear_names(model))}; pass an adapter of this base"
-        )
+    adapter = _for_model(adapter, model)
+    trained_on = adapter.config.base_model_name_or_path
     adapter.config.inference_mode = True
     adapter.config.base_model_name_or_path = None  # PEFT would warn that the base has another path
     peft_model = _wrap(model, adapter.config)
     biases = {key: tensor.detach().clone() for key, tensor in biases_in_effect(peft_model).items()}
     try:
         restore_when_disabled(peft_model, biases)
-        _fill(peft_model, adapter)
+        _fill(peft_model, adapter, trained_on)
     except UserError:
         peft_model.unload()
         raise
+    adapted = set(adapter.modules)
+    present = (name for name, _ in model.named_modules() if name in adapted)
+    names = dict.fromkeys(name.rpartition(".")[2] for name in present)
+    if lacking := _layers_without(model, names, adapted):
+        note(f"{adapter.path}: adapts only {_in_some_layers(model, lacking)}")
     return peft_model.eval()
 
 
@@ -130,6 +139,78 @@ def restore_adapter(peft_model: PeftModel, folder: str | Path) -> None:
     adapter = read_adapter(folder)
     note(*adapter.notices)
     _fill(peft_model, adapter)
+
+
+def _for_model(adapter: Adapter, model: PreTrainedModel) -> Adapter:
+    """The adapter in the model's own names.
+
+    Raises:
+        UserError: it adapts no module of this model, or is of another family by the base it names.
+    """
+    config = model.config
+    family = find_family(config.to_dict())
+    if family:
+        known = family_of_adapter(adapter)
+        name = adapter.config.base_model_name_or_path
+        if known and name in known.published and name not in family.published:
+            whose = f"{adapter.path}: was trained on {name}, the base is {family.name}"
+            if known.model_type != family.model_type:
+                raise UserError(f"{whose}; pass --base {name}, or an adapter of this base")
+            note(f"{whose}, whose layers are the same but whose weights are others")
+        adapter = in_own_names(adapter, family.adapter_names, config)
+    present = {name for name, _ in model.named_modules()}
+    if any(module in present for module in adapter.modules):
+        return adapter
+    if others := [other.name for other in families_with(adapter)]:
+        raise UserError(
+            f"{adapter.path}: is an adapter of {' or '.join(others)}, as it adapts "
+            f"{adapter.modules[0]}; the base is {family.name if family else 'of another family'}: "
+            "pass the base that it was trained on as --base, or an adapter of this one"
+        )
+    raise UserError(
+        f"{adapter.path}: this adapter fits no module of this base: it adapts "
+        f"{', '.join(adapter.modules[:2])}..., the base's linears are "
+        f"{', '.join(_linear_names(model))}; pass an adapter of this base"
+    )
+
+
+def _layers_without(
+    model: PreTrainedModel, names: Iterable[str], adapted: Container[str] | None = None
+) -> dict[str, int]:
+    """Names of linears that some layers lack, to the number of layers that have them.
+
+    Args:
+        model: the base, with an adapter or without.
+        names: last names of linears.
+        adapted: whole names of those modules that count; by default all do.
+    """
+    layers = layers_of(model)
+    (begin,) = (name for name, module in model.named_modules() if module is layers)
+    places = [
+        {
+            name.rpartition(".")[2]
+            for name, module in layer.named_modules()
+            if (
+                isinstance(module, nn.Linear)
+                if adapted is None
+                else f"{begin}.{number}.{name}" in adapted
+            )
+        }
+        for number, layer in enumerate(layers)
+    ]
+    counts = {name: sum(name in of_layer for of_layer in places) for name in names}
+    return {name: count for name, count in counts.items() if count < len(layers)}
+
+
+def _in_some_layers(model: PreTrainedModel, counts: Mapping[str, int]) -> str:
+    """Text for `_layers_without`: the names, those in equally many layers together."""
+    names = defaultdict(list)
+    for name, count in counts.items():
+        names[count].append(name)
+    num_layers = len(layers_of(model))
+    return "; ".join(
+        f"{', '.join(some)} in {count} of {num_layers} layers" for count, some in names.items()
+    )
 
 
 def _linear_names(model: PreTrainedModel) -> list[str]:
@@ -175,8 +256,9 @@ def adapter_weights(peft_model: PeftModel) -> dict[str, torch.Tensor]:
     return weights | biases_in_effect(peft_model)
 
 
-def _fill(peft_model: PeftModel, adapter: Adapter) -> None:
+def _fill(peft_model: PeftModel, adapter: Adapter, trained_on: str | None = None) -> None:
     """Copy weights into the attached adapter after checking that every name and shape agrees."""
+    whose = f"; it was trained on {trained_on}" if trained_on else ""
     shapes = {key: list(tensor.shape) for key, tensor in adapter.weights.items()}
     wanted = {key: list(tensor.shape) for key, tensor in adapter_weights(peft_model).items()}
     for key in wanted:
@@ -184,6 +266,7 @@ def _fill(peft_model: PeftModel, adapter: Adapter) -> None:
             raise UserError(
                 f"{adapter.path}: {key} has shape {shapes[key]}, but {wanted[key]} is wanted here; "
                 f"it belongs to a base of another hidden size or to another {ADAPTER_CONFIG_FILE}"
+                f"{whose}"
             )
     for keys, fault in (
         (shapes.keys() - wanted.keys(), "tensors that this base has no place for"),
@@ -193,6 +276,6 @@ def _fill(peft_model: PeftModel, adapter: Adapter) -> None:
             raise UserError(
                 f"{adapter.path}: {len(keys)} {fault}, first {min(keys)} ({len(shapes)} there, "
                 f"{len(wanted)} wanted); pass an adapter of this base with its "
-                f"{ADAPTER_CONFIG_FILE}"
+                f"{ADAPTER_CONFIG_FILE}{whose}"
             )
     set_peft_model_state_dict(peft_model, adapter.weights)

@@ -260,8 +260,17 @@ class ConvertAdapterSettings(Settings):
     group: ClassVar[str] = "data"
     bare_words = ("old", "new")
     reads_and_writes = ("old", "new")
-    old: PathText = Field(description="folder of an adapter of 2023")
-    new: PathText = Field(description="folder to write, in PEFT's current format")
+    old: PathText = Field(description="folder of an adapter, in any format and naming")
+    new: PathText = Field(description="folder to write, in PEFT's form of today")
+    to: Literal["peft", "chatglm"] = Field(
+        "peft",
+        description="names of the linears: peft for those of transformers' classes, chatglm for "
+        "those of the published remote code of ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B",
+    )
+    base: PathText | None = Field(
+        None,
+        description="folder or hub id of the base model, for adapters that do not say its sizes",
+    )
 
 
 # --- doctor ---

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from glmtune.models.decoding import DecodingBlock
+    from glmtune.ops.lora import LowRank
 
 
 class PackedBlock(NamedTuple):
@@ -57,6 +58,26 @@ class ChatFormat(NamedTuple):
     """What `polish` replaces: the beginning of one at an answer's end may go on to be one."""
     unsettled: str
     """Characters that `polish` writes otherwise, depending on the character after them."""
+
+
+class AdapterNames(NamedTuple):
+    """What the family's linears are called in adapters, and how updates in other names fit them.
+
+    Updates are by module of the base model. The last two functions raise UserError without the
+    adapter's path where sizes cannot be.
+    """
+
+    is_own: Callable[[str], bool]
+    """Whether a module is a linear of the family's model class, by its whole name."""
+    is_foreign: Callable[[str], bool] = lambda module: False
+    """Whether it is one of the family's linears, or several, as other code has them."""
+    to_own: Callable[[Mapping[str, LowRank], Any], dict[str, LowRank]] = lambda updates, _: dict(
+        updates
+    )
+    """``(updates, config)``: the same in the names and shapes of the model class. The configuration
+    may be None; sizes are then read off the tensors."""
+    to_published: Callable[[Mapping[str, LowRank], Any], dict[str, LowRank]] | None = None
+    """The reverse, into the names of the publisher's own code; None where it has no others."""
 
 
 class Native(NamedTuple):
@@ -120,6 +141,8 @@ class Family(NamedTuple):
     """Ids of a short row from all over the vocabulary, of the configuration."""
     head_dims: tuple[int, ...]
     """Sizes of a head for which the packed block is compiled with the kernels of ops/."""
+    adapter_names: AdapterNames | None = None
+    """What adapters call the family's linears; None where only the model class's names count."""
     published_settings: Mapping[str, Any] = MappingProxyType({})
     """config.json of the model that `published` names, as far as `read_settings` has no default."""
     other_names: Mapping[str, tuple[str, ...]] = MappingProxyType({})

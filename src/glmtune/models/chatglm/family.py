@@ -1,5 +1,6 @@
 """The `Family` entries of ChatGLM-6B: its two published revisions."""
 
+import re
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -15,9 +16,12 @@ from glmtune.models.chatglm.settings import (
     ChatGLMSettings,
     has_later_keys,
 )
-from glmtune.models.family import ChatFormat, Family, Native
+from glmtune.models.family import AdapterNames, ChatFormat, Family, Native
 from glmtune.models.shape import LinearShape, Shape
 
+_LINEAR = re.compile(
+    r"transformer\.layers\.\d+\.(attention\.(query_key_value|dense)|mlp\.dense_(h_to_4h|4h_to_h))"
+)
 _IDS = ("bos_token_id", "eos_token_id", "gmask_token_id", "mask_token_id", "pad_token_id")
 
 
@@ -134,6 +138,7 @@ V1_1 = Family(
     row_tokenizer=RowEncoder.of_folder,
     check_pair=check_pair,
     lora_target=("query_key_value",),
+    adapter_names=AdapterNames(lambda module: _LINEAR.fullmatch(module) is not None),
     chat=ChatFormat(
         describe="the model's own, [Round N], 问：, 答：; a question continues the conversation",
         write=lambda rounds, question: templates.rounds(rounds, question) if rounds else question,

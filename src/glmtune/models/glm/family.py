@@ -8,7 +8,8 @@ from typing import Any
 from glmtune.data.dataset import RowTokenizer
 from glmtune.data.row_rule import RowRule
 from glmtune.errors import UserError
-from glmtune.models.family import Family, Native
+from glmtune.models.family import AdapterNames, Family, Native
+from glmtune.models.glm import naming
 from glmtune.models.glm.layouts import LAYOUTS, Layout
 from glmtune.models.glm.settings import (
     CHATGLM2,
@@ -134,6 +135,23 @@ def _check_tokenizer(tokenizer: Any) -> list[str]:
     return check_template(tokenizer)
 
 
+def _to_own(updates: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    from glmtune.models.glm.adapters import to_own
+
+    return to_own(updates, config)
+
+
+def _to_published(updates: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    from glmtune.models.glm.adapters import to_published
+
+    return to_published(updates, config)
+
+
+_ADAPTERS = AdapterNames(naming.is_own, naming.is_foreign, _to_own, _to_published)
+# The publisher's code of these is transformers'.
+_ADAPTERS_OF_ONE_LAYOUT = AdapterNames(naming.is_own, naming.is_half, _to_own)
+
+
 def probe_row(config: Any) -> list[int]:
     """Twenty ids from all over the vocabulary."""
     return [config.vocab_size * i // 20 for i in range(20)]
@@ -207,6 +225,7 @@ def _entry(variant: str, name: str, published: tuple[str, ...]) -> Family:
         check_tokenizer=_check_tokenizer,
         lora_target=_QKV,
         other_names=_PUBLISHED_NAMES,
+        adapter_names=(_ADAPTERS_OF_ONE_LAYOUT if variant in (GLM4_0414, EDGE) else _ADAPTERS),
         chat=layout.chat,
         probe_row=probe_row,
         head_dims=(64, 128),

@@ -29,6 +29,10 @@ MODULES = {
     "mlp.dense_4h_to_h": "mlp.down_proj",
 }
 """Linears of a layer whose weights are the same tensor in both layouts: published name to ours."""
+GATE_UP = MODULES["mlp.dense_h_to_4h"]
+HALVES = ("mlp.gate_proj", "mlp.up_proj")
+"""What other code has apart, and `GATE_UP` as one, in this order."""
+OWN_LAYER = "model.layers."
 _LAYER = re.compile(rf"{re.escape(PUBLISHED_LAYER)}(\d+)\.(.+)\.(\w+)")
 
 
@@ -54,7 +58,7 @@ def to_glm(tensors: "Mapping[str, Tensor]", config: Any) -> "dict[str, Tensor]":
             found[name if begin is None else _TOP[begin] + name.removeprefix(begin)] = tensor
             continue
         number, module, kind = layer.groups()
-        place = f"model.layers.{number}."
+        place = f"{OWN_LAYER}{number}."
         if module == FUSED and len(tensor) == sum(sizes_of_qkv(config)):
             parts = tensor.split(sizes_of_qkv(config))
             found |= {f"{place}{ours}.{kind}": part for ours, part in zip(QKV, parts, strict=True)}

@@ -8,6 +8,7 @@ from glmtune.errors import UserError
 from glmtune.hardware import GIB
 from glmtune.runlog import print_pairs
 from glmtune.training.planning.forecast import PACK_MULTIPLE, PACK_SPEEDS, Forecast, Forecaster
+from glmtune.training.planning.memory import Setup
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,22 @@ def print_forecast(forecast: Forecast, settings: TrainSettings, base: str) -> No
     print_pairs(
         f"Memory for {base} with rank {settings.lora_rank} on {targets}, "
         f"in {lying[forecast.layout]}",
-        describe(forecast),
+        {"lora": reach_words(forecast.setup), **describe(forecast)},
     )
+
+
+def reach_words(setup: Setup) -> str:
+    """What `lora_target` reaches, of what an adapter of that rank on all linears would have."""
+    shape = setup.shape
+    most = shape.adapter_parameters(setup.rank, shape.linear_names)
+    return (
+        f"reaches {_spell_count(setup.parameters())} of {_spell_count(most)}: "
+        f"{', '.join(setup.targets)} in {shape.num_layers} layers"
+    )
+
+
+def _spell_count(number: int) -> str:
+    return f"{number / 1e6:,.1f} M" if number >= 1e6 else f"{number:,}"
 
 
 def describe(forecast: Forecast) -> dict[str, str]:
