@@ -36,7 +36,7 @@ ROWS = {
 def model(request, shared, tmp_path_factory):
     name, published, vocabulary = MODELS[request.param]
     family = next(family for family in FAMILIES if family.name == name)
-    folder = tmp_path_factory.mktemp(request.param) / "base"
+    folder = tmp_path_factory.mktemp(request.param, numbered=False) / "base"
     return write_model(folder, family, shared / "golden" / vocabulary, published=published)
 
 
@@ -66,6 +66,7 @@ def test_from_records_to_an_adapter_and_on(here, capsys):
         assert text.split()[0] == text.split()[1]
         assert "Instruction:" not in tokenizer.decode(prompt)
     assert card.tokenizer_sha256 == tokenizer.vocab_hash
+    assert card.template == "conversation"
 
     losses = {}
     for layout, more in (("padded", ""), ("packed", " --tokens_per_step 1024")):
@@ -110,7 +111,7 @@ def test_a_chat_is_asked_in_the_models_own_layout(here, monkeypatch, capsys):
 @pytest.mark.parametrize("language", ["zh", "en"])
 def test_each_recipe_runs(here, root, model, monkeypatch, language, capsys):
     """The two commands in a recipe's head, with this base, few steps, and short answers."""
-    name = model.parent.name.rstrip("0123456789").removesuffix("-hf")
+    name = model.parent.name.removesuffix("-hf")
     recipe = root / "recipes" / f"{name}-alpaca-{language}.yaml"
     sections = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     os.makedirs(os.path.dirname(sections["tune"]["data_path"]))
@@ -123,3 +124,4 @@ def test_each_recipe_runs(here, root, model, monkeypatch, language, capsys):
     lines = iter(["你好", "/exit"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     assert main(["chat", str(recipe), *few]) == 0
+    assert "tuned is asked in the format chat, as its run taught it" in capsys.readouterr().out

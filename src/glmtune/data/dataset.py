@@ -25,6 +25,11 @@ _PARTS = (CARD_FILE, HISTOGRAM_FILE, "dataset_info.json", "state.json", "*.arrow
 _COLUMNS = ("input_ids", "seq_len")
 
 
+CONVERSATION = "conversation"
+"""The template of rows whose family writes them as its chat models read conversations; a tokenizer
+that does so has this as its attribute `template`."""
+
+
 class RowTokenizer(Protocol):
     """What making rows requires of a tokenizer."""
 

@@ -243,7 +243,7 @@ def _card(
         tokenizer_sha256=tokenizer.vocab_hash,
         vocab_revision=tokenizer.revision,
         special_ids=tokenizer.row_rule.special_ids,
-        template=_template(rows),
+        template=getattr(tokenizer, "template", None) or _template(rows),
         flags=settings.model_dump(
             include={"max_seq_length", "skip_overlength", "keep_empty", "on_bad_row"}
         ),

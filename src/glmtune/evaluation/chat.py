@@ -13,6 +13,7 @@ from glmtune.config.groups import AnswerSettings
 from glmtune.config.names import did_you_mean
 from glmtune.config.reading import change_setting
 from glmtune.config.settings import ChatSettings
+from glmtune.data.dataset import CONVERSATION
 from glmtune.data.files import new_file
 from glmtune.errors import UserError, visible
 from glmtune.evaluation.answers import ModelChoice
@@ -320,6 +321,8 @@ def taught_format(adapter: Path) -> tuple[str, str]:
     template = find_template(adapter)
     if template == ALPACA:
         return ALPACA, "as its run taught it"
+    if template == CONVERSATION:
+        return CHAT, "as its run taught it"
     if template is not None:
         return CHAT, "since its rows had a template of their own, which no record names"
     if is_of_2023(adapter):

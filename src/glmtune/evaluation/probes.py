@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from glmtune.data.dataset import CONVERSATION
 from glmtune.data.records import read_alpaca
 from glmtune.data.templates import alpaca, context_of
 from glmtune.data.token_rows import TokenRows
@@ -74,7 +75,7 @@ def strange_probes(tokenizer: Any, template: str | None) -> list[Probe]:
         template: template of those rows; if it is the user's own, it is unknown, and the bare
             question is the closest to it.
     """
-    write = str if template == "custom" else alpaca
+    write = str if template in ("custom", CONVERSATION) else alpaca
     return from_texts(tokenizer, [(write(asked), answer) for asked, answer in STRANGE_QUESTIONS])
 
 

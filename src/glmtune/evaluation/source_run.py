@@ -59,7 +59,7 @@ def is_of_2023(adapter: Path) -> bool:
 
 
 def find_template(adapter: Path) -> str | None:
-    """The template of the rows behind an adapter: "alpaca", "custom", None if unknown."""
+    """The template of the rows behind an adapter, as the data card has it; None if unknown."""
     template = _identity(adapter).get("template")
     return template if isinstance(template, str) else None
 

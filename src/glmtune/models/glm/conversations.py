@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from glmtune.data.dataset import CONVERSATION
 from glmtune.data.files import read_json_object
 from glmtune.data.row_rule import RowRule
 from glmtune.data.templates import conversation_of
@@ -46,6 +47,7 @@ class ConversationEncoder:
     has_blank = False
     """Whether chat templates write the blank that the vocabulary puts before each text."""
     folder: Path
+    template = CONVERSATION
     folder_template: str | None = None
     """The chat template of the folder."""
 
