@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from glm_folders import write_model
+from glm_folders import PUBLISHED_SIZES, write_folder, write_model
 
 from glmtune.cli import main
 from glmtune.data.dataset import load_dataset
@@ -125,3 +125,21 @@ def test_each_recipe_runs(here, root, model, monkeypatch, language, capsys):
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     assert main(["chat", str(recipe), *few]) == 0
     assert "tuned is asked in the format chat, as its run taught it" in capsys.readouterr().out
+
+
+def test_a_template_that_differs_is_shown_before_anything_starts(
+    shared, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    template = "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    template += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    vocabulary = (shared / "golden/glm/glm4_tokenizer.model").read_bytes()
+    write_folder(Path("base"), "glm4", vocabulary, template=template, **PUBLISHED_SIZES)
+    Path("rows.jsonl").write_text('{"context": "q", "target": "a"}\n')
+    glmtune("tokenize --jsonl_path rows.jsonl --save_path rows", "base")
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "note: chat template: differs from the rows at token 4 of one turn:"
+    assert told[1].startswith("note:   rows:     151331 '[gMASK]' 151333 '<sop>' 151336")
+    assert r"198 '\n' 10229 'Why'" in told[1]
+    assert "151336 '<|user|>' 10229 'Why'" in told[2]
+    assert len(told) == 3

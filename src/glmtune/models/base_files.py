@@ -82,7 +82,7 @@ def tell_differences(base: str, family: Family, tokenizer: Any) -> None:
     """Print once, as notes, where a folder's chat template is not how its rows are laid out."""
     if base not in _told:
         _told.add(base)
-        note(*family.check_tokenizer(tokenizer))
+        note(*(line for text in family.check_tokenizer(tokenizer) for line in text.splitlines()))
 
 
 def published_family(base: str) -> Family | None:
