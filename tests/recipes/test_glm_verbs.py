@@ -54,6 +54,7 @@ def glmtune(line, base):
 def test_from_records_to_an_adapter_and_on(here, capsys):
     assert main(["convert", "--data_path", "data.json", "--save_path", "rows.jsonl"]) == 0
     glmtune("tokenize --jsonl_path rows.jsonl --save_path rows", here)
+    assert "'s own conversations; words that convert puts around" in capsys.readouterr().out
     rows, card = load_dataset("rows")
     tokenizer = load_tokenizer(here)
     rule = tokenizer.row_rule

@@ -14,6 +14,7 @@ from glmtune import __version__
 from glmtune.config.settings import TokenizeSettings
 from glmtune.data.dataset import (
     CARD_FILE,
+    CONVERSATION,
     HISTOGRAM_FILE,
     DataCard,
     RowTokenizer,
@@ -64,6 +65,11 @@ class TokenizeSummary:
             lines.append(f"    {len(self.bad_rows):,} bad, skipped:")
             lines += [f"      {line}" for line in list_bad_rows(self.bad_rows)]
         lines += [f"    {line}" for line in self.fields.lines()]
+        if card.template == CONVERSATION:
+            lines.append(
+                f"  layout      {card.vocab_revision}'s own conversations; words that convert puts "
+                "around a record are left out"
+            )
         lines += [
             f"  row length  {card.lengths} tokens",
             f"  tokens      {card.num_tokens:,}, "
