@@ -23,7 +23,8 @@ IN_CODE = re.compile(
 # Messages and help may name a product; other strings are identifiers.
 IN_STRINGS = re.compile(
     r"gmask|<sop>|<eop>|query_key_value|h_to_4h|4h_to_h|layernorm|final_layer|lm_head"
-    r"|(?<!tie_)word_embeddings",
+    r"|(?<!tie_)word_embeddings|<\|(user|assistant|system|observation)\|>|self_attn|o_proj|down_proj"
+    r"|gate_up_proj|transformer\.encoder|embed_tokens",
     re.IGNORECASE,
 )
 STRINGS = {tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)}
