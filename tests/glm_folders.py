@@ -83,6 +83,7 @@ def write_model(folder: Path, family, vocabulary: Path, *, published: bool = Fal
         config = CONFIGS[variant] | PUBLISHED_SIZES
         config["eos_token_id"] = settings["eos_token_id"]
         config["pad_token_id"] = settings["pad_token_id"]
+        config["layernorm_epsilon"] = settings["rms_norm_eps"]
         (folder / "config.json").write_text(json.dumps(config))
         torch.save(as_published(model), folder / "pytorch_model.bin")
     else:

@@ -3,11 +3,15 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from glm_folders import write_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from toys import randomise_adapter
 
@@ -18,9 +22,10 @@ from glmtune.data.token_rows import IGNORED, TokenRows
 from glmtune.errors import UserError
 from glmtune.generation import Decoder, EncodedPrompt, GenerationSettings
 from glmtune.models.families import FAMILIES, family_of, find_family
-from glmtune.models.glm.configuration import GlmConfig
+from glmtune.models.glm.configuration import Glm4Config, GlmConfig
 from glmtune.models.glm.mapping import to_glm
 from glmtune.models.glm.modeling import Glm4ForCausalLM, GlmForCausalLM
+from glmtune.models.glm.rotary import pair_angles
 from glmtune.models.glm.settings import GlmSettings
 from glmtune.models.loading import load_base_model
 from glmtune.models.packed import PackedModel
@@ -186,6 +191,87 @@ def test_twenty_steps_are_those_of_transformers(load, kind):
             optimiser.step()
     num_labels = rows.num_labels_R[row_ids].sum()
     assert abs(losses[0] - losses[1]) / num_labels < 1e-5
+
+
+VARIANTS = st.fixed_dictionaries(
+    {
+        "num_key_value_heads": st.sampled_from([1, 2, 4]),
+        "head_dim": st.sampled_from([8, 16]),
+        "attention_bias": st.booleans(),
+        "tie_word_embeddings": st.booleans(),
+        "num_hidden_layers": st.sampled_from([1, 3]),
+    }
+)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    variant=VARIANTS,
+    is_glm4=st.booleans(),
+    factor=st.sampled_from([0.5, 1.0]),
+    scaling=st.sampled_from([{}, {"rope_type": "yarn", "factor": 4.0,
+                                  "original_max_position_embeddings": 64}]),
+)  # fmt: skip
+def test_any_variant_trains_and_answers_as_transformers(variant, is_glm4, factor, scaling):
+    """The published ones among them: 32B has no bias, Edge rotates whole heads and is tied."""
+    config_class, model_class = (
+        (Glm4Config, Glm4ForCausalLM) if is_glm4 else (GlmConfig, GlmForCausalLM)
+    )
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": factor} | scaling
+    config = config_class(
+        vocab_size=120, hidden_size=32, intermediate_size=40, num_attention_heads=4,
+        max_position_embeddings=256, initializer_range=0.2, eos_token_id=[101, 108, 110],
+        pad_token_id=101, rope_parameters=rope, **variant,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = model_class(config).eval()
+    shape = family_of(config).shape(config)
+    assert shape.weight_bytes(torch.float32) == 4 * sum(p.numel() for p in base.parameters())
+    ids = torch.randint(0, 100, (1, 70))
+    how = GenerationSettings(max_new_tokens=8)
+    steps = Decoder(base, []).stream([EncodedPrompt(ids[0].tolist(), 0)], how)
+    answer = [token for (more,) in steps for token in more]
+    with torch.inference_mode():
+        row = torch.cat((ids, torch.tensor([answer])), 1)
+        logits = base(row, use_cache=False).logits[0, 69:-1]
+    chosen = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
+    assert (logits.max(1).values - chosen).max() < 1e-4  # the likeliest, or as likely
+    model = with_adapter(base, "all")
+    rows = random_rows(config, [(5, 9), (40, 30), (1, 17)])
+    packed = PackedModel(model, family_of(config).native().packed, compiled=False)
+    with torch.no_grad():
+        loss = packed.loss(packed.to_tensors(lay_out(rows, np.arange(3), 128)))
+        assert abs(loss / plain_loss(model, rows, range(3)) - 1) < 1e-5
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_positions_that_depend_on_a_rows_length_are_refused(rope_type):
+    rope = {"rope_type": rope_type, "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    config = SimpleNamespace(rope_parameters=rope, head_dim=16, max_position_embeddings=64)
+    with pytest.raises(UserError, match=f"rope_type '{rope_type}' is not known here"):
+        pair_angles(torch.arange(3), config)
+
+
+@pytest.mark.parametrize("name", ["ChatGLM3-6B", "ChatGLM2-6B", "GLM-4-9B"])
+def test_both_layouts_hold_one_model(tmp_path, name):
+    family = next(family for family in FAMILIES if family.name == name)
+    vocabulary = tmp_path / "none"
+    vocabulary.touch()
+    folders = [
+        write_model(tmp_path / layout, family, vocabulary, published=layout == "published")
+        for layout in ("published", "transformers")
+    ]
+    published, plain = (
+        family.native().model_class.from_pretrained(folder, dtype=torch.float16).float()
+        for folder in folders
+    )
+    assert published.state_dict().keys() == plain.state_dict().keys()
+    for key, tensor in published.state_dict().items():
+        assert torch.equal(tensor, plain.state_dict()[key]), key
+    ids = torch.randint(0, 60_000, (1, 30))
+    with torch.inference_mode():
+        assert torch.equal(published(ids).logits, plain(ids).logits)
+    assert family_of(published.config) is family_of(plain.config) is family
 
 
 def test_names_of_the_publishers_code_mean_our_linears(load):
