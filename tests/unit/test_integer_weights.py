@@ -264,7 +264,11 @@ def reconfigure(**settings):
         ),
         ("int4", reconfigure(quantization_embeddings=True), rf"missing {EMBEDDING}\.weight_scale"),
         ("int4", reconfigure(quantization_bit=5), "quantization_bit 5 is not known"),
-        ("int4", reconfigure(quantization_config={"quant_method": "awq"}), r"\(awq\) is a way of"),
+        (
+            "int4",
+            reconfigure(quantization_config={"quant_method": "awq"}),
+            r"\(awq\) is not a supported",
+        ),
     ],
 )
 @pytest.mark.parametrize("form", ["bin", "safetensors"])

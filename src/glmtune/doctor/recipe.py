@@ -18,7 +18,7 @@ from glmtune.models.base_files import check_targets
 from glmtune.models.families import family_of
 from glmtune.models.folders import is_lfs_pointer
 from glmtune.models.loading import load_tokenizer
-from glmtune.models.resolve import GLM_TINY, resolve_base
+from glmtune.models.resolve import GLM_TINY, HUB_IDS, resolve_base
 from glmtune.training.plan import count_steps, make_plan
 from glmtune.training.planning.advice import advise, verdict
 from glmtune.training.planning.forecast import EqualRows, Forecaster, Lengths, forecast
@@ -48,13 +48,20 @@ def check_settings(path: str, verbs: list[str], plans: Plans) -> Iterator[CheckL
         try:
             settings = read_config(SETTINGS[verb], path, {})
             if isinstance(settings, TrainSettings):
-                base = resolve_base(settings.base, needs_weights=False)
-                check_targets(settings.lora_target, base)
+                check_targets(settings.lora_target, _base_of(settings))
             plans[verb] = settings
         except UserError as error:
             yield PROBLEM, str(error)
     if plans:
         yield OK, f"{path}: settings of {', '.join(plans)}"
+
+
+def _base_of(settings: TrainSettings) -> str:
+    """The base that a recipe names; the default one where there is none, as another check says."""
+    try:
+        return resolve_base(settings.base, needs_weights=False)
+    except UserError:
+        return HUB_IDS[0]
 
 
 def check_paths(plans: Mapping[str, Settings]) -> Iterator[CheckLine]:
