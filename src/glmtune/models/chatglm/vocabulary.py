@@ -51,7 +51,7 @@ def read_vocab(vocab_file: str | Path | None) -> tuple[bytes, SentencePieceProce
     if vocab_file is None or not Path(vocab_file).is_file():
         raise UserError(
             f"tokenizer: no {VOCAB_FILE} in the folder (value: {vocab_file}); take it from the "
-            "published ChatGLM-6B folder, beside the weights (ChatGLM2 and 3 are not loaded yet)"
+            "published ChatGLM-6B folder, beside the weights"
         )
     data = read_vocabulary(Path(vocab_file))
     return data, open_pieces(Path(vocab_file), data)
