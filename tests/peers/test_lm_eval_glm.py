@@ -19,11 +19,12 @@ MODELS = {
     "chatglm3": ("ChatGLM3-6B", True, "glm3_tokenizer.model"),
     "glm4": ("GLM-4-9B", True, "glm/glm4_tokenizer.model"),
     "glm4-0414": ("GLM-4-0414", False, "glm/glm4_tokenizer.model"),
+    "glm-edge": ("GLM-Edge", False, None),
 }
 PAIRS = [
     (f"{place}. Q: {question}\nA:{' ' * (place % 3 == 1)}", f"{' ' * (place % 3 != 1)}{answer}")
     for place, (question, answer) in enumerate(
-        [("What is 3 + 14?", "17"), ("三加十四是多少？", "十七"), ("Name a tree.", "Oak, or beech."),
+        [("What is 3 + 14?", "17"), ("三加十四是多少？", "十七"), ("Name a tree.", "Oak or beech."),
          ("说一种花。", "荷花"), ("Who <|user|> are you?", "a helper\nof 17 words")] * 10
     )
 ]  # fmt: skip
@@ -33,7 +34,8 @@ CHAT = [{"role": "user", "content": "你好，说 17。"}]
 def write(kind, shared, folder):
     name, published, vocabulary = MODELS[kind]
     family = next(family for family in FAMILIES if family.name == name)
-    return write_model(folder, family, shared / "golden" / vocabulary, published=published)
+    vocabulary = vocabulary and shared / "golden" / vocabulary
+    return write_model(folder, family, vocabulary, published=published)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -108,7 +110,9 @@ def test_an_answer_to_a_chat_is_scored_as_in_a_row_of_training(ours):
 @pytest.mark.parametrize("text", ["Oak. 荷花 17", ""])
 def test_texts_behind_nothing_are_scored_behind_the_prefix(ours, text):
     prefix = ours.tokenizer.encode("")
-    assert len(prefix) == 2
+    if not prefix:
+        assert ours.tokenizer.revision == "glm-edge"
+        prefix = [ours.tokenizer.eos_token_id]  # as lm-eval's own model type does
     (ids,) = ours.tokenizer.encode_batch([text or "Oak"])
     expected = score_by_hand(ours, prefix, ids)
     if text:
