@@ -7,6 +7,9 @@ from pathlib import Path
 
 import torch
 
+from glmtune.models.glm.byte_pair_encoder import tokenizer_of_tiktoken
+from glmtune.models.glm.layouts import LAYOUTS
+
 PUBLISHED = {"model_type": "chatglm", "multi_query_attention": True}
 CONFIGS = {
     "chatglm2": PUBLISHED | {"padded_vocab_size": 65024, "_name_or_path": "THUDM/chatglm2-6b"},
@@ -61,17 +64,26 @@ PUBLISHED_SIZES = {
 }  # fmt: skip
 
 
-def write_model(folder: Path, family, vocabulary: Path, *, published: bool = False) -> Path:
+def write_model(folder: Path, family, vocabulary: Path | None, *, published: bool = False) -> Path:
     """A tiny model of random weights with a real vocabulary, in either layout.
 
     Args:
         folder: is made.
         family: its entry of the list.
-        vocabulary: a tokenizer.model.
+        vocabulary: a tokenizer.model; None for a tokenizer.json of bytes and GLM-Edge's special
+            tokens, whose ids follow those of the bytes in the published order.
         published: in the publisher's layout, as .bin shards, instead of transformers'.
     """
     native = family.native()
     settings = dict(family.published_settings) | SIZES
+    if vocabulary is None:
+        words = toy_tiktoken()
+        end = words.count(b"\n")
+        settings |= {
+            "vocab_size": 512,
+            "pad_token_id": end,
+            "eos_token_id": [end, end + 7, end + 9],
+        }
     torch.manual_seed(0)
     model = native.model_class(native.config_class.from_dict(settings))
     for name, weight in model.named_parameters():
@@ -88,7 +100,11 @@ def write_model(folder: Path, family, vocabulary: Path, *, published: bool = Fal
         torch.save(as_published(model), folder / "pytorch_model.bin")
     else:
         model.save_pretrained(folder)
-    shutil.copyfile(vocabulary, folder / "tokenizer.model")
+    if vocabulary is None:
+        tokenizer = tokenizer_of_tiktoken(words, folder, LAYOUTS["glm-edge"])
+        tokenizer.save(str(folder / "tokenizer.json"))
+    else:
+        shutil.copyfile(vocabulary, folder / "tokenizer.model")
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "ChatGLM4Tokenizer", "padding_side": "left"})
     )

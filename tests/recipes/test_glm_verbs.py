@@ -13,13 +13,14 @@ from glmtune.data.dataset import load_dataset
 from glmtune.models.families import FAMILIES, find_family
 from glmtune.models.loading import load_base_model, load_tokenizer
 
-# Name of the entry, whose layout, and the vocabulary in ../shared/golden.
+# Name of the entry, whose layout, and the vocabulary in ../shared/golden; None for one of bytes.
 MODELS = {
     "chatglm2-6b": ("ChatGLM2-6B", True, "glm3_tokenizer.model"),
     "chatglm3-6b": ("ChatGLM3-6B", True, "glm3_tokenizer.model"),
     "glm-4-9b": ("GLM-4-9B", True, "glm/glm4_tokenizer.model"),
     "glm-4-9b-hf": ("GLM-4-9B", False, "glm/glm4_tokenizer.model"),
     "glm-4-9b-0414": ("GLM-4-0414", False, "glm/glm4_tokenizer.model"),
+    "glm-edge-1.5b": ("GLM-Edge", False, None),
 }
 RECORDS = [
     {"instruction": f"把数字写两遍：{i}" if i % 2 else f"Write the number twice: {i}", "input": "",
@@ -33,11 +34,13 @@ ROWS = {
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def model(request, shared, tmp_path_factory):
+def model(request, tmp_path_factory):
     name, published, vocabulary = MODELS[request.param]
     family = next(family for family in FAMILIES if family.name == name)
     folder = tmp_path_factory.mktemp(request.param, numbered=False) / "base"
-    return write_model(folder, family, shared / "golden" / vocabulary, published=published)
+    if vocabulary is not None:
+        vocabulary = request.getfixturevalue("shared") / "golden" / vocabulary
+    return write_model(folder, family, vocabulary, published=published)
 
 
 @pytest.fixture

@@ -309,7 +309,7 @@ def test_a_missing_shard_and_an_index_that_points_elsewhere(model, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"padded_vocab_size": 65024}, "ChatGLM2-6B or ChatGLM3-6B"),
+        ({"padded_vocab_size": 65024, "vision_config": {}}, "is GLM-4V-9B"),
         ({"quantization_bit": 3}, r"quantization_bit 3 is not known, only the 8 and 4"),
         ({"quantization_bit": "int8"}, "quantization_bit 'int8' is not known"),
         ({"quantization_bit": True}, "quantization_bit True is not known"),

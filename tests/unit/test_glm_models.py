@@ -22,7 +22,7 @@ from glmtune.data.token_rows import IGNORED, TokenRows
 from glmtune.errors import UserError
 from glmtune.generation import Decoder, EncodedPrompt, GenerationSettings
 from glmtune.models.families import FAMILIES, family_of, find_family
-from glmtune.models.glm.configuration import Glm4Config, GlmConfig
+from glmtune.models.glm.configuration import MappedGlm4Config, MappedGlmConfig
 from glmtune.models.glm.mapping import to_glm
 from glmtune.models.glm.modeling import Glm4ForCausalLM, GlmForCausalLM
 from glmtune.models.glm.rotary import pair_angles
@@ -215,7 +215,7 @@ VARIANTS = st.fixed_dictionaries(
 def test_any_variant_trains_and_answers_as_transformers(variant, is_glm4, factor, scaling):
     """The published ones among them: 32B has no bias, Edge rotates whole heads and is tied."""
     config_class, model_class = (
-        (Glm4Config, Glm4ForCausalLM) if is_glm4 else (GlmConfig, GlmForCausalLM)
+        (MappedGlm4Config, Glm4ForCausalLM) if is_glm4 else (MappedGlmConfig, GlmForCausalLM)
     )
     rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": factor} | scaling
     config = config_class(
@@ -312,7 +312,7 @@ def test_frequencies_of_another_base_are_refused(shared, tmp_path):
 @pytest.mark.parametrize("theta", [{"rope_theta": 1e4}, {"rope_parameters": {"rope_theta": 1e4}}])
 def test_a_ratio_and_a_base_that_differ_are_refused(theta):
     with pytest.raises(UserError, match="rope_ratio 500 means rope_theta 5e"):
-        GlmConfig.from_dict({"model_type": "glm", "rope_ratio": 500, **theta})
+        MappedGlmConfig.from_dict({"model_type": "glm", "rope_ratio": 500, **theta})
 
 
 @pytest.mark.parametrize(
@@ -323,7 +323,7 @@ def test_a_ratio_and_a_base_that_differ_are_refused(theta):
 )  # fmt: skip
 def test_settings_that_no_model_has_are_refused(shared, change, word):
     settings = json.loads((shared / "golden" / TINY["chatglm2"] / "config.json").read_text())
-    for read in (GlmConfig.from_dict, GlmSettings.read):
+    for read in (MappedGlmConfig.from_dict, GlmSettings.read):
         with pytest.raises(UserError, match=word):
             read(settings | change)
 

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from glm_folders import toy_tiktoken, write_folder
 from transformers import AutoTokenizer, GlmConfig, GlmForCausalLM, PreTrainedTokenizerBase, pipeline
 
 from glmtune.errors import UserError
-from glmtune.models import families
 from glmtune.models.chatglm.tokenization import ChatGLMTokenizer
 from glmtune.models.chatglm.vocabulary import VOCAB_FILE as TOY_PIECES
 from glmtune.models.glm.byte_pair_encoder import tokenizer_of_tiktoken
@@ -382,17 +380,9 @@ def test_no_code_of_the_folder_is_run(toy):
     )
 
 
-def test_auto_tokenizer_of_a_published_folder(built, monkeypatch):
+def test_auto_tokenizer_of_a_published_folder(built):
     """Its settings name ChatGLMTokenizer, as those of ChatGLM-6B do."""
     folder, encoder, _ = built("chatglm3")
-    native = SimpleNamespace(tokenizer_class=GLMTokenizer)
-    family = SimpleNamespace(native=lambda: native)
-    known = families.find_family
-    monkeypatch.setattr(
-        families,
-        "find_family",
-        lambda settings: family if "padded_vocab_size" in settings else known(settings),
-    )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert type(tokenizer) is PieceTokenizer
     assert tokenizer.vocab_hash == encoder.vocab_hash

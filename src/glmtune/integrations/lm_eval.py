@@ -1,8 +1,12 @@
 """The model type `glmtune` of lm-evaluation-harness: base and adapter on any of its tasks.
 
 ``python -m glmtune.integrations.lm_eval`` is its command with that model type beside its own; from
-Python, importing this module is enough. Contexts end with the special ids of a prompt, and what is
-scored or generated is the answer, as in training.
+Python, importing this module is enough.
+
+Where prompts are seen in both directions, contexts end with the special ids of a prompt, and what
+is scored or generated is the answer, as in training. Other families read a context as lm-eval's own
+model type does, as text behind the tokenizer's prefix; a chat template makes it a question as in
+training.
 """
 
 import sys
@@ -89,9 +93,24 @@ class GlmtuneLM(HFLM):
         left_truncate_len: int | None = None,
         **kwargs: Any,
     ) -> list[int]:
-        """A context's ids, with the special ids of a prompt unless they are turned off."""
+        """A context's ids, with the tokenizer's special ids unless they are turned off.
+
+        Behind a chat that a template rendered comes what every answer of training begins with.
+        """
         ids = self.tokenizer.encode(string, add_special_tokens=add_special_tokens is not False)
+        rule, start = self.tokenizer.row_rule, self._start
+        if not rule.prompt_sees_all:
+            if start and ids[: 2 * len(start)] == 2 * start:  # the template wrote it as well
+                ids = ids[len(start) :]
+            asked = [special.id for special in rule.after_prompt]
+            if asked and ids[-len(asked) :] == asked:
+                ids += [special.id for special in rule.before_answer]
         return ids[-left_truncate_len:] if left_truncate_len else ids
+
+    @property
+    def _start(self) -> list[int]:
+        """What the tokenizer puts before, or behind, an empty text."""
+        return self.tokenizer.encode("")
 
     def tok_batch_encode(
         self,
@@ -108,11 +127,20 @@ class GlmtuneLM(HFLM):
         return batch["input_ids"], batch["attention_mask"]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Context and answer, without the blank that other models need between the two."""
-        ids = self.tok_encode(context)
-        if ids[-1] == self.tokenizer.row_rule.prompt([])[-1]:
+        """Context and answer, without the blank that other models need between the two.
+
+        A text that goes on, with no question and answer, is split as lm-eval's own model type does.
+        """
+        ids, rule = self.tok_encode(context), self.tokenizer.row_rule
+        asked = [special.id for special in (*rule.after_prompt, *rule.before_answer)]
+        if asked and ids[-len(asked) :] == asked:
             answer = continuation.lstrip(" ") or continuation
             return ids, self.tok_encode(answer, add_special_tokens=False)
+        if not rule.prompt_sees_all and context:
+            return super()._encode_pair(context, continuation)
+        if not rule.prompt_sees_all:
+            start = ids or [self.prefix_token_id]
+            return start, self.tok_encode(continuation, add_special_tokens=False)
         # The chat template has already begun the answer.
         whole = self.tok_encode(context + continuation)
         return whole[: len(ids)], whole[len(ids) :]
@@ -125,12 +153,12 @@ class GlmtuneLM(HFLM):
         )
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of each text as the answer to an empty prompt, every token scored once.
+        """Log-probability of each text behind an empty prompt, every token scored once.
 
         A text longer than `max_length` is read in windows: each later window begins its answer with
         the token before it, and the last one with as many tokens as fit.
         """
-        start = self.tokenizer.row_rule.prompt([])
+        start = self._start or [self.prefix_token_id]
         windows, counts = [], []
         for request in requests:
             of_text = list(

@@ -9,24 +9,24 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from glmtune.errors import UserError
-from glmtune.models import chatglm
+from glmtune.models import chatglm, glm
 from glmtune.models.chatglm.family import V1_0, V1_1
 from glmtune.models.family import Family
-from glmtune.models.glm import family as glm
+from glmtune.models.glm.family import ENTRIES
 from glmtune.models.shape import ALL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 __all__ = ["DEFAULT", "FAMILIES", "Family", "family_of", "find_family"]
-__all__ += chatglm.__all__
+__all__ += [*chatglm.__all__, *glm.__all__]
 
 
 def __getattr__(name: str) -> Any:
-    return getattr(chatglm, name)
+    return getattr(glm if name in glm.__all__ else chatglm, name)
 
 
-FAMILIES: list[Family] = [V1_1, V1_0, *glm.ENTRIES]
+FAMILIES: list[Family] = [V1_1, V1_0, *ENTRIES]
 DEFAULT = FAMILIES[0]
 """What is meant where no model is named."""
 
@@ -112,7 +112,7 @@ def check_targets(wanted: tuple[str, ...] | None) -> None:
 
 @lru_cache(maxsize=1)
 def register() -> None:
-    """Let transformers' Auto classes load the families whose classes it does not know."""
+    """Let transformers' Auto classes load the families that have classes of their own."""
     from transformers import (
         AutoConfig,
         AutoModel,
@@ -120,24 +120,33 @@ def register() -> None:
         AutoModelForSeq2SeqLM,
         AutoTokenizer,
     )
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_MAPPING_NAMES,
     )
+    from transformers.models.auto.tokenization_auto import (
+        REGISTERED_TOKENIZER_CLASSES,
+        TOKENIZER_MAPPING_NAMES,
+    )
 
     for family in FAMILIES:
-        # Asked before `native`, which imports the family's classes.
-        if (name := family.model_type) in MODEL_MAPPING_NAMES:
-            continue
-        native = family.native()
+        native, name = family.native(), family.model_type
         if native.bare_class is None:
             continue
-        AutoConfig.register(name, native.config_class)
-        AutoTokenizer.register(native.config_class, native.tokenizer_class)
-        AutoModel.register(native.config_class, native.bare_class)
+        AutoModel.register(native.config_class, native.bare_class, exist_ok=True)
         # Published folders offer the language model under both names.
         for auto_class in (AutoModelForCausalLM, AutoModelForSeq2SeqLM):
-            auto_class.register(native.config_class, native.model_class)
+            auto_class.register(native.config_class, native.model_class, exist_ok=True)
+        REGISTERED_TOKENIZER_CLASSES.update(native.tokenizer_names)
+        tokenizer_class = native.tokenizer_class
+        if native.in_transformers:
+            # transformers takes a tokenizer of its own wherever this list names that.
+            TOKENIZER_MAPPING_NAMES[name] = tokenizer_class.__name__
+            AutoTokenizer.register(CONFIG_MAPPING[name], tokenizer_class, exist_ok=True)
+            continue
+        AutoConfig.register(name, native.config_class, exist_ok=True)
+        AutoTokenizer.register(native.config_class, tokenizer_class, exist_ok=True)
         # Those find classes by configuration. Where transformers asks by name whether a model is a
         # causal one, whose labels are to be shifted (Trainer's label smoothing, pipelines), it
         # reads these lists.

@@ -99,7 +99,11 @@ class Native(NamedTuple):
     """``(folder, config)`` to the tensors of a folder in a layout that transformers does not read,
     under the names of the model class; None for a folder that it does."""
     bare_class: type[PreTrainedModel] | None = None
-    """The model without its head, of a family whose classes transformers does not know."""
+    """The model without its head, of a family that has classes of its own."""
+    in_transformers: bool = True
+    """Whether transformers has classes for this model_type, too."""
+    tokenizer_names: Mapping[str, Any] = {}
+    """Further names of classes in a tokenizer_config.json, with the classes that are meant."""
     write_random: Callable[..., None] | None = None
     """``(folder, config, vocab_file, *, seed, num_shards, device)``: random weights, on disk as
     published."""

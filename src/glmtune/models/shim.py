@@ -14,25 +14,28 @@ def write_shim(folder: Path, family: Family) -> None:
 
     With `trust_remote_code=True` transformers runs that line and has the classes; after
     `import glmtune.models` it needs neither. A tokenizer's settings are changed only if they name
-    other code, since the configuration's code is loaded before them.
+    other code: a folder whose configuration needs code has that loaded before them, and the others
+    get the tokenizer of transformers without.
 
     Args:
-        folder: a model's folder; its config.json gets an `auto_map`.
-        family: the model's family; if transformers knows its classes, nothing is written.
+        folder: a model's folder; its config.json gets an `auto_map`, unless transformers has
+            classes for the model.
+        family: the model's family.
     """
     native = family.native()
-    if native.bare_class is None:
-        return
-    (folder / SHIM_FILE).write_text(SHIM, encoding="utf-8")
     module = SHIM_FILE.removesuffix(".py")
-    settings = read_json_object(folder / "config.json")
-    settings["auto_map"] = {
-        "AutoConfig": f"{module}.{native.config_class.__name__}",
-        "AutoModelForCausalLM": f"{module}.{native.model_class.__name__}",
-    }
-    write_json(settings, folder / "config.json")
+    if not native.in_transformers:
+        settings = read_json_object(folder / "config.json")
+        settings["auto_map"] = {
+            "AutoConfig": f"{module}.{native.config_class.__name__}",
+            "AutoModelForCausalLM": f"{module}.{native.model_class.__name__}",
+        }
+        write_json(settings, folder / "config.json")
     file = folder / "tokenizer_config.json"
-    if file.is_file() and "auto_map" in (settings := read_json_object(file)):
+    settings = read_json_object(file) if file.is_file() else {}
+    if names_code := "auto_map" in settings:
         tokenizer = f"{module}.{native.tokenizer_class.__name__}"
         settings["auto_map"] = {"AutoTokenizer": [tokenizer, None]}
         write_json(settings, file)
+    if names_code or not native.in_transformers:
+        (folder / SHIM_FILE).write_text(SHIM, encoding="utf-8")

@@ -4,11 +4,14 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from glmtune.errors import UserError
+from glmtune.models import families
 from glmtune.models.chatglm.settings import (
     NUM_IMAGE_TOKENS,
     VOCAB_SIZE_V1_0,
     VOCAB_SIZE_V1_1,
     ChatGLMSettings,
+    has_later_keys,
 )
 
 __all__ = ["NUM_IMAGE_TOKENS", "VOCAB_SIZE_V1_0", "VOCAB_SIZE_V1_1", "ChatGLMConfig"]
@@ -37,6 +40,22 @@ class ChatGLMConfig(ChatGLMSettings, PreTrainedConfig):
         kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
         PreTrainedConfig.__post_init__(self, **kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The configuration of a config.json; arguments as transformers' method.
+
+        Later models say "chatglm" as well: theirs becomes their own family's, so that AutoConfig
+        reads them.
+        """
+        if cls is ChatGLMConfig and has_later_keys(config_dict):
+            if (family := families.find_family(config_dict)) is None:
+                raise UserError(
+                    f"config.json: is {families.what_is_not_loaded(config_dict)}, which is not "
+                    f"loaded here; pass {families.names_of_families()}"
+                )
+            return family.native().config_class.from_dict(config_dict, **kwargs)
+        return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings under the names that config.json has."""

@@ -100,6 +100,7 @@ def _native() -> Native:
         config_class=ChatGLMConfig,
         model_class=ChatGLMForConditionalGeneration,
         bare_class=ChatGLMModel,
+        in_transformers=False,
         tokenizer_class=ChatGLMTokenizer,
         check_folder=check_folder,
         packed=PACKED,

@@ -156,8 +156,8 @@ class ChatGLMSettings:
         if has_later_keys(others):
             raise UserError(
                 'config.json: model_type "chatglm" with these keys is ChatGLM2-6B, ChatGLM3-6B or '
-                "GLM-4-9B, which have another class; let a verb of glmtune load the folder, or "
-                "glmtune.models.loading.load_base_model"
+                "GLM-4-9B, which have another class; read it with AutoConfig.from_pretrained or "
+                "ChatGLMConfig.from_dict, which give that"
             )
         if settings := others.get("quantization_config"):
             _check_quantization(settings if isinstance(settings, dict) else settings.to_dict())

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AddedToken, PreTrainedTokenizer
-from transformers.utils import CONFIG_NAME, get_json_schema
+from transformers.utils import CONFIG_NAME, cached_file, get_json_schema
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from glmtune.data.files import read_json_object
@@ -29,6 +29,7 @@ from glmtune.models.chatglm.vocabulary import (
     replace_blanks,
     restore_blanks,
 )
+from glmtune.models.folders import HUB_ARGUMENTS
 from glmtune.models.pieces import join_runs
 from glmtune.models.special_names import MARK, guard, mark
 
@@ -85,13 +86,20 @@ class ChatGLMTokenizer(Encoder, PreTrainedTokenizer):
 
     @classmethod
     def from_pretrained(cls, name_or_path: Any, *inputs: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """The tokenizer of a folder; arguments as transformers' method.
+        """The tokenizer of a folder or a hub id; arguments as transformers' method.
 
         The published folders of later models name a class of this name as well: they get their
         own family's, as those of `AutoTokenizer` do.
         """
-        file = Path(name_or_path) / CONFIG_NAME
-        family = families.find_family(read_json_object(file)) if file.is_file() else None
+        file = cached_file(
+            name_or_path,
+            CONFIG_NAME,
+            **{key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs},
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+        family = families.find_family(read_json_object(Path(file))) if file else None
         own = family.native().tokenizer_class if family and cls is ChatGLMTokenizer else cls
         if own is not cls:
             return own.from_pretrained(name_or_path, *inputs, **kwargs)

@@ -1,4 +1,8 @@
-"""Configurations of transformers' `Glm` and `Glm4`, read from either layout of config.json."""
+"""Configurations of transformers' `Glm` and `Glm4`, read from either layout of config.json.
+
+Their names are not transformers': it looks some classes up by a configuration's name, and those
+would leave the weights of the publisher's layout unread and random.
+"""
 
 from typing import Any
 
@@ -18,6 +22,8 @@ class _OfEitherLayout:
     """Which published model it is, see `settings.VARIANTS`: its chat layout follows from that."""
     quantization_bit: int = 0
     """8 or 4 where the layers' linears are the packed integers of a published folder."""
+    # What AutoTokenizer takes where no tokenizer_config.json names a class; it is not saved.
+    tokenizer_class = "GLMTokenizer"
 
     def __post_init__(self, **kwargs: Any):
         kwargs.pop("auto_map", None)  # it names code that a published folder has and we do not run
@@ -39,14 +45,14 @@ class _OfEitherLayout:
         return cls.from_dict(settings, **kwargs)
 
 
-class GlmConfig(_OfEitherLayout, transformers.GlmConfig):
+class MappedGlmConfig(_OfEitherLayout, transformers.GlmConfig):
     """The configuration of ChatGLM2-6B, ChatGLM3-6B, GLM-4-9B or GLM-Edge."""
 
     published_as: str | None = None
     quantization_bit: int = 0
 
 
-class Glm4Config(_OfEitherLayout, transformers.Glm4Config):
+class MappedGlm4Config(_OfEitherLayout, transformers.Glm4Config):
     """The configuration of GLM-4-0414 or GLM-Z1."""
 
     published_as: str | None = None

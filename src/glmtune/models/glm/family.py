@@ -159,21 +159,32 @@ def probe_row(config: Any) -> list[int]:
 
 @cache
 def _native(variant: str) -> Native:
-    from glmtune.models.glm.configuration import Glm4Config, GlmConfig
+    from glmtune.models.glm.configuration import MappedGlm4Config, MappedGlmConfig
     from glmtune.models.glm.decoding import DECODING
     from glmtune.models.glm.modeling import (
         Glm4ForCausalLM,
+        Glm4Model,
         GlmForCausalLM,
+        GlmModel,
         check_folder,
         read_tensors,
     )
     from glmtune.models.glm.packed import PACKED
     from glmtune.models.glm.random_init import write_random_model
-    from glmtune.models.glm.tokenization import GLMTokenizer
+    from glmtune.models.glm.tokenization import (
+        BytePairTokenizer,
+        GLMTokenizer,
+        PieceTokenizer,
+    )
 
     is_glm4 = variant == GLM4_0414
-    config_class: Any = Glm4Config if is_glm4 else GlmConfig
+    config_class: Any = MappedGlm4Config if is_glm4 else MappedGlmConfig
     model_class: Any = Glm4ForCausalLM if is_glm4 else GlmForCausalLM
+    # The publisher's name for it since GLM-4, and those in folders that transformers saves.
+    saved_names = {
+        "ChatGLM4Tokenizer": GLMTokenizer,
+        **{of_kind.__name__: of_kind for of_kind in (PieceTokenizer, BytePairTokenizer)},
+    }
     bench: dict[str, dict[str, dict[str, Any]]] = {
         CHATGLM3: {"chatglm3-6b": {}},
         GLM4: {"glm-4-9b": {}},
@@ -190,7 +201,9 @@ def _native(variant: str) -> Native:
     return Native(
         config_class=config_class,
         model_class=model_class,
+        bare_class=Glm4Model if is_glm4 else GlmModel,
         tokenizer_class=GLMTokenizer,
+        tokenizer_names=saved_names,
         check_folder=check_folder,
         read_tensors=read_tensors,
         packed=PACKED,

@@ -11,24 +11,19 @@ from transformers.utils import CONFIG_NAME
 from glmtune.data.files import read_json_object
 from glmtune.errors import UserError
 from glmtune.models import folders, weights
-from glmtune.models.glm.configuration import Glm4Config, GlmConfig
+from glmtune.models.glm.configuration import MappedGlm4Config, MappedGlmConfig
+from glmtune.models.glm.layouts import LAYOUTS
 from glmtune.models.glm.mapping import INV_FREQ, to_glm
 from glmtune.models.glm.settings import ROPE_BASE, is_published
 from glmtune.models.integer_weights import use_integer_modules
 from glmtune.models.strict_loading import check_plain_folder, read_strictly
 
+_BODY, _HEAD = "model.", "lm_head.weight"  # of which the model without a head has neither
 _SAME = 0.1  # of a base that was rounded to float16
 
 
-class GlmForCausalLM(transformers.GlmForCausalLM):
-    """transformers' model; from a published int4 or int8 folder its layers hold packed integers."""
-
-    config_class = GlmConfig
-
-    def __init__(self, config: Any):
-        super().__init__(config)
-        if bits := getattr(config, "quantization_bit", 0):
-            use_integer_modules(self.model.layers, bits)
+class _Strict:
+    """What the classes below add to transformers'."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -42,19 +37,43 @@ class GlmForCausalLM(transformers.GlmForCausalLM):
         """Do nothing: what is registered so leaves a copy of its source in each saved folder."""
 
 
-class Glm4ForCausalLM(transformers.Glm4ForCausalLM):
+class GlmModel(_Strict, transformers.GlmModel):
+    """transformers' model without the head."""
+
+    config_class = MappedGlmConfig
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        if bits := getattr(config, "quantization_bit", 0):
+            use_integer_modules(self.layers, bits)
+
+
+class GlmForCausalLM(_Strict, transformers.GlmForCausalLM):
+    """transformers' model; from a published int4 or int8 folder its layers hold packed integers."""
+
+    config_class = MappedGlmConfig
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        if bits := getattr(config, "quantization_bit", 0):
+            use_integer_modules(self.model.layers, bits)
+        layout = LAYOUTS.get(config.published_as or "")
+        if layout and config.eos_token_id == layout.stop_ids[0]:
+            # ChatGLM3-6B's config.json has one id; the published chat stops at roles as well.
+            stops = [id_ for id_ in layout.stop_ids if id_ < config.vocab_size]
+            self.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
+
+
+class Glm4Model(_Strict, transformers.Glm4Model):
+    """transformers' model without the head, whose layers have two norms more."""
+
+    config_class = MappedGlm4Config
+
+
+class Glm4ForCausalLM(_Strict, transformers.Glm4ForCausalLM):
     """transformers' model, whose layers have two norms more."""
 
-    config_class = Glm4Config
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a folder or a hub id: see `read_strictly`."""
-        return read_strictly(cls, check_folder, pretrained_model_name_or_path, *args, **kwargs)
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
-        """Do nothing: what is registered so leaves a copy of its source in each saved folder."""
+    config_class = MappedGlm4Config
 
 
 def read_tensors(folder: Path, config: Any) -> dict[str, Tensor] | None:
@@ -89,13 +108,17 @@ def check_folder(
         UserError: one line that names what does not fit.
     """
     published = is_published(read_json_object(folder / CONFIG_NAME))
-    check_plain_folder(
-        folder,
-        config,
-        model_class,
-        must_tie=must_tie,
-        rename=(lambda found: to_glm(found, config)) if published else dict,
-    )
+    is_bare = issubclass(model_class, GlmModel | Glm4Model)
+
+    def rename(found: weights.Outline) -> weights.Outline:
+        renamed = to_glm(found, config) if published else dict(found)
+        if not is_bare:
+            return renamed
+        return {
+            name.removeprefix(_BODY): tensor for name, tensor in renamed.items() if name != _HEAD
+        }
+
+    check_plain_folder(folder, config, model_class, must_tie=must_tie, rename=rename)
     if published:
         _check_rotary(folder, config)
 

@@ -26,6 +26,10 @@ class GLMTokenizer:
     """Gives the tokenizer of a folder: a `PieceTokenizer` or a `BytePairTokenizer`."""
 
     @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoTokenizer") -> None:
+        """Do nothing: what is registered so leaves a copy of its source in each saved folder."""
+
+    @classmethod
     def from_pretrained(cls, name_or_path: str | Path, *inputs: Any, **kwargs: Any) -> Any:
         """The tokenizer of a folder, or of a name on a hub; arguments as transformers' method.
 
