@@ -31,8 +31,8 @@ class TestMemory:
         loop.train(tiny_run(max_steps=1))
         first, *lines = said[0].splitlines()
         assert first.startswith("Memory for chatglm-6b-tiny with rank 8")
-        assert [line.split()[0] for line in lines[:6]] == [
-            "at", "weights", "adapter", "optimiser", "activations", "logits",
+        assert [line.split()[0] for line in lines[:7]] == [
+            "lora", "at", "weights", "adapter", "optimiser", "activations", "logits",
         ]  # fmt: skip
         assert "fits" in lines[-1]
 
