@@ -130,8 +130,7 @@ def built(folder: Path, build: Callable[[], T]) -> T:
             raise
         reason = reason_of(error)
         raise UserError(
-            f"{folder}: cannot be loaded ({reason[:300]}); take its files from the published "
-            f"{FAMILIES[0].name} folder"
+            f"{folder}: cannot be loaded ({reason[:300]}); take its files from the published folder"
         ) from error
 
 

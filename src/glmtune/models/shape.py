@@ -119,6 +119,35 @@ def bits_of(config: Any) -> int | None:
     return 8 if settings.get("load_in_8bit") else 4
 
 
+def check_quantisation(settings: Any, instead: str) -> None:
+    """Make sure that a config.json's `quantization_config` is one of bitsandbytes that is read.
+
+    Args:
+        settings: a dictionary, or transformers' object of such settings.
+        instead: what to pass otherwise, for the message.
+
+    Raises:
+        UserError: it is another.
+    """
+    if not isinstance(settings, dict):
+        settings = (
+            settings.to_dict() if hasattr(settings, "to_dict") else {"quant_method": settings}
+        )
+    method = settings.get("quant_method") or "without quant_method"
+    in_8_bits, in_4_bits = (bool(settings.get(f"load_in_{bits}bit")) for bits in (8, 4))
+    kind = settings.get("bnb_4bit_quant_type")
+    is_known = method == "bitsandbytes" and in_8_bits != in_4_bits
+    if is_known and in_4_bits and kind not in ("nf4", "fp4"):
+        is_known, method = False, f"bitsandbytes' {kind}"
+    if is_known and settings.get("llm_int8_has_fp16_weight"):
+        is_known, method = False, "bitsandbytes' llm_int8_has_fp16_weight"
+    if not is_known:
+        raise UserError(
+            f"config.json: quantization_config ({method}) is not a supported quantisation, "
+            f"only bitsandbytes' 8 and 4 bits are; pass {instead}"
+        )
+
+
 def find_targets(
     wanted: Iterable[str],
     family: str,

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
+from glmtune.data.files import read_json_object
 from glmtune.errors import UserError
 from glmtune.hardware import pick_device, pick_dtype
 from glmtune.models import folders, weights
@@ -26,6 +27,8 @@ _NOT_OFFERED = {
     "subfolder": "is not looked into; leave it out, and join it to the folder's path",
     "gguf_file": "is of a format that is not read; pass a folder of safetensors or .bin files",
 }
+# What P-Tuning v2 trains, in THUDM's scripts.
+_PREFIX = "prefix_encoder."
 # Arguments of from_pretrained that a configuration has, too, but that are not meant for it.
 _OF_LOADING = {"dtype", "torch_dtype", "quantization_config", "name_or_path"}
 
@@ -122,6 +125,25 @@ def _finish_head(model: Any, is_to_copy: bool) -> None:
             setattr(head, SCALE, getattr(embedding, SCALE).clone())
 
 
+def refuse_prefix(folder: Path, found: weights.Outline) -> None:
+    """Refuse a checkpoint of P-Tuning v2, whose trained prefix no model here can use.
+
+    Raises:
+        UserError: tensors of a prefix are among those found.
+    """
+    of_prefix = [name for name in found if _PREFIX in name]
+    if not of_prefix:
+        return
+    base = read_json_object(folder / CONFIG_NAME).get("_name_or_path")
+    named = f" (config.json names {base})" if isinstance(base, str) and base else ""
+    what = "no base model" if len(of_prefix) == len(found) else "a base model and a prefix in one"
+    raise UserError(
+        f"{folder}: is a P-Tuning v2 checkpoint, {what} ({of_prefix[0]}); glmtune trains LoRA "
+        f"and cannot use the prefix: pass the base it was trained on{named} as --base "
+        "and train an adapter on the same rows"
+    )
+
+
 def check_plain_folder(
     folder: Path,
     config: PreTrainedConfig,
@@ -148,7 +170,9 @@ def check_plain_folder(
             f"{folder / ADAPTER_CONFIG_FILE}: an adapter's file in a base model's folder; name the "
             "base with --base and the adapter apart, or take this file away"
         )
-    found = rename(weights.read_outline(folders.weight_files(folder)))
+    found = weights.read_outline(folders.weight_files(folder))
+    refuse_prefix(folder, found)
+    found = rename(found)
     with torch.device("meta"):
         model = model_class(config)
     if bits_of(config):

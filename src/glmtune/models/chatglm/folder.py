@@ -19,10 +19,9 @@ from glmtune.models.chatglm.vocabulary import NUM_PIECES_V1_0, VOCAB_FILE, check
 from glmtune.models.integer_weights import SCALE, IntegerModule
 from glmtune.models.quantised import as_floats
 from glmtune.models.shape import bits_of
+from glmtune.models.strict_loading import refuse_prefix
 from glmtune.run_files import ADAPTER_CONFIG_FILE
 
-# What P-Tuning v2 trains, in THUDM's scripts.
-PREFIX = "prefix_encoder."
 BODY = "transformer."  # which is not in the names of the bare model's own files
 EMBEDDING, HEAD = "transformer.word_embeddings.weight", "lm_head.weight"
 EMBEDDING_SCALE, HEAD_SCALE = f"transformer.word_embeddings.{SCALE}", f"lm_head.{SCALE}"
@@ -57,7 +56,7 @@ def check_folder(
         )
     files = folders.weight_files(folder)
     found = weights.read_outline(files)
-    _refuse_prefix(folder, found)
+    refuse_prefix(folder, found)
     if EMBEDDING.removeprefix(BODY) in found:  # of the bare model, saved by itself
         found = {name if name in (HEAD, HEAD_SCALE) else BODY + name: found[name] for name in found}
     num_layers = len({name[1] for name in map(LAYER.match, found) if name})
@@ -111,18 +110,3 @@ def check_folder(
 def _names_gmask(folder: Path) -> bool:
     """Whether config.json has the id of [gMASK], as it does since mid-2023."""
     return "gmask_token_id" in read_json_object(folder / "config.json")
-
-
-def _refuse_prefix(folder: Path, found: weights.Outline) -> None:
-    """Refuse a checkpoint of P-Tuning v2, whose trained prefix this model cannot use."""
-    of_prefix = [name for name in found if PREFIX in name]
-    if not of_prefix:
-        return
-    base = read_json_object(folder / "config.json").get("_name_or_path")
-    named = f" (config.json names {base})" if isinstance(base, str) and base else ""
-    what = "no base model" if len(of_prefix) == len(found) else "a base model and a prefix in one"
-    raise UserError(
-        f"{folder}: is a P-Tuning v2 checkpoint, {what} ({of_prefix[0]}); glmtune trains LoRA "
-        f"and cannot use the prefix: pass the base it was trained on{named} as --base "
-        "and train an adapter on the same rows"
-    )

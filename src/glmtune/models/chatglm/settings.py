@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
 from glmtune.errors import UserError
+from glmtune.models.shape import check_quantisation
 
 # March 2023 (v1.0): 20,000 image tokens precede the text vocabulary, so every id is 20,000
 # higher than in the revision of mid-2023 (v1.1).
@@ -34,28 +35,6 @@ def _no_value(name: str, value: object) -> UserError:
         f"config.json: {name} is {value!r:.99}, which is not possible; take config.json from the "
         "published folder"
     )
-
-
-def _check_quantization(settings: dict) -> None:
-    """Check that a folder's `quantization_config` is a supported one of bitsandbytes.
-
-    Raises:
-        UserError: it is not.
-    """
-    method = settings.get("quant_method") or "without quant_method"
-    in_8_bits, in_4_bits = (bool(settings.get(f"load_in_{bits}bit")) for bits in (8, 4))
-    kind = settings.get("bnb_4bit_quant_type")
-    is_known = method == "bitsandbytes" and in_8_bits != in_4_bits
-    if is_known and in_4_bits and kind not in ("nf4", "fp4"):
-        is_known, method = False, f"bitsandbytes' {kind}"
-    if is_known and settings.get("llm_int8_has_fp16_weight"):
-        is_known, method = False, "bitsandbytes' llm_int8_has_fp16_weight"
-    if not is_known:
-        raise UserError(
-            f"config.json: quantization_config ({method}) is not a supported quantisation, "
-            "only bitsandbytes' 8 and 4 bits are; pass ChatGLM-6B in float16 with "
-            "quantization_bit 8 or 4, or its published -int8, -int4 or -int4-qe folder"
-        )
 
 
 @dataclass(kw_only=True, repr=False)
@@ -160,7 +139,11 @@ class ChatGLMSettings:
                 "ChatGLMConfig.from_dict, which give that"
             )
         if settings := others.get("quantization_config"):
-            _check_quantization(settings if isinstance(settings, dict) else settings.to_dict())
+            check_quantisation(
+                settings,
+                "ChatGLM-6B in float16 with quantization_bit 8 or 4, or its published -int8, -int4 "
+                "or -int4-qe folder",
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The settings under the names that config.json has."""

@@ -220,15 +220,20 @@ class ConversationEncoder:
         Raises:
             UserError: the config.json is of a model with another kind of vocabulary.
         """
-        name = variant_of(_settings_beside(vocab_file)) or layout
-        if name is not None and name not in self.layout_names:
-            raise UserError(
-                f"{vocab_file}: is a vocabulary of {' or '.join(self.layout_names)}, but the "
-                f"config.json beside it is of {name}; take both from the same download"
-            )
-        self.layout = LAYOUTS[name or self.layout_names[0]]
+        self.layout = self.layout_of(vocab_file, layout)
         self.folder = vocab_file.parent
         self.folder_template = read_template(self.folder)
+
+    @classmethod
+    def layout_of(cls, vocab_file: Path, layout: str | None = None) -> Layout:
+        """The layout of a vocabulary's folder; see `open_folder`."""
+        name = variant_of(_settings_beside(vocab_file)) or layout
+        if name is not None and name not in cls.layout_names:
+            raise UserError(
+                f"{vocab_file}: is a vocabulary of {' or '.join(cls.layout_names)}, but the "
+                f"config.json beside it is of {name}; take both from the same download"
+            )
+        return LAYOUTS[name or cls.layout_names[0]]
 
     def check_size(self, vocab_file: Path) -> None:
         """Make sure that the vocabulary and the config.json beside it are of one model.

@@ -46,6 +46,18 @@ def is_byte_pairs(vocab_file: Path) -> bool:
     return vocab_file.name == TOKENIZER_FILE or is_tiktoken(data)
 
 
+def check_kind(folder: Path) -> None:
+    """Make sure that a folder's vocabulary, if it has one, is of the kind of its config.json.
+
+    Raises:
+        UserError: it is of another model.
+    """
+    if any((folder / name).is_file() for name in (VOCAB_FILE, TOKENIZER_FILE)):
+        vocab_file = find_vocabulary(folder)
+        kind = BytePairEncoder if is_byte_pairs(vocab_file) else PieceEncoder
+        kind.layout_of(vocab_file)
+
+
 def of_folder(folder: Path) -> ConversationEncoder:
     """The encoder of a model's folder.
 

@@ -12,6 +12,7 @@ from glmtune.data.files import read_json_object
 from glmtune.errors import UserError
 from glmtune.models import folders, weights
 from glmtune.models.glm.configuration import MappedGlm4Config, MappedGlmConfig
+from glmtune.models.glm.encoder import check_kind
 from glmtune.models.glm.layouts import LAYOUTS
 from glmtune.models.glm.mapping import INV_FREQ, to_glm
 from glmtune.models.glm.settings import ROPE_BASE, is_published
@@ -107,6 +108,7 @@ def check_folder(
     Raises:
         UserError: one line that names what does not fit.
     """
+    check_kind(folder)
     published = is_published(read_json_object(folder / CONFIG_NAME))
     is_bare = issubclass(model_class, GlmModel | Glm4Model)
 

@@ -16,9 +16,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.glm.modeling_glm import GlmRotaryEmbedding
 
 from glmtune.errors import UserError
-
-# Ways of scaling whose frequencies depend on a configuration alone, not on the length of a row.
-_FIXED_SCALING = ("default", "linear", "yarn", "llama3")
+from glmtune.models.glm.settings import SCALINGS
 
 
 def pair_angles(positions: Tensor, config: Any) -> tuple[Tensor, Tensor]:
@@ -32,10 +30,9 @@ def pair_angles(positions: Tensor, config: Any) -> tuple[Tensor, Tensor]:
         UserError: the configuration scales positions in a way that depends on a row's length.
     """
     rope = config.rope_parameters
-    if rope["rope_type"] not in _FIXED_SCALING:
+    if rope["rope_type"] not in SCALINGS:  # of a configuration that no folder was read for
         raise UserError(
-            f"config.json: rope_type {rope['rope_type']!r} is not known here; there are "
-            f"{', '.join(_FIXED_SCALING)}"
+            f"rope_type {rope['rope_type']!r} is not known here; there are {', '.join(SCALINGS)}"
         )
     frequency, factor = _frequencies(_Key(config), positions.device)
     angle = positions[..., None].float() * frequency

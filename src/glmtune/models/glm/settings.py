@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Self
 
 from glmtune.errors import UserError
+from glmtune.models.shape import check_quantisation
 
 CHATGLM2, CHATGLM3, GLM4, GLM4_0414, EDGE = "chatglm2", "chatglm3", "glm4", "glm4-0414", "glm-edge"
 VARIANTS = (CHATGLM2, CHATGLM3, GLM4, GLM4_0414, EDGE)
@@ -22,6 +23,17 @@ _OF_2022 = "block_position_encoding"  # a key of GLM-10B and its kin, whose mode
 # Keys that the publisher's layout has since ChatGLM2-6B, and ChatGLM-6B has not.
 _PUBLISHED_KEYS = ("padded_vocab_size", "multi_query_attention", "kv_channels")
 ROPE_BASE = 10_000.0
+SCALINGS = {
+    "default": (),
+    "linear": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor",
+               "original_max_position_embeddings"),
+}  # fmt: skip
+"""How positions may be scaled, by transformers' names, and the numbers that each needs.
+
+Their frequencies depend on the configuration alone, not on the length of a row.
+"""
 _HALF = 0.5  # of a head, the part that is rotated
 _VOCAB_CHATGLM = 65_024  # rows of embedding and head of ChatGLM2-6B and ChatGLM3-6B
 _CHATGLM2_POSITIONS = 32_768
@@ -97,7 +109,7 @@ def as_glm(settings: Mapping[str, Any]) -> dict[str, Any]:
             or a size that no model has.
     """
     if not is_published(settings):
-        _check_ratio(settings)
+        _check_rotary(settings)
         return dict(settings)
     if settings.get("pre_seq_len"):
         raise UserError(
@@ -115,6 +127,12 @@ def as_glm(settings: Mapping[str, Any]) -> dict[str, Any]:
         if settings.get("multi_query_attention")
         else settings.get("num_attention_heads")
     )
+    if settings.get("rope_scaling"):
+        raise UserError(
+            "config.json: rope_scaling has no effect in the layout of model_type "
+            f"{_PUBLISHED_TYPE!r}, whose code reads rope_ratio alone; take it out, or pass the "
+            "folder that transformers saves of the model, with rope_scaling in it"
+        )
     ratio = settings.get("rope_ratio", 1)
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or ratio <= 0:
         raise _no_value("rope_ratio", ratio)
@@ -195,6 +213,10 @@ def check_sizes(settings: Mapping[str, Any]) -> None:
         )
     if settings["head_dim"] % 4:
         raise _no_value("head_dim", settings["head_dim"])
+    if quantised := settings.get("quantization_config"):
+        check_quantisation(
+            quantised, "the model in float16 or bfloat16, with quantization_bit 8 or 4"
+        )
     if settings.get("quantization_bit", 0) not in _BITS:
         raise UserError(
             f"config.json: quantization_bit {settings['quantization_bit']!r} is not known, only "
@@ -202,11 +224,38 @@ def check_sizes(settings: Mapping[str, Any]) -> None:
         )
 
 
-def _check_ratio(settings: Mapping[str, Any]) -> None:
-    """Refuse settings of transformers' layout with a rope_ratio that their rope_theta is not of."""
-    rope = settings.get("rope_parameters") or {}
-    theta = settings.get("rope_theta", rope.get("rope_theta"))
-    ratio = settings.get("rope_ratio")
+def _rope(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """How positions are rotated, under either name of transformers' layout."""
+    for name in ("rope_scaling", "rope_parameters"):
+        if rope := settings.get(name):
+            if not isinstance(rope, Mapping):
+                raise _no_value(name, rope)
+            return rope
+    return {}
+
+
+def _check_rotary(settings: Mapping[str, Any]) -> None:
+    """Refuse settings of transformers' layout whose positions are not known here.
+
+    Raises:
+        UserError: a scaling of positions that is not, or that lacks a number; or a rope_ratio that
+            the rope_theta is not of.
+    """
+    rope = _rope(settings)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if not isinstance(kind, str) or kind not in SCALINGS:
+        raise UserError(
+            f"config.json: rope_type {kind!r:.99} is not known here; there are "
+            f"{', '.join(SCALINGS)}: take the scaling of positions out, or choose one of these"
+        )
+    for name in SCALINGS[kind]:
+        value = rope.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise UserError(
+                f"config.json: rope_type {kind} needs {name}, and it is {value!r:.99}; set it as "
+                "the model's page says, or take the scaling of positions out"
+            )
+    theta, ratio = settings.get("rope_theta", rope.get("rope_theta")), settings.get("rope_ratio")
     if isinstance(ratio, int | float) and theta is not None and theta != ROPE_BASE * ratio:
         raise UserError(
             f"config.json: rope_ratio {ratio:g} means rope_theta {ROPE_BASE * ratio:g}, but "
@@ -215,8 +264,9 @@ def _check_ratio(settings: Mapping[str, Any]) -> None:
 
 
 def _rotary_factor(settings: Mapping[str, Any]) -> float:
-    rope = settings.get("rope_parameters") or {}
-    return settings.get("partial_rotary_factor", rope.get("partial_rotary_factor", _HALF))
+    rope = settings.get("rope_parameters")
+    inner = rope.get("partial_rotary_factor", _HALF) if isinstance(rope, Mapping) else _HALF
+    return settings.get("partial_rotary_factor", inner)
 
 
 def _no_value(name: str, value: object) -> UserError:
