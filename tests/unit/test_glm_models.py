@@ -252,13 +252,16 @@ def test_positions_that_depend_on_a_rows_length_are_refused(rope_type):
         pair_angles(torch.arange(3), config)
 
 
-@pytest.mark.parametrize("name", ["ChatGLM3-6B", "ChatGLM2-6B", "GLM-4-9B"])
-def test_both_layouts_hold_one_model(tmp_path, name):
+@pytest.mark.parametrize(
+    "name, vocabulary",
+    [("ChatGLM3-6B", "glm3_tokenizer.model"), ("ChatGLM2-6B", "glm3_tokenizer.model"),
+     ("GLM-4-9B", "glm/glm4_tokenizer.model")],
+)  # fmt: skip
+def test_both_layouts_hold_one_model(shared, tmp_path, name, vocabulary):
     family = next(family for family in FAMILIES if family.name == name)
-    vocabulary = tmp_path / "none"
-    vocabulary.touch()
+    file = shared / "golden" / vocabulary
     folders = [
-        write_model(tmp_path / layout, family, vocabulary, published=layout == "published")
+        write_model(tmp_path / layout, family, file, published=layout == "published")
         for layout in ("published", "transformers")
     ]
     published, plain = (
