@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatch
 from pathlib import Path
@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from glmtune.data.conversations import EncodedExample, Example
 from glmtune.data.files import check_inside, read_json_object
+from glmtune.data.flaws import Flaw
 from glmtune.data.lengths import LengthStats
 from glmtune.data.row_rule import RowRule
 from glmtune.errors import UserError, note
@@ -55,6 +57,15 @@ class RowTokenizer(Protocol):
 
         A family without a layout of its own for conversations encodes them as texts; others write
         the conversation that `data.templates.conversation_of` reads off a context.
+        """
+
+    def encode_examples(
+        self, examples: Sequence[Example], *, num_threads: int | None = None
+    ) -> list[EncodedExample | Flaw]:
+        """Encode whole conversations, which have passed `Example.supervise`, as rows with labels.
+
+        A conversation that the family cannot write has a Flaw in its place. A family without a
+        layout of its own for conversations takes `data.conversations.encode_rounds`.
         """
 
 

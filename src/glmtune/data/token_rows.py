@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from glmtune.data.conversations import IGNORED
 from glmtune.data.row_rule import RowRule
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-IGNORED = -100
-"""The label of a token that is not supervised; transformers and torch use the same."""
 
 
 @dataclass(frozen=True)
