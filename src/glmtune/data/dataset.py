@@ -101,9 +101,17 @@ class DataCard:
 
     def describe_loss(self) -> str | None:
         """Say in one line what cutting took from the answers, and what that means; or None."""
+        limit = self.flags.get("max_seq_length")
+        if cut := self.rows_cut.get("turns"):
+            lost = self.num_targets_lost or 0
+            return (
+                f"{lost:,} supervised tokens ({lost / (lost + self.num_target_tokens):.1%}) in the "
+                f"last turns of {len(cut):,} rows, which end with an earlier answer; a larger "
+                "max_seq_length keeps them"
+            )
         if not (rows := self.rows_cut.get("target")):
             return None
-        num_rows, limit = len(rows), self.flags.get("max_seq_length")
+        num_rows = len(rows)
         if self.num_targets_lost is None:
             return (
                 f"{num_rows:,} answers were cut to {limit} tokens by a version that taught their "
