@@ -35,7 +35,7 @@ def encode_conversations(
             that this is an error.
     """
     out = EncodedRows(labels=array("i"))
-    for row, whole, kept in _encode_in_batches(rows, tokenizer, settings):
+    for row, num_wanted, whole, kept in _encode_in_batches(rows, tokenizer, settings):
         if isinstance(whole, Flaw):
             out.refused.append(BadRow(row.path, row.row, row.line, str(whole)))
         elif not settings.keep_empty and _is_empty(row.example):
@@ -43,7 +43,7 @@ def encode_conversations(
         elif not whole.num_answers:
             out.unsupervised.append(row.row)
         else:
-            _take(out, row, whole, kept, settings)
+            _take(out, row, num_wanted, whole, kept)
     if out.refused and settings.on_bad_row == "fail":
         bad = out.refused[0]
         raise UserError(f"{bad.where}: {bad.reason}, or leave bad rows out with --on_bad_row skip")
@@ -60,9 +60,9 @@ def encode_conversations(
 def _take(
     out: EncodedRows,
     row: Conversation,
+    num_wanted: int,
     whole: EncodedExample,
     kept: EncodedExample | None,
-    settings: TokenizeSettings,
 ) -> None:
     """Add a row as far as it is kept, and count what is not."""
     out.limits.append(len(whole.input_ids))
@@ -75,25 +75,28 @@ def _take(
         out.cut_turns.append(row.row)
         out.num_targets_lost += _num_supervised(whole) - _num_supervised(kept)
     else:
-        wanted = row.example.supervise(settings.learn).turns
-        out.num_in_prompts += sum(bool(t.supervised) for t in wanted) - whole.num_answers
+        out.num_in_prompts += num_wanted - whole.num_answers
     assert out.labels is not None
     out.num_thoughts += row.example.num_thoughts
-    out.input_ids.extend(kept.input_ids)
-    out.labels.extend(kept.labels)
+    out.input_ids.fromlist(kept.input_ids)
+    out.labels.fromlist(kept.labels)
     out.ends.append(len(out.input_ids))
     out.seq_len.append(kept.prompt_length)
 
 
 def _encode_in_batches(
     rows: Sequence[Conversation], tokenizer: RowTokenizer, settings: TokenizeSettings
-) -> Iterator[tuple[Conversation, EncodedExample | Flaw, EncodedExample | None]]:
-    """Yield each row, what the family makes of it, and what of that is within the limit."""
+) -> Iterator[tuple[Conversation, int, EncodedExample | Flaw, EncodedExample | None]]:
+    """Yield each row, and how many of its answers are to be supervised; what the family makes of
+    it, and what of that is within the limit.
+    """
     limit = settings.max_seq_length
     with tqdm(total=len(rows), desc="tokenize", unit="row", delay=1) as progress:
         for start in range(0, len(rows), CONVERSATIONS_PER_BATCH):
             batch = rows[start : start + CONVERSATIONS_PER_BATCH]
-            wholes = _encode([row.example for row in batch], tokenizer, settings)
+            examples = [row.example.supervise(settings.learn) for row in batch]
+            wanted = [sum(bool(turn.supervised) for turn in ex.turns) for ex in examples]
+            wholes = tokenizer.encode_examples(examples, num_threads=settings.num_threads)
             kept: list[EncodedExample | None] = [
                 None if isinstance(whole, Flaw) or len(whole.input_ids) > limit else whole
                 for whole in wholes
@@ -104,19 +107,11 @@ def _encode_in_batches(
                     for place, whole in enumerate(wholes)
                     if not isinstance(whole, Flaw) and len(whole.input_ids) > limit
                 ]
-                examples = [batch[place].example for place in long]
-                cut = _cut(examples, tokenizer, settings)
+                cut = _cut([batch[place].example for place in long], tokenizer, settings)
                 for place, row in zip(long, cut, strict=True):
                     kept[place] = row
-            yield from zip(batch, wholes, kept, strict=True)
+            yield from zip(batch, wanted, wholes, kept, strict=True)
             progress.update(len(batch))
-
-
-def _encode(
-    examples: Sequence[Example], tokenizer: RowTokenizer, settings: TokenizeSettings
-) -> list[EncodedExample | Flaw]:
-    supervised = [example.supervise(settings.learn) for example in examples]
-    return tokenizer.encode_examples(supervised, num_threads=settings.num_threads)
 
 
 def _cut(
@@ -133,9 +128,10 @@ def _cut(
     while open_ := [i for i in range(len(examples)) if least[i] < most[i]]:
         middles = [(least[i] + most[i]) // 2 for i in open_]
         shorter = [
-            examples[i].shortened(ends[i][middle]) for i, middle in zip(open_, middles, strict=True)
+            examples[i].shortened(ends[i][middle]).supervise(settings.learn)
+            for i, middle in zip(open_, middles, strict=True)
         ]
-        encoded = _encode(shorter, tokenizer, settings)
+        encoded = tokenizer.encode_examples(shorter, num_threads=settings.num_threads)
         for i, middle, row in zip(open_, middles, encoded, strict=True):
             if isinstance(row, Flaw) or len(row.input_ids) > settings.max_seq_length:
                 most[i] = middle

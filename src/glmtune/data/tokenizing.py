@@ -1,7 +1,9 @@
 """Rows of any format to token rows on disk: encoded in batches, counted, plotted by length."""
 
+import gc
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,6 +101,27 @@ def tokenize(
     for settings that the rows have no use for.
     """
     check_replaceable(settings.save_path)
+    with _no_collection():
+        summary = _tokenize(settings, tokenizer, base_name)
+    print(visible(str(summary)))
+    return summary
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Let Python not look for cycles among millions of objects: rows have none."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _tokenize(
+    settings: TokenizeSettings, tokenizer: RowTokenizer, base_name: str
+) -> TokenizeSummary:
     read = read_any(settings.jsonl_path, settings.format, settings.on_bad_row, settings.encoding)
     contexts = [row for row in read.rows if isinstance(row, Row)]
     conversations = [row for row in read.rows if isinstance(row, Conversation)]
@@ -123,17 +146,15 @@ def tokenize(
             dropped=encoded.lengths_out,
             max_seq_length=settings.max_seq_length,
         )
-    summary = TokenizeSummary(
+    return TokenizeSummary(
         settings.jsonl_path,
         settings.save_path,
         card,
         _bad_rows(read, encoded),
         read.fields,
         encoded.advice(settings.max_seq_length),
-        _describe(encoded, settings) if conversations else (),
+        _describe(encoded) if conversations else (),
     )
-    print(visible(str(summary)))
-    return summary
 
 
 def _check_settings_of_contexts(settings: TokenizeSettings) -> None:
@@ -170,7 +191,7 @@ def _bad_rows(read: AnyRows, encoded: EncodedRows) -> list[BadRow]:
     return sorted([*read.bad_rows, *encoded.refused], key=lambda bad: bad.row)
 
 
-def _describe(encoded: EncodedRows, settings: TokenizeSettings) -> tuple[str, ...]:
+def _describe(encoded: EncodedRows) -> tuple[str, ...]:
     """What to report of conversations beside their rows."""
     lines = []
     if encoded.num_in_prompts:
