@@ -213,8 +213,11 @@ class TestContentThatNothingReads:
         told = refused(capsys, "convert", "--data_path", path, "--save_path", "out.jsonl")
         assert place in told
         assert 'into "instruction" or "output", and take the field out' in told
-        assert main(["validate", path]) == 2
-        assert place in capsys.readouterr().out
+        if name == "system":  # which tokenize reads
+            assert main(["validate", path]) == 0
+        else:
+            assert main(["validate", path]) == 2
+            assert place in capsys.readouterr().out
         told = refused(capsys, "infer", "--data_path", path, "--base", "glm-tiny")
         assert place in told
 
@@ -256,7 +259,8 @@ def test_the_row_once_more_is_no_content(write, capsys):
 def test_a_conversation_is_refused_with_a_form_that_is_read(write, capsys, row):
     told = refused(capsys, "convert", "--data_path", write(row), "--save_path", "out.jsonl")
     assert "(row 1): a conversation in" in told
-    assert problems_of("a.json") == {"refused": 1}
+    is_read = "conversation" not in row
+    assert problems_of("a.json") == ({} if is_read else {"refused": 1})
     form = told[told.index("{") : told.index("]}") + 2].replace(", ...", "")
     form = form.replace(": question", ': "q"').replace(": answer", ': "a"')
     (written,) = convert(write(json.loads(form)))

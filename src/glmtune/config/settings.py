@@ -26,7 +26,7 @@ from glmtune.config.groups import (
     BaseModelSettings,
     BatchSettings,
     DeviceSettings,
-    EncodingSettings,
+    FormatSettings,
     GenerationSettings,
     PathText,
     PlainText,
@@ -38,7 +38,7 @@ from glmtune.config.training import PlanSettings, TrainSettings, TuneSettings
 # --- validate ---
 
 
-class ValidateSettings(EncodingSettings):
+class ValidateSettings(FormatSettings):
     """Settings of `glmtune validate`."""
 
     verb = "validate"
@@ -46,8 +46,8 @@ class ValidateSettings(EncodingSettings):
     bare_words = ("files",)
     files: tuple[PathText, ...] = Field(
         min_length=1,
-        description="rows to check: alpaca records or what `glmtune convert` wrote, .json (a list) "
-        "or .jsonl",
+        description="rows to check, .json (a list) or .jsonl: conversations, alpaca records, or "
+        "what `glmtune convert` wrote",
     )
     held_out: PathText | None = Field(
         None, description="rows kept for testing: none of their questions may occur in the files"
@@ -91,7 +91,7 @@ class ConvertSettings(BadRowSettings, BaseModelSettings):
 # --- tokenize ---
 
 
-class TokenizeSettings(BadRowSettings, BaseModelSettings):
+class TokenizeSettings(FormatSettings, BadRowSettings, BaseModelSettings):
     """Settings of `glmtune tokenize`."""
 
     verb = "tokenize"
@@ -103,9 +103,6 @@ class TokenizeSettings(BadRowSettings, BaseModelSettings):
         "what `glmtune convert` wrote"
     )
     save_path: PathText = Field(description="folder to write, for datasets.load_from_disk")
-    format: Literal["messages", "sharegpt", "alpaca", "context/target"] | None = Field(
-        None, description="how the rows are written (default: by the names of the first row)"
-    )
     learn: Literal["each", "last", "marked"] = Field(
         "each",
         description="answers of a conversation that are supervised: each, the last, or those "
