@@ -3,11 +3,13 @@
 import base64
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from glmtune.models.glm.byte_pair_encoder import tokenizer_of_tiktoken
+from glmtune.models.glm.encoder import of_folder
 from glmtune.models.glm.layouts import LAYOUTS
 
 PUBLISHED = {"model_type": "chatglm", "multi_query_attention": True}
@@ -50,6 +52,19 @@ def write_folder(
     settings = {key: value for key, value in settings.items() if value}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
+
+
+@cache
+def encoder_of(shared, root, variant):
+    """An encoder with the real vocabulary, built once."""
+    golden = shared / "golden"
+    is_pieces = variant in ("chatglm2", "chatglm3")
+    file = golden / ("glm3_tokenizer.model" if is_pieces else "glm/glm4_tokenizer.model")
+    data, name = file.read_bytes(), "tokenizer.model"
+    if variant == "glm4-0414":
+        name = "tokenizer.json"
+        data = tokenizer_of_tiktoken(data, file, LAYOUTS[variant]).to_str().encode()
+    return of_folder(write_folder(root / variant, variant, data, name=name))
 
 
 SIZES = {

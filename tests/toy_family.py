@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from glmtune.data.conversations import encode_rounds
 from glmtune.data.row_rule import RowRule, Special
 from glmtune.models.decoding import Angles, DecodingBlock, RowLayout, attend, put
 from glmtune.models.family import ChatFormat, Family, Native, PackedBlock
@@ -45,6 +46,9 @@ class ByteTokenizer:
 
     def encode_contexts(self, contexts, *, num_threads=None):
         return self.encode_batch(contexts)
+
+    def encode_examples(self, examples, *, num_threads=None):
+        return encode_rounds(self, examples, lambda rounds, question: str([*rounds, question]))
 
     def decode(self, ids, skip_special_tokens=False):
         return bytes(i - FIRST_BYTE for i in ids if i >= FIRST_BYTE).decode(errors="replace")

@@ -34,7 +34,7 @@ def convert(settings: config.ConvertSettings) -> None:
 
 
 def tokenize(settings: config.TokenizeSettings) -> None:
-    """Turn JSONL rows into token rows on disk."""
+    """Turn rows or conversations into token rows on disk."""
     from glmtune.data.tokenizing import tokenize
     from glmtune.models.base_files import load_row_tokenizer
     from glmtune.models.resolve import base_name, resolve_base

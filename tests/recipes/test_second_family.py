@@ -125,3 +125,22 @@ def test_a_label_on_disk_says_what_is_supervised(rows, capsys):
     packed = train("packed", "--layout", "packed", "--tokens_per_step", "256", *flags)
     assert packed == pytest.approx(padded, abs=1e-5)
     assert padded != pytest.approx(train("whole", "--layout", "padded"), abs=0.1)
+
+
+def test_conversations_of_a_family_without_roles_teach_their_last_answers(base, capsys):
+    def turns(*texts):
+        roles = ("user", "assistant")
+        return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+
+    talks = [{"messages": turns("say ha", "haha", f"say {w}", 2 * w)} for w in ("la", "na", "ba")]
+    Path("talks.json").write_text(json.dumps(talks), encoding="utf-8")
+    assert main([*words("tokenize talks.json --save_path tokens")]) == 0
+    assert "3 earlier answers are not supervised" in capsys.readouterr().out
+    (first, *_) = datasets.load_from_disk("tokens")
+    text = ByteTokenizer().decode(first["input_ids"][: first["seq_len"]])
+    assert text == "[('say ha', 'haha'), 'say la']"
+    assert train("packed", "--layout", "packed", "--tokens_per_step", "256")[-1] > 0
+    talks[1]["tools"] = [{"name": "f"}]
+    Path("talks.json").write_text(json.dumps(talks), encoding="utf-8")
+    assert main([*words("tokenize talks.json --save_path tokens")]) == 2
+    assert "talks.json:1 (row 2): tools, which this base knows none of" in capsys.readouterr().err

@@ -1,14 +1,12 @@
 """Rows and prompts of the younger family, beside those that the published code makes."""
 
 import json
-from functools import cache
 
 import pytest
-from glm_folders import toy_tiktoken, write_folder
+from glm_folders import encoder_of, toy_tiktoken, write_folder
 
 from glmtune.data import templates
 from glmtune.errors import UserError
-from glmtune.models.glm.byte_pair_encoder import tokenizer_of_tiktoken
 from glmtune.models.glm.conversations import Turn
 from glmtune.models.glm.encoder import of_folder
 from glmtune.models.glm.layouts import LAYOUTS, numbered_rounds
@@ -22,19 +20,6 @@ FORGERIES = {"lookalike_user", "lookalike_prefix", "lookalike_answer"}
 # A context is text: a message that spells a round is taken for one.
 SPELLS_ROUNDS = {"lookalike_round"}
 AT_START = "the official rows join an answer's first newlines with the one behind the role"
-
-
-@cache
-def encoder_of(shared, root, variant):
-    """An encoder with the real vocabulary, built once."""
-    golden = shared / "golden"
-    is_pieces = variant in ("chatglm2", "chatglm3")
-    file = golden / ("glm3_tokenizer.model" if is_pieces else "glm/glm4_tokenizer.model")
-    data, name = file.read_bytes(), "tokenizer.model"
-    if variant == "glm4-0414":
-        name = "tokenizer.json"
-        data = tokenizer_of_tiktoken(data, file, LAYOUTS[variant]).to_str().encode()
-    return of_folder(write_folder(root / variant, variant, data, name=name))
 
 
 @pytest.fixture(scope="module")

@@ -161,3 +161,26 @@ def test_memory_does_not_grow_with_the_file(tmp_path, is_list):
     tracemalloc.stop()
     assert num_rows == 300_000
     assert peak < 3e6
+
+
+def test_rows_that_hold_objects_are_read_in_bulk(tmp_path, monkeypatch):
+    """Told apart by their first name, they need no second reading row by row."""
+    rows = [{"turns": [{"a": i}, {"a": "},{"}], "id": [{"turns": i}]} for i in range(300)]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(rows, indent=1))
+    expected = [row for batch in jsonfile.read_batches(str(path)) for row in batch.values]
+    lines = [line for batch in jsonfile.read_batches(str(path)) for line in batch.lines]
+    assert expected == rows
+    assert lines == list(range(2, 2 + 15 * 300, 15))
+    by_row = []
+    once = windows.List._read_by_row
+
+    def read_by_row(self, window, at_end):
+        by_row.append(len(window))
+        return once(self, window, at_end)
+
+    monkeypatch.setattr(windows, "WINDOW_BYTES", 1 << 12)
+    monkeypatch.setattr(windows.List, "_read_by_row", read_by_row)
+    again = [row for batch in jsonfile.read_batches(str(path)) for row in batch.values]
+    assert again == rows
+    assert len(by_row) <= 2

@@ -126,6 +126,15 @@ class EncodingSettings(Settings):
         return value
 
 
+class FormatSettings(EncodingSettings):
+    """How a file's rows are written."""
+
+    group: ClassVar[str] = "rows"
+    format: Literal["messages", "sharegpt", "alpaca", "context/target"] | None = Field(
+        None, description="how the rows are written (default: by the names of the first row)"
+    )
+
+
 class BadRowSettings(EncodingSettings):
     """What happens at a row that cannot be used."""
 

@@ -26,7 +26,7 @@ from glmtune.config.groups import (
     BaseModelSettings,
     BatchSettings,
     DeviceSettings,
-    EncodingSettings,
+    FormatSettings,
     GenerationSettings,
     PathText,
     PlainText,
@@ -38,7 +38,7 @@ from glmtune.config.training import PlanSettings, TrainSettings, TuneSettings
 # --- validate ---
 
 
-class ValidateSettings(EncodingSettings):
+class ValidateSettings(FormatSettings):
     """Settings of `glmtune validate`."""
 
     verb = "validate"
@@ -46,8 +46,8 @@ class ValidateSettings(EncodingSettings):
     bare_words = ("files",)
     files: tuple[PathText, ...] = Field(
         min_length=1,
-        description="rows to check: alpaca records or what `glmtune convert` wrote, .json (a list) "
-        "or .jsonl",
+        description="rows to check, .json (a list) or .jsonl: conversations, alpaca records, or "
+        "what `glmtune convert` wrote",
     )
     held_out: PathText | None = Field(
         None, description="rows kept for testing: none of their questions may occur in the files"
@@ -91,16 +91,33 @@ class ConvertSettings(BadRowSettings, BaseModelSettings):
 # --- tokenize ---
 
 
-class TokenizeSettings(BadRowSettings, BaseModelSettings):
+class TokenizeSettings(FormatSettings, BadRowSettings, BaseModelSettings):
     """Settings of `glmtune tokenize`."""
 
     verb = "tokenize"
     group: ClassVar[str] = "data"
     reads_and_writes = ("jsonl_path", "save_path")
-    jsonl_path: PathText = Field(description="rows to read, as `glmtune convert` wrote them")
+    bare_words = ("jsonl_path",)
+    jsonl_path: PathText = Field(
+        description="rows to read, .json (a list) or .jsonl: conversations, alpaca records, or "
+        "what `glmtune convert` wrote"
+    )
     save_path: PathText = Field(description="folder to write, for datasets.load_from_disk")
+    learn: Literal["each", "last", "marked"] = Field(
+        "each",
+        description="answers of a conversation that are supervised: each, the last, or those "
+        "marked with loss true; one marked with loss false never is",
+    )
     max_seq_length: int = Field(
-        200, ge=4, description="tokens kept of the context, and of the target; special ids count"
+        200,
+        ge=4,
+        description="tokens kept of the context, and of the target; special ids count; of a "
+        "conversation, the tokens of the whole row (default there: 2048)",
+    )
+    too_long: Literal["truncate", "drop", "error"] | None = Field(
+        None,
+        description="what happens to longer conversations: they lose their last turns, are "
+        "dropped, or end the command (default: truncate, or drop with skip_overlength)",
     )
     skip_overlength: bool = Field(
         False, description="drop rows longer than max_seq_length instead of cutting them"
@@ -109,6 +126,22 @@ class TokenizeSettings(BadRowSettings, BaseModelSettings):
     num_threads: int | None = Field(
         None, ge=1, description="threads that encode (default: one per core)"
     )
+
+    @property
+    def cuts_turns(self) -> bool:
+        """Whether conversations that are too long lose turns."""
+        return self.too_long == "truncate" or (self.too_long is None and not self.skip_overlength)
+
+    @model_validator(mode="after")
+    def one_way_to_drop(self) -> Self:
+        """Refuse to drop long rows and not to."""
+        if self.skip_overlength and self.too_long in ("truncate", "error"):
+            raise conflict(
+                f"too_long is {self.too_long}, and skip_overlength drops long rows: set one",
+                "too_long",
+                "skip_overlength",
+            )
+        return self
 
 
 # --- infer, compare ---

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatch
 from pathlib import Path
@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from glmtune.data.conversations import EncodedExample, Example
 from glmtune.data.files import check_inside, read_json_object
+from glmtune.data.flaws import Flaw
 from glmtune.data.lengths import LengthStats
 from glmtune.data.row_rule import RowRule
 from glmtune.errors import UserError, note
@@ -57,6 +59,15 @@ class RowTokenizer(Protocol):
         the conversation that `data.templates.conversation_of` reads off a context.
         """
 
+    def encode_examples(
+        self, examples: Sequence[Example], *, num_threads: int | None = None
+    ) -> list[EncodedExample | Flaw]:
+        """Encode whole conversations, which have passed `Example.supervise`, as rows with labels.
+
+        A conversation that the family cannot write has a Flaw in its place. A family without a
+        layout of its own for conversations takes `data.conversations.encode_rounds`.
+        """
+
 
 @dataclass(frozen=True, slots=True)
 class DataCard:
@@ -90,9 +101,17 @@ class DataCard:
 
     def describe_loss(self) -> str | None:
         """Say in one line what cutting took from the answers, and what that means; or None."""
+        limit = self.flags.get("max_seq_length")
+        if cut := self.rows_cut.get("turns"):
+            lost = self.num_targets_lost or 0
+            return (
+                f"{lost:,} supervised tokens ({lost / (lost + self.num_target_tokens):.1%}) in the "
+                f"last turns of {len(cut):,} rows, which end with an earlier answer; a larger "
+                "max_seq_length keeps them"
+            )
         if not (rows := self.rows_cut.get("target")):
             return None
-        num_rows, limit = len(rows), self.flags.get("max_seq_length")
+        num_rows = len(rows)
         if self.num_targets_lost is None:
             return (
                 f"{num_rows:,} answers were cut to {limit} tokens by a version that taught their "

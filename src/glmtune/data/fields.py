@@ -5,6 +5,9 @@ Names beside `instruction`, `input` and `output` are those of published data set
 response, history), Dolly (instruction, context, response), ms-swift (query, response).
 """
 
+import ast
+import contextlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -124,7 +127,7 @@ def _stand_in(text: str, *parts: object) -> bool:
 
 def history_of(fields: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
     """Return the earlier rounds of a record, question and answer each; raise Flaw if malformed."""
-    rounds = fields.get(HISTORY)
+    rounds = _list_in(fields.get(HISTORY))
     if is_empty(rounds):
         return ()
     if not isinstance(rounds, list) or not all(map(_is_round, rounds)):
@@ -137,6 +140,16 @@ def history_of(fields: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
     for text in (text for pair in rounds for text in pair):
         check_characters(HISTORY, text)
     return tuple((question, answer) for question, answer in rounds)
+
+
+def _list_in(value: object) -> object:
+    """A list that stands as text, in JSON or as Python shows it; any other value as it is."""
+    if not isinstance(value, str) or not value.strip().startswith("["):
+        return value
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return [list(pair) if isinstance(pair, tuple) else pair for pair in read(value.strip())]
+    return value
 
 
 def _is_round(value: object) -> bool:

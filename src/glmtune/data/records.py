@@ -1,18 +1,21 @@
 """Read rows of a JSON list or of JSON lines, each with its file, row and line, and check them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
 from typing import ClassVar, Literal, TypeVar
 
+from glmtune.data.conversations import ASSISTANT, SYSTEM, USER, Example, Turn
 from glmtune.data.fields import (
     ALPACA,
     CONVERSATIONS,
     HISTORY,
     ROW_FIELDS,
+    FieldUse,
     Names,
     history_of,
+    is_empty,
     is_record,
     is_row,
     names_of,
@@ -20,10 +23,13 @@ from glmtune.data.fields import (
     unused_fields,
 )
 from glmtune.data.flaws import Flaw, kind_of, show
+from glmtune.data.formats import FORMATS, read_example, recognise
 from glmtune.data.jsonfile import read_batches
+from glmtune.data.templates import context_of
 from glmtune.errors import UserError
 
 OnBadRow = Literal["fail", "skip"]
+RECORDS, CONTEXT_TARGET = "alpaca", "context/target"
 
 
 class _Placed:
@@ -57,6 +63,16 @@ class Record(_Placed):
     unused: tuple[str, ...] = ()
     history: tuple[tuple[str, str], ...] = ()
     names: Names = ALPACA
+    system: str = ""
+
+    @property
+    def example(self) -> Example:
+        """The record as a conversation; its input follows the instruction on a line of its own."""
+        system = [Turn(SYSTEM, self.system)] if self.system.strip() else []
+        asked = f"{self.instruction}\n{self.input}" if self.input else self.instruction
+        rounds = [*self.history, (asked, self.output)]
+        turns = [t for q, a in rounds for t in (Turn(USER, q), Turn(ASSISTANT, a))]
+        return Example((*system, *turns))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +90,19 @@ class Row(_Placed):
 
 
 @dataclass(frozen=True, slots=True)
+class Conversation(_Placed):
+    """A conversation as a row has it."""
+
+    history: ClassVar[tuple[tuple[str, str], ...]] = ()
+    names: ClassVar[Names] = ALPACA
+    example: Example
+    path: str
+    row: int
+    line: int
+    unused: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class BadRow(_Placed):
     """A row that cannot be used, and why."""
 
@@ -83,7 +112,17 @@ class BadRow(_Placed):
     reason: str
 
 
-Placed = TypeVar("Placed", Record, Row)
+Placed = TypeVar("Placed", bound=_Placed)
+
+
+@dataclass(frozen=True, slots=True)
+class AnyRows:
+    """The rows of a file of any format: contexts with their targets, or conversations."""
+
+    format: str
+    rows: list[Row] | list[Conversation]
+    bad_rows: list[BadRow]
+    fields: FieldUse
 
 
 def read_alpaca(
@@ -110,6 +149,72 @@ def read_rows(
 ) -> tuple[list[Row], list[BadRow]]:
     """Read rows of `context` and `target`, which `convert` writes; errors as in read_alpaca."""
     return _read(path, on_bad_row, encoding, context_and_target)
+
+
+def read_any(
+    path: str,
+    format: str | None = None,
+    on_bad_row: OnBadRow = "fail",
+    encoding: str | None = None,
+) -> AnyRows:
+    """Read rows of any format; errors as in read_alpaca.
+
+    Records without a system text or earlier rounds become the contexts that `convert` writes. If
+    one of a file has either, all become conversations.
+
+    Args:
+        path: the file.
+        format: its name, of `FORMATS` or beside them; None for that of the first row.
+        on_bad_row: as in read_alpaca.
+        encoding: as in read_alpaca.
+    """
+    reader = _AnyReader(format)
+    good, bad_rows = _read(path, on_bad_row, encoding, reader.read)
+    assert reader.format is not None
+    use = FieldUse.of(good)
+    records = [row for row in good if isinstance(row, Record)]
+    if any(record.history or record.system for record in records):
+        use.num_with_history = 0  # they are turns like any others
+        places = ((r.example, r.path, r.row, r.line, r.unused) for r in records)
+        return AnyRows(reader.format, [Conversation(*place) for place in places], bad_rows, use)
+    contexts = [
+        Row(context_of(r.instruction, r.input), r.output, r.path, r.row, r.line, r.unused)
+        for r in records
+    ]
+    conversations = [row for row in good if isinstance(row, Conversation)]
+    rows = [row for row in good if isinstance(row, Row)]
+    return AnyRows(reader.format, contexts or conversations or rows, bad_rows, use)
+
+
+class _AnyReader:
+    """Reads rows in one format, which the first row decides unless it is named."""
+
+    def __init__(self, format: str | None) -> None:
+        self.format = format
+
+    def read(self, fields: dict, path: str, row: int, line: int) -> Record | Row | Conversation:
+        self.format = self.format or format_of(fields)
+        return read_row(self.format, fields, path, row, line)
+
+
+def format_of(fields: Mapping[str, object]) -> str:
+    """The name of a row's format, by its fields; of records where nothing else fits."""
+    if is_row(fields):
+        return CONTEXT_TARGET
+    found = None if is_record(fields) else recognise(fields)
+    return found.name if found else RECORDS
+
+
+def read_row(
+    format: str, fields: dict, path: str, row: int, line: int
+) -> Record | Row | Conversation:
+    """Read a row in the format of a name; raises Flaw where its fields make none."""
+    if format == CONTEXT_TARGET:
+        return context_and_target(fields, path, row, line)
+    if format == RECORDS:
+        return alpaca_record(fields, path, row, line, reads_system=True)
+    example, unused = read_example(FORMATS[format], fields)
+    return Conversation(example, path, row, line, unused)
 
 
 def name_rows(rows: Sequence[int], limit: int | None = 20) -> str:
@@ -177,9 +282,17 @@ def fields_of(value: object) -> dict:
 
 
 def alpaca_record(
-    fields: dict, path: str, row: int, line: int, needs_output: bool = True
+    fields: dict,
+    path: str,
+    row: int,
+    line: int,
+    needs_output: bool = True,
+    reads_system: bool = False,
 ) -> Record:
-    """Return the record that a row's fields make; raise Flaw where they make none."""
+    """Return the record that a row's fields make; raise Flaw where they make none.
+
+    Only with `reads_system` may they have a system text.
+    """
     if is_row(fields):
         raise Flaw(
             "other format",
@@ -191,12 +304,17 @@ def alpaca_record(
     if turns and not is_record(fields):
         raise Flaw(
             "conversation",
-            f'a conversation in "{turns}", which is not read yet',
-            'write each of its answers as a record {"instruction": question, "output": answer, '
+            f'a conversation in "{turns}", not a record',
+            "pass the file to `glmtune tokenize`, or write each of its answers as a record "
+            '{"instruction": question, "output": answer, '
             '"history": [["earlier question", "its answer"], ...]}',
             turns,
         )
     instruction, input, output = names
+    system = ""
+    if reads_system and not is_empty(fields.get(SYSTEM)):
+        system = text_of(fields, SYSTEM)
+    used = (instruction, input or "", HISTORY, *([SYSTEM] if system else []), output)
     has_output = needs_output or fields.get(output) is not None
     return Record(
         instruction=text_of(fields, instruction),
@@ -205,9 +323,10 @@ def alpaca_record(
         path=path,
         row=row,
         line=line,
-        unused=unused_fields(fields, (instruction, input or "", HISTORY, output)),
+        unused=unused_fields(fields, used),
         history=history_of(fields),
         names=names,
+        system=system,
     )
 
 

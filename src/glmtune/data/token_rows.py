@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from glmtune.data.conversations import IGNORED
 from glmtune.data.row_rule import RowRule
+from glmtune.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-IGNORED = -100
-"""The label of a token that is not supervised; transformers and torch use the same."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +107,17 @@ class TokenRows:
             path: what the message calls the data set.
 
         Raises:
-            UserError: see `RowRule.check`.
+            UserError: see `RowRule.check`; or a label is neither its token's id nor `IGNORED`, as
+                in data sets whose labels are shifted.
         """
+        if self.labels_T is not None:
+            is_wrong_T = (self.labels_T != self.ids_T) & (self.labels_T != IGNORED)
+            if is_wrong_T.any():
+                place = int(is_wrong_T.argmax())
+                row = int(np.searchsorted(self.starts_R1, place, side="right")) - 1
+                raise UserError(
+                    f"{path}: row {row + 1} has the label {self.labels_T[place]} at the id "
+                    f"{self.ids_T[place]}, and a label is the id itself or {IGNORED}; tokenize the "
+                    "data again"
+                )
         self.rule.check(self.ids_T, self.starts_R1, self.prompt_lengths_R, vocab_size, path)

@@ -1,10 +1,10 @@
-"""Context and target to token rows on disk: encoded in batches, counted, plotted by length."""
+"""Rows of any format to token rows on disk: encoded in batches, counted, plotted by length."""
 
-import math
+import gc
 import sys
-from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from glmtune import __version__
 from glmtune.config.settings import TokenizeSettings
+from glmtune.data.conversation_rows import MAX_LENGTH, check_supervised, encode_conversations
 from glmtune.data.dataset import (
     CARD_FILE,
     CONVERSATION,
@@ -20,15 +21,24 @@ from glmtune.data.dataset import (
     RowTokenizer,
     check_replaceable,
 )
+from glmtune.data.encoded_rows import SHARE_TO_KEEP, EncodedRows
 from glmtune.data.fields import FieldUse
 from glmtune.data.files import new_folder, sha256_of
 from glmtune.data.lengths import LengthStats, plot_lengths
-from glmtune.data.records import BadRow, Row, list_bad_rows, name_rows, read_rows
+from glmtune.data.records import (
+    AnyRows,
+    BadRow,
+    Conversation,
+    Row,
+    list_bad_rows,
+    name_rows,
+    read_any,
+    read_rows,
+)
 from glmtune.data.templates import has_rounds, is_alpaca
 from glmtune.errors import UserError, visible
 
 ROWS_PER_BATCH = 4096
-SHARE_TO_KEEP = 0.95
 MIN_LENGTH = 4
 """Tokens that a row has at least: the settings allow no shorter limit."""
 
@@ -44,6 +54,8 @@ class TokenizeSummary:
     fields: FieldUse
     advice: str | None
     """Advice on a max_seq_length that leaves more rows whole; None where this one left all."""
+    of_turns: tuple[str, ...] = ()
+    """Lines on conversations."""
 
     def __str__(self) -> str:
         card, limit = self.card, self.card.flags["max_seq_length"]
@@ -55,16 +67,19 @@ class TokenizeSummary:
         ]
         for what, rows in [
             ("dropped, empty target", card.rows_out["empty"]),
+            ("dropped, nothing is supervised", card.rows_out.get("unsupervised")),
             (f"dropped, longer than {limit} tokens", card.rows_out["overlength"]),
-            (f"kept, context cut to {limit} tokens", card.rows_cut["context"]),
-            (f"kept, target cut to {limit} tokens", card.rows_cut["target"]),
+            (f"kept, context cut to {limit} tokens", card.rows_cut.get("context")),
+            (f"kept, target cut to {limit} tokens", card.rows_cut.get("target")),
+            (f"kept, last turns cut to be within {limit} tokens", card.rows_cut.get("turns")),
         ]:
             if rows:
                 lines.append(f"    {len(rows):,} {what}: {name_rows(rows, limit=12)}")
         if self.bad_rows:
             lines.append(f"    {len(self.bad_rows):,} bad, skipped:")
             lines += [f"      {line}" for line in list_bad_rows(self.bad_rows)]
-        lines += [f"    {line}" for line in self.fields.lines()]
+        lines += [f"    {line}" for line in (*self.of_turns, *self.fields.lines())]
+        what = "supervised" if "turns" in card.rows_cut else "targets"
         if card.template == CONVERSATION:
             lines.append(
                 f"  layout      {card.vocab_revision}'s own conversations; words that convert puts "
@@ -73,7 +88,7 @@ class TokenizeSummary:
         lines += [
             f"  row length  {card.lengths} tokens",
             f"  tokens      {card.num_tokens:,}, "
-            f"{card.num_target_tokens / card.num_tokens:.1%} of them targets",
+            f"{card.num_target_tokens / card.num_tokens:.1%} of them {what}",
             *([f"  lost        {lost}"] if (lost := card.describe_loss()) else []),
             *([f"  advice      {self.advice}"] if self.advice else []),
             f"  beside it   {CARD_FILE} (with all these row numbers), {HISTOGRAM_FILE}",
@@ -81,67 +96,52 @@ class TokenizeSummary:
         return "\n".join(lines)
 
 
-@dataclass(slots=True)
-class EncodedRows:
-    """Kept rows, and what happened to the others.
-
-    `input_ids` holds all rows end to end as int32, `ends` where each ends, `seq_len` each prompt's
-    length. The lists hold row numbers, except `lengths_out`: the full lengths of overlong rows.
-    `num_targets_lost` counts the ids cut off from targets, their end ids included.
-    """
-
-    input_ids: array = field(default_factory=lambda: array("i"))
-    ends: array = field(default_factory=lambda: array("i"))
-    seq_len: array = field(default_factory=lambda: array("i"))
-    empty: list[int] = field(default_factory=list)
-    overlength: list[int] = field(default_factory=list)
-    lengths_out: list[int] = field(default_factory=list)
-    cut_contexts: list[int] = field(default_factory=list)
-    cut_targets: list[int] = field(default_factory=list)
-    num_targets_lost: int = 0
-    limits: array = field(default_factory=lambda: array("i"))
-    """For each row that is not empty, the smallest max_seq_length that leaves it whole."""
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """The length of each kept row."""
-        return np.diff(self.ends, prepend=0)
-
-    def keeping(self, share: float) -> int:
-        """The least max_seq_length that leaves a share of the rows whole."""
-        return int(np.sort(self.limits)[math.ceil(share * len(self.limits)) - 1])
-
-    def advice(self, limit: int) -> str | None:
-        """Say which max_seq_length leaves 95 % of the rows whole, and which all of them."""
-        num_whole = int(np.sum(np.asarray(self.limits) <= limit))
-        if num_whole == len(self.limits):
-            return None
-        share, most = SHARE_TO_KEEP, self.keeping(SHARE_TO_KEEP)
-        whole = f"{num_whole:,} of {len(self.limits):,} rows are whole; "
-        for_all = f"--max_seq_length {self.keeping(1)} keeps all of them"
-        return whole + (f"--max_seq_length {most} keeps {share:.0%}, " * (most > limit)) + for_all
-
-
 def tokenize(
     settings: TokenizeSettings, tokenizer: RowTokenizer, base_name: str
 ) -> TokenizeSummary:
-    """Write the rows of a JSONL file as a data set of token rows, with its card and histogram.
+    """Write the rows of a file as a data set of token rows, with its card and histogram.
 
-    Prints the summary that it returns. Raises UserError for what read_rows refuses, for a
-    save_path that holds anything else than such a data set, and when no row is left.
+    Prints the summary that it returns. Raises UserError for what read_any and encode_conversations
+    refuse, for a save_path that holds anything else than such a data set, when no row is left, and
+    for settings that the rows have no use for.
     """
     check_replaceable(settings.save_path)
-    rows, bad_rows = read_rows(settings.jsonl_path, settings.on_bad_row, settings.encoding)
-    encoded = encode_rows(rows, tokenizer, settings)
+    with _no_collection():
+        summary = _tokenize(settings, tokenizer, base_name)
+    print(visible(str(summary)))
+    return summary
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Let Python not look for cycles among millions of objects: rows have none."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _tokenize(
+    settings: TokenizeSettings, tokenizer: RowTokenizer, base_name: str
+) -> TokenizeSummary:
+    read = read_any(settings.jsonl_path, settings.format, settings.on_bad_row, settings.encoding)
+    contexts = [row for row in read.rows if isinstance(row, Row)]
+    conversations = [row for row in read.rows if isinstance(row, Conversation)]
+    if conversations:
+        if "max_seq_length" not in settings.model_fields_set:
+            settings = settings.model_copy(update={"max_seq_length": MAX_LENGTH})
+        encoded = encode_conversations(conversations, tokenizer, settings)
+    else:
+        _check_settings_of_contexts(settings)
+        encoded = encode_rows(contexts, tokenizer, settings)
     if not encoded.seq_len:
-        advice = encoded.advice(settings.max_seq_length) if encoded.limits else None
-        raise UserError(
-            f"{settings.jsonl_path}: no row is left: {len(encoded.empty):,} have an empty target, "
-            f"{len(encoded.overlength):,} are longer than max_seq_length "
-            f"{settings.max_seq_length}; "
-            f"{f'raise max_seq_length ({advice})' if advice else 'set keep_empty true'}"
-        )
-    card = _card(settings, tokenizer, base_name, rows, bad_rows, encoded)
+        raise _no_row_left(settings, encoded)
+    if conversations:
+        check_supervised(encoded, tokenizer, settings.jsonl_path)
+    card = _card(settings, tokenizer, base_name, read, encoded)
     with new_folder(settings.save_path) as folder:
         _save(encoded, folder)
         card.write(folder)
@@ -151,16 +151,66 @@ def tokenize(
             dropped=encoded.lengths_out,
             max_seq_length=settings.max_seq_length,
         )
-    summary = TokenizeSummary(
+    return TokenizeSummary(
         settings.jsonl_path,
         settings.save_path,
         card,
-        bad_rows,
-        FieldUse.of(rows),
+        _bad_rows(read, encoded),
+        read.fields,
         encoded.advice(settings.max_seq_length),
+        _describe(encoded) if conversations else (),
     )
-    print(visible(str(summary)))
-    return summary
+
+
+def _check_settings_of_contexts(settings: TokenizeSettings) -> None:
+    """Raise UserError where settings of conversations are given for rows of one answer each."""
+    path = settings.jsonl_path
+    if settings.too_long:
+        raise UserError(
+            f"{path}: too_long is for conversations, and these rows are a context and a target "
+            "each; leave it out, or set skip_overlength"
+        )
+    if settings.learn == "marked":
+        raise UserError(
+            f"{path}: learn marked is for conversations, and these rows have no loss; leave it out"
+        )
+
+
+def _no_row_left(settings: TokenizeSettings, encoded: EncodedRows) -> UserError:
+    advice = encoded.advice(settings.max_seq_length) if encoded.limits else None
+    fix = f"raise max_seq_length ({advice})" if advice else "set keep_empty true"
+    unsupervised = ""
+    if encoded.labels is not None:
+        unsupervised = f"{len(encoded.unsupervised):,} have no supervised answer, "
+        if encoded.unsupervised and not advice:
+            fix = "set learn each, and loss true or nothing in the row"
+    what = "answer" if unsupervised else "target"
+    return UserError(
+        f"{settings.jsonl_path}: no row is left: {len(encoded.empty):,} have an empty {what}, "
+        f"{unsupervised}{len(encoded.overlength):,} are longer than max_seq_length "
+        f"{settings.max_seq_length}; {fix}"
+    )
+
+
+def _bad_rows(read: AnyRows, encoded: EncodedRows) -> list[BadRow]:
+    return sorted([*read.bad_rows, *encoded.refused], key=lambda bad: bad.row)
+
+
+def _describe(encoded: EncodedRows) -> tuple[str, ...]:
+    """What to report of conversations beside their rows."""
+    lines = []
+    if encoded.num_in_prompts:
+        lines.append(
+            f"{encoded.num_in_prompts:,} earlier answers are not supervised: the base reads them "
+            "as part of the prompt, so it learns the last answer of a row only"
+        )
+    if encoded.num_thoughts:
+        lines.append(f"{encoded.num_thoughts:,} answers had a thought before them, left out")
+    if encoded.num_dropped:
+        lines.append(
+            f"{encoded.num_dropped:,} supervised tokens stood in the rows that are dropped"
+        )
+    return tuple(lines)
 
 
 def fit_length(settings: TokenizeSettings, tokenizer: RowTokenizer) -> TokenizeSettings:
@@ -238,36 +288,42 @@ def _card(
     settings: TokenizeSettings,
     tokenizer: RowTokenizer,
     base_name: str,
-    rows: list[Row],
-    bad_rows: list[BadRow],
+    read: AnyRows,
     encoded: EncodedRows,
 ) -> DataCard:
-    num_tokens = len(encoded.input_ids)
+    num_tokens, bad_rows = len(encoded.input_ids), _bad_rows(read, encoded)
+    contexts = [row for row in read.rows if isinstance(row, Row)]
+    has_turns = encoded.labels is not None
+    template = CONVERSATION if has_turns else getattr(tokenizer, "template", None)
+    flags = {"max_seq_length", "skip_overlength", "keep_empty", "on_bad_row"}
     return DataCard(
         glmtune_version=__version__,
         base_model=base_name,
         tokenizer_sha256=tokenizer.vocab_hash,
         vocab_revision=tokenizer.revision,
         special_ids=tokenizer.row_rule.special_ids,
-        template=getattr(tokenizer, "template", None) or _template(rows),
-        flags=settings.model_dump(
-            include={"max_seq_length", "skip_overlength", "keep_empty", "on_bad_row"}
-        ),
+        template=template or _template(contexts),
+        flags=settings.model_dump(include=flags | ({"learn", "too_long"} if has_turns else set())),
         source=Path(settings.jsonl_path).name,
         source_sha256=sha256_of(settings.jsonl_path),
-        num_read=len(rows) + len(bad_rows),
+        num_read=len(read.rows) + len(read.bad_rows),
         num_kept=len(encoded.seq_len),
         num_tokens=num_tokens,
-        num_target_tokens=num_tokens - sum(encoded.seq_len),
+        num_target_tokens=encoded.num_targets,
         lengths=LengthStats.of(encoded.lengths),
         rows_out={
             "bad": [bad.row for bad in bad_rows],
             "empty": encoded.empty,
             "overlength": encoded.overlength,
+            **({"unsupervised": encoded.unsupervised} if has_turns else {}),
         },
-        rows_cut={"context": encoded.cut_contexts, "target": encoded.cut_targets},
+        rows_cut=(
+            {"turns": encoded.cut_turns}
+            if has_turns
+            else {"context": encoded.cut_contexts, "target": encoded.cut_targets}
+        ),
         num_targets_lost=encoded.num_targets_lost,
-        row_is_line=all(row.row == row.line for row in (*rows, *bad_rows)),
+        row_is_line=all(row.row == row.line for row in (*read.rows, *read.bad_rows)),
     )
 
 
@@ -284,10 +340,11 @@ def _save(encoded: EncodedRows, folder: Path) -> None:
 
     offsets = np.concatenate([[0], encoded.ends]).astype(np.int32)
     input_ids = pa.array(np.frombuffer(encoded.input_ids, dtype=np.int32))
-    table = pa.table(
-        {
-            "input_ids": pa.ListArray.from_arrays(offsets, input_ids),
-            "seq_len": pa.array(np.frombuffer(encoded.seq_len, dtype=np.int32)),
-        }
-    )
-    write_dataset(table, folder)
+    columns = {
+        "input_ids": pa.ListArray.from_arrays(offsets, input_ids),
+        "seq_len": pa.array(np.frombuffer(encoded.seq_len, dtype=np.int32)),
+    }
+    if encoded.labels is not None:
+        labels = pa.array(np.frombuffer(encoded.labels, dtype=np.int32))
+        columns["labels"] = pa.ListArray.from_arrays(offsets, labels)
+    write_dataset(pa.table(columns), folder)

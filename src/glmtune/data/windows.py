@@ -33,6 +33,7 @@ MAX_ROW_BYTES = 1 << 25
 # The limit of json depends on how much of the stack is left; this one is always lower.
 MAX_DEPTH = 256
 BLANK = b" \t\r\n"
+_FIRST_NAME = re.compile(rb'[ \t\r\n]*\{[ \t\r\n]*("[^"\\]*")')
 _BETWEEN_ROWS = re.compile(rb"\}([ \t\r\n]*,[ \t\r\n]*)\{")
 
 _STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
@@ -130,8 +131,21 @@ class List:
         The window is split wherever one object may end and another begin. A split inside of an
         object leaves pieces that are not JSON, and a piece that is a JSON object is a whole row.
         """
-        first, *pieces = _BETWEEN_ROWS.split(window)
-        if not pieces or self.expects not in ("first", "row"):
+        if self.expects not in ("first", "row"):
+            return None
+        return self._split_at_once(window, _BETWEEN_ROWS) or self._split_at_name(window)
+
+    def _split_at_name(self, window: bytes) -> Batch | None:
+        """Read rows that hold objects themselves, told apart by the name of their first field."""
+        name = _FIRST_NAME.match(window)
+        if name is None:
+            return None
+        pattern = rb"%b(?=[ \t\r\n]*%b)" % (_BETWEEN_ROWS.pattern, re.escape(name[1]))
+        return self._split_at_once(window, re.compile(pattern))
+
+    def _split_at_once(self, window: bytes, between_rows: re.Pattern[bytes]) -> Batch | None:
+        first, *pieces = between_rows.split(window)
+        if not pieces:
             return None
         last = pieces.pop()
         gaps = pieces[::2]

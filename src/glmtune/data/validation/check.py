@@ -4,6 +4,7 @@ A batch is first checked as a whole, with a few operations on all of its text. O
 anything unusual are its rows checked one by one, to say which and why.
 """
 
+import json
 import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,6 +14,7 @@ from operator import itemgetter
 
 import numpy as np
 
+from glmtune.data.conversations import SYSTEM
 from glmtune.data.fields import (
     ALPACA,
     HISTORY,
@@ -20,11 +22,18 @@ from glmtune.data.fields import (
     FieldUse,
     is_content,
     is_record,
-    is_row,
     names_of,
 )
 from glmtune.data.flaws import Flaw
-from glmtune.data.records import Record, alpaca_record, context_and_target, fields_of
+from glmtune.data.records import (
+    CONTEXT_TARGET,
+    RECORDS,
+    Conversation,
+    Record,
+    fields_of,
+    format_of,
+    read_row,
+)
 from glmtune.data.templates import context_of, parts
 from glmtune.data.validation.characters import CONTROL, LANGUAGES, survey
 from glmtune.data.validation.duplicates import END_OF_PART, END_OF_ROW, Fingerprints
@@ -79,10 +88,19 @@ class CheckedFile:
 
 
 class FileCheck:
-    """A check of the rows of a file; `tell` is called with each problem."""
+    """A check of the rows of a file; `tell` is called with each problem.
 
-    def __init__(self, path: str, tell: Callable[[Problem], None], with_questions: bool) -> None:
-        self.file = CheckedFile(path)
+    The rows are of the named format; where none is named, the first row decides.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        tell: Callable[[Problem], None],
+        with_questions: bool,
+        format: str | None = None,
+    ) -> None:
+        self.file = CheckedFile(path, format)
         self.fingerprints = Fingerprints(path, with_questions)
         self._tell = tell
 
@@ -122,7 +140,9 @@ class FileCheck:
         if set(map(type, values)) != {dict}:
             raise TypeError
         self.file.format = self.file.format or _format_of(values[0])
-        names = names_of(values[0]) if self.file.format == "alpaca" else None
+        if self.file.format not in (RECORDS, CONTEXT_TARGET):
+            raise LookupError
+        names = names_of(values[0]) if self.file.format == RECORDS else None
         fields = tuple(name for name in names or ROW_FIELDS if name in values[0])
         if not (is_record(values[0]) if names else fields == ROW_FIELDS):
             raise LookupError
@@ -148,8 +168,7 @@ class FileCheck:
             try:
                 fields = fields_of(value)
                 self.file.format = self.file.format or _format_of(fields)
-                check = alpaca_record if self.file.format == "alpaca" else context_and_target
-                read = check(fields, self.file.path, row, line)
+                read = read_row(self.file.format, fields, self.file.path, row, line)
             except Flaw as flaw:
                 self.file.num_unusable += 1
                 self._tell_flaw(flaw, row, line)
@@ -159,6 +178,8 @@ class FileCheck:
             good_lines.append(line)
             if isinstance(read, Record):
                 texts.append(_JOIN[NUM_PARTS](self._clean_record(read)))
+            elif isinstance(read, Conversation):
+                texts.append(_JOIN[NUM_PARTS](self._clean_conversation(read)))
             else:
                 context = self._clean(read.context, "context", row, line)
                 texts.append(_join_row((context, self._clean(read.target, "target", row, line))))
@@ -173,16 +194,36 @@ class FileCheck:
         ]
         texts = zip(record.names, (record.instruction, record.input, record.output), strict=True)
         instruction, input, output = (self._clean(t, n or "input", row, line) for n, t in texts)
+        if record.system:
+            instruction = f"{self._clean(record.system, SYSTEM, row, line)}\n{instruction}"
         if earlier:
             return context_of(instruction, input, earlier), "", output
         return instruction, input, output
 
-    def _clean(self, text: str, name: str, row: int, line: int) -> str:
-        """Return a field's text without forbidden characters, and report the first of them."""
+    def _clean_conversation(self, read: Conversation) -> tuple[str, str, str]:
+        """Return all before the last answer as one question, nothing, and that answer."""
+        example, row, line = read.example, read.row, read.line
+        texts = [
+            f"{turn.metadata}\n" * bool(turn.metadata)
+            + self._clean(turn.text, None, row, line, f"a turn of the {turn.role}")
+            for turn in example.turns
+        ]
+        last = example.answers[-1]
+        tools = [self._clean(json.dumps(tool), "tools", row, line) for tool in example.tools]
+        return "\n".join([*tools, *texts[:last]]), "", texts[last]
+
+    def _clean(
+        self, text: str, name: str | None, row: int, line: int, where: str | None = None
+    ) -> str:
+        """Return a text without forbidden characters, and report the first of them.
+
+        `name` is its field, `where` the words for its place if there is no such field.
+        """
         if found := CONTROL.search(text):
             num = len(CONTROL.findall(text))
             kind = "lost character" if found[0] == "\ufffd" else "control character in text"
-            what = f'field "{name}" holds U+{ord(found[0]):04X} at character {found.start() + 1}'
+            place = where or f'field "{name}"'
+            what = f"{place} holds U+{ord(found[0]):04X} at character {found.start() + 1}"
             what += f" and {num - 1:,} more such" if num > 1 else ""
             self._warn(kind, row, line, what, "write what should stand there, or remove it", name)
             text = CONTROL.sub("", text)
@@ -216,7 +257,7 @@ class FileCheck:
 
 def _format_of(fields: Mapping[str, object]) -> str:
     is_cut_row = "context" in fields and "instruction" not in fields and not is_record(fields)
-    return "context/target" if is_row(fields) or is_cut_row else "alpaca"
+    return CONTEXT_TARGET if is_cut_row else format_of(fields)
 
 
 def _has_empty_part(bare: bytes) -> bool:

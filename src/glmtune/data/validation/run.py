@@ -67,7 +67,7 @@ class Validation:
 
 
 def validate(settings: ValidateSettings) -> Validation:
-    """Check files of alpaca records or of context and target, and print what was found.
+    """Check files of rows of any format, and print what was found.
 
     Every problem is counted and its row named; `json_path` gets each one whole. Returns what was
     found if all rows are usable. Otherwise raises UserError, one line, after everything has been
@@ -79,7 +79,7 @@ def validate(settings: ValidateSettings) -> Validation:
         report = stack.enter_context(new_file(settings.json_path)) if settings.json_path else None
         problems = Problems(report)
         paths = [*settings.files, *held_out]
-        checked = [_check_file(path, problems, bool(held_out), settings.encoding) for path in paths]
+        checked = [_check_file(path, problems, bool(held_out), settings) for path in paths]
         _tell_of_empty([file for file, _ in checked], len(settings.files), problems)
         files = [file for file, _ in checked]
         prints = [fingerprints for _, fingerprints in checked]
@@ -99,14 +99,14 @@ def validate(settings: ValidateSettings) -> Validation:
 
 
 def _check_file(
-    path: str, problems: Problems, with_questions: bool, encoding: str | None
+    path: str, problems: Problems, with_questions: bool, settings: ValidateSettings
 ) -> tuple[CheckedFile, Fingerprints]:
     """Read a file to its end; what is wrong, with a row or the whole file, goes into `problems`."""
-    check = FileCheck(path, problems.add, with_questions)
+    check = FileCheck(path, problems.add, with_questions, settings.format)
     size = os.path.getsize(path) if os.path.isfile(path) else None
     with tqdm(total=size, desc=path, unit="B", unit_scale=True, delay=1) as progress:
         try:
-            for batch in read_batches(path, encoding):
+            for batch in read_batches(path, settings.encoding):
                 check.take(batch)
                 progress.update(batch.num_bytes)
         except UserError as error:

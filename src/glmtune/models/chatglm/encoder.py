@@ -4,16 +4,19 @@
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
+from glmtune.data.conversations import EncodedExample, Example, encode_rounds
 from glmtune.data.files import read_json_object
+from glmtune.data.flaws import Flaw
 from glmtune.data.row_rule import RowRule
 from glmtune.errors import UserError
+from glmtune.models.chatglm import conversation
 from glmtune.models.chatglm.rows import row_rule
 from glmtune.models.chatglm.vocabulary import (
     NUM_PIECES_V1_0,
@@ -131,6 +134,16 @@ class Encoder:
     ) -> list[list[int]]:
         """Encode contexts as the texts that they are; see `data.dataset.RowTokenizer`."""
         return self.encode_batch(contexts, num_threads=num_threads)
+
+    def encode_examples(
+        self, examples: Sequence[Example], *, num_threads: int | None = None
+    ) -> list[EncodedExample | Flaw]:
+        """Encode conversations as the rounds of the published chat; see `data.dataset`.
+
+        Earlier answers are part of the prompt, whose tokens see each other in both directions, so
+        only the last one can be supervised.
+        """
+        return encode_rounds(self, examples, conversation.written, num_threads)
 
     def _ids_of(self, texts: list[str], num_threads: int | None) -> Iterable[Iterable[int]]:
         """The ids of each text."""

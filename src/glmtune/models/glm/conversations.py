@@ -2,18 +2,30 @@
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from glmtune.data.conversations import (
+    ASSISTANT,
+    IGNORED,
+    OBSERVATION,
+    SYSTEM,
+    USER,
+    EncodedExample,
+    Example,
+    Turn,
+    encode_rounds,
+)
 from glmtune.data.dataset import CONVERSATION
 from glmtune.data.files import read_json_object
+from glmtune.data.flaws import Flaw
 from glmtune.data.row_rule import RowRule
 from glmtune.data.templates import conversation_of
 from glmtune.errors import UserError
 from glmtune.models.glm import layouts
-from glmtune.models.glm.layouts import ASSISTANT, LAYOUTS, ROLES, SYSTEM, USER, Layout
+from glmtune.models.glm.layouts import LAYOUTS, ROLES, Layout
 from glmtune.models.glm.settings import variant_of
 from glmtune.models.glm.template import generation_ids, read_template
 from glmtune.models.special_names import MARK, beginning_of, pattern_of
@@ -21,15 +33,6 @@ from glmtune.models.special_names import MARK, beginning_of, pattern_of
 CONFIG_FILE = "config.json"
 # Rows of a published embedding that no token has: fewer than these.
 SPARE_ROWS = 400
-
-
-class Turn(NamedTuple):
-    """A message of a conversation."""
-
-    role: str
-    text: str
-    metadata: str = ""
-    """What stands between the role and the newline: the name of a tool that is called."""
 
 
 class ConversationEncoder:
@@ -179,7 +182,7 @@ class ConversationEncoder:
         """The ids of each conversation's turns: role, newline, text."""
         texts = []
         for turn in (turn for turns in conversations for turn in turns):
-            head = f"{turn.metadata}\n"
+            head = self._head(turn)
             texts += [head + turn.text] if self.joins_newline else [head, turn.text]
         encoded = iter(self.encode_texts(texts, num_threads))
         rows = []
@@ -190,6 +193,104 @@ class ConversationEncoder:
                 row += [] if self.joins_newline else next(encoded)
             rows.append(row)
         return rows
+
+    def _head(self, turn: Turn) -> str:
+        """What stands between a role and its text."""
+        named = f"{turn.metadata}{self.layout.before_newline}" if turn.metadata else ""
+        return f"{named}\n"
+
+    def encode_examples(
+        self, examples: Sequence[Example], *, num_threads: int | None = None
+    ) -> list[EncodedExample | Flaw]:
+        """Encode whole conversations with their labels; see `data.dataset.RowTokenizer`.
+
+        What an answer ends with is supervised with it: the next turn's role, at last the end of the
+        row, which behind a call is the role of its result.
+        """
+        if not self.layout.has_roles:
+            write = layouts.numbered_rounds
+            return encode_rounds(self, examples, write, num_threads)
+        written: list[Sequence[Turn] | Flaw] = []
+        for example in examples:
+            try:
+                written.append(self._written(example))
+            except Flaw as flaw:
+                written.append(flaw)
+        texts = [
+            text
+            for turns in written
+            if not isinstance(turns, Flaw)
+            for turn in turns
+            for text in self._texts_of(turn)
+        ]
+        encoded = iter(self.encode_texts(texts, num_threads))
+        prefix = [self.ids[name] for name in self.layout.prefix]
+        return [
+            turns if isinstance(turns, Flaw) else self._encode_example(turns, encoded, prefix)
+            for turns in written
+        ]
+
+    def _written(self, example: Example) -> Sequence[Turn]:
+        """The turns of a conversation in the layout's order and words, its tools the first of them.
+
+        Raises:
+            Flaw: the layout cannot write its tools, or a role has no token.
+        """
+        layout, turns = self.layout, list(example.turns)
+        for turn in turns:
+            if ROLES[turn.role] not in self.ids:
+                what = f"a turn of the role {turn.role}, which the vocabulary has no token for"
+                raise Flaw("roles", what, "leave such rows out, or name another base")
+        if any(turn.metadata and turn.is_answer for turn in turns):
+            turns = [
+                turn._replace(text=layout.write_call(turn.text))
+                if turn.metadata and turn.is_answer
+                else turn
+                for turn in turns
+            ]
+        if layout.hoists_system:
+            turns.sort(key=lambda turn: turn.role != SYSTEM)
+        if not example.tools:
+            return turns
+        if layout.write_tools is None:
+            what = f"tools, which the revisions of {layout.name} write differently"
+            fix = "write them into the system's text as the folder's chat template does"
+            raise Flaw("tools", what, fix, "tools")
+        return [Turn(SYSTEM, layout.write_tools(example.tools)), *turns]
+
+    def _texts_of(self, turn: Turn) -> list[str]:
+        """What is encoded of a turn; a newline alone has ids that are known."""
+        head = self._head(turn)
+        if self.joins_newline:
+            return [head + turn.text]
+        return [turn.text] if head == "\n" else [head, turn.text]
+
+    def _encode_example(
+        self, turns: Sequence[Turn], encoded: Iterator[list[int]], prefix: list[int]
+    ) -> EncodedExample:
+        """Lay out the ids of turns, which are the next of `encoded`."""
+        ids, labels = list(prefix), [IGNORED] * len(prefix)
+        prompt_length, num_answers, follows_answer = 0, 0, False
+        for turn in turns:
+            role = self.ids[ROLES[turn.role]]
+            ids.append(role)
+            labels.append(role if follows_answer else IGNORED)
+            if turn.is_answer:
+                prompt_length = len(ids)
+            start = len(ids)
+            if not self.joins_newline and self._head(turn) == "\n":
+                ids += self.newline_ids
+            elif not self.joins_newline:
+                ids += next(encoded)
+            ids += next(encoded)
+            follows_answer = bool(turn.supervised)
+            num_answers += follows_answer
+            labels += ids[start:] if follows_answer else [IGNORED] * (len(ids) - start)
+        calls = bool(turns) and turns[-1].is_answer and bool(turns[-1].metadata)
+        end = self.ids[ROLES[OBSERVATION] if calls else self.layout.end]
+        ids.append(end)
+        labels.append(end if follows_answer else IGNORED)
+        return EncodedExample(ids, labels, prompt_length or len(ids), num_answers)
 
     def written_ids(self, marked: str) -> list[int]:
         """The ids of a rendered chat whose special names are marked, see `models.special_names`.

@@ -7,15 +7,17 @@ Sources of the ids and strings: the published tokenizers and fine-tuning code, r
 rows that tests/unit/test_glm_layouts.py compares with.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from glmtune.data import templates
+from glmtune.data.conversations import ASSISTANT, OBSERVATION, SYSTEM, USER
+from glmtune.data.flaws import Flaw, show
 from glmtune.data.row_rule import RowRule, Special
 from glmtune.models.family import ChatFormat
 from glmtune.models.glm import settings
 
-SYSTEM, USER, ASSISTANT, OBSERVATION = "system", "user", "assistant", "observation"
 ROLES = {role: f"<|{role}|>" for role in (SYSTEM, USER, ASSISTANT, OBSERVATION)}
 
 # What data cards call the special tokens of a row.
@@ -45,6 +47,13 @@ class Layout(NamedTuple):
     """Rows of the published embedding: the ids, and some that no token has."""
     hoists_system: bool = False
     """Whether system messages come first, wherever they stand."""
+    before_newline: str = ""
+    """What stands between the name of a tool that is called and the newline."""
+    write_tools: Callable[[Sequence[Mapping[str, Any]]], str] | None = None
+    """Descriptions of tools to the text of a first system message; raises Flaw where one cannot be
+    written. None where the publisher's revisions write them differently, or know none."""
+    write_call: Callable[[str], str] = str
+    """The arguments of a call, as JSON, to the text behind the name of its tool."""
     polish: Callable[[str], str] = str.strip
     """An answer as the published chat shows it."""
     marks: tuple[str, ...] = ()
@@ -138,6 +147,40 @@ _SPECIALS_4 = ("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"
 _VISUAL = ("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>")
 _TURNS = "<|user|>, <|assistant|>, a newline after each"
 
+
+def _listed_tools(tools: Sequence[Mapping[str, Any]]) -> str:
+    """Tools as ChatGLM3-6B reads them. Source: the published fine-tuning code."""
+    listed = json.dumps(tools, indent=4, ensure_ascii=False)
+    question = "Answer the following questions as best as you can."
+    return f"{question} You have access to the following tools:\n{listed}"
+
+
+def _described_tools(tools: Sequence[Mapping[str, Any]]) -> str:
+    """Tools as GLM-4-0414 reads them. Source: published renderings."""
+    text = "# 可用工具\n"
+    for tool in tools:
+        function = tool.get("function", tool)
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            what = f"the tool {show(tool)} has no name of a function"
+            raise Flaw("tools", what, "describe it as a function, or leave it out", "tools")
+        described = json.dumps(function, indent=4, ensure_ascii=False)
+        text += f"\n## {function['name']}\n\n{described}\n"
+        text += "在调用上述函数时，请使用 Json 格式表示调用的参数。"
+    return text
+
+
+def _python_call(arguments: str) -> str:
+    """A call as ChatGLM3-6B writes it. Source: the published fine-tuning code."""
+    try:
+        values = json.loads(arguments)
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):  # what the row has in their place
+        return arguments
+    listed = ", ".join(f"{name}={value!r}" for name, value in values.items())
+    return f"```python\ntool_call({listed})\n```"
+
+
 _CHATGLM3 = Layout(
     name=settings.CHATGLM3,
     describe=_TURNS,
@@ -148,6 +191,8 @@ _CHATGLM3 = Layout(
     pad="<unk>",
     newline=(30910, 13),
     num_rows=65024,
+    write_tools=_listed_tools,
+    write_call=_python_call,
     polish=_with_date,
     marks=(_DATE_MARK,),
 )
@@ -157,6 +202,7 @@ _CHATGLM2 = _CHATGLM3._replace(
     specials=_PIECES | _numbered(64789, *_SPECIALS_2),
     stops=("</s>",),
     newline=(),
+    write_tools=None,
 )
 _GLM4 = Layout(
     name=settings.GLM4,
@@ -169,7 +215,9 @@ _GLM4 = Layout(
     newline=(198,),
     num_rows=151552,
 )
-_GLM4_0414 = _GLM4._replace(name=settings.GLM4_0414, hoists_system=True)
+_GLM4_0414 = _GLM4._replace(
+    name=settings.GLM4_0414, hoists_system=True, before_newline=" ", write_tools=_described_tools
+)
 # Its stop ids are published; the ids between them are read as those of GLM-4's order.
 _EDGE = _GLM4._replace(
     name=settings.EDGE,

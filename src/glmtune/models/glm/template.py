@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glmtune.data.conversations import ASSISTANT, SYSTEM, USER, Turn
 from glmtune.data.files import read_json_object, read_text
 from glmtune.errors import reason_of
-from glmtune.models.glm.layouts import ASSISTANT, ROLES, SYSTEM, USER
+from glmtune.models.glm.layouts import ROLES
 from glmtune.models.special_names import guard, mark
 
 if TYPE_CHECKING:
@@ -95,8 +96,6 @@ def _template_ids(
 def _row_ids(
     encoder: ConversationEncoder, probe: list[tuple[str, str]], *, begin_answer: bool = True
 ) -> list[int]:
-    from glmtune.models.glm.conversations import Turn
-
     turns = [Turn(role, text) for role, text in probe]
     return encoder.conversation_ids(turns, begin_answer=begin_answer)
 

@@ -1,0 +1,179 @@
+"""Conversations to token rows with labels, each whole or cut behind a whole answer."""
+
+from array import array
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from glmtune.config.settings import TokenizeSettings
+from glmtune.data.conversations import IGNORED, EncodedExample, Example
+from glmtune.data.dataset import RowTokenizer
+from glmtune.data.encoded_rows import EncodedRows
+from glmtune.data.flaws import Flaw
+from glmtune.data.records import BadRow, Conversation
+from glmtune.errors import UserError
+
+CONVERSATIONS_PER_BATCH = 1024
+MAX_LENGTH = 2048
+"""Tokens of a row where max_seq_length is not set."""
+LEAST_SHARE = 0.01
+"""The share of a data set's tokens that has to be supervised."""
+
+
+def encode_conversations(
+    rows: Sequence[Conversation], tokenizer: RowTokenizer, settings: TokenizeSettings
+) -> EncodedRows:
+    """Encode conversations in the family's layout, with the labels that `learn` asks for.
+
+    A row longer than max_seq_length is dropped, or loses its last turns, so that it ends with a
+    whole answer and what ends that. Rows in which nothing is supervised are left out, and so are
+    those whose last answer is empty, unless keep_empty.
+
+    Raises:
+        UserError: a row is too long, or one that the family cannot write, where the settings say
+            that this is an error.
+    """
+    out = EncodedRows(labels=array("i"))
+    for row, num_wanted, whole, kept in _encode_in_batches(rows, tokenizer, settings):
+        if isinstance(whole, Flaw):
+            out.refused.append(BadRow(row.path, row.row, row.line, str(whole)))
+        elif not settings.keep_empty and _is_empty(row.example):
+            out.empty.append(row.row)
+        elif not whole.num_answers:
+            out.unsupervised.append(row.row)
+        else:
+            _take(out, row, num_wanted, whole, kept)
+    if out.refused and settings.on_bad_row == "fail":
+        bad = out.refused[0]
+        raise UserError(f"{bad.where}: {bad.reason}, or leave bad rows out with --on_bad_row skip")
+    if out.overlength and settings.too_long == "error":
+        row = next(row for row in rows if row.row == out.overlength[0])
+        raise UserError(
+            f"{row.where}: has {out.lengths_out[0]:,} tokens, more than max_seq_length "
+            f"{settings.max_seq_length:,}, as {len(out.overlength):,} row(s) have; raise it to "
+            f"{max(out.lengths_out)}, or set too_long truncate"
+        )
+    return out
+
+
+def _take(
+    out: EncodedRows,
+    row: Conversation,
+    num_wanted: int,
+    whole: EncodedExample,
+    kept: EncodedExample | None,
+) -> None:
+    """Add a row as far as it is kept, and count what is not."""
+    out.limits.append(len(whole.input_ids))
+    if kept is None:
+        out.overlength.append(row.row)
+        out.lengths_out.append(len(whole.input_ids))
+        out.num_dropped += _num_supervised(whole)
+        return
+    if kept is not whole:
+        out.cut_turns.append(row.row)
+        out.num_targets_lost += _num_supervised(whole) - _num_supervised(kept)
+    else:
+        out.num_in_prompts += num_wanted - whole.num_answers
+    assert out.labels is not None
+    out.num_thoughts += row.example.num_thoughts
+    out.input_ids.fromlist(kept.input_ids)
+    out.labels.fromlist(kept.labels)
+    out.ends.append(len(out.input_ids))
+    out.seq_len.append(kept.prompt_length)
+
+
+def _encode_in_batches(
+    rows: Sequence[Conversation], tokenizer: RowTokenizer, settings: TokenizeSettings
+) -> Iterator[tuple[Conversation, int, EncodedExample | Flaw, EncodedExample | None]]:
+    """Yield each row, and how many of its answers are to be supervised; what the family makes of
+    it, and what of that is within the limit.
+    """
+    limit = settings.max_seq_length
+    with tqdm(total=len(rows), desc="tokenize", unit="row", delay=1) as progress:
+        for start in range(0, len(rows), CONVERSATIONS_PER_BATCH):
+            batch = rows[start : start + CONVERSATIONS_PER_BATCH]
+            examples = [row.example.supervise(settings.learn) for row in batch]
+            wanted = [sum(bool(turn.supervised) for turn in ex.turns) for ex in examples]
+            wholes = tokenizer.encode_examples(examples, num_threads=settings.num_threads)
+            kept: list[EncodedExample | None] = [
+                None if isinstance(whole, Flaw) or len(whole.input_ids) > limit else whole
+                for whole in wholes
+            ]
+            if settings.cuts_turns:
+                long = [
+                    place
+                    for place, whole in enumerate(wholes)
+                    if not isinstance(whole, Flaw) and len(whole.input_ids) > limit
+                ]
+                cut = _cut([batch[place].example for place in long], tokenizer, settings)
+                for place, row in zip(long, cut, strict=True):
+                    kept[place] = row
+            yield from zip(batch, wanted, wholes, kept, strict=True)
+            progress.update(len(batch))
+
+
+def _cut(
+    examples: Sequence[Example], tokenizer: RowTokenizer, settings: TokenizeSettings
+) -> list[EncodedExample | None]:
+    """The longest beginning of each conversation that ends with an answer and is short enough.
+
+    None where nothing supervised is. A binary search over the answers, of all conversations at
+    once.
+    """
+    ends = [_ends(example) for example in examples]
+    fits: list[EncodedExample | None] = [None] * len(examples)
+    least, most = [0] * len(examples), [len(places) for places in ends]
+    while open_ := [i for i in range(len(examples)) if least[i] < most[i]]:
+        middles = [(least[i] + most[i]) // 2 for i in open_]
+        shorter = [
+            examples[i].shortened(ends[i][middle]).supervise(settings.learn)
+            for i, middle in zip(open_, middles, strict=True)
+        ]
+        encoded = tokenizer.encode_examples(shorter, num_threads=settings.num_threads)
+        for i, middle, row in zip(open_, middles, encoded, strict=True):
+            if isinstance(row, Flaw) or len(row.input_ids) > settings.max_seq_length:
+                most[i] = middle
+            else:
+                least[i] = middle + 1
+                fits[i] = row if row.num_answers else None
+    return fits
+
+
+def _ends(example: Example) -> list[int]:
+    """Numbers of turns after which a conversation may end: behind an answer that is no call."""
+    places = (place for place in example.answers if not example.turns[place].metadata)
+    return [place + 1 for place in places if place + 1 < len(example.turns)]
+
+
+def _is_empty(example: Example) -> bool:
+    """Whether the last answer says nothing and calls nothing."""
+    last = example.turns[example.answers[-1]]
+    return not (last.text.strip() or last.metadata)
+
+
+def _num_supervised(row: EncodedExample) -> int:
+    return len(row.labels) - row.labels.count(IGNORED)
+
+
+def check_supervised(encoded: EncodedRows, tokenizer: RowTokenizer, path: str) -> None:
+    """Make sure that training on the rows would teach something, and where to stop.
+
+    Raises:
+        UserError: no row teaches an end, or hardly a token is supervised; `path` is the file.
+    """
+    rule = tokenizer.row_rule
+    labels = np.asarray(encoded.labels)
+    if not np.isin(labels, [*rule.end_ids, *rule.stops]).any():
+        raise UserError(
+            f"{path}: no row teaches the end of an answer, so the model would not stop; "
+            "supervise an answer that a question or the end of the row follows"
+        )
+    num_supervised = encoded.num_targets
+    if num_supervised < LEAST_SHARE * len(labels):
+        raise UserError(
+            f"{path}: only {num_supervised:,} of {len(labels):,} tokens "
+            f"({num_supervised / len(labels):.2%}) are supervised, so a run would teach little; "
+            "supervise more answers with --learn each, or shorten what stands before them"
+        )

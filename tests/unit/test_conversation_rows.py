@@ -1,0 +1,257 @@
+"""`glmtune tokenize` on conversations: rows with labels, cut at turns, and what is refused."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+from glm_folders import toy_tiktoken, write_folder
+
+from glmtune.cli import main
+from glmtune.config.settings import TokenizeSettings
+from glmtune.data import conversation_rows
+from glmtune.data.conversations import IGNORED
+from glmtune.data.dataset import DataCard, load_dataset
+from glmtune.data.token_rows import TokenRows
+from glmtune.data.tokenizing import tokenize
+from glmtune.errors import UserError
+from glmtune.models.glm.encoder import of_folder
+from glmtune.models.resolve import GLM_TINY
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """GLM-4's layout with a vocabulary of bytes."""
+    folder = tmp_path_factory.mktemp("toy") / "glm4"
+    return of_folder(write_folder(folder, "glm4", toy_tiktoken(), padded_vocab_size=70_000))
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def talk(*texts, **fields):
+    """Question and answer by turns."""
+    roles = ("user", "assistant")
+    turns = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+    return {"messages": turns, **fields}
+
+
+def write(*rows, name="a.jsonl"):
+    Path(name).write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in rows), "utf-8")
+    return name
+
+
+def run(tokenizer, *rows, **settings):
+    config = TokenizeSettings(jsonl_path=write(*rows), save_path="tokens", **settings)
+    summary = tokenize(config, tokenizer, "base")
+    return summary, datasets.load_from_disk("tokens").to_list()
+
+
+def taught(tokenizer, row):
+    """The texts that are supervised, in which ends are strokes."""
+    ids = [label for label in row["labels"] if label != IGNORED]
+    names = {id_: "|" for name, id_ in tokenizer.ids.items()}
+    text, run = "", []
+    for id_ in [*ids, None]:
+        if id_ is None or id_ in names:
+            text += tokenizer.byte_pairs.decode(run) + names.get(id_, "")
+            run = []
+        else:
+            run.append(id_)
+    return text.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("learn", "text"), [("each", "hi|fine|"), ("last", "fine|"), ("marked", "hi|")]
+)
+def test_a_conversation_is_one_row_with_labels(toy, capsys, learn, text):
+    talked = talk("hello", "hi", "how?", "fine")
+    talked["messages"][1]["loss"] = True
+    summary, (row,) = run(toy, talked, learn=learn)
+    assert taught(toy, row) == text
+    assert all(
+        label in (id_, IGNORED) for id_, label in zip(row["input_ids"], row["labels"], strict=True)
+    )
+    assistant = toy.ids["<|assistant|>"]
+    assert row["input_ids"][row["seq_len"] - 1] == assistant
+    assert assistant not in row["input_ids"][row["seq_len"] :]
+    assert summary.card.template == "conversation"
+    assert summary.card.num_target_tokens == sum(label != IGNORED for label in row["labels"])
+    assert summary.card.flags["learn"] == learn
+    rows = TokenRows.from_dataset(load_dataset("tokens")[0], toy.row_rule)
+    rows.check(70_000, "tokens")
+    assert rows.num_labels_R.tolist() == [summary.card.num_target_tokens]
+    assert "of them supervised" in capsys.readouterr().out
+
+
+def test_batches_do_not_change_the_rows(toy, monkeypatch):
+    talks = [talk(*["some words"] * 2 * (1 + i % 4)) for i in range(9)]
+    settings = {"max_seq_length": 60}
+    whole = run(toy, *talks, **settings)[1]
+    monkeypatch.setattr(conversation_rows, "CONVERSATIONS_PER_BATCH", 2)
+    assert run(toy, *talks, **settings)[1] == whole
+    assert len(whole) == 9
+
+
+def test_a_row_that_is_too_long_loses_turns_and_ends_with_a_whole_answer(toy, capsys):
+    short, long = talk("q", "a"), talk("q", "a", "q", "b", "q", "c" * 40)
+    summary, rows = run(toy, short, long, short, max_seq_length=30)
+    assert [taught(toy, row) for row in rows] == ["a|", "a|b|", "a|"]
+    assert rows[1]["input_ids"][-1] == toy.row_rule.end_ids[0]
+    assert len(rows[1]["input_ids"]) == len(rows[1]["labels"]) <= 30
+    assert summary.card.rows_cut == {"turns": [2]}
+    told = capsys.readouterr().out
+    assert "1 kept, last turns cut to be within 30 tokens: row 2" in told
+    assert "42 supervised tokens" in told  # 40 of the text, the newline and the end
+    assert "--max_seq_length 60 keeps all of them" in told
+    assert summary.card.source_rows().tolist() == [1, 2, 3]
+    assert len(run(toy, short, long, short, max_seq_length=60)[0].card.rows_cut["turns"]) == 0
+
+
+@pytest.mark.parametrize("num_kept", range(1, 9))
+def test_as_many_turns_are_kept_as_fit(toy, num_kept):
+    long = talk(*(f"turn {i}" for i in range(18)))
+    (whole,) = run(toy, talk(*(f"turn {i}" for i in range(2 * num_kept))))[1]
+    length = len(whole["input_ids"])
+    for limit in (length, length + 1):
+        assert run(toy, long, max_seq_length=limit)[1] == [whole]
+    with_less = {"max_seq_length": length - 1}
+    if num_kept == 1:
+        with pytest.raises(UserError, match="no row is left: 0 have an empty answer"):
+            run(toy, long, **with_less)
+    else:
+        assert len(run(toy, long, **with_less)[1][0]["input_ids"]) < length
+
+
+def test_the_last_answer_that_is_kept_is_the_last(toy):
+    long = talk("q", "a", "q", "b", "q", "c" * 40)
+    assert taught(toy, run(toy, long, max_seq_length=30, learn="last")[1][0]) == "b|"
+
+
+def test_a_call_whose_result_is_cut_is_cut_too(toy):
+    turns = talk("q", "a", "q")["messages"]
+    call = {"role": "assistant", "content": "{}", "metadata": "f"}
+    result = {"role": "observation", "content": "x" * 40}
+    row = {"messages": [*turns, call, result, {"role": "assistant", "content": "done"}]}
+    assert taught(toy, run(toy, row, max_seq_length=40)[1][0]) == "a|"
+    assert taught(toy, run(toy, row)[1][0]) == "a|f{}|done|"
+
+
+@pytest.mark.parametrize("settings", [{"too_long": "drop"}, {"skip_overlength": True}])
+def test_a_row_that_is_too_long_may_be_dropped(toy, capsys, settings):
+    short, long = talk("q", "a"), talk("q", "a", "q", "b" * 40)
+    summary, rows = run(toy, long, short, max_seq_length=30, **settings)
+    assert len(rows) == 1
+    assert summary.card.rows_out["overlength"] == [1]
+    told = capsys.readouterr().out
+    assert "1 dropped, longer than 30 tokens: row 1" in told
+    assert "45 supervised tokens stood in the rows that are dropped" in told
+    assert summary.card.source_rows().tolist() == [2]
+
+
+def test_a_row_that_is_too_long_may_be_an_error(toy):
+    short, long = talk("q", "a"), talk("q", "a", "q", "b" * 40)
+    with pytest.raises(UserError, match=r"a.jsonl:2 \(row 2\): has 54 tokens, more than max_seq"):
+        run(toy, short, long, max_seq_length=30, too_long="error")
+    assert len(run(toy, short, long, max_seq_length=54, too_long="error")[1]) == 2
+
+
+def test_rows_may_be_longer_than_those_of_contexts(toy):
+    long = talk("q", "word " * 100)
+    assert not run(toy, long)[0].card.rows_cut["turns"]
+    with pytest.raises(UserError, match="longer than max_seq_length 2048"):
+        run(toy, talk("q", "word " * 2000))
+
+
+def test_rows_in_which_nothing_is_supervised_are_left_out_and_counted(toy, capsys):
+    silent = talk("q", "a")
+    silent["messages"][1]["loss"] = False
+    summary, rows = run(toy, silent, talk("q", "b"))
+    assert [taught(toy, row) for row in rows] == ["b|"]
+    assert summary.card.rows_out["unsupervised"] == [1]
+    assert "1 dropped, nothing is supervised: row 1" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"1 have no supervised answer, .*; set learn each"):
+        run(toy, silent)
+
+
+def test_a_data_set_that_teaches_next_to_nothing_is_refused(toy):
+    with pytest.raises(UserError, match=r"only 3 of 1,008 tokens \(0.30%\) are supervised"):
+        run(toy, talk("w" * 1000, "a"))
+    assert run(toy, talk("w" * 200, "a"))[1]
+
+
+def test_a_data_set_that_teaches_no_end_is_refused(toy):
+    turns = talk("q", "a")["messages"]
+    turns[1]["loss"] = True
+    turns += [{"role": "assistant", "content": "{}", "metadata": "f"}]
+    with pytest.raises(UserError, match="no row teaches the end of an answer"):
+        run(toy, {"messages": turns}, learn="marked")
+    assert run(toy, {"messages": turns}, learn="each")[1]
+
+
+def test_settings_of_conversations_are_refused_for_other_rows(toy):
+    row = {"context": "a", "target": "b"}
+    with pytest.raises(UserError, match="too_long is for conversations"):
+        run(toy, row, too_long="drop")
+    with pytest.raises(UserError, match="learn marked is for conversations"):
+        run(toy, row, learn="marked")
+    assert set(run(toy, row, learn="last")[1][0]) == {"input_ids", "seq_len"}
+
+
+def test_two_settings_that_exclude_each_other_are_refused(capsys):
+    line = ["tokenize", write(talk("q", "a")), "--save_path", "tokens", "--skip_overlength"]
+    assert main([*line, "true", "--too_long", "error"]) == 2
+    assert "too_long is error, and skip_overlength drops long rows" in capsys.readouterr().err
+
+
+def test_what_a_family_cannot_write_is_refused_by_row_or_skipped(toy, capsys):
+    with_tools = talk("q", "a", tools=[{"name": "f"}])
+    with pytest.raises(UserError, match=r"a.jsonl:2 \(row 2\): tools, which the revisions of"):
+        run(toy, talk("q", "a"), with_tools)
+    summary, rows = run(toy, talk("q", "a"), with_tools, on_bad_row="skip")
+    assert len(rows) == 1
+    assert summary.card.rows_out["bad"] == [2]
+    assert "a.jsonl:2 (row 2): tools, which" in capsys.readouterr().out
+
+
+def test_thoughts_are_left_out_and_counted(toy, capsys):
+    talked = talk("q", "a")
+    talked["messages"][1]["reasoning_content"] = "hm"
+    (row,) = run(toy, talked)[1]
+    assert taught(toy, row) == "a|"
+    assert "1 answers had a thought before them, left out" in capsys.readouterr().out
+
+
+def test_an_empty_answer_of_a_record_is_dropped_unless_kept(toy):
+    record = {"instruction": "q", "output": "", "history": [["x", "y"]]}
+    good = record | {"output": "z"}
+    summary, rows = run(toy, record, good)
+    assert summary.card.rows_out["empty"] == [1]
+    assert [taught(toy, row) for row in rows] == ["y|z|"]
+    assert len(run(toy, record, good, keep_empty=True)[1]) == 2
+
+
+def test_the_first_family_teaches_last_answers_and_says_so(capsys):
+    path = write(talk("你好", "好", "再见", "再会"), talk("a", "b"))
+    assert main(["tokenize", path, "--save_path", "tokens", "--base", str(GLM_TINY)]) == 0
+    told = capsys.readouterr().out
+    assert "1 earlier answers are not supervised: the base reads them as part of the prompt" in told
+    dataset, card = load_dataset("tokens")
+    for row in dataset:
+        start = row["seq_len"] - 1
+        assert row["labels"] == [IGNORED] * start + row["input_ids"][start:]
+    assert isinstance(card, DataCard)
+    line = ["tokenize", path, "--save_path", "tokens", "--base", str(GLM_TINY), "--learn", "last"]
+    assert main(line) == 0
+    assert "earlier answers" not in capsys.readouterr().out
+
+
+def test_labels_of_another_convention_are_refused_before_training(toy):
+    run(toy, talk("hello", "hi"))
+    dataset = load_dataset("tokens")[0]
+    shifted = dataset.map(lambda row: {"labels": [*row["labels"][1:], IGNORED]})
+    rows = TokenRows.from_dataset(shifted, toy.row_rule)
+    with pytest.raises(UserError, match=r"row 1 has the label .* and a label is the id itself or"):
+        rows.check(70_000, "tokens")
