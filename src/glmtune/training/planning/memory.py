@@ -42,11 +42,13 @@ class Setup:
     targets: tuple[str, ...] = ()
     """The linears that have an adapter."""
     has_dropout: bool = True
+    captures_packs: bool = False
+    """Whether short packs are captured, too, see `captured`."""
 
     @property
     def captured(self) -> bool:
         """Whether each length of a pass is captured as a CUDA graph, as pays off for a few rows."""
-        return self.compiled and self.layout == "exact"
+        return self.compiled and (self.layout == "exact" or self.captures_packs)
 
     @property
     def mlp(self) -> float:
