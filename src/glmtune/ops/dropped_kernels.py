@@ -4,7 +4,7 @@ No dropped input is ever written, nor its mask kept: each kernel computes the ma
 the input, and linears that read the same input share the reading and most of the hash. Twelve
 integer instructions a number take about as long as reading it.
 
-Shapes: T tokens, I inputs, N linears, R rank of their adapters; S shares of the tokens.
+Shapes: T tokens, I inputs, N linears, R rank of their adapters; S shares of a sum.
 """
 
 from collections.abc import Sequence
@@ -14,9 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_FORWARD = {"BLOCK_T": 32, "BLOCK_I": 128, "num_warps": 4, "num_stages": 3}
-_BACKWARD = {"BLOCK_T": 64, "BLOCK_I": 64, "num_warps": 4, "num_stages": 2}
-_SHARE = 512  # tokens whose share of a weight's gradient one program sums up
+_FORWARD = {"BLOCK_T": 32, "BLOCK_I": 64, "num_warps": 4, "num_stages": 4}
+_BACKWARD = {"BLOCK_T": 32, "BLOCK_I": 64, "num_warps": 4, "num_stages": 2}
+# Inputs whose share of the products one program sums up, and tokens whose share of the gradients of
+# weights: many programs, since each waits much.
+_SHARE_I, _SHARE_T = 1024, 256
 
 
 @triton.jit
@@ -55,14 +57,17 @@ def _of_inputs(a, column, is_column, R: tl.constexpr, R_PADDED: tl.constexpr, WI
 @triton.jit
 def _products(
     x, a, seed, factors, below, scale, y, T, WIDTH: tl.constexpr, N: tl.constexpr,
-    R: tl.constexpr, R_PADDED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr,
+    R: tl.constexpr, R_PADDED: tl.constexpr, SHARE: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_I: tl.constexpr,
 ):  # fmt: skip
+    """What a share of the inputs of some tokens adds to the products."""
+    share = tl.program_id(1)
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     is_token, limit, first = token < T, tl.load(below), tl.load(seed)
     sum_0 = tl.zeros([BLOCK_T, R_PADDED], tl.float32)
     sum_1 = tl.zeros([BLOCK_T, R_PADDED], tl.float32)
     sum_2 = tl.zeros([BLOCK_T, R_PADDED], tl.float32)
-    for start in range(0, WIDTH, BLOCK_I):
+    for start in range(share * SHARE, tl.minimum(share * SHARE + SHARE, WIDTH), BLOCK_I):
         column = start + tl.arange(0, BLOCK_I)
         is_column = column < WIDTH
         at = x + token[:, None] * WIDTH + column[None, :]
@@ -80,13 +85,13 @@ def _products(
             kept = tl.where(_is_kept(hashed, factors, limit, 2), x_TI, 0.0)
             sum_2 = tl.dot(kept, tl.trans(a_RI), sum_2, input_precision="ieee")
     inner, factor = tl.arange(0, R_PADDED), tl.load(scale)
-    at = y + token[:, None] * R + inner[None, :]
+    at = y + (share * N * T + token[:, None]) * R + inner[None, :]
     is_inner = is_token[:, None] & (inner < R)[None, :]
-    tl.store(at, (sum_0 * factor).to(y.dtype.element_ty), is_inner)
+    tl.store(at, sum_0 * factor, is_inner)
     if N > 1:
-        tl.store(at + T * R, (sum_1 * factor).to(y.dtype.element_ty), is_inner)
+        tl.store(at + T * R, sum_1 * factor, is_inner)
     if N > 2:
-        tl.store(at + 2 * T * R, (sum_2 * factor).to(y.dtype.element_ty), is_inner)
+        tl.store(at + 2 * T * R, sum_2 * factor, is_inner)
 
 
 @triton.jit
@@ -155,7 +160,7 @@ def dropped_products(
     below: Tensor,
     scale: Tensor,
 ) -> Tensor:
-    """``dropout_n(x) @ a_n^T`` for each of N linears: ``(N, T, R)`` in the type of x.
+    """``dropout_n(x) @ a_n^T`` for each of N linears, yet to be summed: float32 ``(S, N, T, R)``.
 
     Args:
         x_TI: contiguous, as all others.
@@ -170,12 +175,13 @@ def dropped_products(
     assert a_NRI.is_contiguous()
     assert num_linears <= 3
     assert x_TI.numel() < 2**31  # offsets are 32-bit numbers
-    y_NTR = x_TI.new_empty(num_linears, num_tokens, rank)
-    _products[(triton.cdiv(num_tokens, _FORWARD["BLOCK_T"]),)](
-        x_TI, a_NRI, seed, factors_N, below, scale, y_NTR, num_tokens, width, num_linears, rank,
-        _padded(rank), **_how(_FORWARD, x_TI, rank),
+    shares = triton.cdiv(width, _SHARE_I)
+    y_SNTR = x_TI.new_empty(shares, num_linears, num_tokens, rank, dtype=torch.float32)
+    _products[(triton.cdiv(num_tokens, _FORWARD["BLOCK_T"]), shares)](
+        x_TI, a_NRI, seed, factors_N, below, scale, y_SNTR, num_tokens, width, num_linears, rank,
+        _padded(rank), _SHARE_I, **_how(_FORWARD, x_TI, rank),
     )  # fmt: skip
-    return y_NTR
+    return y_SNTR
 
 
 @torch.library.custom_op("glmtune::dropped_products_back", mutates_args=())
@@ -197,11 +203,11 @@ def dropped_products_back(
     (num_tokens, width), (num_linears, rank, _) = x_TI.shape, a_NRI.shape
     assert all(x.is_contiguous() for x in (grad_TI, grad_NTR, x_TI, a_NRI))
     to_x = torch.empty_like(x_TI)
-    shares = triton.cdiv(num_tokens, _SHARE)
+    shares = triton.cdiv(num_tokens, _SHARE_T)
     to_a = x_TI.new_empty(shares, num_linears, rank, width, dtype=torch.float32)
     _products_back[(triton.cdiv(width, _BACKWARD["BLOCK_I"]), shares)](
         grad_TI, grad_NTR, x_TI, a_NRI, seed, factors_N, below, scale, to_x, to_a, num_tokens,
-        width, num_linears, rank, _padded(rank), _SHARE, **_how(_BACKWARD, x_TI, rank),
+        width, num_linears, rank, _padded(rank), _SHARE_T, **_how(_BACKWARD, x_TI, rank),
     )  # fmt: skip
     return to_x, to_a
 
@@ -219,12 +225,14 @@ def _how(sizes: dict[str, int], x_TI: Tensor, rank: int) -> dict[str, int]:
 
 @dropped_products.register_fake
 def _(x_TI, a_NRI, seed, factors_N, below, scale):
-    return x_TI.new_empty(a_NRI.shape[0], x_TI.shape[0], a_NRI.shape[1])
+    num_linears, rank, width = a_NRI.shape
+    shares = (width + _SHARE_I - 1) // _SHARE_I
+    return x_TI.new_empty(shares, num_linears, x_TI.shape[0], rank, dtype=torch.float32)
 
 
 @dropped_products_back.register_fake
 def _(grad_TI, grad_NTR, x_TI, a_NRI, seed, factors_N, below, scale):
-    shares = (x_TI.shape[0] + _SHARE - 1) // _SHARE
+    shares = (x_TI.shape[0] + _SHARE_T - 1) // _SHARE_T
     return torch.empty_like(x_TI), x_TI.new_empty(shares, *a_NRI.shape, dtype=torch.float32)
 
 
@@ -234,7 +242,8 @@ class _Fork(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TI, a_NRI, seed, factors_N, below, scale):
         ctx.save_for_backward(x_TI, a_NRI, seed, factors_N, below, scale)
-        return x_TI.view_as(x_TI), dropped_products(x_TI, a_NRI, seed, factors_N, below, scale)
+        y_SNTR = dropped_products(x_TI, a_NRI, seed, factors_N, below, scale)
+        return x_TI.view_as(x_TI), y_SNTR.sum(0).to(x_TI.dtype)
 
     @staticmethod
     def backward(ctx, grad_TI, grad_NTR):

@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from glmtune.ops.dropped_kernels import dropped_products, dropped_products_back
+
 _BLOCKS = {"BLOCK_T": 32, "BLOCK_I": 64, "num_warps": 4}
 
 
@@ -75,13 +77,17 @@ def _gate_back(
 
 
 @torch.library.custom_op("glmtune::gate", mutates_args=())
-def gate(y_TI2: Tensor, low_TR: Tensor | None, up_I2R: Tensor | None) -> Tensor:
+def gate(
+    y_TI2: Tensor, low_TR: Tensor | None, up_I2R: Tensor | None, again: bool = False
+) -> Tensor:
     """``silu(first half) * second half`` of ``y + low @ up^T``: ``(T, I)`` in the type of y.
 
     Args:
         y_TI2: ``(T, 2 I)``, contiguous, as all others.
         low_TR: in the type of y; None without an adapter.
         up_I2R: ``(2 I, R)``, in the type of y; None without an adapter.
+        again: whether it is computed again in a backward pass. Nothing depends on it: the compiler
+            would keep the result of an equal call for so long.
     """
     num_tokens, width = y_TI2.shape
     z_TI = y_TI2.new_empty(num_tokens, width // 2)
@@ -123,7 +129,7 @@ def _ranks(y_TI2: Tensor, low_TR: Tensor | None, up_I2R: Tensor | None) -> tuple
 
 
 @gate.register_fake
-def _(y_TI2, low_TR, up_I2R):
+def _(y_TI2, low_TR, up_I2R, again=False):
     return y_TI2.new_empty(y_TI2.shape[0], y_TI2.shape[1] // 2)
 
 
@@ -164,3 +170,31 @@ class UpdatedGate(torch.autograd.Function):
         y_TI2, low_TR, up_I2R = ctx.saved_tensors
         grad_TI2 = gate_back(grad_TI.contiguous(), y_TI2, low_TR, up_I2R)
         return grad_TI2, grad_TI2 @ up_I2R, grad_TI2.T @ low_TR
+
+
+class GateFork(torch.autograd.Function):
+    """The gate, and the inner products of the next linear's adapter: see `dropped_kernels.fork`.
+
+    What the gate gives is computed again in the backward pass: kept, it would be the second widest
+    activation of a layer.
+    """
+
+    @staticmethod
+    def forward(ctx, y_TI2, low_TR, up_I2R, a_1RI, seed, below, scale):
+        """``(T, I)`` and ``(T, R)``."""
+        ctx.save_for_backward(y_TI2, low_TR, up_I2R, a_1RI, seed, below, scale)
+        z_TI = gate(y_TI2, low_TR, up_I2R)
+        sums_S1TR = dropped_products(z_TI, a_1RI, seed, None, below, scale)
+        return z_TI, sums_S1TR.sum(0)[0].to(z_TI.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_TI, grad_TR):
+        """The gradients of the linear's output, the update's factors and the next adapter."""
+        y_TI2, low_TR, up_I2R, a_1RI, seed, below, scale = ctx.saved_tensors
+        z_TI = gate(y_TI2, low_TR, up_I2R, again=True)
+        grad_TI, to_a = dropped_products_back(
+            grad_TI.contiguous(), grad_TR[None].contiguous(), z_TI, a_1RI, seed, None, below, scale
+        )
+        grad_TI2 = gate_back(grad_TI, y_TI2, low_TR, up_I2R)
+        of_update = (None, None) if low_TR is None else (grad_TI2 @ up_I2R, grad_TI2.T @ low_TR)
+        return grad_TI2, *of_update, to_a.sum(0).to(a_1RI.dtype), None, None, None

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from glmtune.ops import MOST_RANK
 from glmtune.ops.linear import Frozen, frozen_linear
 
-# What the kernels of compiled layers hold in registers: linears of one input, and their rank.
-_MOST_LINEARS, _MOST_RANK = 3, 64
+# Linears of one input whose products a kernel of compiled layers holds in registers.
+_MOST_LINEARS = 3
 Factors = tuple[Tensor, Tensor]
 """Two factors of what an adapter adds to a linear's output: see `lora_factors`."""
 
@@ -89,7 +90,7 @@ def fork_factors(
     found = [(adapter, drop) for adapter, drop in zip(adapters, dropouts, strict=True) if adapter]
     drops = [drop for _, drop in found if drop is not None]
     ranks = {len(adapter.a_RI) for adapter, _ in found}
-    fits = len(ranks) == 1 and max(ranks) <= _MOST_RANK and len(found) <= _MOST_LINEARS
+    fits = len(ranks) == 1 and max(ranks) <= MOST_RANK and len(found) <= _MOST_LINEARS
     if not (fits and drops and torch.compiler.is_compiling() and x_TI.is_cuda):
         return x_TI, [
             lora_factors(x_TI, adapter, drop) if adapter else None
@@ -136,17 +137,38 @@ def add_update(y_TO: Tensor, update: Factors | None) -> Tensor:
     return (y_TO.float() + (inner_TR @ b_OR.T).float()).to(y_TO.dtype)
 
 
-def gated_linear(
-    x_TI: Tensor, frozen: Frozen, adapter: LowRank | None, dropout: Dropout | None = None
+def gated_linears(
+    x_TI: Tensor,
+    wide: tuple[Frozen, LowRank | None],
+    narrow: tuple[Frozen, LowRank | None],
+    dropouts: tuple[Dropout | None, Dropout | None],
 ) -> Tensor:
-    """The first half of `lora_linear`'s outputs, through SiLU, times the second: ``(T, O / 2)``."""
-    x_TI, (update,) = fork_factors(x_TI, [adapter], [dropout])
+    """Two linears with a gate between them: an MLP, ``(T, I)`` to ``(T, O)``.
+
+    The first half of the first linear's outputs, through SiLU, times the second half is what the
+    second linear takes.
+
+    Args:
+        x_TI: inputs in the compute type.
+        wide: the first linear, with its adapter.
+        narrow: the second.
+        dropouts: of their adapters' inputs; None for none.
+    """
+    (frozen, adapter), (last, last_adapter), (drop, last_drop) = wide, narrow, dropouts
+    x_TI, (update,) = fork_factors(x_TI, [adapter], [drop])
     y_TO = frozen_linear(x_TI, frozen)
     if not (torch.compiler.is_compiling() and y_TO.is_cuda):
         first, second = add_update(y_TO, update).chunk(2, -1)
-        return F.silu(first) * second
-    from glmtune.ops.gate_kernels import Gate, UpdatedGate
+        return lora_linear(F.silu(first) * second, last, last_adapter, last_drop)
+    from glmtune.ops.gate_kernels import Gate, GateFork, UpdatedGate
 
-    if update is None or update[0].shape[1] > _MOST_RANK:
-        return Gate.apply(add_update(y_TO, update))
-    return UpdatedGate.apply(y_TO, *update)
+    if update is not None and update[0].shape[1] > MOST_RANK:
+        y_TO, update = add_update(y_TO, update), None
+    if last_drop is None or last_adapter is None or len(last_adapter.a_RI) > MOST_RANK:
+        inner = Gate.apply(y_TO) if update is None else UpdatedGate.apply(y_TO, *update)
+        return lora_linear(inner, last, last_adapter, last_drop)
+    a_1RI = last_adapter.a_RI.to(y_TO.dtype)[None]
+    inner, low_TR = GateFork.apply(
+        y_TO, *(update or (None, None)), a_1RI, last_drop.seed, last_drop.below, last_drop.scale
+    )
+    return add_update(frozen_linear(inner, last), (low_TR, _scaled(last_adapter, inner)))

@@ -13,7 +13,7 @@ from glmtune.models.family import PackedBlock
 from glmtune.models.glm.rotary import pair_angles
 from glmtune.models.packed import Attention, LayerDropout, Linear, frozen_together, linear_of
 from glmtune.ops.linear import Frozen, products
-from glmtune.ops.lora import LowRank, fork_factors, gated_linear
+from glmtune.ops.lora import LowRank, fork_factors, gated_linears
 from glmtune.ops.norm import RmsNorm
 
 
@@ -68,8 +68,9 @@ def block(
     if weights.attended_norm is not None:
         attended_TH = weights.attended_norm(attended_TH)
     hidden_TH = hidden_TH + attended_TH
-    inner = gated_linear(weights.mlp_norm(hidden_TH), *weights.gate_up, drops[4])
-    made_TH = weights.down(inner, drops[5])
+    made_TH = gated_linears(
+        weights.mlp_norm(hidden_TH), weights.gate_up, weights.down, (drops[4], drops[5])
+    )
     if weights.mlp_output_norm is not None:
         made_TH = weights.mlp_output_norm(made_TH)
     return hidden_TH + made_TH
