@@ -170,8 +170,8 @@ def packed_block(hidden_TH, block, attention, cos, sin, dropout, wanted_L=None):
         linear(normed, drop).unflatten(-1, size)
         for linear, drop in zip(linears, drops[:3], strict=True)
     )
-    turned = _quarters(query), _quarters(key), value
-    context_TH = attention.attend(turned, (None,) * 3, cos, sin).flatten(1)
+    turned = torch.cat((_quarters(query), _quarters(key), value), 1)
+    context_TH = attention.attend(turned, key.shape[1], (None,) * 3, cos, sin).flatten(1)
     if wanted_L is not None:
         hidden_TH, context_TH = hidden_TH[wanted_L], context_TH[wanted_L]
     hidden_TH = hidden_TH + block.output(context_TH, drops[3])

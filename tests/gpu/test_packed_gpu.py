@@ -181,7 +181,8 @@ def compare_attention(head_dim, rank, num_kv_heads, interleaved):
         if num_kv_heads is None:
             context = rows.attend_fused(parts[0], updates[0], cos, sin)
         else:
-            context = rows.attend(parts, updates, cos, sin, interleaved)
+            heads = torch.cat(parts, 1)
+            context = rows.attend(heads, num_kv_heads, updates, cos, sin, interleaved)
         results.append([context, *torch.autograd.grad(context, inputs, upstream)])
     for fast, plain in zip(*results, strict=True):
         assert (fast - plain).norm() / plain.norm() < 1e-5

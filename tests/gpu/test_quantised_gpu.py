@@ -25,6 +25,7 @@ from glmtune.models.packed import PackedModel
 from glmtune.models.precision import quantise_layers
 from glmtune.models.quantised import _quantised as quantised_linear
 from glmtune.models.quantised import unrounded_inputs
+from glmtune.ops.quantised import Quantised
 from glmtune.training.first_step import check_agreement
 from glmtune.training.passes import CapturedPass, PackedPass, PaddedPass
 
@@ -55,6 +56,24 @@ def make_model(bits, quantize_head, dtype=torch.bfloat16, targets="all"):
     model = attach_lora(base, rank=8, dropout=0.1, targets=targets)
     randomise_adapter(model, std=0.05)
     return model, [weight for weight in model.parameters() if weight.requires_grad]
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_four_bits_mean_what_bitsandbytes_says(kind, nested, dtype):
+    """The last program converts fewer blocks than the others."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    torch.manual_seed(0)
+    weight = torch.randn(150, 128, device=CUDA)
+    packed, state = quantize_4bit(weight, 64, compress_statistics=nested, quant_type=kind)
+    more = (state.state2.absmax, state.state2.code, state.offset) if nested else ()
+    ours = Quantised((packed, state.absmax, *more), kind, 64, 128, None).weight(dtype)
+    theirs = dequantize_4bit(packed, state)
+    assert ours.dtype == dtype
+    off = (ours.float() - theirs).norm() / theirs.norm()
+    assert off < (1e-6 if dtype == torch.float32 else 4e-3)
 
 
 @pytest.mark.parametrize(("bits", "quantize_head"), BASES)

@@ -1,5 +1,7 @@
 """The fast operations of a step, each against a few plain lines."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +12,17 @@ from torch.nn import functional as F
 from glmtune.ops import loss
 from glmtune.ops import quantised as quantised_ops
 from glmtune.ops.integers import quantise_int8
-from glmtune.ops.linear import FP8_MAX, Dense, Fp8Linear, frozen_linear, quantise, quantise_rows
+from glmtune.ops.linear import (
+    FP8_MAX,
+    Dense,
+    Fp8Linear,
+    frozen_linear,
+    joined,
+    lay_together,
+    products,
+    quantise,
+    quantise_rows,
+)
 from glmtune.ops.lora import Dropout, LowRank, hash_int32, lora_linear
 from glmtune.ops.loss import IGNORED, head_loss
 from glmtune.ops.quantised import Quantised, quantised_linear
@@ -39,6 +51,20 @@ class TestDropout:
         a, b = (dropout(0.5, seed)(torch.ones(200, 200)) == 0 for seed in (1, 2))
         assert (a & b).float().mean() == pytest.approx(0.25, abs=0.01)
 
+    def test_linears_of_one_input_drop_other_places(self):
+        """One seed, spread by a factor of each; an even factor counts as the next odd one."""
+        masks = [
+            dropout(0.5)._replace(factor=torch.tensor(factor, dtype=torch.int32))(
+                torch.ones(300, 300)
+            )
+            == 0
+            for factor in (-1403630843, 1103515245, 134775812)
+        ]
+        for mask in masks:
+            assert mask.float().mean() == pytest.approx(0.5, abs=0.01)
+        for one, other in itertools.combinations(masks, 2):
+            assert (one & other).float().mean() == pytest.approx(0.25, abs=0.01)
+
     def test_the_hash_meets_no_number_twice(self):
         numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32)
         assert len(hash_int32(numbers).unique()) == len(numbers)
@@ -65,6 +91,51 @@ def test_lora_is_its_formula(has_bias, has_adapter, rate):
         strict=True,
     ):
         torch.testing.assert_close(grad, expected)
+
+
+class TestLinearsOfOneInput:
+    @pytest.mark.parametrize("biased", [True, False])
+    def test_they_become_views_of_one(self, biased):
+        linears = [nn.Linear(6, size, biased) for size in (4, 2, 2)]
+        x = torch.randn(3, 6)
+        wanted = torch.cat([linear(x) for linear in linears], -1)
+        whole = lay_together(linears)
+        torch.testing.assert_close(frozen_linear(x, whole), wanted)
+        torch.testing.assert_close(torch.cat([linear(x) for linear in linears], -1), wanted)
+        assert {x.weight.untyped_storage().data_ptr() for x in linears} == {
+            whole.weight_NK.untyped_storage().data_ptr()
+        }
+        again = lay_together(linears)  # no second copy
+        assert again.weight_NK.data_ptr() == whole.weight_NK.data_ptr()
+
+    def test_other_tensors_are_not_taken_for_neighbours(self):
+        whole = torch.arange(12.0).view(6, 2)
+        top, middle, end = whole.split(2)
+        assert torch.equal(joined([top, middle], 0), whole[:4])
+        assert joined([top, end], 0) is None
+        assert joined([middle, top], 0) is None
+        assert joined([top, middle.clone()], 0) is None
+        left, right = whole.split(1, 1)
+        assert torch.equal(joined([left, right], 1), whole)
+
+    def test_in_float8_they_are_quantised_as_one(self):
+        linears = [nn.Linear(64, size) for size in (32, 16, 16)]
+        eights = Fp8Linear.together(linears)
+        whole = quantise(torch.cat([linear.weight.data for linear in linears]), None)
+        for name, dim in (("by_row_NK", 0), ("row_scale_N", 0), ("by_column_KN", 1)):
+            found = joined([getattr(eight, name) for eight in eights], dim)
+            assert torch.equal(found.float(), getattr(whole, name).float())
+        x = torch.randn(5, 64, requires_grad=True)
+        for linear, eight in zip(linears, eights, strict=True):
+            upstream = torch.randn(5, linear.out_features)
+            wanted, found = (torch.autograd.grad(f(x), x, upstream)[0] for f in (linear, eight))
+            assert (found - wanted).norm() / wanted.norm() < 0.06
+
+    def test_their_products_lie_side_by_side(self):
+        linears = [Dense(torch.randn(size, 6), None) for size in (4, 2)]
+        x = torch.randn(3, 6)
+        wanted = torch.cat([x @ linear.weight_NK.T for linear in linears], 1)
+        torch.testing.assert_close(products(x, linears), wanted)
 
 
 class TestFloat8:

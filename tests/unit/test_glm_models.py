@@ -22,13 +22,16 @@ from glmtune.data.token_rows import IGNORED, TokenRows
 from glmtune.errors import UserError
 from glmtune.generation import Decoder, EncodedPrompt, GenerationSettings
 from glmtune.models.families import FAMILIES, family_of, find_family
+from glmtune.models.glm import packed as glm_packed
 from glmtune.models.glm.configuration import MappedGlm4Config, MappedGlmConfig
 from glmtune.models.glm.mapping import to_glm
 from glmtune.models.glm.modeling import Glm4ForCausalLM, GlmForCausalLM
+from glmtune.models.glm.packed import PACKED
 from glmtune.models.glm.rotary import pair_angles
 from glmtune.models.glm.settings import GlmSettings
 from glmtune.models.loading import load_base_model
-from glmtune.models.packed import PackedModel
+from glmtune.models.packed import PackedModel, linear_of, to_fp8
+from glmtune.ops.rotary import rotate_pairs, rotate_whole_pairs, whole_pair_angles
 
 TINY = {
     "chatglm2": "chatglm2-6b-tiny",
@@ -170,6 +173,29 @@ def test_packed_rows_have_the_loss_and_gradients_of_transformers(load, kind, tar
     for name, grad in wanted.items():
         off = (model.get_parameter(name).grad - grad).norm()
         assert off < 1e-4 * max(1.0, grad.norm()), name
+
+
+@kinds
+def test_queries_keys_and_values_in_float8_are_one_product(load, kind, monkeypatch):
+    model = with_adapter(load(kind))
+    to_fp8(model, PACKED.together)
+    packed = PackedModel(model, PACKED, compiled=False)
+    assert {len(block.qkv) for block in packed.blocks} == {1}
+    each = lambda linears: tuple(linear_of(linear).frozen for linear in linears)
+    monkeypatch.setattr(glm_packed, "frozen_together", each)
+    apart = PackedModel(model, PACKED, compiled=False)
+    assert {len(block.qkv) for block in apart.blocks} == {3}
+    rows = random_rows(model.config, [(3, 4), (2, 5), (4, 4)])
+    pack = lay_out(rows, np.arange(3), 64)
+    losses = [way.loss(way.to_tensors(pack)) for way in (packed, apart)]
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-6)
+
+
+def test_rotating_in_few_kernels_is_rotating_pairs():
+    x = torch.randn(2, 3, 5, 8, dtype=torch.float64)
+    angle = torch.randn(2, 1, 5, 4, dtype=torch.float64)
+    found = rotate_whole_pairs(x, *whole_pair_angles(angle.cos(), angle.sin()))
+    torch.testing.assert_close(found, rotate_pairs(x, angle.cos(), angle.sin()))
 
 
 @kinds

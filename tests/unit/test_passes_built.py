@@ -73,3 +73,20 @@ def test_the_pass_built_is_the_one_forecast(layout, compiled, kind, pack_length,
     assert type(step_pass) is kind
     assert getattr(step_pass, "pack_length", None) == pack_length
     assert [how["compiled"] for how in built] == ([] if kind is PaddedPass else [compiled])
+
+
+@pytest.mark.parametrize(
+    ("bits", "length", "gib", "captured"),
+    [(4, 2048, 24, True), (4, 4096, 24, False), (None, 2048, 24, False), (4, 2048, 12, False)],
+)
+def test_short_packs_of_few_bits_are_captured_where_memory_allows_it(bits, length, gib, captured):
+    """12 GiB do not hold a second set of activations beside the first."""
+    settings = TrainSettings(
+        dataset_path="rows", output_dir="run", tokens_per_step=length,
+        quantization_bit=bits and str(bits), gradient_checkpointing=False,
+    )  # fmt: skip
+    rows = random_rows(CHATGLM_6B, 500)
+    card = replace(Card.named("H200"), gib=gib, free_gib=gib)
+    planned = forecast(settings, CHATGLM_6B, torch.bfloat16, card, rows)
+    assert planned.setup.compiled
+    assert planned.setup.captured is captured

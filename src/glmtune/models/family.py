@@ -43,6 +43,8 @@ class PackedBlock(NamedTuple):
     """Float32 cosines and sines ``(T, ...)`` of positions ``(X, T)``, given the configuration."""
     final_norm: Callable[[PreTrainedModel], Any]
     """The norm before the head, to be called."""
+    together: tuple[tuple[str, ...], ...] = ()
+    """Names, within a layer, of linears that read one input and that `block` computes as one."""
 
 
 class ChatFormat(NamedTuple):

@@ -8,7 +8,7 @@ its weights are arguments.
 Shapes: T tokens of a pack, L supervised tokens, H hidden, X position streams.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -23,7 +23,7 @@ from glmtune.models.family import PackedBlock, layers_of
 from glmtune.models.low_rank import has_lora, split_lora
 from glmtune.models.quantised import frozen_of
 from glmtune.ops.attention import PaddedRows
-from glmtune.ops.linear import Dense, Fp8Linear, Frozen
+from glmtune.ops.linear import Dense, Fp8, Fp8Linear, Frozen, joined, lay_together
 from glmtune.ops.lora import Dropout, LowRank, lora_linear
 from glmtune.ops.loss import IGNORED, SoftmaxLoss, head_loss
 from glmtune.ops.quantised import Quantised
@@ -75,9 +75,17 @@ class LayerDropout(NamedTuple):
     below: Tensor
     scale: Tensor
 
-    def each(self) -> Iterator[Dropout]:
-        """One dropout for each linear, in the order of `Shape.linears`."""
-        return (Dropout(self.seeds[i], self.below, self.scale) for i in range(self.seeds.shape[0]))
+    def each(self, together: int = 0) -> Iterator[Dropout]:
+        """One dropout for each linear, in the order of `Shape.linears`.
+
+        Args:
+            together: how many linears, from the first, read one input; see `Dropout.factor`.
+        """
+        for i in range(self.seeds.shape[0]):
+            seed, factor = self.seeds[i], None
+            if i < together:
+                seed, factor = self.seeds[0], seed
+            yield Dropout(seed, self.below, self.scale, factor)
 
 
 class Dropouts(NamedTuple):
@@ -135,6 +143,8 @@ class PackedModel:
             self._compile()
 
     def _compile(self) -> None:
+        # Imported before the compiler meets them inside a layer.
+        from glmtune.ops import dropped_kernels, gate_kernels  # noqa: F401
         from glmtune.ops.loss_kernels import softmax_loss_
         from glmtune.ops.packed_attention import RowSpans
 
@@ -251,15 +261,54 @@ def linear_of(module: nn.Module) -> Linear:
     return Linear(frozen_of(base), adapter)
 
 
-def to_fp8(model: "PeftModel") -> None:
-    """Convert the frozen linears of the layers to float8, in place, one by one."""
+def frozen_together(modules: Sequence[nn.Module]) -> tuple[Frozen, ...]:
+    """The frozen parts of linears of one input: as one where that takes no memory, else each."""
+    linears = [split_lora(module)[0] for module in modules]
+    frozen = tuple(map(frozen_of, linears))
+    plain = [linear for linear in linears if type(linear) is nn.Linear]
+    if len(plain) == len(linears):
+        biased = {linear.bias is not None for linear in plain}
+        return (lay_together(plain),) if len(biased) == 1 else frozen
+    eights = [one for one in frozen if isinstance(one, Fp8)]
+    if len(eights) < len(frozen):
+        return frozen
+    rows, row_scales, columns, _, biases = zip(*eights, strict=True)
+    row, row_scale, column = joined(rows, 0), joined(row_scales, 0), joined(columns, 1)
+    biased = {bias is not None for bias in biases}
+    if row is None or row_scale is None or column is None or len(biased) > 1:
+        return frozen
+    bias = torch.cat(biases) if True in biased else None
+    return (Fp8(row, row_scale, column, eights[0].column_scale_K, bias),)
+
+
+def to_fp8(model: "PeftModel", together: Sequence[Sequence[str]] = ()) -> None:
+    """Convert the frozen linears of the layers to float8, in place, one by one.
+
+    Args:
+        model: a model from `attach_lora`.
+        together: names of a layer's linears that read one input, see `PackedBlock.together`; they
+            are quantised as one.
+    """
     for layer in layers_of(base_of(model)):
+        for names in together:
+            _to_fp8_together(layer, names)
         adapters = [module for module in layer.modules() if has_lora(module)]
         within = {part for adapter in adapters for part in adapter.modules()} - {*adapters}
         for parent in [module for module in layer.modules() if module not in within]:
             if has_lora(parent):
-                parent.base_layer = Fp8Linear(cast(nn.Linear, parent.base_layer))
+                if isinstance(parent.base_layer, nn.Linear):
+                    parent.base_layer = Fp8Linear(parent.base_layer)
                 continue
             for name, linear in list(parent.named_children()):
                 if isinstance(linear, nn.Linear):
                     setattr(parent, name, Fp8Linear(linear))
+
+
+def _to_fp8_together(layer: nn.Module, names: Sequence[str]) -> None:
+    modules = [layer.get_submodule(name) for name in names]
+    linears = [cast(nn.Linear, split_lora(module)[0]) for module in modules]
+    for name, module, eight in zip(names, modules, Fp8Linear.together(linears), strict=True):
+        if has_lora(module):
+            module.base_layer = eight
+        else:
+            layer.set_submodule(name, eight)

@@ -144,11 +144,13 @@ class PaddedRows(NamedTuple):
             cos: see `attend`.
             sin: see `attend`.
         """
-        return self.attend(_add(y_TN3D, update).chunk(3, dim=-1), (None,) * 3, cos, sin)
+        parts = _add(y_TN3D, update).chunk(3, dim=-1)
+        return self.attend(torch.cat(parts, 1), y_TN3D.shape[1], (None,) * 3, cos, sin)
 
     def attend(
         self,
-        qkv: Sequence[Tensor],
+        heads_TXD: Tensor,
+        num_kv_heads: int,
         updates: Sequence[Update],
         cos: Tensor,
         sin: Tensor,
@@ -157,15 +159,19 @@ class PaddedRows(NamedTuple):
         """Attention of a pack: ``(T, N, D)``.
 
         Args:
-            qkv: queries ``(T, N, D)``, keys and values ``(T, G, D)``, not rotated.
+            heads_TXD: the N heads of queries, then the G of keys, then those of values, not
+                rotated: ``(T, N + 2 G, D)``.
+            num_kv_heads: G.
             updates: what the adapter of each adds: two factors ``(T, R)`` and ``(N D, R)`` or
                 ``(G D, R)``; None without an adapter.
             cos: ``(T, 2, D / 4)``, as `rotary_angles` gives it for one row.
             sin: of the same shape.
             interleaved: see `ops.rotary.rotate`.
         """
+        sizes = heads_TXD.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads
         query, key, value = (
-            _add(x, update).transpose(0, 1)[None] for x, update in zip(qkv, updates, strict=True)
+            _add(x, update).transpose(0, 1)[None]
+            for x, update in zip(heads_TXD.split(sizes, 1), updates, strict=True)
         )
         query, key = (rotate(x, cos[None], sin[None], interleaved) for x in (query, key))
         turned = query, key, value

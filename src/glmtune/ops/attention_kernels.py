@@ -226,6 +226,12 @@ class Parts(NamedTuple):
         """Views of a fused projection's output, which has all three side by side for each head."""
         return cls(*y_TN3D.chunk(3, dim=-1))
 
+    @classmethod
+    def of_stacked(cls, y_TXD: Tensor, num_kv_heads: int) -> "Parts":
+        """Views of heads that lie one after another, those of queries first."""
+        sizes = y_TXD.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads
+        return cls(*y_TXD.split(sizes, 1))
+
     def sizes(self, how: dict[str, int]) -> dict[str, int]:
         """Sizes and strides for a kernel; float32 takes smaller blocks, as others would not fit."""
         if self.q_TND.element_size() == 4 and "M" in how:

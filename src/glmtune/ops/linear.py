@@ -5,6 +5,7 @@ Their weights get no gradient, so a backward pass is one product: the gradient o
 Shapes: T tokens, K inputs, N outputs.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -98,15 +99,29 @@ def frozen_linear(x_TK: Tensor, linear: Frozen) -> Tensor:
     return _Fp8Linear.apply(x_TK, *linear)
 
 
+def joined(parts: Sequence[Tensor], dim: int) -> Tensor | None:
+    """The tensor whose neighbouring views along a dimension these are; None if they are not."""
+    first, size = parts[0], 0
+    for part in parts:
+        after = first.storage_offset() + size * first.stride(dim)
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or part.stride() != first.stride() or part.storage_offset() != after:
+            return None
+        size += part.shape[dim]
+    shape = [*first.shape]
+    shape[dim] = size
+    return first.detach().as_strided(shape, first.stride(), first.storage_offset())
+
+
 class Fp8Linear(nn.Module):
     """Replaces an `nn.Linear`: the same linear in float8."""
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, linear: nn.Linear, eight: Fp8 | None = None):
+        """Quantise a linear, or take what its weight was quantised to."""
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        for name, tensor in zip(
-            Fp8._fields[:-1], quantise(linear.weight.data, None)[:-1], strict=True
-        ):
+        eight = eight or quantise(linear.weight.data, None)
+        for name, tensor in zip(Fp8._fields[:-1], eight[:-1], strict=True):
             self.register_buffer(name, tensor, persistent=False)
         self.bias = linear.bias
 
@@ -118,3 +133,45 @@ class Fp8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(..., K)`` to ``(..., N)``."""
         return frozen_linear(x.reshape(-1, x.shape[-1]), self.frozen).unflatten(0, x.shape[:-1])
+
+    @classmethod
+    def together(cls, linears: Sequence[nn.Linear]) -> list["Fp8Linear"]:
+        """Quantise linears of one input as one, whose parts each of them is."""
+        sizes = [linear.out_features for linear in linears]
+        eight = quantise(torch.cat([linear.weight.data for linear in linears]), None)
+        parts = zip(
+            linears,
+            eight.by_row_NK.split(sizes),
+            eight.row_scale_N.split(sizes),
+            eight.by_column_KN.split(sizes, 1),
+            strict=True,
+        )
+        return [
+            cls(linear, Fp8(rows, scales, columns, eight.column_scale_K, None))
+            for linear, rows, scales, columns in parts
+        ]
+
+
+def lay_together(linears: Sequence[nn.Linear]) -> Dense:
+    """Linears of one input as one, of whose weight and bias theirs become views."""
+    whole: list[Tensor | None] = []
+    for name in ("weight", "bias"):
+        parts = [getattr(linear, name) for linear in linears]
+        if all(part is None for part in parts):
+            whole.append(None)
+            continue
+        tensor = joined(parts, 0)
+        if tensor is None:
+            tensor = torch.cat([part.detach() for part in parts])
+            for part, view in zip(parts, tensor.split([len(part) for part in parts]), strict=True):
+                part.data = view
+        whole.append(tensor)
+    weight_NK, bias_N = whole
+    assert weight_NK is not None
+    return Dense(weight_NK, bias_N)
+
+
+def products(x_TK: Tensor, linears: Sequence[Frozen]) -> Tensor:
+    """`frozen_linear` of several linears of one input, their outputs side by side."""
+    outputs = [frozen_linear(x_TK, linear) for linear in linears]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)

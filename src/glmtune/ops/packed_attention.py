@@ -2,7 +2,8 @@
 
 What they compute is `ops.attention.PaddedRows`'s; the kernels are in `ops.attention_kernels`.
 
-Shapes: T tokens, N heads of queries, G heads of keys and values, D head size, R rank of an adapter.
+Shapes: T tokens, N heads of queries, G heads of keys and values, X all of them, D head size, R rank
+of an adapter.
 """
 
 from collections.abc import Sequence
@@ -110,11 +111,10 @@ def _backward_fused(ctx, grad_TND, *_):
 fused_attention.register_autograd(_backward_fused, setup_context=_keep_fused)
 
 
-@torch.library.custom_op("glmtune::grouped_attention", mutates_args=())
-def grouped_attention(
-    q_TND: Tensor,
-    k_TGD: Tensor,
-    v_TGD: Tensor,
+@torch.library.custom_op("glmtune::stacked_attention", mutates_args=())
+def stacked_attention(
+    y_TXD: Tensor,
+    num_kv_heads: int,
     a_q: Tensor | None,
     b_q: Tensor | None,
     a_k: Tensor | None,
@@ -127,13 +127,13 @@ def grouped_attention(
     prefix_end_T: Tensor,
     end_T: Tensor,
     interleaved: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`fused_attention` of three projections, whose heads of keys and values may be fewer.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`fused_attention` of heads that lie one after another, fewer of keys and values.
 
     Args:
-        q_TND: queries, contiguous.
-        k_TGD: keys, contiguous; N / G heads of queries share a head of keys.
-        v_TGD: values, contiguous.
+        y_TXD: N heads of queries, G of keys, G of values, contiguous; N / G heads of queries share
+            a head of keys.
+        num_kv_heads: G.
         a_q: ``(T, R)``: the queries' update is ``a_q @ b_q^T``; None without an adapter.
         b_q: ``(N D, R)``.
         a_k: the same for the keys.
@@ -148,73 +148,73 @@ def grouped_attention(
         interleaved: see `ops.rotary.rotate`.
 
     Returns:
-        ``(T, N, D)``; queries and keys as `run_forward` rotates them, values with their update; the
-        logarithms.
+        ``(T, N, D)``; the heads as `run_forward` rotates them, with their updates; the logarithms.
     """
-    parts = Parts(q_TND, k_TGD, v_TGD)
-    assert all(x.is_contiguous() for x in parts)
-    turned = Parts(*map(torch.empty_like, parts))
+    assert y_TXD.is_contiguous()
+    turned = torch.empty_like(y_TXD)
     out_TND, lse_NT = run_forward(
-        parts, turned, [a_q, a_k, a_v], [b_q, b_k, b_v], cos, sin, start_T, prefix_end_T,
-        interleaved,
+        Parts.of_stacked(y_TXD, num_kv_heads), Parts.of_stacked(turned, num_kv_heads),
+        [a_q, a_k, a_v], [b_q, b_k, b_v], cos, sin, start_T, prefix_end_T, interleaved,
     )  # fmt: skip
-    return out_TND, *turned, lse_NT
+    return out_TND, turned, lse_NT
 
 
-@torch.library.custom_op("glmtune::grouped_attention_backward", mutates_args=())
-def grouped_attention_backward(
+@torch.library.custom_op("glmtune::stacked_attention_backward", mutates_args=())
+def stacked_attention_backward(
     grad_TND: Tensor,
     out_TND: Tensor,
-    q_TND: Tensor,
-    k_TGD: Tensor,
-    v_TGD: Tensor,
+    turned_TXD: Tensor,
     lse_NT: Tensor,
+    num_kv_heads: int,
     cos: Tensor,
     sin: Tensor,
     start_T: Tensor,
     prefix_end_T: Tensor,
     end_T: Tensor,
     interleaved: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `grouped_attention` for its first three arguments."""
-    turned = Parts(q_TND, k_TGD, v_TGD)
-    grads = Parts(*map(torch.empty_like, turned))
+) -> Tensor:
+    """The gradient of `stacked_attention` for its first argument, of the same shape."""
+    grad = torch.empty_like(turned_TXD)
     run_backward(
-        grads, turned, grad_TND, out_TND, lse_NT, cos, sin, start_T, prefix_end_T, end_T,
-        interleaved,
+        Parts.of_stacked(grad, num_kv_heads), Parts.of_stacked(turned_TXD, num_kv_heads), grad_TND,
+        out_TND, lse_NT, cos, sin, start_T, prefix_end_T, end_T, interleaved,
     )  # fmt: skip
-    return grads.q_TND, grads.k_TGD, grads.v_TGD
+    return grad
 
 
-@grouped_attention.register_fake
-def _(q_TND, k_TGD, v_TGD, a_q, b_q, a_k, b_k, a_v, b_v, cos, sin, start_T, prefix_end_T, end_T,
+@stacked_attention.register_fake
+def _(y_TXD, num_kv_heads, a_q, b_q, a_k, b_k, a_v, b_v, cos, sin, start_T, prefix_end_T, end_T,
       interleaved):  # fmt: skip
-    turned = map(torch.empty_like, (q_TND, k_TGD, v_TGD))
-    return torch.empty_like(q_TND), *turned, cos.new_empty(q_TND.shape[1], q_TND.shape[0])
+    num_tokens, num_all, head_dim = y_TXD.shape
+    num_heads = num_all - 2 * num_kv_heads
+    out_TND = y_TXD.new_empty(num_tokens, num_heads, head_dim)
+    return out_TND, torch.empty_like(y_TXD), cos.new_empty(num_heads, num_tokens)
 
 
-@grouped_attention_backward.register_fake
-def _(grad_TND, out_TND, q_TND, k_TGD, v_TGD, lse_NT, cos, sin, start_T, prefix_end_T, end_T,
+@stacked_attention_backward.register_fake
+def _(grad_TND, out_TND, turned_TXD, lse_NT, num_kv_heads, cos, sin, start_T, prefix_end_T, end_T,
       interleaved):  # fmt: skip
-    return tuple(map(torch.empty_like, (q_TND, k_TGD, v_TGD)))
+    return torch.empty_like(turned_TXD)
 
 
-def _keep_grouped(ctx, inputs, output):
-    *others, ctx.interleaved = inputs[3:]
+def _keep_stacked(ctx, inputs, output):
+    _, ctx.num_kv_heads, *others, ctx.interleaved = inputs
     ctx.save_for_backward(*output, *others)
 
 
-def _backward_grouped(ctx, grad_TND, *_):
-    kept, factors, others = ctx.saved_tensors[:5], ctx.saved_tensors[5:11], ctx.saved_tensors[11:]
-    grads = grouped_attention_backward(grad_TND, *kept, *others, ctx.interleaved)
+def _backward_stacked(ctx, grad_TND, *_):
+    kept, factors, others = ctx.saved_tensors[:3], ctx.saved_tensors[3:9], ctx.saved_tensors[9:]
+    num_kv_heads = ctx.num_kv_heads
+    grad = stacked_attention_backward(grad_TND, *kept, num_kv_heads, *others, ctx.interleaved)
     of_factors: list[Tensor | None] = []
-    for grad, a_TR, b_NR in zip(grads, factors[::2], factors[1::2], strict=True):
-        flat = grad.flatten(1)
+    parts = Parts.of_stacked(grad, num_kv_heads)
+    for part, a_TR, b_NR in zip(parts, factors[::2], factors[1::2], strict=True):
+        flat = part.flatten(1)
         of_factors += [None, None] if a_TR is None else [flat @ b_NR, flat.T @ a_TR]
-    return *grads, *of_factors, *(None,) * 6
+    return grad, None, *of_factors, *(None,) * 6
 
 
-grouped_attention.register_autograd(_backward_grouped, setup_context=_keep_grouped)
+stacked_attention.register_autograd(_backward_stacked, setup_context=_keep_stacked)
 
 
 class RowSpans(NamedTuple):
@@ -236,7 +236,8 @@ class RowSpans(NamedTuple):
 
     def attend(
         self,
-        qkv: Sequence[Tensor],
+        heads_TXD: Tensor,
+        num_kv_heads: int,
         updates: Sequence[Update],
         cos: Tensor,
         sin: Tensor,
@@ -244,4 +245,4 @@ class RowSpans(NamedTuple):
     ) -> Tensor:
         """Compute what `ops.attention.PaddedRows.attend` computes."""
         factors = [factor for update in updates for factor in update or (None, None)]
-        return grouped_attention(*qkv, *factors, cos, sin, *self, interleaved)[0]
+        return stacked_attention(heads_TXD, num_kv_heads, *factors, cos, sin, *self, interleaved)[0]

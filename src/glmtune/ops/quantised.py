@@ -9,6 +9,8 @@ Shapes: T tokens, K inputs, N outputs.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import cache
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -23,6 +25,11 @@ INTEGER_BITS = {"int8": 8, "int4": 4}
 PIECE = 16_384
 # Blocks whose scales share a scale in double quantisation; bitsandbytes has no other size.
 _GROUP = 256
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 class Quantised(NamedTuple):
@@ -46,14 +53,23 @@ class Quantised(NamedTuple):
         if self.kind in INTEGER_BITS:
             return dequantise(packed, scale, INTEGER_BITS[self.kind], dtype)
         packed = packed.view(torch.uint8)
-        shape = [2 * packed.numel() // self.num_inputs, self.num_inputs]
+        shape = 2 * packed.numel() // self.num_inputs, self.num_inputs
+        if packed.is_cuda and _has_triton():
+            from glmtune.ops.four_bit_kernels import dequantise_four_bits, meanings
+
+            values_16 = meanings(self.kind, packed.device)
+            return dequantise_four_bits(
+                packed, scale, nested, values_16, self.block, _GROUP, shape, dtype
+            )
         bitsandbytes = torch.ops.bitsandbytes
         if nested:
             group_scale, code, mean = nested
             scale = mean + bitsandbytes.dequantize_blockwise(
                 scale, group_scale, code, _GROUP, torch.float32
             )
-        return bitsandbytes.dequantize_4bit(packed, scale, self.block, self.kind, shape, dtype)
+        return bitsandbytes.dequantize_4bit(
+            packed, scale, self.block, self.kind, list(shape), dtype
+        )
 
     def pieces(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """The weight as floats, a head in several pieces: which rows, and their weights."""

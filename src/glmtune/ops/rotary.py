@@ -88,3 +88,20 @@ def rotate_whole(x_BNSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     partner = x_BNSD.unflatten(-1, (2, 2, -1)).flip(-2).flatten(-3)
     return torch.addcmul(x_BNSD * cos, partner, sin)
+
+
+def whole_pair_angles(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """`whole_angles` for `rotate_whole_pairs`: ``(..., D / 2)`` of the pairs to ``(..., D)``."""
+    return torch.stack((cos, cos), -1).flatten(-2), torch.stack((-sin, sin), -1).flatten(-2)
+
+
+def rotate_whole_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate_pairs` in few kernels, as `rotate_whole` is `rotate`.
+
+    Args:
+        x: queries or keys, ``(..., D)``.
+        cos: from `whole_pair_angles`, broadcastable to `x` and of its type.
+        sin: from `whole_pair_angles`, broadcastable to `x` and of its type.
+    """
+    partner = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(x * cos, partner, sin)

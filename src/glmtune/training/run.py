@@ -216,7 +216,7 @@ def adapt(model: PreTrainedModel, settings: TrainSettings) -> PeftModel:
             raise UserError(
                 f"base_dtype fp8: the base is in {bits} bits already; leave base_dtype out"
             )
-        to_fp8(adapted)
+        to_fp8(adapted, family_of(model.config).native().packed.together)
     return adapted
 
 
@@ -247,10 +247,11 @@ def build_pass(run: Run, model: PeftModel, weights: list[nn.Parameter]) -> Pass:
         recompute=recompute,
     )
     common = run.accelerator, packed, run.rows, run.settings.lora_dropout
-    if setup.captured:
-        return CapturedPass(*common, None, weights)
     # Without compilation, filler would only cost time.
-    return PackedPass(*common, run.forecast.pack_length if setup.compiled else None)
+    length = run.forecast.pack_length if setup.compiled else None
+    if setup.captured:
+        return CapturedPass(*common, length, weights)
+    return PackedPass(*common, length)
 
 
 def build_state(run: Run, model: PeftModel) -> TrainingState:

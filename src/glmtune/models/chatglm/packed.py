@@ -15,7 +15,7 @@ from glmtune.models.chatglm.modeling import RESIDUAL_SCALE, ChatGLMBlock
 from glmtune.models.family import PackedBlock
 from glmtune.models.packed import Attention, LayerDropout, Linear, linear_of
 from glmtune.ops.linear import frozen_linear
-from glmtune.ops.lora import lora_factors
+from glmtune.ops.lora import fork_factors
 from glmtune.ops.norm import Norm
 from glmtune.ops.rotary import rotary_angles
 
@@ -56,8 +56,8 @@ def block(
     normed_TH = weights.input_layernorm(hidden_TH)
     num_heads = normed_TH.shape[1] // (4 * cos.shape[-1])
     frozen, adapter = weights.query_key_value
-    y_TN3D = frozen_linear(normed_TH, frozen).unflatten(-1, (num_heads, -1))
-    update = lora_factors(normed_TH, adapter, drop_1) if adapter else None
+    forked_TH, (update,) = fork_factors(normed_TH, [adapter], [drop_1])
+    y_TN3D = frozen_linear(forked_TH, frozen).unflatten(-1, (num_heads, -1))
     context_TH = attention.attend_fused(y_TN3D, update, cos, sin).flatten(1)
     if wanted_L is not None:
         normed_TH, context_TH = normed_TH[wanted_L], context_TH[wanted_L]

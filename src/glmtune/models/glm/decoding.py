@@ -24,7 +24,7 @@ from glmtune.models.decoding import (
 from glmtune.models.glm.decoding_kernels import run_block_in_few_kernels
 from glmtune.models.glm.rotary import pair_angles
 from glmtune.ops.norm import RmsNorm
-from glmtune.ops.rotary import rotate_pairs
+from glmtune.ops.rotary import rotate_pairs, rotate_whole_pairs, whole_pair_angles
 
 
 class Block(NamedTuple):
@@ -87,8 +87,8 @@ def angles(positions_BK: Tensor, config: Any) -> Angles:
 
 
 def prompt_angles(angles: Angles, dtype: torch.dtype) -> Angles:
-    """``(B, 1, S, D / 2)``, to broadcast over heads."""
-    return Angles(*(angle[:, None].to(dtype) for angle in angles))
+    """``(B, 1, S, D)``, to broadcast over heads; see `whole_pair_angles`."""
+    return Angles(*(angle[:, None].to(dtype) for angle in whole_pair_angles(*angles)))
 
 
 def read_block(
@@ -99,13 +99,19 @@ def read_block(
     mask_B1SS: Tensor,
     angles: Angles,
 ) -> Tensor:
-    """One layer on whole prompts, see `DecodingBlock.read_block`."""
+    """One layer on whole prompts, see `DecodingBlock.read_block`.
+
+    Rows are causal and padded at their ends, so the mask says nothing more. Without it torch has a
+    kernel for shared heads, which with it are copied. For a short prompt the host launches kernels
+    more slowly than a GPU runs them, so they are few.
+    """
     query, key, value = _project(hidden_BSH, block, keys_BGSD.shape[-1])
-    query, key = rotate_pairs(query, *angles), rotate_pairs(key, *angles)
+    query, key = rotate_whole_pairs(query, *angles), rotate_whole_pairs(key, *angles)
     keys_BGSD.copy_(key)
     values_BGSD.copy_(value)
-    context = F.scaled_dot_product_attention(query, keys_BGSD, values_BGSD, mask_B1SS,
-                                             enable_gqa=True)  # fmt: skip
+    context = F.scaled_dot_product_attention(
+        query, keys_BGSD, values_BGSD, is_causal=True, enable_gqa=True
+    )
     return _finish(hidden_BSH, context.transpose(1, 2).flatten(2), block)
 
 

@@ -1,20 +1,19 @@
 """A layer of Glm or Glm4 on packed rows, as a plain function of tensors.
 
-Shapes: T tokens of a pack, L supervised tokens, H hidden, N heads of queries, G of keys and values,
-D head size.
+Shapes: T tokens of a pack, L supervised tokens, H hidden, X heads of queries, keys and values
+together, D head size.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from glmtune.models.family import PackedBlock
 from glmtune.models.glm.rotary import pair_angles
-from glmtune.models.packed import Attention, LayerDropout, Linear, linear_of
-from glmtune.ops.linear import frozen_linear
-from glmtune.ops.lora import lora_factors
+from glmtune.models.packed import Attention, LayerDropout, Linear, frozen_together, linear_of
+from glmtune.ops.linear import Frozen, products
+from glmtune.ops.lora import LowRank, fork_factors, gated_linears
 from glmtune.ops.norm import RmsNorm
 
 
@@ -22,9 +21,10 @@ class BlockWeights(NamedTuple):
     """The weights of one layer; Glm has no norms of what attention and MLP give."""
 
     input_norm: RmsNorm
-    query: Linear
-    key: Linear
-    value: Linear
+    qkv: tuple[Frozen, ...]
+    """Frozen linears of queries, keys and values, as one where that takes no memory."""
+    qkv_adapters: tuple[LowRank | None, ...]
+    num_kv_heads: int
     output: Linear
     attended_norm: RmsNorm | None
     mlp_norm: RmsNorm
@@ -54,29 +54,30 @@ def block(
         wanted_L: places of the tokens whose output is wanted, which makes it ``(L, H)``: the last
             layer gives the supervised tokens alone. Keys and values are those of all tokens.
     """
-    drops = list(dropout.each()) if dropout else [None] * NUM_LINEARS
-    normed_TH = weights.input_norm(hidden_TH)
-    heads, updates = [], []
-    linears = weights.query, weights.key, weights.value
-    for (frozen, adapter), drop in zip(linears, drops[:3], strict=True):
-        projected = frozen_linear(normed_TH, frozen)
-        heads.append(projected.unflatten(-1, (-1, 4 * cos.shape[-1])))
-        updates.append(lora_factors(normed_TH, adapter, drop) if adapter else None)
-    context_TH = attention.attend(heads, updates, cos, sin, interleaved=True).flatten(1)
+    drops = list(dropout.each(together=3)) if dropout else [None] * NUM_LINEARS
+    normed_TH, updates = fork_factors(
+        weights.input_norm(hidden_TH), weights.qkv_adapters, drops[:3]
+    )
+    heads_TXD = products(normed_TH, weights.qkv).unflatten(-1, (-1, 4 * cos.shape[-1]))
+    context_TH = attention.attend(
+        heads_TXD, weights.num_kv_heads, updates, cos, sin, interleaved=True
+    ).flatten(1)
     if wanted_L is not None:
         hidden_TH, context_TH = hidden_TH[wanted_L], context_TH[wanted_L]
     attended_TH = weights.output(context_TH, drops[3])
     if weights.attended_norm is not None:
         attended_TH = weights.attended_norm(attended_TH)
     hidden_TH = hidden_TH + attended_TH
-    gate, up = weights.gate_up(weights.mlp_norm(hidden_TH), drops[4]).chunk(2, -1)
-    made_TH = weights.down(F.silu(gate) * up, drops[5])
+    made_TH = gated_linears(
+        weights.mlp_norm(hidden_TH), weights.gate_up, weights.down, (drops[4], drops[5])
+    )
     if weights.mlp_output_norm is not None:
         made_TH = weights.mlp_output_norm(made_TH)
     return hidden_TH + made_TH
 
 
 NUM_LINEARS = 6
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
 def weights_of(layer: nn.Module) -> BlockWeights:
@@ -87,13 +88,13 @@ def weights_of(layer: nn.Module) -> BlockWeights:
     def optional_norm(name: str) -> RmsNorm | None:
         return RmsNorm.of(get(name)) if has_four_norms else None
 
-    query, key, value, output = (linear_of(get(f"self_attn.{name}_proj")) for name in "qkvo")
+    qkv = [get(name) for name in _QKV]
     return BlockWeights(
         RmsNorm.of(get("input_layernorm")),
-        query,
-        key,
-        value,
-        output,
+        frozen_together(qkv),
+        tuple(linear_of(module).adapter for module in qkv),
+        cast(Any, get("self_attn")).config.num_key_value_heads,
+        linear_of(get("self_attn.o_proj")),
         optional_norm("post_self_attn_layernorm"),
         RmsNorm.of(get("post_attention_layernorm")),
         linear_of(get("mlp.gate_up_proj")),
@@ -118,4 +119,5 @@ PACKED = PackedBlock(
     block=block,
     angles=angles,
     final_norm=_final_norm,
+    together=(_QKV,),
 )

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 # (2,048 is interpolated). Packs longer than the first would not be faster.
 PACK_SPEEDS = {8192: 1.0, 4096: 0.98, 2048: 0.93, 1024: 0.87}
 PACK_LENGTH_ON_CPU, PACK_MULTIPLE = 2048, 64
+# Packs up to this length are captured as a CUDA graph if the base is in 8 or 4 bits and memory
+# allows it. Of a model of 9B in 4 bits, kernels take 157 ms a step of 2,048 tokens on an H200, and
+# launching them took 360.
+CAPTURED_PACK = 2048
 # Recomputing every layer adds one forward pass to a forward and a backward pass.
 _RECOMPUTE_COST = 0.5
 # Usable share of a card's memory: a desktop or another program may hold the rest.
@@ -179,14 +183,19 @@ def forecast(
     if layout == "packed":
         choices = _packs(settings, card, rows)
         batch, recompute = _choose_pack(choices, wish, setup, card)
+        chosen_setup, captured = setup, replace(setup, captures_packs=True)
+        is_small = setup.bits is not None and batch.num_tokens <= CAPTURED_PACK
+        if setup.compiled and is_small and holds(card, captured, batch, recompute):
+            chosen_setup = captured
     else:
         choices = [_largest_batch(settings, setup, rows, num_processes)]
         (batch,) = choices
         recompute = choose_recompute(wish, setup, batch, card)
+        chosen_setup = setup
     forecasts = []
     most = setup.shape.num_layers - 1 if wish == "auto" and card.on_gpu else recompute
-    for size, again in ((batch, recompute), (choices[-1], most)):
-        forecasts.append(Forecast(card, setup, size, again, estimate(setup, size, again)))
+    for how, size, again in ((chosen_setup, batch, recompute), (setup, choices[-1], most)):
+        forecasts.append(Forecast(card, how, size, again, estimate(how, size, again)))
     chosen, frugal = forecasts
     return replace(chosen, frugal=frugal) if frugal.needed_gib < chosen.needed_gib else chosen
 

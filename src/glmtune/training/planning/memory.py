@@ -14,7 +14,7 @@ from typing import Literal
 
 from glmtune.hardware import NumberFormat
 from glmtune.models.shape import LinearShape, Shape
-from glmtune.ops import CHUNK
+from glmtune.ops import CHUNK, MOST_RANK
 
 Layout = Literal["padded", "exact", "packed"]
 """The layout of a pass: rows padded to the longest, end to end, or in packs of one length."""
@@ -42,11 +42,13 @@ class Setup:
     targets: tuple[str, ...] = ()
     """The linears that have an adapter."""
     has_dropout: bool = True
+    captures_packs: bool = False
+    """Whether short packs are captured, too, see `captured`."""
 
     @property
     def captured(self) -> bool:
         """Whether each length of a pass is captured as a CUDA graph, as pays off for a few rows."""
-        return self.compiled and self.layout == "exact"
+        return self.compiled and (self.layout == "exact" or self.captures_packs)
 
     @property
     def mlp(self) -> float:
@@ -164,7 +166,8 @@ def kept_by_layer(setup: Setup, share: float = 1.0) -> float:
     keys = shape.num_kv_heads * shape.head_dim
     softmax = 4 * shape.num_heads / setup.value_bytes
     before = 1 + (shape.qkv_values + queries) / hidden + softmax
-    after = 1 + setup.mlp + shape.output_norms
+    # The MLP's norm reads a sum; where attention's output has a norm, the sum is computed again.
+    after = max(1, shape.output_norms) + setup.mlp
     if setup.layout == "padded":
         before += (queries + keys) / hidden  # rotated, beside the projections' outputs
     if not setup.compiled and itemsize < 4:
@@ -178,7 +181,11 @@ def kept_by_layer(setup: Setup, share: float = 1.0) -> float:
 
 
 def kept_by_adapter(setup: Setup, linear: LinearShape) -> float:
-    """What one linear's adapter keeps for its backward pass, in values a token: its input."""
+    """What one linear's adapter keeps for its backward pass, in values a token: its input.
+
+    Kernels of compiled layers that drop out inputs keep neither those nor masks: the inputs are
+    computed again from what the layer keeps anyway.
+    """
     if linear.name not in setup.targets:
         return 0.0
     width, itemsize = linear.inputs / setup.shape.hidden_size, setup.dtype.itemsize
@@ -190,12 +197,10 @@ def kept_by_adapter(setup: Setup, linear: LinearShape) -> float:
         return in_float32 + mask + 4 * setup.rank / setup.value_bytes
     if not setup.compiled:
         return width + mask
-    # The compiler keeps only the mask if just queries, keys and values are adapted, and the output
-    # of dropout if other linears are, too (measured; it would not have to).
+    if setup.has_dropout and setup.rank <= MOST_RANK:
+        return 0.0
     only_qkv = all(other.makes_qkv for other in setup.shape.linears if other.name in setup.targets)
-    if only_qkv:
-        return mask
-    return width + mask if linear.makes_qkv else width
+    return mask if only_qkv else width
 
 
 def kept_once(setup: Setup) -> float:
