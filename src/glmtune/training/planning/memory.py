@@ -184,7 +184,8 @@ def kept_by_adapter(setup: Setup, linear: LinearShape) -> float:
     """What one linear's adapter keeps for its backward pass, in values a token: its input.
 
     Kernels of compiled layers that drop out inputs keep neither those nor masks: the inputs are
-    computed again from what the layer keeps anyway.
+    computed again from what the layer keeps anyway. Where a norm reads the linear's output, the
+    update is kept beside the output, not their sum (measured).
     """
     if linear.name not in setup.targets:
         return 0.0
@@ -198,7 +199,8 @@ def kept_by_adapter(setup: Setup, linear: LinearShape) -> float:
     if not setup.compiled:
         return width + mask
     if setup.has_dropout and setup.rank <= MOST_RANK:
-        return 0.0
+        is_read_by_norm = setup.shape.output_norms and linear.outputs == setup.shape.hidden_size
+        return 1.0 if is_read_by_norm and not linear.makes_qkv else 0.0
     only_qkv = all(other.makes_qkv for other in setup.shape.linears if other.name in setup.targets)
     return mask if only_qkv else width
 
