@@ -43,6 +43,16 @@ def tokenize(settings: config.TokenizeSettings) -> None:
     tokenize(settings, load_row_tokenizer(base), base_name(base))
 
 
+def inspect(settings: config.InspectSettings) -> None:
+    """Show rows as the model sees them, token by token."""
+    from glmtune.early import check_rows
+
+    check_rows(settings)
+    from glmtune.evaluation.inspect import inspect
+
+    inspect(settings)
+
+
 def train(settings: config.TrainSettings) -> None:
     """Train a LoRA adapter on token rows."""
     from glmtune.early import check_training
@@ -217,6 +227,7 @@ VERBS: dict[str, Callable[[Any], int | None]] = {
     "validate": validate,
     "convert": convert,
     "tokenize": tokenize,
+    "inspect": inspect,
     "train": train,
     "plan": plan,
     "replay": replay,

@@ -15,6 +15,7 @@ from glmtune.config.settings import (
     CompareSettings,
     ConvertAdapterSettings,
     InferSettings,
+    InspectSettings,
     MergeSettings,
     ReplaySettings,
     TrainSettings,
@@ -55,6 +56,18 @@ def check_training(settings: TrainSettings) -> None:
     check_is_folder(settings.dataset_path)
     if settings.base or not settings.resume_from_checkpoint:
         check_base(settings.base)
+
+
+def check_rows(settings: InspectSettings) -> None:
+    """Check that the rows can be opened and that the base exists.
+
+    Raises:
+        UserError: they cannot, or it does not.
+    """
+    if not Path(settings.jsonl_path).is_dir():
+        with open_bytes(settings.jsonl_path):
+            pass
+    check_base(settings.base)
 
 
 def check_tuning(settings: TuneSettings) -> None:

@@ -40,6 +40,7 @@ REQUIRED = {
     "validate": {"files": "a.json"},
     "convert": {"data_path": "a.json", "save_path": "a.jsonl"},
     "tokenize": {"jsonl_path": "a.jsonl", "save_path": "tokens"},
+    "inspect": {"jsonl_path": "a.jsonl"},
     "train": TRAIN,
     "plan": {},
     "infer": {"data_path": "a.json"},

@@ -94,15 +94,18 @@ def test_a_call_and_its_result_are_turns_of_their_own_in_every_format():
 
 
 def test_calls_of_one_turn_each_precede_their_own_result():
-    calls = [CALL | {"id": name} for name in "abc"]
+    def function(name):
+        return {"name": "find", "arguments": json.dumps({"q": name})}
+
+    calls = [{"id": name, "function": function(name)} for name in "abc"]
     results = [{"role": "tool", "tool_call_id": name, "content": name} for name in "cab"]
     asks = {"role": ASSISTANT, "content": "I look", "tool_calls": calls}
     turns = turns_of(openai(PLAIN[0], asks, *results, *said((ASSISTANT, "done"))))
-    call = Turn(ASSISTANT, '{"q": 1}', "find")
-    in_pairs = [turn for name in "cab" for turn in (call, Turn(OBSERVATION, name))]
+    made = {name: Turn(ASSISTANT, json.dumps({"q": name}), "find") for name in "abc"}
+    in_pairs = [turn for name in "cab" for turn in (made[name], Turn(OBSERVATION, name))]
     assert turns == [HELLO, Turn(ASSISTANT, "I look"), *in_pairs, Turn(ASSISTANT, "done")]
     unanswered = turns_of(openai(PLAIN[0], asks))
-    assert unanswered == [HELLO, Turn(ASSISTANT, "I look"), call, call, call]
+    assert unanswered == [HELLO, Turn(ASSISTANT, "I look"), *made.values()]
 
 
 def test_a_thought_is_left_out_and_counted():

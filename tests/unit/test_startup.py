@@ -40,6 +40,8 @@ MISTAKES = {
     "validate": "validate no.json",
     "convert": "convert --data_path no.json --save_path new.jsonl",
     "tokenize rows": f"tokenize --jsonl_path no.jsonl --save_path new {TINY}",
+    "inspect rows": f"inspect no.jsonl {TINY}",
+    "inspect base": "inspect rows.jsonl --base ./no",
     "tokenize base": "tokenize --jsonl_path rows.jsonl --save_path new --base ./no",
     "train rows": f"train --dataset_path no --output_dir new {TINY}",
     "train base": "train --dataset_path tokens --output_dir new --base ./no",

@@ -91,18 +91,15 @@ class ConvertSettings(BadRowSettings, BaseModelSettings):
 # --- tokenize ---
 
 
-class TokenizeSettings(FormatSettings, BadRowSettings, BaseModelSettings):
-    """Settings of `glmtune tokenize`."""
+class RowSettings(FormatSettings, BadRowSettings, BaseModelSettings):
+    """How the rows of a file become token rows."""
 
-    verb = "tokenize"
     group: ClassVar[str] = "data"
-    reads_and_writes = ("jsonl_path", "save_path")
     bare_words = ("jsonl_path",)
     jsonl_path: PathText = Field(
         description="rows to read, .json (a list) or .jsonl: conversations, alpaca records, or "
         "what `glmtune convert` wrote"
     )
-    save_path: PathText = Field(description="folder to write, for datasets.load_from_disk")
     learn: Literal["each", "last", "marked"] = Field(
         "each",
         description="answers of a conversation that are supervised: each, the last, or those "
@@ -142,6 +139,23 @@ class TokenizeSettings(FormatSettings, BadRowSettings, BaseModelSettings):
                 "skip_overlength",
             )
         return self
+
+
+class TokenizeSettings(RowSettings):
+    """Settings of `glmtune tokenize`."""
+
+    verb = "tokenize"
+    group: ClassVar[str] = "data"
+    reads_and_writes = ("jsonl_path", "save_path")
+    save_path: PathText = Field(description="folder to write, for datasets.load_from_disk")
+
+
+class InspectSettings(RowSettings):
+    """Settings of `glmtune inspect`."""
+
+    verb = "inspect"
+    group: ClassVar[str] = "data"
+    limit: int = Field(3, ge=1, description="show this many rows")
 
 
 # --- infer, compare ---
@@ -386,6 +400,7 @@ SETTINGS: dict[str, type[Settings]] = {
         ValidateSettings,
         ConvertSettings,
         TokenizeSettings,
+        InspectSettings,
         TrainSettings,
         PlanSettings,
         ReplaySettings,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from tqdm import tqdm
 
-from glmtune.config.settings import TokenizeSettings
+from glmtune.config.settings import RowSettings
 from glmtune.data.conversations import IGNORED, EncodedExample, Example
 from glmtune.data.dataset import RowTokenizer
 from glmtune.data.encoded_rows import EncodedRows
@@ -22,7 +22,7 @@ LEAST_SHARE = 0.01
 
 
 def encode_conversations(
-    rows: Sequence[Conversation], tokenizer: RowTokenizer, settings: TokenizeSettings
+    rows: Sequence[Conversation], tokenizer: RowTokenizer, settings: RowSettings
 ) -> EncodedRows:
     """Encode conversations in the family's layout, with the labels that `learn` asks for.
 
@@ -85,7 +85,7 @@ def _take(
 
 
 def _encode_in_batches(
-    rows: Sequence[Conversation], tokenizer: RowTokenizer, settings: TokenizeSettings
+    rows: Sequence[Conversation], tokenizer: RowTokenizer, settings: RowSettings
 ) -> Iterator[tuple[Conversation, int, EncodedExample | Flaw, EncodedExample | None]]:
     """Yield each row, and how many of its answers are to be supervised; what the family makes of
     it, and what of that is within the limit.
@@ -115,7 +115,7 @@ def _encode_in_batches(
 
 
 def _cut(
-    examples: Sequence[Example], tokenizer: RowTokenizer, settings: TokenizeSettings
+    examples: Sequence[Example], tokenizer: RowTokenizer, settings: RowSettings
 ) -> list[EncodedExample | None]:
     """The longest beginning of each conversation that ends with an answer and is short enough.
 

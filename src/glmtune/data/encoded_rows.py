@@ -8,6 +8,8 @@ import numpy as np
 
 from glmtune.data.conversations import IGNORED
 from glmtune.data.records import BadRow
+from glmtune.data.row_rule import RowRule
+from glmtune.data.token_rows import TokenRows
 
 SHARE_TO_KEEP = 0.95
 
@@ -50,6 +52,16 @@ class EncodedRows:
     def lengths(self) -> np.ndarray:
         """The length of each kept row."""
         return np.diff(self.ends, prepend=0)
+
+    def as_token_rows(self, rule: RowRule) -> TokenRows:
+        """The kept rows in the form that training takes them in; `rule` is their family's."""
+        return TokenRows(
+            ids_T=np.array(self.input_ids),
+            starts_R1=np.concatenate(([0], np.array(self.ends, dtype=np.int64))),
+            prompt_lengths_R=np.array(self.seq_len),
+            rule=rule,
+            labels_T=None if self.labels is None else np.array(self.labels),
+        )
 
     @property
     def num_targets(self) -> int:

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
 from glmtune import __version__
-from glmtune.config.settings import TokenizeSettings
+from glmtune.config.settings import RowSettings, TokenizeSettings
 from glmtune.data.conversation_rows import MAX_LENGTH, check_supervised, encode_conversations
 from glmtune.data.dataset import (
     CARD_FILE,
@@ -37,6 +38,8 @@ from glmtune.data.records import (
 )
 from glmtune.data.templates import has_rounds, is_alpaca
 from glmtune.errors import UserError, visible
+
+Rows = TypeVar("Rows", bound=RowSettings)
 
 ROWS_PER_BATCH = 4096
 MIN_LENGTH = 4
@@ -127,19 +130,12 @@ def _no_collection() -> Iterator[None]:
 def _tokenize(
     settings: TokenizeSettings, tokenizer: RowTokenizer, base_name: str
 ) -> TokenizeSummary:
-    read = read_any(settings.jsonl_path, settings.format, settings.on_bad_row, settings.encoding)
-    contexts = [row for row in read.rows if isinstance(row, Row)]
-    conversations = [row for row in read.rows if isinstance(row, Conversation)]
-    if conversations:
-        if "max_seq_length" not in settings.model_fields_set:
-            settings = settings.model_copy(update={"max_seq_length": MAX_LENGTH})
-        encoded = encode_conversations(conversations, tokenizer, settings)
-    else:
-        _check_settings_of_contexts(settings)
-        encoded = encode_rows(contexts, tokenizer, settings)
+    read, encoded = encode_file(settings, tokenizer)
+    if encoded.labels is not None:
+        settings = _with_length(settings)
     if not encoded.seq_len:
         raise _no_row_left(settings, encoded)
-    if conversations:
+    if encoded.labels is not None:
         check_supervised(encoded, tokenizer, settings.jsonl_path)
     card = _card(settings, tokenizer, base_name, read, encoded)
     with new_folder(settings.save_path) as folder:
@@ -158,11 +154,46 @@ def _tokenize(
         _bad_rows(read, encoded),
         read.fields,
         encoded.advice(settings.max_seq_length),
-        _describe(encoded) if conversations else (),
+        _describe(encoded) if encoded.labels is not None else (),
     )
 
 
-def _check_settings_of_contexts(settings: TokenizeSettings) -> None:
+def encode_file(
+    settings: Rows, tokenizer: RowTokenizer, limit: int | None = None
+) -> tuple[AnyRows, EncodedRows]:
+    """Read the rows of a file, and encode them, or the first `limit`.
+
+    Raises:
+        UserError: see `read_any` and `encode_conversations`; or a setting has no use for them.
+    """
+    read = read_any(settings.jsonl_path, settings.format, settings.on_bad_row, settings.encoding)
+    contexts = [row for row in read.rows if isinstance(row, Row)][:limit]
+    conversations = [row for row in read.rows if isinstance(row, Conversation)][:limit]
+    if conversations:
+        return read, encode_conversations(conversations, tokenizer, _with_length(settings))
+    _check_settings_of_contexts(settings)
+    return read, encode_rows(contexts, tokenizer, settings)
+
+
+def _with_length(settings: Rows) -> Rows:
+    """The settings with the length that conversations have by default."""
+    if "max_seq_length" in settings.model_fields_set:
+        return settings
+    return settings.model_copy(update={"max_seq_length": MAX_LENGTH})
+
+
+def row_fates(encoded: EncodedRows) -> dict[int, str]:
+    """Why rows are left out, by their number."""
+    reasons = {
+        "dropped, empty answer": encoded.empty,
+        "dropped, nothing is supervised": encoded.unsupervised,
+        "dropped, too long": encoded.overlength,
+    }
+    fates = {row: reason for reason, rows in reasons.items() for row in rows}
+    return fates | {bad.row: f"bad, {bad.reason}" for bad in encoded.refused}
+
+
+def _check_settings_of_contexts(settings: RowSettings) -> None:
     """Raise UserError where settings of conversations are given for rows of one answer each."""
     path = settings.jsonl_path
     if settings.too_long:
@@ -227,9 +258,7 @@ def fit_length(settings: TokenizeSettings, tokenizer: RowTokenizer) -> TokenizeS
     return settings.model_copy(update={"max_seq_length": length})
 
 
-def encode_rows(
-    rows: list[Row], tokenizer: RowTokenizer, settings: TokenizeSettings
-) -> EncodedRows:
+def encode_rows(rows: list[Row], tokenizer: RowTokenizer, settings: RowSettings) -> EncodedRows:
     """Encode rows as the script of 2023 did: prompt, target, end, with the family's special ids.
 
     Prompt (with its special ids) and target are cut to max_seq_length each (a context of several

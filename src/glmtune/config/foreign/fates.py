@@ -15,8 +15,8 @@ from typing import NamedTuple
 TRAINING = ("train", "plan")
 ANSWERING = ("infer", "compare", "chat", "check")
 TRAIN_AND_ANSWER = (*TRAINING, *ANSWERING)
-WITH_BASE = ("convert", "tokenize", *TRAINING, *ANSWERING, "merge", "doctor", "replay")
-MAKING_ROWS = ("validate", "convert", "tokenize")
+WITH_BASE = ("convert", "tokenize", "inspect", *TRAINING, *ANSWERING, "merge", "doctor", "replay")
+MAKING_ROWS = ("validate", "convert", "tokenize", "inspect")
 EVERYWHERE: tuple[str, ...] = ()
 """Verbs that a fate concerns; empty for all."""
 
