@@ -20,7 +20,13 @@ GUIDES = ("docs/data.md", "docs/training.md", "docs/answers.md", "docs/cards.md"
 # Their commands are tests and benchmarks, of which most take minutes.
 PAGES_OF_TESTS = ("docs/reliability.md", "docs/peers.md")
 # Each has a Chinese page beside it.
-OTHERS = ("docs/tune.md", "docs/memory.md", "docs/architecture.md", "docs/models.md", "docs/published.md")
+OTHERS = (
+    "docs/tune.md",
+    "docs/memory.md",
+    "docs/architecture.md",
+    "docs/models.md",
+    "docs/published.md",
+)
 TRANSLATED = (READMES[0], *GUIDES, *PAGES_OF_TESTS, *OTHERS)
 COMMAND = re.compile(r"^(python \w+\.py|glmtune) .+", re.MULTILINE)
 # Fewer steps and answers than on a real base: enough to see that the command runs.
