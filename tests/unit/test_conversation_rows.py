@@ -237,7 +237,10 @@ def test_the_first_family_teaches_last_answers_and_says_so(capsys):
     path = write(talk("你好", "好", "再见", "再会"), talk("a", "b"))
     assert main(["tokenize", path, "--save_path", "tokens", "--base", str(GLM_TINY)]) == 0
     told = capsys.readouterr().out
-    assert "1 earlier answers are not supervised: the base reads them as part of the prompt" in told
+    assert (
+        "earlier answers that are not supervised: 1; the base reads them as part of the prompt"
+        in told
+    )
     dataset, card = load_dataset("tokens")
     for row in dataset:
         start = row["seq_len"] - 1

@@ -232,8 +232,8 @@ def _describe(encoded: EncodedRows) -> tuple[str, ...]:
     lines = []
     if encoded.num_in_prompts:
         lines.append(
-            f"{encoded.num_in_prompts:,} earlier answers are not supervised: the base reads them "
-            "as part of the prompt, so it learns the last answer of a row only"
+            f"earlier answers that are not supervised: {encoded.num_in_prompts:,}; the base reads "
+            "them as part of the prompt, so it learns the last answer of a row only"
         )
     if encoded.num_thoughts:
         lines.append(f"{encoded.num_thoughts:,} answers had a thought before them, left out")
