@@ -37,7 +37,7 @@ ROWS = {
 def model(request, tmp_path_factory):
     name, published, vocabulary = MODELS[request.param]
     family = next(family for family in FAMILIES if family.name == name)
-    folder = tmp_path_factory.mktemp(request.param, numbered=False) / "base"
+    folder = tmp_path_factory.mktemp(f"{request.param}_") / "base"
     if vocabulary is not None:
         vocabulary = request.getfixturevalue("shared") / "golden" / vocabulary
     return write_model(folder, family, vocabulary, published=published)
@@ -115,7 +115,7 @@ def test_a_chat_is_asked_in_the_models_own_layout(here, monkeypatch, capsys):
 @pytest.mark.parametrize("language", ["zh", "en"])
 def test_each_recipe_runs(here, root, model, monkeypatch, language, capsys):
     """The two commands in a recipe's head, with this base, few steps, and short answers."""
-    name = model.parent.name.removesuffix("-hf")
+    name = model.parent.name.rpartition("_")[0].removesuffix("-hf")
     recipe = root / "recipes" / f"{name}-alpaca-{language}.yaml"
     sections = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     os.makedirs(os.path.dirname(sections["tune"]["data_path"]))

@@ -240,7 +240,9 @@ def examine(rng: random.Random, folder, monkeypatch) -> None:
         assert refusal or len(good) + len(bad) == len(found)
         assert refusal or not between
         if read_strictly is (read_alpaca if checked["format"] == "alpaca" else read_rows):
-            assert refusal or {row.row for row in bad} == unusable
+            # `tokenize` makes a conversation of a record with a system text, `convert` refuses it.
+            spoken = {row.row for row in bad if 'field "system" is' in row.reason}
+            assert refusal or {row.row for row in bad} - spoken == unusable - spoken
 
 
 def test_damaged_files(tmp_path, monkeypatch, capsys):

@@ -80,8 +80,9 @@ _told: set[str] = set()
 
 def tell_differences(base: str, family: Family, tokenizer: Any) -> None:
     """Print once, as notes, where a folder's chat template is not how its rows are laid out."""
-    if base not in _told:
-        _told.add(base)
+    key = str(Path(base).resolve())
+    if key not in _told:
+        _told.add(key)
         note(*(line for text in family.check_tokenizer(tokenizer) for line in text.splitlines()))
 
 
