@@ -115,13 +115,15 @@ def test_a_chat_is_asked_in_the_models_own_layout(here, monkeypatch, capsys):
 @pytest.mark.parametrize("language", ["zh", "en"])
 def test_each_recipe_runs(here, root, model, monkeypatch, language, capsys):
     """The two commands in a recipe's head, with this base, few steps, and short answers."""
-    name = model.parent.name.rpartition("_")[0].removesuffix("-hf")
+    name = model.parent.name.rpartition("_")[0]
+    if name.endswith("-hf"):
+        pytest.skip("the same recipe runs on the other layout")
     recipe = root / "recipes" / f"{name}-alpaca-{language}.yaml"
     sections = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     os.makedirs(os.path.dirname(sections["tune"]["data_path"]))
     os.rename("data.json", sections["tune"]["data_path"])
     few = ["--base", here, "--use_cpu", "true", "--max_new_tokens", "3"]
-    tune = ["--max_steps", "3", "--limit", "2", "--per_device_train_batch_size", "4"]
+    tune = ["--max_steps", "1", "--limit", "1", "--per_device_train_batch_size", "4"]
     assert main(["tune", str(recipe), *few, *tune]) in (0, 1)
     out = capsys.readouterr().out
     assert Path(sections["tune"]["out"], "tune.html").is_file(), out
