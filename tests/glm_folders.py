@@ -54,9 +54,8 @@ def write_folder(
     return folder
 
 
-@cache
-def encoder_of(shared, root, variant):
-    """An encoder with the real vocabulary, built once."""
+def real_folder(shared, root, variant):
+    """A folder with the real vocabulary; GLM-4-0414's is a tokenizer.json."""
     golden = shared / "golden"
     is_pieces = variant in ("chatglm2", "chatglm3")
     file = golden / ("glm3_tokenizer.model" if is_pieces else "glm/glm4_tokenizer.model")
@@ -64,7 +63,13 @@ def encoder_of(shared, root, variant):
     if variant == "glm4-0414":
         name = "tokenizer.json"
         data = tokenizer_of_tiktoken(data, file, LAYOUTS[variant]).to_str().encode()
-    return of_folder(write_folder(root / variant, variant, data, name=name))
+    return write_folder(root / variant, variant, data, name=name)
+
+
+@cache
+def encoder_of(shared, root, variant):
+    """An encoder with the real vocabulary, built once."""
+    return of_folder(real_folder(shared, root, variant))
 
 
 SIZES = {

@@ -23,7 +23,7 @@ from glmtune.ops.linear import (
     quantise,
     quantise_rows,
 )
-from glmtune.ops.lora import Dropout, LowRank, hash_int32, lora_linear
+from glmtune.ops.lora import Dropout, LowRank, hash_int32, lora_linear, padded_rank
 from glmtune.ops.loss import IGNORED, head_loss
 from glmtune.ops.quantised import Quantised, quantised_linear
 
@@ -264,3 +264,7 @@ class TestQuantised:
         torch.library.opcheck(
             quantised_linear, (x, list(linear.parts), linear.kind, linear.block, linear.bias_N)
         )
+
+
+def test_kernels_take_ranks_as_powers_of_two():
+    assert [padded_rank(rank) for rank in (1, 8, 16, 17, 64, 65)] == [16, 16, 16, 32, 64, 128]

@@ -12,7 +12,7 @@ import transformers
 from glm_folders import write_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from toys import randomise_adapter
 
 from glmtune.adapters.lora import attach_lora
@@ -327,13 +327,20 @@ def test_a_folder_of_two_models_is_refused(shared, tmp_path):
         GlmForCausalLM.from_pretrained(folder)
 
 
-def test_frequencies_of_another_base_are_refused(shared, tmp_path):
+@pytest.mark.parametrize("as_safetensors", [False, True])
+def test_frequencies_of_another_base_are_refused(shared, tmp_path, as_safetensors):
     folder = shutil.copytree(shared / "golden" / TINY["chatglm3-32k"], tmp_path / "base")
-    weights = torch.load(folder / "pytorch_model.bin")
+    file = folder / "pytorch_model.bin"
+    weights = torch.load(file)
     step = torch.arange(4) / 4
     weights["transformer.rotary_pos_emb.inv_freq"] = (1 / 5e6**step).half()
-    (folder / "pytorch_model.bin").chmod(0o644)
-    torch.save(weights, folder / "pytorch_model.bin")
+    for path in (folder, file):
+        path.chmod(0o755)
+    if as_safetensors:
+        file.unlink()
+        save_file(weights, folder / "model.safetensors")
+    else:
+        torch.save(weights, file)
     with pytest.raises(UserError, match="rope_ratio 50, the weights were made for about 499"):
         GlmForCausalLM.from_pretrained(folder)
 

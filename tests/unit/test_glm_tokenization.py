@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from glm_folders import toy_tiktoken, write_folder
+from glm_folders import real_folder, toy_tiktoken, write_folder
 from transformers import AutoTokenizer, GlmConfig, GlmForCausalLM, PreTrainedTokenizerBase, pipeline
 
 from glmtune.errors import UserError
@@ -32,14 +32,7 @@ VARIANTS = ("chatglm2", "chatglm3", "glm4", "glm4-0414")
 
 @cache
 def build(shared, root, variant):
-    golden = shared / "golden"
-    is_pieces = variant in ("chatglm2", "chatglm3")
-    file = golden / ("glm3_tokenizer.model" if is_pieces else "glm/glm4_tokenizer.model")
-    data, name = file.read_bytes(), "tokenizer.model"
-    if variant == "glm4-0414":
-        name = "tokenizer.json"
-        data = tokenizer_of_tiktoken(data, file, LAYOUTS[variant]).to_str().encode()
-    folder = write_folder(root / variant, variant, data, name=name)
+    folder = real_folder(shared, root, variant)
     return folder, of_folder(folder), GLMTokenizer.from_pretrained(folder)
 
 

@@ -25,7 +25,7 @@ from glmtune.data.fields import (
 from glmtune.data.flaws import Flaw, kind_of, show
 from glmtune.data.formats import FORMATS, read_example, recognise
 from glmtune.data.jsonfile import read_batches
-from glmtune.data.templates import context_of
+from glmtune.data.templates import context_of, question_of
 from glmtune.errors import UserError
 
 OnBadRow = Literal["fail", "skip"]
@@ -69,8 +69,7 @@ class Record(_Placed):
     def example(self) -> Example:
         """The record as a conversation; its input follows the instruction on a line of its own."""
         system = [Turn(SYSTEM, self.system)] if self.system.strip() else []
-        asked = f"{self.instruction}\n{self.input}" if self.input else self.instruction
-        rounds = [*self.history, (asked, self.output)]
+        rounds = [*self.history, (question_of(self.instruction, self.input), self.output)]
         turns = [t for q, a in rounds for t in (Turn(USER, q), Turn(ASSISTANT, a))]
         return Example((*system, *turns))
 

@@ -157,5 +157,10 @@ class RowRule(NamedTuple):
             )
 
 
+def as_ids(named: int | list[int] | None) -> list[int]:
+    """What an `eos_token_id` names: one id, several, or none."""
+    return named if isinstance(named, list) else [] if named is None else [named]
+
+
 def _ids(specials: tuple[Special, ...]) -> list[int]:
     return [special.id for special in specials]

@@ -1,6 +1,6 @@
 """The text around a record: pure functions of strings, without a tokenizer."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _START, _INPUT, _END = "Instruction: ", "\nInput: ", "\nAnswer: "
 
@@ -30,8 +30,18 @@ def context_of(instruction: str, input: str, history: Iterable[tuple[str, str]] 
     the `alpaca` template; an input follows the instruction on a line of its own.
     """
     if pairs := list(history):
-        return rounds(pairs, f"{instruction}\n{input}" if input else instruction)
+        return rounds(pairs, question_of(instruction, input))
     return alpaca(instruction, input)
+
+
+def question_of(instruction: str, input: str) -> str:
+    """Return a record's question outside of `alpaca`: its input on a line of its own."""
+    return f"{instruction}\n{input}" if input else instruction
+
+
+def after_rounds(history: Sequence[tuple[str, str]], question: str) -> str:
+    """Return a question as a chat has it: after earlier rounds, a first one as it stands."""
+    return rounds(history, question) if history else question
 
 
 def conversation_of(context: str) -> tuple[list[tuple[str, str]], str]:
@@ -43,7 +53,7 @@ def conversation_of(context: str) -> tuple[list[tuple[str, str]], str]:
     if has_rounds(context) and (read := _read_rounds(context)):
         return read
     instruction, input = parts(context)
-    return [], f"{instruction}\n{input}" if input else instruction
+    return [], question_of(instruction, input)
 
 
 def _read_rounds(context: str) -> tuple[list[tuple[str, str]], str] | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from glmtune.config.groups import AnswerSettings, DecodingSettings
+from glmtune.data.row_rule import as_ids
 from glmtune.generation.prompts import EncodedPrompt
 from glmtune.generation.slots import Slots
 from glmtune.generation.weights import can_be_captured, most_rows_for_kernels, read_weights
@@ -29,9 +30,8 @@ TOKENS_PER_LOOK = 8
 def find_stop_ids(model: Any) -> list[int]:
     """The ids at which an answer ends, by generation_config or config, and by the family."""
     for config in (model.generation_config, model.config):
-        named = config.eos_token_id
-        if named is not None:
-            named = [named] if isinstance(named, int) else named
+        if config.eos_token_id is not None:
+            named = as_ids(config.eos_token_id)
             rule = family_of(model.config).row_rule(model.config)
             return list(dict.fromkeys([*named, *rule.stops]))
     raise AssertionError("the model names no eos_token_id")

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from glmtune.data.files import read_json_object
+from glmtune.data.row_rule import as_ids
 from glmtune.errors import UserError, note
 from glmtune.models import weights
 from glmtune.models.base_files import (
@@ -199,8 +200,7 @@ def check_ends(ends: int | list[int] | None, tokenizer: Any) -> None:
     """
     rule = tokenizer.row_rule
     (end,) = rule.end
-    named = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if any(id_ not in (end.id, *rule.stops) for id_ in named):
+    if any(id_ not in (end.id, *rule.stops) for id_ in as_ids(ends)):
         raise UserError(
             f"generation_config.json: eos_token_id says {ends}, but answers are taught to end with "
             f"the tokenizer's {end.id} ({end.text}); set it to that in the model's folder, or "

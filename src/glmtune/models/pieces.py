@@ -29,6 +29,13 @@ def read_vocabulary(file: Path) -> bytes:
     return file.read_bytes()
 
 
+def write_vocabulary(data: bytes, folder: str, name: str, prefix: str | None) -> tuple[str]:
+    """Write a vocabulary file as it was read, byte for byte; what `save_vocabulary` returns."""
+    path = Path(folder, f"{prefix}-{name}" if prefix else name)
+    path.write_bytes(data)
+    return (str(path),)
+
+
 def open_pieces(file: Path, data: bytes) -> SentencePieceProcessor:
     """The processor of a sentencepiece file's bytes.
 

@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from glmtune.errors import UserError
+
 MARK, GUARD = "\ufdd0", "\ufdd1"
 
 _OPENING = re.compile(r"[\[<]")
@@ -51,6 +53,44 @@ def guard(value: Any, beginning: re.Pattern = _OPENING) -> Any:
     if callable(dump := getattr(value, "model_dump", None)) and not isinstance(value, type):
         return guard(dump(), beginning)
     return value
+
+
+def guard_chat(
+    conversation: Any,
+    tools: list | None,
+    documents: list[dict[str, str]] | None,
+    variables: Mapping[str, Any],
+    beginning: re.Pattern = _OPENING,
+) -> tuple[Any, dict[str, Any]]:
+    """What `apply_chat_template` was given, with all special names in it broken up.
+
+    Returns:
+        The conversation, and the other variables of the template, tools as JSON schemas.
+    """
+    from transformers.utils import get_json_schema
+
+    schemas = [get_json_schema(tool) if callable(tool) else tool for tool in tools or []]
+    given = {
+        "tools": guard(schemas, beginning) or None,
+        "documents": guard(documents, beginning),
+        **guard(variables, beginning),
+    }
+    return guard(conversation, beginning), given
+
+
+def check_mask_can_be(
+    tokenize: bool, return_dict: bool, continue_final_message: bool | str
+) -> None:
+    """Make sure that `apply_chat_template` can return `assistant_masks`, which are wanted.
+
+    Raises:
+        UserError: its other arguments leave no place for them, or an answer that is not whole.
+    """
+    if not tokenize or not return_dict or continue_final_message:
+        raise UserError(
+            "return_assistant_tokens_mask: needs tokenize=True, return_dict=True and a whole "
+            "answer, so no continue_final_message"
+        )
 
 
 def mark(rendered: str, names: re.Pattern) -> str:

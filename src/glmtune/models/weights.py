@@ -112,16 +112,21 @@ def load_mapped(path: Path) -> dict[str, Tensor]:
 
 def tensors_differ(files: Iterable[Path], first: str, second: str) -> bool:
     """Whether two tensors are both present and differ (a head that is not tied)."""
+    found = read_named(files, {first, second})
+    return len(found) == 2 and not torch.equal(found[first], found[second])
+
+
+def read_named(files: Iterable[Path], names: set[str]) -> dict[str, Tensor]:
+    """Some tensors of a checkpoint, those of these names that it has; no other is read."""
     found: dict[str, Tensor] = {}
     for path in files:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
-                names = {first, second} & set(file.keys())
-                found |= {name: file.get_tensor(name) for name in names}
+                found |= {name: file.get_tensor(name) for name in names & set(file.keys())}
         else:
             mapped = load_bin(path, mmap=True)
-            found |= {name: mapped[name] for name in {first, second} & set(mapped)}
-    return len(found) == 2 and not torch.equal(found[first], found[second])
+            found |= {name: mapped[name] for name in names & set(mapped)}
+    return found
 
 
 def check_outline(

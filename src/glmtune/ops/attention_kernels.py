@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from glmtune.ops.lora import padded_rank
 from glmtune.ops.rotary_kernels import rotate, store_rotated
 
 LOG2_E = 1.4426950408889634
@@ -263,7 +264,7 @@ def run_forward(
     num_tokens, num_heads, head_dim = parts.q_TND.shape
     assert all(x.is_contiguous() for x in (cos, sin, *a, *b) if x is not None)
     ranks = [0 if factor is None else factor.shape[1] for factor in a]
-    padded = [max(16, triton.next_power_of_2(rank)) if rank else 0 for rank in ranks]
+    padded = [padded_rank(rank) if rank else 0 for rank in ranks]
     out_TND = parts.q_TND.new_empty(num_tokens, num_heads, head_dim)
     lse_NT = torch.empty(num_heads, num_tokens, device=out_TND.device)
     grid = num_heads + 2 * parts.k_TGD.shape[1], triton.cdiv(num_tokens, TURN["BLOCK"])

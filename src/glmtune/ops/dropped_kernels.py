@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from glmtune.ops.lora import padded_rank
+
 _FORWARD = {"BLOCK_T": 32, "BLOCK_I": 64, "num_warps": 4, "num_stages": 4}
 _BACKWARD = {"BLOCK_T": 32, "BLOCK_I": 64, "num_warps": 4, "num_stages": 2}
 # Inputs whose share of the products one program sums up, and tokens whose share of the gradients of
@@ -179,7 +181,7 @@ def dropped_products(
     y_SNTR = x_TI.new_empty(shares, num_linears, num_tokens, rank, dtype=torch.float32)
     _products[(triton.cdiv(num_tokens, _FORWARD["BLOCK_T"]), shares)](
         x_TI, a_NRI, seed, factors_N, below, scale, y_SNTR, num_tokens, width, num_linears, rank,
-        _padded(rank), _SHARE_I, **_how(_FORWARD, x_TI, rank),
+        padded_rank(rank), _SHARE_I, **_how(_FORWARD, x_TI, rank),
     )  # fmt: skip
     return y_SNTR
 
@@ -207,20 +209,16 @@ def dropped_products_back(
     to_a = x_TI.new_empty(shares, num_linears, rank, width, dtype=torch.float32)
     _products_back[(triton.cdiv(width, _BACKWARD["BLOCK_I"]), shares)](
         grad_TI, grad_NTR, x_TI, a_NRI, seed, factors_N, below, scale, to_x, to_a, num_tokens,
-        width, num_linears, rank, _padded(rank), _SHARE_T, **_how(_BACKWARD, x_TI, rank),
+        width, num_linears, rank, padded_rank(rank), _SHARE_T, **_how(_BACKWARD, x_TI, rank),
     )  # fmt: skip
     return to_x, to_a
-
-
-def _padded(rank: int) -> int:
-    return max(16, triton.next_power_of_2(rank))
 
 
 def _how(sizes: dict[str, int], x_TI: Tensor, rank: int) -> dict[str, int]:
     """Blocks and stages: smaller with large ranks or in float32, for want of shared memory."""
     if x_TI.element_size() == 4:
         return sizes | {"BLOCK_I": 64, "num_stages": 1}
-    return sizes if _padded(rank) == 16 else sizes | {"BLOCK_I": 64, "num_stages": 2}
+    return sizes if padded_rank(rank) == 16 else sizes | {"BLOCK_I": 64, "num_stages": 2}
 
 
 @dropped_products.register_fake

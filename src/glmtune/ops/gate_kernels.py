@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from glmtune.ops.dropped_kernels import dropped_products, dropped_products_back
+from glmtune.ops.lora import padded_rank
 
 _BLOCKS = {"BLOCK_T": 32, "BLOCK_I": 64, "num_warps": 4}
 
@@ -125,7 +126,7 @@ def _ranks(y_TI2: Tensor, low_TR: Tensor | None, up_I2R: Tensor | None) -> tuple
     assert low_TR.is_contiguous()
     assert up_I2R.is_contiguous()
     rank = low_TR.shape[1]
-    return rank, max(16, triton.next_power_of_2(rank))
+    return rank, padded_rank(rank)
 
 
 @gate.register_fake

@@ -108,6 +108,11 @@ def fork_factors(
     return x_TI, [(next(rest), _scaled(adapter, x_TI)) if adapter else None for adapter in adapters]
 
 
+def padded_rank(rank: int) -> int:
+    """Columns that the kernels of packed rows give a rank: a power of two, at least 16."""
+    return max(16, 1 << (rank - 1).bit_length())
+
+
 def _scaled(adapter: LowRank, like: Tensor) -> Tensor:
     return (adapter.scale * adapter.b_OR).to(like.dtype)
 

@@ -11,12 +11,12 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
+from glmtune.data import templates
 from glmtune.data.conversations import EncodedExample, Example, encode_rounds
 from glmtune.data.files import read_json_object
 from glmtune.data.flaws import Flaw
 from glmtune.data.row_rule import RowRule
 from glmtune.errors import UserError
-from glmtune.models.chatglm import conversation
 from glmtune.models.chatglm.rows import row_rule
 from glmtune.models.chatglm.vocabulary import (
     NUM_PIECES_V1_0,
@@ -143,7 +143,7 @@ class Encoder:
         Earlier answers are part of the prompt, whose tokens see each other in both directions, so
         only the last one can be supervised.
         """
-        return encode_rounds(self, examples, conversation.written, num_threads)
+        return encode_rounds(self, examples, templates.after_rounds, num_threads)
 
     def _ids_of(self, texts: list[str], num_threads: int | None) -> Iterable[Iterable[int]]:
         """The ids of each text."""

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+from glmtune.data import templates
 from glmtune.errors import UserError
 from glmtune.models.chatglm import conversation
 from glmtune.models.chatglm.encoder import RowEncoder
@@ -141,7 +142,7 @@ V1_1 = Family(
     adapter_names=AdapterNames(lambda module: _LINEAR.fullmatch(module) is not None),
     chat=ChatFormat(
         describe="the model's own, [Round N], 问：, 答：; a question continues the conversation",
-        write=conversation.written,
+        write=templates.after_rounds,
         polish=conversation.polish,
         marks=(conversation.MARK,),
         unsettled="".join(conversation.FULL_WIDTH),

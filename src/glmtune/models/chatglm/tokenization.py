@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AddedToken, PreTrainedTokenizer
-from transformers.utils import CONFIG_NAME, cached_file, get_json_schema
+from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from glmtune.data.files import read_json_object
-from glmtune.errors import UserError
 from glmtune.models import families
 from glmtune.models.chatglm.chat_template import CHAT_TEMPLATE, NAMES, WRITTEN_NAMES, assistant_mask
 from glmtune.models.chatglm.encoder import NAMED_TOKENS, Encoder
@@ -30,8 +29,8 @@ from glmtune.models.chatglm.vocabulary import (
     restore_blanks,
 )
 from glmtune.models.folders import HUB_ARGUMENTS
-from glmtune.models.pieces import join_runs
-from glmtune.models.special_names import MARK, guard, mark
+from glmtune.models.pieces import join_runs, write_vocabulary
+from glmtune.models.special_names import MARK, check_mask_can_be, guard_chat, mark
 
 _WRITTEN = [(re.escape(MARK + name), name) for name in WRITTEN_NAMES]
 _IMAGE = re.compile(r"<image_(\d+)>")
@@ -146,22 +145,11 @@ class ChatGLMTokenizer(Encoder, PreTrainedTokenizer):
                 questions in a row.
             UserError: a mask is requested, but the template's block begins or ends within a text.
         """
-        if return_assistant_tokens_mask and (
-            not tokenize or not return_dict or continue_final_message
-        ):
-            raise UserError(
-                "return_assistant_tokens_mask: needs tokenize=True, return_dict=True and a whole "
-                "answer, so no continue_final_message"
-            )
-        schemas = [get_json_schema(tool) if callable(tool) else tool for tool in tools or []]
-        given: dict[str, Any] = {
-            "tools": guard(schemas) or None,
-            "documents": guard(documents),
-            "add_generation_prompt": add_generation_prompt,
-            "continue_final_message": continue_final_message,
-            **guard(variables),
-        }
-        conversation = guard(conversation)
+        if return_assistant_tokens_mask:
+            check_mask_can_be(tokenize, return_dict, continue_final_message)
+        conversation, given = guard_chat(conversation, tools, documents, variables)
+        given["add_generation_prompt"] = add_generation_prompt
+        given["continue_final_message"] = continue_final_message
         rendered: Any = super().apply_chat_template(
             conversation, chat_template=chat_template, tokenize=False, **given
         )
@@ -281,10 +269,7 @@ class ChatGLMTokenizer(Encoder, PreTrainedTokenizer):
         self, save_directory: str, filename_prefix: str | None = None
     ) -> tuple[str]:
         """Write the sentencepiece file as it was read, byte for byte."""
-        name = f"{filename_prefix}-{VOCAB_FILE}" if filename_prefix else VOCAB_FILE
-        path = Path(save_directory, name)
-        path.write_bytes(self.model_bytes)
-        return (str(path),)
+        return write_vocabulary(self.model_bytes, save_directory, VOCAB_FILE, filename_prefix)
 
     def _convert_token_to_id(self, token: str) -> int:
         if self.num_image_tokens and (image := _IMAGE.fullmatch(token)):

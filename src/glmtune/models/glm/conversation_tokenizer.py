@@ -5,13 +5,12 @@ Only the chat template makes special ids: names that a message spells stay text.
 
 from typing import Any
 
-from transformers.utils import get_json_schema
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from glmtune.errors import UserError
 from glmtune.models.glm.chat_templates import own_template
 from glmtune.models.glm.conversations import ConversationEncoder
-from glmtune.models.special_names import GUARD, guard, mark
+from glmtune.models.special_names import GUARD, check_mask_can_be, guard_chat, mark
 
 
 class ConversationTokenizer(ConversationEncoder):
@@ -71,22 +70,11 @@ class ConversationTokenizer(ConversationEncoder):
             jinja2.TemplateError: what the template refuses.
             UserError: a mask is wanted of a conversation that cannot have one.
         """
-        if return_assistant_tokens_mask and (
-            not tokenize or not return_dict or continue_final_message
-        ):
-            raise UserError(
-                "return_assistant_tokens_mask: needs tokenize=True, return_dict=True and a whole "
-                "answer, so no continue_final_message"
-            )
-        schemas = [get_json_schema(tool) if callable(tool) else tool for tool in tools or []]
-        given: dict[str, Any] = {
-            "tools": guard(schemas, self.beginnings) or None,
-            "documents": guard(documents, self.beginnings),
-            "add_generation_prompt": add_generation_prompt,
-            "continue_final_message": continue_final_message,
-            **guard(variables, self.beginnings),
-        }
-        conversation = guard(conversation, self.beginnings)
+        if return_assistant_tokens_mask:
+            check_mask_can_be(tokenize, return_dict, continue_final_message)
+        conversation, given = guard_chat(conversation, tools, documents, variables, self.beginnings)
+        given["add_generation_prompt"] = add_generation_prompt
+        given["continue_final_message"] = continue_final_message
         parent: Any = super()
         rendered = parent.apply_chat_template(
             conversation, chat_template=chat_template, tokenize=False, **given

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from glmtune.data.dataset import RowTokenizer
-from glmtune.data.row_rule import RowRule
+from glmtune.data.row_rule import RowRule, as_ids
 from glmtune.errors import UserError
 from glmtune.models.family import AdapterNames, Family, Native
 from glmtune.models.glm import naming
@@ -93,10 +93,10 @@ def shape(config: Any) -> Shape:
 
 def row_rule(layout: Layout, config: Any) -> RowRule:
     """How rows are laid out; a small model's special ids follow its end of text as published."""
-    ends = config.eos_token_id
-    first = ends[0] if isinstance(ends, list) else ends
     published = layout.stop_ids[0]
-    if first in (None, published):
+    ends = as_ids(config.eos_token_id)
+    first = ends[0] if ends else published
+    if first == published:
         return layout.row_rule()
     return layout.row_rule({name: i - published + first for name, i in layout.specials.items()})
 
@@ -114,9 +114,8 @@ def check_pair(layout: Layout, config: Any, tokenizer: Any) -> None:
             f"{config.vocab_size} rows; take both from the same download"
         )
     ends = config.eos_token_id
-    named = ends if isinstance(ends, list) else [] if ends is None else [ends]
     (end,) = tokenizer.row_rule.end
-    if named and end.id not in (*named, *layout.stop_ids):
+    if (named := as_ids(ends)) and end.id not in (*named, *layout.stop_ids):
         raise UserError(
             f"eos_token_id: the model stops at {ends}, the tokenizer's rows end with {end.id} "
             f"({end.text}); take both from the same download"

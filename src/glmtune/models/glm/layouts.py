@@ -15,6 +15,7 @@ from glmtune.data import templates
 from glmtune.data.conversations import ASSISTANT, OBSERVATION, SYSTEM, USER
 from glmtune.data.flaws import Flaw, show
 from glmtune.data.row_rule import RowRule, Special
+from glmtune.models.chatglm import conversation
 from glmtune.models.family import ChatFormat
 from glmtune.models.glm import settings
 
@@ -109,9 +110,7 @@ class Layout(NamedTuple):
         """The words around a conversation; the encoder turns them into the layout's tokens."""
         return ChatFormat(
             describe=f"the model's own, {self.describe}; a question continues the conversation",
-            write=lambda rounds, question: (
-                templates.rounds(rounds, question) if rounds else question
-            ),
+            write=templates.after_rounds,
             polish=self.polish,
             marks=self.marks,
             unsettled="",
@@ -127,12 +126,9 @@ def numbered_rounds(history: Iterable[tuple[str, str]], question: str) -> str:
     return f"{earlier}[Round {len(pairs) + 1}]\n\n问：{question}\n\n答："
 
 
-# A mark that the model's training data had in the place of a date. Source: the published chat.
-_DATE_MARK, _DATE = "[[训练时间]]", "2023年"
-
-
-def _with_date(text: str) -> str:
-    return text.strip().replace(_DATE_MARK, _DATE)
+def _polish(text: str) -> str:
+    """An answer as the published chats of ChatGLM2-6B and ChatGLM3-6B show it."""
+    return conversation.with_date(text.strip())
 
 
 def _numbered(first: int, *names: str) -> dict[str, int]:
@@ -193,8 +189,8 @@ _CHATGLM3 = Layout(
     num_rows=65024,
     write_tools=_listed_tools,
     write_call=_python_call,
-    polish=_with_date,
-    marks=(_DATE_MARK,),
+    polish=_polish,
+    marks=(conversation.MARK,),
 )
 _CHATGLM2 = _CHATGLM3._replace(
     name=settings.CHATGLM2,

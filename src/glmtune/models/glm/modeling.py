@@ -133,8 +133,7 @@ def _check_rotary(folder: Path, config: Any) -> None:
     Raises:
         UserError: they are of another; the folder was put together from two models.
     """
-    files = [weights.load_mapped(path) for path in folders.weight_files(folder)]
-    found = next((tensors[INV_FREQ] for tensors in files if INV_FREQ in tensors), None)
+    found = weights.read_named(folders.weight_files(folder), {INV_FREQ}).get(INV_FREQ)
     if found is None or len(found) < 2:
         return
     # The last of n is base ** -(1 - 1 / n): it says which base the file was made for.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from glmtune.data.conversations import ASSISTANT, SYSTEM, USER, Turn
 from glmtune.data.files import read_json_object, read_text
+from glmtune.data.row_rule import as_ids
 from glmtune.errors import reason_of
 from glmtune.models.glm.layouts import ROLES
 from glmtune.models.special_names import guard, mark
@@ -213,7 +214,7 @@ def _compare_ids(encoder: ConversationEncoder) -> list[str]:
     file = folder / GENERATION_FILE
     settings = read_json_object(file) if file.is_file() else {}
     eos, pad = settings.get("eos_token_id"), settings.get("pad_token_id")
-    stops = eos if isinstance(eos, list) else [eos]
+    stops = as_ids(eos)
     end, ours = encoder.ids[encoder.layout.end], list(encoder.stop_ids)
     if eos is not None and (end not in stops or not set(stops) <= set(ours)):
         found.append(

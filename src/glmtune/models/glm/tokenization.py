@@ -16,7 +16,7 @@ from glmtune.models.glm.byte_pair_encoder import BytePairEncoder
 from glmtune.models.glm.conversation_tokenizer import ConversationTokenizer
 from glmtune.models.glm.encoder import TOKENIZER_FILE, VOCAB_FILE, find_vocabulary, is_byte_pairs
 from glmtune.models.glm.piece_encoder import PieceEncoder
-from glmtune.models.pieces import join_runs
+from glmtune.models.pieces import join_runs, write_vocabulary
 from glmtune.models.special_names import MARK, pattern_of
 
 _FILES = ("*.json", "*.model", "*.jinja")
@@ -148,10 +148,7 @@ class PieceTokenizer(ConversationTokenizer, PieceEncoder, PreTrainedTokenizer): 
         self, save_directory: str, filename_prefix: str | None = None
     ) -> tuple[str]:
         """Write the sentencepiece file as it was read, byte for byte."""
-        name = f"{filename_prefix}-{VOCAB_FILE}" if filename_prefix else VOCAB_FILE
-        path = Path(save_directory, name)
-        path.write_bytes(self.model_bytes)
-        return (str(path),)
+        return write_vocabulary(self.model_bytes, save_directory, VOCAB_FILE, filename_prefix)
 
     def _id_of(self, token: str) -> int:
         return self._added_tokens_encoder.get(token, self._convert_token_to_id(token))
