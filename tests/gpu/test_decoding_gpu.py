@@ -125,7 +125,7 @@ def draw(*shape, dtype=torch.bfloat16):
     return torch.randn(shape, device="cuda", dtype=dtype)
 
 
-@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("num_rows", [1, 3, 20])
 @pytest.mark.parametrize("shape", [(48, 512), (8208, 1024), (4096, 16384)])
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @torch.inference_mode()
@@ -165,7 +165,7 @@ def linear_and_weight(num_outputs, num_inputs, bits, rank=0, bias=True):
     return linear, whole, None if bias is None else bias.double()
 
 
-@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("num_rows", [1, 3, 20])
 @pytest.mark.parametrize("num_outputs", [48, 80, 8208])
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("rank", [0, 6])
@@ -179,7 +179,7 @@ def test_a_gated_product(bits, num_outputs, num_rows, rank):
     assert torch.allclose(found.double(), torch.nn.functional.silu(gate) * up, atol=1e-4)
 
 
-@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("num_rows", [1, 3, 20])
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("ranks", [(0, 0, 0), (6, 0, 3)])
 @torch.inference_mode()
@@ -207,14 +207,14 @@ def test_norms_in_one_kernel():
         assert torch.allclose(found, expected + residual, atol=1e-5)
 
 
-@pytest.mark.parametrize("columns", [(0, 0), (70, 3), (600, 65), (31, 703)])
-@pytest.mark.parametrize("heads, kv_heads", [(3, 3), (6, 2), (4, 1)])
+@pytest.mark.parametrize("columns", [(0,), (70, 3), (600, 65), (31, 703), (200,) * 40])
+@pytest.mark.parametrize("heads, kv_heads", [(3, 3), (6, 2), (4, 1), (32, 2)])
 @pytest.mark.parametrize("interleaved", [False, True])
 @torch.inference_mode()
 def test_attention_in_one_kernel_is_what_its_parts_are(columns, heads, kv_heads, interleaved):
     """Each row with a column of its own, and heads of queries that share those of keys."""
     torch.manual_seed(0)
-    rows, size, num_columns, kind = 2, 64, 704, torch.float32
+    rows, size, num_columns, kind = len(columns), 64, 704, torch.float32
     query, key, value = draw(rows, heads + 2 * kv_heads, 1, size, dtype=kind).split(
         (heads, kv_heads, kv_heads), dim=1
     )

@@ -167,9 +167,12 @@ def test_a_compiled_pack_in_few_bits_equals_its_rows(rows, kind, bits):
 
 
 @pytest.mark.parametrize("targets", [QKV, "q_proj,v_proj", "all"])
-@pytest.mark.parametrize("recompute", [0, 2])
-def test_compiled_passes_drop_what_plain_ones_drop(rows, targets, recompute):
-    model, weights = make_trained("four norms", targets)
+@pytest.mark.parametrize(
+    ("dtype", "recompute", "most"),
+    [(torch.float32, 0, 1e-5), (torch.bfloat16, 0, 3e-2), (torch.bfloat16, 2, 3e-2)],
+)
+def test_compiled_passes_drop_what_plain_ones_drop(rows, targets, dtype, recompute, most):
+    model, weights = make_trained("four norms", targets, dtype)
     row_ids = plan_packs(rows.lengths_R, np.arange(len(rows)), LENGTH)[0]
     results = []
     for compiled in (True, False):
@@ -179,8 +182,8 @@ def test_compiled_passes_drop_what_plain_ones_drop(rows, targets, recompute):
         for weight in weights:
             weight.grad = None
     (loss, grad), (wanted_loss, wanted) = results
-    torch.testing.assert_close(loss, wanted_loss, rtol=1e-5, atol=1e-5)
-    assert (grad - wanted).norm() / wanted.norm() < 1e-5
+    torch.testing.assert_close(loss, wanted_loss, rtol=most, atol=1e-5)
+    assert (grad - wanted).norm() / wanted.norm() < most
 
 
 def test_a_captured_pack_equals_the_packed_pass(rows):

@@ -67,7 +67,7 @@ def test_four_bits_mean_what_bitsandbytes_says(kind, nested, dtype):
 
     torch.manual_seed(0)
     weight = torch.randn(150, 128, device=CUDA)
-    packed, state = quantize_4bit(weight, 64, compress_statistics=nested, quant_type=kind)
+    packed, state = quantize_4bit(weight, blocksize=64, compress_statistics=nested, quant_type=kind)
     more = (state.state2.absmax, state.state2.code, state.offset) if nested else ()
     ours = Quantised((packed, state.absmax, *more), kind, 64, 128, None).weight(dtype)
     theirs = dequantize_4bit(packed, state)

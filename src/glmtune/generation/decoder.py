@@ -83,7 +83,7 @@ class Decoder:
             )
         self.captures = self.device.type == "cuda" and can_be_captured(self.weights)
         self._most_rows_for_kernels = most_rows_for_kernels(
-            self.weights, self.block, self.shape.head_dim
+            self.weights, self.block, self.shape.head_dim, compiled
         )
         self._slots: Slots | None = None
         self._run_block: Callable[..., Tensor] = self.block.run_block

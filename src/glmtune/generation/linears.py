@@ -42,13 +42,12 @@ class DenseLinear:
             )
         return F.linear(x, self.weight_OI, self.bias_O)
 
-    @property
-    def input_dtype(self) -> torch.dtype:
-        """The input type in which `fused` is fastest."""
+    def input_dtype(self, num_rows: int, dtype: torch.dtype) -> torch.dtype:
+        """The input type in which `fused` is fastest, for some rows and the model's type."""
         return self.weight_OI.dtype
 
     def fused(self, x: Tensor, **more: Any) -> Tensor:
-        """The same for a few rows, fused with what else `ops.decoding_kernels.project` takes."""
+        """The same for a batch, fused with what else `ops.decoding_kernels.project` takes."""
         return _kernels().project(x, self.weight_OI, self.bias_O, **more)
 
     def factor(self, x: Tensor) -> Any:
@@ -146,13 +145,12 @@ class GroupQuantised:
         weight_OI = _kernels().unpack(self.weight, x.dtype)
         return F.linear(x, weight_OI, self.bias_O)
 
-    @property
-    def input_dtype(self) -> torch.dtype:
-        """The input type in which `fused` is fastest."""
-        return torch.float32
+    def input_dtype(self, num_rows: int, dtype: torch.dtype) -> torch.dtype:
+        """The input type in which `fused` is fastest, for some rows and the model's type."""
+        return torch.float32 if num_rows <= _kernels().few_rows(self.weight) else dtype
 
     def fused(self, x: Tensor, **more: Any) -> Tensor:
-        """The same for a few rows, fused with what else `ops.decoding_kernels.project` takes."""
+        """The same for a batch, fused with what else `ops.decoding_kernels.project` takes."""
         return _kernels().project(x, self.weight, self.bias_O, **more)
 
     def factor(self, x: Tensor) -> Any:
@@ -175,13 +173,12 @@ class Adapted:
             total = total + F.linear(F.linear(x.to(a_RI.dtype), a_RI), b_OR) * scale
         return total.to(y.dtype)
 
-    @property
-    def input_dtype(self) -> torch.dtype:
-        """The input type in which `fused` is fastest."""
-        return self.base.input_dtype
+    def input_dtype(self, num_rows: int, dtype: torch.dtype) -> torch.dtype:
+        """The input type in which `fused` is fastest, for some rows and the model's type."""
+        return self.base.input_dtype(num_rows, dtype)
 
     def fused(self, x: Tensor, **more: Any) -> Tensor:
-        """The same for a few rows and one update, fused with what else the base's `fused` takes."""
+        """The same for a batch and one update, fused with what else the base's `fused` takes."""
         return self.base.fused(x, update=self._update(x), **more)
 
     def factor(self, x: Tensor) -> Any:
@@ -190,7 +187,10 @@ class Adapted:
 
     def _update(self, x: Tensor) -> Any:
         ((a_RI, b_OR, scale),) = self.updates
-        low = _kernels().project(x, a_RI, dtype=torch.float32)
+        if x[..., 0].numel() > 1:  # a kernel for a rank's outputs would occupy few processors
+            low = F.linear(x.to(a_RI.dtype), a_RI)
+        else:
+            low = _kernels().project(x, a_RI, dtype=torch.float32)
         return low.flatten(0, -2), b_OR, scale
 
 

@@ -1,5 +1,6 @@
 """A model's weights for decoding: adapter applied or merged, in 16, 8 or 4 bits."""
 
+import sys
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import is_dataclass
@@ -81,11 +82,12 @@ def can_be_captured(weights: Weights) -> bool:
     return all(isinstance(_base_of(linear), kinds) for linear in weights.linears)
 
 
-def most_rows_for_kernels(weights: Weights, block: DecodingBlock, head_dim: int) -> int:
+def most_rows_for_kernels(
+    weights: Weights, block: DecodingBlock, head_dim: int, compiled: bool
+) -> int:
     """The most rows of a batch for which one-token steps use `ops.decoding_kernels`.
 
-    Each row reads the weights again. For packed weights that is cheaper than unpacking them for a
-    matrix product; otherwise nothing is gained from a second row on.
+    Compiled layers take the batches whose products are torch's own either way.
     """
     if block.run_block_in_few_kernels is None or not weights.final_norm.weight.is_cuda:
         return 0
@@ -93,6 +95,8 @@ def most_rows_for_kernels(weights: Weights, block: DecodingBlock, head_dim: int)
         return 0
     if not all(can_be_fused(linear) for linear in weights.linears):
         return 0
+    if not compiled:
+        return sys.maxsize
     return 4 if any(isinstance(_base_of(x), GroupQuantised) for x in weights.linears) else 1
 
 

@@ -107,7 +107,7 @@ class DecodingBlock(NamedTuple):
     place, mask (B, 1, 1, K), angles)`` to ``(B, 1, H)``. Writes its key and value at `place`; the
     mask is true for visible columns."""
     run_block_in_few_kernels: Callable[..., Tensor] | None = None
-    """`run_block` for a few rows on a GPU, by `ops.decoding_kernels`; it ignores the mask."""
+    """`run_block` by `ops.decoding_kernels`, on a GPU; it ignores the mask."""
 
 
 def prefill(
@@ -177,11 +177,12 @@ def run_head(hidden_B1H: Tensor, final_norm: Normalisation, head: Projection) ->
 def run_head_in_few_kernels(
     hidden_B1H: Tensor, final_norm: Normalisation, head: Projection
 ) -> Tensor:
-    """`run_head` for a few rows on a GPU."""
+    """`run_head` by `ops.decoding_kernels`."""
     from glmtune.ops.decoding_norms import normalise
 
-    normed = normalise(hidden_B1H, final_norm, head.input_dtype)
-    return head.fused(normed, dtype=final_norm.weight.dtype).squeeze(1)
+    dtype = final_norm.weight.dtype
+    normed = normalise(hidden_B1H, final_norm, head.input_dtype(len(hidden_B1H), dtype))
+    return head.fused(normed, dtype=dtype).squeeze(1)
 
 
 def put(columns_BMKD: Tensor, place: Place, new_BM1D: Tensor) -> None:

@@ -91,7 +91,7 @@ def fork_factors(
     drops = [drop for _, drop in found if drop is not None]
     ranks = {len(adapter.a_RI) for adapter, _ in found}
     fits = len(ranks) == 1 and max(ranks) <= MOST_RANK and len(found) <= _MOST_LINEARS
-    if not (fits and drops and torch.compiler.is_compiling() and x_TI.is_cuda):
+    if not (fits and drops and has_kernels(x_TI)):
         return x_TI, [
             lora_factors(x_TI, adapter, drop) if adapter else None
             for adapter, drop in zip(adapters, dropouts, strict=True)
@@ -106,6 +106,15 @@ def fork_factors(
     x_TI, lows = fork(x_TI, a, first.seed, factors, first.below, first.scale)
     rest = iter(lows)
     return x_TI, [(next(rest), _scaled(adapter, x_TI)) if adapter else None for adapter in adapters]
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether the kernels of forks and gates serve these activations: 16 bits in compiled layers.
+
+    In float32, where no kernel is needed for speed, torch 2.11 compiles `dropped_kernels.fork`
+    without any gradient for the products of the adapters (docs/log.md).
+    """
+    return torch.compiler.is_compiling() and x.is_cuda and x.dtype.itemsize == 2
 
 
 def padded_rank(rank: int) -> int:
@@ -162,7 +171,7 @@ def gated_linears(
     (frozen, adapter), (last, last_adapter), (drop, last_drop) = wide, narrow, dropouts
     x_TI, (update,) = fork_factors(x_TI, [adapter], [drop])
     y_TO = frozen_linear(x_TI, frozen)
-    if not (torch.compiler.is_compiling() and y_TO.is_cuda):
+    if not has_kernels(y_TO):
         first, second = add_update(y_TO, update).chunk(2, -1)
         return lora_linear(F.silu(first) * second, last, last_adapter, last_drop)
     from glmtune.ops.gate_kernels import Gate, GateFork, UpdatedGate

@@ -153,7 +153,8 @@ def run_block_in_few_kernels(
     from glmtune.ops import decoding_attention
     from glmtune.ops.decoding_norms import normalise
 
-    dtype = block.query_key_value.input_dtype  # of all that lies between the kernels
+    # Of all that lies between the kernels.
+    dtype = block.query_key_value.input_dtype(len(hidden_B1H), block.input_norm.weight.dtype)
     normed = normalise(hidden_B1H, block.input_norm, dtype)
     mixed_B1H = block.query_key_value.fused(normed)
     heads_BN3D = mixed_B1H.squeeze(1).unflatten(-1, (-1, 3, keys_BNKD.shape[-1]))

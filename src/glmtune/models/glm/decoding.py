@@ -5,7 +5,7 @@ N heads of queries, G of keys and values, D head size.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from glmtune.models.decoding import (
 )
 from glmtune.models.glm.decoding_kernels import run_block_in_few_kernels
 from glmtune.models.glm.rotary import pair_angles
+from glmtune.models.low_rank import split_lora
+from glmtune.ops.linear import lay_together
 from glmtune.ops.norm import RmsNorm
 from glmtune.ops.rotary import rotate_pairs, rotate_whole_pairs, whole_pair_angles
 
@@ -54,7 +56,11 @@ def weights_of(
         return RmsNorm.of(read_norm(get(name)))
 
     has_four_norms = hasattr(layer, "post_self_attn_layernorm")
-    query, key, value, output = (read(get(f"self_attn.{name}_proj")) for name in "qkvo")
+    qkv = [get(f"self_attn.{name}_proj") for name in "qkv"]
+    bases = [split_lora(module)[0] for module in qkv]
+    if all(type(base) is nn.Linear and base.weight.is_cuda for base in bases):
+        lay_together(cast("list[nn.Linear]", bases))  # one product for many rows
+    query, key, value, output = map(read, [*qkv, get("self_attn.o_proj")])
     return Block(
         norm("input_layernorm"),
         query,

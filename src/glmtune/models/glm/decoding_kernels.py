@@ -31,7 +31,8 @@ def run_block_in_few_kernels(
     from glmtune.ops.decoding_kernels import project_three
     from glmtune.ops.decoding_norms import normalise
 
-    dtype = block.query.input_dtype  # of all that lies between the kernels
+    # Of all that lies between the kernels.
+    dtype = block.query.input_dtype(len(hidden_B1H), block.input_norm.weight.dtype)
     normed = normalise(hidden_B1H, block.input_norm, dtype)
     linears = block.query, block.key, block.value
     mixed_B1X = project_three(normed, [linear.factor(normed) for linear in linears])
