@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO, cast
+from typing import Any, BinaryIO, TextIO
 
 from glmtune.drafts import continued_folder, replacing_file, replacing_folder, write_errors
 from glmtune.errors import UserError
@@ -87,34 +87,35 @@ def check_inside(path: Path) -> None:
 
 
 @contextmanager
-def open_bytes(path: str, encoding: str | None = None) -> Iterator[BinaryIO]:
-    """Open a file to read its bytes; one in another `encoding` is read as UTF-8.
-
-    Raises UserError where it cannot be opened or read, or is not in that encoding.
-    """
+def open_bytes(path: str) -> Iterator[BinaryIO]:
+    """Open a file to read its bytes. Raises UserError where it cannot be opened or read."""
     try:
         with open(path, "rb") as file:
-            yield file if encoding is None else cast(BinaryIO, _InUtf8(path, file, encoding))
+            yield file
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); check the path and its permissions"
         ) from error
 
 
-class _InUtf8:
-    """A binary reader that recodes a file of another encoding to UTF-8."""
+class InUtf8:
+    """A binary reader that recodes a file of another encoding to UTF-8.
+
+    Raises UserError where the file is not in that encoding.
+    """
 
     def __init__(self, path: str, file: BinaryIO, encoding: str) -> None:
         self._path, self._file, self._encoding = path, file, encoding
         self._decoder = codecs.getincrementaldecoder(encoding)()
-        self._left = b""
+        self._left, self._place = b"", 0
 
     def read(self, size: int) -> bytes:
         """Return the next `size` bytes, fewer only at the end."""
         pieces, at_end = [self._left], False
         while sum(map(len, pieces)) < size and not at_end:
-            start = self._file.tell()
+            start = self._place
             data = self._file.read(size)
+            self._place += len(data)
             at_end = not data
             try:
                 pieces.append(self._decoder.decode(data, at_end).encode())

@@ -6,6 +6,7 @@ from functools import partial
 from itertools import groupby, islice
 from typing import ClassVar, Literal, TypeVar
 
+from glmtune.data.containers import read_batches
 from glmtune.data.conversations import ASSISTANT, SYSTEM, USER, Example, Turn
 from glmtune.data.fields import (
     ALPACA,
@@ -23,7 +24,6 @@ from glmtune.data.fields import (
 )
 from glmtune.data.flaws import Flaw, kind_of, show
 from glmtune.data.formats import FORMATS, read_example, recognise
-from glmtune.data.jsonfile import read_batches
 from glmtune.data.templates import question_of
 from glmtune.errors import UserError
 
@@ -31,8 +31,15 @@ OnBadRow = Literal["fail", "skip"]
 RECORDS, CONTEXT_TARGET = "alpaca", "context/target"
 
 
+def place_of(path: str, line: int, row: int) -> str:
+    """Where a row stands, for messages; line 0 is that of files without lines."""
+    return f"{path}:{line} (row {row})" if line else f"{path} (row {row})"
+
+
 class _Placed:
-    """Where a row stands in a file: its number, and the line on which it starts, both from 1."""
+    """Where a row stands in a file: its number, and the line on which it starts, both from 1.
+
+    The line is 0 in files without lines."""
 
     __slots__ = ()
     path: str
@@ -42,7 +49,7 @@ class _Placed:
     @property
     def where(self) -> str:
         """The place as a reader of messages needs it: "data.json:12 (row 3)"."""
-        return f"{self.path}:{self.line} (row {self.row})"
+        return place_of(self.path, self.line, self.row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +142,7 @@ def read_alpaca(
     what users expect to be trained on (see fields.unused_fields). The file is a JSON list or JSON
     lines; the content decides which. A bad row raises UserError, or with on_bad_row="skip" is
     returned in the second list. UserError is also raised when the file as a whole cannot be read
-    (see jsonfile.read_batches), is a list but not valid JSON, or has no usable row.
+    (see containers.read_batches), is a list but not valid JSON, or has no usable row.
 
     Questions that are only to be answered need no output: a missing one is read as empty.
     """
@@ -223,6 +230,7 @@ def each_row(
                 good = check(fields_of(value), path, row, line)
             except Flaw as flaw:
                 _refuse_broken_list(path, line, flaw)
+                _refuse_missing_column(path, batch.columns, flaw)
                 yield BadRow(path, row, line, str(flaw))
             else:
                 yield good
@@ -245,6 +253,15 @@ def check_usable(path: str, on_bad_row: OnBadRow, has_good: bool, bad: Sequence[
 def _refuse_broken_list(path: str, line: int, flaw: Flaw) -> None:
     if flaw.breaks_list:
         raise UserError(f"{path}:{line}: {flaw}") from flaw
+
+
+def _refuse_missing_column(path: str, columns: Sequence[str] | None, flaw: Flaw) -> None:
+    """Raise UserError where no row of a table can have a field, since that has no such column."""
+    if columns is not None and flaw.is_missing and flaw.field not in columns:
+        raise UserError(
+            f'{path}: no column is named "{flaw.field}", the table has {show(list(columns))}; '
+            f"{flaw.fix}"
+        ) from flaw
 
 
 def fields_of(value: object) -> dict:

@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from glmtune import __version__
 from glmtune.config.settings import ValidateSettings
+from glmtune.data.containers import read_batches
 from glmtune.data.files import new_file
-from glmtune.data.jsonfile import read_batches
 from glmtune.data.validation.check import CheckedFile, FileCheck
 from glmtune.data.validation.duplicates import Fingerprints, find_repeats, find_shared_questions
 from glmtune.data.validation.problems import Problem, Problems
