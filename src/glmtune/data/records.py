@@ -6,7 +6,6 @@ from functools import partial
 from itertools import groupby, islice
 from typing import ClassVar, Literal, TypeVar
 
-from glmtune.data.containers import read_batches
 from glmtune.data.conversations import ASSISTANT, SYSTEM, USER, Example, Turn
 from glmtune.data.fields import (
     ALPACA,
@@ -24,6 +23,7 @@ from glmtune.data.fields import (
 )
 from glmtune.data.flaws import Flaw, kind_of, show
 from glmtune.data.formats import FORMATS, read_example, recognise
+from glmtune.data.sources import find_source
 from glmtune.data.templates import question_of
 from glmtune.errors import UserError
 
@@ -142,7 +142,7 @@ def read_alpaca(
     what users expect to be trained on (see fields.unused_fields). The file is a JSON list or JSON
     lines; the content decides which. A bad row raises UserError, or with on_bad_row="skip" is
     returned in the second list. UserError is also raised when the file as a whole cannot be read
-    (see containers.read_batches), is a list but not valid JSON, or has no usable row.
+    (see sources.find_source), is a list but not valid JSON, or has no usable row.
 
     Questions that are only to be answered need no output: a missing one is read as empty.
     """
@@ -215,27 +215,27 @@ def each_row(
     """Yield each row of a file as `check` returns it, or what is wrong with it.
 
     Args:
-        path: the file.
+        path: the file, or what else sources.find_source knows.
         encoding: its encoding, where that is not UTF-8.
-        check: takes a row's fields, path, number and line; raises Flaw.
+        check: takes a row's fields, file, number and line; raises Flaw.
 
     Raises:
         UserError: the file as a whole cannot be read, or is a list but not valid JSON.
     """
     row = 0
-    for batch in read_batches(path, encoding):
+    for file, batch in find_source(path).batches(encoding):
         for line, value in zip(batch.lines, batch.values, strict=True):
             row += 1
             try:
-                good = check(fields_of(value), path, row, line)
+                good = check(fields_of(value), file, row, line)
             except Flaw as flaw:
-                _refuse_broken_list(path, line, flaw)
-                _refuse_missing_column(path, batch.columns, flaw)
-                yield BadRow(path, row, line, str(flaw))
+                _refuse_broken_list(file, line, flaw)
+                _refuse_missing_column(file, batch.columns, flaw)
+                yield BadRow(file, row, line, str(flaw))
             else:
                 yield good
         for line, fault in batch.between:
-            _refuse_broken_list(path, line, fault)
+            _refuse_broken_list(file, line, fault)
 
 
 def check_usable(path: str, on_bad_row: OnBadRow, has_good: bool, bad: Sequence[BadRow]) -> None:

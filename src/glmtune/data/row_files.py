@@ -17,6 +17,7 @@ from glmtune.data.records import (
     format_of,
     read_row,
 )
+from glmtune.data.sources import find_source
 from glmtune.data.templates import context_of, has_rounds, is_alpaca
 from glmtune.errors import UserError
 
@@ -111,7 +112,10 @@ def look_through(
     Raises:
         UserError: as `records.read_alpaca`.
     """
-    file = RowFile(path, encoding, format)
+    listed = find_source(path).format
+    if format and listed and format != listed:
+        raise UserError(f"{path}: is listed as {listed}, and format is {format}; leave format out")
+    file = RowFile(path, encoding, format or listed)
     file._look_through()
     check_usable(path, on_bad_row, file.num_good > 0, file.bad_rows)
     return file

@@ -21,10 +21,11 @@ from glmtune.data.conversation_rows import (
 )
 from glmtune.data.dataset import HISTOGRAM_FILE, RowTokenizer, check_replaceable
 from glmtune.data.encoded_rows import SHARE_TO_KEEP, EncodedRows, RowCounts
-from glmtune.data.files import resumable_folder, sha256_of
+from glmtune.data.files import resumable_folder
 from glmtune.data.lengths import plot_lengths
 from glmtune.data.records import Conversation, Row
 from glmtune.data.row_files import RowFile, look_through
+from glmtune.data.sources import find_source
 from glmtune.data.templates import has_rounds
 from glmtune.data.token_files import TokenFiles, has_whole_file, stays
 from glmtune.data.token_summary import TokenizeSummary, make_card, summarise
@@ -77,7 +78,7 @@ def _tokenize(
 ) -> TokenizeSummary:
     file = _look_through(settings)
     settings = _in_effect(settings, file)
-    source = Path(settings.jsonl_path).name, sha256_of(settings.jsonl_path)
+    source = Path(settings.jsonl_path).name, find_source(settings.jsonl_path).digest
     made_from = _made_from(settings, tokenizer, source[1])
     with resumable_folder(settings.save_path, stays) as folder:
         files = _begin(folder, settings, made_from)
