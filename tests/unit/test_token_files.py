@@ -12,7 +12,7 @@ import pytest
 from glm_folders import toy_tiktoken, write_folder
 
 from glmtune.config.settings import TokenizeSettings
-from glmtune.data import token_files, tokenizing
+from glmtune.data import row_files, token_files, tokenizing
 from glmtune.data.tokenizing import tokenize
 from glmtune.drafts import continued_folder
 from glmtune.errors import UserError
@@ -42,6 +42,7 @@ def _small_files(tmp_path, monkeypatch):
     """Files of a few rows, and a histogram that costs no time."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(token_files, "TOKENS_PER_FILE", 60)
+    monkeypatch.setattr(row_files, "KEPT_CHARACTERS", 60)
     monkeypatch.setattr(tokenizing, "ROWS_PER_BATCH", 3)
     monkeypatch.setattr(tokenizing, "CONVERSATIONS_PER_BATCH", 3)
     monkeypatch.setattr(tokenizing, "plot_lengths", lambda path, **_: path.write_text("drawn"))

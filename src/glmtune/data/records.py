@@ -72,6 +72,12 @@ class Record(_Placed):
     system: str = ""
 
     @property
+    def num_characters(self) -> int:
+        """Characters of its texts."""
+        earlier = sum(len(text) for pair in self.history for text in pair)
+        return earlier + sum(map(len, (self.system, self.instruction, self.input, self.output)))
+
+    @property
     def example(self) -> Example:
         """The record as a conversation; its input follows the instruction on a line of its own."""
         system = [Turn(SYSTEM, self.system)] if self.system.strip() else []

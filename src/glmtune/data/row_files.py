@@ -21,6 +21,9 @@ from glmtune.data.sources import find_source
 from glmtune.data.templates import context_of, has_rounds, is_alpaca
 from glmtune.errors import UserError
 
+KEPT_CHARACTERS = 1 << 23
+"""Characters of rows that are kept for the second reading; most files have fewer."""
+
 
 @dataclass(slots=True)
 class RowFile:
@@ -39,6 +42,8 @@ class RowFile:
     Records without a system text or earlier rounds are the contexts that `convert` writes. If one
     of a file has either, all are conversations."""
     row_is_line: bool = True
+    _kept: list[Record | Row | Conversation] | None = field(default_factory=list, repr=False)
+    """The good rows, while they are few."""
     template: str | None = None
     """The template of the contexts of first questions, "alpaca" or "custom"; one after earlier
     rounds has none."""
@@ -55,7 +60,8 @@ class RowFile:
             UserError: it has changed since it was looked through, or cannot be read any more.
         """
         number = 0
-        for row in each_row(self.path, self.encoding, self._read):
+        rows = self._kept or each_row(self.path, self.encoding, self._read)
+        for row in rows:
             if isinstance(row, Record):
                 number += 1
                 yield _conversation(row) if self.has_turns else _context(row)
@@ -73,7 +79,7 @@ class RowFile:
         return read_row(self.format, fields, path, row, line)
 
     def _look_through(self) -> None:
-        earlier_rounds = False
+        earlier_rounds, num_characters = False, 0
         for row in tqdm(
             each_row(self.path, self.encoding, self._read), desc="read", unit="row", delay=1
         ):
@@ -83,6 +89,11 @@ class RowFile:
                 continue
             self.num_good += 1
             self.fields.count(row)
+            num_characters += row.num_characters
+            if num_characters > KEPT_CHARACTERS:
+                self._kept = None
+            elif self._kept is not None:
+                self._kept.append(row)
             if isinstance(row, Record):
                 self.template = "alpaca"
                 earlier_rounds = earlier_rounds or bool(row.history or row.system)
