@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 
-from glmtune.data.jsonfile import read_batches
+from glmtune.data.containers import read_batches
 
 start = time.perf_counter()
 num_rows = sum(len(batch.values) for batch in read_batches(sys.argv[1]))

@@ -22,8 +22,8 @@ from glmtune.config.settings import (
     TuneSettings,
 )
 from glmtune.data.dataset import check_is_folder
-from glmtune.data.files import open_bytes
 from glmtune.data.jsonlines import check_appendable
+from glmtune.data.sources import find_source
 from glmtune.models.base_files import check_targets, read_settings
 from glmtune.models.resolve import resolve_base
 from glmtune.run_files import check_bundle
@@ -38,8 +38,7 @@ def check_answering(
         UserError: one does not exist.
     """
     if not isinstance(settings, ChatSettings) and settings.data_path:
-        with open_bytes(settings.data_path):
-            pass
+        find_source(settings.data_path).check_readable()
     if settings.adapter:
         find_adapter(settings.adapter)
     check_base(settings.base, settings.adapter)
@@ -65,8 +64,7 @@ def check_rows(settings: InspectSettings) -> None:
         UserError: they cannot, or it does not.
     """
     if not Path(settings.jsonl_path).is_dir():
-        with open_bytes(settings.jsonl_path):
-            pass
+        find_source(settings.jsonl_path).check_readable()
     check_base(settings.base)
 
 
@@ -78,8 +76,7 @@ def check_tuning(settings: TuneSettings) -> None:
     """
     if settings.lora_target:
         check_targets(settings.lora_target, resolve_base(settings.base))
-    with open_bytes(settings.data_path):
-        pass
+    find_source(settings.data_path).check_readable()
     check_base(settings.base)
 
 

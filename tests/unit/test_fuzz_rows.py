@@ -15,7 +15,7 @@ from contextlib import suppress
 import pytest
 
 from glmtune.config.settings import ValidateSettings
-from glmtune.data import jsonfile, windows
+from glmtune.data import containers, windows
 from glmtune.data.flaws import Flaw
 from glmtune.data.records import read_alpaca, read_rows
 from glmtune.data.validation import validate
@@ -122,7 +122,7 @@ def read(path: str) -> tuple[list[tuple], list[tuple], str]:
     """Rows as (line, JSON or flaw), what is wrong between them, and what with the file."""
     rows, between = [], []
     try:
-        for batch in jsonfile.read_batches(path):
+        for batch in containers.read_batches(path):
             rows += zip(batch.lines, map(plain, batch.values), strict=True)
             between += [(line, str(fault)) for line, fault in batch.between]
     except UserError as error:

@@ -5,7 +5,7 @@ import tracemalloc
 
 import pytest
 
-from glmtune.data import jsonfile, windows
+from glmtune.data import containers, windows
 from glmtune.data.flaws import Flaw
 
 ROW = '{"instruction": "说", "output": "好"}'
@@ -19,7 +19,7 @@ def read(tmp_path):
         path = tmp_path / name
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         rows, between = [], []
-        for batch in jsonfile.read_batches(str(path)):
+        for batch in containers.read_batches(str(path)):
             values = [v.kind if isinstance(v, Flaw) else v for v in batch.values]
             rows += zip(batch.lines, values, strict=True)
             between += [(line, fault.what) for line, fault in batch.between]
@@ -156,7 +156,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, is_list):
     path.write_text(start + between.join([ROW] * 300_000) + end, encoding="utf-8")
     assert path.stat().st_size > 10e6
     tracemalloc.start()
-    num_rows = sum(len(batch.values) for batch in jsonfile.read_batches(str(path)))
+    num_rows = sum(len(batch.values) for batch in containers.read_batches(str(path)))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert num_rows == 300_000
@@ -168,8 +168,8 @@ def test_rows_that_hold_objects_are_read_in_bulk(tmp_path, monkeypatch):
     rows = [{"turns": [{"a": i}, {"a": "},{"}], "id": [{"turns": i}]} for i in range(300)]
     path = tmp_path / "a.json"
     path.write_text(json.dumps(rows, indent=1))
-    expected = [row for batch in jsonfile.read_batches(str(path)) for row in batch.values]
-    lines = [line for batch in jsonfile.read_batches(str(path)) for line in batch.lines]
+    expected = [row for batch in containers.read_batches(str(path)) for row in batch.values]
+    lines = [line for batch in containers.read_batches(str(path)) for line in batch.lines]
     assert expected == rows
     assert lines == list(range(2, 2 + 15 * 300, 15))
     by_row = []
@@ -181,6 +181,6 @@ def test_rows_that_hold_objects_are_read_in_bulk(tmp_path, monkeypatch):
 
     monkeypatch.setattr(windows, "WINDOW_BYTES", 1 << 12)
     monkeypatch.setattr(windows.List, "_read_by_row", read_by_row)
-    again = [row for batch in jsonfile.read_batches(str(path)) for row in batch.values]
+    again = [row for batch in containers.read_batches(str(path)) for row in batch.values]
     assert again == rows
     assert len(by_row) <= 2

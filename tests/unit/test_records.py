@@ -1,6 +1,5 @@
 """Reading rows: the place of each, what is wrong with it, and the real format of a file."""
 
-import gzip
 import json
 
 import pytest
@@ -136,7 +135,7 @@ def test_a_broken_json_line_is_a_bad_row(write):
         ("42", "a.json: JSON, but a number, not a list"),
         ("null", "a.json: JSON, but null, not a list"),
         ("<!DOCTYPE html><html>", "a.json: a web page, not JSON"),
-        ("instruction,output\na,b", "a.json:1 (row 1): not JSON"),
+        ("some words\na,b", "a.json:1 (row 1): not JSON"),
         ("[" + GOOD + "\n" + GOOD + "]", "a.json:2: not JSON (a comma or ] is missing"),
         ("[" + GOOD + "\n,]", "a.json:2: not JSON (a comma stands before the closing ]"),
         ("[" + GOOD + ",\n{'a': 1}]", "a.json:2: not JSON (Expecting property name"),
@@ -178,7 +177,6 @@ CHINESE = '[\n{"instruction": "一二三四", "output": "一种说明。"}]'
             "likely CP1252;",
         ),
         (CHINESE.encode()[:-7], "a.json:2: the list ends early", "cut off"),
-        (gzip.compress(GOOD.encode(), mtime=0), "not UTF-8 at byte 1,", "binary data"),
         (bytes(range(256)), "not UTF-8 at byte 0,", "binary data"),
     ],
 )

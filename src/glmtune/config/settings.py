@@ -46,8 +46,8 @@ class ValidateSettings(FormatSettings):
     bare_words = ("files",)
     files: tuple[PathText, ...] = Field(
         min_length=1,
-        description="rows to check, .json (a list) or .jsonl: conversations, alpaca records, or "
-        "what `glmtune convert` wrote",
+        description="rows to check, in JSON, JSON lines, CSV, TSV, Parquet or Arrow, packed or "
+        "not: conversations, alpaca records, or what `glmtune convert` wrote",
     )
     held_out: PathText | None = Field(
         None, description="rows kept for testing: none of their questions may occur in the files"
@@ -82,7 +82,9 @@ class ConvertSettings(BadRowSettings, BaseModelSettings):
     verb = "convert"
     group: ClassVar[str] = "data"
     reads_and_writes = ("data_path", "save_path")
-    data_path: PathText = Field(description="alpaca records to read: .json (a list) or .jsonl")
+    data_path: PathText = Field(
+        description="alpaca records to read, in JSON, JSON lines, CSV, TSV, Parquet or Arrow"
+    )
     save_path: PathText = Field(
         description="JSONL file to write, a line of context and target per row"
     )
@@ -97,8 +99,9 @@ class RowSettings(FormatSettings, BadRowSettings, BaseModelSettings):
     group: ClassVar[str] = "data"
     bare_words = ("jsonl_path",)
     jsonl_path: PathText = Field(
-        description="rows to read, .json (a list) or .jsonl: conversations, alpaca records, or "
-        "what `glmtune convert` wrote"
+        description="rows to read, in JSON, JSON lines, CSV, TSV, Parquet or Arrow, packed or not: "
+        "conversations, alpaca records, or what `glmtune convert` wrote; "
+        "DIR/dataset_info.json#NAME is a data set of LLaMA-Factory's list"
     )
     learn: Literal["each", "last", "marked"] = Field(
         "each",
@@ -148,6 +151,9 @@ class TokenizeSettings(RowSettings):
     group: ClassVar[str] = "data"
     reads_and_writes = ("jsonl_path", "save_path")
     save_path: PathText = Field(description="folder to write, for datasets.load_from_disk")
+    resume: bool = Field(
+        False, description="go on where a command that was killed or interrupted had got to"
+    )
 
 
 class InspectSettings(RowSettings):
@@ -165,7 +171,9 @@ class RecordSettings(BadRowSettings):
     """Which records are answered."""
 
     group: ClassVar[str] = "data"
-    data_path: PathText = Field(description="alpaca records to answer: .json (a list) or .jsonl")
+    data_path: PathText = Field(
+        description="alpaca records to answer, in JSON, JSON lines, CSV, TSV, Parquet or Arrow"
+    )
     overwrite_output: bool = Field(
         False, description="start over instead of continuing an unfinished file of answers"
     )

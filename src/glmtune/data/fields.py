@@ -9,9 +9,9 @@ import ast
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 from glmtune.data.flaws import Flaw, kind_of, show
@@ -56,20 +56,19 @@ class Names(NamedTuple):
 ALPACA = Names()
 
 
-@cache
-def _named(instruction: str, input: str | None, output: str) -> Names:
-    """Return one shared tuple for the millions of rows that have the same names."""
-    return Names(instruction, input, output)
-
-
 def names_of(fields: Mapping[str, object]) -> Names:
     """Decide which fields make a record; a missing one has the name that alpaca gives it."""
+    return _names_among(tuple(fields))
+
+
+@lru_cache(1024)  # the millions of rows of a file have the same few sets of fields
+def _names_among(fields: tuple[str, ...]) -> Names:
     instruction, output = _first(_QUESTIONS, fields), _first(_ANSWERS, fields)
     for asked, answer in () if instruction else _PAIRS:
         if asked in fields and answer in fields:
-            return _named(asked, None if asked == "input" else "input", answer)
+            return Names(asked, None if asked == "input" else "input", answer)
     input = _first(_INPUTS, fields) or "input"
-    return _named(instruction or "instruction", input, output or "output")
+    return Names(instruction or "instruction", input, output or "output")
 
 
 def is_record(fields: Mapping[str, object]) -> bool:
@@ -78,7 +77,7 @@ def is_record(fields: Mapping[str, object]) -> bool:
     return names.instruction in fields and names.output in fields
 
 
-def _first(names: Iterable[str], fields: Mapping[str, object]) -> str | None:
+def _first(names: Iterable[str], fields: Container[str]) -> str | None:
     return next((name for name in names if name in fields), None)
 
 

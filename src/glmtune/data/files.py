@@ -5,12 +5,12 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO, cast
+from typing import Any, BinaryIO, TextIO
 
-from glmtune.drafts import replacing_file, replacing_folder, write_errors
+from glmtune.drafts import continued_folder, replacing_file, replacing_folder, write_errors
 from glmtune.errors import UserError
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -87,34 +87,35 @@ def check_inside(path: Path) -> None:
 
 
 @contextmanager
-def open_bytes(path: str, encoding: str | None = None) -> Iterator[BinaryIO]:
-    """Open a file to read its bytes; one in another `encoding` is read as UTF-8.
-
-    Raises UserError where it cannot be opened or read, or is not in that encoding.
-    """
+def open_bytes(path: str) -> Iterator[BinaryIO]:
+    """Open a file to read its bytes. Raises UserError where it cannot be opened or read."""
     try:
         with open(path, "rb") as file:
-            yield file if encoding is None else cast(BinaryIO, _InUtf8(path, file, encoding))
+            yield file
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); check the path and its permissions"
         ) from error
 
 
-class _InUtf8:
-    """A binary reader that recodes a file of another encoding to UTF-8."""
+class InUtf8:
+    """A binary reader that recodes a file of another encoding to UTF-8.
+
+    Raises UserError where the file is not in that encoding.
+    """
 
     def __init__(self, path: str, file: BinaryIO, encoding: str) -> None:
         self._path, self._file, self._encoding = path, file, encoding
         self._decoder = codecs.getincrementaldecoder(encoding)()
-        self._left = b""
+        self._left, self._place = b"", 0
 
     def read(self, size: int) -> bytes:
         """Return the next `size` bytes, fewer only at the end."""
         pieces, at_end = [self._left], False
         while sum(map(len, pieces)) < size and not at_end:
-            start = self._file.tell()
+            start = self._place
             data = self._file.read(size)
+            self._place += len(data)
             at_end = not data
             try:
                 pieces.append(self._decoder.decode(data, at_end).encode())
@@ -211,4 +212,17 @@ def new_folder(path: str) -> Iterator[Path]:
     with write_errors(path):
         Path(os.path.realpath(path)).parent.mkdir(parents=True, exist_ok=True)
         with replacing_folder(path) as draft:
+            yield draft
+
+
+@contextmanager
+def resumable_folder(path: str, stays: Callable[[Path, BaseException], bool]) -> Iterator[Path]:
+    """Yield a folder as `new_folder` does, and after a killed process what it had written.
+
+    After an error it is removed unless it `stays`. Raises UserError as that does, and while another
+    process writes it.
+    """
+    with write_errors(path):
+        Path(os.path.realpath(path)).parent.mkdir(parents=True, exist_ok=True)
+        with continued_folder(path, stays) as draft:
             yield draft

@@ -23,6 +23,11 @@ class Flaw(Exception):
         self.kind, self.what, self.fix = kind, what, fix
         self.field, self.breaks_list = field, breaks_list
 
+    @property
+    def is_missing(self) -> bool:
+        """Whether the row has no field of the name, unlike a turn in it that lacks one."""
+        return self.kind == "missing field" and self.what.startswith("field ")
+
 
 def no_json(
     error: json.JSONDecodeError | RecursionError, place: str, breaks_list: bool = False

@@ -4,12 +4,13 @@ Only a window of the file is in memory, however long the file is.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import BinaryIO
 
 import orjson
 
 from glmtune.data import windows
-from glmtune.data.files import open_bytes, refuse_other_formats
+from glmtune.data.files import refuse_other_formats
 from glmtune.data.flaws import Flaw, kind_of, show
 from glmtune.data.windows import BLANK, Batch, Lines, List
 from glmtune.errors import UserError
@@ -18,22 +19,20 @@ HEAD_BYTES = 1 << 16
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-def read_batches(path: str, encoding: str | None = None) -> Iterator[Batch]:
+def read_json(path: str, file: BinaryIO) -> Iterator[Batch]:
     """Yield all rows of a JSON list or of JSON lines; the content decides which it is.
 
-    `encoding` is the file's encoding where that is not UTF-8. Raises UserError when the file cannot
-    be read, is empty, or is something else: see files.refuse_other_formats; a web page; a single
-    object.
+    `file` is that of `path`, read as UTF-8. Raises UserError when it is empty, or something else:
+    see files.refuse_other_formats; a web page; a single object.
     """
     num_rows, first = 0, None
-    with open_bytes(path, encoding) as file:
-        reader, buffer = _find_rows(path, file)
-        for batch in _batches(file, buffer, reader):
-            if batch.values and not num_rows:
-                first = batch.values[0]
-            num_rows += len(batch.values)
-            yield batch
-    holds_rows = isinstance(reader, List) or path.endswith(".jsonl")
+    reader, buffer = _find_rows(path, file)
+    for batch in _batches(file, buffer, reader):
+        if batch.values and not num_rows:
+            first = batch.values[0]
+        num_rows += len(batch.values)
+        yield batch
+    holds_rows = isinstance(reader, List) or ".jsonl" in Path(path).suffixes
     if num_rows == 1 and not (holds_rows or isinstance(first, Flaw)):
         what = f"an object with the keys {show(list(first))}" if isinstance(first, dict) else None
         raise UserError(

@@ -1,6 +1,6 @@
 """Read rows of a JSON list or of JSON lines, each with its file, row and line, and check them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
@@ -12,7 +12,6 @@ from glmtune.data.fields import (
     CONVERSATIONS,
     HISTORY,
     ROW_FIELDS,
-    FieldUse,
     Names,
     history_of,
     is_empty,
@@ -24,16 +23,23 @@ from glmtune.data.fields import (
 )
 from glmtune.data.flaws import Flaw, kind_of, show
 from glmtune.data.formats import FORMATS, read_example, recognise
-from glmtune.data.jsonfile import read_batches
-from glmtune.data.templates import context_of, question_of
+from glmtune.data.sources import find_source
+from glmtune.data.templates import question_of
 from glmtune.errors import UserError
 
 OnBadRow = Literal["fail", "skip"]
 RECORDS, CONTEXT_TARGET = "alpaca", "context/target"
 
 
+def place_of(path: str, line: int, row: int) -> str:
+    """Where a row stands, for messages; line 0 is that of files without lines."""
+    return f"{path}:{line} (row {row})" if line else f"{path} (row {row})"
+
+
 class _Placed:
-    """Where a row stands in a file: its number, and the line on which it starts, both from 1."""
+    """Where a row stands in a file: its number, and the line on which it starts, both from 1.
+
+    The line is 0 in files without lines."""
 
     __slots__ = ()
     path: str
@@ -43,7 +49,7 @@ class _Placed:
     @property
     def where(self) -> str:
         """The place as a reader of messages needs it: "data.json:12 (row 3)"."""
-        return f"{self.path}:{self.line} (row {self.row})"
+        return place_of(self.path, self.line, self.row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +70,12 @@ class Record(_Placed):
     history: tuple[tuple[str, str], ...] = ()
     names: Names = ALPACA
     system: str = ""
+
+    @property
+    def num_characters(self) -> int:
+        """Characters of its texts."""
+        earlier = sum(len(text) for pair in self.history for text in pair)
+        return earlier + sum(map(len, (self.system, self.instruction, self.input, self.output)))
 
     @property
     def example(self) -> Example:
@@ -87,6 +99,11 @@ class Row(_Placed):
     line: int
     unused: tuple[str, ...] = ()
 
+    @property
+    def num_characters(self) -> int:
+        """Characters of its texts."""
+        return len(self.context) + len(self.target)
+
 
 @dataclass(frozen=True, slots=True)
 class Conversation(_Placed):
@@ -99,6 +116,11 @@ class Conversation(_Placed):
     row: int
     line: int
     unused: tuple[str, ...] = ()
+
+    @property
+    def num_characters(self) -> int:
+        """Characters of its texts."""
+        return sum(len(turn.text) for turn in self.example.turns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,16 +136,6 @@ class BadRow(_Placed):
 Placed = TypeVar("Placed", bound=_Placed)
 
 
-@dataclass(frozen=True, slots=True)
-class AnyRows:
-    """The rows of a file of any format: contexts with their targets, or conversations."""
-
-    format: str
-    rows: list[Row] | list[Conversation]
-    bad_rows: list[BadRow]
-    fields: FieldUse
-
-
 def read_alpaca(
     path: str,
     on_bad_row: OnBadRow = "fail",
@@ -136,7 +148,7 @@ def read_alpaca(
     what users expect to be trained on (see fields.unused_fields). The file is a JSON list or JSON
     lines; the content decides which. A bad row raises UserError, or with on_bad_row="skip" is
     returned in the second list. UserError is also raised when the file as a whole cannot be read
-    (see jsonfile.read_batches), is a list but not valid JSON, or has no usable row.
+    (see sources.find_source), is a list but not valid JSON, or has no usable row.
 
     Questions that are only to be answered need no output: a missing one is read as empty.
     """
@@ -148,52 +160,6 @@ def read_rows(
 ) -> tuple[list[Row], list[BadRow]]:
     """Read rows of `context` and `target`, which `convert` writes; errors as in read_alpaca."""
     return _read(path, on_bad_row, encoding, context_and_target)
-
-
-def read_any(
-    path: str,
-    format: str | None = None,
-    on_bad_row: OnBadRow = "fail",
-    encoding: str | None = None,
-) -> AnyRows:
-    """Read rows of any format; errors as in read_alpaca.
-
-    Records without a system text or earlier rounds become the contexts that `convert` writes. If
-    one of a file has either, all become conversations.
-
-    Args:
-        path: the file.
-        format: its name, of `FORMATS` or beside them; None for that of the first row.
-        on_bad_row: as in read_alpaca.
-        encoding: as in read_alpaca.
-    """
-    reader = _AnyReader(format)
-    good, bad_rows = _read(path, on_bad_row, encoding, reader.read)
-    assert reader.format is not None
-    use = FieldUse.of(good)
-    records = [row for row in good if isinstance(row, Record)]
-    if any(record.history or record.system for record in records):
-        use.num_with_history = 0  # they are turns like any others
-        places = ((r.example, r.path, r.row, r.line, r.unused) for r in records)
-        return AnyRows(reader.format, [Conversation(*place) for place in places], bad_rows, use)
-    contexts = [
-        Row(context_of(r.instruction, r.input), r.output, r.path, r.row, r.line, r.unused)
-        for r in records
-    ]
-    conversations = [row for row in good if isinstance(row, Conversation)]
-    rows = [row for row in good if isinstance(row, Row)]
-    return AnyRows(reader.format, contexts or conversations or rows, bad_rows, use)
-
-
-class _AnyReader:
-    """Reads rows in one format, which the first row decides unless it is named."""
-
-    def __init__(self, format: str | None) -> None:
-        self.format = format
-
-    def read(self, fields: dict, path: str, row: int, line: int) -> Record | Row | Conversation:
-        self.format = self.format or format_of(fields)
-        return read_row(self.format, fields, path, row, line)
 
 
 def format_of(fields: Mapping[str, object]) -> str:
@@ -243,31 +209,65 @@ def _read(
 ) -> tuple[list[Placed], list[BadRow]]:
     good: list[Placed] = []
     bad: list[BadRow] = []
-    for batch in read_batches(path, encoding):
+    for row in each_row(path, encoding, check):
+        bad.append(row) if isinstance(row, BadRow) else good.append(row)
+    check_usable(path, on_bad_row, bool(good), bad)
+    return good, bad
+
+
+def each_row(
+    path: str, encoding: str | None, check: Callable[[dict, str, int, int], Placed]
+) -> Iterator[Placed | BadRow]:
+    """Yield each row of a file as `check` returns it, or what is wrong with it.
+
+    Args:
+        path: the file, or what else sources.find_source knows.
+        encoding: its encoding, where that is not UTF-8.
+        check: takes a row's fields, file, number and line; raises Flaw.
+
+    Raises:
+        UserError: the file as a whole cannot be read, or is a list but not valid JSON.
+    """
+    row = 0
+    for file, batch in find_source(path).batches(encoding):
         for line, value in zip(batch.lines, batch.values, strict=True):
-            row = len(good) + len(bad) + 1
+            row += 1
             try:
-                good.append(check(fields_of(value), path, row, line))
+                good = check(fields_of(value), file, row, line)
             except Flaw as flaw:
-                _refuse_broken_list(path, line, flaw)
-                bad.append(BadRow(path, row, line, str(flaw)))
+                _refuse_broken_list(file, line, flaw)
+                _refuse_missing_column(file, batch.columns, flaw)
+                yield BadRow(file, row, line, str(flaw))
+            else:
+                yield good
         for line, fault in batch.between:
-            _refuse_broken_list(path, line, fault)
-    if bad and (on_bad_row == "fail" or not good):
+            _refuse_broken_list(file, line, fault)
+
+
+def check_usable(path: str, on_bad_row: OnBadRow, has_good: bool, bad: Sequence[BadRow]) -> None:
+    """Raise UserError where a file's rows are not to be used, as bad ones are among them."""
+    if bad and (on_bad_row == "fail" or not has_good):
         first, others = bad[0], [flawed.row for flawed in bad[1:]]
         more = f" (bad as well: {name_rows(others, limit=5)})" if others else ""
-        fix = (
-            f", or leave bad rows out with --on_bad_row skip{more}" if good else " (no row is good)"
-        )
+        skip = f", or leave bad rows out with --on_bad_row skip{more}"
+        fix = skip if has_good else " (no row is good)"
         raise UserError(f"{first.where}: {first.reason}{fix}")
-    if not good:
+    if not has_good:
         raise UserError(f"{path}: holds no row; check that this is the right file")
-    return good, bad
 
 
 def _refuse_broken_list(path: str, line: int, flaw: Flaw) -> None:
     if flaw.breaks_list:
         raise UserError(f"{path}:{line}: {flaw}") from flaw
+
+
+def _refuse_missing_column(path: str, columns: Sequence[str] | None, flaw: Flaw) -> None:
+    """Raise UserError where no row of a table can have a field, since that has no such column."""
+    if columns is not None and flaw.is_missing and flaw.field not in columns:
+        raise UserError(
+            f'{path}: no column is named "{flaw.field}", the table has {show(list(columns))}; '
+            f"{flaw.fix}"
+        ) from flaw
 
 
 def fields_of(value: object) -> dict:

@@ -50,13 +50,15 @@ class Batch:
     """Consecutive rows: `lines[i]` is the line, from 1, on which `values[i]` starts.
 
     A value is what json makes of the row, or a Flaw instead. `between` has the lines and Flaws of
-    what is wrong outside of rows. The batch took `num_bytes` of the file.
+    what is wrong outside of rows. The batch took `num_bytes` of the file. Rows of a table have the
+    names of its `columns`, and lines 0 where it has no lines.
     """
 
     lines: Sequence[int]
     values: list[object]
     num_bytes: int
     between: list[tuple[int, Flaw]] = field(default_factory=list)
+    columns: Sequence[str] | None = None
 
 
 class Lines:

@@ -25,8 +25,9 @@ from glmtune.config.settings import (
 )
 from glmtune.data.convert import convert
 from glmtune.data.dataset import CARD_FILE, DataCard, RowTokenizer
-from glmtune.data.files import new_file, open_bytes, sha256_of
+from glmtune.data.files import new_file, sha256_of
 from glmtune.data.records import Record, read_alpaca
+from glmtune.data.sources import find_source
 from glmtune.data.tokenizing import fit_length, tokenize
 from glmtune.data.validation import validate
 from glmtune.errors import UserError, note
@@ -106,8 +107,7 @@ class Tuning:
         """Check all files and settings; nothing is written."""
         base = resolve_base(settings.base)
         check_targets(settings.lora_target, base)
-        with open_bytes(settings.data_path):
-            digest = sha256_of(settings.data_path)
+        digest = find_source(settings.data_path).digest
         out = Path(settings.out)
         with usable_folder(out):
             journal = Journal.of(out, STAGES)

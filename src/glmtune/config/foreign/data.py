@@ -40,6 +40,13 @@ _NAMED_RECORDS = (
     refused("records are a file: --data_path FILE.json", ("convert", "infer", "compare", "check")),
     refused("records are files: `glmtune validate FILE.json`", ("validate",)),
 )
+_LIST = "a data set of a list is named with it: {}DIR/dataset_info.json#NAME"
+_LISTED_RECORDS = (
+    NO_ROWS,
+    refused(_LIST.format("--jsonl_path "), ("tokenize", "inspect")),
+    refused(_LIST.format("--data_path "), ("convert", "infer", "compare", "check", "tune")),
+    refused(_LIST.format("`glmtune validate ") + "`", ("validate",)),
+)
 _HELD_OUT = (
     becomes("held_out", word="no question of it may stand in the files"),
     becomes("data_path", word="the records to answer", verbs=ANSWERING),
@@ -74,9 +81,9 @@ _PROMPT = refused(
 
 DATA: tuple[Foreign, ...] = (
     # --- files ---
-    *rows("LLaMA-Factory, qlora, unsloth", "dataset", *_NAMED_RECORDS),
+    *rows("LLaMA-Factory, qlora, unsloth", "dataset", *_LISTED_RECORDS),
     *rows("axolotl, TRL, MedicalGPT", "datasets dataset_name", *_NAMED_RECORDS),
-    *rows("LLaMA-Factory", "dataset_dir", *_NAMED_RECORDS),
+    *rows("LLaMA-Factory", "dataset_dir", *_LISTED_RECORDS),
     *rows("MedicalGPT, ptuning", "dataset_config_name", *_NAMED_RECORDS),
     *rows("axolotl", "dataset_prepared_path", *_NAMED_RECORDS),
     *rows("ptuning, finetune_demo", "train_file", *_RECORDS),

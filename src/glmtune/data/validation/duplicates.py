@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from glmtune.data.records import place_of
+
 END_OF_PART, END_OF_ROW = "\x01", "\x00"
 """Separates instruction, input and answer, and rows, in joined texts."""
 
@@ -23,7 +25,7 @@ class Place(NamedTuple):
     line: int
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.line} (row {self.row})"
+        return place_of(self.path, self.line, self.row)
 
 
 class Fingerprints:

@@ -1,6 +1,7 @@
 """`glmtune validate`: everything that is wrong with files of rows, in one pass over each."""
 
 import os
+import re
 import sys
 import time
 from contextlib import ExitStack
@@ -11,7 +12,7 @@ from tqdm import tqdm
 from glmtune import __version__
 from glmtune.config.settings import ValidateSettings
 from glmtune.data.files import new_file
-from glmtune.data.jsonfile import read_batches
+from glmtune.data.sources import find_source
 from glmtune.data.validation.check import CheckedFile, FileCheck
 from glmtune.data.validation.duplicates import Fingerprints, find_repeats, find_shared_questions
 from glmtune.data.validation.problems import Problem, Problems
@@ -79,11 +80,12 @@ def validate(settings: ValidateSettings) -> Validation:
         report = stack.enter_context(new_file(settings.json_path)) if settings.json_path else None
         problems = Problems(report)
         paths = [*settings.files, *held_out]
-        checked = [_check_file(path, problems, bool(held_out), settings) for path in paths]
-        _tell_of_empty([file for file, _ in checked], len(settings.files), problems)
-        files = [file for file, _ in checked]
-        prints = [fingerprints for _, fingerprints in checked]
-        _compare(prints[: len(settings.files)], prints[len(settings.files) :], problems)
+        checked = [_check_source(path, problems, bool(held_out), settings) for path in paths]
+        num_files = sum(map(len, checked[: len(settings.files)]))
+        files = [file for parts in checked for file, _ in parts]
+        prints = [fingerprints for parts in checked for _, fingerprints in parts]
+        _tell_of_empty(files, num_files, problems)
+        _compare(prints[:num_files], prints[num_files:], problems)
         seconds = time.perf_counter() - start
         validation = Validation(files, problems, seconds, _peak_bytes())
         problems.close(validation.as_json())
@@ -98,28 +100,39 @@ def validate(settings: ValidateSettings) -> Validation:
     return validation
 
 
-def _check_file(
+def _check_source(
     path: str, problems: Problems, with_questions: bool, settings: ValidateSettings
-) -> tuple[CheckedFile, Fingerprints]:
-    """Read a file to its end; what is wrong, with a row or the whole file, goes into `problems`."""
-    check = FileCheck(path, problems.add, with_questions, settings.format)
+) -> list[tuple[CheckedFile, Fingerprints]]:
+    """Read a path's files to their end; what is wrong, with a row or a file, is in `problems`."""
+    checks: dict[str, FileCheck] = {}
+
+    def check_of(file: str, format: str | None) -> FileCheck:
+        if file not in checks:
+            checks[file] = FileCheck(file, problems.add, with_questions, settings.format or format)
+        return checks[file]
+
     size = os.path.getsize(path) if os.path.isfile(path) else None
     with tqdm(total=size, desc=path, unit="B", unit_scale=True, delay=1) as progress:
         try:
-            for batch in read_batches(path, settings.encoding):
-                check.take(batch)
+            source = find_source(path)
+            for file, batch in source.batches(settings.encoding):
+                check_of(file, source.format).take(batch)
                 progress.update(batch.num_bytes)
         except UserError as error:
-            problems.add(_problem_of_file(path, str(error)))
-    return check.file, check.fingerprints
+            at = next((f for f in reversed([path, *checks]) if str(error).startswith(f)), path)
+            check_of(at, None)
+            problems.add(_problem_of_file(at, str(error)))
+    if not checks:
+        check_of(path, None)
+    return [(check.file, check.fingerprints) for check in checks.values()]
 
 
 def _problem_of_file(path: str, text: str) -> Problem:
     """Split a UserError's "path:line: what; fix", in which the line may be missing."""
-    place, _, told = text[len(path) :].partition(": ")
+    found = re.fullmatch(r"(?::(\d+))?: (.*)", text.removeprefix(path), re.DOTALL)
+    line, told = found.groups() if found else (None, text)
     what, _, fix = told.rpartition("; ")
-    line = int(place[1:]) if place else None
-    return Problem("file", path, line, None, what, fix, unusable=True)
+    return Problem("file", path, int(line) if line else None, None, what, fix, unusable=True)
 
 
 def _tell_of_empty(files: list[CheckedFile], num_files: int, problems: Problems) -> None:
