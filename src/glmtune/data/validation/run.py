@@ -13,6 +13,7 @@ from glmtune.config.settings import ValidateSettings
 from glmtune.data.files import new_file
 from glmtune.data.jsonfile import read_batches
 from glmtune.data.validation.check import CheckedFile, FileCheck
+from glmtune.data.validation.contradictions import Source, find_contradictions
 from glmtune.data.validation.duplicates import Fingerprints, find_repeats, find_shared_questions
 from glmtune.data.validation.problems import Problem, Problems
 from glmtune.errors import UserError, note, visible
@@ -79,11 +80,14 @@ def validate(settings: ValidateSettings) -> Validation:
         report = stack.enter_context(new_file(settings.json_path)) if settings.json_path else None
         problems = Problems(report)
         paths = [*settings.files, *held_out]
-        checked = [_check_file(path, problems, bool(held_out), settings) for path in paths]
+        checked = [_check_file(path, problems, settings) for path in paths]
         _tell_of_empty([file for file, _ in checked], len(settings.files), problems)
         files = [file for file, _ in checked]
         prints = [fingerprints for _, fingerprints in checked]
         _compare(prints[: len(settings.files)], prints[len(settings.files) :], problems)
+        sources = [Source(file.path, file.format, settings.encoding) for file in files]
+        for problem in find_contradictions(prints[: len(settings.files)], sources):
+            problems.add(problem)
         seconds = time.perf_counter() - start
         validation = Validation(files, problems, seconds, _peak_bytes())
         problems.close(validation.as_json())
@@ -99,10 +103,10 @@ def validate(settings: ValidateSettings) -> Validation:
 
 
 def _check_file(
-    path: str, problems: Problems, with_questions: bool, settings: ValidateSettings
+    path: str, problems: Problems, settings: ValidateSettings
 ) -> tuple[CheckedFile, Fingerprints]:
     """Read a file to its end; what is wrong, with a row or the whole file, goes into `problems`."""
-    check = FileCheck(path, problems.add, with_questions, settings.format)
+    check = FileCheck(path, problems.add, settings.format)
     size = os.path.getsize(path) if os.path.isfile(path) else None
     with tqdm(total=size, desc=path, unit="B", unit_scale=True, delay=1) as progress:
         try:
