@@ -56,7 +56,7 @@ def test_what_stands_before_a_question_has_to_be_equal():
 
 
 def test_a_template_of_many_rows_does_not_make_them_alike():
-    """Eleven rows have it, so it is not rare; the reviews in it decide, of which two are alike."""
+    """Most rows have it, so it is not rare; the reviews in it decide, of which two are alike."""
     reviews = random.Random(0).sample(WORDS, 11)
     texts = [TEMPLATE + review for review in reviews]
     assert len(TEMPLATE) / (len(TEMPLATE) + 20) > near.SHARE  # by all pieces they are alike

@@ -15,6 +15,7 @@ the least hashes stand for all of them, and of a text of more than `MOST_BYTES` 
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -22,8 +23,6 @@ import numpy as np
 SHARE, RARE_SHARE = 0.7, 0.5
 MOST_PIECES, MOST_BYTES = 256, 1 << 16
 _PIECE_BYTES = 8
-_FEW, _SHARE_OF_FEW = 10, 0.001
-"""A piece is rare in ten texts, or in a thousandth of them where that is more."""
 # A number with the signs around it: 1+2 is another question than 1-2.
 _NUMBERS = re.compile(rb"[^a-z\x80-\xff]*\d[^a-z\x80-\xff]*")
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / the golden ratio (Fibonacci hashing)
@@ -44,8 +43,9 @@ class Pieces:
 
     def add(self, texts: Sequence[bytes], before: Iterable[bytes] | None = None) -> None:
         """Take bare texts; `before` holds what stands before each, and has to be equal."""
-        numbers = [b" ".join(_NUMBERS.findall(text)) for text in texts]
-        self.same.extend(map(hash, zip(numbers, before, strict=True) if before else numbers))
+        numbers = (b" ".join(_NUMBERS.findall(text)) for text in texts)
+        before = repeat(b"", len(texts)) if before is None else before
+        self.same.extend(map(hash, zip(numbers, before, strict=True)))
         for chunk in _chunks(texts):
             hashes, counts = _pieces_of(chunk)
             self.hashes.frombytes(hashes.tobytes())
@@ -139,7 +139,7 @@ def near_pairs(pieces: Pieces, texts: np.ndarray | None = None) -> np.ndarray:
     assert len(texts) < _MOST_TEXTS
     every = _Sets(np.asarray(pieces.hashes, np.uint32), counts)
     every = _Sets(every.hashes[_spans(every.starts[texts], counts[texts])], counts[texts])
-    keys = _rare_pieces(every, max(_FEW, int(_SHARE_OF_FEW * len(texts))))
+    keys = _rare_pieces(every, _most_with_a_rare_piece(len(texts)))
     text_of = (keys >> np.uint64(44)).astype(np.int64)
     rare = _Sets((keys & _LOW).astype(np.uint32), np.bincount(text_of, minlength=len(texts)))
     rank = np.arange(len(keys)) - rare.starts[text_of]
@@ -150,6 +150,11 @@ def near_pairs(pieces: Pieces, texts: np.ndarray | None = None) -> np.ndarray:
     for sets, share in ((every, SHARE), (rare, RARE_SHARE)):
         pairs = pairs[sets.likeness(pairs) >= share]
     return texts[pairs]
+
+
+def _most_with_a_rare_piece(num_texts: int) -> int:
+    """How many may have it: ten; of few texts a quarter, of many a thousandth."""
+    return max(3, min(10, num_texts // 4), num_texts // 1000)
 
 
 def _rare_pieces(sets: _Sets, most: int) -> np.ndarray:

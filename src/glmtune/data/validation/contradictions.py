@@ -83,15 +83,19 @@ def _groups(files: Sequence[Fingerprints]) -> Iterator[list[Asked]]:
     kept = [part for file in files for part in (file.last, file.earlier)]
     asked = np.concatenate([np.asarray(part.asked) for part in kept])
     answered = np.concatenate([np.asarray(part.answered) for part in kept])
-    questions = first_of_each(asked)
-    groups = questions
-    if len(asked) <= MOST_COMPARED:
+    compared = np.arange(len(asked))
+    is_small = len(asked) <= MOST_COMPARED
+    if not is_small:
+        ranked = np.sort(asked)
+        compared = np.flatnonzero(np.isin(asked, ranked[1:][ranked[1:] == ranked[:-1]]))
+        asked, answered = asked[compared], answered[compared]
+    groups = questions = first_of_each(asked)
+    if is_small:
         pieces = Pieces()
         for part in kept:
             pieces.extend(part.pieces)
-        groups = group(
-            questions, near_pairs(pieces, np.flatnonzero(questions == np.arange(len(asked))))
-        )
+        firsts = np.flatnonzero(questions == np.arange(len(questions)))
+        groups = group(questions, near_pairs(pieces, firsts))
     order = np.lexsort((answered, groups))
     is_new = np.ones(len(order), bool)
     is_new[1:] = (np.diff(groups[order]) != 0) | (np.diff(answered[order]) != 0)
@@ -100,8 +104,9 @@ def _groups(files: Sequence[Fingerprints]) -> Iterator[list[Asked]]:
     members: dict[int, list[Asked]] = {}
     starts = np.cumsum([0, *(len(part.asked) for part in kept)])
     for index in contradict.tolist():
-        which = int(np.searchsorted(starts, index, side="right")) - 1
-        file, row, number = files[which // 2], index - int(starts[which]), -1
+        place = int(compared[index])
+        which = int(np.searchsorted(starts, place, side="right")) - 1
+        file, row, number = files[which // 2], place - int(starts[which]), -1
         if which % 2:
             row, number = file.earlier_row[row], file.earlier_number[row]
         one = Asked(which // 2, file.place(row), number, int(questions[index]))

@@ -42,12 +42,12 @@ class Answered:
         self.asked, self.answered = array("q"), array("q")
         self.pieces = Pieces()
 
-    def add(self, texts: Sequence[tuple[bytes, bytes, bytes]]) -> None:
-        """Keep what stands before a question, the question, and its answer."""
-        if not texts:
-            return
-        before, questions, answers = zip(*texts, strict=True)
-        self.asked.extend([hash(early + question) for early, question, _ in texts])
+    def add(
+        self, questions: list[bytes], answers: list[bytes], before: list[bytes] | None = None
+    ) -> None:
+        """Keep questions, the answers to them, and what stands before them."""
+        whole = map(bytes.__add__, before, questions) if before else questions
+        self.asked.extend(map(hash, whole))
         self.answered.extend(map(hash, answers))
         if len(self.asked) <= MOST_COMPARED:
             self.pieces.add(questions, before)
@@ -86,11 +86,15 @@ class Fingerprints:
         end = END_OF_PART.encode()
         if answers is None:
             parts = [text.rpartition(end) for text in bare_rows]
-            self.last.add([(b"", asked.replace(end, b""), answer) for asked, _, answer in parts])
+            asked = [part[0].replace(end, b"") for part in parts]
+            self.last.add(asked, [part[2] for part in parts])
         else:
             rounds = [_rounds(t.split(end), a) for t, a in zip(bare_rows, answers, strict=True)]
-            self.last.add([of_row[-1] for of_row in rounds])
-            self.earlier.add([one for of_row in rounds for one in of_row[:-1]])
+            for kept, ones in (
+                (self.last, [of_row[-1] for of_row in rounds]),
+                (self.earlier, [one for of_row in rounds for one in of_row[:-1]]),
+            ):
+                kept.add(*([one[i] for one in ones] for i in range(3)))
             for index, of_row in enumerate(rounds, start=len(self.rows)):
                 self.earlier_row.extend([index] * (len(of_row) - 1))
                 self.earlier_number.extend(range(len(of_row) - 1))
@@ -105,11 +109,11 @@ class Fingerprints:
 
 
 def _rounds(texts: list[bytes], answers: list[int]) -> list[tuple[bytes, bytes, bytes]]:
-    """What stands before each question, the question, and its answer."""
+    """Each question, its answer, and what stands before both."""
     found, before, start = [], b"", 0
     for place in answers:
         question = b"".join(texts[start:place])
-        found.append((before, question, texts[place]))
+        found.append((question, texts[place], before))
         before += question + texts[place]
         start = place + 1
     return found
