@@ -63,20 +63,29 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     final = Path(os.path.realpath(path))
     with _draft_folder(final) as draft:
         yield draft
-        for place, _, files in os.walk(draft):
-            for file in files:
-                _flush(Path(place, file))
-            _flush(Path(place))
-        earlier = _set_aside(final) if final.exists() else None
+        _put_in_place(draft, final)
+
+
+@contextmanager
+def continued_folder(
+    path: str | Path, stays: Callable[[Path, BaseException], bool]
+) -> Iterator[Path]:
+    """Yield a folder as `replacing_folder` does, and after a killed process what it had written.
+
+    After an error it is removed unless it `stays`. Raises OSError, and UserError while another
+    process fills it.
+    """
+    final = Path(os.path.realpath(path))
+    draft = _beside(final, "tmp", process=0)  # no process has this number
+    draft.mkdir(exist_ok=True)
+    with _locked(draft, path):
         try:
-            draft.rename(final)
-        except OSError:
-            if earlier:
-                earlier.rename(final)
+            yield draft
+            _put_in_place(draft, final)
+        except BaseException as error:
+            if not stays(draft, error):
+                shutil.rmtree(draft, ignore_errors=True)
             raise
-        _flush(final.parent)
-        if earlier:
-            shutil.rmtree(earlier, ignore_errors=True)
 
 
 def remove_folder(path: Path) -> None:
@@ -119,8 +128,51 @@ def _draft_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _beside(path: Path, kind: str) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
+@contextmanager
+def _locked(folder: Path, path: str | Path) -> Iterator[None]:
+    """Keep other processes out of a folder, where the system can; a killed one keeps none out."""
+    try:
+        import fcntl
+    except ImportError:  # on Windows
+        yield
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(number)
+        raise UserError(
+            f"{path}: another process is writing it; wait until it ends, or name another path"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(number)
+
+
+def _put_in_place(draft: Path, final: Path) -> None:
+    """Flush a folder and give it its name, in place of an earlier one."""
+    for place, _, files in os.walk(draft):
+        for file in files:
+            _flush(Path(place, file))
+        _flush(Path(place))
+    earlier = _set_aside(final) if final.exists() else None
+    try:
+        draft.rename(final)
+    except OSError:
+        if earlier:
+            earlier.rename(final)
+        raise
+    _flush(final.parent)
+    if earlier:
+        shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _beside(path: Path, kind: str, process: int | None = None) -> Path:
+    number = os.getpid() if process is None else process
+    return path.with_name(f".{path.name}.{number}.{kind}")
 
 
 def _set_aside(path: Path) -> Path:

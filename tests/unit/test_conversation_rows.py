@@ -9,7 +9,7 @@ from glm_folders import toy_tiktoken, write_folder
 
 from glmtune.cli import main
 from glmtune.config.settings import TokenizeSettings
-from glmtune.data import conversation_rows
+from glmtune.data import tokenizing
 from glmtune.data.conversations import IGNORED
 from glmtune.data.dataset import DataCard, load_dataset
 from glmtune.data.token_rows import TokenRows
@@ -90,7 +90,7 @@ def test_batches_do_not_change_the_rows(toy, monkeypatch):
     talks = [talk(*["some words"] * 2 * (1 + i % 4)) for i in range(9)]
     settings = {"max_seq_length": 60}
     whole = run(toy, *talks, **settings)[1]
-    monkeypatch.setattr(conversation_rows, "CONVERSATIONS_PER_BATCH", 2)
+    monkeypatch.setattr(tokenizing, "CONVERSATIONS_PER_BATCH", 2)
     assert run(toy, *talks, **settings)[1] == whole
     assert len(whole) == 9
 

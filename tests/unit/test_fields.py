@@ -110,7 +110,8 @@ class TestHistory:
         assert problems_of(path) == {"control character in text": 1}
 
     def test_a_context_too_long_keeps_its_question(self, write, word_tokenizer):
-        from glmtune.data.tokenizing import encode_rows, read_rows
+        from glmtune.data.records import read_rows
+        from glmtune.data.tokenizing import encode_rows
 
         long = [[" ".join("1" * 30), "2"]]
         convert(write(PLAIN | {"instruction": "7 8 9", "history": long}))

@@ -8,7 +8,8 @@ from glmtune.data.conversations import ASSISTANT, OBSERVATION, SYSTEM, USER, Tur
 from glmtune.data.fields import history_of
 from glmtune.data.flaws import Flaw
 from glmtune.data.formats import FORMATS, read_example, recognise
-from glmtune.data.records import Conversation, Row, format_of, read_any
+from glmtune.data.records import Conversation, Row, format_of
+from glmtune.data.row_files import look_through
 from glmtune.errors import UserError
 
 TOOL = {"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}
@@ -209,17 +210,17 @@ def write(path, *rows):
 def test_records_become_conversations_only_where_one_has_rounds_or_a_system_text(tmp_path):
     path = tmp_path / "a.jsonl"
     plain = {"instruction": "q", "input": "i", "output": "a"}
-    found = read_any(write(path, plain, plain | {"history": [], "system": ""}))
-    assert [row.context for row in found.rows] == 2 * ["Instruction: q\nInput: i\nAnswer: "]
+    found = look_through(write(path, plain, plain | {"history": [], "system": ""}))
+    assert [row.context for row in found.rows()] == 2 * ["Instruction: q\nInput: i\nAnswer: "]
     assert found.format == "alpaca"
-    assert all(isinstance(row, Row) for row in found.rows)
+    assert all(isinstance(row, Row) for row in found.rows())
     asked, answered = Turn(USER, "q\ni"), Turn(ASSISTANT, "a")
-    found = read_any(write(path, plain, plain | {"system": "brief"}))
-    first, second = found.rows
+    found = look_through(write(path, plain, plain | {"system": "brief"}))
+    first, second = found.rows()
     assert isinstance(first, Conversation)
     assert first.example.turns == (asked, answered)
     assert second.example.turns == (Turn(SYSTEM, "brief"), asked, answered)
-    (row,) = read_any(write(path, plain | {"history": [["x", "y"]]})).rows
+    (row,) = look_through(write(path, plain | {"history": [["x", "y"]]})).rows()
     assert row.example.turns == (Turn(USER, "x"), Turn(ASSISTANT, "y"), asked, answered)
     assert row.line == row.row == 1
 
@@ -227,9 +228,9 @@ def test_records_become_conversations_only_where_one_has_rounds_or_a_system_text
 def test_a_flaw_is_reported_with_file_and_row_and_may_be_skipped(tmp_path):
     path = write(tmp_path / "a.jsonl", openai(*PLAIN), openai(PLAIN[1]), openai(*PLAIN))
     with pytest.raises(UserError, match=r"a\.jsonl:2 \(row 2\): turn 1 of \"messages\" is the"):
-        read_any(path)
-    found = read_any(path, on_bad_row="skip")
-    assert [row.row for row in found.rows] == [1, 3]
+        look_through(path)
+    found = look_through(path, on_bad_row="skip")
+    assert [row.row for row in found.rows()] == [1, 3]
     assert [bad.row for bad in found.bad_rows] == [2]
 
 
@@ -237,8 +238,8 @@ def test_a_format_that_is_named_is_the_one_that_is_read(tmp_path):
     rows = {"instruction": "a", "output": "b", "messages": PLAIN}
     path = write(tmp_path / "a.jsonl", rows)
     with pytest.raises(UserError, match='field "instruction" is "a"'):
-        read_any(path, "messages")
+        look_through(path, "messages")
     with pytest.raises(UserError, match='field "messages" is'):
-        read_any(path)
+        look_through(path)
     with pytest.raises(UserError, match='field "conversations" is missing'):
-        read_any(path, "sharegpt")
+        look_through(path, "sharegpt")

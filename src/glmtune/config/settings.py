@@ -148,6 +148,9 @@ class TokenizeSettings(RowSettings):
     group: ClassVar[str] = "data"
     reads_and_writes = ("jsonl_path", "save_path")
     save_path: PathText = Field(description="folder to write, for datasets.load_from_disk")
+    resume: bool = Field(
+        False, description="go on where a command that was killed or interrupted had got to"
+    )
 
 
 class InspectSettings(RowSettings):

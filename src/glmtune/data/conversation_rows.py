@@ -3,18 +3,15 @@
 from array import array
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-from tqdm import tqdm
-
 from glmtune.config.settings import RowSettings
 from glmtune.data.conversations import IGNORED, EncodedExample, Example
 from glmtune.data.dataset import RowTokenizer
-from glmtune.data.encoded_rows import EncodedRows
+from glmtune.data.encoded_rows import EncodedRows, RowCounts
 from glmtune.data.flaws import Flaw
 from glmtune.data.records import BadRow, Conversation
+from glmtune.data.row_files import RowFile
 from glmtune.errors import UserError
 
-CONVERSATIONS_PER_BATCH = 1024
 MAX_LENGTH = 2048
 """Tokens of a row where max_seq_length is not set."""
 LEAST_SHARE = 0.01
@@ -24,18 +21,18 @@ LEAST_SHARE = 0.01
 def encode_conversations(
     rows: Sequence[Conversation], tokenizer: RowTokenizer, settings: RowSettings
 ) -> EncodedRows:
-    """Encode conversations in the family's layout, with the labels that `learn` asks for.
+    """Encode some conversations in the family's layout, with the labels that `learn` asks for.
 
     A row longer than max_seq_length is dropped, or loses its last turns, so that it ends with a
     whole answer and what ends that. Rows in which nothing is supervised are left out, and so are
     those whose last answer is empty, unless keep_empty.
 
     Raises:
-        UserError: a row is too long, or one that the family cannot write, where the settings say
-            that this is an error.
+        UserError: the family cannot write one, where the settings say that this is an error.
     """
-    out = EncodedRows(labels=array("i"))
-    for row, num_wanted, whole, kept in _encode_in_batches(rows, tokenizer, settings):
+    out = EncodedRows(labels=array("i"), num_rows=len(rows))
+    ends = frozenset((*tokenizer.row_rule.end_ids, *tokenizer.row_rule.stops))
+    for row, num_wanted, whole, kept in _encode(rows, tokenizer, settings):
         if isinstance(whole, Flaw):
             out.refused.append(BadRow(row.path, row.row, row.line, str(whole)))
         elif not settings.keep_empty and _is_empty(row.example):
@@ -43,18 +40,26 @@ def encode_conversations(
         elif not whole.num_answers:
             out.unsupervised.append(row.row)
         else:
-            _take(out, row, num_wanted, whole, kept)
+            _take(out, row, num_wanted, whole, kept, ends)
     if out.refused and settings.on_bad_row == "fail":
         bad = out.refused[0]
         raise UserError(f"{bad.where}: {bad.reason}, or leave bad rows out with --on_bad_row skip")
-    if out.overlength and settings.too_long == "error":
-        row = next(row for row in rows if row.row == out.overlength[0])
-        raise UserError(
-            f"{row.where}: has {out.lengths_out[0]:,} tokens, more than max_seq_length "
-            f"{settings.max_seq_length:,}, as {len(out.overlength):,} row(s) have; raise it to "
-            f"{max(out.lengths_out)}, or set too_long truncate"
-        )
     return out
+
+
+def check_lengths(file: RowFile, counts: RowCounts, settings: RowSettings) -> None:
+    """Make sure that no row is too long, where the settings say that this is an error.
+
+    Raises:
+        UserError: one is, which it names.
+    """
+    if counts.overlength and settings.too_long == "error":
+        row = next(row for row in file.rows() if row.row == counts.overlength[0])
+        raise UserError(
+            f"{row.where}: has {counts.lengths_out[0]:,} tokens, more than max_seq_length "
+            f"{settings.max_seq_length:,}, as {len(counts.overlength):,} row(s) have; raise it to "
+            f"{max(counts.lengths_out)}, or set too_long truncate"
+        )
 
 
 def _take(
@@ -63,6 +68,7 @@ def _take(
     num_wanted: int,
     whole: EncodedExample,
     kept: EncodedExample | None,
+    ends: frozenset[int],
 ) -> None:
     """Add a row as far as it is kept, and count what is not."""
     out.limits.append(len(whole.input_ids))
@@ -80,38 +86,36 @@ def _take(
     out.num_thoughts += row.example.num_thoughts
     out.input_ids.fromlist(kept.input_ids)
     out.labels.fromlist(kept.labels)
-    out.ends.append(len(out.input_ids))
+    out.lengths.append(len(kept.input_ids))
     out.seq_len.append(kept.prompt_length)
+    out.num_targets += _num_supervised(kept)
+    out.num_ends += not ends.isdisjoint(kept.labels)
 
 
-def _encode_in_batches(
+def _encode(
     rows: Sequence[Conversation], tokenizer: RowTokenizer, settings: RowSettings
 ) -> Iterator[tuple[Conversation, int, EncodedExample | Flaw, EncodedExample | None]]:
     """Yield each row, and how many of its answers are to be supervised; what the family makes of
     it, and what of that is within the limit.
     """
     limit = settings.max_seq_length
-    with tqdm(total=len(rows), desc="tokenize", unit="row", delay=1) as progress:
-        for start in range(0, len(rows), CONVERSATIONS_PER_BATCH):
-            batch = rows[start : start + CONVERSATIONS_PER_BATCH]
-            examples = [row.example.supervise(settings.learn) for row in batch]
-            wanted = [sum(bool(turn.supervised) for turn in ex.turns) for ex in examples]
-            wholes = tokenizer.encode_examples(examples, num_threads=settings.num_threads)
-            kept: list[EncodedExample | None] = [
-                None if isinstance(whole, Flaw) or len(whole.input_ids) > limit else whole
-                for whole in wholes
-            ]
-            if settings.cuts_turns:
-                long = [
-                    place
-                    for place, whole in enumerate(wholes)
-                    if not isinstance(whole, Flaw) and len(whole.input_ids) > limit
-                ]
-                cut = _cut([batch[place].example for place in long], tokenizer, settings)
-                for place, row in zip(long, cut, strict=True):
-                    kept[place] = row
-            yield from zip(batch, wanted, wholes, kept, strict=True)
-            progress.update(len(batch))
+    examples = [row.example.supervise(settings.learn) for row in rows]
+    wanted = [sum(bool(turn.supervised) for turn in ex.turns) for ex in examples]
+    wholes = tokenizer.encode_examples(examples, num_threads=settings.num_threads)
+    kept: list[EncodedExample | None] = [
+        None if isinstance(whole, Flaw) or len(whole.input_ids) > limit else whole
+        for whole in wholes
+    ]
+    if settings.cuts_turns:
+        long = [
+            place
+            for place, whole in enumerate(wholes)
+            if not isinstance(whole, Flaw) and len(whole.input_ids) > limit
+        ]
+        cut = _cut([rows[place].example for place in long], tokenizer, settings)
+        for place, row in zip(long, cut, strict=True):
+            kept[place] = row
+    yield from zip(rows, wanted, wholes, kept, strict=True)
 
 
 def _cut(
@@ -157,23 +161,21 @@ def _num_supervised(row: EncodedExample) -> int:
     return len(row.labels) - row.labels.count(IGNORED)
 
 
-def check_supervised(encoded: EncodedRows, tokenizer: RowTokenizer, path: str) -> None:
+def check_supervised(counts: RowCounts, path: str) -> None:
     """Make sure that training on the rows would teach something, and where to stop.
 
     Raises:
         UserError: no row teaches an end, or hardly a token is supervised; `path` is the file.
     """
-    rule = tokenizer.row_rule
-    labels = np.asarray(encoded.labels)
-    if not np.isin(labels, [*rule.end_ids, *rule.stops]).any():
+    if not counts.num_ends:
         raise UserError(
             f"{path}: no row teaches the end of an answer, so the model would not stop; "
             "supervise an answer that a question or the end of the row follows"
         )
-    num_supervised = encoded.num_targets
-    if num_supervised < LEAST_SHARE * len(labels):
+    num_supervised, num_tokens = counts.num_targets, counts.num_tokens
+    if num_supervised < LEAST_SHARE * num_tokens:
         raise UserError(
-            f"{path}: only {num_supervised:,} of {len(labels):,} tokens "
-            f"({num_supervised / len(labels):.2%}) are supervised, so a run would teach little; "
+            f"{path}: only {num_supervised:,} of {num_tokens:,} tokens "
+            f"({num_supervised / num_tokens:.2%}) are supervised, so a run would teach little; "
             "supervise more answers with --learn each, or shorten what stands before them"
         )

@@ -2,11 +2,11 @@
 
 import math
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 import numpy as np
 
-from glmtune.data.conversations import IGNORED
 from glmtune.data.records import BadRow
 from glmtune.data.row_rule import RowRule
 from glmtune.data.token_rows import TokenRows
@@ -15,28 +15,30 @@ SHARE_TO_KEEP = 0.95
 
 
 @dataclass(slots=True)
-class EncodedRows:
-    """Kept rows, and what happened to the others.
+class RowCounts:
+    """What happened to rows; those of one part of a file can be added to those of another.
 
-    `input_ids` holds all rows end to end as int32, `ends` where each ends, `seq_len` each prompt's
-    length. The lists hold row numbers, except `lengths_out`: the full lengths of overlong rows.
+    The lists hold row numbers, except `lengths_out`: the full lengths of overlong rows.
     `num_targets_lost` counts the ids cut off from targets, their end ids included, or the
     supervised ones of turns that were cut.
     """
 
-    input_ids: array = field(default_factory=lambda: array("i"))
-    ends: array = field(default_factory=lambda: array("i"))
-    seq_len: array = field(default_factory=lambda: array("i"))
+    num_rows: int = 0
+    """Rows that were encoded, whatever became of them."""
+    lengths: array = field(default_factory=lambda: array("i"))
+    """The length of each kept row."""
+    num_targets: int = 0
+    """Ids of targets in kept rows, or supervised ones where there are labels."""
+    num_ends: int = 0
+    """Kept rows in which the end of an answer is supervised."""
+    limits: array = field(default_factory=lambda: array("i"))
+    """For each row that is not empty, the smallest max_seq_length that leaves it whole."""
     empty: list[int] = field(default_factory=list)
     overlength: list[int] = field(default_factory=list)
     lengths_out: list[int] = field(default_factory=list)
     cut_contexts: list[int] = field(default_factory=list)
     cut_targets: list[int] = field(default_factory=list)
     num_targets_lost: int = 0
-    limits: array = field(default_factory=lambda: array("i"))
-    """For each row that is not empty, the smallest max_seq_length that leaves it whole."""
-    labels: array | None = None
-    """The labels of conversations, end to end; None for rows of one prompt and one answer."""
     unsupervised: list[int] = field(default_factory=list)
     cut_turns: list[int] = field(default_factory=list)
     refused: list[BadRow] = field(default_factory=list)
@@ -49,26 +51,35 @@ class EncodedRows:
     """Thoughts of kept rows that are left out."""
 
     @property
-    def lengths(self) -> np.ndarray:
-        """The length of each kept row."""
-        return np.diff(self.ends, prepend=0)
+    def num_tokens(self) -> int:
+        """Ids of all kept rows."""
+        return int(np.sum(self.lengths, dtype=np.int64))
 
-    def as_token_rows(self, rule: RowRule) -> TokenRows:
-        """The kept rows in the form that training takes them in; `rule` is their family's."""
-        return TokenRows(
-            ids_T=np.array(self.input_ids),
-            starts_R1=np.concatenate(([0], np.array(self.ends, dtype=np.int64))),
-            prompt_lengths_R=np.array(self.seq_len),
-            rule=rule,
-            labels_T=None if self.labels is None else np.array(self.labels),
-        )
+    def add(self, others: "RowCounts") -> None:
+        """Count the rows that follow."""
+        for name in _COUNTS:
+            mine, more = getattr(self, name), getattr(others, name)
+            if isinstance(mine, int):
+                setattr(self, name, mine + more)
+            else:
+                mine.extend(more)
 
-    @property
-    def num_targets(self) -> int:
-        """Ids of targets in kept rows, or supervised ones where there are labels."""
-        if self.labels is None:
-            return len(self.input_ids) - sum(self.seq_len)
-        return int(np.count_nonzero(np.asarray(self.labels) != IGNORED))
+    def as_json(self) -> dict[str, Any]:
+        """The same as plain data."""
+        plain = {name: getattr(self, name) for name in _COUNTS}
+        plain |= {"refused": [asdict(bad) for bad in self.refused]}
+        return {k: list(v) if isinstance(v, array) else v for k, v in plain.items()}
+
+    @classmethod
+    def of_json(cls, plain: dict[str, Any]) -> "RowCounts":
+        """Undo `as_json`. Raises LookupError or TypeError where something else stands there."""
+        counts = cls()
+        refused = [BadRow(**bad) for bad in plain["refused"]]
+        for name in _COUNTS:
+            value, kind = plain[name], type(getattr(counts, name))
+            setattr(counts, name, array("i", value) if kind is array else kind(value))
+        counts.refused = refused
+        return counts
 
     def keeping(self, share: float) -> int:
         """The least max_seq_length that leaves a share of the rows whole."""
@@ -83,3 +94,45 @@ class EncodedRows:
         whole = f"{num_whole:,} of {len(self.limits):,} rows are whole; "
         for_all = f"--max_seq_length {self.keeping(1)} keeps all of them"
         return whole + (f"--max_seq_length {most} keeps {share:.0%}, " * (most > limit)) + for_all
+
+
+_COUNTS = tuple(entry.name for entry in fields(RowCounts))
+
+
+@dataclass(slots=True)
+class EncodedRows(RowCounts):
+    """Kept rows, and what happened to the others.
+
+    `input_ids` holds all rows end to end as int32, `seq_len` each prompt's length, `lengths` that
+    of each row.
+    """
+
+    input_ids: array = field(default_factory=lambda: array("i"))
+    seq_len: array = field(default_factory=lambda: array("i"))
+    labels: array | None = None
+    """The labels of conversations, end to end; None for rows of one prompt and one answer."""
+
+    def extend(self, others: "EncodedRows") -> None:
+        """Add the rows that follow; rows with labels to rows with labels."""
+        self.add(others)
+        self.input_ids.extend(others.input_ids)
+        self.seq_len.extend(others.seq_len)
+        if others.labels is not None:
+            if self.labels is None:
+                self.labels = array("i")
+            self.labels.extend(others.labels)
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Where each kept row starts in `input_ids`, and at last the end."""
+        return np.concatenate(([0], np.cumsum(self.lengths, dtype=np.int64)))
+
+    def as_token_rows(self, rule: RowRule) -> TokenRows:
+        """The kept rows in the form that training takes them in; `rule` is their family's."""
+        return TokenRows(
+            ids_T=np.array(self.input_ids),
+            starts_R1=self.starts,
+            prompt_lengths_R=np.array(self.seq_len),
+            rule=rule,
+            labels_T=None if self.labels is None else np.array(self.labels),
+        )

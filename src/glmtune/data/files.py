@@ -5,12 +5,12 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
 
-from glmtune.drafts import replacing_file, replacing_folder, write_errors
+from glmtune.drafts import continued_folder, replacing_file, replacing_folder, write_errors
 from glmtune.errors import UserError
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -211,4 +211,17 @@ def new_folder(path: str) -> Iterator[Path]:
     with write_errors(path):
         Path(os.path.realpath(path)).parent.mkdir(parents=True, exist_ok=True)
         with replacing_folder(path) as draft:
+            yield draft
+
+
+@contextmanager
+def resumable_folder(path: str, stays: Callable[[Path, BaseException], bool]) -> Iterator[Path]:
+    """Yield a folder as `new_folder` does, and after a killed process what it had written.
+
+    After an error it is removed unless it `stays`. Raises UserError as that does, and while another
+    process writes it.
+    """
+    with write_errors(path):
+        Path(os.path.realpath(path)).parent.mkdir(parents=True, exist_ok=True)
+        with continued_folder(path, stays) as draft:
             yield draft

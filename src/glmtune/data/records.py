@@ -1,6 +1,6 @@
 """Read rows of a JSON list or of JSON lines, each with its file, row and line, and check them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
@@ -12,7 +12,6 @@ from glmtune.data.fields import (
     CONVERSATIONS,
     HISTORY,
     ROW_FIELDS,
-    FieldUse,
     Names,
     history_of,
     is_empty,
@@ -25,7 +24,7 @@ from glmtune.data.fields import (
 from glmtune.data.flaws import Flaw, kind_of, show
 from glmtune.data.formats import FORMATS, read_example, recognise
 from glmtune.data.jsonfile import read_batches
-from glmtune.data.templates import context_of, question_of
+from glmtune.data.templates import question_of
 from glmtune.errors import UserError
 
 OnBadRow = Literal["fail", "skip"]
@@ -87,6 +86,11 @@ class Row(_Placed):
     line: int
     unused: tuple[str, ...] = ()
 
+    @property
+    def num_characters(self) -> int:
+        """Characters of its texts."""
+        return len(self.context) + len(self.target)
+
 
 @dataclass(frozen=True, slots=True)
 class Conversation(_Placed):
@@ -100,6 +104,11 @@ class Conversation(_Placed):
     line: int
     unused: tuple[str, ...] = ()
 
+    @property
+    def num_characters(self) -> int:
+        """Characters of its texts."""
+        return sum(len(turn.text) for turn in self.example.turns)
+
 
 @dataclass(frozen=True, slots=True)
 class BadRow(_Placed):
@@ -112,16 +121,6 @@ class BadRow(_Placed):
 
 
 Placed = TypeVar("Placed", bound=_Placed)
-
-
-@dataclass(frozen=True, slots=True)
-class AnyRows:
-    """The rows of a file of any format: contexts with their targets, or conversations."""
-
-    format: str
-    rows: list[Row] | list[Conversation]
-    bad_rows: list[BadRow]
-    fields: FieldUse
 
 
 def read_alpaca(
@@ -148,52 +147,6 @@ def read_rows(
 ) -> tuple[list[Row], list[BadRow]]:
     """Read rows of `context` and `target`, which `convert` writes; errors as in read_alpaca."""
     return _read(path, on_bad_row, encoding, context_and_target)
-
-
-def read_any(
-    path: str,
-    format: str | None = None,
-    on_bad_row: OnBadRow = "fail",
-    encoding: str | None = None,
-) -> AnyRows:
-    """Read rows of any format; errors as in read_alpaca.
-
-    Records without a system text or earlier rounds become the contexts that `convert` writes. If
-    one of a file has either, all become conversations.
-
-    Args:
-        path: the file.
-        format: its name, of `FORMATS` or beside them; None for that of the first row.
-        on_bad_row: as in read_alpaca.
-        encoding: as in read_alpaca.
-    """
-    reader = _AnyReader(format)
-    good, bad_rows = _read(path, on_bad_row, encoding, reader.read)
-    assert reader.format is not None
-    use = FieldUse.of(good)
-    records = [row for row in good if isinstance(row, Record)]
-    if any(record.history or record.system for record in records):
-        use.num_with_history = 0  # they are turns like any others
-        places = ((r.example, r.path, r.row, r.line, r.unused) for r in records)
-        return AnyRows(reader.format, [Conversation(*place) for place in places], bad_rows, use)
-    contexts = [
-        Row(context_of(r.instruction, r.input), r.output, r.path, r.row, r.line, r.unused)
-        for r in records
-    ]
-    conversations = [row for row in good if isinstance(row, Conversation)]
-    rows = [row for row in good if isinstance(row, Row)]
-    return AnyRows(reader.format, contexts or conversations or rows, bad_rows, use)
-
-
-class _AnyReader:
-    """Reads rows in one format, which the first row decides unless it is named."""
-
-    def __init__(self, format: str | None) -> None:
-        self.format = format
-
-    def read(self, fields: dict, path: str, row: int, line: int) -> Record | Row | Conversation:
-        self.format = self.format or format_of(fields)
-        return read_row(self.format, fields, path, row, line)
 
 
 def format_of(fields: Mapping[str, object]) -> str:
@@ -243,26 +196,50 @@ def _read(
 ) -> tuple[list[Placed], list[BadRow]]:
     good: list[Placed] = []
     bad: list[BadRow] = []
+    for row in each_row(path, encoding, check):
+        bad.append(row) if isinstance(row, BadRow) else good.append(row)
+    check_usable(path, on_bad_row, bool(good), bad)
+    return good, bad
+
+
+def each_row(
+    path: str, encoding: str | None, check: Callable[[dict, str, int, int], Placed]
+) -> Iterator[Placed | BadRow]:
+    """Yield each row of a file as `check` returns it, or what is wrong with it.
+
+    Args:
+        path: the file.
+        encoding: its encoding, where that is not UTF-8.
+        check: takes a row's fields, path, number and line; raises Flaw.
+
+    Raises:
+        UserError: the file as a whole cannot be read, or is a list but not valid JSON.
+    """
+    row = 0
     for batch in read_batches(path, encoding):
         for line, value in zip(batch.lines, batch.values, strict=True):
-            row = len(good) + len(bad) + 1
+            row += 1
             try:
-                good.append(check(fields_of(value), path, row, line))
+                good = check(fields_of(value), path, row, line)
             except Flaw as flaw:
                 _refuse_broken_list(path, line, flaw)
-                bad.append(BadRow(path, row, line, str(flaw)))
+                yield BadRow(path, row, line, str(flaw))
+            else:
+                yield good
         for line, fault in batch.between:
             _refuse_broken_list(path, line, fault)
-    if bad and (on_bad_row == "fail" or not good):
+
+
+def check_usable(path: str, on_bad_row: OnBadRow, has_good: bool, bad: Sequence[BadRow]) -> None:
+    """Raise UserError where a file's rows are not to be used, as bad ones are among them."""
+    if bad and (on_bad_row == "fail" or not has_good):
         first, others = bad[0], [flawed.row for flawed in bad[1:]]
         more = f" (bad as well: {name_rows(others, limit=5)})" if others else ""
-        fix = (
-            f", or leave bad rows out with --on_bad_row skip{more}" if good else " (no row is good)"
-        )
+        skip = f", or leave bad rows out with --on_bad_row skip{more}"
+        fix = skip if has_good else " (no row is good)"
         raise UserError(f"{first.where}: {first.reason}{fix}")
-    if not good:
+    if not has_good:
         raise UserError(f"{path}: holds no row; check that this is the right file")
-    return good, bad
 
 
 def _refuse_broken_list(path: str, line: int, flaw: Flaw) -> None:

@@ -1,102 +1,46 @@
-"""Rows of any format to token rows on disk: encoded in batches, counted, plotted by length."""
+"""Rows of any format to token rows on disk: read, encoded and written batch by batch."""
 
 import gc
 import sys
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
-import numpy as np
 from tqdm import tqdm
 
 from glmtune import __version__
 from glmtune.config.settings import RowSettings, TokenizeSettings
-from glmtune.data.conversation_rows import MAX_LENGTH, check_supervised, encode_conversations
-from glmtune.data.dataset import (
-    CARD_FILE,
-    CONVERSATION,
-    HISTOGRAM_FILE,
-    DataCard,
-    RowTokenizer,
-    check_replaceable,
+from glmtune.data.conversation_rows import (
+    MAX_LENGTH,
+    check_lengths,
+    check_supervised,
+    encode_conversations,
 )
-from glmtune.data.encoded_rows import SHARE_TO_KEEP, EncodedRows
-from glmtune.data.fields import FieldUse
-from glmtune.data.files import new_folder, sha256_of
-from glmtune.data.lengths import LengthStats, plot_lengths
-from glmtune.data.records import (
-    AnyRows,
-    BadRow,
-    Conversation,
-    Row,
-    list_bad_rows,
-    name_rows,
-    read_any,
-    read_rows,
-)
-from glmtune.data.templates import has_rounds, is_alpaca
-from glmtune.errors import UserError, visible
+from glmtune.data.dataset import HISTOGRAM_FILE, RowTokenizer, check_replaceable
+from glmtune.data.encoded_rows import SHARE_TO_KEEP, EncodedRows, RowCounts
+from glmtune.data.files import resumable_folder, sha256_of
+from glmtune.data.lengths import plot_lengths
+from glmtune.data.records import Conversation, Row
+from glmtune.data.row_files import RowFile, look_through
+from glmtune.data.templates import has_rounds
+from glmtune.data.token_files import TokenFiles, has_whole_file, stays
+from glmtune.data.token_summary import TokenizeSummary, make_card, summarise
+from glmtune.errors import UserError, note, visible
 
 Rows = TypeVar("Rows", bound=RowSettings)
 
-ROWS_PER_BATCH = 4096
+AnyRow = TypeVar("AnyRow", Row, Conversation)
+
+ROWS_PER_BATCH, CONVERSATIONS_PER_BATCH = 4096, 1024
+CHARACTERS_PER_BATCH = 1 << 22
+"""Characters from which on a batch is full, so that long rows do not fill the memory."""
 MIN_LENGTH = 4
 """Tokens that a row has at least: the settings allow no shorter limit."""
-
-
-@dataclass(frozen=True, slots=True)
-class TokenizeSummary:
-    """The result of tokenising a file; printed, it lists every row that was dropped or cut."""
-
-    jsonl_path: str
-    save_path: str
-    card: DataCard
-    bad_rows: list[BadRow]
-    fields: FieldUse
-    advice: str | None
-    """Advice on a max_seq_length that leaves more rows whole; None where this one left all."""
-    of_turns: tuple[str, ...] = ()
-    """Lines on conversations."""
-
-    def __str__(self) -> str:
-        card, limit = self.card, self.card.flags["max_seq_length"]
-        assert card.num_read is not None
-        lines = [
-            f"{self.jsonl_path} -> {self.save_path}",
-            f"  rows        {card.num_read:,} read, {card.num_kept:,} kept, "
-            f"{card.num_read - card.num_kept:,} dropped",
-        ]
-        for what, rows in [
-            ("dropped, empty target", card.rows_out["empty"]),
-            ("dropped, nothing is supervised", card.rows_out.get("unsupervised")),
-            (f"dropped, longer than {limit} tokens", card.rows_out["overlength"]),
-            (f"kept, context cut to {limit} tokens", card.rows_cut.get("context")),
-            (f"kept, target cut to {limit} tokens", card.rows_cut.get("target")),
-            (f"kept, last turns cut to be within {limit} tokens", card.rows_cut.get("turns")),
-        ]:
-            if rows:
-                lines.append(f"    {len(rows):,} {what}: {name_rows(rows, limit=12)}")
-        if self.bad_rows:
-            lines.append(f"    {len(self.bad_rows):,} bad, skipped:")
-            lines += [f"      {line}" for line in list_bad_rows(self.bad_rows)]
-        lines += [f"    {line}" for line in (*self.of_turns, *self.fields.lines())]
-        what = "supervised" if "turns" in card.rows_cut else "targets"
-        if card.template == CONVERSATION:
-            lines.append(
-                f"  layout      {card.vocab_revision}'s own conversations; words that convert puts "
-                "around a record are left out"
-            )
-        lines += [
-            f"  row length  {card.lengths} tokens",
-            f"  tokens      {card.num_tokens:,}, "
-            f"{card.num_target_tokens / card.num_tokens:.1%} of them {what}",
-            *([f"  lost        {lost}"] if (lost := card.describe_loss()) else []),
-            *([f"  advice      {self.advice}"] if self.advice else []),
-            f"  beside it   {CARD_FILE} (with all these row numbers), {HISTOGRAM_FILE}",
-        ]
-        return "\n".join(lines)
+_WITHOUT_EFFECT = {"base", "jsonl_path", "save_path", "num_threads", "resume"}
+"""Settings that rows do not depend on; files and vocabularies are known by their sha256."""
 
 
 def tokenize(
@@ -104,9 +48,10 @@ def tokenize(
 ) -> TokenizeSummary:
     """Write the rows of a file as a data set of token rows, with its card and histogram.
 
-    Prints the summary that it returns. Raises UserError for what read_any and encode_conversations
-    refuse, for a save_path that holds anything else than such a data set, when no row is left, and
-    for settings that the rows have no use for.
+    Prints the summary that it returns. Raises UserError for what look_through and
+    encode_conversations refuse, for a save_path that holds anything else than such a data set, when
+    no row is left, for settings that the rows have no use for, and for an unfinished data set that
+    cannot be resumed.
     """
     check_replaceable(settings.save_path)
     with _no_collection():
@@ -130,56 +75,147 @@ def _no_collection() -> Iterator[None]:
 def _tokenize(
     settings: TokenizeSettings, tokenizer: RowTokenizer, base_name: str
 ) -> TokenizeSummary:
-    read, encoded = encode_file(settings, tokenizer)
-    if encoded.labels is not None:
-        settings = _with_length(settings)
-    if not encoded.seq_len:
-        raise _no_row_left(settings, encoded)
-    if encoded.labels is not None:
-        check_supervised(encoded, tokenizer, settings.jsonl_path)
-    card = _card(settings, tokenizer, base_name, read, encoded)
-    with new_folder(settings.save_path) as folder:
-        _save(encoded, folder)
+    file = _look_through(settings)
+    settings = _in_effect(settings, file)
+    source = Path(settings.jsonl_path).name, sha256_of(settings.jsonl_path)
+    made_from = _made_from(settings, tokenizer, source[1])
+    with resumable_folder(settings.save_path, stays) as folder:
+        files = _begin(folder, settings, made_from)
+        try:
+            rows = islice(file.rows(), files.num_written, None)
+            for batch in _encode(file, rows, tokenizer, settings, files.num_written):
+                files.add(batch)
+            files.flush()
+        except KeyboardInterrupt:
+            if has_whole_file(folder):
+                note(f"{files.num_written:,} rows are kept; --resume true goes on after them")
+            raise
+        counts = files.counts
+        check_lengths(file, counts, settings)
+        if not counts.lengths:
+            raise _no_row_left(settings, file.has_turns, counts)
+        if file.has_turns:
+            check_supervised(counts, settings.jsonl_path)
+        card = make_card(settings, tokenizer, base_name, source, file, counts)
+        files.close()
         card.write(folder)
         plot_lengths(
             folder / HISTOGRAM_FILE,
-            kept=encoded.lengths,
-            dropped=encoded.lengths_out,
+            kept=counts.lengths,
+            dropped=counts.lengths_out,
             max_seq_length=settings.max_seq_length,
         )
-    return TokenizeSummary(
-        settings.jsonl_path,
-        settings.save_path,
-        card,
-        _bad_rows(read, encoded),
-        read.fields,
-        encoded.advice(settings.max_seq_length),
-        _describe(encoded) if encoded.labels is not None else (),
-    )
+    return summarise(settings, file, counts, card)
+
+
+def _begin(folder: Path, settings: TokenizeSettings, made_from: dict[str, Any]) -> TokenFiles:
+    """Begin to write in a folder, or go on; say which where it is not plain."""
+    was_left = has_whole_file(folder)
+    files = TokenFiles(folder, settings.save_path, made_from, settings.resume)
+    if files.num_written:
+        note(f"{settings.save_path}: goes on after {files.num_written:,} rows that are there")
+    elif settings.resume:
+        note(f"{settings.save_path}: there is nothing to resume, it begins with the first row")
+    elif was_left:
+        note(
+            f"{settings.save_path}: what a stopped command had left of it is removed, since resume "
+            "is false"
+        )
+    return files
+
+
+def _made_from(
+    settings: TokenizeSettings, tokenizer: RowTokenizer, source_sha256: str
+) -> dict[str, Any]:
+    """All that the rows depend on, as plain data."""
+    return {
+        "glmtune_version": __version__,
+        "sha256 of jsonl_path": source_sha256,
+        "sha256 of the vocabulary": tokenizer.vocab_hash,
+        "vocabulary": tokenizer.revision,
+        **settings.model_dump(mode="json", exclude=_WITHOUT_EFFECT),
+    }
 
 
 def encode_file(
-    settings: Rows, tokenizer: RowTokenizer, limit: int | None = None
-) -> tuple[AnyRows, EncodedRows]:
-    """Read the rows of a file, and encode them, or the first `limit`.
+    settings: Rows, tokenizer: RowTokenizer, limit: int
+) -> tuple[list[Row | Conversation], EncodedRows]:
+    """Read the first rows of a file, and encode them.
 
     Raises:
-        UserError: see `read_any` and `encode_conversations`; or a setting has no use for them.
+        UserError: see `look_through` and `encode_conversations`; or a setting has no use for them.
     """
-    read = read_any(settings.jsonl_path, settings.format, settings.on_bad_row, settings.encoding)
-    contexts = [row for row in read.rows if isinstance(row, Row)][:limit]
-    conversations = [row for row in read.rows if isinstance(row, Conversation)][:limit]
-    if conversations:
-        return read, encode_conversations(conversations, tokenizer, _with_length(settings))
-    _check_settings_of_contexts(settings)
-    return read, encode_rows(contexts, tokenizer, settings)
+    file = _look_through(settings)
+    settings = _in_effect(settings, file)
+    rows = list(islice(file.rows(), limit))
+    encoded = EncodedRows(labels=array("i") if file.has_turns else None)
+    for batch in encode_batches(rows, tokenizer, settings, file.has_turns):
+        encoded.extend(batch)
+    check_lengths(file, encoded, settings)
+    return rows, encoded
 
 
-def _with_length(settings: Rows) -> Rows:
-    """The settings with the length that conversations have by default."""
-    if "max_seq_length" in settings.model_fields_set:
-        return settings
-    return settings.model_copy(update={"max_seq_length": MAX_LENGTH})
+def _look_through(settings: RowSettings) -> RowFile:
+    return look_through(
+        settings.jsonl_path, settings.format, settings.on_bad_row, settings.encoding
+    )
+
+
+def _encode(
+    file: RowFile,
+    rows: Iterable[Row | Conversation],
+    tokenizer: RowTokenizer,
+    settings: RowSettings,
+    num_done: int = 0,
+) -> Iterator[EncodedRows]:
+    """Encode rows of a file, and show the progress."""
+    with tqdm(
+        total=file.num_good, initial=num_done, desc="tokenize", unit="row", delay=1
+    ) as progress:
+        for batch in encode_batches(rows, tokenizer, settings, file.has_turns):
+            yield batch
+            progress.update(batch.num_rows)
+
+
+def encode_batches(
+    rows: Iterable[Row | Conversation],
+    tokenizer: RowTokenizer,
+    settings: RowSettings,
+    has_turns: bool,
+) -> Iterator[EncodedRows]:
+    """Encode rows one batch after another, all of them conversations or none."""
+    if has_turns:
+        for talks in _batches(cast(Iterable[Conversation], rows), CONVERSATIONS_PER_BATCH):
+            yield encode_conversations(talks, tokenizer, settings)
+    else:
+        for pairs in _batches(cast(Iterable[Row], rows), ROWS_PER_BATCH):
+            yield encode_rows(pairs, tokenizer, settings)
+
+
+def _batches(rows: Iterable[AnyRow], most_rows: int) -> Iterator[list[AnyRow]]:
+    batch: list[AnyRow] = []
+    num_characters = 0
+    for row in rows:
+        batch.append(row)
+        num_characters += row.num_characters
+        if len(batch) == most_rows or num_characters >= CHARACTERS_PER_BATCH:
+            yield batch
+            batch, num_characters = [], 0
+    if batch:
+        yield batch
+
+
+def _in_effect(settings: Rows, file: RowFile) -> Rows:
+    """The settings for the rows of a file: conversations have another max_seq_length by default.
+
+    Raises:
+        UserError: one has no effect on them.
+    """
+    if not file.has_turns:
+        _check_settings_of_contexts(settings)
+    elif "max_seq_length" not in settings.model_fields_set:
+        return settings.model_copy(update={"max_seq_length": MAX_LENGTH})
+    return settings
 
 
 def row_fates(encoded: EncodedRows) -> dict[int, str]:
@@ -207,58 +243,39 @@ def _check_settings_of_contexts(settings: RowSettings) -> None:
         )
 
 
-def _no_row_left(settings: TokenizeSettings, encoded: EncodedRows) -> UserError:
-    advice = encoded.advice(settings.max_seq_length) if encoded.limits else None
+def _no_row_left(settings: TokenizeSettings, has_turns: bool, counts: RowCounts) -> UserError:
+    advice = counts.advice(settings.max_seq_length) if counts.limits else None
     fix = f"raise max_seq_length ({advice})" if advice else "set keep_empty true"
     unsupervised = ""
-    if encoded.labels is not None:
-        unsupervised = f"{len(encoded.unsupervised):,} have no supervised answer, "
-        if encoded.unsupervised and not advice:
+    if has_turns:
+        unsupervised = f"{len(counts.unsupervised):,} have no supervised answer, "
+        if counts.unsupervised and not advice:
             fix = "set learn each, and loss true or nothing in the row"
     what = "answer" if unsupervised else "target"
     return UserError(
-        f"{settings.jsonl_path}: no row is left: {len(encoded.empty):,} have an empty {what}, "
-        f"{unsupervised}{len(encoded.overlength):,} are longer than max_seq_length "
+        f"{settings.jsonl_path}: no row is left: {len(counts.empty):,} have an empty {what}, "
+        f"{unsupervised}{len(counts.overlength):,} are longer than max_seq_length "
         f"{settings.max_seq_length}; {fix}"
     )
-
-
-def _bad_rows(read: AnyRows, encoded: EncodedRows) -> list[BadRow]:
-    return sorted([*read.bad_rows, *encoded.refused], key=lambda bad: bad.row)
-
-
-def _describe(encoded: EncodedRows) -> tuple[str, ...]:
-    """What to report of conversations beside their rows."""
-    lines = []
-    if encoded.num_in_prompts:
-        lines.append(
-            f"earlier answers that are not supervised: {encoded.num_in_prompts:,}; the base reads "
-            "them as part of the prompt, so it learns the last answer of a row only"
-        )
-    if encoded.num_thoughts:
-        lines.append(f"{encoded.num_thoughts:,} answers had a thought before them, left out")
-    if encoded.num_dropped:
-        lines.append(
-            f"{encoded.num_dropped:,} supervised tokens stood in the rows that are dropped"
-        )
-    return tuple(lines)
 
 
 def fit_length(settings: TokenizeSettings, tokenizer: RowTokenizer) -> TokenizeSettings:
     """The settings with the least max_seq_length that leaves 95 % of the rows whole.
 
-    It is theirs at most. The rows are encoded for it. Raises UserError for what read_rows refuses.
+    It is theirs at most. The rows are encoded for it. Raises UserError for what look_through
+    refuses.
     """
-    rows, _ = read_rows(settings.jsonl_path, settings.on_bad_row, settings.encoding)
-    uncut = encode_rows(
-        rows, tokenizer, settings.model_copy(update={"max_seq_length": sys.maxsize})
-    )
-    length = uncut.keeping(SHARE_TO_KEEP) if uncut.limits else MIN_LENGTH
+    file = _look_through(settings)
+    uncut = settings.model_copy(update={"max_seq_length": sys.maxsize})
+    counts = RowCounts()
+    for batch in _encode(file, file.rows(), tokenizer, uncut):
+        counts.add(batch)
+    length = counts.keeping(SHARE_TO_KEEP) if counts.limits else MIN_LENGTH
     length = min(max(MIN_LENGTH, length), settings.max_seq_length)
     return settings.model_copy(update={"max_seq_length": length})
 
 
-def encode_rows(rows: list[Row], tokenizer: RowTokenizer, settings: RowSettings) -> EncodedRows:
+def encode_rows(rows: Sequence[Row], tokenizer: RowTokenizer, settings: RowSettings) -> EncodedRows:
     """Encode rows as the script of 2023 did: prompt, target, end, with the family's special ids.
 
     Prompt (with its special ids) and target are cut to max_seq_length each (a context of several
@@ -269,8 +286,11 @@ def encode_rows(rows: list[Row], tokenizer: RowTokenizer, settings: RowSettings)
     middle of an answer.
     """
     limit, rule = settings.max_seq_length, tokenizer.row_rule
-    out = EncodedRows()
-    for row, context, target in _encode_in_batches(rows, tokenizer, settings.num_threads):
+    out = EncodedRows(num_rows=len(rows))
+    num_threads = settings.num_threads
+    contexts = tokenizer.encode_contexts([row.context for row in rows], num_threads=num_threads)
+    targets = tokenizer.encode_batch([row.target for row in rows], num_threads=num_threads)
+    for row, context, target in zip(rows, contexts, targets, strict=True):
         length = len(context) + rule.num_prompt_specials
         # After earlier rounds comes the question that the answer is about: keep the end.
         prompt = rule.prompt(context, limit, cut="start" if has_rounds(row.context) else "end")
@@ -288,92 +308,13 @@ def encode_rows(rows: list[Row], tokenizer: RowTokenizer, settings: RowSettings)
             out.lengths_out.append(out.limits[-1])
         else:
             out.input_ids.extend(input_ids)
-            out.ends.append(len(out.input_ids))
+            out.lengths.append(len(input_ids))
             out.seq_len.append(len(prompt))
+            out.num_targets += len(input_ids) - len(prompt)
+            out.num_ends += not num_lost
             if length > limit:
                 out.cut_contexts.append(row.row)
             if num_lost:
                 out.cut_targets.append(row.row)
                 out.num_targets_lost += num_lost
     return out
-
-
-def _encode_in_batches(
-    rows: list[Row], tokenizer: RowTokenizer, num_threads: int | None
-) -> Iterator[tuple[Row, list[int], list[int]]]:
-    """Yield each row with the ids of its context and of its target, uncut, without specials."""
-    with tqdm(total=len(rows), desc="tokenize", unit="row", delay=1) as progress:
-        for start in range(0, len(rows), ROWS_PER_BATCH):
-            batch = rows[start : start + ROWS_PER_BATCH]
-            contexts = tokenizer.encode_contexts(
-                [row.context for row in batch], num_threads=num_threads
-            )
-            targets = tokenizer.encode_batch([row.target for row in batch], num_threads=num_threads)
-            yield from zip(batch, contexts, targets, strict=True)
-            progress.update(len(batch))
-
-
-def _card(
-    settings: TokenizeSettings,
-    tokenizer: RowTokenizer,
-    base_name: str,
-    read: AnyRows,
-    encoded: EncodedRows,
-) -> DataCard:
-    num_tokens, bad_rows = len(encoded.input_ids), _bad_rows(read, encoded)
-    contexts = [row for row in read.rows if isinstance(row, Row)]
-    has_turns = encoded.labels is not None
-    template = CONVERSATION if has_turns else getattr(tokenizer, "template", None)
-    flags = {"max_seq_length", "skip_overlength", "keep_empty", "on_bad_row"}
-    return DataCard(
-        glmtune_version=__version__,
-        base_model=base_name,
-        tokenizer_sha256=tokenizer.vocab_hash,
-        vocab_revision=tokenizer.revision,
-        special_ids=tokenizer.row_rule.special_ids,
-        template=template or _template(contexts),
-        flags=settings.model_dump(include=flags | ({"learn", "too_long"} if has_turns else set())),
-        source=Path(settings.jsonl_path).name,
-        source_sha256=sha256_of(settings.jsonl_path),
-        num_read=len(read.rows) + len(read.bad_rows),
-        num_kept=len(encoded.seq_len),
-        num_tokens=num_tokens,
-        num_target_tokens=encoded.num_targets,
-        lengths=LengthStats.of(encoded.lengths),
-        rows_out={
-            "bad": [bad.row for bad in bad_rows],
-            "empty": encoded.empty,
-            "overlength": encoded.overlength,
-            **({"unsupervised": encoded.unsupervised} if has_turns else {}),
-        },
-        rows_cut=(
-            {"turns": encoded.cut_turns}
-            if has_turns
-            else {"context": encoded.cut_contexts, "target": encoded.cut_targets}
-        ),
-        num_targets_lost=encoded.num_targets_lost,
-        row_is_line=all(row.row == row.line for row in (*read.rows, *read.bad_rows)),
-    )
-
-
-def _template(rows: list[Row]) -> str:
-    """Name the template of a first question; one after earlier rounds has none."""
-    firsts = [row for row in rows if not has_rounds(row.context)]
-    return "alpaca" if firsts and all(is_alpaca(row.context) for row in firsts) else "custom"
-
-
-def _save(encoded: EncodedRows, folder: Path) -> None:
-    import pyarrow as pa
-
-    from glmtune.data.arrow_files import write_dataset
-
-    offsets = np.concatenate([[0], encoded.ends]).astype(np.int32)
-    input_ids = pa.array(np.frombuffer(encoded.input_ids, dtype=np.int32))
-    columns = {
-        "input_ids": pa.ListArray.from_arrays(offsets, input_ids),
-        "seq_len": pa.array(np.frombuffer(encoded.seq_len, dtype=np.int32)),
-    }
-    if encoded.labels is not None:
-        labels = pa.array(np.frombuffer(encoded.labels, dtype=np.int32))
-        columns["labels"] = pa.ListArray.from_arrays(offsets, labels)
-    write_dataset(pa.table(columns), folder)

@@ -41,7 +41,7 @@ def _rows_of_file(
     read, encoded = encode_file(settings, tokenizer, limit=settings.limit)
     rows = encoded.as_token_rows(tokenizer.row_rule)
     fates, number = row_fates(encoded), 0
-    for row in read.rows[: settings.limit]:
+    for row in read:
         fate = fates.get(row.row)
         if fate:
             yield f"{row.where}: {fate}", None, 0

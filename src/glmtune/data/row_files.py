@@ -1,0 +1,127 @@
+"""A file of rows of any format, looked through once and then read as a stream."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from tqdm import tqdm
+
+from glmtune.data.fields import FieldUse
+from glmtune.data.records import (
+    BadRow,
+    Conversation,
+    OnBadRow,
+    Record,
+    Row,
+    check_usable,
+    each_row,
+    format_of,
+    read_row,
+)
+from glmtune.data.templates import context_of, has_rounds, is_alpaca
+from glmtune.errors import UserError
+
+
+@dataclass(slots=True)
+class RowFile:
+    """What a file of rows holds; `rows` reads them."""
+
+    path: str
+    encoding: str | None = None
+    format: str | None = None
+    """The name of its format, of `FORMATS` or beside them."""
+    num_good: int = 0
+    bad_rows: list[BadRow] = field(default_factory=list)
+    fields: FieldUse = field(default_factory=FieldUse)
+    has_turns: bool = False
+    """Whether its rows are read as conversations, else as contexts with their targets.
+
+    Records without a system text or earlier rounds are the contexts that `convert` writes. If one
+    of a file has either, all are conversations."""
+    row_is_line: bool = True
+    template: str | None = None
+    """The template of the contexts of first questions, "alpaca" or "custom"; one after earlier
+    rounds has none."""
+
+    @property
+    def num_rows(self) -> int:
+        """Number of its rows, good or bad."""
+        return self.num_good + len(self.bad_rows)
+
+    def rows(self) -> Iterator[Row | Conversation]:
+        """Read the good rows, in their order.
+
+        Raises:
+            UserError: it has changed since it was looked through, or cannot be read any more.
+        """
+        number = 0
+        for row in each_row(self.path, self.encoding, self._read):
+            if isinstance(row, Record):
+                number += 1
+                yield _conversation(row) if self.has_turns else _context(row)
+            elif not isinstance(row, BadRow):
+                number += 1
+                yield row
+        if number != self.num_good:
+            raise UserError(
+                f"{self.path}: had {self.num_good:,} good rows and then {number:,}; make sure that "
+                "nothing else writes it, and do it again"
+            )
+
+    def _read(self, fields: dict, path: str, row: int, line: int) -> Record | Row | Conversation:
+        self.format = self.format or format_of(fields)
+        return read_row(self.format, fields, path, row, line)
+
+    def _look_through(self) -> None:
+        earlier_rounds = False
+        for row in tqdm(
+            each_row(self.path, self.encoding, self._read), desc="read", unit="row", delay=1
+        ):
+            self.row_is_line = self.row_is_line and row.row == row.line
+            if isinstance(row, BadRow):
+                self.bad_rows.append(row)
+                continue
+            self.num_good += 1
+            self.fields.count(row)
+            if isinstance(row, Record):
+                self.template = "alpaca"
+                earlier_rounds = earlier_rounds or bool(row.history or row.system)
+            elif isinstance(row, Conversation):
+                self.has_turns = True
+            elif self.template != "custom" and not has_rounds(row.context):
+                self.template = "alpaca" if is_alpaca(row.context) else "custom"
+        if earlier_rounds:
+            self.has_turns = True
+            self.fields.num_with_history = 0  # they are turns like any others
+
+
+def look_through(
+    path: str,
+    format: str | None = None,
+    on_bad_row: OnBadRow = "fail",
+    encoding: str | None = None,
+) -> RowFile:
+    """Read a file to its end, so that what is wrong with it is known before any row is used.
+
+    Args:
+        path: the file.
+        format: the name of its format; None for that of the first row.
+        on_bad_row: as of `records.read_alpaca`.
+        encoding: its encoding, where that is not UTF-8.
+
+    Raises:
+        UserError: as `records.read_alpaca`.
+    """
+    file = RowFile(path, encoding, format)
+    file._look_through()
+    check_usable(path, on_bad_row, file.num_good > 0, file.bad_rows)
+    return file
+
+
+def _context(record: Record) -> Row:
+    """A record as `convert` writes it."""
+    context = context_of(record.instruction, record.input, record.history)
+    return Row(context, record.output, record.path, record.row, record.line, record.unused)
+
+
+def _conversation(record: Record) -> Conversation:
+    return Conversation(record.example, record.path, record.row, record.line, record.unused)

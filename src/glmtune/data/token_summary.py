@@ -1,0 +1,149 @@
+"""What `glmtune tokenize` reports of a file: its data card, and the lines that it prints."""
+
+from dataclasses import dataclass
+
+from glmtune import __version__
+from glmtune.config.settings import TokenizeSettings
+from glmtune.data.dataset import (
+    CARD_FILE,
+    CONVERSATION,
+    HISTOGRAM_FILE,
+    DataCard,
+    RowTokenizer,
+)
+from glmtune.data.encoded_rows import RowCounts
+from glmtune.data.fields import FieldUse
+from glmtune.data.lengths import LengthStats
+from glmtune.data.records import BadRow, list_bad_rows, name_rows
+from glmtune.data.row_files import RowFile
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizeSummary:
+    """The result of tokenising a file; printed, it lists every row that was dropped or cut."""
+
+    jsonl_path: str
+    save_path: str
+    card: DataCard
+    bad_rows: list[BadRow]
+    fields: FieldUse
+    advice: str | None
+    """Advice on a max_seq_length that leaves more rows whole; None where this one left all."""
+    of_turns: tuple[str, ...] = ()
+    """Lines on conversations."""
+
+    def __str__(self) -> str:
+        card, limit = self.card, self.card.flags["max_seq_length"]
+        assert card.num_read is not None
+        lines = [
+            f"{self.jsonl_path} -> {self.save_path}",
+            f"  rows        {card.num_read:,} read, {card.num_kept:,} kept, "
+            f"{card.num_read - card.num_kept:,} dropped",
+        ]
+        for what, rows in [
+            ("dropped, empty target", card.rows_out["empty"]),
+            ("dropped, nothing is supervised", card.rows_out.get("unsupervised")),
+            (f"dropped, longer than {limit} tokens", card.rows_out["overlength"]),
+            (f"kept, context cut to {limit} tokens", card.rows_cut.get("context")),
+            (f"kept, target cut to {limit} tokens", card.rows_cut.get("target")),
+            (f"kept, last turns cut to be within {limit} tokens", card.rows_cut.get("turns")),
+        ]:
+            if rows:
+                lines.append(f"    {len(rows):,} {what}: {name_rows(rows, limit=12)}")
+        if self.bad_rows:
+            lines.append(f"    {len(self.bad_rows):,} bad, skipped:")
+            lines += [f"      {line}" for line in list_bad_rows(self.bad_rows)]
+        lines += [f"    {line}" for line in (*self.of_turns, *self.fields.lines())]
+        what = "supervised" if "turns" in card.rows_cut else "targets"
+        if card.template == CONVERSATION:
+            lines.append(
+                f"  layout      {card.vocab_revision}'s own conversations; words that convert puts "
+                "around a record are left out"
+            )
+        lines += [
+            f"  row length  {card.lengths} tokens",
+            f"  tokens      {card.num_tokens:,}, "
+            f"{card.num_target_tokens / card.num_tokens:.1%} of them {what}",
+            *([f"  lost        {lost}"] if (lost := card.describe_loss()) else []),
+            *([f"  advice      {self.advice}"] if self.advice else []),
+            f"  beside it   {CARD_FILE} (with all these row numbers), {HISTOGRAM_FILE}",
+        ]
+        return "\n".join(lines)
+
+
+def summarise(
+    settings: TokenizeSettings, file: RowFile, counts: RowCounts, card: DataCard
+) -> TokenizeSummary:
+    """The summary of a file whose rows have all been encoded."""
+    return TokenizeSummary(
+        settings.jsonl_path,
+        settings.save_path,
+        card,
+        _all_bad(file, counts),
+        file.fields,
+        counts.advice(settings.max_seq_length),
+        _describe(counts) if file.has_turns else (),
+    )
+
+
+def make_card(
+    settings: TokenizeSettings,
+    tokenizer: RowTokenizer,
+    base_name: str,
+    source: tuple[str, str],
+    file: RowFile,
+    counts: RowCounts,
+) -> DataCard:
+    """The card of a file whose rows have all been encoded; `source` is its name and sha256."""
+    template = CONVERSATION if file.has_turns else getattr(tokenizer, "template", None)
+    flags = {"max_seq_length", "skip_overlength", "keep_empty", "on_bad_row"}
+    if file.has_turns:
+        flags |= {"learn", "too_long"}
+    return DataCard(
+        glmtune_version=__version__,
+        base_model=base_name,
+        tokenizer_sha256=tokenizer.vocab_hash,
+        vocab_revision=tokenizer.revision,
+        special_ids=tokenizer.row_rule.special_ids,
+        template=template or file.template or "custom",
+        flags=settings.model_dump(include=flags),
+        source=source[0],
+        source_sha256=source[1],
+        num_read=file.num_rows,
+        num_kept=len(counts.lengths),
+        num_tokens=counts.num_tokens,
+        num_target_tokens=counts.num_targets,
+        lengths=LengthStats.of(counts.lengths),
+        rows_out={
+            "bad": [bad.row for bad in _all_bad(file, counts)],
+            "empty": counts.empty,
+            "overlength": counts.overlength,
+            **({"unsupervised": counts.unsupervised} if file.has_turns else {}),
+        },
+        rows_cut=(
+            {"turns": counts.cut_turns}
+            if file.has_turns
+            else {"context": counts.cut_contexts, "target": counts.cut_targets}
+        ),
+        num_targets_lost=counts.num_targets_lost,
+        row_is_line=file.row_is_line,
+    )
+
+
+def _all_bad(file: RowFile, counts: RowCounts) -> list[BadRow]:
+    return sorted([*file.bad_rows, *counts.refused], key=lambda bad: bad.row)
+
+
+def _describe(counts: RowCounts) -> tuple[str, ...]:
+    """What to report of conversations beside their rows."""
+    lines = []
+    if counts.num_in_prompts:
+        lines.append(
+            f"earlier answers that are not supervised: {counts.num_in_prompts:,}; the base reads "
+            "them as part of the prompt, so it learns the last answer of a row only"
+        )
+    if counts.num_thoughts:
+        lines.append(f"{counts.num_thoughts:,} answers had a thought before them, left out")
+    if counts.num_dropped:
+        lines.append(f"{counts.num_dropped:,} supervised tokens stood in the rows that are dropped")
+    return tuple(lines)
