@@ -145,7 +145,7 @@ def check_run_folder(
     # Without rows the steps of an epoch are unknown: count at least some checkpoints.
     max_steps = settings.save_steps * (settings.save_total_limit or 1)
     if settings.max_steps > 0 or isinstance(rows, TokenRows):
-        max_steps = count_steps(settings, make_plan(settings, rows.lengths_R, found.pack_length, 1))
+        max_steps = count_steps(settings, make_plan(settings, rows, found.pack_length, 1))
     check_disk(settings, found.setup, max_steps, checkpoint=checkpoint)
     size = last_checkpoint_bytes(settings, found.setup, max_steps)
     text = (
