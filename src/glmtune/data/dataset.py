@@ -80,8 +80,14 @@ class SetCard:
     sha256: str
     format: str | None
     num_read: int
+    num_taken: int
+    """Rows that were chosen, each as often as it was."""
     num_kept: int
     num_tokens: int
+    weight: float = 1
+    is_replay: bool = False
+    languages: Mapping[str, int] = field(default_factory=dict)
+    """Rows taken that are Chinese and English, where that was asked for."""
 
 
 @dataclass(frozen=True, slots=True)

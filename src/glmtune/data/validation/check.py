@@ -30,10 +30,10 @@ from glmtune.data.records import (
     format_of,
     read_row,
 )
+from glmtune.data.row_texts import Text, texts_of
 from glmtune.data.templates import has_rounds, parts
 from glmtune.data.validation.duplicates import END_OF_PART, END_OF_ROW, Fingerprints
 from glmtune.data.validation.problems import Problem
-from glmtune.data.validation.texts import Text, texts_of
 from glmtune.data.windows import Batch
 
 LONG_TEXT = 100_000

@@ -16,9 +16,9 @@ from glmtune.data.flaws import show
 from glmtune.data.jsonfile import read_batches
 from glmtune.data.near import Pieces, first_of_each, group, near_pairs
 from glmtune.data.records import fields_of, name_rows, read_row
+from glmtune.data.row_texts import texts_of
 from glmtune.data.validation.duplicates import MOST_COMPARED, Fingerprints, Place
 from glmtune.data.validation.problems import Problem
-from glmtune.data.validation.texts import texts_of
 from glmtune.errors import note
 
 MOST_ANSWERS = 50
