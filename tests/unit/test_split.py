@@ -2,15 +2,19 @@
 
 import random
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
 from toy_family import FIRST_BYTE, ByteTokenizer
+from toys import ToyTokenizer, draw_rows, save_rows
 
 from glmtune.data.conversations import IGNORED
 from glmtune.data.split import group_rows, split_rows
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError
+from glmtune.evaluation.source_run import find_rows
+from glmtune.training import loop
 
 TOKENIZER = ByteTokenizer()
 RULE = TOKENIZER.row_rule
@@ -113,6 +117,51 @@ def test_a_group_that_is_too_large_is_trained_on():
 def test_sets_of_one_row_each():
     train, held_out = split_rows(3, 0.1, 0, None, np.arange(3))
     assert (len(train), len(held_out)) == (2, 1)
+
+
+class TestRun:
+    """Training, resuming and the check-up have the same split, whichever version began it."""
+
+    @pytest.fixture
+    def doubled(self, tmp_path):
+        """Every row twice, with another answer."""
+        rows = draw_rows([(6, 3)] * 12, ToyTokenizer)
+        again = [row | {"input_ids": [*row["input_ids"][:-2], 7, 1005]} for row in rows]
+        return save_rows(rows + again, tmp_path / "rows")
+
+    def held_out(self, run: Path) -> np.ndarray:
+        rows = find_rows(run, ToyTokenizer())
+        assert rows is not None
+        return rows.held_out
+
+    def test_both_of_a_pair_are_held_out(self, tiny_run, doubled, tmp_path, capsys):
+        settings = {"dataset_path": doubled, "eval_ratio": 0.25, "save_steps": 1, "max_steps": 2}
+        loop.train(tiny_run(**settings))
+        held_out = self.held_out(tmp_path / "run")
+        assert len(held_out) == 6
+        assert sorted(held_out % 12) == sorted(2 * [*(held_out[held_out < 12])])
+        assert "24 rows are nearly the same as others; each of their 12 groups" in (
+            capsys.readouterr().out
+        )
+        checkpoint = str(tmp_path / "run" / "checkpoint-1")
+        more = {"resume_from_checkpoint": checkpoint, "output_dir": str(tmp_path / "more")}
+        loop.train(tiny_run(**settings | more))
+        assert np.array_equal(self.held_out(tmp_path / "more"), held_out)
+
+    def test_a_run_of_an_earlier_version_keeps_its_split(
+        self, tiny_run, doubled, tmp_path, monkeypatch
+    ):
+        settings = {"dataset_path": doubled, "eval_ratio": 0.25, "save_steps": 1, "max_steps": 2}
+        plain = split_rows(24, 0.25, 42)[1]
+        assert len(np.unique(plain % 12)) < 12  # else the two rules agree
+        with monkeypatch.context() as earlier:
+            earlier.setattr(TokenRows, "grouped", lambda self, _: self)
+            loop.train(tiny_run(**settings))
+        assert np.array_equal(self.held_out(tmp_path / "run"), plain)
+        checkpoint = str(tmp_path / "run" / "checkpoint-1")
+        more = {"resume_from_checkpoint": checkpoint, "output_dir": str(tmp_path / "more")}
+        loop.train(tiny_run(**settings | more))
+        assert np.array_equal(self.held_out(tmp_path / "more"), plain)
 
 
 def test_rows_of_a_run_are_split_by_their_sets_and_groups():

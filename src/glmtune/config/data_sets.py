@@ -61,8 +61,8 @@ class MixSettings(Settings):
     replay: PathText | None = Field(
         None, description="file of general rows to mix in, so that less is forgotten"
     )
-    replay_share: float = Field(
-        0.05, gt=0, lt=1, description="share of the rows that replay makes up"
+    replay_share: float | None = Field(
+        None, gt=0, lt=1, description="share of the rows that replay makes up (default: 0.05)"
     )
     zh_share: float | None = Field(
         None,
@@ -83,8 +83,8 @@ class MixSettings(Settings):
         if isinstance(sets, list | tuple):
             sets = [{"path": one} if isinstance(one, str) else one for one in sets]
             first = sets[0].get("path") if isinstance(sets[0], dict) else sets[0].path
-            named = values.setdefault("jsonl_path", first)
-            if named != first:
+            values = {"jsonl_path": str(first)} | values  # a missing path is reported later
+            if values["jsonl_path"] != str(first):
                 raise conflict(
                     "jsonl_path and datasets both name the rows: set one", "jsonl_path", "datasets"
                 )
@@ -109,7 +109,7 @@ class MixSettings(Settings):
                 raise conflict(
                     f"save_path would overwrite {one.file}: name another", name, "save_path"
                 )
-        if "replay_share" in self.model_fields_set and not self.replay:
+        if self.replay_share is not None and not self.replay:
             raise conflict(
                 "replay_share has no effect without replay: set replay FILE, or leave it out",
                 "replay_share",

@@ -13,7 +13,7 @@ from glmtune.errors import UserError
 OTHER, CHINESE, ENGLISH = 0, 1, 2
 """Languages of a row, as numbers."""
 LETTERS_PER_CHINESE = 4
-"""A row is Chinese if it has a Chinese character for every so many English letters."""
+"""English letters of a row for each of its Chinese characters, above which it is English."""
 _STREAM = 3
 """A random stream of its own beside those of a run."""
 

@@ -15,6 +15,9 @@ from glmtune.data.mixing import CHINESE, ENGLISH, num_replayed, share_languages,
 from glmtune.data.records import Conversation, Row
 from glmtune.data.row_files import RowFile, look_through
 
+REPLAY_SHARE = 0.05
+"""Where replay_share is not set."""
+
 
 @dataclass
 class RowSet:
@@ -85,7 +88,7 @@ def look_through_sets(settings: TokenizeSettings) -> list[RowSet]:
                 _share_languages(sets, settings)
             num_others = sum(other.num_taken for other in sets)
             most = file.num_good if num is None else min(num, file.num_good)
-            num = num_replayed(one.file, most, num_others, settings.replay_share)
+            num = num_replayed(one.file, most, num_others, settings.replay_share or REPLAY_SHARE)
         uses = uses_of(one.file, file.num_good, num, weight, settings.seed, number)
         sets.append(RowSet(file, sha256_of(one.file), uses, weight, is_replay))
     if settings.zh_share is not None and not sets[-1].is_replay:
