@@ -32,7 +32,7 @@ def test_encode_batch_equals_one_by_one(tokenizer, cases):
 
 
 def test_decode_batch_leaves_special_ids_out(tokenizer, cases):
-    rows = [[0, *case["ids_with_special"], tokenizer.eos_token_id] for case in cases]
+    rows = [[*case["ids_with_special"], tokenizer.eos_token_id] for case in cases]
     texts = [tokenizer.decode(case["ids"], skip_special_tokens=True) for case in cases]
     assert tokenizer.decode_batch(rows) == texts
 

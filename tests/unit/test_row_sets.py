@@ -159,6 +159,24 @@ def test_a_killed_command_goes_on_in_the_right_file(monkeypatch):
     assert Path("rows", CARD_FILE).read_text() == card
 
 
+def test_a_file_that_has_changed_is_not_gone_on_with(monkeypatch):
+    monkeypatch.setattr(token_files, "TOKENS_PER_FILE", 60)
+    monkeypatch.setattr(token_files.TokenFiles, "close", lambda self: 1 / 0)
+    monkeypatch.setattr(tokenizing, "stays", lambda *_: True)
+    with pytest.raises(ZeroDivisionError):
+        make(BOTH)
+    write("en.jsonl", [pair("another", "one")])
+    with pytest.raises(UserError, match=r"rows: cannot be resumed, since sha256 of en\.jsonl was"):
+        make(BOTH, resume="true")
+
+
+def test_messages_name_all_files():
+    write("zh.jsonl", [pair("问", "")])
+    write("en.jsonl", [pair("ask", "")])
+    with pytest.raises(UserError, match=r"zh\.jsonl \+ en\.jsonl: no row is left: 2 have"):
+        make(BOTH)
+
+
 @pytest.mark.parametrize(
     "recipe, message",
     [

@@ -152,6 +152,11 @@ def describe(sets: Sequence[RowSet]) -> list[str]:
     return lines
 
 
+def name_of(sets: Sequence[RowSet]) -> str:
+    """What messages call all files together."""
+    return " + ".join(one.file.path for one in sets)
+
+
 def settings_of(settings: RowSettings, one: RowSet) -> RowSettings:
     """The settings of one file, by which messages name it."""
     return settings.model_copy(update={"jsonl_path": one.file.path})

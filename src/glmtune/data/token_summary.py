@@ -18,7 +18,7 @@ from glmtune.data.fields import FieldUse
 from glmtune.data.lengths import LengthStats
 from glmtune.data.records import BadRow, list_bad_rows, name_rows
 from glmtune.data.row_files import RowFile
-from glmtune.data.row_sets import RowSet, describe, joined
+from glmtune.data.row_sets import RowSet, describe, joined, name_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ def summarise(
     """The summary of files whose rows have all been encoded."""
     file, counts = joined(sets)
     return TokenizeSummary(
-        " + ".join(one.file.path for one in sets),
+        name_of(sets),
         settings.save_path,
         card,
         _all_bad(file, counts),

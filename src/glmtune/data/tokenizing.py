@@ -25,7 +25,7 @@ from glmtune.data.files import resumable_folder
 from glmtune.data.lengths import plot_lengths
 from glmtune.data.records import Conversation, Row
 from glmtune.data.row_files import RowFile, look_through
-from glmtune.data.row_sets import RowSet, joined, look_through_sets, settings_of
+from glmtune.data.row_sets import RowSet, joined, look_through_sets, name_of, settings_of
 from glmtune.data.templates import has_rounds
 from glmtune.data.token_files import TokenFiles, has_whole_file, stays
 from glmtune.data.token_summary import TokenizeSummary, make_card, summarise
@@ -97,9 +97,9 @@ def _tokenize(
             check_lengths(one.file, of_set, settings_of(settings, one))
         file, counts = joined(sets)
         if not counts.lengths:
-            raise _no_row_left(settings, file.has_turns, counts)
+            raise _no_row_left(name_of(sets), settings, file.has_turns, counts)
         if file.has_turns:
-            check_supervised(counts, settings.jsonl_path)
+            check_supervised(counts, name_of(sets))
         card = make_card(settings, tokenizer, base_name, sets)
         files.close()
         card.write(folder)
@@ -136,7 +136,10 @@ def _made_from(
     """All that the rows depend on, as plain data."""
     return {
         "glmtune_version": __version__,
-        **{f"sha256 of {Path(one.file.path).name}": one.sha256 for one in sets},
+        **{
+            f"sha256 of {one.file.path if len(sets) > 1 else 'jsonl_path'}": one.sha256
+            for one in sets
+        },
         "sha256 of the vocabulary": tokenizer.vocab_hash,
         "vocabulary": tokenizer.revision,
         **settings.model_dump(mode="json", exclude=_WITHOUT_EFFECT),
@@ -249,7 +252,9 @@ def _check_settings_of_contexts(settings: RowSettings) -> None:
         )
 
 
-def _no_row_left(settings: TokenizeSettings, has_turns: bool, counts: RowCounts) -> UserError:
+def _no_row_left(
+    name: str, settings: TokenizeSettings, has_turns: bool, counts: RowCounts
+) -> UserError:
     advice = counts.advice(settings.max_seq_length) if counts.limits else None
     fix = f"raise max_seq_length ({advice})" if advice else "set keep_empty true"
     unsupervised = ""
@@ -259,7 +264,7 @@ def _no_row_left(settings: TokenizeSettings, has_turns: bool, counts: RowCounts)
             fix = "set learn each, and loss true or nothing in the row"
     what = "answer" if unsupervised else "target"
     return UserError(
-        f"{settings.jsonl_path}: no row is left: {len(counts.empty):,} have an empty {what}, "
+        f"{name}: no row is left: {len(counts.empty):,} have an empty {what}, "
         f"{unsupervised}{len(counts.overlength):,} are longer than max_seq_length "
         f"{settings.max_seq_length}; {fix}"
     )
