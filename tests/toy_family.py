@@ -50,6 +50,9 @@ class ByteTokenizer:
     def encode_examples(self, examples, *, num_threads=None):
         return encode_rounds(self, examples, lambda rounds, question: str([*rounds, question]))
 
+    def decode_batch(self, rows):
+        return [self.decode(ids) for ids in rows]
+
     def decode(self, ids, skip_special_tokens=False):
         return bytes(i - FIRST_BYTE for i in ids if i >= FIRST_BYTE).decode(errors="replace")
 

@@ -54,6 +54,9 @@ class ToyTokenizer:
     def encode_word(word):
         return int(word) if word.isdecimal() else 4 + zlib.crc32(word.encode()) % 990
 
+    def decode_batch(self, rows):
+        return [self.decode(ids, skip_special_tokens=True) for ids in rows]
+
     def decode(self, ids, skip_special_tokens=False):
         kept = [i for i in ids if i < self.mask_token_id or not skip_special_tokens]
         return "".join(f" {i}" for i in kept)

@@ -68,7 +68,7 @@ def table(header: str, basis: dict[bool, str]) -> str:
     for size, names in CARDS.items():
         for name in names:
             flags, settings, found = fitting(Card.named(name))
-            plan = make_plan(settings, _rows().lengths_R, found.pack_length, num_processes=1)
+            plan = make_plan(settings, _rows(), found.pack_length, num_processes=1)
             speed = run_speed(found, plan)
             hours = count_steps(settings, plan) * speed.hours_per_step
             written = " ".join(f"--{flag} {value}" for flag, value in flags.items())

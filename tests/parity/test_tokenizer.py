@@ -31,6 +31,12 @@ def test_encode_batch_equals_one_by_one(tokenizer, cases):
     ]
 
 
+def test_decode_batch_leaves_special_ids_out(tokenizer, cases):
+    rows = [[*case["ids_with_special"], tokenizer.eos_token_id] for case in cases]
+    texts = [tokenizer.decode(case["ids"], skip_special_tokens=True) for case in cases]
+    assert tokenizer.decode_batch(rows) == texts
+
+
 def test_decode(tokenizer, cases):
     for case in cases:
         assert tokenizer.decode(case["ids"]) == case["decoded"]

@@ -17,13 +17,13 @@ import yaml
 from glmtune import cli
 from glmtune.data.dataset import load_dataset
 from glmtune.data.records import read_alpaca
+from glmtune.data.split import split_rows
 from glmtune.data.templates import context_of
 from glmtune.demo.questions import training_questions
 from glmtune.errors import UserError
 from glmtune.models.loading import load_tokenizer
 from glmtune.models.resolve import GLM_TINY
 from glmtune.training import loop
-from glmtune.training.plan import split_rows
 from glmtune.tune import run as stages
 from glmtune.tune.folder import Journal
 

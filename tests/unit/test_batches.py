@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 import glmtune.models  # noqa: F401
+from glmtune.data.split import split_rows
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError
 from glmtune.models.chatglm.rows import row_rule
 from glmtune.training.batches import collate
-from glmtune.training.plan import RowPlan, epoch_order, split_rows
+from glmtune.training.plan import RowPlan, epoch_order
 
 GMASK, SOP, EOP, PAD = 1001, 1004, 1005, 3
 RULE = row_rule(

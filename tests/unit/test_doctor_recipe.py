@@ -94,6 +94,18 @@ def test_files_of_the_published_recipes(root, tmp_path, monkeypatch, capsys):
     assert cli.main(["doctor", path]) == 0
 
 
+def test_each_file_of_a_data_set_is_looked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text("")
+    sets = "[a.jsonl#5, no.jsonl]"
+    Path("r.yaml").write_text(f"tokenize:\n  save_path: rows\n  datasets: {sets}\n  replay: b\n")
+    cli.main(["doctor", "r.yaml"])
+    out = capsys.readouterr().out
+    assert "tokenize: datasets a.jsonl\n" in out
+    assert "tokenize: datasets no.jsonl is not there" in out
+    assert "tokenize: replay b is not there" in out
+
+
 def test_doctor_without_a_recipe(tmp_path, capsys):
     assert cli.main(["doctor", str(tmp_path / "none.yaml")]) == 1
     assert "cannot read the recipe" in capsys.readouterr().out

@@ -66,6 +66,10 @@ def test_published_ids_of_texts(variant, built, cases):
     assert encoder.encode_batch(texts) == ids
     assert encoder.encode_batch(texts, num_threads=1) == ids
     assert tokenizer.encode_batch(texts) == ids
+    plain = [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+    special = max(encoder.ids.values())
+    for one in (encoder, tokenizer):  # special ids have no text
+        assert one.decode_batch([[special, *row, special] for row in ids]) == plain
     assert len(texts) >= 225
 
 

@@ -7,6 +7,7 @@ from accelerate import Accelerator
 
 from glmtune.adapters import load_adapter
 from glmtune.data.dataset import load_dataset
+from glmtune.data.split import split_rows
 from glmtune.data.token_rows import TokenRows
 from glmtune.models.families import family_of
 from glmtune.models.loading import load_base_model
@@ -16,7 +17,7 @@ from glmtune.training import loop
 from glmtune.training.held_out import mean_loss
 from glmtune.training.interrupt import CutShort
 from glmtune.training.passes import PackedPass, PaddedPass
-from glmtune.training.plan import evaluation_parts, split_rows
+from glmtune.training.plan import evaluation_parts
 
 
 @pytest.fixture

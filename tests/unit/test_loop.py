@@ -13,9 +13,9 @@ from transformers import TrainerState
 from glmtune.adapters import load_adapter
 from glmtune.config.reading import read_config
 from glmtune.config.settings import TrainSettings
+from glmtune.data.split import split_rows
 from glmtune.models.loading import load_base_model
 from glmtune.training import held_out, loop, passes, prepare
-from glmtune.training.plan import split_rows
 
 
 class TestRunFolder:

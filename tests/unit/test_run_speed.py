@@ -33,7 +33,7 @@ def forecast_of(card, dtype=torch.bfloat16, config=CHATGLM_6B, **settings):
 def speed_on(card, **settings):
     """The speed of such a run."""
     found, settings = forecast_of(card, **settings)
-    return run_speed(found, make_plan(settings, ROWS.lengths_R, found.pack_length, 1))
+    return run_speed(found, make_plan(settings, ROWS, found.pack_length, 1))
 
 
 def records():
@@ -106,7 +106,7 @@ class TestComputed:
     )  # fmt: skip
     def test_what_was_not_measured_is_computed_even_on_an_h200(self, other):
         found, settings = forecast_of("H200", **other)
-        assert not run_speed(found, make_plan(settings, ROWS.lengths_R, 8192, 1)).measured
+        assert not run_speed(found, make_plan(settings, ROWS, 8192, 1)).measured
 
     @pytest.mark.parametrize("layout", ["packed", "exact"])
     def test_passes_accumulated_take_as_long_as_steps(self, layout):

@@ -15,7 +15,14 @@ from matplotlib.colors import to_hex
 from glmtune import __version__
 from glmtune.config.settings import TokenizeSettings
 from glmtune.data import lengths, tokenizing
-from glmtune.data.dataset import CARD_FILE, HISTOGRAM_FILE, DataCard, check_data_card, load_dataset
+from glmtune.data.dataset import (
+    CARD_FILE,
+    HISTOGRAM_FILE,
+    DataCard,
+    SetCard,
+    check_data_card,
+    load_dataset,
+)
 from glmtune.data.lengths import LengthStats, plot_lengths
 from glmtune.data.tokenizing import tokenize
 from glmtune.errors import UserError
@@ -199,6 +206,7 @@ def test_the_card_tells_where_the_data_comes_from(capsys):
         rows_cut={"context": [], "target": []},
         num_targets_lost=0,
         row_is_line=True,
+        sets=(SetCard("a.jsonl", sha256, "context/target", 2, 2, 2, card.num_tokens),),
     )
     assert "10.7% of them targets" in capsys.readouterr().out
     run([("问：q\n答：", "答")])

@@ -9,7 +9,7 @@ from glmtune.errors import UserError
 
 STRANGE = {
     "LLaMA-Factory": """
-        media_dir mix_strategy eval_on_each_dataset enable_thinking
+        media_dir eval_on_each_dataset enable_thinking
         data_shared_file_system freeze_trainable_modules loraplus_lr_embedding
         pissa_convert oft_rank oft_target pref_ftx pref_loss kto_chosen_weight
         simpo_gamma ppo_epochs ppo_target ref_model ref_model_quantization_bit
@@ -79,7 +79,7 @@ STRANGE = {
     "ms-swift": """
         tuner_backend custom_register_path enable_npu_model_patch load_data_args
         packing_num_proc lazy_tokenize ignore_args_error cached_dataset
-        load_from_cache_file interleave_prob shuffle_buffer_size columns model_author
+        load_from_cache_file shuffle_buffer_size columns model_author
         logprobs structured_outputs_regex new_special_tokens max_model_len init_strategy
         bnb_4bit_quant_storage agent_template use_chat_template padding_free
         sequence_parallel_size template_backend add_non_thinking_prefix swanlab_token

@@ -7,10 +7,11 @@ typo.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from glmtune.config.foreign import FOREIGN
 from glmtune.config.foreign.fates import Becomes, Fate, Idle, Refused, spellings
+from glmtune.config.groups import Settings
 from glmtune.config.settings import SETTINGS
 from glmtune.errors import UserError, note
 
@@ -22,22 +23,29 @@ class Given(NamedTuple):
     """A setting as the user gave it.
 
     Args:
-        value: the text, several texts (a YAML list), or None (null in YAML).
+        value: the text, several (a YAML list) or several mappings of texts, or None (null).
         source: what to call it in an error: `--lora_rank`, or `recipe.yaml:7: lora_rank`.
     """
 
-    value: str | list[str] | None
+    value: str | list[Any] | None
     source: str
 
     @property
     def text(self) -> str:
         """The value as a flag would give it."""
-        return ",".join(self.value) if isinstance(self.value, list) else self.value or ""
+        return ",".join(map(str, self.value)) if isinstance(self.value, list) else self.value or ""
 
     def __str__(self) -> str:
         """The setting with its value, for the start of an error line."""
         value = "null" if self.value is None else repr(self.value)
         return f"{self.source} {value if len(value) <= 200 else f'{value[:197]}...'}"
+
+
+def takes_mappings(name: str) -> bool:
+    """Whether a setting of that name is a list of groups of settings."""
+    fields = [verb.model_fields[name] for verb in SETTINGS.values() if name in verb.model_fields]
+    kinds = [kind for field in fields for kind in get_args(field.annotation)]
+    return any(isinstance(kind, type) and issubclass(kind, Settings) for kind in kinds)
 
 
 def renamed(given: Mapping[str, Given]) -> dict[str, Given]:

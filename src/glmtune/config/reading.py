@@ -18,6 +18,7 @@ from typing import TypeVar, get_args
 
 import yaml
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from glmtune import __version__
 from glmtune.config.flags import fields_by_group, kind_of
@@ -29,6 +30,7 @@ from glmtune.config.names import (
     knows,
     renamed,
     setting_named,
+    takes_mappings,
     translate,
     with_todays_names,
 )
@@ -100,15 +102,35 @@ def _means_none(cls: type[Settings], name: str, value: object) -> bool:
 def _explain(error: ValidationError, cls: type[Settings], given: Mapping[str, Given]) -> str:
     """One line for the first error, or for all that is missing."""
     problems = error.errors(include_url=False)
-    missing = [str(problem["loc"][0]) for problem in problems if problem["type"] == "missing"]
+    missing = [
+        str(problem["loc"][0])
+        for problem in problems
+        if problem["type"] == "missing" and len(problem["loc"]) == 1
+    ]
     if missing:
         return f"missing: {' '.join(f'--{name}' for name in missing)} (as a flag or in the recipe)"
     problem = problems[0]
     if problem["type"] == "conflict":
-        named = [given[name].source for name in problem["ctx"]["settings"] if name in given]
+        names = problem["ctx"]["settings"] or [str(problem["loc"][0])]
+        named = [given[name].source for name in names if name in given]
         return f"{problem['msg']} (given: {', '.join(named)})"
     name = str(problem["loc"][0])
+    if len(place := problem["loc"][1:]) > 1:
+        kinds = get_args(cls.model_fields[name].annotation)[0].model_fields
+        return _explain_entry(int(place[0]), str(place[-1]), kinds, given[name])
     return f"{given[name]} should be {kind_of(cls.model_fields[name]).words}"
+
+
+def _explain_entry(number: int, name: str, fields: Mapping[str, FieldInfo], given: Given) -> str:
+    """One line for a wrong setting in an entry of a list, the entry being counted from 0."""
+    entry = f"{given.source}, entry {number + 1}"
+    value = given.value[number] if isinstance(given.value, list) else given.value
+    if name not in fields:
+        return f"{entry}: knows no {name}{did_you_mean(name, fields)}; it has {', '.join(fields)}"
+    if isinstance(value, dict) and name not in value:
+        return f"{entry}: lacks its {name}"
+    shown = value[name] if isinstance(value, dict) else value
+    return f"{entry}: {name} {shown!r} should be {kind_of(fields[name]).words}"
 
 
 def recipe_settings(verb: str, path: str) -> dict[str, Given]:
@@ -212,11 +234,30 @@ def _given(name: str, where: str, node: yaml.Node) -> Given:
     if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
         if all(isinstance(item, yaml.ScalarNode) for item in node.value):
             return Given([item.value for item in node.value], source)
+        if takes_mappings(name):
+            return Given([_entry(item, where.rpartition(":")[0]) for item in node.value], source)
     elif isinstance(node, yaml.ScalarNode) and node.tag in _PLAIN_TAGS:
         return Given(None if node.tag == _TAG + "null" else node.value, source)
     if name in FOREIGN and isinstance(node, yaml.CollectionNode):
         return Given("{...}" if node.value else None, source)  # the error will be about its name
     raise UserError(f"{source} should be plain text, a number, true or false, or a list of texts")
+
+
+def _entry(node: yaml.Node, path: str) -> str | dict[str, str | None]:
+    """An entry of a list: a text, or a mapping of texts."""
+    if isinstance(node, yaml.ScalarNode):
+        return node.value
+    where = f"{path}:{node.start_mark.line + 1}"
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(f"{where}: an entry is a text, or lines of `name: value`")
+    return {name: _text(*pair, name) for name, pair in _pairs(node, path).items()}
+
+
+def _text(where: str, node: yaml.Node, name: str) -> str | None:
+    value = _given(name, where, node).value
+    if isinstance(value, list):
+        raise UserError(f"{where}: {name} should be plain text or a number")
+    return value
 
 
 def write_recipe(settings: Settings, path: str) -> None:

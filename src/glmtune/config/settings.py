@@ -18,6 +18,7 @@ from glmtune.config.benchmarks import (
     BenchTrainSettings,
     ReproduceSettings,
 )
+from glmtune.config.data_sets import MixSettings
 from glmtune.config.groups import (
     OF_THE_DRAW,
     AnsweringWeightSettings,
@@ -144,7 +145,7 @@ class RowSettings(FormatSettings, BadRowSettings, BaseModelSettings):
         return self
 
 
-class TokenizeSettings(RowSettings):
+class TokenizeSettings(MixSettings, RowSettings):
     """Settings of `glmtune tokenize`."""
 
     verb = "tokenize"

@@ -50,6 +50,9 @@ class RowTokenizer(Protocol):
     def encode_batch(self, texts: list[str], *, num_threads: int | None = None) -> list[list[int]]:
         """Encode texts without special ids."""
 
+    def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """The texts of ids, without the special ones among them."""
+
     def encode_contexts(
         self, contexts: list[str], *, num_threads: int | None = None
     ) -> list[list[int]]:
@@ -70,6 +73,24 @@ class RowTokenizer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class SetCard:
+    """A file of which rows are in a data set; those of one file follow those of another."""
+
+    path: str
+    sha256: str
+    format: str | None
+    num_read: int
+    num_taken: int
+    """Rows that were chosen, each as often as it was."""
+    num_kept: int
+    num_tokens: int
+    weight: float = 1
+    is_replay: bool = False
+    languages: Mapping[str, int] = field(default_factory=dict)
+    """Rows taken that are Chinese and English, where that was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
 class DataCard:
     """Where a data set comes from and what is in it; None where an older data set does not say.
 
@@ -77,7 +98,7 @@ class DataCard:
     which a part was cut to max_seq_length. Target tokens are the ids after the prompt: the answer
     and its end; `num_targets_lost` more were cut off. `special_ids` holds the special ids of the
     family's `RowRule`, by name. `source` is a bare file name; where `row_is_line`, its row n is
-    line n.
+    line n. `sets` lists the files in the order of their rows.
     """
 
     num_kept: int
@@ -98,6 +119,7 @@ class DataCard:
     rows_cut: Mapping[str, list[int]] = field(default_factory=dict)
     num_targets_lost: int | None = None
     row_is_line: bool | None = None
+    sets: Sequence["SetCard"] = ()
 
     def describe_loss(self) -> str | None:
         """Say in one line what cutting took from the answers, and what that means; or None."""
@@ -134,6 +156,11 @@ class DataCard:
             "max_seq_length keeps them"
         )
 
+    @property
+    def num_kept_of_sets(self) -> list[int]:
+        """How many rows of each set the data set holds."""
+        return [one.num_kept for one in self.sets]
+
     def source_rows(self) -> np.ndarray | None:
         """The source's row number (from 1) of each row of the data set, where it is known."""
         if self.source is None or self.num_read is None:
@@ -157,6 +184,7 @@ class DataCard:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             content["lengths"] = LengthStats(**content["lengths"])
+            content["sets"] = tuple(SetCard(**one) for one in content.get("sets", ()))
             return cls(**{f.name: content[f.name] for f in fields(cls) if f.name in content})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(

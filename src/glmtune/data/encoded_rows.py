@@ -2,7 +2,7 @@
 
 import math
 from array import array
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,15 @@ class RowCounts:
             else:
                 mine.extend(more)
 
+    def numbered_from(self, offset: int) -> "RowCounts":
+        """The same, with every row once and its number raised: for rows of several files."""
+        fate = {
+            name: sorted({row + offset for row in getattr(self, name)}) for name in _LISTS_OF_ROWS
+        }
+        refused = {bad.row: replace(bad, row=bad.row + offset) for bad in self.refused}
+        counts = {name: getattr(self, name) for name in _COUNTS}
+        return RowCounts(**counts | fate | {"refused": list(refused.values())})
+
     def as_json(self) -> dict[str, Any]:
         """The same as plain data."""
         plain = {name: getattr(self, name) for name in _COUNTS}
@@ -96,6 +105,9 @@ class RowCounts:
         return whole + (f"--max_seq_length {most} keeps {share:.0%}, " * (most > limit)) + for_all
 
 
+_LISTS_OF_ROWS = (
+    "empty", "overlength", "cut_contexts", "cut_targets", "unsupervised", "cut_turns"
+)  # fmt: skip
 _COUNTS = tuple(entry.name for entry in fields(RowCounts))
 
 

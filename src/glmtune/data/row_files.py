@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
+from glmtune.data.conversations import ASSISTANT, USER, Example, Turn
 from glmtune.data.fields import FieldUse
+from glmtune.data.mixing import language_of
 from glmtune.data.records import (
     BadRow,
     Conversation,
@@ -17,8 +19,9 @@ from glmtune.data.records import (
     format_of,
     read_row,
 )
+from glmtune.data.row_texts import texts_of
 from glmtune.data.sources import find_source
-from glmtune.data.templates import context_of, has_rounds, is_alpaca
+from glmtune.data.templates import context_of, conversation_of, has_rounds, is_alpaca
 from glmtune.errors import UserError
 
 KEPT_CHARACTERS = 1 << 23
@@ -47,6 +50,8 @@ class RowFile:
     template: str | None = None
     """The template of the contexts of first questions, "alpaca" or "custom"; one after earlier
     rounds has none."""
+    languages: bytearray | None = None
+    """The language of each good row, as of `mixing.language_of`, if that is wanted."""
 
     @property
     def num_rows(self) -> int:
@@ -67,7 +72,7 @@ class RowFile:
                 yield _conversation(row) if self.has_turns else _context(row)
             elif not isinstance(row, BadRow):
                 number += 1
-                yield row
+                yield _talk_of(row) if self.has_turns and isinstance(row, Row) else row
         if number != self.num_good:
             raise UserError(
                 f"{self.path}: had {self.num_good:,} good rows and then {number:,}; make sure that "
@@ -94,6 +99,8 @@ class RowFile:
                 self._kept = None
             elif self._kept is not None:
                 self._kept.append(row)
+            if self.languages is not None:
+                self.languages.append(language_of([text.text for text in texts_of(row).texts]))
             if isinstance(row, Record):
                 self.template = "alpaca"
                 earlier_rounds = earlier_rounds or bool(row.history or row.system)
@@ -111,6 +118,7 @@ def look_through(
     format: str | None = None,
     on_bad_row: OnBadRow = "fail",
     encoding: str | None = None,
+    with_languages: bool = False,
 ) -> RowFile:
     """Read a file to its end, so that what is wrong with it is known before any row is used.
 
@@ -119,6 +127,7 @@ def look_through(
         format: the name of its format; None for that of the first row.
         on_bad_row: as of `records.read_alpaca`.
         encoding: its encoding, where that is not UTF-8.
+        with_languages: whether the language of each row is wanted.
 
     Raises:
         UserError: as `records.read_alpaca`.
@@ -126,7 +135,8 @@ def look_through(
     listed = find_source(path).format
     if format and listed and format != listed:
         raise UserError(f"{path}: is listed as {listed}, and format is {format}; leave format out")
-    file = RowFile(path, encoding, format or listed)
+    languages = bytearray() if with_languages else None
+    file = RowFile(path, encoding, format or listed, languages=languages)
     file._look_through()
     check_usable(path, on_bad_row, file.num_good > 0, file.bad_rows)
     return file
@@ -136,6 +146,14 @@ def _context(record: Record) -> Row:
     """A record as `convert` writes it."""
     context = context_of(record.instruction, record.input, record.history)
     return Row(context, record.output, record.path, record.row, record.line, record.unused)
+
+
+def _talk_of(row: Row) -> Conversation:
+    """A context and its target as a conversation, for a file beside one of conversations."""
+    rounds, question = conversation_of(row.context)
+    texts = [text for pair in [*rounds, (question, row.target)] for text in pair]
+    turns = (Turn((USER, ASSISTANT)[place % 2], text) for place, text in enumerate(texts))
+    return Conversation(Example(tuple(turns)), row.path, row.row, row.line, row.unused)
 
 
 def _conversation(record: Record) -> Conversation:

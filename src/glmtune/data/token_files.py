@@ -39,10 +39,18 @@ def has_whole_file(folder: Path) -> bool:
 
 
 class TokenFiles:
-    """The files of a data set that is being written; `counts` is what became of all rows so far."""
+    """The files of a data set that is being written; `of_sets` is what became of all rows so far.
+
+    Its rows are those of one source, or of several, one after the other.
+    """
 
     def __init__(
-        self, folder: Path, path: str, made_from: Mapping[str, Any], resume: bool = False
+        self,
+        folder: Path,
+        path: str,
+        made_from: Mapping[str, Any],
+        resume: bool = False,
+        num_sets: int = 1,
     ) -> None:
         """Begin in a folder, or go on where its journal ends.
 
@@ -51,15 +59,16 @@ class TokenFiles:
             path: what messages call it.
             made_from: what has to be the same when it is resumed, as plain data.
             resume: whether to go on.
+            num_sets: how many sources it has.
 
         Raises:
             CannotResume: it was made from something else, or is damaged.
             OSError: it cannot be written.
         """
         self.folder = folder
-        self.counts = RowCounts()
-        self.num_written = 0
-        """Rows of the source whose fate is on the disk."""
+        self.of_sets = [RowCounts() for _ in range(num_sets)]
+        """What became of the rows of each source; all of them after `flush`."""
+        self._set = 0
         self._pending = EncodedRows()
         self._digests: list[str] = []
         self._schema: Any = None
@@ -68,6 +77,17 @@ class TokenFiles:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             self._note(dict(made_from))
 
+    @property
+    def num_written(self) -> int:
+        """Rows of all sources whose fate is known."""
+        return sum(counts.num_rows for counts in self.of_sets)
+
+    def begin(self, number: int) -> int:
+        """Begin with a source, and return how many of its rows have been written before."""
+        self.flush()
+        self._set = number
+        return self.of_sets[number].num_rows
+
     def add(self, rows: EncodedRows) -> None:
         """Write the rows that follow, sooner or later."""
         self._pending.extend(rows)
@@ -75,10 +95,10 @@ class TokenFiles:
             self._write()
 
     def flush(self) -> None:
-        """Write what is waiting; afterwards `counts` covers all rows."""
+        """Write what is waiting; afterwards `of_sets` covers all rows."""
         if self._pending.seq_len:
             self._write()
-        self.counts.add(self._pending)
+        self.of_sets[self._set].add(self._pending)
         self._pending = EncodedRows()
 
     def close(self) -> None:
@@ -104,9 +124,9 @@ class TokenFiles:
         self._digests.append(write_file(table, file))
         with file.open("rb") as written:
             os.fsync(written.fileno())
-        self._note({"sha256": self._digests[-1], "counts": self._pending.as_json()})
-        self.counts.add(self._pending)
-        self.num_written = self.counts.num_rows
+        counts = self._pending.as_json()
+        self._note({"sha256": self._digests[-1], "set": self._set, "counts": counts})
+        self.of_sets[self._set].add(self._pending)
         self._pending = EncodedRows()
 
     def _note(self, entry: dict[str, Any]) -> None:
@@ -130,14 +150,13 @@ class TokenFiles:
                 (file,) = self.folder.glob(f"data-{number:05}*.arrow")
                 os.replace(file, self._file(number))
                 self._digests.append(entry["sha256"])
-                self.counts.add(RowCounts.of_json(entry["counts"]))
+                self.of_sets[entry["set"]].add(RowCounts.of_json(entry["counts"]))
             self._schema = _schema_of(self._file(0))
         except (LookupError, TypeError, ValueError) as error:
             raise CannotResume(
                 f"{path}: cannot be resumed, what was written of it is damaged "
                 f"({reason_of(error)}); leave resume out to start over"
             ) from error
-        self.num_written = self.counts.num_rows
         known = {journal, *map(self._file, range(len(entries)))}
         for unfinished in set(self.folder.iterdir()) - known:
             unfinished.unlink()

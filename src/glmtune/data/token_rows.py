@@ -4,7 +4,8 @@ Shapes: R rows of the data set, T tokens of all rows end to end.
 """
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from glmtune.data.conversations import IGNORED
 from glmtune.data.row_rule import RowRule
+from glmtune.data.split import group_rows, split_rows
 from glmtune.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,14 +34,21 @@ class TokenRows:
     labels_T: np.ndarray | None = None
     """The column `labels`, where rows are more than one prompt and one answer: each token's own id,
     or `IGNORED`. Without it the rule decides what is supervised."""
+    sets_R: np.ndarray | None = None
+    """The set that each row is of, where there are several."""
+    groups_R: np.ndarray | None = None
+    """The group of each row, if near-equal rows have been looked for: see `split.group_rows`."""
 
     @classmethod
-    def from_dataset(cls, dataset: "Dataset", rule: RowRule) -> "TokenRows":
+    def from_dataset(
+        cls, dataset: "Dataset", rule: RowRule, num_of_sets: Sequence[int] = ()
+    ) -> "TokenRows":
         """Take the columns `input_ids`, `seq_len` and, if there, `labels` of a data set.
 
         Args:
             dataset: holds at least one row.
             rule: row rule of the family that the rows were tokenised for.
+            num_of_sets: how many rows of each set it holds, one set after the other.
         """
         names = [name for name in ("input_ids", "seq_len", "labels") if name in dataset.features]
         table = dataset.select_columns(names).with_format("arrow")[:]
@@ -54,6 +63,7 @@ class TokenRows:
             prompt_lengths_R=table.column("seq_len").to_numpy(),
             rule=rule,
             labels_T=labels_T,
+            sets_R=np.repeat(np.arange(len(num_of_sets)), num_of_sets) if num_of_sets else None,
         )
 
     def __len__(self) -> int:
@@ -89,6 +99,14 @@ class TokenRows:
     def prefix_lengths_R(self) -> np.ndarray:
         """Tokens at the start of each row that see each other in both directions."""
         return self.rule.prefix_lengths(self.prompt_lengths_R)
+
+    def grouped(self, decode_batch: Callable[[Sequence[Sequence[int]]], list[str]]) -> "TokenRows":
+        """The same, with the groups of near-equal rows; `decode_batch` is of `RowTokenizer`."""
+        return replace(self, groups_R=group_rows(self, decode_batch))
+
+    def split(self, eval_ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Row numbers to train on and to evaluate on; see `split.split_rows`."""
+        return split_rows(len(self), eval_ratio, seed, self.groups_R, self.sets_R)
 
     def digest(self) -> str:
         """A sha256 of the rows, to tell whether two runs train on the same data."""

@@ -1,6 +1,8 @@
 """What `glmtune tokenize` reports of a file: its data card, and the lines that it prints."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from glmtune import __version__
 from glmtune.config.settings import TokenizeSettings
@@ -16,6 +18,7 @@ from glmtune.data.fields import FieldUse
 from glmtune.data.lengths import LengthStats
 from glmtune.data.records import BadRow, list_bad_rows, name_rows
 from glmtune.data.row_files import RowFile
+from glmtune.data.row_sets import RowSet, describe, joined, name_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,8 @@ class TokenizeSummary:
     """Advice on a max_seq_length that leaves more rows whole; None where this one left all."""
     of_turns: tuple[str, ...] = ()
     """Lines on conversations."""
+    of_sets: tuple[str, ...] = ()
+    """Lines on the files, where there are several."""
 
     def __str__(self) -> str:
         card, limit = self.card, self.card.flags["max_seq_length"]
@@ -39,6 +44,7 @@ class TokenizeSummary:
             f"{self.jsonl_path} -> {self.save_path}",
             f"  rows        {card.num_read:,} read, {card.num_kept:,} kept, "
             f"{card.num_read - card.num_kept:,} dropped",
+            *(f"  {line}" for line in self.of_sets),
         ]
         for what, rows in [
             ("dropped, empty target", card.rows_out["empty"]),
@@ -72,17 +78,19 @@ class TokenizeSummary:
 
 
 def summarise(
-    settings: TokenizeSettings, file: RowFile, counts: RowCounts, card: DataCard
+    settings: TokenizeSettings, sets: Sequence[RowSet], card: DataCard
 ) -> TokenizeSummary:
-    """The summary of a file whose rows have all been encoded."""
+    """The summary of files whose rows have all been encoded."""
+    file, counts = joined(sets)
     return TokenizeSummary(
-        settings.jsonl_path,
+        name_of(sets),
         settings.save_path,
         card,
         _all_bad(file, counts),
         file.fields,
         counts.advice(settings.max_seq_length),
         _describe(counts) if file.has_turns else (),
+        tuple(describe(sets)),
     )
 
 
@@ -90,11 +98,11 @@ def make_card(
     settings: TokenizeSettings,
     tokenizer: RowTokenizer,
     base_name: str,
-    source: tuple[str, str],
-    file: RowFile,
-    counts: RowCounts,
+    sets: Sequence[RowSet],
 ) -> DataCard:
-    """The card of a file whose rows have all been encoded; `source` is its name and sha256."""
+    """The card of files whose rows have all been encoded."""
+    file, counts = joined(sets)
+    is_whole = file is sets[0].file
     template = CONVERSATION if file.has_turns else getattr(tokenizer, "template", None)
     flags = {"max_seq_length", "skip_overlength", "keep_empty", "on_bad_row"}
     if file.has_turns:
@@ -107,8 +115,8 @@ def make_card(
         special_ids=tokenizer.row_rule.special_ids,
         template=template or file.template or "custom",
         flags=settings.model_dump(include=flags),
-        source=source[0],
-        source_sha256=source[1],
+        source=Path(file.path).name if is_whole else None,
+        source_sha256=sets[0].sha256 if is_whole else None,
         num_read=file.num_rows,
         num_kept=len(counts.lengths),
         num_tokens=counts.num_tokens,
@@ -127,6 +135,7 @@ def make_card(
         ),
         num_targets_lost=counts.num_targets_lost,
         row_is_line=file.row_is_line,
+        sets=tuple(one.card() for one in sets),
     )
 
 

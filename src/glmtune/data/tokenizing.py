@@ -25,7 +25,7 @@ from glmtune.data.files import resumable_folder
 from glmtune.data.lengths import plot_lengths
 from glmtune.data.records import Conversation, Row
 from glmtune.data.row_files import RowFile, look_through
-from glmtune.data.sources import find_source
+from glmtune.data.row_sets import RowSet, joined, look_through_sets, name_of, settings_of
 from glmtune.data.templates import has_rounds
 from glmtune.data.token_files import TokenFiles, has_whole_file, stays
 from glmtune.data.token_summary import TokenizeSummary, make_card, summarise
@@ -76,28 +76,31 @@ def _no_collection() -> Iterator[None]:
 def _tokenize(
     settings: TokenizeSettings, tokenizer: RowTokenizer, base_name: str
 ) -> TokenizeSummary:
-    file = _look_through(settings)
-    settings = _in_effect(settings, file)
-    source = Path(settings.jsonl_path).name, find_source(settings.jsonl_path).digest
-    made_from = _made_from(settings, tokenizer, source[1])
+    sets = look_through_sets(settings)
+    settings = _in_effect(settings, sets[0].file)
+    made_from = _made_from(settings, tokenizer, sets)
     with resumable_folder(settings.save_path, stays) as folder:
-        files = _begin(folder, settings, made_from)
+        files = _begin(folder, settings, made_from, len(sets))
         try:
-            rows = islice(file.rows(), files.num_written, None)
-            for batch in _encode(file, rows, tokenizer, settings, files.num_written):
-                files.add(batch)
+            for number, one in enumerate(sets):
+                num_done = files.begin(number)
+                rows = islice(one.rows(), num_done, None)
+                for batch in _encode(one, rows, tokenizer, settings_of(settings, one), num_done):
+                    files.add(batch)
             files.flush()
         except KeyboardInterrupt:
             if has_whole_file(folder):
                 note(f"{files.num_written:,} rows are kept; --resume true goes on after them")
             raise
-        counts = files.counts
-        check_lengths(file, counts, settings)
+        for one, of_set in zip(sets, files.of_sets, strict=True):
+            one.counts = of_set
+            check_lengths(one.file, of_set, settings_of(settings, one))
+        file, counts = joined(sets)
         if not counts.lengths:
-            raise _no_row_left(settings, file.has_turns, counts)
+            raise _no_row_left(name_of(sets), settings, file.has_turns, counts)
         if file.has_turns:
-            check_supervised(counts, settings.jsonl_path)
-        card = make_card(settings, tokenizer, base_name, source, file, counts)
+            check_supervised(counts, name_of(sets))
+        card = make_card(settings, tokenizer, base_name, sets)
         files.close()
         card.write(folder)
         plot_lengths(
@@ -106,13 +109,15 @@ def _tokenize(
             dropped=counts.lengths_out,
             max_seq_length=settings.max_seq_length,
         )
-    return summarise(settings, file, counts, card)
+    return summarise(settings, sets, card)
 
 
-def _begin(folder: Path, settings: TokenizeSettings, made_from: dict[str, Any]) -> TokenFiles:
+def _begin(
+    folder: Path, settings: TokenizeSettings, made_from: dict[str, Any], num_sets: int
+) -> TokenFiles:
     """Begin to write in a folder, or go on; say which where it is not plain."""
     was_left = has_whole_file(folder)
-    files = TokenFiles(folder, settings.save_path, made_from, settings.resume)
+    files = TokenFiles(folder, settings.save_path, made_from, settings.resume, num_sets)
     if files.num_written:
         note(f"{settings.save_path}: goes on after {files.num_written:,} rows that are there")
     elif settings.resume:
@@ -126,12 +131,15 @@ def _begin(folder: Path, settings: TokenizeSettings, made_from: dict[str, Any]) 
 
 
 def _made_from(
-    settings: TokenizeSettings, tokenizer: RowTokenizer, source_sha256: str
+    settings: TokenizeSettings, tokenizer: RowTokenizer, sets: Sequence[RowSet]
 ) -> dict[str, Any]:
     """All that the rows depend on, as plain data."""
     return {
         "glmtune_version": __version__,
-        "sha256 of jsonl_path": source_sha256,
+        **{
+            f"sha256 of {one.file.path if len(sets) > 1 else 'jsonl_path'}": one.sha256
+            for one in sets
+        },
         "sha256 of the vocabulary": tokenizer.vocab_hash,
         "vocabulary": tokenizer.revision,
         **settings.model_dump(mode="json", exclude=_WITHOUT_EFFECT),
@@ -163,7 +171,7 @@ def _look_through(settings: RowSettings) -> RowFile:
 
 
 def _encode(
-    file: RowFile,
+    one: RowSet,
     rows: Iterable[Row | Conversation],
     tokenizer: RowTokenizer,
     settings: RowSettings,
@@ -171,9 +179,9 @@ def _encode(
 ) -> Iterator[EncodedRows]:
     """Encode rows of a file, and show the progress."""
     with tqdm(
-        total=file.num_good, initial=num_done, desc="tokenize", unit="row", delay=1
+        total=one.num_taken, initial=num_done, desc="tokenize", unit="row", delay=1
     ) as progress:
-        for batch in encode_batches(rows, tokenizer, settings, file.has_turns):
+        for batch in encode_batches(rows, tokenizer, settings, one.file.has_turns):
             yield batch
             progress.update(batch.num_rows)
 
@@ -244,7 +252,9 @@ def _check_settings_of_contexts(settings: RowSettings) -> None:
         )
 
 
-def _no_row_left(settings: TokenizeSettings, has_turns: bool, counts: RowCounts) -> UserError:
+def _no_row_left(
+    name: str, settings: TokenizeSettings, has_turns: bool, counts: RowCounts
+) -> UserError:
     advice = counts.advice(settings.max_seq_length) if counts.limits else None
     fix = f"raise max_seq_length ({advice})" if advice else "set keep_empty true"
     unsupervised = ""
@@ -254,7 +264,7 @@ def _no_row_left(settings: TokenizeSettings, has_turns: bool, counts: RowCounts)
             fix = "set learn each, and loss true or nothing in the row"
     what = "answer" if unsupervised else "target"
     return UserError(
-        f"{settings.jsonl_path}: no row is left: {len(counts.empty):,} have an empty {what}, "
+        f"{name}: no row is left: {len(counts.empty):,} have an empty {what}, "
         f"{unsupervised}{len(counts.overlength):,} are longer than max_seq_length "
         f"{settings.max_seq_length}; {fix}"
     )
@@ -266,10 +276,10 @@ def fit_length(settings: TokenizeSettings, tokenizer: RowTokenizer) -> TokenizeS
     It is theirs at most. The rows are encoded for it. Raises UserError for what look_through
     refuses.
     """
-    file = _look_through(settings)
+    (one,) = look_through_sets(settings)
     uncut = settings.model_copy(update={"max_seq_length": sys.maxsize})
     counts = RowCounts()
-    for batch in _encode(file, file.rows(), tokenizer, uncut):
+    for batch in _encode(one, one.rows(), tokenizer, uncut):
         counts.add(batch)
     length = counts.keeping(SHARE_TO_KEEP) if counts.limits else MIN_LENGTH
     length = min(max(MIN_LENGTH, length), settings.max_seq_length)

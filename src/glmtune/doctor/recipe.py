@@ -67,19 +67,29 @@ def _base_of(settings: TrainSettings) -> str:
 def check_paths(plans: Mapping[str, Settings]) -> Iterator[CheckLine]:
     """Whether the verbs' inputs exist, or will have been written by then."""
     for verb, name, source in _READS:
-        given = getattr(plans[verb], name) if verb in plans else None
-        if given is None:
-            continue
-        path, writer = Path(given), plans.get(source[0]) if source else None
-        text = f"{verb}: {name} {path}"
-        if path.is_file() and is_lfs_pointer(path):
-            yield PROBLEM, f"{text} is a Git-LFS pointer: run `git lfs pull` there"
-        elif path.exists():
-            yield OK, text
-        elif source and writer and Path(getattr(writer, source[1])) == path:
-            yield OK, f"{text} is what {source[0]} will write"
-        else:
-            yield PROBLEM, f"{text} is not there: correct it"
+        for setting, given in _inputs(plans.get(verb), name):
+            writer = plans.get(source[0]) if source else None
+            yield _check_path(f"{verb}: {setting} {given}", Path(given), source, writer)
+
+
+def _inputs(settings: Settings | None, name: str) -> list[tuple[str, str]]:
+    """The paths that a setting stands for, with the settings that name them."""
+    if isinstance(settings, TokenizeSettings):
+        return [(setting, one.file) for setting, one in settings.named_sets]
+    given = getattr(settings, name, None)
+    return [] if given is None else [(name, given)]
+
+
+def _check_path(
+    text: str, path: Path, source: tuple[str, str] | None, writer: Settings | None
+) -> CheckLine:
+    if path.is_file() and is_lfs_pointer(path):
+        return PROBLEM, f"{text} is a Git-LFS pointer: run `git lfs pull` there"
+    if path.exists():
+        return OK, text
+    if source and writer and Path(getattr(writer, source[1])) == path:
+        return OK, f"{text} is what {source[0]} will write"
+    return PROBLEM, f"{text} is not there: correct it"
 
 
 def base_of_rows(dataset_path: str) -> str | None:
@@ -145,7 +155,7 @@ def check_run_folder(
     # Without rows the steps of an epoch are unknown: count at least some checkpoints.
     max_steps = settings.save_steps * (settings.save_total_limit or 1)
     if settings.max_steps > 0 or isinstance(rows, TokenRows):
-        max_steps = count_steps(settings, make_plan(settings, rows.lengths_R, found.pack_length, 1))
+        max_steps = count_steps(settings, make_plan(settings, rows, found.pack_length, 1))
     check_disk(settings, found.setup, max_steps, checkpoint=checkpoint)
     size = last_checkpoint_bytes(settings, found.setup, max_steps)
     text = (

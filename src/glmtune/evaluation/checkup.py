@@ -153,7 +153,7 @@ def check(settings: CheckSettings) -> Checkup:
         found = Checkup(layers=[], num_linears=0, divergence=None)
     else:
         model, tokenizer = subject.load(computes=True)
-        rows = find_rows(subject.adapter, tokenizer.row_rule)
+        rows = find_rows(subject.adapter, tokenizer)
         if settings.data_path:
             asked = record_probes(settings.data_path, tokenizer, settings.limit)
         else:

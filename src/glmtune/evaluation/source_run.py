@@ -7,12 +7,11 @@ import numpy as np
 
 from glmtune.config.reading import read_config
 from glmtune.config.settings import TrainSettings
-from glmtune.data.dataset import load_dataset
-from glmtune.data.row_rule import RowRule
+from glmtune.data.dataset import RowTokenizer, load_dataset
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError, note
 from glmtune.run_files import RECIPE_FILE, STATE_FILE, WEIGHTS_FILE, find_around
-from glmtune.training.plan import split_rows
+from glmtune.training.run import GROUPS
 from glmtune.training.saving.manifest import read_identity
 
 
@@ -28,7 +27,7 @@ class RunRows(NamedTuple):
         return np.setdiff1d(np.arange(len(self.rows)), self.held_out)
 
 
-def find_rows(adapter: Path, rule: RowRule) -> RunRows | None:
+def find_rows(adapter: Path, tokenizer: RowTokenizer) -> RunRows | None:
     """The rows of the run that an adapter came from.
 
     None where there is no recipe beside the adapter, or its data are missing or have changed, which
@@ -36,18 +35,22 @@ def find_rows(adapter: Path, rule: RowRule) -> RunRows | None:
 
     Args:
         adapter: the adapter's folder.
-        rule: row rule of the base model's family.
+        tokenizer: of the base model.
     """
     recipe = next(iter(find_around(adapter, RECIPE_FILE)), None)
     if recipe is None:
         return None
     try:
         run = read_config(TrainSettings, str(recipe), {})
-        rows = TokenRows.from_dataset(load_dataset(run.dataset_path, rule)[0], rule)
-        digest = _identity(adapter).get("data sha256")
+        rule, identity = tokenizer.row_rule, _identity(adapter)
+        dataset, card = load_dataset(run.dataset_path, rule)
+        rows = TokenRows.from_dataset(dataset, rule, card.num_kept_of_sets)
+        digest = identity.get("data sha256")
         if digest is not None and digest != rows.digest()[:16]:
             raise UserError(f"{run.dataset_path}: holds other rows than the run was trained on")
-        return RunRows(rows, split_rows(len(rows), run.eval_ratio, run.seed)[1])
+        if GROUPS in identity:
+            rows = rows.grouped(tokenizer.decode_batch)
+        return RunRows(rows, rows.split(run.eval_ratio, run.seed)[1])
     except UserError as error:
         note(f"the run's rows are not available ({error})")
         return None

@@ -4,6 +4,8 @@ import shlex
 import time
 from typing import Any
 
+import numpy as np
+
 from glmtune.errors import program
 from glmtune.hardware import device_name, memory_gib, total_memory_gib
 from glmtune.models.packed import base_of
@@ -59,6 +61,7 @@ def print_banner(run: Run, state: TrainingState) -> None:
         {
             "rows": f"{num_train:,} to train on, {num_eval:,} held out, "
             f"{run.rows.lengths_R.mean():.0f} tokens each",
+            **_describe_split(run),
             "steps": f"{run.max_steps:,}, which is {run.plan.epoch(run.max_steps):.4g} epoch(s) of "
             f"{run.plan.steps_in(0):,}{done}",
             **describe_step(run),
@@ -69,6 +72,23 @@ def print_banner(run: Run, state: TrainingState) -> None:
             "run folder": settings.output_dir,
         },
     )
+
+
+def _describe_split(run: Run) -> dict[str, str]:
+    """How many rows are held out of each set, and which rows stay together; empty for neither."""
+    rows, told = run.rows, []
+    if not len(run.eval_rows):
+        return {}
+    if rows.sets_R is not None and rows.sets_R[-1] > 0:
+        nums = np.bincount(rows.sets_R[run.eval_rows], minlength=rows.sets_R[-1] + 1)
+        told.append(f"{', '.join(f'{num:,}' for num in nums)} rows of the sets in their order")
+    sizes = np.zeros(1) if rows.groups_R is None else np.bincount(rows.groups_R)
+    if num_grouped := int(sizes[sizes > 1].sum()):
+        told.append(
+            f"{num_grouped:,} rows are nearly the same as others; each of their "
+            f"{np.count_nonzero(sizes > 1):,} groups is on one side"
+        )
+    return {"held out": "; ".join(told)} if told else {}
 
 
 def describe_step(run: Run) -> dict[str, str]:

@@ -7,16 +7,15 @@ in its data, and one process with batches of 6 sees the same rows as two with ba
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import numpy as np
 
 from glmtune.config.settings import TrainSettings
 from glmtune.data.packing import plan_packs
-from glmtune.errors import UserError
 
-# Random streams that must never coincide.
-_STREAM_ORDER, _STREAM_SPLIT = 0, 1
+_STREAM_ORDER = 0
+"""A random stream that must differ from that of `data.split`."""
 # Captured passes round lengths up to 64 tokens, and supervised tokens to a quarter of the pack, so
 # that few CUDA graphs cover all passes.
 CAPTURED_LENGTHS, _CAPTURED_SHARES = 64, 4
@@ -26,26 +25,6 @@ def captured_supervised(num_tokens: int, num_supervised: int) -> int:
     """Round supervised tokens up to the next quarter of a pass's tokens, as its graph has them."""
     share = num_tokens // _CAPTURED_SHARES
     return share * -(-num_supervised // share)
-
-
-def split_rows(num_rows: int, eval_ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Hold out a share of the rows for evaluation: at least one of them, and never all.
-
-    Returns:
-        Row numbers to train on and row numbers to evaluate on, each in ascending order.
-
-    Raises:
-        UserError: too few rows to hold one out.
-    """
-    if not eval_ratio:
-        return np.arange(num_rows), np.arange(0)
-    if num_rows < 2:
-        raise UserError(
-            f"eval_ratio {eval_ratio}: one row cannot be split; leave eval_ratio out or add rows"
-        )
-    held_out = min(max(1, round(num_rows * eval_ratio)), num_rows - 1)
-    shuffled = np.random.default_rng([seed, _STREAM_SPLIT]).permutation(num_rows)
-    return np.sort(shuffled[held_out:]), np.sort(shuffled[:held_out])
 
 
 @lru_cache(maxsize=2)
@@ -247,18 +226,34 @@ class PackPlan(Plan):
         return max(packs, key=lambda rows: self.lengths_R[rows].sum())
 
 
+class Lengths(Protocol):
+    """What plans and forecasts need to know about rows; `TokenRows` has it."""
+
+    @property
+    def lengths_R(self) -> np.ndarray:
+        """Tokens of each row."""
+
+    @property
+    def num_labels_R(self) -> np.ndarray:
+        """Supervised tokens of each row."""
+
+    def split(self, eval_ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Row numbers to train on and to evaluate on; see `data.split.split_rows`."""
+
+
 def make_plan(
-    settings: TrainSettings, lengths_R: np.ndarray, pack_length: int | None, num_processes: int
+    settings: TrainSettings, rows: Lengths, pack_length: int | None, num_processes: int
 ) -> Plan:
     """Which rows make up which step.
 
     Args:
         settings: the run's settings.
-        lengths_R: tokens of every row, held-out rows included.
+        rows: every row, held-out ones included.
         pack_length: tokens of a pack; None where passes have a fixed number of rows.
         num_processes: processes that share a step.
     """
-    train_rows, _ = split_rows(len(lengths_R), settings.eval_ratio, settings.seed)
+    lengths_R = rows.lengths_R
+    train_rows, _ = rows.split(settings.eval_ratio, settings.seed)
     seed = settings.seed if settings.data_seed is None else settings.data_seed
     shuffle = settings.train_sampling_strategy == "random"
     passes = num_processes * settings.gradient_accumulation_steps

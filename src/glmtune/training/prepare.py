@@ -20,8 +20,9 @@ from glmtune.models.resolve import base_name, resolve_base
 from glmtune.training.planning.advice import check_fit, print_forecast
 from glmtune.training.planning.forecast import make_forecaster
 from glmtune.training.processes import on_main
-from glmtune.training.run import Run, adapt, check_fp8, layout_as_run
+from glmtune.training.run import GROUPS, Run, adapt, check_fp8, layout_as_run
 from glmtune.training.saving import checkpoints, run_folder
+from glmtune.training.saving.manifest import read_identity
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def prepare(settings: TrainSettings, accelerator: Accelerator, dtype: torch.dtyp
     tokenizer = load_tokenizer(base)
     config = load_config(base)
     family = family_of(config)
-    rows, card = _load_rows(settings.dataset_path, tokenizer, family.row_rule(config))
+    rows, card = _load_rows(settings, tokenizer, family.row_rule(config), resume)
 
     forecaster = make_forecaster(accelerator, config, dtype, rows)
     forecast = forecaster(settings)
@@ -103,10 +104,20 @@ def prepare(settings: TrainSettings, accelerator: Accelerator, dtype: torch.dtyp
     return Prepared(run, adapted, tokenizer, resume, settings.model_copy(update=as_run))
 
 
-def _load_rows(path: str, tokenizer: Any, rule: RowRule) -> tuple[TokenRows, DataCard]:
-    """Rows made by this tokenizer, and their data card; a note says what was cut or dropped."""
+def _load_rows(
+    settings: TrainSettings, tokenizer: Any, rule: RowRule, resume: Path | None
+) -> tuple[TokenRows, DataCard]:
+    """Rows made by this tokenizer, and their data card; a note says what was cut or dropped.
+
+    Near-equal rows are grouped where rows are held out, unless the run that is resumed began
+    without that.
+    """
+    path = settings.dataset_path
     dataset, card = load_dataset(path, rule)
     check_data_card(card, tokenizer, path)
     for lost in filter(None, (card.describe_loss(), card.describe_dropped())):
         note(f"{path}: {lost}")
-    return TokenRows.from_dataset(dataset, rule), card
+    rows = TokenRows.from_dataset(dataset, rule, card.num_kept_of_sets)
+    if settings.eval_ratio and not (resume and GROUPS not in read_identity(resume)):
+        rows = rows.grouped(tokenizer.decode_batch)
+    return rows, card

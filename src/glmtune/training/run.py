@@ -1,5 +1,6 @@
 """What stays fixed while a run trains, and how its moving parts are built."""
 
+import hashlib
 import math
 import os
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ from glmtune.models.families import family_of
 from glmtune.models.packed import PackedModel, base_of, to_fp8
 from glmtune.models.shape import bits_of
 from glmtune.training.passes import CapturedPass, PackedPass, PaddedPass, Pass
-from glmtune.training.plan import PackPlan, Plan, count_steps, make_plan, split_rows
+from glmtune.training.plan import PackPlan, Plan, count_steps, make_plan
 from glmtune.training.planning.forecast import Forecast, Forecaster, make_forecaster
 from glmtune.training.planning.memory import Layout
 from glmtune.training.processes import leave_at_exit
@@ -35,6 +36,8 @@ from glmtune.training.watch import Watch
 
 MANY_EPOCHS = 50
 
+GROUPS = "near-equal rows"
+"""The name, in a run's identity, of the groups that its split keeps together."""
 # Settings that change a run's numbers by themselves; `Run.identity` adds the derived ones.
 _NUMERIC_SETTINGS = (
     "seed", "eval_ratio", "train_sampling_strategy", "lora_rank", "lora_alpha", "lora_dropout",
@@ -84,10 +87,10 @@ class Run:
         base = base_of(model)
         forecaster = forecaster or make_forecaster(accelerator, base.config, base.dtype, rows)
         forecast = forecaster(settings)
-        _, eval_rows = split_rows(len(rows), settings.eval_ratio, settings.seed)
+        _, eval_rows = rows.split(settings.eval_ratio, settings.seed)
         if length := forecast.pack_length:
             check_lengths(rows, np.arange(len(rows)), length, settings.dataset_path)
-        plan = make_plan(settings, rows.lengths_R, forecast.pack_length, accelerator.num_processes)
+        plan = make_plan(settings, rows, forecast.pack_length, accelerator.num_processes)
         max_steps = count_steps(settings, plan)
         warmup = settings.warmup_steps
         return cls(
@@ -151,6 +154,7 @@ class Run:
             **self.sources,
             "dtype": str(self.dtype).removeprefix("torch."),
             "data sha256": self.rows.digest()[:16],
+            **({} if self.rows.groups_R is None else {GROUPS: _digest(self.rows.groups_R)}),
             "data_seed": self.plan.seed,
             "layout": self.layout,
             f"{self.plan.unit} per step": self.plan.step_size,
@@ -165,6 +169,10 @@ class Run:
     def eval_steps(self) -> int:
         """Steps between evaluations."""
         return self.settings.eval_steps or self.settings.save_steps
+
+
+def _digest(groups_R: np.ndarray) -> str:
+    return hashlib.sha256(groups_R.astype("<i8").tobytes()).hexdigest()[:16]
 
 
 def start_accelerator(settings: TrainSettings) -> tuple[Accelerator, torch.dtype]:

@@ -11,6 +11,8 @@ from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
+
 from glmtune.config.groups import Settings
 from glmtune.config.reading import write_sections
 from glmtune.config.settings import (
@@ -24,10 +26,11 @@ from glmtune.config.settings import (
     ValidateSettings,
 )
 from glmtune.data.convert import convert
-from glmtune.data.dataset import CARD_FILE, DataCard, RowTokenizer
+from glmtune.data.dataset import CARD_FILE, DataCard, RowTokenizer, load_dataset
 from glmtune.data.files import new_file, sha256_of
 from glmtune.data.records import Record, read_alpaca
 from glmtune.data.sources import find_source
+from glmtune.data.token_rows import TokenRows
 from glmtune.data.tokenizing import fit_length, tokenize
 from glmtune.data.validation import validate
 from glmtune.errors import UserError, note
@@ -39,8 +42,8 @@ from glmtune.models.loading import load_config
 from glmtune.models.resolve import base_name, resolve_base
 from glmtune.run_files import RECIPE_FILE, WEIGHTS_FILE, saved_steps
 from glmtune.training.loop import train
-from glmtune.training.plan import split_rows
 from glmtune.training.planning.preview import plan
+from glmtune.training.run import GROUPS
 from glmtune.training.saving.manifest import read_trainer_state
 from glmtune.tune.folder import Journal, Key, check_folder, usable_folder
 from glmtune.tune.sections import (
@@ -145,7 +148,7 @@ class Tuning:
         if not (self.out / ROWS_FOLDER / CARD_FILE).is_file():
             return None
         card = self._card
-        made_of = [card.source_sha256, card.tokenizer_sha256, dict(card.flags)]
+        made_of = [card.source_sha256, card.tokenizer_sha256, dict(card.flags), GROUPS]
         return sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
     def _convert_key(self) -> Key:
@@ -252,7 +255,7 @@ class Tuning:
         source_rows = card.source_rows()
         assert source_rows is not None, "tokenize has written the card"
         ratio = self.sections.eval_ratio(card.num_kept)
-        trained_on, held_out = split_rows(card.num_kept, ratio, self.settings.seed)
+        trained_on, held_out = self._split(card, ratio)
         asked = source_rows[held_out if len(held_out) else trained_on]
         records = [_alpaca(self._records[row - 1]) for row in asked]
         with new_file(self.sections.path(QUESTIONS_FILE)) as file:
@@ -261,6 +264,15 @@ class Tuning:
             print(f"{len(held_out):,} of {card.num_kept:,} rows are held out of the training")
         else:
             note("no row is held out, so the adapter is judged by rows that it was trained on")
+
+    def _split(self, card: DataCard, ratio: float) -> tuple[np.ndarray, np.ndarray]:
+        """The rows to train on and those to hold out, as the run will have them."""
+        if not ratio:
+            return np.arange(card.num_kept), np.arange(0)
+        rule = self.tokenizer.row_rule
+        dataset, _ = load_dataset(str(self.out / ROWS_FOLDER), rule)
+        rows = TokenRows.from_dataset(dataset, rule, card.num_kept_of_sets)
+        return rows.grouped(self.tokenizer.decode_batch).split(ratio, self.settings.seed)
 
     def _write_recipe(self) -> None:
         """Write the settings of each verb into its section of `tune.yaml`."""

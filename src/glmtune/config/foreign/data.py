@@ -17,6 +17,7 @@ from glmtune.config.foreign.fates import (
     refused,
     rows,
     share_of_rows,
+    unless,
 )
 
 CONVERT = "`glmtune convert --data_path FILE.json --save_path rows.jsonl`"
@@ -63,6 +64,7 @@ FEWER = (
         "every row of dataset_path is used: give `glmtune convert` a shorter file, or stop early "
         "with --max_steps 1000"
     ),
+    refused("for 500 of its rows, --jsonl_path rows.jsonl#500", ("tokenize",)),
     refused("all rows of a file are read: shorten the file", MAKING_ROWS),
 )
 LENGTH = (
@@ -82,8 +84,20 @@ _PROMPT = refused(
 DATA: tuple[Foreign, ...] = (
     # --- files ---
     *rows("LLaMA-Factory, qlora, unsloth", "dataset", *_LISTED_RECORDS),
-    *rows("axolotl, TRL, MedicalGPT", "datasets dataset_name", *_NAMED_RECORDS),
+    *rows("axolotl", "datasets", NO_ROWS, becomes("datasets"), *_NAMED_RECORDS[2:]),
+    *rows("TRL, MedicalGPT", "dataset_name", *_NAMED_RECORDS),
     *rows("LLaMA-Factory", "dataset_dir", *_LISTED_RECORDS),
+    *rows(
+        "LLaMA-Factory, ms-swift",
+        "mix_strategy interleave_probs interleave_prob",
+        *unless(
+            "concat",
+            word="files follow each other, and training shuffles their rows",
+            way="how often the rows of a file are used is said beside it, in a recipe of tokenize: "
+            "datasets: [{path: a.jsonl, weight: 2}, {path: b.jsonl}]",
+            verbs=EVERYWHERE,
+        ),
+    ),
     *rows("MedicalGPT, ptuning", "dataset_config_name", *_NAMED_RECORDS),
     *rows("axolotl", "dataset_prepared_path", *_NAMED_RECORDS),
     *rows("ptuning, finetune_demo", "train_file", *_RECORDS),

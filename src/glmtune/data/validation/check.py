@@ -4,7 +4,6 @@ A batch is first checked as a whole, with a few operations on all of its text. O
 anything unusual are its rows checked one by one, to say which and why.
 """
 
-import json
 import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,10 +13,9 @@ from operator import itemgetter
 
 import numpy as np
 
-from glmtune.data.conversations import SYSTEM
+from glmtune.data.characters import CONTROL, LANGUAGES, survey
 from glmtune.data.fields import (
     ALPACA,
-    HISTORY,
     ROW_FIELDS,
     FieldUse,
     is_content,
@@ -28,14 +26,12 @@ from glmtune.data.flaws import Flaw
 from glmtune.data.records import (
     CONTEXT_TARGET,
     RECORDS,
-    Conversation,
-    Record,
     fields_of,
     format_of,
     read_row,
 )
-from glmtune.data.templates import context_of, parts
-from glmtune.data.validation.characters import CONTROL, LANGUAGES, survey
+from glmtune.data.row_texts import Text, texts_of
+from glmtune.data.templates import has_rounds, parts
 from glmtune.data.validation.duplicates import END_OF_PART, END_OF_ROW, Fingerprints
 from glmtune.data.validation.problems import Problem
 from glmtune.data.windows import Batch
@@ -97,11 +93,10 @@ class FileCheck:
         self,
         path: str,
         tell: Callable[[Problem], None],
-        with_questions: bool,
         format: str | None = None,
     ) -> None:
         self.file = CheckedFile(path, format)
-        self.fingerprints = Fingerprints(path, with_questions)
+        self.fingerprints = Fingerprints(path)
         self._tell = tell
 
     def take(self, batch: Batch) -> None:
@@ -110,7 +105,7 @@ class FileCheck:
         self.file.num_rows += len(batch.values)
         self.file.num_bytes += batch.num_bytes
         rows: Sequence[int] = range(first, first + len(batch.values))
-        lines = batch.lines
+        lines, answers = batch.lines, None
         try:
             texts, use = self._texts_at_once(batch.values)
             found = survey(END_OF_ROW.join(texts).encode())
@@ -120,7 +115,7 @@ class FileCheck:
         if is_clean:
             self.file.fields.add(use)
         else:
-            rows, lines, texts = self._texts_by_row(batch, rows)
+            rows, lines, texts, answers = self._texts_by_row(batch, rows)
             found = survey(END_OF_ROW.join(texts).encode())
         for line, fault in batch.between:
             self._tell_flaw(fault, None, line)
@@ -128,7 +123,7 @@ class FileCheck:
             if batch.num_bytes > LONG_TEXT or _has_empty_part(found.bare):
                 self._warn_of_sizes(texts, rows, lines)
             self.file.letters += found.letters
-            self.fingerprints.add(texts, found.bare, rows, lines)
+            self.fingerprints.add(texts, found.bare, rows, lines, answers)
 
     def _texts_at_once(self, values: list) -> tuple[list[str], FieldUse]:
         """Return instruction, input and answer of each row, joined, and what else the rows hold.
@@ -159,11 +154,12 @@ class FileCheck:
 
     def _texts_by_row(
         self, batch: Batch, rows: Iterable[int]
-    ) -> tuple[list[int], list[int], list[str]]:
-        """Return number, line and text of the usable rows, and report what is wrong with any."""
+    ) -> tuple[list[int], list[int], list[str], list[list[int]]]:
+        """Return number, line, text and answers of the usable rows, and report what is wrong."""
         good_rows: list[int] = []
         good_lines: list[int] = []
         texts: list[str] = []
+        answers: list[list[int]] = []
         for row, line, value in zip(rows, batch.lines, batch.values, strict=True):
             try:
                 fields = fields_of(value)
@@ -176,54 +172,20 @@ class FileCheck:
             self.file.fields.count(read)
             good_rows.append(row)
             good_lines.append(line)
-            if isinstance(read, Record):
-                texts.append(_JOIN[NUM_PARTS](self._clean_record(read)))
-            elif isinstance(read, Conversation):
-                texts.append(_JOIN[NUM_PARTS](self._clean_conversation(read)))
-            else:
-                context = self._clean(read.context, "context", row, line)
-                texts.append(_join_row((context, self._clean(read.target, "target", row, line))))
-        return good_rows, good_lines, texts
+            found = texts_of(read)
+            cleaned = [self._clean(text, row, line) for text in found.texts]
+            texts.append(END_OF_PART.join(cleaned))
+            answers.append(found.answers)
+        return good_rows, good_lines, texts, answers
 
-    def _clean_record(self, record: Record) -> tuple[str, str, str]:
-        """Return the texts of a record; with earlier rounds, as convert would write them."""
-        row, line = record.row, record.line
-        earlier = [
-            (self._clean(asked, HISTORY, row, line), self._clean(answer, HISTORY, row, line))
-            for asked, answer in record.history
-        ]
-        texts = zip(record.names, (record.instruction, record.input, record.output), strict=True)
-        instruction, input, output = (self._clean(t, n or "input", row, line) for n, t in texts)
-        if record.system:
-            instruction = f"{self._clean(record.system, SYSTEM, row, line)}\n{instruction}"
-        if earlier:
-            return context_of(instruction, input, earlier), "", output
-        return instruction, input, output
-
-    def _clean_conversation(self, read: Conversation) -> tuple[str, str, str]:
-        """Return all before the last answer as one question, nothing, and that answer."""
-        example, row, line = read.example, read.row, read.line
-        texts = [
-            f"{turn.metadata}\n" * bool(turn.metadata)
-            + self._clean(turn.text, None, row, line, f"a turn of the {turn.role}")
-            for turn in example.turns
-        ]
-        last = example.answers[-1]
-        tools = [self._clean(json.dumps(tool), "tools", row, line) for tool in example.tools]
-        return "\n".join([*tools, *texts[:last]]), "", texts[last]
-
-    def _clean(
-        self, text: str, name: str | None, row: int, line: int, where: str | None = None
-    ) -> str:
-        """Return a text without forbidden characters, and report the first of them.
-
-        `name` is its field, `where` the words for its place if there is no such field.
-        """
+    def _clean(self, part: Text, row: int, line: int) -> str:
+        """Return a text without forbidden characters, and report the first of them."""
+        text, name, place = part
         if found := CONTROL.search(text):
             num = len(CONTROL.findall(text))
             kind = "lost character" if found[0] == "\ufffd" else "control character in text"
-            place = where or f'field "{name}"'
-            what = f"{place} holds U+{ord(found[0]):04X} at character {found.start() + 1}"
+            where = place or f'field "{name}"'
+            what = f"{where} holds U+{ord(found[0]):04X} at character {found.start() + 1}"
             what += f" and {num - 1:,} more such" if num > 1 else ""
             self._warn(kind, row, line, what, "write what should stand there, or remove it", name)
             text = CONTROL.sub("", text)
@@ -278,4 +240,6 @@ _JOIN: dict[int, Callable[[tuple], str]] = {
 
 
 def _join_row(row: tuple[str, str]) -> str:
+    if has_rounds(row[0]):
+        raise LookupError  # it has earlier answers as well
     return END_OF_PART.join((*parts(row[0]), row[1]))

@@ -1,8 +1,8 @@
 """Find rows that occur twice, nearly twice, or in both of two files, by hashes of their text.
 
-Two rows are near duplicates when question and answer are the same once white space, punctuation and
-the case of letters are gone (characters.bare). Only 24 bytes of a row are kept, or 32 where files
-are compared, so that millions of rows can be compared.
+Two rows are near duplicates when question and answer are the same once white space, punctuation,
+the case of letters and their width are gone (`characters.survey`). Only 32 bytes of a row are kept,
+and its pieces (`near`) of the first rows, so that millions of rows can be compared.
 """
 
 from array import array
@@ -11,10 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from glmtune.data.near import Pieces
 from glmtune.data.records import place_of
 
 END_OF_PART, END_OF_ROW = "\x01", "\x00"
-"""Separates instruction, input and answer, and rows, in joined texts."""
+"""Separates texts of a row, such as instruction, input and answer, and rows, in joined texts."""
+MOST_COMPARED = 200_000
+"""Questions that are compared by their pieces; of more than these, only equal ones are found."""
+_ODD = -0x61C8864680B583EB  # an odd number of many bits, so that hashes combine in this order only
 
 
 class Place(NamedTuple):
@@ -28,26 +32,73 @@ class Place(NamedTuple):
         return place_of(self.path, self.line, self.row)
 
 
-class Fingerprints:
-    """What is kept of the rows of a file: 64 hash bits of the bare text, 32 of the text, the place.
+class Answered:
+    """Hashes of bare questions and of the bare answers to them, and the pieces of the questions.
 
-    With `with_questions`, hashes of the bare questions are kept as well. Among ten million rows,
-    the chance that any two share 64 bits is three in a million.
+    A question is everything before its answer. Among ten million, the chance that any two share 64
+    bits is three in a million.
     """
 
-    def __init__(self, path: str, with_questions: bool) -> None:
-        self.path = path
-        self.with_questions = with_questions
-        self.bare, self.questions = array("q"), array("q")
-        self.exact, self.rows, self.lines = array("I"), array("I"), array("Q")
+    def __init__(self) -> None:
+        self.asked, self.answered = array("q"), array("q")
+        self.pieces = Pieces()
 
-    def add(self, texts: list[str], bare: bytes, rows: Sequence[int], lines: Sequence[int]) -> None:
-        """Keep the hashes of rows, given their texts, and the same joined and made bare."""
-        bare_texts = bare.split(END_OF_ROW.encode())
-        self.bare.extend(map(hash, bare_texts))
-        if self.with_questions:
-            end = END_OF_PART.encode()
-            self.questions.extend([hash(text.rpartition(end)[0]) for text in bare_texts])
+    def add(
+        self, questions: list[bytes], answers: list[bytes], before: list[bytes] | None = None
+    ) -> None:
+        """Keep questions, the answers to them, and what stands before them."""
+        whole = map(bytes.__add__, before, questions) if before else questions
+        self.asked.extend(map(hash, whole))
+        self.answered.extend(map(hash, answers))
+        if len(self.asked) <= MOST_COMPARED:
+            self.pieces.add(questions, before)
+
+
+class Fingerprints:
+    """What is kept of the rows of a file: their last answers, earlier ones, 32 hash bits of all of
+    the text, and the place.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.last, self.earlier = Answered(), Answered()
+        self.exact, self.rows, self.lines = array("I"), array("I"), array("Q")
+        self.earlier_row, self.earlier_number = array("I"), array("I")
+        """The index of each earlier answer's row, and which answer of that row it is, from 0."""
+
+    def add(
+        self,
+        texts: list[str],
+        bare: bytes,
+        rows: Sequence[int],
+        lines: Sequence[int],
+        answers: list[list[int]] | None = None,
+    ) -> None:
+        """Keep the hashes of rows.
+
+        Args:
+            texts: the texts of each row, joined.
+            bare: those of all rows joined, and made bare.
+            rows: the number of each row.
+            lines: its line.
+            answers: which of its texts are answers; None where only the last of each is.
+        """
+        bare_rows = bare.split(END_OF_ROW.encode())
+        end = END_OF_PART.encode()
+        if answers is None:
+            parts = [text.rpartition(end) for text in bare_rows]
+            asked = [part[0].replace(end, b"") for part in parts]
+            self.last.add(asked, [part[2] for part in parts])
+        else:
+            rounds = [_rounds(t.split(end), a) for t, a in zip(bare_rows, answers, strict=True)]
+            for kept, ones in (
+                (self.last, [of_row[-1] for of_row in rounds]),
+                (self.earlier, [one for of_row in rounds for one in of_row[:-1]]),
+            ):
+                kept.add(*([one[i] for one in ones] for i in range(3)))
+            for index, of_row in enumerate(rounds, start=len(self.rows)):
+                self.earlier_row.extend([index] * (len(of_row) - 1))
+                self.earlier_number.extend(range(len(of_row) - 1))
         exact = np.fromiter(map(hash, texts), np.int64, len(texts))
         self.exact.frombytes(exact.astype(np.uint32).tobytes())
         self.rows.frombytes(_numbers(rows, np.uint32).tobytes())
@@ -56,6 +107,17 @@ class Fingerprints:
     def place(self, index: int) -> Place:
         """Where the row with the index-th hashes stands."""
         return Place(self.path, self.rows[index], self.lines[index])
+
+
+def _rounds(texts: list[bytes], answers: list[int]) -> list[tuple[bytes, bytes, bytes]]:
+    """Each question, its answer, and what stands before both."""
+    found, before, start = [], b"", 0
+    for place in answers:
+        question = b"".join(texts[start:place])
+        found.append((question, texts[place], before))
+        before += question + texts[place]
+        start = place + 1
+    return found
 
 
 def _numbers(numbers: Sequence[int], dtype: type) -> np.ndarray:
@@ -70,7 +132,9 @@ def find_repeats(files: list[Fingerprints]) -> Iterator[tuple[Place, Place, bool
     Rows come in the order of files and rows. A row that equals an earlier one exactly is paired
     with that one, otherwise with the first that it nearly equals.
     """
-    numbers = np.concatenate([np.asarray(file.bare) for file in files])
+    asked = np.concatenate([np.asarray(file.last.asked) for file in files])
+    answered = np.concatenate([np.asarray(file.last.answered) for file in files])
+    numbers = asked ^ (answered * _ODD)
     later, first = _repeats(numbers)
     members = np.union1d(later, first)
     exact = np.concatenate([np.asarray(file.exact) for file in files])[members]
@@ -91,10 +155,10 @@ def find_shared_questions(
     files: list[Fingerprints], others: Fingerprints
 ) -> Iterator[tuple[Place, Place]]:
     """Yield each row of `files` whose bare question stands in `others`, and its place there."""
-    theirs = np.asarray(others.questions)
+    theirs = np.asarray(others.last.asked)
     order = np.argsort(theirs, kind="stable")
     for file in files:
-        ours = np.asarray(file.questions)
+        ours = np.asarray(file.last.asked)
         at = np.searchsorted(theirs, ours, sorter=order)
         at = order[np.minimum(at, len(order) - 1)] if len(order) else at[:0]
         for index in np.flatnonzero(theirs[at] == ours[: len(at)]).tolist():

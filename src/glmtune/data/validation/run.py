@@ -14,6 +14,7 @@ from glmtune.config.settings import ValidateSettings
 from glmtune.data.files import new_file
 from glmtune.data.sources import find_source
 from glmtune.data.validation.check import CheckedFile, FileCheck
+from glmtune.data.validation.contradictions import Reread, find_contradictions
 from glmtune.data.validation.duplicates import Fingerprints, find_repeats, find_shared_questions
 from glmtune.data.validation.problems import Problem, Problems
 from glmtune.errors import UserError, note, visible
@@ -80,12 +81,15 @@ def validate(settings: ValidateSettings) -> Validation:
         report = stack.enter_context(new_file(settings.json_path)) if settings.json_path else None
         problems = Problems(report)
         paths = [*settings.files, *held_out]
-        checked = [_check_source(path, problems, bool(held_out), settings) for path in paths]
+        checked = [_check_source(path, problems, settings) for path in paths]
         num_files = sum(map(len, checked[: len(settings.files)]))
-        files = [file for parts in checked for file, _ in parts]
-        prints = [fingerprints for parts in checked for _, fingerprints in parts]
+        files = [file for parts in checked for file, _, _ in parts]
+        prints = [fingerprints for parts in checked for _, fingerprints, _ in parts]
         _tell_of_empty(files, num_files, problems)
         _compare(prints[:num_files], prints[num_files:], problems)
+        again = [reread for parts in checked for _, _, reread in parts]
+        for problem in find_contradictions(prints[:num_files], again):
+            problems.add(problem)
         seconds = time.perf_counter() - start
         validation = Validation(files, problems, seconds, _peak_bytes())
         problems.close(validation.as_json())
@@ -101,14 +105,14 @@ def validate(settings: ValidateSettings) -> Validation:
 
 
 def _check_source(
-    path: str, problems: Problems, with_questions: bool, settings: ValidateSettings
-) -> list[tuple[CheckedFile, Fingerprints]]:
+    path: str, problems: Problems, settings: ValidateSettings
+) -> list[tuple[CheckedFile, Fingerprints, Reread]]:
     """Read a path's files to their end; what is wrong, with a row or a file, is in `problems`."""
     checks: dict[str, FileCheck] = {}
 
     def check_of(file: str, format: str | None) -> FileCheck:
         if file not in checks:
-            checks[file] = FileCheck(file, problems.add, with_questions, settings.format or format)
+            checks[file] = FileCheck(file, problems.add, settings.format or format)
         return checks[file]
 
     size = os.path.getsize(path) if os.path.isfile(path) else None
@@ -124,7 +128,10 @@ def _check_source(
             problems.add(_problem_of_file(at, str(error)))
     if not checks:
         check_of(path, None)
-    return [(check.file, check.fingerprints) for check in checks.values()]
+    return [
+        (check.file, check.fingerprints, Reread(path, file, check.file.format, settings.encoding))
+        for file, check in checks.items()
+    ]
 
 
 def _problem_of_file(path: str, text: str) -> Problem:

@@ -27,6 +27,7 @@ from glmtune.models.chatglm.vocabulary import (
     image_tokens_v1_0,
     read_vocab,
     replace_blanks,
+    restore_blanks,
 )
 from glmtune.models.pieces import encode_pieces
 
@@ -128,6 +129,12 @@ class Encoder:
         specials = [self.gmask_token_id, self.bos_token_id] if add_special_tokens else []
         room = None if max_length is None else max(0, max_length - len(specials))
         return [[*islice(ids, room), *specials] for ids in self._ids_of(texts, num_threads)]
+
+    def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """The texts of ids; special ids and those of images have none."""
+        first, end = self.num_image_tokens, self.vocab_size
+        texts = self.sp.decode([[i - first for i in row if first <= i < end] for row in rows])
+        return [restore_blanks(text) for text in texts]
 
     def encode_contexts(
         self, contexts: list[str], *, num_threads: int | None = None

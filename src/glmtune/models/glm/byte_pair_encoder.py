@@ -10,7 +10,7 @@ import base64
 import binascii
 import codecs
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, processors
@@ -162,6 +162,10 @@ class BytePairEncoder(ConversationEncoder):
             return [encoding.ids for encoding in encoded]
         finally:
             tokenizer.encode_special_tokens = before
+
+    def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """The texts of ids; special ids have none."""
+        return self.byte_pairs.decode_batch([list(row) for row in rows], skip_special_tokens=True)
 
     def piece_of(self, id_: int) -> str:
         """How messages show an id."""

@@ -58,6 +58,10 @@ class ConversationEncoder:
         """The ids of texts, in which special names are ordinary text."""
         raise NotImplementedError
 
+    def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """The texts of ids; special ids have none."""
+        raise NotImplementedError
+
     def piece_of(self, id_: int) -> str:
         """How messages show an id."""
         raise NotImplementedError

@@ -3,6 +3,7 @@
 Behind its pieces come the special tokens, which the published code appends; no text makes one.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from glmtune.models.glm.conversations import ConversationEncoder
@@ -47,6 +48,11 @@ class PieceEncoder(ConversationEncoder):
     def encode_texts(self, texts: list[str], num_threads: int | None = None) -> list[list[int]]:
         """The ids of texts, in which special names are ordinary text."""
         return encode_pieces(self.sp, texts, num_threads)
+
+    def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """The texts of ids; special ids have none."""
+        num_pieces = self.sp.get_piece_size()
+        return self.sp.decode([[i for i in row if 0 <= i < num_pieces] for row in rows])
 
     def piece_of(self, id_: int) -> str:
         """How messages show an id."""

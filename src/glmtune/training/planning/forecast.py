@@ -6,15 +6,22 @@ config.json, the lengths of the rows and the card.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from glmtune.config.settings import TrainSettings
+from glmtune.data.split import split_rows
 from glmtune.hardware import GIB, Card, NumberFormat, can_compile
 from glmtune.models.families import family_of
 from glmtune.models.shape import bits_of
-from glmtune.training.plan import CAPTURED_LENGTHS, captured_supervised, count_steps, make_plan
+from glmtune.training.plan import (
+    CAPTURED_LENGTHS,
+    Lengths,
+    captured_supervised,
+    count_steps,
+    make_plan,
+)
 from glmtune.training.planning.memory import Batch, Estimate, Layout, Setup, estimate
 
 if TYPE_CHECKING:
@@ -37,18 +44,6 @@ _USABLE = 0.95
 ERROR = 0.1
 
 
-class Lengths(Protocol):
-    """What a forecast needs to know about the rows; `TokenRows` has it."""
-
-    @property
-    def lengths_R(self) -> np.ndarray:
-        """Tokens of each row."""
-
-    @property
-    def num_labels_R(self) -> np.ndarray:
-        """Supervised tokens of each row."""
-
-
 class EqualRows(NamedTuple):
     """Rows that do not exist yet: all of one length, with every token supervised."""
 
@@ -64,6 +59,10 @@ class EqualRows(NamedTuple):
     def num_labels_R(self) -> np.ndarray:
         """See `Lengths`."""
         return self.lengths_R
+
+    def split(self, eval_ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """See `Lengths`."""
+        return split_rows(len(self.lengths_R), eval_ratio, seed)
 
 
 @dataclass(frozen=True)
@@ -270,7 +269,7 @@ def _choose_pack(
 def _largest_batch(
     settings: TrainSettings, setup: Setup, rows: Lengths, num_processes: int
 ) -> Batch:
-    plan = make_plan(settings, rows.lengths_R, None, num_processes)
+    plan = make_plan(settings, rows, None, num_processes)
     padded = setup.layout == "padded"
     part = plan.heaviest(count_steps(settings, plan), num_processes, padded)
     lengths_B = rows.lengths_R[part]

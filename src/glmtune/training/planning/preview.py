@@ -27,9 +27,9 @@ from glmtune.models.base_files import check_targets, read_settings
 from glmtune.models.families import DEFAULT, family_of
 from glmtune.models.resolve import HUB_IDS, base_name, resolve_base
 from glmtune.runlog import print_pairs
-from glmtune.training.plan import count_steps, make_plan
+from glmtune.training.plan import Lengths, count_steps, make_plan
 from glmtune.training.planning.advice import find_remedies, print_forecast
-from glmtune.training.planning.forecast import EqualRows, Forecast, Lengths, forecast
+from glmtune.training.planning.forecast import EqualRows, Forecast, forecast
 from glmtune.training.planning.speed import no_speed, run_speed
 
 
@@ -69,7 +69,7 @@ def tell_time(now: Forecast, settings: TrainSettings, rows: Lengths) -> dict[str
     if reason := no_speed(now):
         print(f"Time: {reason}")
         return {}
-    plan = make_plan(settings, rows.lengths_R, now.pack_length, num_processes=1)
+    plan = make_plan(settings, rows, now.pack_length, num_processes=1)
     speed = run_speed(now, plan)
     basis = f"measured on an {now.card.name}" if speed.measured else "computed"
     num_steps = count_steps(settings, plan)

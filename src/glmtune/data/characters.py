@@ -17,17 +17,20 @@ LANGUAGES = ("Chinese", "English", "other")
 
 _LOWER = bytes(range(256)).lower()
 _DELETED = b" \t\r\n!\"'(),.:;?@[]`{}_~\xff"
-_IS_FULL_WIDTH_MARK = np.isin(
-    np.arange(256), [character.encode()[2] for character in "！＂＇（），．：；？＠"]
-)
+# The last two bytes of U+FF01 to U+FF5E, the full-width forms, as their ASCII characters; else 0.
+_HALF_WIDTH = np.zeros((256, 256), np.uint8)
+for _code in range(0x21, 0x7F):
+    _, _second, _third = chr(_code + 0xFEE0).encode()
+    _HALF_WIDTH[_second, _third] = _code
 
 
 class Survey(NamedTuple):
     """What UTF-8 text is made of.
 
-    `bare` is the text without white space and punctuation, Chinese and English, in lower case;
-    control characters stay, and signs of arithmetic, which change what a question asks. `letters`
-    counts letters by LANGUAGES, `num_controls` the matches of CONTROL.
+    `bare` is the text without white space and punctuation, Chinese and English, in lower case,
+    full-width forms as their ASCII characters; control characters stay, and signs of arithmetic,
+    which change what a question asks. `letters` counts letters by LANGUAGES, `num_controls` the
+    matches of CONTROL.
     """
 
     bare: bytes
@@ -52,13 +55,15 @@ def survey(data: bytes) -> Survey:
         is_mark = (second == 0x80) & (first - 0xE2 < 2)
         other += _count(first == 0xE3) - _count(is_mark & (first == 0xE3))
         at = np.flatnonzero(first == 0xEF)
-        is_mark[at] = (second[at] == 0xBC) & _IS_FULL_WIDTH_MARK[third[at]]
         num_controls = _count((second[at] == 0xBF) & (third[at] == 0xBD))
-        at = np.flatnonzero(codes[:-1] == 0xC2)
-        num_controls += _count(codes[1:][at] < 0xA0)
+        halves = _HALF_WIDTH[second[at], third[at]]
+        controls_at = np.flatnonzero(codes[:-1] == 0xC2)
+        num_controls += _count(codes[1:][controls_at] < 0xA0)
         mask = np.negative(is_mark.view(np.uint8))  # 0xFF, which UTF-8 never holds, at each mark
         for part in (first, second, third):
             part |= mask
+        at, halves = at[halves > 0], halves[halves > 0]
+        first[at], second[at], third[at] = 0xFF, 0xFF, halves
         bare = codes.tobytes()
     bare = bare.translate(_LOWER, _DELETED)
     codes = np.frombuffer(bare, np.uint8)

@@ -1,0 +1,158 @@
+"""Which rows are trained on and which are held out, so that near-equal rows stay together.
+
+Shapes: R rows of the data set.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from glmtune.data.characters import survey
+from glmtune.data.near import Pieces, first_of_each, group, near_pairs
+from glmtune.errors import UserError
+
+if TYPE_CHECKING:
+    from glmtune.data.token_rows import TokenRows
+
+_STREAM_SPLIT = 1
+"""A random stream that must differ from that of the rows' order."""
+MOST_COMPARED = 200_000
+"""Rows whose questions are compared by their pieces; of more than these, equal ones are joined."""
+
+
+def split_rows(
+    num_rows: int,
+    eval_ratio: float,
+    seed: int,
+    groups_R: np.ndarray | None = None,
+    sets_R: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Hold out a share of the rows for evaluation: at least one of each set, and never all.
+
+    Rows are taken in an order drawn from the seed, each with its whole group, until the share of
+    its set is full; a group that is larger than what is left stays in the training.
+
+    Args:
+        num_rows: number of rows.
+        eval_ratio: the share, of each set.
+        seed: of the order.
+        groups_R: the group of each row; without them each row is one.
+        sets_R: the set of each row; without them all are one.
+
+    Returns:
+        Row numbers to train on and row numbers to evaluate on, each in ascending order.
+
+    Raises:
+        UserError: no row can be held out.
+    """
+    if not eval_ratio:
+        return np.arange(num_rows), np.arange(0)
+    if num_rows < 2:
+        raise UserError(
+            f"eval_ratio {eval_ratio}: one row cannot be split; leave eval_ratio out or add rows"
+        )
+    sets_R = np.zeros(num_rows, np.int64) if sets_R is None else sets_R
+    groups_R = np.arange(num_rows) if groups_R is None else groups_R
+    sizes = np.bincount(sets_R)
+    if sizes.max() == 1:
+        sets_R, sizes = np.zeros(num_rows, np.int64), np.array([num_rows])
+    room = np.minimum(np.maximum(1, np.round(sizes * eval_ratio)), sizes - 1).astype(np.int64)
+    members = np.argsort(groups_R, kind="stable")
+    ranked = groups_R[members]
+    is_out = np.zeros(num_rows, bool)
+    is_seen = np.zeros(num_rows, bool)
+    for row in np.random.default_rng([seed, _STREAM_SPLIT]).permutation(num_rows).tolist():
+        if not room.any():
+            break
+        if is_seen[row] or not room[sets_R[row]]:
+            continue
+        rows = members[slice(*np.searchsorted(ranked, [groups_R[row], groups_R[row] + 1]))]
+        is_seen[rows] = True
+        needed = np.bincount(sets_R[rows], minlength=len(sizes))
+        if (needed <= room).all():
+            is_out[rows] = True
+            room -= needed
+    if not is_out.any():
+        raise UserError(
+            f"eval_ratio {eval_ratio}: no row can be held out, since all ask nearly the same, and "
+            "such rows stay together; set eval_ratio 0, or add other rows"
+        )
+    return np.flatnonzero(~is_out), np.flatnonzero(is_out)
+
+
+def group_rows(
+    rows: "TokenRows", decode_batch: Callable[[Sequence[Sequence[int]]], list[str]]
+) -> np.ndarray:
+    """The group of each row, ``(R,)``: the number of the first row that is nearly the same.
+
+    Rows are nearly the same if their last questions are near-equal (`near`) after equal turns, or
+    if one is the beginning of the other: what stands before an answer that is supervised in one is
+    all that stands before the last answer of the other.
+
+    Args:
+        rows: token rows.
+        decode_batch: ids to texts, as of `RowTokenizer`.
+    """
+    spans = list(_spans_before_last_answers(rows))
+    texts = iter(_bare(rows, decode_batch, [span for of_row in spans for span in of_row]))
+    earlier: dict[int, list[int]] = {}
+    before, questions = [], []
+    for row, of_row in enumerate(spans):
+        *turns, question = (next(texts) for _ in of_row)
+        so_far = b""
+        for place, turn in enumerate(turns):
+            so_far += turn
+            if place % 2 == 0:
+                earlier.setdefault(hash(so_far), []).append(row)
+        before.append(so_far)
+        questions.append(question)
+    # Text alone has no question: it is compared itself.
+    bare = [row for row, text in enumerate(questions) if not (text or before[row])]
+    ends = [(int(rows.starts_R1[row]), int(rows.starts_R1[row + 1])) for row in bare]
+    for row, text in zip(bare, _bare(rows, decode_batch, ends), strict=True):
+        questions[row] = text
+
+    keys = list(map(hash, map(bytes.__add__, before, questions)))
+    groups = first_of_each(np.array(keys, np.int64))
+    if len(rows) <= MOST_COMPARED:
+        pieces = Pieces()
+        pieces.add(questions, before)
+        groups = group(groups, near_pairs(pieces, np.flatnonzero(groups == np.arange(len(rows)))))
+    pairs = [(row, longer) for row, key in enumerate(keys) for longer in earlier.get(key, ())]
+    return group(groups, np.array(pairs, np.int64).reshape(-1, 2))
+
+
+def _bare(
+    rows: "TokenRows",
+    decode_batch: Callable[[Sequence[Sequence[int]]], list[str]],
+    spans: Sequence[tuple[int, int]],
+) -> list[bytes]:
+    """The bare texts of spans of ids."""
+    if not spans:
+        return []
+    texts = decode_batch([rows.ids_T[start:end].tolist() for start, end in spans])
+    joined = "\x00".join(text.replace("\x00", "") for text in texts)
+    return survey(joined.encode("utf-8", "replace")).bare.split(b"\x00")
+
+
+def _spans_before_last_answers(rows: "TokenRows") -> Iterator[list[tuple[int, int]]]:
+    """For each row, the spans of its first question, the answer to it, and so on to the last
+    question.
+    """
+    starts = rows.starts_R1.tolist()
+    if rows.labels_T is None:
+        for start, length in zip(starts, rows.prompt_lengths_R.tolist(), strict=False):
+            yield [(start, start + length)]
+        return
+    is_supervised = np.concatenate(([False], rows.is_supervised_T, [False]))
+    changes = np.diff(is_supervised.astype(np.int8))
+    begins, ends = np.flatnonzero(changes == 1).tolist(), np.flatnonzero(changes == -1).tolist()
+    place = 0
+    for start, end in pairwise(starts):
+        bounds = [start]
+        while place < len(begins) and begins[place] < end:
+            bounds += [begins[place], ends[place]]
+            place += 1
+        yield list(pairwise(bounds[:-1])) if len(bounds) > 1 else [(start, end)]
