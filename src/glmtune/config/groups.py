@@ -177,7 +177,9 @@ class DecodingSettings(Settings):
         description="round the linears to 8 or 4 bits, so that less is read for each token",
     )
     decode_compile: bool = Field(
-        False, description="compile the layers first, which takes a minute and needs a GPU"
+        False,
+        description="compile the layers of batches instead of using kernels of our own, which takes "
+        "a minute, needs a GPU and was slower on an H200",
     )
 
     @field_validator("decode_bits", mode="before")
