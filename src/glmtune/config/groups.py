@@ -178,8 +178,8 @@ class DecodingSettings(Settings):
     )
     decode_compile: bool = Field(
         False,
-        description="compile the layers of batches instead of using kernels of our own, which takes "
-        "a minute, needs a GPU and was slower on an H200",
+        description="compile the layers of batches instead of using kernels of our own, which "
+        "takes a minute, needs a GPU and was slower on an H200",
     )
 
     @field_validator("decode_bits", mode="before")
