@@ -28,6 +28,7 @@ GMASK, BOS, EOS = 9001, 9004, 9005
 class CharTokenizer:
     """An id per character; zero-width characters have none."""
 
+    special_names, allow_special = {}, False
     gmask_token_id, bos_token_id, eos_token_id = GMASK, BOS, EOS
     pad_token_id = 3
     vocab_hash = "5e" * 32
@@ -191,6 +192,7 @@ def test_the_card_tells_where_the_data_comes_from(capsys):
             "skip_overlength": False,
             "keep_empty": False,
             "on_bad_row": "fail",
+            "allow_special": False,
         },
         source="a.jsonl",
         source_sha256=sha256,
@@ -199,6 +201,7 @@ def test_the_card_tells_where_the_data_comes_from(capsys):
         rows_cut={"context": [], "target": []},
         num_targets_lost=0,
         row_is_line=True,
+        num_spelling=0,
     )
     assert "10.7% of them targets" in capsys.readouterr().out
     run([("问：q\n答：", "答")])

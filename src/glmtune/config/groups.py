@@ -135,6 +135,17 @@ class FormatSettings(EncodingSettings):
     )
 
 
+class SpecialSettings(Settings):
+    """Whether texts may hold special tokens."""
+
+    group: ClassVar[str] = "rows"
+    allow_special: bool = Field(
+        False,
+        description="names of special tokens that stand in a text, such as [MASK], become these "
+        "tokens; else they stay text",
+    )
+
+
 class BadRowSettings(EncodingSettings):
     """What happens at a row that cannot be used."""
 

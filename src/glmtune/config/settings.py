@@ -31,6 +31,7 @@ from glmtune.config.groups import (
     PathText,
     PlainText,
     Settings,
+    SpecialSettings,
     conflict,
 )
 from glmtune.config.training import PlanSettings, TrainSettings, TuneSettings
@@ -91,7 +92,7 @@ class ConvertSettings(BadRowSettings, BaseModelSettings):
 # --- tokenize ---
 
 
-class RowSettings(FormatSettings, BadRowSettings, BaseModelSettings):
+class RowSettings(FormatSettings, BadRowSettings, SpecialSettings, BaseModelSettings):
     """How the rows of a file become token rows."""
 
     group: ClassVar[str] = "data"
@@ -161,7 +162,7 @@ class InspectSettings(RowSettings):
 # --- infer, compare ---
 
 
-class RecordSettings(BadRowSettings):
+class RecordSettings(BadRowSettings, SpecialSettings):
     """Which records are answered."""
 
     group: ClassVar[str] = "data"
@@ -237,7 +238,9 @@ class CompareSettings(AnsweringSettings):
 # --- chat ---
 
 
-class ChatSettings(AnswerSettings, AnsweringWeightSettings, BaseModelSettings, DeviceSettings):
+class ChatSettings(
+    AnswerSettings, AnsweringWeightSettings, SpecialSettings, BaseModelSettings, DeviceSettings
+):
     """Settings of `glmtune chat`; sampling defaults are those of the published code."""
 
     verb = "chat"
@@ -268,7 +271,7 @@ class ReplaySettings(BaseModelSettings):
     use_cpu: bool = Field(False, description="use the CPU even if there is a GPU")
 
 
-class CheckSettings(AnsweringWeightSettings, BaseModelSettings, DeviceSettings):
+class CheckSettings(AnsweringWeightSettings, SpecialSettings, BaseModelSettings, DeviceSettings):
     """Settings of `glmtune check`."""
 
     verb = "check"
@@ -283,6 +286,17 @@ class CheckSettings(AnsweringWeightSettings, BaseModelSettings, DeviceSettings):
     limit: int = Field(16, ge=1, description="ask N at most, and 16 unrelated questions besides")
     max_new_tokens: int = Field(150, ge=1, description="longest answer, in tokens")
     json_path: PathText | None = Field(None, description="JSON file for all measured values")
+
+    @model_validator(mode="after")
+    def special_tokens_of_records(self) -> Self:
+        """Rows that a run held out are token rows already, in which no text is left to read."""
+        if self.allow_special and self.data_path is None:
+            raise conflict(
+                "allow_special is for the records of data_path: name them, or leave it out",
+                "allow_special",
+                "data_path",
+            )
+        return self
 
 
 # --- merge, adapters convert ---

@@ -12,6 +12,7 @@ from glmtune.data.dataset import RowTokenizer
 from glmtune.data.encoded_rows import EncodedRows
 from glmtune.data.flaws import Flaw
 from glmtune.data.records import BadRow, Conversation
+from glmtune.data.spelled import Spelled, texts_of
 from glmtune.errors import UserError
 
 CONVERSATIONS_PER_BATCH = 1024
@@ -34,7 +35,8 @@ def encode_conversations(
         UserError: a row is too long, or one that the family cannot write, where the settings say
             that this is an error.
     """
-    out = EncodedRows(labels=array("i"))
+    tokenizer.allow_special = settings.allow_special
+    out = EncodedRows(labels=array("i"), spelled=Spelled(tokenizer.special_names))
     for row, num_wanted, whole, kept in _encode_in_batches(rows, tokenizer, settings):
         if isinstance(whole, Flaw):
             out.refused.append(BadRow(row.path, row.row, row.line, str(whole)))
@@ -78,6 +80,7 @@ def _take(
         out.num_in_prompts += num_wanted - whole.num_answers
     assert out.labels is not None
     out.num_thoughts += row.example.num_thoughts
+    out.spelled.count(texts_of(row.example))
     out.input_ids.fromlist(kept.input_ids)
     out.labels.fromlist(kept.labels)
     out.ends.append(len(out.input_ids))

@@ -35,6 +35,16 @@ that does so has this as its attribute `template`."""
 class RowTokenizer(Protocol):
     """What making rows requires of a tokenizer."""
 
+    allow_special: bool
+    """Whether names of special tokens in a text become their ids; else they are ordinary text."""
+
+    @property
+    def special_names(self) -> Mapping[str, Sequence[int]]:
+        """Names that a text may spell, and the ids that each becomes with `allow_special`.
+
+        A name without ids stays text even then.
+        """
+
     @property
     def row_rule(self) -> RowRule:
         """The special ids of a row, and where they stand."""
@@ -77,7 +87,8 @@ class DataCard:
     which a part was cut to max_seq_length. Target tokens are the ids after the prompt: the answer
     and its end; `num_targets_lost` more were cut off. `special_ids` holds the special ids of the
     family's `RowRule`, by name. `source` is a bare file name; where `row_is_line`, its row n is
-    line n.
+    line n. `num_spelling` rows hold names of special tokens that somebody typed, which
+    `spelled_specials` counts by row.
     """
 
     num_kept: int
@@ -98,6 +109,8 @@ class DataCard:
     rows_cut: Mapping[str, list[int]] = field(default_factory=dict)
     num_targets_lost: int | None = None
     row_is_line: bool | None = None
+    spelled_specials: Mapping[str, int] = field(default_factory=dict)
+    num_spelling: int | None = None
 
     def describe_loss(self) -> str | None:
         """Say in one line what cutting took from the answers, and what that means; or None."""

@@ -9,6 +9,7 @@ import numpy as np
 from glmtune.data.conversations import IGNORED
 from glmtune.data.records import BadRow
 from glmtune.data.row_rule import RowRule
+from glmtune.data.spelled import Spelled
 from glmtune.data.token_rows import TokenRows
 
 SHARE_TO_KEEP = 0.95
@@ -47,6 +48,8 @@ class EncodedRows:
     """Answers that should be supervised and are part of a prompt, as the family has it."""
     num_thoughts: int = 0
     """Thoughts of kept rows that are left out."""
+    spelled: Spelled = field(default_factory=Spelled)
+    """Names of special tokens that texts of kept rows hold."""
 
     @property
     def lengths(self) -> np.ndarray:

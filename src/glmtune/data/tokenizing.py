@@ -36,6 +36,7 @@ from glmtune.data.records import (
     read_any,
     read_rows,
 )
+from glmtune.data.spelled import Spelled
 from glmtune.data.templates import has_rounds, is_alpaca
 from glmtune.errors import UserError, visible
 
@@ -57,8 +58,8 @@ class TokenizeSummary:
     fields: FieldUse
     advice: str | None
     """Advice on a max_seq_length that leaves more rows whole; None where this one left all."""
-    of_turns: tuple[str, ...] = ()
-    """Lines on conversations."""
+    of_texts: tuple[str, ...] = ()
+    """Lines on what the rows say."""
 
     def __str__(self) -> str:
         card, limit = self.card, self.card.flags["max_seq_length"]
@@ -81,7 +82,7 @@ class TokenizeSummary:
         if self.bad_rows:
             lines.append(f"    {len(self.bad_rows):,} bad, skipped:")
             lines += [f"      {line}" for line in list_bad_rows(self.bad_rows)]
-        lines += [f"    {line}" for line in (*self.of_turns, *self.fields.lines())]
+        lines += [f"    {line}" for line in (*self.of_texts, *self.fields.lines())]
         what = "supervised" if "turns" in card.rows_cut else "targets"
         if card.template == CONVERSATION:
             lines.append(
@@ -154,7 +155,7 @@ def _tokenize(
         _bad_rows(read, encoded),
         read.fields,
         encoded.advice(settings.max_seq_length),
-        _describe(encoded) if encoded.labels is not None else (),
+        _describe(encoded, tokenizer),
     )
 
 
@@ -227,9 +228,12 @@ def _bad_rows(read: AnyRows, encoded: EncodedRows) -> list[BadRow]:
     return sorted([*read.bad_rows, *encoded.refused], key=lambda bad: bad.row)
 
 
-def _describe(encoded: EncodedRows) -> tuple[str, ...]:
-    """What to report of conversations beside their rows."""
+def _describe(encoded: EncodedRows, tokenizer: RowTokenizer) -> tuple[str, ...]:
+    """What to report of what rows say."""
     lines = []
+    if encoded.spelled.num_rows:
+        meant = tokenizer.special_names if tokenizer.allow_special else {}
+        lines.append(encoded.spelled.describe(meant))
     if encoded.num_in_prompts:
         lines.append(
             f"earlier answers that are not supervised: {encoded.num_in_prompts:,}; the base reads "
@@ -269,7 +273,8 @@ def encode_rows(rows: list[Row], tokenizer: RowTokenizer, settings: RowSettings)
     middle of an answer.
     """
     limit, rule = settings.max_seq_length, tokenizer.row_rule
-    out = EncodedRows()
+    tokenizer.allow_special = settings.allow_special
+    out = EncodedRows(spelled=Spelled(tokenizer.special_names))
     for row, context, target in _encode_in_batches(rows, tokenizer, settings.num_threads):
         length = len(context) + rule.num_prompt_specials
         # After earlier rounds comes the question that the answer is about: keep the end.
@@ -290,6 +295,7 @@ def encode_rows(rows: list[Row], tokenizer: RowTokenizer, settings: RowSettings)
             out.input_ids.extend(input_ids)
             out.ends.append(len(out.input_ids))
             out.seq_len.append(len(prompt))
+            out.spelled.count((row.context, row.target))
             if length > limit:
                 out.cut_contexts.append(row.row)
             if num_lost:
@@ -324,7 +330,7 @@ def _card(
     contexts = [row for row in read.rows if isinstance(row, Row)]
     has_turns = encoded.labels is not None
     template = CONVERSATION if has_turns else getattr(tokenizer, "template", None)
-    flags = {"max_seq_length", "skip_overlength", "keep_empty", "on_bad_row"}
+    flags = {"max_seq_length", "skip_overlength", "keep_empty", "on_bad_row", "allow_special"}
     return DataCard(
         glmtune_version=__version__,
         base_model=base_name,
@@ -353,6 +359,8 @@ def _card(
         ),
         num_targets_lost=encoded.num_targets_lost,
         row_is_line=all(row.row == row.line for row in (*read.rows, *read.bad_rows)),
+        spelled_specials=dict(encoded.spelled.names.most_common()),
+        num_spelling=encoded.spelled.num_rows,
     )
 
 

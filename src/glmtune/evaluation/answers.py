@@ -55,6 +55,7 @@ def fit_positions(
         UserError: a record is too long and may not be skipped, or all are too long.
     """
     tokenizer, limit = load_tokenizer(base), load_config(base).max_position_embeddings
+    tokenizer.allow_special = settings.allow_special
     texts = [prompt_of(record).text for record in records]
     lengths = map(len, prompt_ids(tokenizer, texts))
     found = find_too_long(list(lengths), settings.max_new_tokens, limit)
@@ -103,6 +104,8 @@ class ModelChoice:
     bits: int | None
     """See `--quantization_bit`."""
     quantize_head: bool
+    allow_special: bool = False
+    """Whether names of special tokens in prompts become these tokens."""
 
     @classmethod
     def of(
@@ -121,7 +124,10 @@ class ModelChoice:
         if caution:
             note(caution)
         rounds = settings.decoder_bits != 16
-        return cls(base, adapter, device, dtype, rounds, settings.bits, settings.quantize_head)
+        return cls(
+            base, adapter, device, dtype, rounds, settings.bits, settings.quantize_head,
+            settings.allow_special,
+        )  # fmt: skip
 
     @property
     def is_batch_sensitive(self) -> bool:
@@ -151,6 +157,8 @@ class ModelChoice:
             identity["quantization_bit"] = self.bits
         if self.quantize_head:
             identity["quantize_head"] = True
+        if self.allow_special:
+            identity["allow_special"] = True
         if self.adapter is not None:
             identity["adapter"] = str(self.adapter_name)
             identity["adapter_sha256"] = _digest(self.adapter)
@@ -168,6 +176,7 @@ class ModelChoice:
         with_adapter = f" with the adapter {self.adapter_name}" if self.adapter else ""
         print(f"loading {base_name(self.base)}{with_adapter}", file=sys.stderr)
         tokenizer = load_tokenizer(self.base)
+        tokenizer.allow_special = self.allow_special
         in_cpu_memory = self.rounds and not computes
         model = load_base_model(
             self.base,

@@ -1,5 +1,6 @@
 """The questions that a check asks: held-out rows, the user's records, or a few of our own."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,7 +54,7 @@ class Probes(NamedTuple):
     """Whether they are from the task that the adapter was, or should have been, trained for."""
 
 
-def from_texts(tokenizer: Any, pairs: list[tuple[str, str]]) -> list[Probe]:
+def from_texts(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Probe]:
     """Encode contexts and their answers, uncut."""
     contexts = tokenizer.encode_contexts([context for context, _ in pairs])
     answers = tokenizer.encode_batch([answer for _, answer in pairs])

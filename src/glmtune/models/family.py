@@ -160,6 +160,8 @@ class Family(NamedTuple):
     """In what a folder's own chat template and settings differ from how rows are laid out."""
     known_sha256: Callable[[str, str], set[str]] = lambda hub_id, name: set()
     """Hub id and file name to what the sha256 of a published file may be; empty if not known."""
+    special_names: tuple[str, ...] = ()
+    """Names of its special tokens that somebody may have typed into a text."""
     new_model: Callable[[Any], Any] | None = None
     """What `glmtune new-model` does with its settings."""
 

@@ -7,7 +7,7 @@ anything unusual are its rows checked one by one, to say which and why.
 import json
 import string
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import itemgetter
@@ -34,6 +34,7 @@ from glmtune.data.records import (
     format_of,
     read_row,
 )
+from glmtune.data.spelled import Spelled
 from glmtune.data.templates import context_of, parts
 from glmtune.data.validation.characters import CONTROL, LANGUAGES, survey
 from glmtune.data.validation.duplicates import END_OF_PART, END_OF_ROW, Fingerprints
@@ -57,6 +58,8 @@ class CheckedFile:
     num_unusable: int = 0
     letters: np.ndarray = field(default_factory=lambda: np.zeros(len(LANGUAGES), np.int64))
     fields: FieldUse = field(default_factory=FieldUse)
+    spelled: Spelled = field(default_factory=Spelled)
+    """Names of special tokens that rows hold as text."""
 
     @property
     def language_shares(self) -> dict[str, float]:
@@ -76,6 +79,7 @@ class CheckedFile:
             "language_shares": self.language_shares,
             "unused_fields": self.fields.unused,
             "rows_with_history": self.fields.num_with_history,
+            "spelled_specials": dict(self.spelled.names.most_common()),
         }
 
     def __str__(self) -> str:
@@ -84,13 +88,15 @@ class CheckedFile:
         text += f"{num_usable:,} usable, {self.num_unusable:,} not"
         if shares := self.language_shares:
             text += "; letters " + ", ".join(f"{s:.1%} {name}" for name, s in shares.items())
-        return "\n    ".join([text, *self.fields.lines()])
+        spelled = [self.spelled.describe()] if self.spelled.num_rows else []
+        return "\n    ".join([text, *self.fields.lines(), *spelled])
 
 
 class FileCheck:
     """A check of the rows of a file; `tell` is called with each problem.
 
-    The rows are of the named format; where none is named, the first row decides.
+    The rows are of the named format; where none is named, the first row decides. `special_names`
+    are looked for in all texts.
     """
 
     def __init__(
@@ -99,8 +105,9 @@ class FileCheck:
         tell: Callable[[Problem], None],
         with_questions: bool,
         format: str | None = None,
+        special_names: Collection[str] = (),
     ) -> None:
-        self.file = CheckedFile(path, format)
+        self.file = CheckedFile(path, format, spelled=Spelled(special_names))
         self.fingerprints = Fingerprints(path, with_questions)
         self._tell = tell
 
@@ -127,6 +134,7 @@ class FileCheck:
         if texts:
             if batch.num_bytes > LONG_TEXT or _has_empty_part(found.bare):
                 self._warn_of_sizes(texts, rows, lines)
+            self._tell_spelled(texts, rows, lines)
             self.file.letters += found.letters
             self.fingerprints.add(texts, found.bare, rows, lines)
 
@@ -243,6 +251,17 @@ class FileCheck:
                 what = f"the row is {len(text):,} characters long"
                 fix = "split it; tokenize cuts it at max_seq_length"
                 self._warn("very long", row, line, what, fix)
+
+    def _tell_spelled(self, texts: list[str], rows: Sequence[int], lines: Sequence[int]) -> None:
+        """Report rows that spell special tokens."""
+        spelled = self.file.spelled
+        if not spelled.find(texts):
+            return
+        for text, row, line in zip(texts, rows, lines, strict=True):
+            if names := spelled.count([text]):
+                what = f"the row spells {', '.join(names)}, which is text and no special token"
+                fix = "take it out if it is a left-over, or tokenize with --allow_special true"
+                self._warn("special token as text", row, line, what, fix)
 
     def _warn(
         self, kind: str, row: int, line: int, what: str, fix: str, name: str | None = None

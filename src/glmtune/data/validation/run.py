@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -66,8 +67,12 @@ class Validation:
         return "\n".join(lines)
 
 
-def validate(settings: ValidateSettings) -> Validation:
+def validate(settings: ValidateSettings, special_names: Collection[str] = ()) -> Validation:
     """Check files of rows of any format, and print what was found.
+
+    Args:
+        settings: which files, and how they are written.
+        special_names: names of special tokens, which rows may spell.
 
     Every problem is counted and its row named; `json_path` gets each one whole. Returns what was
     found if all rows are usable. Otherwise raises UserError, one line, after everything has been
@@ -79,7 +84,11 @@ def validate(settings: ValidateSettings) -> Validation:
         report = stack.enter_context(new_file(settings.json_path)) if settings.json_path else None
         problems = Problems(report)
         paths = [*settings.files, *held_out]
-        checked = [_check_file(path, problems, bool(held_out), settings) for path in paths]
+        checks = [
+            FileCheck(path, problems.add, bool(held_out), settings.format, special_names)
+            for path in paths
+        ]
+        checked = [_check_file(check, problems, settings.encoding) for check in checks]
         _tell_of_empty([file for file, _ in checked], len(settings.files), problems)
         files = [file for file, _ in checked]
         prints = [fingerprints for _, fingerprints in checked]
@@ -99,14 +108,14 @@ def validate(settings: ValidateSettings) -> Validation:
 
 
 def _check_file(
-    path: str, problems: Problems, with_questions: bool, settings: ValidateSettings
+    check: FileCheck, problems: Problems, encoding: str | None
 ) -> tuple[CheckedFile, Fingerprints]:
     """Read a file to its end; what is wrong, with a row or the whole file, goes into `problems`."""
-    check = FileCheck(path, problems.add, with_questions, settings.format)
+    path = check.file.path
     size = os.path.getsize(path) if os.path.isfile(path) else None
     with tqdm(total=size, desc=path, unit="B", unit_scale=True, delay=1) as progress:
         try:
-            for batch in read_batches(path, settings.encoding):
+            for batch in read_batches(path, encoding):
                 check.take(batch)
                 progress.update(batch.num_bytes)
         except UserError as error:

@@ -16,6 +16,7 @@ from glmtune.models.chatglm.settings import (
     ChatGLMSettings,
     has_later_keys,
 )
+from glmtune.models.chatglm.vocabulary import SPECIALS
 from glmtune.models.family import AdapterNames, ChatFormat, Family, Native
 from glmtune.models.shape import LinearShape, Shape
 
@@ -149,6 +150,7 @@ V1_1 = Family(
     ),
     probe_row=probe_row,
     head_dims=(64, 128),
+    special_names=SPECIALS,
     new_model=_new_model,
 )
 V1_0 = V1_1._replace(name="ChatGLM-6B v1.0", owns=lambda settings: _is_of(True, settings))

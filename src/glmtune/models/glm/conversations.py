@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from glmtune.models.glm import layouts
 from glmtune.models.glm.layouts import LAYOUTS, ROLES, Layout
 from glmtune.models.glm.settings import variant_of
 from glmtune.models.glm.template import generation_ids, read_template
-from glmtune.models.special_names import MARK, beginning_of, pattern_of
+from glmtune.models.special_names import MARK, beginning_of, encode_around, pattern_of
 
 CONFIG_FILE = "config.json"
 # Rows of a published embedding that no token has: fewer than these.
@@ -53,10 +53,19 @@ class ConversationEncoder:
     template = CONVERSATION
     folder_template: str | None = None
     """The chat template of the folder."""
+    allow_special = False
 
-    def encode_texts(self, texts: list[str], num_threads: int | None = None) -> list[list[int]]:
+    def encode_plain(self, texts: list[str], num_threads: int | None = None) -> list[list[int]]:
         """The ids of texts, in which special names are ordinary text."""
         raise NotImplementedError
+
+    def encode_texts(self, texts: list[str], num_threads: int | None = None) -> list[list[int]]:
+        """The ids of texts; special names are ordinary text unless `allow_special`."""
+        if self.allow_special:
+            return encode_around(
+                texts, self.special_names, partial(self.encode_plain, num_threads=num_threads)
+            )
+        return self.encode_plain(texts, num_threads)
 
     def piece_of(self, id_: int) -> str:
         """How messages show an id."""
@@ -98,10 +107,15 @@ class ConversationEncoder:
         return tuple(self.ids[name] for name in self.layout.stops)
 
     @cached_property
+    def special_names(self) -> dict[str, list[int]]:
+        """Names that a text may spell: all but `sop` and `eop`, which are words like any others."""
+        return {name: [self.ids[name]] for name in self.layout.special_names if name in self.ids}
+
+    @cached_property
     def written(self) -> dict[str, list[int]]:
         """The names that a chat template may write, with the ids that each becomes."""
         prefix = self.layout.prefix
-        written = {name: [id_] for name, id_ in self.ids.items() if not name.isalpha()}
+        written = self.special_names
         return written | ({"".join(prefix): [self.ids[name] for name in prefix]} if prefix else {})
 
     @cached_property
@@ -122,7 +136,7 @@ class ConversationEncoder:
         max_length: int | None = None,
         num_threads: int | None = None,
     ) -> list[list[int]]:
-        """Encode many texts at once; special names in them are ordinary text.
+        """Encode many texts at once; see `encode_texts`.
 
         Args:
             texts: any number of texts.

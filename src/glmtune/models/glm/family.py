@@ -241,6 +241,7 @@ def _entry(variant: str, name: str, published: tuple[str, ...]) -> Family:
         chat=layout.chat,
         probe_row=probe_row,
         head_dims=(64, 128),
+        special_names=layout.special_names,
     )
 
 

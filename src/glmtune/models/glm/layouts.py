@@ -70,6 +70,11 @@ class Layout(NamedTuple):
         """The published ids at which an answer ends."""
         return tuple(self.specials[name] for name in self.stops)
 
+    @property
+    def special_names(self) -> tuple[str, ...]:
+        """Names of special tokens that somebody may have typed: all but those that are words."""
+        return tuple(name for name in self.specials if not name.isalpha())
+
     def missing(self, ids: Mapping[str, int]) -> list[str]:
         """The special tokens that rows need and a vocabulary lacks."""
         needed = {*self.prefix, *self.stops, self.pad, self.end}

@@ -44,7 +44,7 @@ class PieceEncoder(ConversationEncoder):
         """The number of ids, special ones included."""
         return self.sp.get_piece_size() + len(self.names)
 
-    def encode_texts(self, texts: list[str], num_threads: int | None = None) -> list[list[int]]:
+    def encode_plain(self, texts: list[str], num_threads: int | None = None) -> list[list[int]]:
         """The ids of texts, in which special names are ordinary text."""
         return encode_pieces(self.sp, texts, num_threads)
 
