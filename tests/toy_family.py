@@ -29,7 +29,7 @@ ASK, ANSWER, END, FIRST_BYTE = 1, 3, 2, 16
 class ByteTokenizer:
     vocab_hash, revision, vocab_size, pad_token_id = "b" * 64, "bytes", 272, 0
     unfinished = "(?!)"
-    special_names, allow_special = {}, False
+    special_names, allow_special, opens_thoughts = {}, False, False
     row_rule = RowRule(
         before_prompt=(Special("ask", "<ask>", ASK),),
         after_prompt=(Special("answer", "<answer>", ANSWER),),

@@ -206,11 +206,13 @@ def test_two_settings_that_exclude_each_other_are_refused(capsys):
     assert "too_long is error, and skip_overlength drops long rows" in capsys.readouterr().err
 
 
-def test_what_a_family_cannot_write_is_refused_by_row_or_skipped(toy, capsys):
+def test_what_a_family_cannot_write_is_refused_by_row_or_skipped(tmp_path, capsys):
+    data = toy_tiktoken()
+    edge = of_folder(write_folder(tmp_path / "edge", "glm-edge", data, vocab_size=70_000))
     with_tools = talk("q", "a", tools=[{"name": "f"}])
-    with pytest.raises(UserError, match=r"a.jsonl:2 \(row 2\): tools, which the revisions of"):
-        run(toy, talk("q", "a"), with_tools)
-    summary, rows = run(toy, talk("q", "a"), with_tools, on_bad_row="skip")
+    with pytest.raises(UserError, match=r"a.jsonl:2 \(row 2\): tools, which neither glm-edge"):
+        run(edge, talk("q", "a"), with_tools)
+    summary, rows = run(edge, talk("q", "a"), with_tools, on_bad_row="skip")
     assert len(rows) == 1
     assert summary.card.rows_out["bad"] == [2]
     assert "a.jsonl:2 (row 2): tools, which" in capsys.readouterr().out

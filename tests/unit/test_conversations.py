@@ -22,6 +22,7 @@ from glmtune.data.flaws import Flaw
 from glmtune.data.formats import FORMATS
 from glmtune.models.chatglm.encoder import RowEncoder
 from glmtune.models.glm.encoder import of_folder
+from glmtune.models.special_names import mark
 
 READ = FORMATS["messages"].read
 ASKED = (Turn(USER, "问"), Turn(ASSISTANT, "答"), Turn(USER, "再问"), Turn(ASSISTANT, "再答"))
@@ -156,10 +157,81 @@ def test_a_row_that_ends_in_a_call_ends_with_the_role_of_its_result(toy):
     assert row.input_ids[-1] == row.labels[-1] == toy.ids["<|observation|>"]
 
 
-def test_tools_are_refused_by_a_layout_that_has_no_one_way_of_writing_them(toy):
-    found = toy.encode_examples([Example(ASKED, ({"name": "find"},)), Example(ASKED)])
-    assert "tools, which the revisions of glm4 write differently" in str(found[0])
+def test_tools_are_refused_by_a_layout_that_knows_none(tmp_path):
+    folder = write_folder(tmp_path, "glm-edge", toy_tiktoken(), vocab_size=70_000)
+    found = of_folder(folder).encode_examples([Example(ASKED, ({"name": "find"},)), Example(ASKED)])
+    assert "tools, which neither glm-edge nor the folder's chat template knows" in str(found[0])
     assert isinstance(found[1], EncodedExample)
+
+
+def without_observations(ids, labels, encoder):
+    """Labels in which no result of a tool is supervised, nor the role that follows it."""
+    roles = {encoder.ids[f"<|{role}|>"] for role in (SYSTEM, USER, ASSISTANT, OBSERVATION)}
+    is_result, right = False, []
+    for id_, label in zip(ids, labels, strict=True):
+        right.append(IGNORED if is_result else label)
+        is_result = id_ == encoder.ids["<|observation|>"] if id_ in roles else is_result
+    return right
+
+
+def test_glm4_rows_with_tools_are_those_of_its_first_published_code(shared, encoders):
+    """But for their end, and for results, which that code supervises."""
+    encoder, num_equal = encoders("glm4"), 0
+    for row in recorded(shared, "rows_glm4"):
+        text, first = json.dumps(row["record"]), row["first"]
+        if "raises" in first or not ('"tools"' in text or "observation" in text):
+            continue
+        if row["name"] in ("tools_on_user", "python_tool", "browser_and_cogview"):
+            continue
+        # A result without a text is dropped there, role and all, and so is an answer.
+        turns = [m for m in row["record"]["messages"] if m["content"] or "tools" in m]
+        ours = encoded(encoder, {"messages": turns})
+        ids, labels = first["input_ids"], list(first["labels"])
+        if '"loss"' in text or len(ids) >= 1024:
+            assert ours.input_ids[: len(ids) - 1] == ids[:-1], row["name"]
+            continue
+        right = without_observations(ids, labels, encoder)
+        assert ours.input_ids[:-1] == ids[:-1], row["name"]
+        assert ours.labels[:-1] == right[:-1], row["name"]
+        num_equal += 1
+    assert num_equal >= 7
+
+
+@pytest.mark.parametrize(
+    ("template", "variant"),
+    [("glm4_chat", "glm4"), ("glm4_0414", "glm4-0414"), ("glm_z1", "glm4-0414")],
+)
+def test_tools_are_written_as_the_folders_chat_template_does(template, variant, shared, tmp_path):
+    published = json.loads((shared / "golden" / "glm" / "chat_layouts.json").read_text())
+    text, num_equal = published["families"][template]["template"], 0
+    size = {"padded_vocab_size" if variant == "glm4" else "vocab_size": 70_000}
+    folder = write_folder(tmp_path, variant, toy_tiktoken(), template=text, **size)
+    encoder = of_folder(folder)
+    for conversation in published["conversations"]:
+        if not conversation["name"].startswith("tool_"):
+            continue
+        full = published["rendered"][template][conversation["name"]]["full"]
+        messages = conversation["messages"]
+        if template == "glm4_chat":  # it leaves an answer without a text out
+            messages = [m for m in messages if m["content"] or "tool_calls" in m]
+        row = encoded(encoder, conversation | {"messages": messages})
+        assert row.input_ids[:-1] == encoder.written_ids(mark(full, encoder.written_names))
+        num_equal += 1
+    assert num_equal >= 4
+
+
+def test_a_tool_that_the_folders_template_leaves_out_is_refused(shared, tmp_path):
+    published = json.loads((shared / "golden" / "glm" / "chat_layouts.json").read_text())
+    found = {}
+    for template, variant in (("glm4_chat", "glm4"), ("glm4_0414", "glm4-0414")):
+        text = published["families"][template]["template"]
+        size = {"padded_vocab_size" if variant == "glm4" else "vocab_size": 70_000}
+        folder = tmp_path / template
+        encoder = of_folder(write_folder(folder, variant, toy_tiktoken(), template=text, **size))
+        tools = [({"type": "python"},), ({"name": "f"},), ({"type": "unheard of"},)]
+        rows = encoder.encode_examples([Example(ASKED, t).supervise("each") for t in tools])
+        found[template] = [isinstance(row, Flaw) for row in rows]
+    assert found == {"glm4_chat": [False, False, True], "glm4_0414": [True, False, True]}
 
 
 def test_chatglm2_and_chatglm_write_rounds_whose_last_answer_is_supervised(shared, encoders):

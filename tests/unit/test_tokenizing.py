@@ -28,7 +28,7 @@ GMASK, BOS, EOS = 9001, 9004, 9005
 class CharTokenizer:
     """An id per character; zero-width characters have none."""
 
-    special_names, allow_special = {}, False
+    special_names, allow_special, opens_thoughts = {}, False, False
     gmask_token_id, bos_token_id, eos_token_id = GMASK, BOS, EOS
     pad_token_id = 3
     vocab_hash = "5e" * 32

@@ -117,6 +117,12 @@ class RowSettings(FormatSettings, BadRowSettings, SpecialSettings, BaseModelSett
         description="what happens to longer conversations: they lose their last turns, are "
         "dropped, or end the command (default: truncate, or drop with skip_overlength)",
     )
+    thoughts: Literal["keep", "drop"] | None = Field(
+        None,
+        description="thoughts before the answers of a conversation (reasoning_content, <think> in "
+        "an answer): keep or drop them all (default: as the base's chat template does, which keeps "
+        "those behind the last question if it opens a thought, and else none)",
+    )
     skip_overlength: bool = Field(
         False, description="drop rows longer than max_seq_length instead of cutting them"
     )

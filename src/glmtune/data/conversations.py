@@ -28,6 +28,8 @@ class Turn(NamedTuple):
     """The name of the tool that an assistant's turn calls; else empty."""
     supervised: bool | None = None
     """What the row itself says about the loss; None where it says nothing."""
+    thought: str | None = None
+    """What was thought before an answer, in a field of its own; None without such a field."""
 
     @property
     def is_answer(self) -> bool:
@@ -41,8 +43,6 @@ class Example(NamedTuple):
     turns: tuple[Turn, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
     """Descriptions of the tools that the model may call, as JSON objects."""
-    num_thoughts: int = 0
-    """Thoughts before answers that the row has and that are left out."""
 
     @property
     def answers(self) -> list[int]:
@@ -59,12 +59,11 @@ class Example(NamedTuple):
         unsaid = learn != "marked"
         last = self.answers[-1:] if learn == "last" else None
         turns = []
-        for place, (role, text, metadata, said) in enumerate(self.turns):
+        for place, (role, text, metadata, said, thought) in enumerate(self.turns):
             is_chosen = role == ASSISTANT and (last is None or place in last)
-            turns.append(
-                Turn(role, text, metadata, is_chosen and (unsaid if said is None else said))
-            )
-        return Example(tuple(turns), self.tools, self.num_thoughts)
+            is_supervised = is_chosen and (unsaid if said is None else said)
+            turns.append(Turn(role, text, metadata, is_supervised, thought))
+        return Example(tuple(turns), self.tools)
 
     def shortened(self, num_turns: int) -> "Example":
         """The first turns of it."""

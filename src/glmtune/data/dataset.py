@@ -39,6 +39,10 @@ class RowTokenizer(Protocol):
     """Whether names of special tokens in a text become their ids; else they are ordinary text."""
 
     @property
+    def opens_thoughts(self) -> bool:
+        """Whether answers begin with a thought, as the chat template of the folder has it."""
+
+    @property
     def special_names(self) -> Mapping[str, Sequence[int]]:
         """Names that a text may spell, and the ids that each becomes with `allow_special`.
 

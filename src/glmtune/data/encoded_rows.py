@@ -2,6 +2,7 @@
 
 import math
 from array import array
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -46,8 +47,8 @@ class EncodedRows:
     """Supervised ids of the rows in `overlength`, if they are conversations."""
     num_in_prompts: int = 0
     """Answers that should be supervised and are part of a prompt, as the family has it."""
-    num_thoughts: int = 0
-    """Thoughts of kept rows that are left out."""
+    thoughts: Counter[str] = field(default_factory=Counter)
+    """What became of the thoughts of kept rows, see `data.thoughts`."""
     spelled: Spelled = field(default_factory=Spelled)
     """Names of special tokens that texts of kept rows hold."""
 

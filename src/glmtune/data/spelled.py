@@ -69,6 +69,8 @@ def texts_of(example: Example) -> Iterator[str]:
         yield turn.text
         if turn.metadata:
             yield turn.metadata
+        if turn.thought:
+            yield turn.thought
     for tool in example.tools:
         yield from _strings(tool)
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from glmtune import __version__
 from glmtune.config.settings import RowSettings, TokenizeSettings
+from glmtune.data import thoughts
 from glmtune.data.conversation_rows import MAX_LENGTH, check_supervised, encode_conversations
 from glmtune.data.dataset import (
     CARD_FILE,
@@ -197,6 +198,11 @@ def row_fates(encoded: EncodedRows) -> dict[int, str]:
 def _check_settings_of_contexts(settings: RowSettings) -> None:
     """Raise UserError where settings of conversations are given for rows of one answer each."""
     path = settings.jsonl_path
+    if settings.thoughts:
+        raise UserError(
+            f"{path}: thoughts is for conversations, and these rows are a context and a target "
+            "each, in which a thought is text; leave it out"
+        )
     if settings.too_long:
         raise UserError(
             f"{path}: too_long is for conversations, and these rows are a context and a target "
@@ -239,8 +245,7 @@ def _describe(encoded: EncodedRows, tokenizer: RowTokenizer) -> tuple[str, ...]:
             f"earlier answers that are not supervised: {encoded.num_in_prompts:,}; the base reads "
             "them as part of the prompt, so it learns the last answer of a row only"
         )
-    if encoded.num_thoughts:
-        lines.append(f"{encoded.num_thoughts:,} answers had a thought before them, left out")
+    lines += thoughts.describe(encoded.thoughts)
     if encoded.num_dropped:
         lines.append(
             f"{encoded.num_dropped:,} supervised tokens stood in the rows that are dropped"
@@ -331,6 +336,7 @@ def _card(
     has_turns = encoded.labels is not None
     template = CONVERSATION if has_turns else getattr(tokenizer, "template", None)
     flags = {"max_seq_length", "skip_overlength", "keep_empty", "on_bad_row", "allow_special"}
+    flags |= {"learn", "too_long", "thoughts"} if has_turns else set()
     return DataCard(
         glmtune_version=__version__,
         base_model=base_name,
@@ -338,7 +344,7 @@ def _card(
         vocab_revision=tokenizer.revision,
         special_ids=tokenizer.row_rule.special_ids,
         template=template or _template(contexts),
-        flags=settings.model_dump(include=flags | ({"learn", "too_long"} if has_turns else set())),
+        flags=settings.model_dump(include=flags),
         source=Path(settings.jsonl_path).name,
         source_sha256=sha256_of(settings.jsonl_path),
         num_read=len(read.rows) + len(read.bad_rows),

@@ -55,6 +55,7 @@ class Encoder:
 
     bos_token_id: Any
     allow_special = False
+    opens_thoughts = False
 
     def __init__(self, vocab_file: str | None, num_image_tokens: int | None = None):
         self.open_vocabulary(vocab_file, num_image_tokens)

@@ -23,11 +23,17 @@ from glmtune.data.files import read_json_object
 from glmtune.data.flaws import Flaw
 from glmtune.data.row_rule import RowRule
 from glmtune.data.templates import conversation_of
+from glmtune.data.thoughts import CLOSE, OPEN
 from glmtune.errors import UserError
 from glmtune.models.glm import layouts
 from glmtune.models.glm.layouts import LAYOUTS, ROLES, Layout
 from glmtune.models.glm.settings import variant_of
-from glmtune.models.glm.template import generation_ids, read_template
+from glmtune.models.glm.template import (
+    generation_ids,
+    opens_thought,
+    read_template,
+    tools_of_template,
+)
 from glmtune.models.special_names import MARK, beginning_of, encode_around, pattern_of
 
 CONFIG_FILE = "config.json"
@@ -90,6 +96,11 @@ class ConversationEncoder:
     def newline_ids(self) -> tuple[int, ...]:
         """The ids of the newline after a role; none in a layout without roles."""
         return tuple(self.encode_texts(["\n"])[0]) if self.layout.has_roles else ()
+
+    @property
+    def opens_thoughts(self) -> bool:
+        """Whether answers begin with a thought."""
+        return self.layout.opens_thoughts
 
     @property
     def row_rule(self) -> RowRule:
@@ -224,18 +235,18 @@ class ConversationEncoder:
         if not self.layout.has_roles:
             write = layouts.numbered_rounds
             return encode_rounds(self, examples, write, num_threads)
-        written: list[Sequence[Turn] | Flaw] = []
+        written: list[list[tuple[Turn, list[str]]] | Flaw] = []
         for example in examples:
             try:
-                written.append(self._written(example))
+                written.append([(turn, self._texts_of(turn)) for turn in self._written(example)])
             except Flaw as flaw:
                 written.append(flaw)
         texts = [
             text
             for turns in written
             if not isinstance(turns, Flaw)
-            for turn in turns
-            for text in self._texts_of(turn)
+            for _, of_turn in turns
+            for text in of_turn
         ]
         encoded = iter(self.encode_texts(texts, num_threads))
         prefix = [self.ids[name] for name in self.layout.prefix]
@@ -266,41 +277,56 @@ class ConversationEncoder:
             turns.sort(key=lambda turn: turn.role != SYSTEM)
         if not example.tools:
             return turns
-        if layout.write_tools is None:
-            what = f"tools, which the revisions of {layout.name} write differently"
-            fix = "write them into the system's text as the folder's chat template does"
+        described = tools_of_template(self, example.tools)
+        if described is None and layout.write_tools is not None:
+            described = layout.write_tools(example.tools)
+        if described is None:
+            what = f"tools, which neither {layout.name} nor the folder's chat template knows"
+            fix = "leave such rows out, or name a base that calls tools"
             raise Flaw("tools", what, fix, "tools")
-        return [Turn(SYSTEM, layout.write_tools(example.tools)), *turns]
+        return [Turn(SYSTEM, described), *turns]
 
     def _texts_of(self, turn: Turn) -> list[str]:
-        """What is encoded of a turn; a newline alone has ids that are known."""
+        """What is encoded of a turn, piece by piece; a newline alone has ids that are known.
+
+        A thought is opened by itself, as a prompt by the folder's chat template ends with that.
+        """
         head = self._head(turn)
-        if self.joins_newline:
-            return [head + turn.text]
-        return [turn.text] if head == "\n" else [head, turn.text]
+        texts = [head + turn.text] if self.joins_newline else [head, turn.text]
+        if self.opens_thoughts and turn.thought is not None:
+            rest = f"\n{turn.thought}\n{CLOSE}\n\n"
+            texts = [head + OPEN] if self.joins_newline else [head, OPEN]
+            texts += [rest + turn.text] if turn.thought else [rest, turn.text]
+        return texts[1:] if head == "\n" and not self.joins_newline else texts
 
     def _encode_example(
-        self, turns: Sequence[Turn], encoded: Iterator[list[int]], prefix: list[int]
+        self,
+        turns: Sequence[tuple[Turn, list[str]]],
+        encoded: Iterator[list[int]],
+        prefix: list[int],
     ) -> EncodedExample:
-        """Lay out the ids of turns, which are the next of `encoded`."""
+        """Lay out the ids of turns, the texts of which are the next of `encoded`."""
         ids, labels = list(prefix), [IGNORED] * len(prefix)
         prompt_length, num_answers, follows_answer = 0, 0, False
-        for turn in turns:
+        for turn, texts in turns:
             role = self.ids[ROLES[turn.role]]
             ids.append(role)
             labels.append(role if follows_answer else IGNORED)
             if turn.is_answer:
                 prompt_length = len(ids)
-            start = len(ids)
             if not self.joins_newline and self._head(turn) == "\n":
                 ids += self.newline_ids
-            elif not self.joins_newline:
+            for _ in texts[:-1]:
                 ids += next(encoded)
+            # An empty thought is no more than what a prompt without one ends with.
+            start = len(ids) if self.opens_thoughts and turn.thought == "" else len(labels)
             ids += next(encoded)
+            labels += [IGNORED] * (start - len(labels))
             follows_answer = bool(turn.supervised)
             num_answers += follows_answer
             labels += ids[start:] if follows_answer else [IGNORED] * (len(ids) - start)
-        calls = bool(turns) and turns[-1].is_answer and bool(turns[-1].metadata)
+        last = turns[-1][0] if turns else None
+        calls = last is not None and last.is_answer and bool(last.metadata)
         end = self.ids[ROLES[OBSERVATION] if calls else self.layout.end]
         ids.append(end)
         labels.append(end if follows_answer else IGNORED)
@@ -338,6 +364,8 @@ class ConversationEncoder:
         self.layout = self.layout_of(vocab_file, layout)
         self.folder = vocab_file.parent
         self.folder_template = read_template(self.folder)
+        if opens_thought(self.folder_template):
+            self.layout = self.layout.thinking()
 
     @classmethod
     def layout_of(cls, vocab_file: Path, layout: str | None = None) -> Layout:
