@@ -86,7 +86,10 @@ A, B = "<think>\nt\n</think>\n\na", "<think>\nu\n</think>\n\nb"
 @pytest.mark.parametrize(
     ("wish", "text", "taught", "told"),
     [
-        (None, f"a<|user|>\nr<|assistant|>\n{B}", f"\n{B}<|user|>", ["1 thoughts kept", "1 earlier"]),
+        (
+            None, f"a<|user|>\nr<|assistant|>\n{B}", f"\n{B}<|user|>",
+            ["1 thoughts kept", "1 earlier answers had a thought"],
+        ),
         (
             "keep", f"{A}<|user|>\nr<|assistant|>\n{B}", f"\n{A}<|user|>\n{B}<|user|>",
             ["2 thoughts kept\n"],

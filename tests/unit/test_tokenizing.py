@@ -88,7 +88,7 @@ def test_a_target_as_long_as_may_be_keeps_its_end(capsys):
 
 
 def test_cut_rows_of_an_older_version_taught_their_end():
-    run([("a", "uvwxyz")], max_seq_length=5)
+    run([("a", "uvwxyz"), ("a", "b")], max_seq_length=5)
     change_card(num_targets_lost=None)
     lost = load_dataset("tokens")[1].describe_loss()
     assert "1 answers were cut to 5 tokens by a version that taught their end" in lost

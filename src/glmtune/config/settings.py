@@ -163,6 +163,25 @@ class InspectSettings(RowSettings):
     verb = "inspect"
     group: ClassVar[str] = "data"
     limit: int = Field(3, ge=1, description="show this many rows")
+    stats: bool = Field(
+        False,
+        description="count all rows: lengths, languages, turns, what is supervised, how many teach "
+        "an end, a thought or tools",
+    )
+    html_path: PathText | None = Field(None, description="HTML page of the rows and their figures")
+    json_path: PathText | None = Field(None, description="JSON file of the same")
+
+    @model_validator(mode="after")
+    def keep_rows(self) -> Self:
+        """Refuse to write over the rows, or two files under one name."""
+        written = [os.path.realpath(path) for path in (self.html_path, self.json_path) if path]
+        if os.path.realpath(self.jsonl_path) in written or len(set(written)) < len(written):
+            raise conflict(
+                "html_path and json_path have to differ from jsonl_path and from each other",
+                "html_path",
+                "json_path",
+            )
+        return self
 
 
 # --- infer, compare ---

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
 from glmtune.config.settings import RowSettings
@@ -21,8 +20,6 @@ from glmtune.errors import UserError
 CONVERSATIONS_PER_BATCH = 1024
 MAX_LENGTH = 2048
 """Tokens of a row where max_seq_length is not set."""
-LEAST_SHARE = 0.01
-"""The share of a data set's tokens that has to be supervised."""
 
 
 def encode_conversations(
@@ -195,25 +192,3 @@ def _is_empty(example: Example) -> bool:
 
 def _num_supervised(row: EncodedExample) -> int:
     return len(row.labels) - row.labels.count(IGNORED)
-
-
-def check_supervised(encoded: EncodedRows, tokenizer: RowTokenizer, path: str) -> None:
-    """Make sure that training on the rows would teach something, and where to stop.
-
-    Raises:
-        UserError: no row teaches an end, or hardly a token is supervised; `path` is the file.
-    """
-    rule = tokenizer.row_rule
-    labels = np.asarray(encoded.labels)
-    if not np.isin(labels, [*rule.end_ids, *rule.stops]).any():
-        raise UserError(
-            f"{path}: no row teaches the end of an answer, so the model would not stop; "
-            "supervise an answer that a question or the end of the row follows"
-        )
-    num_supervised = encoded.num_targets
-    if num_supervised < LEAST_SHARE * len(labels):
-        raise UserError(
-            f"{path}: only {num_supervised:,} of {len(labels):,} tokens "
-            f"({num_supervised / len(labels):.2%}) are supervised, so a run would teach little; "
-            "supervise more answers with --learn each, or shorten what stands before them"
-        )

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from glmtune import __version__
 from glmtune.config.settings import RowSettings, TokenizeSettings
 from glmtune.data import thoughts
-from glmtune.data.conversation_rows import MAX_LENGTH, check_supervised, encode_conversations
+from glmtune.data.conversation_rows import MAX_LENGTH, encode_conversations
 from glmtune.data.dataset import (
     CARD_FILE,
     CONVERSATION,
@@ -137,8 +137,7 @@ def _tokenize(
         settings = _with_length(settings)
     if not encoded.seq_len:
         raise _no_row_left(settings, encoded)
-    if encoded.labels is not None:
-        check_supervised(encoded, tokenizer, settings.jsonl_path)
+    encoded.as_token_rows(tokenizer.row_rule).check_taught(settings.jsonl_path)
     card = _card(settings, tokenizer, base_name, read, encoded)
     with new_folder(settings.save_path) as folder:
         _save(encoded, folder)
@@ -156,7 +155,7 @@ def _tokenize(
         _bad_rows(read, encoded),
         read.fields,
         encoded.advice(settings.max_seq_length),
-        _describe(encoded, tokenizer),
+        describe_texts(encoded, tokenizer),
     )
 
 
@@ -234,7 +233,7 @@ def _bad_rows(read: AnyRows, encoded: EncodedRows) -> list[BadRow]:
     return sorted([*read.bad_rows, *encoded.refused], key=lambda bad: bad.row)
 
 
-def _describe(encoded: EncodedRows, tokenizer: RowTokenizer) -> tuple[str, ...]:
+def describe_texts(encoded: EncodedRows, tokenizer: RowTokenizer) -> tuple[str, ...]:
     """What to report of what rows say."""
     lines = []
     if encoded.spelled.num_rows:

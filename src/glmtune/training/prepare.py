@@ -104,9 +104,15 @@ def prepare(settings: TrainSettings, accelerator: Accelerator, dtype: torch.dtyp
 
 
 def _load_rows(path: str, tokenizer: Any, rule: RowRule) -> tuple[TokenRows, DataCard]:
-    """Rows made by this tokenizer, and their data card; a note says what was cut or dropped."""
+    """Rows made by this tokenizer, and their data card; a note says what was cut or dropped.
+
+    Raises:
+        UserError: there are none, of another tokenizer, or they would teach hardly anything.
+    """
     dataset, card = load_dataset(path, rule)
     check_data_card(card, tokenizer, path)
     for lost in filter(None, (card.describe_loss(), card.describe_dropped())):
         note(f"{path}: {lost}")
-    return TokenRows.from_dataset(dataset, rule), card
+    rows = TokenRows.from_dataset(dataset, rule)
+    rows.check_taught(path)
+    return rows, card
