@@ -27,17 +27,18 @@ class RowStats:
     """Supervised tokens."""
     lengths: LengthStats
     languages: Mapping[str, int]
-    """By the letters of what is supervised, a Chinese character as much as two."""
+    """Rows by the language of what is supervised: that of most letters, where a Chinese character
+    counts as two."""
     answers: Mapping[int, int]
-    """By how many stretches of supervised tokens a row has."""
+    """Rows by their number of stretches of supervised tokens."""
     num_ends: int
     """Rows that teach the end of an answer."""
     num_thoughts: int
     """Rows that teach a thought."""
     turns: Mapping[int, int] | None
-    """By the turns of a conversation; None where only token rows are known."""
+    """Rows by the turns of their conversations; None where only token rows are known."""
     num_tools: int | None
-    """Rows with tools or calls, likewise."""
+    """Rows with tools or calls; None as for `turns`."""
 
     @classmethod
     def of(

@@ -27,7 +27,7 @@ class ShownToken(NamedTuple):
     """Whether it is one of those that see each other in both directions."""
     is_special: bool
     text: str
-    """Of the tokens that make a character together, the first has it, and the others have none."""
+    """Where several tokens make one character, the first has it, and the others have none."""
 
 
 class ShownRow(NamedTuple):
