@@ -107,7 +107,8 @@ def _take(
     else:
         out.num_in_prompts += ready.num_supervised - whole.num_answers
     assert out.labels is not None
-    out.thoughts += kept.ready.thoughts
+    if kept.ready.thoughts:
+        out.thoughts += kept.ready.thoughts
     out.spelled.count(texts_of(kept.ready.example))
     out.input_ids.fromlist(kept.row.input_ids)
     out.labels.fromlist(kept.row.labels)
