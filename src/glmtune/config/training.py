@@ -87,7 +87,11 @@ class LoraSettings(Settings):
     """The adapter."""
 
     group: ClassVar[str] = "LoRA"
-    lora_rank: int = Field(8, ge=1, description="rank of the update")
+    lora_rank: int | None = Field(
+        None,
+        ge=1,
+        description="rank of the update (default: the model family's own, as `glmtune plan` shows)",
+    )
     lora_alpha: int = Field(32, ge=1, description="the update is scaled by lora_alpha / lora_rank")
     lora_dropout: float = Field(0.1, ge=0, lt=1, description="dropout before the update")
     lora_target: tuple[str, ...] | None = Field(
