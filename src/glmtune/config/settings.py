@@ -19,6 +19,7 @@ from glmtune.config.benchmarks import (
     ReproduceSettings,
 )
 from glmtune.config.groups import (
+    ANY_ROWS,
     OF_THE_DRAW,
     AnsweringWeightSettings,
     AnswerSettings,
@@ -46,8 +47,7 @@ class ValidateSettings(FormatSettings):
     bare_words = ("files",)
     files: tuple[PathText, ...] = Field(
         min_length=1,
-        description="rows to check, .json (a list) or .jsonl: conversations, alpaca records, or "
-        "what `glmtune convert` wrote",
+        description=f"rows to check, {ANY_ROWS}",
     )
     held_out: PathText | None = Field(
         None, description="rows kept for testing: none of their questions may occur in the files"
@@ -76,15 +76,16 @@ class ValidateSettings(FormatSettings):
 # --- convert ---
 
 
-class ConvertSettings(BadRowSettings, BaseModelSettings):
+class ConvertSettings(FormatSettings, BadRowSettings, BaseModelSettings):
     """Settings of `glmtune convert`."""
 
     verb = "convert"
     group: ClassVar[str] = "data"
     reads_and_writes = ("data_path", "save_path")
-    data_path: PathText = Field(description="alpaca records to read: .json (a list) or .jsonl")
+    data_path: PathText = Field(description=f"rows to read, {ANY_ROWS}")
     save_path: PathText = Field(
-        description="JSONL file to write, a line of context and target per row"
+        description="JSONL file to write, a line per row: context and target of records, the "
+        "messages of conversations, or the text"
     )
 
 
@@ -97,8 +98,7 @@ class RowSettings(FormatSettings, BadRowSettings, BaseModelSettings):
     group: ClassVar[str] = "data"
     bare_words = ("jsonl_path",)
     jsonl_path: PathText = Field(
-        description="rows to read, .json (a list) or .jsonl: conversations, alpaca records, or "
-        "what `glmtune convert` wrote"
+        description=f"rows to read, {ANY_ROWS}, or what `glmtune convert` wrote"
     )
     learn: Literal["each", "last", "marked"] = Field(
         "each",
@@ -161,11 +161,14 @@ class InspectSettings(RowSettings):
 # --- infer, compare ---
 
 
-class RecordSettings(BadRowSettings):
+class RecordSettings(FormatSettings, BadRowSettings):
     """Which records are answered."""
 
     group: ClassVar[str] = "data"
-    data_path: PathText = Field(description="alpaca records to answer: .json (a list) or .jsonl")
+    data_path: PathText = Field(
+        description=f"rows to answer, {ANY_ROWS}; of a conversation all before its last answer, or "
+        "all where a question stands last"
+    )
     overwrite_output: bool = Field(
         False, description="start over instead of continuing an unfinished file of answers"
     )
@@ -268,7 +271,7 @@ class ReplaySettings(BaseModelSettings):
     use_cpu: bool = Field(False, description="use the CPU even if there is a GPU")
 
 
-class CheckSettings(AnsweringWeightSettings, BaseModelSettings, DeviceSettings):
+class CheckSettings(FormatSettings, AnsweringWeightSettings, BaseModelSettings, DeviceSettings):
     """Settings of `glmtune check`."""
 
     verb = "check"
@@ -277,7 +280,7 @@ class CheckSettings(AnsweringWeightSettings, BaseModelSettings, DeviceSettings):
     adapter: PathText = Field(description="run folder or adapter to check")
     data_path: PathText | None = Field(
         None,
-        description="alpaca records to ask (default: rows that the run held out, else a few "
+        description="rows to ask, of any format (default: rows that the run held out, else a few "
         "built-in questions)",
     )
     limit: int = Field(16, ge=1, description="ask N at most, and 16 unrelated questions besides")

@@ -5,9 +5,11 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from glmtune.config.groups import (
+    ANY_ROWS,
     BadRowSettings,
     BaseModelSettings,
     DeviceSettings,
+    FormatSettings,
     NameText,
     PathText,
     QuantisingSettings,
@@ -264,6 +266,7 @@ class PlanSettings(TrainSettings):
 
 
 class TuneSettings(
+    FormatSettings,
     BadRowSettings,
     StepSettings,
     LayoutSettings,
@@ -279,7 +282,7 @@ class TuneSettings(
     group: ClassVar[str] = "tune"
     bare_words = ("data_path",)
     reads_and_writes = ("data_path", "out")
-    data_path: PathText = Field(description="alpaca records to learn: .json (a list) or .jsonl")
+    data_path: PathText = Field(description=f"rows to learn, {ANY_ROWS}")
     out: PathText = Field(
         description="folder to write: a new one, or one of the same command, which then resumes"
     )

@@ -35,8 +35,14 @@ class Turn(NamedTuple):
         return self.role == ASSISTANT
 
 
+class PlainText(NamedTuple):
+    """A text alone, to learn or to continue."""
+
+    text: str
+
+
 class Example(NamedTuple):
-    """A conversation to train on."""
+    """A conversation to train on, or one to be answered."""
 
     turns: tuple[Turn, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
@@ -66,9 +72,27 @@ class Example(NamedTuple):
             )
         return Example(tuple(turns), self.tools, self.num_thoughts)
 
+    @property
+    def asked(self) -> "Example":
+        """All before the last answer; or all of it, where a question or a result stands last."""
+        is_answered = bool(self.turns) and self.turns[-1].is_answer
+        return self.shortened(len(self.turns) - is_answered)
+
+    @property
+    def expected(self) -> str:
+        """The answer that stands last, a call with the name of its tool; empty without one."""
+        last = self.turns[-1] if self.turns else None
+        if last is None or not last.is_answer:
+            return ""
+        return f"{last.metadata}\n{last.text}" if last.metadata else last.text
+
     def shortened(self, num_turns: int) -> "Example":
         """The first turns of it."""
         return self._replace(turns=self.turns[:num_turns])
+
+
+Asked = str | Example | PlainText
+"""What is asked: a context as rows have it, a conversation up to the answer, a text to go on."""
 
 
 class EncodedExample(NamedTuple):
@@ -83,11 +107,12 @@ class EncodedExample(NamedTuple):
     """Supervised answers."""
 
 
-def check_turns(turns: Sequence[tuple[str, Turn]]) -> None:
+def check_turns(turns: Sequence[tuple[str, Turn]], needs_answer: bool = True) -> None:
     """Make sure that questions and answers take turns.
 
     Args:
         turns: each with the words for its place in the row.
+        needs_answer: whether there has to be one.
 
     Raises:
         Flaw: of the first turn that cannot stand where it does, or of all if nothing is answered.
@@ -100,7 +125,9 @@ def check_turns(turns: Sequence[tuple[str, Turn]]) -> None:
         following = turns[place + 1][1] if place + 1 < len(turns) else None
         _check_turn(where, turn, previous, following)
         previous = previous if turn.role == SYSTEM else turn
-    if not any(turn.is_answer for _, turn in turns):
+    if not turns:
+        raise Flaw("turns", "there are no turns", "write the conversation, or remove the row")
+    if needs_answer and not any(turn.is_answer for _, turn in turns):
         raise Flaw("no answer", "no turn is an assistant's", "add the answer, or remove the row")
 
 

@@ -1,4 +1,4 @@
-"""Alpaca records to JSON lines of context and target, in readable UTF-8."""
+"""Rows of any format to JSON lines that `tokenize` reads as the same rows, in readable UTF-8."""
 
 import json
 from dataclasses import dataclass
@@ -6,8 +6,18 @@ from dataclasses import dataclass
 from glmtune.config.settings import ConvertSettings
 from glmtune.data.fields import FieldUse
 from glmtune.data.files import new_file
-from glmtune.data.records import BadRow, list_bad_rows, name_rows, read_alpaca
-from glmtune.data.templates import context_of
+from glmtune.data.questions import written_row
+from glmtune.data.records import (
+    AnyRow,
+    BadRow,
+    Conversation,
+    Record,
+    Row,
+    has_turns,
+    list_bad_rows,
+    name_rows,
+    read_typed,
+)
 from glmtune.errors import visible
 
 
@@ -16,7 +26,8 @@ class ConvertSummary:
     """The result of converting a file of records; printed, it lists every row that was left out.
 
     `empty_outputs` are the numbers of the rows of the source whose output is empty (they are
-    kept), `fields` counts what the records have beside instruction, input and output.
+    kept), `fields` counts what the records have beside instruction, input and output, and
+    `num_thoughts` the thoughts before answers, which are left out.
     """
 
     data_path: str
@@ -25,6 +36,7 @@ class ConvertSummary:
     bad_rows: list[BadRow]
     empty_outputs: list[int]
     fields: FieldUse
+    num_thoughts: int = 0
 
     def __str__(self) -> str:
         num_bad, empty = len(self.bad_rows), self.empty_outputs
@@ -37,30 +49,45 @@ class ConvertSummary:
             lines += [f"    {line}" for line in list_bad_rows(self.bad_rows)]
         if empty:
             lines.append(f"  {len(empty):,} with an empty output, kept: {name_rows(empty)}")
+        if self.num_thoughts:
+            lines.append(f"  {self.num_thoughts:,} answers had a thought before them, left out")
         return "\n".join([*lines, *(f"  {line}" for line in self.fields.lines())])
 
 
 def convert(settings: ConvertSettings) -> ConvertSummary:
-    """Write a line {"context": ..., "target": ...} for each alpaca record, in order.
+    """Write a line for each row, in order: of records {"context": ..., "target": ...}.
 
-    Prints the summary that it returns. Raises UserError for what read_alpaca refuses and for a
+    Conversations, which records with a system text or earlier rounds are, become {"messages": ...},
+    and texts stay {"text": ...}.
+
+    Prints the summary that it returns. Raises UserError for what read_typed refuses and for a
     save_path that cannot be written.
     """
-    records, bad_rows = read_alpaca(settings.data_path, settings.on_bad_row, settings.encoding)
+    rows, bad_rows = read_typed(
+        settings.data_path, settings.format, settings.on_bad_row, settings.encoding
+    )
+    turns = has_turns(rows)
+    fields = FieldUse.of(rows)
+    if turns:
+        fields.num_with_history = 0  # they are turns like any others
     with new_file(settings.save_path) as file:
-        for record in records:
-            row = {
-                "context": context_of(record.instruction, record.input, record.history),
-                "target": record.output,
-            }
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        for row in rows:
+            file.write(json.dumps(written_row(row, turns), ensure_ascii=False) + "\n")
     summary = ConvertSummary(
         data_path=settings.data_path,
         save_path=settings.save_path,
-        num_written=len(records),
+        num_written=len(rows),
         bad_rows=bad_rows,
-        empty_outputs=[record.row for record in records if not record.output.strip()],
-        fields=FieldUse.of(records),
+        empty_outputs=[row.row for row in rows if _lacks_output(row)],
+        fields=fields,
+        num_thoughts=sum(r.example.num_thoughts for r in rows if isinstance(r, Conversation)),
     )
     print(visible(str(summary)))
     return summary
+
+
+def _lacks_output(row: AnyRow) -> bool:
+    """Whether a row that has a place for an answer has nothing there."""
+    if isinstance(row, Record):
+        return not row.output.strip()
+    return isinstance(row, Row) and not row.target.strip()

@@ -34,6 +34,10 @@ class RowRule(NamedTuple):
     before_prompt: tuple[Special, ...] = ()
     before_answer: tuple[Special, ...] = ()
     """Ids that the model writes itself before an answer's text: supervised, unlike the prompt's."""
+    before_text: tuple[Special, ...] = ()
+    """What a text alone begins with, which has no prompt; its tokens never see later ones."""
+    after_text: tuple[Special, ...] = ()
+    """What such a text ends with; nothing where it ends as an answer does."""
     stops: tuple[int, ...] = ()
     """Ids at which an answer ends as well as at `end`, such as the start of another's turn."""
     prompt_sees_all: bool = False
@@ -75,6 +79,21 @@ class RowRule(NamedTuple):
     def answer(self, text_ids: list[int]) -> list[int]:
         """The ids of a whole answer, those before its text and its end included."""
         return [*_ids(self.before_answer), *text_ids, *self.end_ids]
+
+    @property
+    def text_prefix(self) -> list[int]:
+        """The ids before a text alone."""
+        return _ids(self.before_text)
+
+    @property
+    def text_start(self) -> int:
+        """The place of the first supervised id of a text: nothing predicts a row's first id."""
+        return max(1, len(self.before_text))
+
+    @property
+    def text_end(self) -> list[int]:
+        """The ids after a whole one."""
+        return _ids(self.after_text) or self.end_ids
 
     @property
     def num_prompt_specials(self) -> int:

@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from glmtune.config.groups import GenerationSettings
+from glmtune.data.flaws import Flaw
 from glmtune.errors import UserError
 from glmtune.generation.decoder import Decoder
 from glmtune.generation.prompts import Answer, EncodedPrompt, Prompt, prompt_ids
@@ -83,8 +84,14 @@ def encode_prompts(
 
     Raises:
         TooLongError: a prompt that leaves the model no positions for `max_new_tokens` more.
+        UserError: a conversation that the family cannot write.
     """
-    encoded = prompt_ids(tokenizer, [prompt.text for prompt in prompts])
+    encoded = []
+    asked = [prompt.asked for prompt in prompts]
+    for prompt, ids in zip(prompts, prompt_ids(tokenizer, asked), strict=True):
+        if isinstance(ids, Flaw):
+            raise UserError(f"{prompt.where}: {ids}")
+        encoded.append(ids)
     limit = model.config.max_position_embeddings
     if too_long := find_too_long([len(ids) for ids in encoded], max_new_tokens, limit):
         (first, reason), *others = too_long.items()

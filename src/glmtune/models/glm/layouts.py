@@ -101,6 +101,8 @@ class Layout(NamedTuple):
                 for place, id_ in enumerate(newline, start=1)
             ),
             end=(Special("eos", self.end, ids[self.end]),),
+            before_text=tuple(map(special, self.prefix)),
+            after_text=(Special("end of text", self.stops[0], ids[self.stops[0]]),),
             stops=tuple(ids[name] for name in self.stops if name != self.end),
             pad_id=ids[self.pad],
         )
