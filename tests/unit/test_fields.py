@@ -226,7 +226,9 @@ class TestContentThatNothingReads:
     def test_is_skipped_on_demand_and_listed(self, write, capsys, name, value):
         path = write(PLAIN, PLAIN | {name: value})
         assert len(convert(path, "--on_bad_row", "skip")) == 1 + (name == "system")
-        assert name == "system" or f'a.json:1 (row 2): field "{name}" is ' in capsys.readouterr().out
+        assert (
+            name == "system" or f'a.json:1 (row 2): field "{name}" is ' in capsys.readouterr().out
+        )
 
     def test_in_rows_of_context_and_target(self, write, capsys, name, value):
         if name in ("context", "prompt"):  # which make it a record

@@ -111,10 +111,11 @@ class RowSettings(FormatSettings, BadRowSettings, BaseModelSettings):
         description="tokens kept of the context, and of the target; special ids count; of a "
         "conversation, the tokens of the whole row (default there: 2048)",
     )
-    too_long: Literal["truncate", "drop", "error"] | None = Field(
+    too_long: Literal["truncate", "drop", "split", "error"] | None = Field(
         None,
-        description="what happens to longer conversations: they lose their last turns, are "
-        "dropped, or end the command (default: truncate, or drop with skip_overlength)",
+        description="what happens to longer conversations and texts: they lose their last turns or "
+        "tokens, are dropped, become several rows, or end the command (default: truncate, texts "
+        "split; drop with skip_overlength)",
     )
     skip_overlength: bool = Field(
         False, description="drop rows longer than max_seq_length instead of cutting them"
@@ -132,7 +133,7 @@ class RowSettings(FormatSettings, BadRowSettings, BaseModelSettings):
     @model_validator(mode="after")
     def one_way_to_drop(self) -> Self:
         """Refuse to drop long rows and not to."""
-        if self.skip_overlength and self.too_long in ("truncate", "error"):
+        if self.skip_overlength and self.too_long not in (None, "drop"):
             raise conflict(
                 f"too_long is {self.too_long}, and skip_overlength drops long rows: set one",
                 "too_long",

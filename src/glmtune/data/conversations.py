@@ -90,6 +90,20 @@ class Example(NamedTuple):
         """The first turns of it."""
         return self._replace(turns=self.turns[:num_turns])
 
+    def continued(self, num_turns: int) -> "Example":
+        """What comes after its first turns, behind the system's words at its start."""
+        num_system = next((i for i, turn in enumerate(self.turns) if turn.role != SYSTEM), 0)
+        return self._replace(turns=self.turns[:num_system] + self.turns[num_turns:])
+
+    def one_answer_each(self) -> list["Example"]:
+        """For each supervised answer, the conversation up to it, with no other supervised."""
+        plain = [turn._replace(supervised=False) for turn in self.turns]
+        return [
+            self._replace(turns=(*plain[:place], turn))
+            for place, turn in enumerate(self.turns)
+            if turn.supervised
+        ]
+
 
 Asked = str | Example | PlainText
 """What is asked: a context as rows have it, a conversation up to the answer, a text to go on."""

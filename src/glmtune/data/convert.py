@@ -6,13 +6,10 @@ from dataclasses import dataclass
 from glmtune.config.settings import ConvertSettings
 from glmtune.data.fields import FieldUse
 from glmtune.data.files import new_file
-from glmtune.data.questions import written_row
+from glmtune.data.questions import lacks_answer, written_row
 from glmtune.data.records import (
-    AnyRow,
     BadRow,
     Conversation,
-    Record,
-    Row,
     has_turns,
     list_bad_rows,
     name_rows,
@@ -78,16 +75,9 @@ def convert(settings: ConvertSettings) -> ConvertSummary:
         save_path=settings.save_path,
         num_written=len(rows),
         bad_rows=bad_rows,
-        empty_outputs=[row.row for row in rows if _lacks_output(row)],
+        empty_outputs=[row.row for row in rows if lacks_answer(row)],
         fields=fields,
         num_thoughts=sum(r.example.num_thoughts for r in rows if isinstance(r, Conversation)),
     )
     print(visible(str(summary)))
     return summary
-
-
-def _lacks_output(row: AnyRow) -> bool:
-    """Whether a row that has a place for an answer has nothing there."""
-    if isinstance(row, Record):
-        return not row.output.strip()
-    return isinstance(row, Row) and not row.target.strip()

@@ -43,8 +43,15 @@ class EncodedRows:
     """Conversations that the family cannot write."""
     num_dropped: int = 0
     """Supervised ids of the rows in `overlength`, if they are conversations."""
-    num_in_prompts: int = 0
-    """Answers that should be supervised and are part of a prompt, as the family has it."""
+    several: dict[int, int] = field(default_factory=dict)
+    """Rows of the source that became several, and how many."""
+    split: list[int] = field(default_factory=list)
+    """Those that did because they are too long."""
+    cut_texts: list[int] = field(default_factory=list)
+    num_apart: int = 0
+    """Rows of one answer each, where the base reads earlier answers as part of the prompt."""
+    num_repeated: int = 0
+    """Ids that these have more than one row of each conversation would."""
     num_thoughts: int = 0
     """Thoughts of kept rows that are left out."""
 

@@ -9,6 +9,7 @@ from glmtune.data.fields import FieldUse
 from glmtune.data.records import (
     AnyRow,
     BadRow,
+    Conversation,
     OnBadRow,
     Record,
     TextRow,
@@ -127,6 +128,16 @@ def written_row(row: AnyRow, is_conversation: bool) -> dict[str, Any]:
         return written_turns(as_conversation(row).example)
     context = as_context(row)
     return {"context": context.context, "target": context.target}
+
+
+def lacks_answer(row: AnyRow) -> bool:
+    """Whether a row has nothing to learn: no answer, or an empty text."""
+    if isinstance(row, TextRow):
+        return not row.text.text.strip()
+    if isinstance(row, Conversation):
+        last = row.example.turns[row.example.answers[-1]]
+        return not (last.text.strip() or last.metadata)
+    return not as_context(row).target.strip()
 
 
 def question_in(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -165,6 +165,8 @@ class RowRule(NamedTuple):
             if self.prompt_sees_all:
                 count_T1 = np.concatenate(([0], np.cumsum(ids_T == special)))
                 is_right_R &= count_T1[starts_R + prompts_R] - count_T1[starts_R] == 1
+        if not self.prompt_sees_all:
+            is_right_R |= self._are_texts(ids_T, starts_R1, prompt_lengths_R)
         if not is_right_R.all():
             row = int(is_right_R.argmin())
             names = " ".join(special.text for special in self.after_prompt)
@@ -174,6 +176,16 @@ class RowRule(NamedTuple):
                 f"has a prompt that does not end with {names} ({ids})"
                 f"{', once and nowhere else' if self.prompt_sees_all else ''}; {fix}"
             )
+
+    def _are_texts(
+        self, ids_T: np.ndarray, starts_R1: np.ndarray, prompt_lengths_R: np.ndarray
+    ) -> np.ndarray:
+        """Whether each row is a text alone: nothing but its prefix stands before its labels."""
+        lengths_R = np.diff(starts_R1)
+        are_texts_R = (prompt_lengths_R == self.text_start) & (lengths_R > self.text_start)
+        for place, id_ in enumerate(self.text_prefix):
+            are_texts_R &= ids_T[(starts_R1[:-1] + place).clip(max=len(ids_T) - 1)] == id_
+        return are_texts_R
 
 
 def as_ids(named: int | list[int] | None) -> list[int]:

@@ -45,8 +45,10 @@ def _rows_of_file(
         fate = fates.get(row.row)
         if fate:
             yield f"{row.where}: {fate}", None, 0
-        else:
-            yield row.where, rows, number
+            continue
+        for part in range(count := encoded.several.get(row.row, 1)):
+            place = f", part {part + 1} of {count}" if count > 1 else ""
+            yield f"{row.where}{place}", rows, number
             number += 1
 
 
@@ -78,7 +80,7 @@ def describe_row(rows: TokenRows, row: int, tokenizer: Any) -> Iterator[str]:
         f"{rows.prompt_lengths_R[row]}{seen}"
     )
     rule = rows.rule
-    specials = (*rule.before_prompt, *rule.after_prompt, *rule.end)
+    specials = (*rule.before_prompt, *rule.after_prompt, *rule.end, *rule.after_text)
     names = {special.id: special.text for special in specials}
     for place, (id_, label) in enumerate(zip(ids, labels, strict=True)):
         mark = SUPERVISED if label != IGNORED else " "

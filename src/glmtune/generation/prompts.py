@@ -56,7 +56,9 @@ def prompt_ids(tokenizer: Any, asked: Sequence[Asked]) -> list[list[int] | Flaw]
 
 def no_text() -> Flaw:
     """The flaw of a text that is to be continued and has no token, nor does the family add any."""
-    return Flaw("empty text", "an empty text, with nothing to go on from", "write its beginning")
+    return Flaw(
+        "empty text", "an empty text, of which nothing can be continued", "write its beginning"
+    )
 
 
 def _with_answer(example: Example) -> Example:

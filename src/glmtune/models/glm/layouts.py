@@ -128,6 +128,16 @@ def numbered_rounds(history: Iterable[tuple[str, str]], question: str) -> str:
     return f"{earlier}[Round {len(pairs) + 1}]\n\n问：{question}\n\n答："
 
 
+def answers_in_rounds(history: Iterable[tuple[str, str]]) -> list[tuple[int, int]]:
+    """Where the answers of earlier rounds stand in what `numbered_rounds` writes, in bytes."""
+    spans, written = [], 0
+    for place, (question, answer) in enumerate(history, start=1):
+        start = written + len(f"[Round {place}]\n\n问：{question}\n\n答：".encode())
+        spans.append((start, start + len(answer.encode())))
+        written = spans[-1][1] + len("\n\n")
+    return spans
+
+
 def _polish(text: str) -> str:
     """An answer as the published chats of ChatGLM2-6B and ChatGLM3-6B show it."""
     return conversation.with_date(text.strip())
