@@ -94,7 +94,7 @@ def test_a_long_text_is_split_without_a_token_lost_or_an_end_that_is_none(tokeni
     summary, rows = run(tokenizer, "short", long, max_seq_length=40)
     whole, end = expected(tokenizer, long), tokenizer.row_rule.text_end[0]
     parts = [row["input_ids"][2:] for row in rows[1:]]
-    assert sum(parts, []) == whole
+    assert [id_ for part in parts for id_ in part] == whole
     assert len(parts) >= 2
     assert [len(part) for part in parts[:-1]] == [38] * (len(parts) - 1)
     assert [part[-1] == end for part in parts] == [False] * (len(parts) - 1) + [True]

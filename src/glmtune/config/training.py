@@ -290,7 +290,9 @@ class TuneSettings(
         None, ge=4, description="tokens of a row (default: as many as keep 95 % of the rows)"
     )
     skip_overlength: bool = Field(
-        True, description="drop rows longer than max_seq_length instead of cutting them"
+        True,
+        description="drop rows longer than max_seq_length instead of cutting them (default: true, "
+        "but texts are split)",
     )
     eval_ratio: float = Field(
         0.05, ge=0, le=0.5, description="share of the rows held out, to judge the adapter by"

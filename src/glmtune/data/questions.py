@@ -130,6 +130,19 @@ def written_row(row: AnyRow, is_conversation: bool) -> dict[str, Any]:
     return {"context": context.context, "target": context.target}
 
 
+def as_question(row: AnyRow, is_conversation: bool) -> dict[str, Any]:
+    """A row as one of a file of questions, such that each is asked as its own file asks it.
+
+    Of a text it is the first half, which is to be continued. See `written_row`.
+    """
+    if isinstance(row, TextRow):
+        return {"text": row.text.text[: -(-len(row.text.text) // 2)]}
+    if isinstance(row, Record) and not is_conversation:
+        fields = {"instruction": row.instruction, "input": row.input}
+        return {**fields, "output": row.output}
+    return written_row(row, is_conversation)
+
+
 def lacks_answer(row: AnyRow) -> bool:
     """Whether a row has nothing to learn: no answer, or an empty text."""
     if isinstance(row, TextRow):
