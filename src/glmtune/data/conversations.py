@@ -141,6 +141,8 @@ def check_turns(turns: Sequence[tuple[str, Turn]], needs_answer: bool = True) ->
         previous = previous if turn.role == SYSTEM else turn
     if not turns:
         raise Flaw("turns", "there are no turns", "write the conversation, or remove the row")
+    if not any(turn.role == USER for _, turn in turns):
+        raise Flaw("no question", "no turn is a user's", "add the question, or remove the row")
     if needs_answer and not any(turn.is_answer for _, turn in turns):
         raise Flaw("no answer", "no turn is an assistant's", "add the answer, or remove the row")
 

@@ -165,6 +165,7 @@ def text_of(fields: Mapping[str, object], name: str) -> str:
     """Return a field's text; raise Flaw where it has none."""
     if name not in fields:
         part = "answer" if name in (*_ANSWERS, "target") else "question"
+        part = "text" if name == "text" else part
         what = f'field "{name}" is missing, the row has {show(list(fields))}'
         fix = f'rename the one that holds the {part} to "{name}", or add it'
         raise Flaw("missing field", what, fix, name)
