@@ -8,6 +8,7 @@ import torch
 from glm_folders import encoder_of, toy_tiktoken, write_folder
 
 from glmtune.config.settings import TokenizeSettings
+from glmtune.data.conversations import IGNORED, Example, Turn
 from glmtune.data.dataset import load_dataset
 from glmtune.data.flaws import Flaw
 from glmtune.data.questions import read_questions
@@ -16,6 +17,7 @@ from glmtune.generation import Decoder, EncodedPrompt, GenerationSettings
 from glmtune.generation.prompts import prompt_ids
 from glmtune.models.base_files import load_row_tokenizer
 from glmtune.models.glm.encoder import of_folder
+from glmtune.models.glm.tokenization import GLMTokenizer
 from glmtune.models.loading import load_base_model
 from glmtune.models.resolve import GLM_TINY
 
@@ -118,3 +120,16 @@ def test_a_text_behind_the_start_of_an_answer_is_continued_as_the_model_itself_w
     for (more,) in Decoder(model, []).stream([EncodedPrompt(ids, 0)], settings):
         made += more
     assert made == wanted[len(ids) :]
+
+
+def test_the_template_of_ours_teaches_what_rows_teach(tmp_path):
+    """The role behind an earlier answer, too; TRL takes this mask (tests/peers/test_trl.py)."""
+    folder = write_folder(tmp_path / "toy", "glm4-0414", toy_tiktoken(), vocab_size=70_000)
+    tokenizer = GLMTokenizer.from_pretrained(folder)
+    turns = [("user", "Who?"), ("assistant", "Me."), ("user", "Where?"), ("assistant", "Here.")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    chat = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True)
+    example = Example(tuple(Turn(*turn) for turn in turns)).supervise("each")
+    (row,) = of_folder(folder).encode_examples([example])
+    assert chat["input_ids"] == row.input_ids
+    assert chat["assistant_masks"] == [int(label != IGNORED) for label in row.labels]

@@ -65,7 +65,7 @@ def fit_positions(
         (first, reason), *others = found.items()
         more = f" ({len(others)} more cannot be asked either)" if others else ""
         raise UserError(
-            f"{records[first].where}: {reason}, or leave such rows out with --on_bad_row skip{more}"
+            f"{records[first].where}: {reason}; --on_bad_row skip leaves such rows out{more}"
         )
     if len(found) == len(records):
         raise UserError(
