@@ -206,6 +206,7 @@ TOY = Family(
     row_rule=lambda config: ByteTokenizer.row_rule,
     check_pair=lambda config, tokenizer: None,
     lora_target=("q_proj", "v_proj"),
+    lora_rank=3,
     chat=ChatFormat("a question alone", lambda rounds, question: question, str, (), ""),
     probe_row=lambda config: [ASK, *range(20, 40), ANSWER, *range(40, 50)],
     head_dims=(64, 128),

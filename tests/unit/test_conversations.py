@@ -251,9 +251,44 @@ def test_chatglm2_and_chatglm_write_rounds_whose_last_answer_is_supervised(share
         assert row.input_ids == prompt + answer
         start = len(prompt) - rule.prompt_sees_all
         assert row.labels == [IGNORED] * start + row.input_ids[start:]
-        assert (row.prompt_length, row.num_answers) == (len(prompt), 1)
+        assert row.prompt_length == len(prompt)
+        assert row.num_answers == (1 if encoder is v1 else 2), "of one token, none is supervised"
     (bare,) = v1.encode_examples([Example(ASKED[:2]).supervise("each")])
     assert bare.input_ids[: bare.prompt_length] == v1.row_rule.prompt(v1.encode_batch(["问"])[0])
+
+
+def test_earlier_answers_of_chatglm2_are_supervised_within_the_text_of_the_rounds(encoders):
+    """But for the first token, before which the model writes a blank, and their ends."""
+    encoder = encoders("chatglm2")
+    answers = ["Oak, ash\n\nand 松树 🌳.", "A\u00a0b  c", "答：x\n\n[Round 9]", "the last one"]
+    turns = [
+        turn
+        for number, answer in enumerate(answers)
+        for turn in (Turn(USER, f"问 {number}?"), Turn(ASSISTANT, answer))
+    ]
+    (row,) = encoder.encode_examples([Example(tuple(turns)).supervise("each")])
+    (plain,) = encoder.encode_examples([Example(tuple(turns)).supervise("last")])
+    assert row.input_ids == plain.input_ids
+    assert row.num_answers == 4
+    labels = row.labels[: row.prompt_length]
+    assert row.labels[row.prompt_length :] == plain.labels[row.prompt_length :]
+    is_run = [label != IGNORED for label in labels]
+    starts = [i for i, is_one in enumerate(is_run) if is_one and not is_run[i - 1]]
+    ends = [i + 1 for i, is_one in enumerate(is_run) if is_one and not is_run[i + 1]]
+    for answer, start, end in zip(answers[:3], starts, ends, strict=True):
+        whole = encoder.sp.decode(row.input_ids[start - 1 : end])
+        assert whole == answer, "the token before it is the answer's first"
+        assert encoder.sp.decode(row.input_ids[end : end + 2]) == "\n\n"
+    turns[1] = turns[1]._replace(supervised=False)
+    (row,) = encoder.encode_examples([Example(tuple(turns)).supervise("each")])
+    assert row.num_answers == 3
+    assert row.labels[: starts[1]] == [IGNORED] * starts[1]
+
+
+def test_answers_of_chatglm2_whose_tokens_do_not_tell_their_places_are_rows_of_their_own(encoders):
+    turns = (Turn(USER, "a \u2581 b"), Turn(ASSISTANT, "ok then"), *ASKED[2:])
+    (row,) = encoders("chatglm2").encode_examples([Example(turns).supervise("each")])
+    assert row.num_answers == 1, "conversation_rows gives the other one a row"
 
 
 @pytest.mark.parametrize(

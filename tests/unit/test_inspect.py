@@ -60,7 +60,7 @@ def shown(capsys, *arguments):
 def test_rows_of_a_file_are_those_that_tokenize_writes(capsys):
     path = write(talk("Name a tree.", "Oak."), talk("Hello", "Hi", "And?", "Well."), talk("a", "b"))
     heads, rows = shown(capsys, path, "--limit", "2")
-    assert heads == ["a.jsonl:1 (row 1)", "a.jsonl:2 (row 2)"]
+    assert heads == ["a.jsonl:1 (row 1)", *(f"a.jsonl:2 (row 2), part {n} of 2" for n in (1, 2))]
     assert main(["tokenize", path, "--save_path", "rows", *TINY]) == 0
     for tokens, row in zip(rows, load_dataset("rows")[0], strict=False):
         assert [int(place) for place, *_ in tokens] == list(range(len(row["input_ids"])))
@@ -74,7 +74,7 @@ def test_rows_of_a_file_are_those_that_tokenize_writes(capsys):
     assert [text for *_, mark, text in rows[0] if mark == "*"][-1] == "<eop>"
     heads, of_folder = shown(capsys, "rows", "--limit", "2")
     assert heads == ["rows (row 1)", "rows (row 2)"]
-    assert of_folder == rows
+    assert of_folder == rows[:2]
 
 
 def test_rows_of_a_context_and_a_target_are_shown_as_well(capsys):

@@ -126,11 +126,15 @@ class EncodingSettings(Settings):
         return value
 
 
+ANY_ROWS = ".json (a list) or .jsonl: alpaca records, conversations, or texts"
+"""The rows that every verb takes, for descriptions."""
+
+
 class FormatSettings(EncodingSettings):
     """How a file's rows are written."""
 
     group: ClassVar[str] = "rows"
-    format: Literal["messages", "sharegpt", "alpaca", "context/target"] | None = Field(
+    format: Literal["messages", "sharegpt", "alpaca", "context/target", "text"] | None = Field(
         None, description="how the rows are written (default: by the names of the first row)"
     )
 

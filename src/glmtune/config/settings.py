@@ -19,6 +19,7 @@ from glmtune.config.benchmarks import (
     ReproduceSettings,
 )
 from glmtune.config.groups import (
+    ANY_ROWS,
     OF_THE_DRAW,
     AnsweringWeightSettings,
     AnswerSettings,
@@ -47,8 +48,7 @@ class ValidateSettings(FormatSettings):
     bare_words = ("files",)
     files: tuple[PathText, ...] = Field(
         min_length=1,
-        description="rows to check, .json (a list) or .jsonl: conversations, alpaca records, or "
-        "what `glmtune convert` wrote",
+        description=f"rows to check, {ANY_ROWS}",
     )
     held_out: PathText | None = Field(
         None, description="rows kept for testing: none of their questions may occur in the files"
@@ -77,15 +77,16 @@ class ValidateSettings(FormatSettings):
 # --- convert ---
 
 
-class ConvertSettings(BadRowSettings, BaseModelSettings):
+class ConvertSettings(FormatSettings, BadRowSettings, BaseModelSettings):
     """Settings of `glmtune convert`."""
 
     verb = "convert"
     group: ClassVar[str] = "data"
     reads_and_writes = ("data_path", "save_path")
-    data_path: PathText = Field(description="alpaca records to read: .json (a list) or .jsonl")
+    data_path: PathText = Field(description=f"rows to read, {ANY_ROWS}")
     save_path: PathText = Field(
-        description="JSONL file to write, a line of context and target per row"
+        description="JSONL file to write, a line per row: context and target of records, the "
+        "messages of conversations, or the text"
     )
 
 
@@ -98,8 +99,7 @@ class RowSettings(FormatSettings, BadRowSettings, SpecialSettings, BaseModelSett
     group: ClassVar[str] = "data"
     bare_words = ("jsonl_path",)
     jsonl_path: PathText = Field(
-        description="rows to read, .json (a list) or .jsonl: conversations, alpaca records, or "
-        "what `glmtune convert` wrote"
+        description=f"rows to read, {ANY_ROWS}, or what `glmtune convert` wrote"
     )
     learn: Literal["each", "last", "marked"] = Field(
         "each",
@@ -112,10 +112,11 @@ class RowSettings(FormatSettings, BadRowSettings, SpecialSettings, BaseModelSett
         description="tokens kept of the context, and of the target; special ids count; of a "
         "conversation, the tokens of the whole row (default there: 2048)",
     )
-    too_long: Literal["truncate", "drop", "error"] | None = Field(
+    too_long: Literal["truncate", "drop", "split", "error"] | None = Field(
         None,
-        description="what happens to longer conversations: they lose their last turns, are "
-        "dropped, or end the command (default: truncate, or drop with skip_overlength)",
+        description="what happens to longer conversations and texts: they lose their last turns or "
+        "tokens, are dropped, become several rows, or end the command (default: truncate, texts "
+        "split; drop with skip_overlength)",
     )
     thoughts: Literal["keep", "drop"] | None = Field(
         None,
@@ -139,7 +140,7 @@ class RowSettings(FormatSettings, BadRowSettings, SpecialSettings, BaseModelSett
     @model_validator(mode="after")
     def one_way_to_drop(self) -> Self:
         """Refuse to drop long rows and not to."""
-        if self.skip_overlength and self.too_long in ("truncate", "error"):
+        if self.skip_overlength and self.too_long not in (None, "drop"):
             raise conflict(
                 f"too_long is {self.too_long}, and skip_overlength drops long rows: set one",
                 "too_long",
@@ -187,11 +188,14 @@ class InspectSettings(RowSettings):
 # --- infer, compare ---
 
 
-class RecordSettings(BadRowSettings, SpecialSettings):
+class RecordSettings(FormatSettings, BadRowSettings, SpecialSettings):
     """Which records are answered."""
 
     group: ClassVar[str] = "data"
-    data_path: PathText = Field(description="alpaca records to answer: .json (a list) or .jsonl")
+    data_path: PathText = Field(
+        description=f"rows to answer, {ANY_ROWS}; of a conversation all before its last answer, or "
+        "all where a question stands last"
+    )
     overwrite_output: bool = Field(
         False, description="start over instead of continuing an unfinished file of answers"
     )
@@ -296,7 +300,9 @@ class ReplaySettings(BaseModelSettings):
     use_cpu: bool = Field(False, description="use the CPU even if there is a GPU")
 
 
-class CheckSettings(AnsweringWeightSettings, SpecialSettings, BaseModelSettings, DeviceSettings):
+class CheckSettings(
+    FormatSettings, AnsweringWeightSettings, SpecialSettings, BaseModelSettings, DeviceSettings
+):
     """Settings of `glmtune check`."""
 
     verb = "check"
@@ -305,7 +311,7 @@ class CheckSettings(AnsweringWeightSettings, SpecialSettings, BaseModelSettings,
     adapter: PathText = Field(description="run folder or adapter to check")
     data_path: PathText | None = Field(
         None,
-        description="alpaca records to ask (default: rows that the run held out, else a few "
+        description="rows to ask, of any format (default: rows that the run held out, else a few "
         "built-in questions)",
     )
     limit: int = Field(16, ge=1, description="ask N at most, and 16 unrelated questions besides")

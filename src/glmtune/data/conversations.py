@@ -37,8 +37,14 @@ class Turn(NamedTuple):
         return self.role == ASSISTANT
 
 
+class PlainText(NamedTuple):
+    """A text alone, to learn or to continue."""
+
+    text: str
+
+
 class Example(NamedTuple):
-    """A conversation to train on."""
+    """A conversation to train on, or one to be answered."""
 
     turns: tuple[Turn, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
@@ -65,9 +71,41 @@ class Example(NamedTuple):
             turns.append(Turn(role, text, metadata, is_supervised, thought))
         return Example(tuple(turns), self.tools)
 
+    @property
+    def asked(self) -> "Example":
+        """All before the last answer; or all of it, where a question or a result stands last."""
+        is_answered = bool(self.turns) and self.turns[-1].is_answer
+        return self.shortened(len(self.turns) - is_answered)
+
+    @property
+    def expected(self) -> str:
+        """The answer that stands last, a call with the name of its tool; empty without one."""
+        last = self.turns[-1] if self.turns else None
+        if last is None or not last.is_answer:
+            return ""
+        return f"{last.metadata}\n{last.text}" if last.metadata else last.text
+
     def shortened(self, num_turns: int) -> "Example":
         """The first turns of it."""
         return self._replace(turns=self.turns[:num_turns])
+
+    def continued(self, num_turns: int) -> "Example":
+        """What comes after its first turns, behind the system's words at its start."""
+        num_system = next((i for i, turn in enumerate(self.turns) if turn.role != SYSTEM), 0)
+        return self._replace(turns=self.turns[:num_system] + self.turns[num_turns:])
+
+    def one_answer_each(self) -> list["Example"]:
+        """For each supervised answer, the conversation up to it, with no other supervised."""
+        plain = [turn._replace(supervised=False) for turn in self.turns]
+        return [
+            self._replace(turns=(*plain[:place], turn))
+            for place, turn in enumerate(self.turns)
+            if turn.supervised
+        ]
+
+
+Asked = str | Example | PlainText
+"""What is asked: a context as rows have it, a conversation up to the answer, a text to go on."""
 
 
 class EncodedExample(NamedTuple):
@@ -82,11 +120,12 @@ class EncodedExample(NamedTuple):
     """Supervised answers."""
 
 
-def check_turns(turns: Sequence[tuple[str, Turn]]) -> None:
+def check_turns(turns: Sequence[tuple[str, Turn]], needs_answer: bool = True) -> None:
     """Make sure that questions and answers take turns.
 
     Args:
         turns: each with the words for its place in the row.
+        needs_answer: whether there has to be one.
 
     Raises:
         Flaw: of the first turn that cannot stand where it does, or of all if nothing is answered.
@@ -99,7 +138,11 @@ def check_turns(turns: Sequence[tuple[str, Turn]]) -> None:
         following = turns[place + 1][1] if place + 1 < len(turns) else None
         _check_turn(where, turn, previous, following)
         previous = previous if turn.role == SYSTEM else turn
-    if not any(turn.is_answer for _, turn in turns):
+    if not turns:
+        raise Flaw("turns", "there are no turns", "write the conversation, or remove the row")
+    if not any(turn.role == USER for _, turn in turns):
+        raise Flaw("no question", "no turn is a user's", "add the question, or remove the row")
+    if needs_answer and not any(turn.is_answer for _, turn in turns):
         raise Flaw("no answer", "no turn is an assistant's", "add the answer, or remove the row")
 
 

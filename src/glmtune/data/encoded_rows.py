@@ -45,12 +45,19 @@ class EncodedRows:
     """Conversations that the family cannot write."""
     num_dropped: int = 0
     """Supervised ids of the rows in `overlength`, if they are conversations."""
-    num_in_prompts: int = 0
-    """Answers that should be supervised and are part of a prompt, as the family has it."""
     thoughts: Counter[str] = field(default_factory=Counter)
     """What became of the thoughts of kept rows, see `data.thoughts`."""
     spelled: Spelled = field(default_factory=Spelled)
     """Names of special tokens that texts of kept rows hold."""
+    several: dict[int, int] = field(default_factory=dict)
+    """Rows of the source that became several, and how many."""
+    split: list[int] = field(default_factory=list)
+    """Those that did because they are too long."""
+    cut_texts: list[int] = field(default_factory=list)
+    num_apart: int = 0
+    """Rows of one answer each, where the base reads earlier answers as part of the prompt."""
+    num_repeated: int = 0
+    """Ids that these have more than one row of each conversation would."""
 
     @property
     def lengths(self) -> np.ndarray:

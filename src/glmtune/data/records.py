@@ -6,7 +6,7 @@ from functools import partial
 from itertools import groupby, islice
 from typing import ClassVar, Literal, TypeVar
 
-from glmtune.data.conversations import ASSISTANT, SYSTEM, USER, Example, Turn
+from glmtune.data.conversations import ASSISTANT, SYSTEM, USER, Example, PlainText, Turn
 from glmtune.data.fields import (
     ALPACA,
     CONVERSATIONS,
@@ -18,6 +18,7 @@ from glmtune.data.fields import (
     is_empty,
     is_record,
     is_row,
+    is_text,
     names_of,
     text_of,
     unused_fields,
@@ -29,7 +30,7 @@ from glmtune.data.templates import context_of, question_of
 from glmtune.errors import UserError
 
 OnBadRow = Literal["fail", "skip"]
-RECORDS, CONTEXT_TARGET = "alpaca", "context/target"
+RECORDS, CONTEXT_TARGET, TEXT = "alpaca", "context/target", "text"
 
 
 class _Placed:
@@ -102,6 +103,22 @@ class Conversation(_Placed):
 
 
 @dataclass(frozen=True, slots=True)
+class TextRow(_Placed):
+    """A text alone."""
+
+    history: ClassVar[tuple[tuple[str, str], ...]] = ()
+    names: ClassVar[Names] = ALPACA
+    text: PlainText
+    path: str
+    row: int
+    line: int
+    unused: tuple[str, ...] = ()
+
+
+AnyRow = Record | Row | Conversation | TextRow
+
+
+@dataclass(frozen=True, slots=True)
 class BadRow(_Placed):
     """A row that cannot be used, and why."""
 
@@ -116,12 +133,32 @@ Placed = TypeVar("Placed", bound=_Placed)
 
 @dataclass(frozen=True, slots=True)
 class AnyRows:
-    """The rows of a file of any format: contexts with their targets, or conversations."""
+    """The rows of a file of any format: contexts with their targets, conversations, or texts."""
 
     format: str
-    rows: list[Row] | list[Conversation]
+    rows: list[Row] | list[Conversation] | list[TextRow]
     bad_rows: list[BadRow]
     fields: FieldUse
+
+
+def read_typed(
+    path: str,
+    format: str | None = None,
+    on_bad_row: OnBadRow = "fail",
+    encoding: str | None = None,
+    needs_answer: bool = True,
+) -> tuple[list[AnyRow], list[BadRow]]:
+    """Read rows of any format, each in its own form; errors as in read_alpaca.
+
+    Args:
+        path: the file.
+        format: its name, of `FORMATS` or beside them; None for that of the first row.
+        on_bad_row: as in read_alpaca.
+        encoding: as in read_alpaca.
+        needs_answer: whether a row has to have one.
+    """
+    reader = _AnyReader(format, needs_answer)
+    return _read(path, on_bad_row, encoding, reader.read)
 
 
 def read_alpaca(
@@ -171,29 +208,51 @@ def read_any(
     good, bad_rows = _read(path, on_bad_row, encoding, reader.read)
     assert reader.format is not None
     use = FieldUse.of(good)
-    records = [row for row in good if isinstance(row, Record)]
-    if any(record.history or record.system for record in records):
+    if has_turns(good):
         use.num_with_history = 0  # they are turns like any others
-        places = ((r.example, r.path, r.row, r.line, r.unused) for r in records)
-        return AnyRows(reader.format, [Conversation(*place) for place in places], bad_rows, use)
-    contexts = [
-        Row(context_of(r.instruction, r.input), r.output, r.path, r.row, r.line, r.unused)
-        for r in records
-    ]
-    conversations = [row for row in good if isinstance(row, Conversation)]
-    rows = [row for row in good if isinstance(row, Row)]
-    return AnyRows(reader.format, contexts or conversations or rows, bad_rows, use)
+        return AnyRows(reader.format, list(map(as_conversation, good)), bad_rows, use)
+    texts = [row for row in good if isinstance(row, TextRow)]
+    return AnyRows(reader.format, texts or list(map(as_context, good)), bad_rows, use)
+
+
+def has_turns(rows: Sequence[AnyRow]) -> bool:
+    """Whether rows of one file are conversations, each of them.
+
+    Records are, if one has a system text or earlier rounds.
+    """
+    return any(
+        isinstance(row, Conversation) or (isinstance(row, Record) and (row.history or row.system))
+        for row in rows
+    )
+
+
+def as_context(row: AnyRow) -> Row:
+    """A record as the context and target that `convert` writes; such a row as it is."""
+    if isinstance(row, Row):
+        return row
+    assert isinstance(row, Record), "rows of one file are of one format"
+    context = context_of(row.instruction, row.input)
+    return Row(context, row.output, row.path, row.row, row.line, row.unused)
+
+
+def as_conversation(row: AnyRow) -> Conversation:
+    """A record as a conversation; a conversation as it is."""
+    if isinstance(row, Conversation):
+        return row
+    assert isinstance(row, Record), "rows of one file are of one format"
+    return Conversation(row.example, row.path, row.row, row.line, row.unused)
 
 
 class _AnyReader:
     """Reads rows in one format, which the first row decides unless it is named."""
 
-    def __init__(self, format: str | None) -> None:
+    def __init__(self, format: str | None, needs_answer: bool = True) -> None:
         self.format = format
+        self.needs_answer = needs_answer
 
-    def read(self, fields: dict, path: str, row: int, line: int) -> Record | Row | Conversation:
+    def read(self, fields: dict, path: str, row: int, line: int) -> AnyRow:
         self.format = self.format or format_of(fields)
-        return read_row(self.format, fields, path, row, line)
+        return read_row(self.format, fields, path, row, line, self.needs_answer)
 
 
 def format_of(fields: Mapping[str, object]) -> str:
@@ -201,18 +260,21 @@ def format_of(fields: Mapping[str, object]) -> str:
     if is_row(fields):
         return CONTEXT_TARGET
     found = None if is_record(fields) else recognise(fields)
-    return found.name if found else RECORDS
+    return found.name if found else TEXT if is_text(fields) else RECORDS
 
 
 def read_row(
-    format: str, fields: dict, path: str, row: int, line: int
-) -> Record | Row | Conversation:
+    format: str, fields: dict, path: str, row: int, line: int, needs_answer: bool = True
+) -> AnyRow:
     """Read a row in the format of a name; raises Flaw where its fields make none."""
     if format == CONTEXT_TARGET:
-        return context_and_target(fields, path, row, line)
+        return context_and_target(fields, path, row, line, needs_answer)
     if format == RECORDS:
-        return alpaca_record(fields, path, row, line, reads_system=True)
-    example, unused = read_example(FORMATS[format], fields)
+        return alpaca_record(fields, path, row, line, needs_answer, reads_system=True)
+    if format == TEXT:
+        text = PlainText(text_of(fields, TEXT))
+        return TextRow(text, path, row, line, unused_fields(fields, (TEXT,)))
+    example, unused = read_example(FORMATS[format], fields, needs_answer)
     return Conversation(example, path, row, line, unused)
 
 
@@ -296,7 +358,7 @@ def alpaca_record(
         raise Flaw(
             "other format",
             "a context/target row as convert writes them, not an alpaca record",
-            "pass the alpaca file here, or this file to `glmtune tokenize`",
+            "keep rows of one kind in a file",
         )
     names = names_of(fields)
     turns = next(filter(fields.get, CONVERSATIONS), None)
@@ -304,7 +366,7 @@ def alpaca_record(
         raise Flaw(
             "conversation",
             f'a conversation in "{turns}", not a record',
-            "pass the file to `glmtune tokenize`, or write each of its answers as a record "
+            "keep rows of one kind in a file, or write it as a record "
             '{"instruction": question, "output": answer, '
             '"history": [["earlier question", "its answer"], ...]}',
             turns,
@@ -329,17 +391,19 @@ def alpaca_record(
     )
 
 
-def context_and_target(fields: dict, path: str, row: int, line: int) -> Row:
+def context_and_target(
+    fields: dict, path: str, row: int, line: int, needs_target: bool = True
+) -> Row:
     """Return the row of context and target that the fields make; raise Flaw if they make none."""
     if is_record(fields) and not is_row(fields):
         raise Flaw(
             "other format",
             "an alpaca record, not a context/target row",
-            "run `glmtune convert` first and pass the file that it writes",
+            "keep rows of one kind in a file; `glmtune convert` writes records as such rows",
         )
     return Row(
         context=text_of(fields, "context"),
-        target=text_of(fields, "target"),
+        target=text_of(fields, "target") if needs_target or "target" in fields else "",
         path=path,
         row=row,
         line=line,

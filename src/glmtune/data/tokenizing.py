@@ -28,17 +28,19 @@ from glmtune.data.fields import FieldUse
 from glmtune.data.files import new_folder, sha256_of
 from glmtune.data.lengths import LengthStats, plot_lengths
 from glmtune.data.records import (
+    TEXT,
     AnyRows,
     BadRow,
     Conversation,
     Row,
+    TextRow,
     list_bad_rows,
     name_rows,
     read_any,
-    read_rows,
 )
 from glmtune.data.spelled import Spelled
 from glmtune.data.templates import has_rounds, is_alpaca
+from glmtune.data.text_rows import encode_texts
 from glmtune.errors import UserError, visible
 
 Rows = TypeVar("Rows", bound=RowSettings)
@@ -65,10 +67,12 @@ class TokenizeSummary:
     def __str__(self) -> str:
         card, limit = self.card, self.card.flags["max_seq_length"]
         assert card.num_read is not None
+        num_kept = card.num_kept - sum(card.rows_several.values()) + len(card.rows_several)
+        written = f" as {card.num_kept:,}" if card.num_kept > num_kept else ""
         lines = [
             f"{self.jsonl_path} -> {self.save_path}",
-            f"  rows        {card.num_read:,} read, {card.num_kept:,} kept, "
-            f"{card.num_read - card.num_kept:,} dropped",
+            f"  rows        {card.num_read:,} read, {num_kept:,} kept{written}, "
+            f"{card.num_read - num_kept:,} dropped",
         ]
         for what, rows in [
             ("dropped, empty target", card.rows_out["empty"]),
@@ -77,6 +81,8 @@ class TokenizeSummary:
             (f"kept, context cut to {limit} tokens", card.rows_cut.get("context")),
             (f"kept, target cut to {limit} tokens", card.rows_cut.get("target")),
             (f"kept, last turns cut to be within {limit} tokens", card.rows_cut.get("turns")),
+            (f"kept, text cut to {limit} tokens", card.rows_cut.get("text")),
+            (f"split into rows of at most {limit} tokens", card.rows_cut.get("split")),
         ]:
             if rows:
                 lines.append(f"    {len(rows):,} {what}: {name_rows(rows, limit=12)}")
@@ -84,7 +90,7 @@ class TokenizeSummary:
             lines.append(f"    {len(self.bad_rows):,} bad, skipped:")
             lines += [f"      {line}" for line in list_bad_rows(self.bad_rows)]
         lines += [f"    {line}" for line in (*self.of_texts, *self.fields.lines())]
-        what = "supervised" if "turns" in card.rows_cut else "targets"
+        what = "targets" if "target" in card.rows_cut else "supervised"
         if card.template == CONVERSATION:
             lines.append(
                 f"  layout      {card.vocab_revision}'s own conversations; words that convert puts "
@@ -155,7 +161,7 @@ def _tokenize(
         _bad_rows(read, encoded),
         read.fields,
         encoded.advice(settings.max_seq_length),
-        describe_texts(encoded, tokenizer),
+        describe_texts(encoded, tokenizer, read.format),
     )
 
 
@@ -172,12 +178,14 @@ def encode_file(
     conversations = [row for row in read.rows if isinstance(row, Conversation)][:limit]
     if conversations:
         return read, encode_conversations(conversations, tokenizer, _with_length(settings))
+    if texts := [row for row in read.rows if isinstance(row, TextRow)][:limit]:
+        return read, encode_texts(texts, tokenizer, _with_length(settings))
     _check_settings_of_contexts(settings)
     return read, encode_rows(contexts, tokenizer, settings)
 
 
 def _with_length(settings: Rows) -> Rows:
-    """The settings with the length that conversations have by default."""
+    """The settings with the length that conversations and texts have by default."""
     if "max_seq_length" in settings.model_fields_set:
         return settings
     return settings.model_copy(update={"max_seq_length": MAX_LENGTH})
@@ -204,8 +212,8 @@ def _check_settings_of_contexts(settings: RowSettings) -> None:
         )
     if settings.too_long:
         raise UserError(
-            f"{path}: too_long is for conversations, and these rows are a context and a target "
-            "each; leave it out, or set skip_overlength"
+            f"{path}: too_long is for conversations and texts, and these rows are a context and a "
+            "target each; leave it out, or set skip_overlength"
         )
     if settings.learn == "marked":
         raise UserError(
@@ -233,16 +241,22 @@ def _bad_rows(read: AnyRows, encoded: EncodedRows) -> list[BadRow]:
     return sorted([*read.bad_rows, *encoded.refused], key=lambda bad: bad.row)
 
 
-def describe_texts(encoded: EncodedRows, tokenizer: RowTokenizer) -> tuple[str, ...]:
-    """What to report of what rows say."""
+def describe_texts(encoded: EncodedRows, tokenizer: RowTokenizer, format: str) -> tuple[str, ...]:
+    """What to report of what rows say, and of how the base takes it."""
     lines = []
+    if format == TEXT:
+        rule = tokenizer.row_rule
+        begin = " ".join(special.text for special in rule.before_text) or "nothing"
+        end = " ".join(special.text for special in rule.after_text or rule.end)
+        lines.append(f"texts alone, each behind {begin} and, where it is whole, before {end}")
     if encoded.spelled.num_rows:
         meant = tokenizer.special_names if tokenizer.allow_special else {}
         lines.append(encoded.spelled.describe(meant))
-    if encoded.num_in_prompts:
+    if encoded.num_apart:
         lines.append(
-            f"earlier answers that are not supervised: {encoded.num_in_prompts:,}; the base reads "
-            "them as part of the prompt, so it learns the last answer of a row only"
+            f"{encoded.num_apart:,} answers are rows of their own, since the base reads earlier "
+            f"ones as part of the prompt; that takes {encoded.num_repeated:,} tokens more than "
+            "learning the last ones alone (--learn last)"
         )
     lines += thoughts.describe(encoded.thoughts)
     if encoded.num_dropped:
@@ -255,12 +269,14 @@ def describe_texts(encoded: EncodedRows, tokenizer: RowTokenizer) -> tuple[str, 
 def fit_length(settings: TokenizeSettings, tokenizer: RowTokenizer) -> TokenizeSettings:
     """The settings with the least max_seq_length that leaves 95 % of the rows whole.
 
-    It is theirs at most. The rows are encoded for it. Raises UserError for what read_rows refuses.
+    It is theirs at most; texts, which are split, take the default. The rows are encoded for it.
+    Raises UserError for what encode_file refuses.
     """
-    rows, _ = read_rows(settings.jsonl_path, settings.on_bad_row, settings.encoding)
-    uncut = encode_rows(
-        rows, tokenizer, settings.model_copy(update={"max_seq_length": sys.maxsize})
-    )
+    as_long = settings.model_copy(update={"max_seq_length": sys.maxsize})
+    read, uncut = encode_file(as_long, tokenizer)
+    if read.format == TEXT:
+        length = min(MAX_LENGTH, settings.max_seq_length)
+        return settings.model_copy(update={"max_seq_length": length})
     length = uncut.keeping(SHARE_TO_KEEP) if uncut.limits else MIN_LENGTH
     length = min(max(MIN_LENGTH, length), settings.max_seq_length)
     return settings.model_copy(update={"max_seq_length": length})
@@ -332,10 +348,13 @@ def _card(
 ) -> DataCard:
     num_tokens, bad_rows = len(encoded.input_ids), _bad_rows(read, encoded)
     contexts = [row for row in read.rows if isinstance(row, Row)]
-    has_turns = encoded.labels is not None
+    is_text = read.format == TEXT
+    has_turns = encoded.labels is not None and not is_text
     template = CONVERSATION if has_turns else getattr(tokenizer, "template", None)
+    template = TEXT if is_text else template
     flags = {"max_seq_length", "skip_overlength", "keep_empty", "on_bad_row", "allow_special"}
-    flags |= {"learn", "too_long", "thoughts"} if has_turns else set()
+    flags |= {"learn", "thoughts"} if has_turns else set()
+    flags |= {"too_long"} if has_turns or is_text else set()
     return DataCard(
         glmtune_version=__version__,
         base_model=base_name,
@@ -357,16 +376,21 @@ def _card(
             "overlength": encoded.overlength,
             **({"unsupervised": encoded.unsupervised} if has_turns else {}),
         },
-        rows_cut=(
-            {"turns": encoded.cut_turns}
-            if has_turns
-            else {"context": encoded.cut_contexts, "target": encoded.cut_targets}
-        ),
+        rows_cut=_rows_cut(encoded, is_text),
+        rows_several={str(row): count for row, count in encoded.several.items()},
         num_targets_lost=encoded.num_targets_lost,
         row_is_line=all(row.row == row.line for row in (*read.rows, *read.bad_rows)),
         spelled_specials=dict(encoded.spelled.names.most_common()),
         num_spelling=encoded.spelled.num_rows,
     )
+
+
+def _rows_cut(encoded: EncodedRows, is_text: bool) -> dict[str, list[int]]:
+    """The rows of the source that were cut or split, by what was."""
+    if encoded.labels is None:
+        return {"context": encoded.cut_contexts, "target": encoded.cut_targets}
+    cut = {"text": encoded.cut_texts} if is_text else {"turns": encoded.cut_turns}
+    return cut | ({"split": encoded.split} if encoded.split else {})
 
 
 def _template(rows: list[Row]) -> str:

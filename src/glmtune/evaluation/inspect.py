@@ -97,7 +97,12 @@ def _of_file(settings: InspectSettings, tokenizer: Any, base: str) -> Inspection
     counts = settings.stats or bool(settings.html_path or settings.json_path)
     read, encoded = encode_file(settings, tokenizer, None if counts else settings.limit)
     fates = row_fates(encoded)
-    placed = [(row.where, fates.get(row.row)) for row in read.rows[: settings.limit]]
+    placed: list[tuple[str, str | None]] = []
+    for row in read.rows[: settings.limit]:
+        fate = fates.get(row.row)
+        count = 1 if fate else encoded.several.get(row.row, 1)
+        parts = [f", part {part + 1} of {count}" if count > 1 else "" for part in range(count)]
+        placed += [(f"{row.where}{part}", fate) for part in parts]
     rows = encoded.as_token_rows(tokenizer.row_rule) if encoded.seq_len else None
     shown = view_rows(placed, rows, tokenizer)
     stats = None
@@ -105,7 +110,7 @@ def _of_file(settings: InspectSettings, tokenizer: Any, base: str) -> Inspection
         kept = [row for row in read.rows if row.row not in fates]
         decode = partial(tokenizer.decode, skip_special_tokens=True)
         stats = RowStats.of(rows, decode, _examples(kept))
-    notes = describe_texts(encoded, tokenizer) if counts else ()
+    notes = describe_texts(encoded, tokenizer, read.format) if counts else ()
     refusal = rows.why_refused() if counts and rows is not None else None
     return Inspection(settings.jsonl_path, base, shown, stats, notes, refusal)
 

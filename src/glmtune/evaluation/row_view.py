@@ -79,7 +79,7 @@ def _view(rows: TokenRows, numbers: np.ndarray, tokenizer: Any) -> Iterator[Show
     taught_T = np.zeros(pack.num_tokens, dtype=bool)
     taught_T[pack.supervised_at_L + 1] = True
     rule, start = rows.rule, 0
-    listed = (*rule.before_prompt, *rule.after_prompt, *rule.end)
+    listed = (*rule.before_prompt, *rule.after_prompt, *rule.end, *rule.after_text)
     names = {special.id: special.text for special in listed}
     names |= {ids[0]: n for n, ids in tokenizer.special_names.items() if len(ids) == 1}
     for place, row in enumerate(numbers):

@@ -142,6 +142,8 @@ class Family(NamedTuple):
     """``(config, tokenizer)``: raises UserError where the two name other ids."""
     lora_target: tuple[str, ...]
     """The linears that get an adapter where a run does not say which."""
+    lora_rank: int
+    """The rank of their updates where a run does not say which."""
     chat: ChatFormat
     probe_row: Callable[[Any], list[int]]
     """Ids of a short row from all over the vocabulary, of the configuration."""

@@ -98,6 +98,7 @@ def prepare(settings: TrainSettings, accelerator: Accelerator, dtype: torch.dtyp
         "resume_anyway": False,
         "overwrite_output_dir": False,
         "lora_target": run.forecast.setup.targets,
+        "lora_rank": run.forecast.setup.rank,
         **layout_as_run(run.forecast),
     }
     return Prepared(run, adapted, tokenizer, resume, settings.model_copy(update=as_run))

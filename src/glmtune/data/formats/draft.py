@@ -54,7 +54,8 @@ def turns_in(fields: Mapping[str, object], name: str) -> list[tuple[str, dict[st
     turns = fields.get(name)
     if name not in fields:
         what = f'field "{name}" is missing, the row has {show(list(fields))}'
-        raise Flaw("missing field", what, "add it, or name another --format", name)
+        fix = "add it, keep rows of one kind in a file, or name another --format"
+        raise Flaw("missing field", what, fix, name)
     if not isinstance(turns, list):
         what = f'field "{name}" is {show(turns)} ({kind_of(turns)}), not a list of turns'
         raise Flaw("turns", what, "write the turns as a list of objects", name)

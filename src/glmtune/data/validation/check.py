@@ -14,10 +14,8 @@ from operator import itemgetter
 
 import numpy as np
 
-from glmtune.data.conversations import SYSTEM
 from glmtune.data.fields import (
     ALPACA,
-    HISTORY,
     ROW_FIELDS,
     FieldUse,
     is_content,
@@ -28,14 +26,17 @@ from glmtune.data.flaws import Flaw
 from glmtune.data.records import (
     CONTEXT_TARGET,
     RECORDS,
+    TEXT,
     Conversation,
     Record,
+    TextRow,
+    as_conversation,
     fields_of,
     format_of,
     read_row,
 )
 from glmtune.data.spelled import Spelled
-from glmtune.data.templates import context_of, parts
+from glmtune.data.templates import parts
 from glmtune.data.validation.characters import CONTROL, LANGUAGES, survey
 from glmtune.data.validation.duplicates import END_OF_PART, END_OF_ROW, Fingerprints
 from glmtune.data.validation.problems import Problem
@@ -188,24 +189,21 @@ class FileCheck:
                 texts.append(_JOIN[NUM_PARTS](self._clean_record(read)))
             elif isinstance(read, Conversation):
                 texts.append(_JOIN[NUM_PARTS](self._clean_conversation(read)))
+            elif isinstance(read, TextRow):
+                text = self._clean(read.text.text, TEXT, row, line)
+                texts.append(_JOIN[NUM_PARTS]((text, "", "")))
             else:
                 context = self._clean(read.context, "context", row, line)
                 texts.append(_join_row((context, self._clean(read.target, "target", row, line))))
         return good_rows, good_lines, texts
 
     def _clean_record(self, record: Record) -> tuple[str, str, str]:
-        """Return the texts of a record; with earlier rounds, as convert would write them."""
+        """Return the texts of a record; with a system text or earlier rounds, as a conversation."""
         row, line = record.row, record.line
-        earlier = [
-            (self._clean(asked, HISTORY, row, line), self._clean(answer, HISTORY, row, line))
-            for asked, answer in record.history
-        ]
+        if record.system or record.history:
+            return self._clean_conversation(as_conversation(record))
         texts = zip(record.names, (record.instruction, record.input, record.output), strict=True)
         instruction, input, output = (self._clean(t, n or "input", row, line) for n, t in texts)
-        if record.system:
-            instruction = f"{self._clean(record.system, SYSTEM, row, line)}\n{instruction}"
-        if earlier:
-            return context_of(instruction, input, earlier), "", output
         return instruction, input, output
 
     def _clean_conversation(self, read: Conversation) -> tuple[str, str, str]:
@@ -239,15 +237,17 @@ class FileCheck:
 
     def _warn_of_sizes(self, texts: list[str], rows: Sequence[int], lines: Sequence[int]) -> None:
         """Report rows with an empty part, or too long to be of use."""
+        is_text = self.file.format == TEXT
         for text, row, line in zip(texts, rows, lines, strict=True):
             asked, _, answer = text.rpartition(END_OF_PART)
-            if not answer.strip():
+            if not answer.strip() and not is_text:
                 fix = "write an answer or take the row out; tokenize drops it"
                 self._warn("empty answer", row, line, "the answer is empty", fix)
             if not asked.strip(END_OF_PART + string.whitespace):
-                fix = "write a question or take the row out"
-                self._warn("empty question", row, line, "the question is empty", fix)
-            if len(text) > LONG_TEXT:
+                part = "text" if is_text else "question"
+                fix = f"write a {part} or take the row out"
+                self._warn(f"empty {part}", row, line, f"the {part} is empty", fix)
+            if len(text) > LONG_TEXT and not is_text:
                 what = f"the row is {len(text):,} characters long"
                 fix = "split it; tokenize cuts it at max_seq_length"
                 self._warn("very long", row, line, what, fix)

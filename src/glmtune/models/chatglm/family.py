@@ -140,6 +140,7 @@ V1_1 = Family(
     row_tokenizer=RowEncoder.of_folder,
     check_pair=check_pair,
     lora_target=("query_key_value",),
+    lora_rank=8,
     adapter_names=AdapterNames(lambda module: _LINEAR.fullmatch(module) is not None),
     chat=ChatFormat(
         describe="the model's own, [Round N], 问：, 答：; a question continues the conversation",

@@ -7,6 +7,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from glmtune.data.conversations import (
     ASSISTANT,
     IGNORED,
@@ -17,6 +19,7 @@ from glmtune.data.conversations import (
     Example,
     Turn,
     encode_rounds,
+    rounds_of,
 )
 from glmtune.data.dataset import CONVERSATION
 from glmtune.data.files import read_json_object
@@ -230,11 +233,16 @@ class ConversationEncoder:
         """Encode whole conversations with their labels; see `data.dataset.RowTokenizer`.
 
         What an answer ends with is supervised with it: the next turn's role, at last the end of the
-        row, which behind a call is the role of its result.
+        row, which behind a call is the role of its result. In a layout without roles the text of
+        the next round follows an earlier answer, so its end cannot be taught; nor can its first
+        token, since the model begins an answer with a blank, which the text does not have there.
         """
         if not self.layout.has_roles:
-            write = layouts.numbered_rounds
-            return encode_rounds(self, examples, write, num_threads)
+            rows = encode_rounds(self, examples, layouts.numbered_rounds, num_threads)
+            return [
+                row if isinstance(row, Flaw) else self._with_earlier_answers(row, example)
+                for row, example in zip(rows, examples, strict=True)
+            ]
         written: list[list[tuple[Turn, list[str]]] | Flaw] = []
         for example in examples:
             try:
@@ -254,6 +262,33 @@ class ConversationEncoder:
             turns if isinstance(turns, Flaw) else self._encode_example(turns, encoded, prefix)
             for turns in written
         ]
+
+    def _with_earlier_answers(self, row: EncodedExample, example: Example) -> EncodedExample:
+        """A row of rounds in which earlier answers are supervised as well, if they should be."""
+        wanted = [bool(turn.supervised) for turn in example.turns if turn.is_answer][:-1]
+        num_before = len(self.layout.prefix)
+        ends = self.ends_in_text(row.input_ids[num_before : row.prompt_length])
+        if not any(wanted) or ends is None:
+            return row
+        history, question, _ = rounds_of(example)
+        text = layouts.numbered_rounds(history, question)
+        if ends[-1] != len(text.encode()):  # its tokens do not tell where they stand
+            return row
+        labels = list(row.labels)
+        spans = layouts.answers_in_rounds(history)
+        for start, end in (
+            span for span, is_wanted in zip(spans, wanted, strict=True) if is_wanted
+        ):
+            first = int(np.searchsorted(ends, start, side="right")) + 1
+            last = int(np.searchsorted(ends, end, side="right"))
+            labels[num_before + first : num_before + last] = row.input_ids[
+                num_before + first : num_before + last
+            ]
+        return row._replace(labels=labels, num_answers=row.num_answers + sum(wanted))
+
+    def ends_in_text(self, ids: Sequence[int]) -> np.ndarray | None:
+        """Where each token of an encoded text ends in it, in bytes; None where nothing says so."""
+        return None
 
     def _written(self, example: Example) -> Sequence[Turn]:
         """The turns of a conversation in the layout's order and words, its tools the first of them.

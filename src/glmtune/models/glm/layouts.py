@@ -116,6 +116,8 @@ class Layout(NamedTuple):
                 for place, id_ in enumerate(newline, start=1)
             ),
             end=(Special("eos", self.end, ids[self.end]),),
+            before_text=tuple(map(special, self.prefix)),
+            after_text=(Special("end of text", self.stops[0], ids[self.stops[0]]),),
             stops=tuple(ids[name] for name in self.stops if name != self.end),
             pad_id=ids[self.pad],
         )
@@ -139,6 +141,16 @@ def numbered_rounds(history: Iterable[tuple[str, str]], question: str) -> str:
         f"[Round {i}]\n\n问：{q}\n\n答：{a}\n\n" for i, (q, a) in enumerate(pairs, start=1)
     )
     return f"{earlier}[Round {len(pairs) + 1}]\n\n问：{question}\n\n答："
+
+
+def answers_in_rounds(history: Iterable[tuple[str, str]]) -> list[tuple[int, int]]:
+    """Where the answers of earlier rounds stand in what `numbered_rounds` writes, in bytes."""
+    spans, written = [], 0
+    for place, (question, answer) in enumerate(history, start=1):
+        start = written + len(f"[Round {place}]\n\n问：{question}\n\n答：".encode())
+        spans.append((start, start + len(answer.encode())))
+        written = spans[-1][1] + len("\n\n")
+    return spans
 
 
 def _polish(text: str) -> str:
