@@ -29,6 +29,7 @@ ASK, ANSWER, END, FIRST_BYTE = 1, 3, 2, 16
 class ByteTokenizer:
     vocab_hash, revision, vocab_size, pad_token_id = "b" * 64, "bytes", 272, 0
     unfinished = "(?!)"
+    special_names, allow_special, opens_thoughts = {}, False, False
     row_rule = RowRule(
         before_prompt=(Special("ask", "<ask>", ASK),),
         after_prompt=(Special("answer", "<answer>", ANSWER),),
@@ -208,6 +209,7 @@ TOY = Family(
     row_rule=lambda config: ByteTokenizer.row_rule,
     check_pair=lambda config, tokenizer: None,
     lora_target=("q_proj", "v_proj"),
+    lora_rank=3,
     chat=ChatFormat("a question alone", lambda rounds, question: question, str, (), ""),
     probe_row=lambda config: [ASK, *range(20, 40), ANSWER, *range(40, 50)],
     head_dims=(64, 128),

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 def validate(settings: config.ValidateSettings) -> None:
     """Find all problems in files of rows."""
     from glmtune.data.validation import validate
+    from glmtune.models.families import special_names
 
-    validate(settings)
+    validate(settings, special_names())
 
 
 def convert(settings: config.ConvertSettings) -> None:

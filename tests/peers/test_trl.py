@@ -1,10 +1,27 @@
-"""TRL's own trainer on messages, beside rows made by hand: the same losses."""
+"""TRL's own trainer on messages, beside rows made by hand and by `tokenize`: the same losses.
+
+Run with `pip install --no-deps --target FOLDER trl` and PYTHONPATH=FOLDER; skipped without TRL.
+"""
+
+import json
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from datasets import Dataset, load_from_disk
+from glm_folders import write_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 import glmtune.models  # noqa: F401
+from glmtune.cli import main
+from glmtune.models.families import FAMILIES
 from glmtune.models.resolve import GLM_TINY
 
 trl = pytest.importorskip("trl")
@@ -29,7 +46,6 @@ def made_by_hand(tokenizer, question, answer):
 @pytest.fixture
 def losses(tmp_path):
     """A function that trains the embedded model for ten steps and returns the loss of each."""
-    from datasets import Dataset
 
     def train(rows, model=None, **settings):
         tokenizer = AutoTokenizer.from_pretrained(GLM_TINY)
@@ -66,3 +82,70 @@ def test_messages_train_as_rows_made_by_hand_do(losses):
     assert losses(prompt_and_completion) == expected
     assert losses(whole_chat, assistant_only_loss=True) == expected
     assert losses(prompt_and_completion, model=str(GLM_TINY)) == expected
+
+
+# --- the younger family ---
+
+FOLDERS = {
+    "chatglm3-6b": ("ChatGLM3-6B", True, "glm3_tokenizer.model"),
+    "chatglm2-6b": ("ChatGLM2-6B", True, "glm3_tokenizer.model"),
+    "glm-4-9b": ("GLM-4-9B", False, "glm/glm4_tokenizer.model"),
+    "glm-edge": ("GLM-Edge", False, None),
+}
+
+
+@pytest.fixture(params=FOLDERS)
+def folder(request, tmp_path):
+    name, published, vocabulary = FOLDERS[request.param]
+    family = next(family for family in FAMILIES if family.name == name)
+    if vocabulary is not None:
+        vocabulary = request.getfixturevalue("shared") / "golden" / vocabulary
+    return write_model(tmp_path / "base", family, vocabulary, published=published)
+
+
+def losses_of(folder, dataset, out, trainer_class=trl.SFTTrainer, **settings):
+    """The loss of each of ten steps on whole batches, with no dropout."""
+    set_seed(0)
+    common = {
+        "output_dir": str(out), "max_steps": 10, "learning_rate": 1e-2, "logging_steps": 1,
+        "per_device_train_batch_size": len(dataset), "lr_scheduler_type": "constant",
+        "use_cpu": True, "report_to": [], "save_strategy": "no", "bf16": False,
+    }  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    more = {"data_collator": DataCollatorForSeq2Seq(tokenizer)} if trainer_class is Trainer else {}
+    args = TrainingArguments(**common)
+    if trainer_class is trl.SFTTrainer:
+        args = trl.SFTConfig(**common, gradient_checkpointing=False, **settings)
+    trainer = trainer_class(model, args, train_dataset=dataset, processing_class=tokenizer, **more)
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_our_rows_our_losses_and_theirs(folder, tmp_path, monkeypatch):
+    """The folder that `tokenize` wrote, as it is, and the same conversations as messages."""
+    monkeypatch.chdir(tmp_path)
+    is_of_rounds = "chatglm2" in (folder / "config.json").read_text()
+    talks = []
+    for question, answer in TAUGHT:
+        asked, answered = messages_of(question, answer)
+        talks.append(asked + answered if is_of_rounds else [*asked, *answered, *asked, *answered])
+    Path("a.jsonl").write_text("\n".join(json.dumps({"messages": talk}) for talk in talks))
+    base = ["--base", str(folder)]
+    assert main(["tokenize", "a.jsonl", "--save_path", "rows", *base]) == 0
+    rows = load_from_disk("rows")
+    from_disk = losses_of(folder, rows, "out")
+    assert from_disk[-1] < from_disk[0] / 2
+    assert losses_of(folder, rows, "out", Trainer) == pytest.approx(from_disk, rel=1e-4)
+    messages = Dataset.from_list([{"messages": talk} for talk in talks])
+    assert losses_of(folder, messages, "out", assistant_only_loss=True) == from_disk
+    split = [{"prompt": talk[:-1], "completion": talk[-1:]} for talk in talks]
+    assert main(["tokenize", "a.jsonl", "--save_path", "last", "--learn", "last", *base]) == 0
+    last = losses_of(folder, load_from_disk("last"), "out")
+    assert losses_of(folder, Dataset.from_list(split), "out") == last
+
+    line = "train --dataset_path rows --output_dir run --max_steps 1 --layout padded --eval_ratio 0"
+    line += " --per_device_train_batch_size 3 --use_cpu true --report_to none --logging_steps 1"
+    assert main([*line.split(), *base]) == 0
+    (ours, *_) = (json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines())
+    assert ours["loss"] == pytest.approx(from_disk[0], rel=1e-4)

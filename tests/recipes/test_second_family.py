@@ -90,7 +90,18 @@ def test_a_merged_folder_is_the_family_s_own_and_gives_the_same_logits(adapter, 
 def test_plan_and_doctor_know_its_sizes(rows, capsys, line):
     assert main([*words(line), "--use_cpu", "true"]) == 0
     told = capsys.readouterr().out
-    assert ("q_proj, v_proj" if line.startswith("plan") else "2 layers, vocabulary 272") in told
+    its_own = "rank 3 on q_proj, v_proj" if line.startswith("plan") else "2 layers, vocabulary 272"
+    assert its_own in told
+
+
+@pytest.mark.parametrize(("given", "rank"), [((), 3), (("--lora_rank", "5"), 5)])
+def test_a_run_has_the_family_s_rank_unless_told_otherwise(rows, given, rank, capsys):
+    flags = "--dataset_path tokens --output_dir run --max_steps 1 --use_cpu true --report_to none"
+    assert main([*words(f"train {flags}"), *given]) == 0
+    assert f"LoRA of rank {rank} on q_proj, v_proj" in capsys.readouterr().out
+    settings = json.loads(Path("run/adapter_config.json").read_text(encoding="utf-8"))
+    assert settings["r"] == rank
+    assert f"lora_rank: {rank}" in Path("run/recipe.yaml").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["query_key_value", "q_proj,query_key_value"])

@@ -308,7 +308,7 @@ def test_rows_or_settings_that_changed_are_refused_once_trained(tuned, capsys):
     assert tune(data, out, "--lora_rank", "4") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "lora_rank was 8, is 4" in error
+    assert "lora_rank was not set, is 4" in error
     assert "--overwrite_output_dir true" in error
     write(data, RECORDS[:-1])
     assert tune(data, out) == 2
@@ -436,10 +436,15 @@ def test_bad_rows_are_left_out_where_that_is_asked_for(tmp_path, capsys):
         ("", (), "not every file can be used"),
         ("[]", (), "not every file can be used"),
         ("{nonsense", (), "cannot be used"),
-        ('[{"instruction": "q", "input": "", "output": ""}]', (), "the output of every row is emp"),
+        (
+            '[{"instruction": "q", "input": "", "output": ""}]',
+            (),
+            "the answer or text of every row is empty",
+        ),
         ('[{"instruction": "q", "input": ""}]', (), "1 of 1 rows cannot be used"),
         ('[{"instruction": "q"}]', ("--on_bad_row", "skip"), "data.json"),
-        ('[{"context": "q", "target": "a"}]', (), "data.json"),
+        ('[{"messages": [{"role": "user", "content": "q"}]}]', (), "1 of 1 rows cannot be used"),
+        ('[{"text": " "}]', (), "every row is empty"),
         (RECORDS, ("--lora_target", "nothing"), "lora_target"),
         (RECORDS, ("--base", "./nowhere"), "./nowhere is no folder"),
         (RECORDS, ("--lora_rank", "0"), "--lora_rank '0' should be a whole number"),

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -71,7 +72,7 @@ def test_a_model_that_computes_is_on_the_device_whatever_its_decoder_rounds(
         raise UserError("seen")
 
     monkeypatch.setattr(answers, "load_base_model", load)
-    monkeypatch.setattr(answers, "load_tokenizer", lambda base: None)
+    monkeypatch.setattr(answers, "load_tokenizer", lambda base: SimpleNamespace())
     cuda = torch.device("cuda")
     subject = answers.ModelChoice(str(tiny_folder), None, cuda, torch.bfloat16, True, None, False)
     with pytest.raises(UserError, match="seen"):

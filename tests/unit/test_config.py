@@ -131,9 +131,9 @@ def test_a_report_replaces_none_of_the_files_it_is_about():
 
 def test_original_defaults():
     config = train()
-    assert (config.lora_rank, config.lora_alpha, config.lora_dropout) == (8, 32, 0.1)
-    assert config.lora_target is None, "the model family's own"
-    assert DEFAULT.lora_target == ("query_key_value",)
+    assert (config.lora_alpha, config.lora_dropout) == (32, 0.1)
+    assert config.lora_target is config.lora_rank is None, "the model family's own"
+    assert (DEFAULT.lora_target, DEFAULT.lora_rank) == (("query_key_value",), 8)
     assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (6, 1)
     assert (config.learning_rate, config.save_steps, config.logging_steps) == (1e-4, 1000, 50)
     assert (config.fp16, config.bf16, config.gradient_checkpointing) == (False, None, "auto")
@@ -290,7 +290,7 @@ def test_none_undoes_a_recipe(recipe):
     assert read_config(
         CompareSettings, None, REQUIRED["compare"] | {"limit": "none"}
     ).limit is None  # fmt: skip
-    assert "should be a whole number" in refusal("train", lora_rank="none")
+    assert "should be a whole number" in refusal("train", lora_alpha="none")
 
 
 # --- names ---
@@ -439,7 +439,7 @@ def test_scalars_are_taken_as_written(recipe):
             "seed: 1\nlora_rank: abc",
             "r.yaml:2: lora_rank 'abc' should be a whole number, at least 1",
         ),
-        ("lora_rank:", "r.yaml:1: lora_rank null should be a whole number, at least 1"),
+        ("lora_alpha:", "r.yaml:1: lora_alpha null should be a whole number, at least 1"),
         ("seed: 1\n\nseed: 2", "r.yaml:3: seed stands twice; keep one"),
         ("train:\n  seed: 1\n  seed: 1", "r.yaml:3: seed stands twice; keep one"),
         ("train:\n  seed: 1\ntrain:\n", "r.yaml:3: train stands twice; keep one"),
@@ -653,7 +653,14 @@ def test_help_lists_every_setting(verb, monkeypatch):
 def test_help_shows_type_choices_default_and_group(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     text = verb_help("train", "What it does.")
-    assert "LoRA:\n  --lora_rank INT\n      rank of the update (default: 8)\n" in text
+    assert (
+        "LoRA:\n  --lora_rank INT\n      rank of the update (default: the model family's own"
+        in text
+    )
+    assert (
+        "--lora_alpha INT\n      the update is scaled by lora_alpha / lora_rank (default: 32)\n"
+        in text
+    )
     assert "--lr_scheduler_type linear|cosine|constant|constant_with_warmup\n" in text
     assert "the model family's own" in text
     assert "--fp16 true|false\n" in text

@@ -15,6 +15,7 @@ from glmtune.data.dataset import DataCard, load_dataset
 from glmtune.data.token_rows import TokenRows
 from glmtune.data.tokenizing import tokenize
 from glmtune.errors import UserError
+from glmtune.models.base_files import load_row_tokenizer
 from glmtune.models.glm.encoder import of_folder
 from glmtune.models.resolve import GLM_TINY
 
@@ -206,11 +207,13 @@ def test_two_settings_that_exclude_each_other_are_refused(capsys):
     assert "too_long is error, and skip_overlength drops long rows" in capsys.readouterr().err
 
 
-def test_what_a_family_cannot_write_is_refused_by_row_or_skipped(toy, capsys):
+def test_what_a_family_cannot_write_is_refused_by_row_or_skipped(tmp_path, capsys):
+    data = toy_tiktoken()
+    edge = of_folder(write_folder(tmp_path / "edge", "glm-edge", data, vocab_size=70_000))
     with_tools = talk("q", "a", tools=[{"name": "f"}])
-    with pytest.raises(UserError, match=r"a.jsonl:2 \(row 2\): tools, which the revisions of"):
-        run(toy, talk("q", "a"), with_tools)
-    summary, rows = run(toy, talk("q", "a"), with_tools, on_bad_row="skip")
+    with pytest.raises(UserError, match=r"a.jsonl:2 \(row 2\): tools, which neither glm-edge"):
+        run(edge, talk("q", "a"), with_tools)
+    summary, rows = run(edge, talk("q", "a"), with_tools, on_bad_row="skip")
     assert len(rows) == 1
     assert summary.card.rows_out["bad"] == [2]
     assert "a.jsonl:2 (row 2): tools, which" in capsys.readouterr().out
@@ -233,22 +236,78 @@ def test_an_empty_answer_of_a_record_is_dropped_unless_kept(toy):
     assert len(run(toy, record, good, keep_empty=True)[1]) == 2
 
 
-def test_the_first_family_teaches_last_answers_and_says_so(capsys):
-    path = write(talk("你好", "好", "再见", "再会"), talk("a", "b"))
-    assert main(["tokenize", path, "--save_path", "tokens", "--base", str(GLM_TINY)]) == 0
+def test_the_first_family_has_a_row_for_each_answer_and_says_so(capsys):
+    """The row of an answer is that of the conversation up to it."""
+    shorter, whole, other = talk("你好", "好"), talk("你好", "好", "再见", "再会"), talk("a", "b")
+    tokenizer = load_row_tokenizer(str(GLM_TINY))
+    expected = run(tokenizer, shorter, whole, other, learn="last")[1]
+    capsys.readouterr()
+    rows = run(tokenizer, whole, other)[1]
+    assert rows == expected
     told = capsys.readouterr().out
-    assert (
-        "earlier answers that are not supervised: 1; the base reads them as part of the prompt"
-        in told
-    )
+    assert "2 read, 2 kept as 3, 0 dropped" in told
+    more = len(expected[0]["input_ids"])
+    assert "2 answers are rows of their own, since the base reads earlier ones as part" in told
+    assert f"that takes {more:,} tokens more" in told
     dataset, card = load_dataset("tokens")
     for row in dataset:
         start = row["seq_len"] - 1
         assert row["labels"] == [IGNORED] * start + row["input_ids"][start:]
     assert isinstance(card, DataCard)
-    line = ["tokenize", path, "--save_path", "tokens", "--base", str(GLM_TINY), "--learn", "last"]
-    assert main(line) == 0
-    assert "earlier answers" not in capsys.readouterr().out
+    assert card.source_rows().tolist() == [1, 1, 2]
+    run(tokenizer, whole, other, learn="last")
+    assert "rows of their own" not in capsys.readouterr().out
+
+
+def test_of_the_first_family_answers_that_are_too_long_are_cut_as_turns_are(capsys):
+    tokenizer, long = load_row_tokenizer(str(GLM_TINY)), talk("a", "b", "c", "d " * 60)
+    (kept,) = run(tokenizer, talk("a", "b"))[1]
+    summary, rows = run(tokenizer, long, talk("x", "y"), max_seq_length=40)
+    assert rows[0] == kept
+    assert summary.card.rows_cut == {"turns": [1]}
+    summary, rows = run(tokenizer, long, talk("x", "y"), max_seq_length=40, too_long="drop")
+    assert len(rows) == 1
+    assert summary.card.rows_out["overlength"] == [1]
+
+
+def test_a_row_that_is_too_long_may_be_split_where_a_question_follows_an_answer(toy, capsys):
+    texts = [f"turn {i}" for i in range(18)]
+    long = {"messages": [{"role": "system", "content": "brief"}, *talk(*texts)["messages"]]}
+    whole = run(toy, long)[1][0]
+    limit = len(whole["input_ids"]) // 3
+    summary, rows = run(toy, long, talk("q", "a"), max_seq_length=limit, too_long="split")
+    assert len(rows) >= 4
+    assert max(len(row["input_ids"]) for row in rows) <= limit
+    assert "".join(taught(toy, row) for row in rows[:-1]) == taught(toy, whole)
+    system = toy.ids["<|system|>"]
+    assert all(row["input_ids"].count(system) == 1 for row in rows[:-1])
+    assert all(row["input_ids"][-1] == toy.row_rule.end_ids[0] for row in rows)
+    assert summary.card.rows_cut == {"turns": [], "split": [1]}
+    assert summary.card.source_rows().tolist() == [1] * (len(rows) - 1) + [2]
+    told = capsys.readouterr().out
+    assert f"2 read, 2 kept as {len(rows)}, 0 dropped" in told
+    assert f"1 split into rows of at most {limit} tokens: row 1" in told
+
+
+def test_a_round_that_no_row_holds_is_left_out_of_a_split_and_counted(toy, capsys):
+    long = talk("q", "a", "q", "b" * 80, "q", "c", "q", "d")
+    summary, rows = run(toy, long, max_seq_length=40, too_long="split")
+    assert [taught(toy, row) for row in rows] == ["a|", "c|d|"]
+    assert summary.card.rows_cut == {"turns": [1], "split": [1]}
+    assert "82 supervised tokens" in capsys.readouterr().out
+
+
+def test_a_split_never_parts_a_call_from_its_result_or_a_word_from_its_call(toy):
+    call = {"role": "assistant", "content": "{}", "metadata": "f"}
+    said = {"role": "assistant", "content": "let me see"}
+    turns = [*talk("q", "a", "q")["messages"], said, call]
+    turns += [{"role": "observation", "content": "x"}, {"role": "assistant", "content": "done"}]
+    whole = run(toy, {"messages": turns[2:]})[1][0]
+    limit = len(whole["input_ids"])
+    rows = run(toy, {"messages": turns}, max_seq_length=limit, too_long="split")[1]
+    assert [taught(toy, row) for row in rows] == ["a|", "let me see|f{}|done|"]
+    cut = run(toy, {"messages": turns}, max_seq_length=limit)[1]
+    assert [taught(toy, row) for row in cut] == ["a|"], "no end is taught before the call"
 
 
 def test_labels_of_another_convention_are_refused_before_training(toy):

@@ -22,6 +22,7 @@ from glmtune.data.flaws import Flaw
 from glmtune.data.formats import FORMATS
 from glmtune.models.chatglm.encoder import RowEncoder
 from glmtune.models.glm.encoder import of_folder
+from glmtune.models.special_names import mark
 
 READ = FORMATS["messages"].read
 ASKED = (Turn(USER, "问"), Turn(ASSISTANT, "答"), Turn(USER, "再问"), Turn(ASSISTANT, "再答"))
@@ -156,10 +157,81 @@ def test_a_row_that_ends_in_a_call_ends_with_the_role_of_its_result(toy):
     assert row.input_ids[-1] == row.labels[-1] == toy.ids["<|observation|>"]
 
 
-def test_tools_are_refused_by_a_layout_that_has_no_one_way_of_writing_them(toy):
-    found = toy.encode_examples([Example(ASKED, ({"name": "find"},)), Example(ASKED)])
-    assert "tools, which the revisions of glm4 write differently" in str(found[0])
+def test_tools_are_refused_by_a_layout_that_knows_none(tmp_path):
+    folder = write_folder(tmp_path, "glm-edge", toy_tiktoken(), vocab_size=70_000)
+    found = of_folder(folder).encode_examples([Example(ASKED, ({"name": "find"},)), Example(ASKED)])
+    assert "tools, which neither glm-edge nor the folder's chat template knows" in str(found[0])
     assert isinstance(found[1], EncodedExample)
+
+
+def without_observations(ids, labels, encoder):
+    """Labels in which no result of a tool is supervised, nor the role that follows it."""
+    roles = {encoder.ids[f"<|{role}|>"] for role in (SYSTEM, USER, ASSISTANT, OBSERVATION)}
+    is_result, right = False, []
+    for id_, label in zip(ids, labels, strict=True):
+        right.append(IGNORED if is_result else label)
+        is_result = id_ == encoder.ids["<|observation|>"] if id_ in roles else is_result
+    return right
+
+
+def test_glm4_rows_with_tools_are_those_of_its_first_published_code(shared, encoders):
+    """But for their end, and for results, which that code supervises."""
+    encoder, num_equal = encoders("glm4"), 0
+    for row in recorded(shared, "rows_glm4"):
+        text, first = json.dumps(row["record"]), row["first"]
+        if "raises" in first or not ('"tools"' in text or "observation" in text):
+            continue
+        if row["name"] in ("tools_on_user", "python_tool", "browser_and_cogview"):
+            continue
+        # A result without a text is dropped there, role and all, and so is an answer.
+        turns = [m for m in row["record"]["messages"] if m["content"] or "tools" in m]
+        ours = encoded(encoder, {"messages": turns})
+        ids, labels = first["input_ids"], list(first["labels"])
+        if '"loss"' in text or len(ids) >= 1024:
+            assert ours.input_ids[: len(ids) - 1] == ids[:-1], row["name"]
+            continue
+        right = without_observations(ids, labels, encoder)
+        assert ours.input_ids[:-1] == ids[:-1], row["name"]
+        assert ours.labels[:-1] == right[:-1], row["name"]
+        num_equal += 1
+    assert num_equal >= 7
+
+
+@pytest.mark.parametrize(
+    ("template", "variant"),
+    [("glm4_chat", "glm4"), ("glm4_0414", "glm4-0414"), ("glm_z1", "glm4-0414")],
+)
+def test_tools_are_written_as_the_folders_chat_template_does(template, variant, shared, tmp_path):
+    published = json.loads((shared / "golden" / "glm" / "chat_layouts.json").read_text())
+    text, num_equal = published["families"][template]["template"], 0
+    size = {"padded_vocab_size" if variant == "glm4" else "vocab_size": 70_000}
+    folder = write_folder(tmp_path, variant, toy_tiktoken(), template=text, **size)
+    encoder = of_folder(folder)
+    for conversation in published["conversations"]:
+        if not conversation["name"].startswith("tool_"):
+            continue
+        full = published["rendered"][template][conversation["name"]]["full"]
+        messages = conversation["messages"]
+        if template == "glm4_chat":  # it leaves an answer without a text out
+            messages = [m for m in messages if m["content"] or "tool_calls" in m]
+        row = encoded(encoder, conversation | {"messages": messages})
+        assert row.input_ids[:-1] == encoder.written_ids(mark(full, encoder.written_names))
+        num_equal += 1
+    assert num_equal >= 4
+
+
+def test_a_tool_that_the_folders_template_leaves_out_is_refused(shared, tmp_path):
+    published = json.loads((shared / "golden" / "glm" / "chat_layouts.json").read_text())
+    found = {}
+    for template, variant in (("glm4_chat", "glm4"), ("glm4_0414", "glm4-0414")):
+        text = published["families"][template]["template"]
+        size = {"padded_vocab_size" if variant == "glm4" else "vocab_size": 70_000}
+        folder = tmp_path / template
+        encoder = of_folder(write_folder(folder, variant, toy_tiktoken(), template=text, **size))
+        tools = [({"type": "python"},), ({"name": "f"},), ({"type": "unheard of"},)]
+        rows = encoder.encode_examples([Example(ASKED, t).supervise("each") for t in tools])
+        found[template] = [isinstance(row, Flaw) for row in rows]
+    assert found == {"glm4_chat": [False, False, True], "glm4_0414": [True, False, True]}
 
 
 def test_chatglm2_and_chatglm_write_rounds_whose_last_answer_is_supervised(shared, encoders):
@@ -179,9 +251,44 @@ def test_chatglm2_and_chatglm_write_rounds_whose_last_answer_is_supervised(share
         assert row.input_ids == prompt + answer
         start = len(prompt) - rule.prompt_sees_all
         assert row.labels == [IGNORED] * start + row.input_ids[start:]
-        assert (row.prompt_length, row.num_answers) == (len(prompt), 1)
+        assert row.prompt_length == len(prompt)
+        assert row.num_answers == (1 if encoder is v1 else 2), "of one token, none is supervised"
     (bare,) = v1.encode_examples([Example(ASKED[:2]).supervise("each")])
     assert bare.input_ids[: bare.prompt_length] == v1.row_rule.prompt(v1.encode_batch(["问"])[0])
+
+
+def test_earlier_answers_of_chatglm2_are_supervised_within_the_text_of_the_rounds(encoders):
+    """But for the first token, before which the model writes a blank, and their ends."""
+    encoder = encoders("chatglm2")
+    answers = ["Oak, ash\n\nand 松树 🌳.", "A\u00a0b  c", "答：x\n\n[Round 9]", "the last one"]
+    turns = [
+        turn
+        for number, answer in enumerate(answers)
+        for turn in (Turn(USER, f"问 {number}?"), Turn(ASSISTANT, answer))
+    ]
+    (row,) = encoder.encode_examples([Example(tuple(turns)).supervise("each")])
+    (plain,) = encoder.encode_examples([Example(tuple(turns)).supervise("last")])
+    assert row.input_ids == plain.input_ids
+    assert row.num_answers == 4
+    labels = row.labels[: row.prompt_length]
+    assert row.labels[row.prompt_length :] == plain.labels[row.prompt_length :]
+    is_run = [label != IGNORED for label in labels]
+    starts = [i for i, is_one in enumerate(is_run) if is_one and not is_run[i - 1]]
+    ends = [i + 1 for i, is_one in enumerate(is_run) if is_one and not is_run[i + 1]]
+    for answer, start, end in zip(answers[:3], starts, ends, strict=True):
+        whole = encoder.sp.decode(row.input_ids[start - 1 : end])
+        assert whole == answer, "the token before it is the answer's first"
+        assert encoder.sp.decode(row.input_ids[end : end + 2]) == "\n\n"
+    turns[1] = turns[1]._replace(supervised=False)
+    (row,) = encoder.encode_examples([Example(tuple(turns)).supervise("each")])
+    assert row.num_answers == 3
+    assert row.labels[: starts[1]] == [IGNORED] * starts[1]
+
+
+def test_answers_of_chatglm2_whose_tokens_do_not_tell_their_places_are_rows_of_their_own(encoders):
+    turns = (Turn(USER, "a \u2581 b"), Turn(ASSISTANT, "ok then"), *ASKED[2:])
+    (row,) = encoders("chatglm2").encode_examples([Example(turns).supervise("each")])
+    assert row.num_answers == 1, "conversation_rows gives the other one a row"
 
 
 @pytest.mark.parametrize(

@@ -54,17 +54,18 @@ def problems_of(path: str) -> dict[str, int]:
 
 class TestHistory:
     ROW = PLAIN | {"instruction": "几点关门?", "history": EARLIER}
-    CONTEXT = (
-        "[Round 0]\n问：图书馆几点开门?\n答：早上八点。\n"
-        "[Round 1]\n问：周日呢?\n答：十点。\n[Round 2]\n问：几点关门?\n答："
-    )
+    SAID = ("图书馆几点开门?", "早上八点。", "周日呢?", "十点。", "几点关门?", "Oak.")
 
-    def test_earlier_rounds_stand_in_the_context(self, write, capsys):
+    def test_a_file_with_earlier_rounds_becomes_one_of_conversations(self, write, capsys):
         rows = convert(write(PLAIN, self.ROW, self.ROW | {"input": "只说数字"}))
-        assert rows[0]["context"] == "Instruction: Name a tree.\nAnswer: "
-        assert rows[1] == {"context": self.CONTEXT, "target": "Oak."}
-        assert rows[2]["context"] == self.CONTEXT.replace("关门?", "关门?\n只说数字")
-        assert "2 with earlier rounds, kept in the context" in capsys.readouterr().out
+        texts = [[turn["content"] for turn in row["messages"]] for row in rows]
+        assert texts[0] == ["Name a tree.", "Oak."]
+        assert texts[1] == [*self.SAID]
+        assert texts[2] == [text.replace("关门?", "关门?\n只说数字") for text in self.SAID]
+        roles = {tuple(turn["role"] for turn in row["messages"]) for row in rows}
+        assert roles == {("user", "assistant"), ("user", "assistant") * 3}
+        assert main(["validate", "a.json"]) == 0
+        assert "2 with earlier rounds" in capsys.readouterr().out
 
     def test_earlier_rounds_are_what_chat_reads(self):
         earlier = [Round(question, {"base": answer}) for question, answer in EARLIER]
@@ -113,9 +114,8 @@ class TestHistory:
         from glmtune.data.records import read_rows
         from glmtune.data.tokenizing import encode_rows
 
-        long = [[" ".join("1" * 30), "2"]]
-        convert(write(PLAIN | {"instruction": "7 8 9", "history": long}))
-        rows, _ = read_rows("out.jsonl")
+        context = rounds([(" ".join("1" * 30), "2")], "7 8 9")
+        rows, _ = read_rows(write({"context": context, "target": "Oak."}, name="out.jsonl"))
         config = TokenizeSettings(jsonl_path="out.jsonl", save_path="rows", max_seq_length=8)
         out = encode_rows(rows, word_tokenizer, config)
         words = [word_tokenizer.encode_word(word) for word in rows[0].context.split()]
@@ -211,21 +211,24 @@ class TestContentThatNothingReads:
     def test_is_refused_by_row_and_name(self, write, capsys, name, value, first):
         path = write(*filter(None, [first, PLAIN | {name: value}]))
         place = f'a.json:1 (row {1 + bool(first)}): field "{name}" is '
+        if name == "system":  # which every verb reads
+            assert main(["validate", path]) == 0
+            assert {"role": name, "content": value} in convert(path)[-1]["messages"]
+            return
         told = refused(capsys, "convert", "--data_path", path, "--save_path", "out.jsonl")
         assert place in told
         assert 'into "instruction" or "output", and take the field out' in told
-        if name == "system":  # which tokenize reads
-            assert main(["validate", path]) == 0
-        else:
-            assert main(["validate", path]) == 2
-            assert place in capsys.readouterr().out
+        assert main(["validate", path]) == 2
+        assert place in capsys.readouterr().out
         told = refused(capsys, "infer", "--data_path", path, "--base", "glm-tiny")
         assert place in told
 
     def test_is_skipped_on_demand_and_listed(self, write, capsys, name, value):
         path = write(PLAIN, PLAIN | {name: value})
-        assert len(convert(path, "--on_bad_row", "skip")) == 1
-        assert f'a.json:1 (row 2): field "{name}" is ' in capsys.readouterr().out
+        assert len(convert(path, "--on_bad_row", "skip")) == 1 + (name == "system")
+        assert (
+            name == "system" or f'a.json:1 (row 2): field "{name}" is ' in capsys.readouterr().out
+        )
 
     def test_in_rows_of_context_and_target(self, write, capsys, name, value):
         if name in ("context", "prompt"):  # which make it a record
@@ -257,15 +260,17 @@ def test_the_row_once_more_is_no_content(write, capsys):
         {"conversation": [{"human": "q", "assistant": "a"}]},
     ],
 )
-def test_a_conversation_is_refused_with_a_form_that_is_read(write, capsys, row):
-    told = refused(capsys, "convert", "--data_path", write(row), "--save_path", "out.jsonl")
-    assert "(row 1): a conversation in" in told
-    is_read = "conversation" not in row
-    assert problems_of("a.json") == ({} if is_read else {"refused": 1})
+def test_a_conversation_among_records_is_refused_with_a_form_that_is_read(write, capsys, row):
+    path = write(PLAIN, row)
+    told = refused(capsys, "convert", "--data_path", path, "--save_path", "out.jsonl")
+    assert "(row 2): a conversation in" in told
+    assert "keep rows of one kind in a file, or write it as a record" in told
+    assert problems_of("a.json") == {"refused": 1}
     form = told[told.index("{") : told.index("]}") + 2].replace(", ...", "")
     form = form.replace(": question", ': "q"').replace(": answer", ': "a"')
-    (written,) = convert(write(json.loads(form)))
-    assert written["context"] == rounds([["earlier question", "its answer"]], "q")
+    (_, written) = convert(write(PLAIN, json.loads(form)))
+    texts = [turn["content"] for turn in written["messages"]]
+    assert texts == ["earlier question", "its answer", "q", "a"]
 
 
 def test_a_missing_field_is_told_with_what_the_others_are_to_be_called(write, capsys):

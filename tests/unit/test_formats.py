@@ -109,11 +109,25 @@ def test_calls_of_one_turn_each_precede_their_own_result():
     assert unanswered == [HELLO, Turn(ASSISTANT, "I look"), *made.values()]
 
 
-def test_a_thought_is_left_out_and_counted():
+def test_a_thought_stands_beside_its_answer():
     thinks = PLAIN[1] | {"reasoning_content": "a greeting"}
-    example = example_of(openai(PLAIN[0], thinks, PLAIN[0], PLAIN[1], PLAIN[0], thinks))
-    assert example.turns[1] == HI
-    assert example.num_thoughts == 2
+    turns = turns_of(openai(PLAIN[0], thinks, PLAIN[0], PLAIN[1]))
+    assert turns == [HELLO, HI._replace(thought="a greeting"), HELLO, HI]
+    shared = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "hi", "reasoning": "x"}]
+    turns = FORMATS["sharegpt"].read({"conversations": shared}).example.turns
+    assert turns[1] == HI._replace(thought="x")
+    bad = PLAIN[1] | {"reasoning_content": ["a"]}
+    with pytest.raises(Flaw, match='"reasoning_content" of turn 2 of "messages" is'):
+        turns_of(openai(PLAIN[0], bad))
+
+
+def test_a_thought_before_a_call_is_a_turn_of_its_own():
+    call = {"function": {"name": "find", "arguments": {"q": "a"}}}
+    thinks = {"role": ASSISTANT, "content": None, "reasoning_content": "hm", "tool_calls": [call]}
+    turns = turns_of(openai(PLAIN[0], thinks))
+    assert turns[1:] == [
+        Turn(ASSISTANT, "", thought="hm"), Turn(ASSISTANT, json.dumps({"q": "a"}), "find")
+    ]  # fmt: skip
 
 
 def test_a_property_that_is_null_is_left_out_of_a_tool():

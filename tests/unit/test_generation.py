@@ -103,6 +103,21 @@ def test_stop_ids_of_the_config_where_generation_config_has_none():
     assert find_stop_ids(SimpleNamespace(generation_config=silent, config=config)) == [7]
 
 
+def test_what_ends_an_answer_is_looked_up_once(answer, continuations, monkeypatch):
+    calls, to_dict = [], ChatGLMConfig.to_dict
+
+    def counted(config):
+        calls.append(config)
+        return to_dict(config)
+
+    monkeypatch.setattr(ChatGLMConfig, "to_dict", counted)
+    prompts = [prompt for prompt, _ in continuations]
+    answer(prompts[:1], batch_size=1)
+    num_for_one = len(calls)
+    answer(prompts * 2, batch_size=1)
+    assert len(calls) == 2 * num_for_one
+
+
 def test_a_drawn_answer_belongs_to_the_seed_and_the_number(answer, continuations):
     prompts = [Prompt(spell(continuations[0][0]), number=number) for number in range(4)]
     first = answer(prompts, DRAWN)

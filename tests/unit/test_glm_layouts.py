@@ -17,8 +17,6 @@ EMPTY = "the published tokenizer drops a message without text, role and all"
 FORGED = "the published template turns a spelled role token into the token"
 EMPTIES = {"system_empty", "user_empty", "assistant_empty"}
 FORGERIES = {"lookalike_user", "lookalike_prefix", "lookalike_answer"}
-# A context is text: a message that spells a round is taken for one.
-SPELLS_ROUNDS = {"lookalike_round"}
 AT_START = "the official rows join an answer's first newlines with the one behind the role"
 
 
@@ -126,7 +124,7 @@ def test_contexts_become_the_published_prompts(variant, encoders, recorded):
     prompts = {"chatglm3": "prompts", "glm4": "prompts_remote", "glm4-0414": "prompts_0414"}
     for row in recorded["rows_chatglm3" if variant == "chatglm3" else "rows_glm4"]["rows"]:
         turns = turns_of(row)
-        if turns is None or row["name"] in EMPTIES | FORGERIES | SPELLS_ROUNDS:
+        if turns is None or row["name"] in EMPTIES | FORGERIES:
             continue
         texts = [turn.text for turn in turns]
         if [turn.role for turn in turns] != ["user", "assistant"] * (len(turns) // 2):
@@ -166,14 +164,12 @@ def test_rounds_of_chatglm2(encoders, recorded):
         for round_, prompt in enumerate(rendered.get(conversation["name"], {}).get("prompts", [])):
             history = list(zip(texts[: 2 * round_ : 2], texts[1 : 2 * round_ : 2], strict=True))
             assert numbered_rounds(history, texts[2 * round_]) == prompt
-            if conversation["name"] in SPELLS_ROUNDS:
-                continue
             (ids,) = encoder.encode_batch(
                 [encoder.layout.chat.write(history, texts[2 * round_])], add_special_tokens=True
             )
             assert ids == [64790, 64792, *encoder.encode_batch([prompt])[0]]
             num_compared += 1
-    assert num_compared >= 25
+    assert num_compared >= 27
 
 
 def test_rules_without_a_vocabulary_are_those_with_one(encoders):

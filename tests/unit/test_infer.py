@@ -306,7 +306,7 @@ def test_records_beyond_the_positions_are_told_before_the_model_is_loaded(run, m
         run()
     line = str(told.value)
     assert "records.json:1 (row 2): the prompt has 307 tokens" in line
-    assert "(1 more are too long as well)" in line
+    assert "(1 more cannot be asked either)" in line
     assert "--on_bad_row skip" in line
 
 
@@ -324,7 +324,7 @@ def test_records_beyond_the_positions_are_left_out_on_demand(run, path, capsys):
 
 def test_a_file_of_records_beyond_the_positions_alone_is_refused(run, records_file):
     records_file.write_text(json.dumps([{"instruction": "long " * 300}]), encoding="utf-8")
-    with pytest.raises(UserError, match="no record is short enough"):
+    with pytest.raises(UserError, match="no row can be asked"):
         run(on_bad_row="skip")
 
 

@@ -22,9 +22,10 @@ def test_the_demo_finds_its_model_and_its_grammar():
 
 def test_pages_find_their_style_and_script():
     names = {path.relative_to(PACKAGE).as_posix() for path in files()}
-    assert {f"evaluation/{name}" for name in ("page.css", "page.js", "loss.css")} | {
-        "demo/page.css"
-    } <= names
+    assert {
+        f"evaluation/{name}"
+        for name in ("page.css", "page.js", "loss.css", "language.js", "inspect.css", "inspect.js")
+    } | {"demo/page.css"} <= names
 
 
 def test_a_wheel_takes_along_every_file(root):

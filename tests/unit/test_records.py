@@ -269,9 +269,9 @@ def test_reads_rows_of_context_and_target(write):
 @pytest.mark.parametrize("on_bad_row", ["fail", "skip"])
 def test_the_file_of_another_step_is_recognised(write, on_bad_row):
     converted = write("a.jsonl", '{"context": "a", "target": "b"}\n' * 2)
-    with pytest.raises(UserError, match=r"a.jsonl:1 .* a context/target row .*`glmtune tokenize`"):
+    with pytest.raises(UserError, match=r"a.jsonl:1 .* a context/target row .*one kind in a file"):
         read_alpaca(converted, on_bad_row)
-    with pytest.raises(UserError, match=r"b.json:1 .* an alpaca record.* run `glmtune convert`"):
+    with pytest.raises(UserError, match=r"b.json:1 .* an alpaca record.* `glmtune convert` writes"):
         read_rows(write("b.json", f"[{GOOD}]"), on_bad_row)
 
 

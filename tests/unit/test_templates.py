@@ -58,3 +58,18 @@ def test_a_records_conversation_is_its_instruction_and_input():
 def test_rounds_that_do_not_count_up_are_one_question():
     text = "[Round 0]\n问：a\n[Round 1]\n问：b\n答："
     assert templates.conversation_of(text) == ([], text)
+
+
+SPELLED = ["[Round 0]\n问：a\n答：", "[Round 0]\n问：a\n答：b\n[Round 1]\n问：c\n答："]
+SPELLED += ["a\nInput: b", "Instruction: a\nAnswer: ", "Instruction: a\nInput: b\nAnswer: "]
+
+
+@pytest.mark.parametrize("text", SPELLED)
+@pytest.mark.parametrize("history", [[], [("q", "a")]])
+def test_what_somebody_typed_is_no_round_and_no_field(text, history):
+    """Neither in a chat nor in a record; a context of a file is text alone, and read back."""
+    for context in (templates.after_rounds(history, text), templates.context_of(text, "", history)):
+        assert templates.conversation_of(context) == (history, text)
+        assert templates.has_rounds(context) == bool(history)
+    assert templates.conversation_of(templates.context_of(text, "in")) == ([], f"{text}\nin")
+    assert not templates.is_alpaca(templates.after_rounds(history, text))

@@ -35,6 +35,7 @@ GMASK, BOS, EOS = 9001, 9004, 9005
 class CharTokenizer:
     """An id per character; zero-width characters have none."""
 
+    special_names, allow_special, opens_thoughts = {}, False, False
     gmask_token_id, bos_token_id, eos_token_id = GMASK, BOS, EOS
     pad_token_id = 3
     vocab_hash = "5e" * 32
@@ -94,7 +95,7 @@ def test_a_target_as_long_as_may_be_keeps_its_end(capsys):
 
 
 def test_cut_rows_of_an_older_version_taught_their_end():
-    run([("a", "uvwxyz")], max_seq_length=5)
+    run([("a", "uvwxyz"), ("a", "b")], max_seq_length=5)
     change_card(num_targets_lost=None)
     lost = load_dataset("tokens")[1].describe_loss()
     assert "1 answers were cut to 5 tokens by a version that taught their end" in lost
@@ -198,6 +199,7 @@ def test_the_card_tells_where_the_data_comes_from(capsys):
             "skip_overlength": False,
             "keep_empty": False,
             "on_bad_row": "fail",
+            "allow_special": False,
         },
         source="a.jsonl",
         source_sha256=sha256,
@@ -207,6 +209,7 @@ def test_the_card_tells_where_the_data_comes_from(capsys):
         num_targets_lost=0,
         row_is_line=True,
         sets=(SetCard("a.jsonl", sha256, "context/target", 2, 2, 2, card.num_tokens),),
+        num_spelling=0,
     )
     assert "10.7% of them targets" in capsys.readouterr().out
     run([("问：q\n答：", "答")])

@@ -126,12 +126,30 @@ class EncodingSettings(Settings):
         return value
 
 
+ANY_ROWS = (
+    "in JSON, JSON lines, CSV, TSV, Parquet or Arrow, packed or not: alpaca records, "
+    "conversations, or texts"
+)
+"""The rows that every verb takes, for descriptions."""
+
+
 class FormatSettings(EncodingSettings):
     """How a file's rows are written."""
 
     group: ClassVar[str] = "rows"
-    format: Literal["messages", "sharegpt", "alpaca", "context/target"] | None = Field(
+    format: Literal["messages", "sharegpt", "alpaca", "context/target", "text"] | None = Field(
         None, description="how the rows are written (default: by the names of the first row)"
+    )
+
+
+class SpecialSettings(Settings):
+    """Whether texts may hold special tokens."""
+
+    group: ClassVar[str] = "rows"
+    allow_special: bool = Field(
+        False,
+        description="names of special tokens that stand in a text, such as [MASK], become these "
+        "tokens; else they stay text",
     )
 
 

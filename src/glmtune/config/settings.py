@@ -20,6 +20,7 @@ from glmtune.config.benchmarks import (
 )
 from glmtune.config.data_sets import MixSettings
 from glmtune.config.groups import (
+    ANY_ROWS,
     OF_THE_DRAW,
     AnsweringWeightSettings,
     AnswerSettings,
@@ -32,6 +33,7 @@ from glmtune.config.groups import (
     PathText,
     PlainText,
     Settings,
+    SpecialSettings,
     conflict,
 )
 from glmtune.config.training import PlanSettings, TrainSettings, TuneSettings
@@ -47,8 +49,7 @@ class ValidateSettings(FormatSettings):
     bare_words = ("files",)
     files: tuple[PathText, ...] = Field(
         min_length=1,
-        description="rows to check, in JSON, JSON lines, CSV, TSV, Parquet or Arrow, packed or "
-        "not: conversations, alpaca records, or what `glmtune convert` wrote",
+        description=f"rows to check, {ANY_ROWS}",
     )
     held_out: PathText | None = Field(
         None, description="rows kept for testing: none of their questions may occur in the files"
@@ -77,31 +78,29 @@ class ValidateSettings(FormatSettings):
 # --- convert ---
 
 
-class ConvertSettings(BadRowSettings, BaseModelSettings):
+class ConvertSettings(FormatSettings, BadRowSettings, BaseModelSettings):
     """Settings of `glmtune convert`."""
 
     verb = "convert"
     group: ClassVar[str] = "data"
     reads_and_writes = ("data_path", "save_path")
-    data_path: PathText = Field(
-        description="alpaca records to read, in JSON, JSON lines, CSV, TSV, Parquet or Arrow"
-    )
+    data_path: PathText = Field(description=f"rows to read, {ANY_ROWS}")
     save_path: PathText = Field(
-        description="JSONL file to write, a line of context and target per row"
+        description="JSONL file to write, a line per row: context and target of records, the "
+        "messages of conversations, or the text"
     )
 
 
 # --- tokenize ---
 
 
-class RowSettings(FormatSettings, BadRowSettings, BaseModelSettings):
+class RowSettings(FormatSettings, BadRowSettings, SpecialSettings, BaseModelSettings):
     """How the rows of a file become token rows."""
 
     group: ClassVar[str] = "data"
     bare_words = ("jsonl_path",)
     jsonl_path: PathText = Field(
-        description="rows to read, in JSON, JSON lines, CSV, TSV, Parquet or Arrow, packed or not: "
-        "conversations, alpaca records, or what `glmtune convert` wrote; "
+        description=f"rows to read, {ANY_ROWS}, or what `glmtune convert` wrote; "
         "DIR/dataset_info.json#NAME is a data set of LLaMA-Factory's list"
     )
     learn: Literal["each", "last", "marked"] = Field(
@@ -115,10 +114,17 @@ class RowSettings(FormatSettings, BadRowSettings, BaseModelSettings):
         description="tokens kept of the context, and of the target; special ids count; of a "
         "conversation, the tokens of the whole row (default there: 2048)",
     )
-    too_long: Literal["truncate", "drop", "error"] | None = Field(
+    too_long: Literal["truncate", "drop", "split", "error"] | None = Field(
         None,
-        description="what happens to longer conversations: they lose their last turns, are "
-        "dropped, or end the command (default: truncate, or drop with skip_overlength)",
+        description="what happens to longer conversations and texts: they lose their last turns or "
+        "tokens, are dropped, become several rows, or end the command (default: truncate, texts "
+        "split; drop with skip_overlength)",
+    )
+    thoughts: Literal["keep", "drop"] | None = Field(
+        None,
+        description="thoughts before the answers of a conversation (reasoning_content, <think> in "
+        "an answer): keep or drop them all (default: as the base's chat template does, which keeps "
+        "those behind the last question if it opens a thought, and else none)",
     )
     skip_overlength: bool = Field(
         False, description="drop rows longer than max_seq_length instead of cutting them"
@@ -136,7 +142,7 @@ class RowSettings(FormatSettings, BadRowSettings, BaseModelSettings):
     @model_validator(mode="after")
     def one_way_to_drop(self) -> Self:
         """Refuse to drop long rows and not to."""
-        if self.skip_overlength and self.too_long in ("truncate", "error"):
+        if self.skip_overlength and self.too_long not in (None, "drop"):
             raise conflict(
                 f"too_long is {self.too_long}, and skip_overlength drops long rows: set one",
                 "too_long",
@@ -163,17 +169,37 @@ class InspectSettings(RowSettings):
     verb = "inspect"
     group: ClassVar[str] = "data"
     limit: int = Field(3, ge=1, description="show this many rows")
+    stats: bool = Field(
+        False,
+        description="count all rows: lengths, languages, turns, what is supervised, how many teach "
+        "an end, a thought or tools",
+    )
+    html_path: PathText | None = Field(None, description="HTML page of the rows and their figures")
+    json_path: PathText | None = Field(None, description="JSON file of the same")
+
+    @model_validator(mode="after")
+    def keep_rows(self) -> Self:
+        """Refuse to write over the rows, or two files under one name."""
+        written = [os.path.realpath(path) for path in (self.html_path, self.json_path) if path]
+        if os.path.realpath(self.jsonl_path) in written or len(set(written)) < len(written):
+            raise conflict(
+                "html_path and json_path have to differ from jsonl_path and from each other",
+                "html_path",
+                "json_path",
+            )
+        return self
 
 
 # --- infer, compare ---
 
 
-class RecordSettings(BadRowSettings):
+class RecordSettings(FormatSettings, BadRowSettings, SpecialSettings):
     """Which records are answered."""
 
     group: ClassVar[str] = "data"
     data_path: PathText = Field(
-        description="alpaca records to answer, in JSON, JSON lines, CSV, TSV, Parquet or Arrow"
+        description=f"rows to answer, {ANY_ROWS}; of a conversation all before its last answer, or "
+        "all where a question stands last"
     )
     overwrite_output: bool = Field(
         False, description="start over instead of continuing an unfinished file of answers"
@@ -246,7 +272,9 @@ class CompareSettings(AnsweringSettings):
 # --- chat ---
 
 
-class ChatSettings(AnswerSettings, AnsweringWeightSettings, BaseModelSettings, DeviceSettings):
+class ChatSettings(
+    AnswerSettings, AnsweringWeightSettings, SpecialSettings, BaseModelSettings, DeviceSettings
+):
     """Settings of `glmtune chat`; sampling defaults are those of the published code."""
 
     verb = "chat"
@@ -277,7 +305,9 @@ class ReplaySettings(BaseModelSettings):
     use_cpu: bool = Field(False, description="use the CPU even if there is a GPU")
 
 
-class CheckSettings(AnsweringWeightSettings, BaseModelSettings, DeviceSettings):
+class CheckSettings(
+    FormatSettings, AnsweringWeightSettings, SpecialSettings, BaseModelSettings, DeviceSettings
+):
     """Settings of `glmtune check`."""
 
     verb = "check"
@@ -286,12 +316,23 @@ class CheckSettings(AnsweringWeightSettings, BaseModelSettings, DeviceSettings):
     adapter: PathText = Field(description="run folder or adapter to check")
     data_path: PathText | None = Field(
         None,
-        description="alpaca records to ask (default: rows that the run held out, else a few "
+        description="rows to ask, of any format (default: rows that the run held out, else a few "
         "built-in questions)",
     )
     limit: int = Field(16, ge=1, description="ask N at most, and 16 unrelated questions besides")
     max_new_tokens: int = Field(150, ge=1, description="longest answer, in tokens")
     json_path: PathText | None = Field(None, description="JSON file for all measured values")
+
+    @model_validator(mode="after")
+    def special_tokens_of_records(self) -> Self:
+        """Rows that a run held out are token rows already, in which no text is left to read."""
+        if self.allow_special and self.data_path is None:
+            raise conflict(
+                "allow_special is for the records of data_path: name them, or leave it out",
+                "allow_special",
+                "data_path",
+            )
+        return self
 
 
 # --- merge, adapters convert ---

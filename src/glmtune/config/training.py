@@ -5,9 +5,11 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from glmtune.config.groups import (
+    ANY_ROWS,
     BadRowSettings,
     BaseModelSettings,
     DeviceSettings,
+    FormatSettings,
     NameText,
     PathText,
     QuantisingSettings,
@@ -87,7 +89,11 @@ class LoraSettings(Settings):
     """The adapter."""
 
     group: ClassVar[str] = "LoRA"
-    lora_rank: int = Field(8, ge=1, description="rank of the update")
+    lora_rank: int | None = Field(
+        None,
+        ge=1,
+        description="rank of the update (default: the model family's own, as `glmtune plan` shows)",
+    )
     lora_alpha: int = Field(32, ge=1, description="the update is scaled by lora_alpha / lora_rank")
     lora_dropout: float = Field(0.1, ge=0, lt=1, description="dropout before the update")
     lora_target: tuple[str, ...] | None = Field(
@@ -260,6 +266,7 @@ class PlanSettings(TrainSettings):
 
 
 class TuneSettings(
+    FormatSettings,
     BadRowSettings,
     StepSettings,
     LayoutSettings,
@@ -275,7 +282,7 @@ class TuneSettings(
     group: ClassVar[str] = "tune"
     bare_words = ("data_path",)
     reads_and_writes = ("data_path", "out")
-    data_path: PathText = Field(description="alpaca records to learn: .json (a list) or .jsonl")
+    data_path: PathText = Field(description=f"rows to learn, {ANY_ROWS}")
     out: PathText = Field(
         description="folder to write: a new one, or one of the same command, which then resumes"
     )
@@ -283,7 +290,9 @@ class TuneSettings(
         None, ge=4, description="tokens of a row (default: as many as keep 95 % of the rows)"
     )
     skip_overlength: bool = Field(
-        True, description="drop rows longer than max_seq_length instead of cutting them"
+        True,
+        description="drop rows longer than max_seq_length instead of cutting them (default: true, "
+        "but texts are split)",
     )
     eval_ratio: float = Field(
         0.05, ge=0, le=0.5, description="share of the rows held out, to judge the adapter by"

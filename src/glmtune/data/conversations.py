@@ -28,6 +28,8 @@ class Turn(NamedTuple):
     """The name of the tool that an assistant's turn calls; else empty."""
     supervised: bool | None = None
     """What the row itself says about the loss; None where it says nothing."""
+    thought: str | None = None
+    """What was thought before an answer, in a field of its own; None without such a field."""
 
     @property
     def is_answer(self) -> bool:
@@ -35,14 +37,18 @@ class Turn(NamedTuple):
         return self.role == ASSISTANT
 
 
+class PlainText(NamedTuple):
+    """A text alone, to learn or to continue."""
+
+    text: str
+
+
 class Example(NamedTuple):
-    """A conversation to train on."""
+    """A conversation to train on, or one to be answered."""
 
     turns: tuple[Turn, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
     """Descriptions of the tools that the model may call, as JSON objects."""
-    num_thoughts: int = 0
-    """Thoughts before answers that the row has and that are left out."""
 
     @property
     def answers(self) -> list[int]:
@@ -59,16 +65,47 @@ class Example(NamedTuple):
         unsaid = learn != "marked"
         last = self.answers[-1:] if learn == "last" else None
         turns = []
-        for place, (role, text, metadata, said) in enumerate(self.turns):
+        for place, (role, text, metadata, said, thought) in enumerate(self.turns):
             is_chosen = role == ASSISTANT and (last is None or place in last)
-            turns.append(
-                Turn(role, text, metadata, is_chosen and (unsaid if said is None else said))
-            )
-        return Example(tuple(turns), self.tools, self.num_thoughts)
+            is_supervised = is_chosen and (unsaid if said is None else said)
+            turns.append(Turn(role, text, metadata, is_supervised, thought))
+        return Example(tuple(turns), self.tools)
+
+    @property
+    def asked(self) -> "Example":
+        """All before the last answer; or all of it, where a question or a result stands last."""
+        is_answered = bool(self.turns) and self.turns[-1].is_answer
+        return self.shortened(len(self.turns) - is_answered)
+
+    @property
+    def expected(self) -> str:
+        """The answer that stands last, a call with the name of its tool; empty without one."""
+        last = self.turns[-1] if self.turns else None
+        if last is None or not last.is_answer:
+            return ""
+        return f"{last.metadata}\n{last.text}" if last.metadata else last.text
 
     def shortened(self, num_turns: int) -> "Example":
         """The first turns of it."""
         return self._replace(turns=self.turns[:num_turns])
+
+    def continued(self, num_turns: int) -> "Example":
+        """What comes after its first turns, behind the system's words at its start."""
+        num_system = next((i for i, turn in enumerate(self.turns) if turn.role != SYSTEM), 0)
+        return self._replace(turns=self.turns[:num_system] + self.turns[num_turns:])
+
+    def one_answer_each(self) -> list["Example"]:
+        """For each supervised answer, the conversation up to it, with no other supervised."""
+        plain = [turn._replace(supervised=False) for turn in self.turns]
+        return [
+            self._replace(turns=(*plain[:place], turn))
+            for place, turn in enumerate(self.turns)
+            if turn.supervised
+        ]
+
+
+Asked = str | Example | PlainText
+"""What is asked: a context as rows have it, a conversation up to the answer, a text to go on."""
 
 
 class EncodedExample(NamedTuple):
@@ -83,11 +120,12 @@ class EncodedExample(NamedTuple):
     """Supervised answers."""
 
 
-def check_turns(turns: Sequence[tuple[str, Turn]]) -> None:
+def check_turns(turns: Sequence[tuple[str, Turn]], needs_answer: bool = True) -> None:
     """Make sure that questions and answers take turns.
 
     Args:
         turns: each with the words for its place in the row.
+        needs_answer: whether there has to be one.
 
     Raises:
         Flaw: of the first turn that cannot stand where it does, or of all if nothing is answered.
@@ -100,7 +138,11 @@ def check_turns(turns: Sequence[tuple[str, Turn]]) -> None:
         following = turns[place + 1][1] if place + 1 < len(turns) else None
         _check_turn(where, turn, previous, following)
         previous = previous if turn.role == SYSTEM else turn
-    if not any(turn.is_answer for _, turn in turns):
+    if not turns:
+        raise Flaw("turns", "there are no turns", "write the conversation, or remove the row")
+    if not any(turn.role == USER for _, turn in turns):
+        raise Flaw("no question", "no turn is a user's", "add the question, or remove the row")
+    if needs_answer and not any(turn.is_answer for _, turn in turns):
         raise Flaw("no answer", "no turn is an assistant's", "add the answer, or remove the row")
 
 

@@ -1,4 +1,4 @@
-"""Alpaca records to JSON lines of context and target, in readable UTF-8."""
+"""Rows of any format to JSON lines that `tokenize` reads as the same rows, in readable UTF-8."""
 
 import json
 from dataclasses import dataclass
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from glmtune.config.settings import ConvertSettings
 from glmtune.data.fields import FieldUse
 from glmtune.data.files import new_file
-from glmtune.data.records import BadRow, list_bad_rows, name_rows, read_alpaca
-from glmtune.data.templates import context_of
+from glmtune.data.questions import lacks_answer, written_row
+from glmtune.data.records import BadRow, has_turns, list_bad_rows, name_rows, read_typed
 from glmtune.errors import visible
 
 
@@ -41,26 +41,31 @@ class ConvertSummary:
 
 
 def convert(settings: ConvertSettings) -> ConvertSummary:
-    """Write a line {"context": ..., "target": ...} for each alpaca record, in order.
+    """Write a line for each row, in order: of records {"context": ..., "target": ...}.
 
-    Prints the summary that it returns. Raises UserError for what read_alpaca refuses and for a
+    Conversations, which records with a system text or earlier rounds are, become {"messages": ...},
+    and texts stay {"text": ...}.
+
+    Prints the summary that it returns. Raises UserError for what read_typed refuses and for a
     save_path that cannot be written.
     """
-    records, bad_rows = read_alpaca(settings.data_path, settings.on_bad_row, settings.encoding)
+    rows, bad_rows = read_typed(
+        settings.data_path, settings.format, settings.on_bad_row, settings.encoding
+    )
+    turns = has_turns(rows)
+    fields = FieldUse.of(rows)
+    if turns:
+        fields.num_with_history = 0  # they are turns like any others
     with new_file(settings.save_path) as file:
-        for record in records:
-            row = {
-                "context": context_of(record.instruction, record.input, record.history),
-                "target": record.output,
-            }
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        for row in rows:
+            file.write(json.dumps(written_row(row, turns), ensure_ascii=False) + "\n")
     summary = ConvertSummary(
         data_path=settings.data_path,
         save_path=settings.save_path,
-        num_written=len(records),
+        num_written=len(rows),
         bad_rows=bad_rows,
-        empty_outputs=[record.row for record in records if not record.output.strip()],
-        fields=FieldUse.of(records),
+        empty_outputs=[row.row for row in rows if lacks_answer(row)],
+        fields=fields,
     )
     print(visible(str(summary)))
     return summary

@@ -35,6 +35,20 @@ that does so has this as its attribute `template`."""
 class RowTokenizer(Protocol):
     """What making rows requires of a tokenizer."""
 
+    allow_special: bool
+    """Whether names of special tokens in a text become their ids; else they are ordinary text."""
+
+    @property
+    def opens_thoughts(self) -> bool:
+        """Whether answers begin with a thought, as the chat template of the folder has it."""
+
+    @property
+    def special_names(self) -> Mapping[str, Sequence[int]]:
+        """Names that a text may spell, and the ids that each becomes with `allow_special`.
+
+        A name without ids stays text even then.
+        """
+
     @property
     def row_rule(self) -> RowRule:
         """The special ids of a row, and where they stand."""
@@ -95,10 +109,12 @@ class DataCard:
     """Where a data set comes from and what is in it; None where an older data set does not say.
 
     `rows_out` lists by reason the 1-based rows of the source that were dropped, `rows_cut` those of
-    which a part was cut to max_seq_length. Target tokens are the ids after the prompt: the answer
+    which a part was cut to max_seq_length or that were split, and `rows_several` how many rows each
+    of those became that became several. Target tokens are the ids after the prompt: the answer
     and its end; `num_targets_lost` more were cut off. `special_ids` holds the special ids of the
     family's `RowRule`, by name. `source` is a bare file name; where `row_is_line`, its row n is
-    line n. `sets` lists the files in the order of their rows.
+    line n. `sets` lists the files in the order of their rows. `num_spelling` rows hold names of
+    special tokens that somebody typed, which `spelled_specials` counts by row.
     """
 
     num_kept: int
@@ -117,9 +133,12 @@ class DataCard:
     num_read: int | None = None
     rows_out: Mapping[str, list[int]] = field(default_factory=dict)
     rows_cut: Mapping[str, list[int]] = field(default_factory=dict)
+    rows_several: Mapping[str, int] = field(default_factory=dict)
     num_targets_lost: int | None = None
     row_is_line: bool | None = None
     sets: Sequence["SetCard"] = ()
+    spelled_specials: Mapping[str, int] = field(default_factory=dict)
+    num_spelling: int | None = None
 
     def describe_loss(self) -> str | None:
         """Say in one line what cutting took from the answers, and what that means; or None."""
@@ -167,6 +186,7 @@ class DataCard:
             return None
         dropped = [row for rows in self.rows_out.values() for row in rows]
         kept = np.setdiff1d(np.arange(1, self.num_read + 1), dropped)
+        kept = np.repeat(kept, [self.rows_several.get(str(row), 1) for row in kept.tolist()])
         return kept if len(kept) == self.num_kept else None
 
     def write(self, folder: Path) -> None:

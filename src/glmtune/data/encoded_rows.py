@@ -2,6 +2,7 @@
 
 import math
 from array import array
+from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from glmtune.data.records import BadRow
 from glmtune.data.row_rule import RowRule
+from glmtune.data.spelled import Spelled
 from glmtune.data.token_rows import TokenRows
 
 SHARE_TO_KEEP = 0.95
@@ -45,10 +47,19 @@ class RowCounts:
     """Conversations that the family cannot write."""
     num_dropped: int = 0
     """Supervised ids of the rows in `overlength`, if they are conversations."""
-    num_in_prompts: int = 0
-    """Answers that should be supervised and are part of a prompt, as the family has it."""
-    num_thoughts: int = 0
-    """Thoughts of kept rows that are left out."""
+    thoughts: Counter[str] = field(default_factory=Counter)
+    """What became of the thoughts of kept rows, see `data.thoughts`."""
+    spelled: Spelled = field(default_factory=Spelled)
+    """Names of special tokens that texts of kept rows hold."""
+    several: dict[int, int] = field(default_factory=dict)
+    """Rows of the source that became several, and how many."""
+    split: list[int] = field(default_factory=list)
+    """Those that did because they are too long."""
+    cut_texts: list[int] = field(default_factory=list)
+    num_apart: int = 0
+    """Rows of one answer each, where the base reads earlier answers as part of the prompt."""
+    num_repeated: int = 0
+    """Ids that these have more than one row of each conversation would."""
 
     @property
     def num_tokens(self) -> int:
@@ -61,6 +72,8 @@ class RowCounts:
             mine, more = getattr(self, name), getattr(others, name)
             if isinstance(mine, int):
                 setattr(self, name, mine + more)
+            elif isinstance(mine, dict):
+                mine.update(more)  # counters add up
             else:
                 mine.extend(more)
 
@@ -71,12 +84,14 @@ class RowCounts:
         }
         refused = {bad.row: replace(bad, row=bad.row + offset) for bad in self.refused}
         counts = {name: getattr(self, name) for name in _COUNTS}
-        return RowCounts(**counts | fate | {"refused": list(refused.values())})
+        several = {row + offset: num for row, num in self.several.items()}
+        return RowCounts(**counts | fate | {"refused": list(refused.values()), "several": several})
 
     def as_json(self) -> dict[str, Any]:
         """The same as plain data."""
         plain = {name: getattr(self, name) for name in _COUNTS}
-        plain |= {"refused": [asdict(bad) for bad in self.refused]}
+        spelled = {"num_rows": self.spelled.num_rows, "names": self.spelled.names}
+        plain |= {"refused": [asdict(bad) for bad in self.refused], "spelled": spelled}
         return {k: list(v) if isinstance(v, array) else v for k, v in plain.items()}
 
     @classmethod
@@ -84,10 +99,13 @@ class RowCounts:
         """Undo `as_json`. Raises LookupError or TypeError where something else stands there."""
         counts = cls()
         refused = [BadRow(**bad) for bad in plain["refused"]]
-        for name in _COUNTS:
+        for name in {*_COUNTS} - {"spelled"}:
             value, kind = plain[name], type(getattr(counts, name))
             setattr(counts, name, array("i", value) if kind is array else kind(value))
         counts.refused = refused
+        counts.several = {int(row): num for row, num in plain["several"].items()}
+        counts.spelled.num_rows = plain["spelled"]["num_rows"]
+        counts.spelled.names.update(plain["spelled"]["names"])
         return counts
 
     def keeping(self, share: float) -> int:
@@ -106,7 +124,8 @@ class RowCounts:
 
 
 _LISTS_OF_ROWS = (
-    "empty", "overlength", "cut_contexts", "cut_targets", "unsupervised", "cut_turns"
+    "empty", "overlength", "cut_contexts", "cut_targets", "unsupervised", "cut_turns", "split",
+    "cut_texts",
 )  # fmt: skip
 _COUNTS = tuple(entry.name for entry in fields(RowCounts))
 

@@ -86,6 +86,11 @@ def is_row(fields: Mapping[str, object]) -> bool:
     return all(name in fields for name in ROW_FIELDS) and _first(_QUESTIONS, fields) is None
 
 
+def is_text(fields: Mapping[str, object]) -> bool:
+    """Whether this is a text alone: no question and no answer stands beside it."""
+    return "text" in fields and _first((*_QUESTIONS, *_ANSWERS), fields) is None
+
+
 def is_content(name: str) -> bool:
     """Whether a user would expect the content of a field of this name to be trained on."""
     return name.lower() in _CONTENT
@@ -103,6 +108,7 @@ def unused_fields(fields: Mapping[str, object], used: Iterable[str]) -> tuple[st
     them is the row once more, as in the published alpaca files, and adds nothing.
     """
     used = tuple(used)
+    named = " or ".join(f'"{name}"' for name in dict.fromkeys((used[0], used[-1])))
     unused = tuple(name for name in fields if name not in used)
     for name in unused:
         value = fields[name]
@@ -113,8 +119,7 @@ def unused_fields(fields: Mapping[str, object], used: Iterable[str]) -> tuple[st
         raise Flaw(
             "content not used",
             f"field {show(name)} is {show(value)} ({kind_of(value)}), which is not taught",
-            f'put what should be taught of it into "{used[0]}" or "{used[-1]}", and take the '
-            "field out",
+            f"put what should be taught of it into {named}, and take the field out",
             name,
         )
     return unused
@@ -159,6 +164,7 @@ def text_of(fields: Mapping[str, object], name: str) -> str:
     """Return a field's text; raise Flaw where it has none."""
     if name not in fields:
         part = "answer" if name in (*_ANSWERS, "target") else "question"
+        part = "text" if name == "text" else part
         what = f'field "{name}" is missing, the row has {show(list(fields))}'
         fix = f'rename the one that holds the {part} to "{name}", or add it'
         raise Flaw("missing field", what, fix, name)
@@ -222,7 +228,7 @@ class FieldUse:
         """Return the findings, a line each."""
         lines = [f"{count:,} with {names}" for names, count in self.renamed.items()]
         if self.num_with_history:
-            lines.append(f"{self.num_with_history:,} with earlier rounds, kept in the context")
+            lines.append(f"{self.num_with_history:,} with earlier rounds")
         lines += [
             f"{count:,} with a field {show(name)}, which is not used"
             for name, count in self.unused.items()

@@ -1,12 +1,12 @@
 """Read rows of a JSON list or of JSON lines, each with its file, row and line, and check them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
 from typing import ClassVar, Literal, TypeVar
 
-from glmtune.data.conversations import ASSISTANT, SYSTEM, USER, Example, Turn
+from glmtune.data.conversations import ASSISTANT, SYSTEM, USER, Example, PlainText, Turn
 from glmtune.data.fields import (
     ALPACA,
     CONVERSATIONS,
@@ -17,6 +17,7 @@ from glmtune.data.fields import (
     is_empty,
     is_record,
     is_row,
+    is_text,
     names_of,
     text_of,
     unused_fields,
@@ -24,11 +25,11 @@ from glmtune.data.fields import (
 from glmtune.data.flaws import Flaw, kind_of, show
 from glmtune.data.formats import FORMATS, read_example, recognise
 from glmtune.data.sources import find_source
-from glmtune.data.templates import question_of
+from glmtune.data.templates import context_of, question_of
 from glmtune.errors import UserError
 
 OnBadRow = Literal["fail", "skip"]
-RECORDS, CONTEXT_TARGET = "alpaca", "context/target"
+RECORDS, CONTEXT_TARGET, TEXT = "alpaca", "context/target", "text"
 
 
 def place_of(path: str, line: int, row: int) -> str:
@@ -124,6 +125,27 @@ class Conversation(_Placed):
 
 
 @dataclass(frozen=True, slots=True)
+class TextRow(_Placed):
+    """A text alone."""
+
+    history: ClassVar[tuple[tuple[str, str], ...]] = ()
+    names: ClassVar[Names] = ALPACA
+    text: PlainText
+    path: str
+    row: int
+    line: int
+    unused: tuple[str, ...] = ()
+
+    @property
+    def num_characters(self) -> int:
+        """Characters of its text."""
+        return len(self.text.text)
+
+
+AnyRow = Record | Row | Conversation | TextRow
+
+
+@dataclass(frozen=True, slots=True)
 class BadRow(_Placed):
     """A row that cannot be used, and why."""
 
@@ -134,6 +156,38 @@ class BadRow(_Placed):
 
 
 Placed = TypeVar("Placed", bound=_Placed)
+
+
+def read_typed(
+    path: str,
+    format: str | None = None,
+    on_bad_row: OnBadRow = "fail",
+    encoding: str | None = None,
+    needs_answer: bool = True,
+) -> tuple[list[AnyRow], list[BadRow]]:
+    """Read rows of any format, each in its own form; errors as in read_alpaca.
+
+    Args:
+        path: the file, or what else sources.find_source knows.
+        format: its name, of `FORMATS` or beside them; None for that of the first row.
+        on_bad_row: as in read_alpaca.
+        encoding: as in read_alpaca.
+        needs_answer: whether a row has to have one.
+    """
+    reader = AnyReader(format_in_effect(path, format), needs_answer)
+    return _read(path, on_bad_row, encoding, reader.read)
+
+
+def format_in_effect(path: str, format: str | None) -> str | None:
+    """The format of a file's rows, where a setting or a list of data sets says it.
+
+    Raises:
+        UserError: both do, and differ.
+    """
+    listed = find_source(path).format
+    if format and listed and format != listed:
+        raise UserError(f"{path}: is listed as {listed}, and format is {format}; leave format out")
+    return format or listed
 
 
 def read_alpaca(
@@ -162,23 +216,67 @@ def read_rows(
     return _read(path, on_bad_row, encoding, context_and_target)
 
 
+def has_turns(rows: Iterable[AnyRow]) -> bool:
+    """Whether rows of one file are conversations, each of them.
+
+    Records are, if one has a system text or earlier rounds.
+    """
+    return any(
+        isinstance(row, Conversation) or (isinstance(row, Record) and (row.history or row.system))
+        for row in rows
+    )
+
+
+def as_context(row: AnyRow) -> Row:
+    """A record as the context and target that `convert` writes; such a row as it is."""
+    if isinstance(row, Row):
+        return row
+    assert isinstance(row, Record), "rows of one file are of one format"
+    context = context_of(row.instruction, row.input)
+    return Row(context, row.output, row.path, row.row, row.line, row.unused)
+
+
+def as_conversation(row: AnyRow) -> Conversation:
+    """A record as a conversation; a conversation as it is."""
+    if isinstance(row, Conversation):
+        return row
+    assert isinstance(row, Record), "rows of one file are of one format"
+    return Conversation(row.example, row.path, row.row, row.line, row.unused)
+
+
+class AnyReader:
+    """Reads rows in one format, which the first row decides unless it is named."""
+
+    def __init__(self, format: str | None, needs_answer: bool = True) -> None:
+        self.format = format
+        self.needs_answer = needs_answer
+
+    def read(self, fields: dict, path: str, row: int, line: int) -> AnyRow:
+        """Return the row that fields make; raise Flaw where they make none."""
+        self.format = self.format or format_of(fields)
+        return read_row(self.format, fields, path, row, line, self.needs_answer)
+
+
 def format_of(fields: Mapping[str, object]) -> str:
     """The name of a row's format, by its fields; of records where nothing else fits."""
     if is_row(fields):
         return CONTEXT_TARGET
     found = None if is_record(fields) else recognise(fields)
-    return found.name if found else RECORDS
+    return found.name if found else TEXT if is_text(fields) else RECORDS
 
 
 def read_row(
-    format: str, fields: dict, path: str, row: int, line: int
-) -> Record | Row | Conversation:
+    format: str, fields: dict, path: str, row: int, line: int, needs_answer: bool = True
+) -> AnyRow:
     """Read a row in the format of a name; raises Flaw where its fields make none."""
     if format == CONTEXT_TARGET:
-        return context_and_target(fields, path, row, line)
+        return context_and_target(fields, path, row, line, needs_answer)
     if format == RECORDS:
-        return alpaca_record(fields, path, row, line, reads_system=True)
-    example, unused = read_example(FORMATS[format], fields)
+        return alpaca_record(fields, path, row, line, needs_answer, reads_system=True)
+    if format == TEXT:
+        text = PlainText(text_of(fields, TEXT))
+        return TextRow(text, path, row, line, unused_fields(fields, (TEXT,)))
+    example, unused = read_example(FORMATS[format], fields, needs_answer)
     return Conversation(example, path, row, line, unused)
 
 
@@ -296,7 +394,7 @@ def alpaca_record(
         raise Flaw(
             "other format",
             "a context/target row as convert writes them, not an alpaca record",
-            "pass the alpaca file here, or this file to `glmtune tokenize`",
+            "keep rows of one kind in a file",
         )
     names = names_of(fields)
     turns = next(filter(fields.get, CONVERSATIONS), None)
@@ -304,7 +402,7 @@ def alpaca_record(
         raise Flaw(
             "conversation",
             f'a conversation in "{turns}", not a record',
-            "pass the file to `glmtune tokenize`, or write each of its answers as a record "
+            "keep rows of one kind in a file, or write it as a record "
             '{"instruction": question, "output": answer, '
             '"history": [["earlier question", "its answer"], ...]}',
             turns,
@@ -329,17 +427,19 @@ def alpaca_record(
     )
 
 
-def context_and_target(fields: dict, path: str, row: int, line: int) -> Row:
+def context_and_target(
+    fields: dict, path: str, row: int, line: int, needs_target: bool = True
+) -> Row:
     """Return the row of context and target that the fields make; raise Flaw if they make none."""
     if is_record(fields) and not is_row(fields):
         raise Flaw(
             "other format",
             "an alpaca record, not a context/target row",
-            "run `glmtune convert` first and pass the file that it writes",
+            "keep rows of one kind in a file; `glmtune convert` writes records as such rows",
         )
     return Row(
         context=text_of(fields, "context"),
-        target=text_of(fields, "target"),
+        target=text_of(fields, "target") if needs_target or "target" in fields else "",
         path=path,
         row=row,
         line=line,

@@ -9,19 +9,23 @@ from glmtune.data.conversations import ASSISTANT, USER, Example, Turn
 from glmtune.data.fields import FieldUse
 from glmtune.data.mixing import language_of
 from glmtune.data.records import (
+    TEXT,
+    AnyReader,
+    AnyRow,
     BadRow,
     Conversation,
     OnBadRow,
     Record,
     Row,
+    TextRow,
+    as_context,
+    as_conversation,
     check_usable,
     each_row,
-    format_of,
-    read_row,
+    format_in_effect,
 )
 from glmtune.data.row_texts import texts_of
-from glmtune.data.sources import find_source
-from glmtune.data.templates import context_of, conversation_of, has_rounds, is_alpaca
+from glmtune.data.templates import conversation_of, has_rounds, is_alpaca
 from glmtune.errors import UserError
 
 KEPT_CHARACTERS = 1 << 23
@@ -45,7 +49,7 @@ class RowFile:
     Records without a system text or earlier rounds are the contexts that `convert` writes. If one
     of a file has either, all are conversations."""
     row_is_line: bool = True
-    _kept: list[Record | Row | Conversation] | None = field(default_factory=list, repr=False)
+    _kept: list[AnyRow] | None = field(default_factory=list, repr=False)
     """The good rows, while they are few."""
     template: str | None = None
     """The template of the contexts of first questions, "alpaca" or "custom"; one after earlier
@@ -54,11 +58,16 @@ class RowFile:
     """The language of each good row, as of `mixing.language_of`, if that is wanted."""
 
     @property
+    def is_text(self) -> bool:
+        """Whether its rows are texts alone."""
+        return self.format == TEXT
+
+    @property
     def num_rows(self) -> int:
         """Number of its rows, good or bad."""
         return self.num_good + len(self.bad_rows)
 
-    def rows(self) -> Iterator[Row | Conversation]:
+    def rows(self) -> Iterator[Row | Conversation | TextRow]:
         """Read the good rows, in their order.
 
         Raises:
@@ -69,7 +78,7 @@ class RowFile:
         for row in rows:
             if isinstance(row, Record):
                 number += 1
-                yield _conversation(row) if self.has_turns else _context(row)
+                yield as_conversation(row) if self.has_turns else as_context(row)
             elif not isinstance(row, BadRow):
                 number += 1
                 yield _talk_of(row) if self.has_turns and isinstance(row, Row) else row
@@ -79,9 +88,11 @@ class RowFile:
                 "nothing else writes it, and do it again"
             )
 
-    def _read(self, fields: dict, path: str, row: int, line: int) -> Record | Row | Conversation:
-        self.format = self.format or format_of(fields)
-        return read_row(self.format, fields, path, row, line)
+    def _read(self, fields: dict, path: str, row: int, line: int) -> AnyRow:
+        reader = AnyReader(self.format)
+        read = reader.read(fields, path, row, line)
+        self.format = reader.format
+        return read
 
     def _look_through(self) -> None:
         earlier_rounds, num_characters = False, 0
@@ -106,6 +117,8 @@ class RowFile:
                 earlier_rounds = earlier_rounds or bool(row.history or row.system)
             elif isinstance(row, Conversation):
                 self.has_turns = True
+            elif isinstance(row, TextRow):
+                self.template = TEXT
             elif self.template != "custom" and not has_rounds(row.context):
                 self.template = "alpaca" if is_alpaca(row.context) else "custom"
         if earlier_rounds:
@@ -132,20 +145,11 @@ def look_through(
     Raises:
         UserError: as `records.read_alpaca`.
     """
-    listed = find_source(path).format
-    if format and listed and format != listed:
-        raise UserError(f"{path}: is listed as {listed}, and format is {format}; leave format out")
     languages = bytearray() if with_languages else None
-    file = RowFile(path, encoding, format or listed, languages=languages)
+    file = RowFile(path, encoding, format_in_effect(path, format), languages=languages)
     file._look_through()
     check_usable(path, on_bad_row, file.num_good > 0, file.bad_rows)
     return file
-
-
-def _context(record: Record) -> Row:
-    """A record as `convert` writes it."""
-    context = context_of(record.instruction, record.input, record.history)
-    return Row(context, record.output, record.path, record.row, record.line, record.unused)
 
 
 def _talk_of(row: Row) -> Conversation:
@@ -154,7 +158,3 @@ def _talk_of(row: Row) -> Conversation:
     texts = [text for pair in [*rounds, (question, row.target)] for text in pair]
     turns = (Turn((USER, ASSISTANT)[place % 2], text) for place, text in enumerate(texts))
     return Conversation(Example(tuple(turns)), row.path, row.row, row.line, row.unused)
-
-
-def _conversation(record: Record) -> Conversation:
-    return Conversation(record.example, record.path, record.row, record.line, record.unused)

@@ -34,6 +34,10 @@ class RowRule(NamedTuple):
     before_prompt: tuple[Special, ...] = ()
     before_answer: tuple[Special, ...] = ()
     """Ids that the model writes itself before an answer's text: supervised, unlike the prompt's."""
+    before_text: tuple[Special, ...] = ()
+    """What a text alone begins with, which has no prompt; its tokens never see later ones."""
+    after_text: tuple[Special, ...] = ()
+    """What such a text ends with; nothing where it ends as an answer does."""
     stops: tuple[int, ...] = ()
     """Ids at which an answer ends as well as at `end`, such as the start of another's turn."""
     prompt_sees_all: bool = False
@@ -75,6 +79,21 @@ class RowRule(NamedTuple):
     def answer(self, text_ids: list[int]) -> list[int]:
         """The ids of a whole answer, those before its text and its end included."""
         return [*_ids(self.before_answer), *text_ids, *self.end_ids]
+
+    @property
+    def text_prefix(self) -> list[int]:
+        """The ids before a text alone."""
+        return _ids(self.before_text)
+
+    @property
+    def text_start(self) -> int:
+        """The place of the first supervised id of a text: nothing predicts a row's first id."""
+        return max(1, len(self.before_text))
+
+    @property
+    def text_end(self) -> list[int]:
+        """The ids after a whole one."""
+        return _ids(self.after_text) or self.end_ids
 
     @property
     def num_prompt_specials(self) -> int:
@@ -146,6 +165,8 @@ class RowRule(NamedTuple):
             if self.prompt_sees_all:
                 count_T1 = np.concatenate(([0], np.cumsum(ids_T == special)))
                 is_right_R &= count_T1[starts_R + prompts_R] - count_T1[starts_R] == 1
+        if not self.prompt_sees_all:
+            is_right_R |= self._are_texts(ids_T, starts_R1, prompt_lengths_R)
         if not is_right_R.all():
             row = int(is_right_R.argmin())
             names = " ".join(special.text for special in self.after_prompt)
@@ -155,6 +176,16 @@ class RowRule(NamedTuple):
                 f"has a prompt that does not end with {names} ({ids})"
                 f"{', once and nowhere else' if self.prompt_sees_all else ''}; {fix}"
             )
+
+    def _are_texts(
+        self, ids_T: np.ndarray, starts_R1: np.ndarray, prompt_lengths_R: np.ndarray
+    ) -> np.ndarray:
+        """Whether each row is a text alone: nothing but its prefix stands before its labels."""
+        lengths_R = np.diff(starts_R1)
+        are_texts_R = (prompt_lengths_R == self.text_start) & (lengths_R > self.text_start)
+        for place, id_ in enumerate(self.text_prefix):
+            are_texts_R &= ids_T[(starts_R1[:-1] + place).clip(max=len(ids_T) - 1)] == id_
+        return are_texts_R
 
 
 def as_ids(named: int | list[int] | None) -> list[int]:

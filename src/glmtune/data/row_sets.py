@@ -11,7 +11,7 @@ from glmtune.data.dataset import SetCard
 from glmtune.data.encoded_rows import RowCounts
 from glmtune.data.fields import FieldUse
 from glmtune.data.mixing import CHINESE, ENGLISH, num_replayed, share_languages, uses_of
-from glmtune.data.records import Conversation, Row
+from glmtune.data.records import Conversation, Row, TextRow
 from glmtune.data.row_files import RowFile, look_through
 from glmtune.data.sources import find_source
 
@@ -36,7 +36,7 @@ class RowSet:
         """Rows that are taken, each as often as it is."""
         return int(self.uses.sum())
 
-    def rows(self) -> Iterator[Row | Conversation]:
+    def rows(self) -> Iterator[Row | Conversation | TextRow]:
         """The rows that are taken, in their order; one that is taken twice comes twice in a row."""
         if (self.uses == 1).all():
             yield from self.file.rows()
@@ -93,9 +93,10 @@ def look_through_sets(settings: TokenizeSettings) -> list[RowSet]:
         sets.append(RowSet(file, find_source(one.file).digest, uses, weight, is_replay))
     if settings.zh_share is not None and not sets[-1].is_replay:
         _share_languages(sets, settings)
-    has_turns = any(one.file.has_turns for one in sets)
+    # Rows with labels and rows without do not go together.
+    has_labels = any(one.file.has_turns or one.file.is_text for one in sets)
     for one_set in sets:
-        one_set.file.has_turns = has_turns
+        one_set.file.has_turns = has_labels and not one_set.file.is_text
     return sets
 
 
@@ -114,11 +115,9 @@ def joined(sets: Sequence[RowSet]) -> tuple[RowFile, RowCounts]:
     """All files as if they were one, rows numbered through all of them, and what became of rows."""
     if len(sets) == 1 and (sets[0].uses == 1).all():
         return sets[0].file, sets[0].counts
-    file, counts, offset = (
-        replace(sets[0].file, fields=FieldUse(), bad_rows=[], num_good=0),
-        RowCounts(),
-        0,
-    )
+    main = next((one.file for one in sets if not one.file.is_text), sets[0].file)
+    file = replace(main, fields=FieldUse(), bad_rows=[], num_good=0)
+    counts, offset = RowCounts(), 0
     for one in sets:
         counts.add(one.counts.numbered_from(offset))
         file.bad_rows += [replace(bad, row=bad.row + offset) for bad in one.file.bad_rows]

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from glmtune.data.conversations import SYSTEM
 from glmtune.data.fields import HISTORY
-from glmtune.data.records import Conversation, Record, Row
+from glmtune.data.records import TEXT, AnyRow, Conversation, Row, TextRow
 from glmtune.data.templates import conversation_of, has_rounds, parts
 
 
@@ -25,12 +25,14 @@ class Texts(NamedTuple):
     """Places of the answers among them; the last is the last text."""
 
 
-def texts_of(read: Record | Row | Conversation) -> Texts:
+def texts_of(read: AnyRow) -> Texts:
     """The texts of a row, in the order in which a model reads them."""
     if isinstance(read, Conversation):
         return _of_conversation(read)
     if isinstance(read, Row):
         return _of_row(read)
+    if isinstance(read, TextRow):  # it answers nothing
+        return Texts([Text(read.text.text, TEXT), Text("", TEXT)], [1])
     system = [Text(read.system, SYSTEM)] if read.system else []
     earlier = [Text(text, HISTORY) for pair in read.history for text in pair]
     values = read.instruction, read.input, read.output

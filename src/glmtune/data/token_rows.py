@@ -19,6 +19,9 @@ from glmtune.errors import UserError
 if TYPE_CHECKING:
     from datasets import Dataset
 
+LEAST_SHARE = 0.01
+"""The share of a data set's tokens that has to be supervised."""
+
 
 @dataclass(frozen=True)
 class TokenRows:
@@ -117,6 +120,28 @@ class TokenRows:
                 state.update(np.ascontiguousarray(array, dtype=np.int64).data)
         return state.hexdigest()
 
+    @cached_property
+    def teaches_end_R(self) -> np.ndarray:
+        """Whether each row has a supervised id that ends an answer."""
+        ends = [*self.rule.end_ids, *self.rule.stops]
+        is_end_T = self.is_supervised_T & np.isin(self.ids_T, ends)
+        before_T1 = np.concatenate(([0], np.cumsum(is_end_T)))
+        return np.diff(before_T1[self.starts_R1]) > 0
+
+    def why_refused(self) -> str | None:
+        """Why training on the rows would teach hardly anything, and the fix; None if it would."""
+        num_ends, num_supervised = int(self.teaches_end_R.sum()), int(self.num_labels_R.sum())
+        return why_refused(num_ends, num_supervised, len(self.ids_T))
+
+    def check_taught(self, path: str) -> None:
+        """Make sure that training on the rows would teach something, and where to stop.
+
+        Raises:
+            UserError: it would not, see `why_refused`; `path` is what the message calls the rows.
+        """
+        if reason := self.why_refused():
+            raise UserError(f"{path}: {reason}")
+
     def check(self, vocab_size: int, path: str) -> None:
         """Make sure that every row can be trained on, before the first step rather than at it.
 
@@ -139,3 +164,27 @@ class TokenRows:
                     "data again"
                 )
         self.rule.check(self.ids_T, self.starts_R1, self.prompt_lengths_R, vocab_size, path)
+
+
+def why_refused(num_ends: int, num_supervised: int, num_tokens: int) -> str | None:
+    """Why training on rows would teach hardly anything, and the fix; None if it would.
+
+    Args:
+        num_ends: rows in which the end of an answer is supervised.
+        num_supervised: supervised tokens.
+        num_tokens: all tokens.
+    """
+    if not num_ends:
+        return (
+            "no row teaches the end of an answer, so the model would not stop; supervise an "
+            "answer that a question or the end of the row follows, or raise max_seq_length if "
+            "it cut all answers, and tokenize again"
+        )
+    if num_supervised < LEAST_SHARE * num_tokens:
+        return (
+            f"only {num_supervised:,} of {num_tokens:,} tokens "
+            f"({num_supervised / num_tokens:.2%}) are supervised, so a run would teach little; "
+            "supervise more answers with --learn each, or cut what stands before them with a "
+            "smaller --max_seq_length, and tokenize again"
+        )
+    return None

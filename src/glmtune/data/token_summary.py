@@ -6,6 +6,7 @@ from pathlib import Path
 
 from glmtune import __version__
 from glmtune.config.settings import TokenizeSettings
+from glmtune.data import thoughts
 from glmtune.data.dataset import (
     CARD_FILE,
     CONVERSATION,
@@ -16,7 +17,7 @@ from glmtune.data.dataset import (
 from glmtune.data.encoded_rows import RowCounts
 from glmtune.data.fields import FieldUse
 from glmtune.data.lengths import LengthStats
-from glmtune.data.records import BadRow, list_bad_rows, name_rows
+from glmtune.data.records import TEXT, BadRow, list_bad_rows, name_rows
 from glmtune.data.row_files import RowFile
 from glmtune.data.row_sets import RowSet, describe, joined, name_of
 
@@ -32,18 +33,20 @@ class TokenizeSummary:
     fields: FieldUse
     advice: str | None
     """Advice on a max_seq_length that leaves more rows whole; None where this one left all."""
-    of_turns: tuple[str, ...] = ()
-    """Lines on conversations."""
+    of_texts: tuple[str, ...] = ()
+    """Lines on what the rows say."""
     of_sets: tuple[str, ...] = ()
     """Lines on the files, where there are several."""
 
     def __str__(self) -> str:
         card, limit = self.card, self.card.flags["max_seq_length"]
         assert card.num_read is not None
+        num_kept = card.num_kept - sum(card.rows_several.values()) + len(card.rows_several)
+        written = f" as {card.num_kept:,}" if card.num_kept > num_kept else ""
         lines = [
             f"{self.jsonl_path} -> {self.save_path}",
-            f"  rows        {card.num_read:,} read, {card.num_kept:,} kept, "
-            f"{card.num_read - card.num_kept:,} dropped",
+            f"  rows        {card.num_read:,} read, {num_kept:,} kept{written}, "
+            f"{card.num_read - num_kept:,} dropped",
             *(f"  {line}" for line in self.of_sets),
         ]
         for what, rows in [
@@ -53,14 +56,16 @@ class TokenizeSummary:
             (f"kept, context cut to {limit} tokens", card.rows_cut.get("context")),
             (f"kept, target cut to {limit} tokens", card.rows_cut.get("target")),
             (f"kept, last turns cut to be within {limit} tokens", card.rows_cut.get("turns")),
+            (f"kept, text cut to {limit} tokens", card.rows_cut.get("text")),
+            (f"split into rows of at most {limit} tokens", card.rows_cut.get("split")),
         ]:
             if rows:
                 lines.append(f"    {len(rows):,} {what}: {name_rows(rows, limit=12)}")
         if self.bad_rows:
             lines.append(f"    {len(self.bad_rows):,} bad, skipped:")
             lines += [f"      {line}" for line in list_bad_rows(self.bad_rows)]
-        lines += [f"    {line}" for line in (*self.of_turns, *self.fields.lines())]
-        what = "supervised" if "turns" in card.rows_cut else "targets"
+        lines += [f"    {line}" for line in (*self.of_texts, *self.fields.lines())]
+        what = "targets" if "target" in card.rows_cut else "supervised"
         if card.template == CONVERSATION:
             lines.append(
                 f"  layout      {card.vocab_revision}'s own conversations; words that convert puts "
@@ -78,7 +83,7 @@ class TokenizeSummary:
 
 
 def summarise(
-    settings: TokenizeSettings, sets: Sequence[RowSet], card: DataCard
+    settings: TokenizeSettings, tokenizer: RowTokenizer, sets: Sequence[RowSet], card: DataCard
 ) -> TokenizeSummary:
     """The summary of files whose rows have all been encoded."""
     file, counts = joined(sets)
@@ -89,7 +94,7 @@ def summarise(
         _all_bad(file, counts),
         file.fields,
         counts.advice(settings.max_seq_length),
-        _describe(counts) if file.has_turns else (),
+        describe_texts(counts, tokenizer, file.is_text),
         tuple(describe(sets)),
     )
 
@@ -103,10 +108,12 @@ def make_card(
     """The card of files whose rows have all been encoded."""
     file, counts = joined(sets)
     is_whole = file is sets[0].file
-    template = CONVERSATION if file.has_turns else getattr(tokenizer, "template", None)
-    flags = {"max_seq_length", "skip_overlength", "keep_empty", "on_bad_row"}
-    if file.has_turns:
-        flags |= {"learn", "too_long"}
+    has_turns, is_text = file.has_turns, file.is_text
+    template = CONVERSATION if has_turns else getattr(tokenizer, "template", None)
+    template = TEXT if is_text else template
+    flags = {"max_seq_length", "skip_overlength", "keep_empty", "on_bad_row", "allow_special"}
+    flags |= {"learn", "thoughts"} if has_turns else set()
+    flags |= {"too_long"} if has_turns or is_text else set()
     return DataCard(
         glmtune_version=__version__,
         base_model=base_name,
@@ -128,31 +135,47 @@ def make_card(
             "overlength": counts.overlength,
             **({"unsupervised": counts.unsupervised} if file.has_turns else {}),
         },
-        rows_cut=(
-            {"turns": counts.cut_turns}
-            if file.has_turns
-            else {"context": counts.cut_contexts, "target": counts.cut_targets}
-        ),
+        rows_cut=_rows_cut(counts, file),
+        rows_several={str(row): count for row, count in counts.several.items()},
         num_targets_lost=counts.num_targets_lost,
         row_is_line=file.row_is_line,
         sets=tuple(one.card() for one in sets),
+        spelled_specials=dict(counts.spelled.names.most_common()),
+        num_spelling=counts.spelled.num_rows,
     )
+
+
+def _rows_cut(counts: RowCounts, file: RowFile) -> dict[str, list[int]]:
+    """The rows of the source that were cut or split, by what was."""
+    if not (file.has_turns or file.is_text):
+        return {"context": counts.cut_contexts, "target": counts.cut_targets}
+    cut = {"turns": counts.cut_turns} if file.has_turns else {}
+    cut |= {"text": counts.cut_texts} if file.is_text else {}
+    return cut | ({"split": counts.split} if counts.split else {})
 
 
 def _all_bad(file: RowFile, counts: RowCounts) -> list[BadRow]:
     return sorted([*file.bad_rows, *counts.refused], key=lambda bad: bad.row)
 
 
-def _describe(counts: RowCounts) -> tuple[str, ...]:
-    """What to report of conversations beside their rows."""
+def describe_texts(counts: RowCounts, tokenizer: RowTokenizer, is_text: bool) -> tuple[str, ...]:
+    """What to report of what rows say, and of how the base takes it."""
     lines = []
-    if counts.num_in_prompts:
+    if is_text:
+        rule = tokenizer.row_rule
+        begin = " ".join(special.text for special in rule.before_text) or "nothing"
+        end = " ".join(special.text for special in rule.after_text or rule.end)
+        lines.append(f"texts alone, each behind {begin} and, where it is whole, before {end}")
+    if counts.spelled.num_rows:
+        meant = tokenizer.special_names if tokenizer.allow_special else {}
+        lines.append(counts.spelled.describe(meant))
+    if counts.num_apart:
         lines.append(
-            f"earlier answers that are not supervised: {counts.num_in_prompts:,}; the base reads "
-            "them as part of the prompt, so it learns the last answer of a row only"
+            f"{counts.num_apart:,} answers are rows of their own, since the base reads earlier "
+            f"ones as part of the prompt; that takes {counts.num_repeated:,} tokens more than "
+            "learning the last ones alone (--learn last)"
         )
-    if counts.num_thoughts:
-        lines.append(f"{counts.num_thoughts:,} answers had a thought before them, left out")
+    lines += thoughts.describe(counts.thoughts)
     if counts.num_dropped:
         lines.append(f"{counts.num_dropped:,} supervised tokens stood in the rows that are dropped")
     return tuple(lines)

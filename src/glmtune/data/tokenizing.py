@@ -16,24 +16,26 @@ from glmtune.config.settings import RowSettings, TokenizeSettings
 from glmtune.data.conversation_rows import (
     MAX_LENGTH,
     check_lengths,
-    check_supervised,
     encode_conversations,
 )
 from glmtune.data.dataset import HISTOGRAM_FILE, RowTokenizer, check_replaceable
 from glmtune.data.encoded_rows import SHARE_TO_KEEP, EncodedRows, RowCounts
 from glmtune.data.files import resumable_folder
 from glmtune.data.lengths import plot_lengths
-from glmtune.data.records import Conversation, Row
+from glmtune.data.records import Conversation, Row, TextRow
 from glmtune.data.row_files import RowFile, look_through
 from glmtune.data.row_sets import RowSet, joined, look_through_sets, name_of, settings_of
+from glmtune.data.spelled import Spelled
 from glmtune.data.templates import has_rounds
+from glmtune.data.text_rows import check_settings_of_texts, check_texts, encode_texts
 from glmtune.data.token_files import TokenFiles, has_whole_file, stays
+from glmtune.data.token_rows import why_refused
 from glmtune.data.token_summary import TokenizeSummary, make_card, summarise
 from glmtune.errors import UserError, note, visible
 
 Rows = TypeVar("Rows", bound=RowSettings)
 
-AnyRow = TypeVar("AnyRow", Row, Conversation)
+AnyRow = Row | Conversation | TextRow
 
 ROWS_PER_BATCH, CONVERSATIONS_PER_BATCH = 4096, 1024
 CHARACTERS_PER_BATCH = 1 << 22
@@ -78,6 +80,8 @@ def _tokenize(
 ) -> TokenizeSummary:
     sets = look_through_sets(settings)
     settings = _in_effect(settings, sets[0].file)
+    for one in sets[1:]:
+        _in_effect(settings, one.file)
     made_from = _made_from(settings, tokenizer, sets)
     with resumable_folder(settings.save_path, stays) as folder:
         files = _begin(folder, settings, made_from, len(sets))
@@ -98,8 +102,11 @@ def _tokenize(
         file, counts = joined(sets)
         if not counts.lengths:
             raise _no_row_left(name_of(sets), settings, file.has_turns, counts)
-        if file.has_turns:
-            check_supervised(counts, name_of(sets))
+        if file.is_text:
+            check_texts(counts, name_of(sets))
+        reason = why_refused(counts.num_ends, counts.num_targets, counts.num_tokens)
+        if reason:
+            raise UserError(f"{name_of(sets)}: {reason}")
         card = make_card(settings, tokenizer, base_name, sets)
         files.close()
         card.write(folder)
@@ -109,7 +116,7 @@ def _tokenize(
             dropped=counts.lengths_out,
             max_seq_length=settings.max_seq_length,
         )
-    return summarise(settings, sets, card)
+    return summarise(settings, tokenizer, sets, card)
 
 
 def _begin(
@@ -147,9 +154,9 @@ def _made_from(
 
 
 def encode_file(
-    settings: Rows, tokenizer: RowTokenizer, limit: int
-) -> tuple[list[Row | Conversation], EncodedRows]:
-    """Read the first rows of a file, and encode them.
+    settings: Rows, tokenizer: RowTokenizer, limit: int | None = None
+) -> tuple[RowFile, list[AnyRow], EncodedRows]:
+    """Read the rows of a file, or the first `limit`, and encode them.
 
     Raises:
         UserError: see `look_through` and `encode_conversations`; or a setting has no use for them.
@@ -157,11 +164,11 @@ def encode_file(
     file = _look_through(settings)
     settings = _in_effect(settings, file)
     rows = list(islice(file.rows(), limit))
-    encoded = EncodedRows(labels=array("i") if file.has_turns else None)
-    for batch in encode_batches(rows, tokenizer, settings, file.has_turns):
+    encoded = EncodedRows(labels=array("i") if file.has_turns or file.is_text else None)
+    for batch in encode_batches(rows, tokenizer, settings, file):
         encoded.extend(batch)
     check_lengths(file, encoded, settings)
-    return rows, encoded
+    return file, rows, encoded
 
 
 def _look_through(settings: RowSettings) -> RowFile:
@@ -172,7 +179,7 @@ def _look_through(settings: RowSettings) -> RowFile:
 
 def _encode(
     one: RowSet,
-    rows: Iterable[Row | Conversation],
+    rows: Iterable[AnyRow],
     tokenizer: RowTokenizer,
     settings: RowSettings,
     num_done: int = 0,
@@ -181,24 +188,24 @@ def _encode(
     with tqdm(
         total=one.num_taken, initial=num_done, desc="tokenize", unit="row", delay=1
     ) as progress:
-        for batch in encode_batches(rows, tokenizer, settings, one.file.has_turns):
+        for batch in encode_batches(rows, tokenizer, settings, one.file):
             yield batch
             progress.update(batch.num_rows)
 
 
 def encode_batches(
-    rows: Iterable[Row | Conversation],
-    tokenizer: RowTokenizer,
-    settings: RowSettings,
-    has_turns: bool,
+    rows: Iterable[AnyRow], tokenizer: RowTokenizer, settings: RowSettings, file: RowFile
 ) -> Iterator[EncodedRows]:
-    """Encode rows one batch after another, all of them conversations or none."""
-    if has_turns:
-        for talks in _batches(cast(Iterable[Conversation], rows), CONVERSATIONS_PER_BATCH):
-            yield encode_conversations(talks, tokenizer, settings)
+    """Encode rows of a file one batch after another, all of them of one kind."""
+    if file.is_text:
+        for texts in _batches(rows, CONVERSATIONS_PER_BATCH):
+            yield encode_texts(cast(list[TextRow], texts), tokenizer, settings)
+    elif file.has_turns:
+        for talks in _batches(rows, CONVERSATIONS_PER_BATCH):
+            yield encode_conversations(cast(list[Conversation], talks), tokenizer, settings)
     else:
-        for pairs in _batches(cast(Iterable[Row], rows), ROWS_PER_BATCH):
-            yield encode_rows(pairs, tokenizer, settings)
+        for pairs in _batches(rows, ROWS_PER_BATCH):
+            yield encode_rows(cast(list[Row], pairs), tokenizer, settings)
 
 
 def _batches(rows: Iterable[AnyRow], most_rows: int) -> Iterator[list[AnyRow]]:
@@ -215,14 +222,17 @@ def _batches(rows: Iterable[AnyRow], most_rows: int) -> Iterator[list[AnyRow]]:
 
 
 def _in_effect(settings: Rows, file: RowFile) -> Rows:
-    """The settings for the rows of a file: conversations have another max_seq_length by default.
+    """The settings for the rows of a file: those with labels have another default length.
 
     Raises:
         UserError: one has no effect on them.
     """
-    if not file.has_turns:
+    if file.is_text:
+        check_settings_of_texts(settings)
+    elif not file.has_turns:
         _check_settings_of_contexts(settings)
-    elif "max_seq_length" not in settings.model_fields_set:
+        return settings
+    if "max_seq_length" not in settings.model_fields_set:
         return settings.model_copy(update={"max_seq_length": MAX_LENGTH})
     return settings
 
@@ -241,10 +251,15 @@ def row_fates(encoded: EncodedRows) -> dict[int, str]:
 def _check_settings_of_contexts(settings: RowSettings) -> None:
     """Raise UserError where settings of conversations are given for rows of one answer each."""
     path = settings.jsonl_path
+    if settings.thoughts:
+        raise UserError(
+            f"{path}: thoughts is for conversations, and these rows are a context and a target "
+            "each, in which a thought is text; leave it out"
+        )
     if settings.too_long:
         raise UserError(
-            f"{path}: too_long is for conversations, and these rows are a context and a target "
-            "each; leave it out, or set skip_overlength"
+            f"{path}: too_long is for conversations and texts, and these rows are a context and a "
+            "target each; leave it out, or set skip_overlength"
         )
     if settings.learn == "marked":
         raise UserError(
@@ -273,10 +288,13 @@ def _no_row_left(
 def fit_length(settings: TokenizeSettings, tokenizer: RowTokenizer) -> TokenizeSettings:
     """The settings with the least max_seq_length that leaves 95 % of the rows whole.
 
-    It is theirs at most. The rows are encoded for it. Raises UserError for what look_through
-    refuses.
+    It is theirs at most; texts, which are split, take the default. The rows are encoded for it.
+    Raises UserError for what look_through refuses.
     """
     (one,) = look_through_sets(settings)
+    if one.file.is_text:
+        length = min(MAX_LENGTH, settings.max_seq_length)
+        return settings.model_copy(update={"max_seq_length": length})
     uncut = settings.model_copy(update={"max_seq_length": sys.maxsize})
     counts = RowCounts()
     for batch in _encode(one, one.rows(), tokenizer, uncut):
@@ -297,7 +315,8 @@ def encode_rows(rows: Sequence[Row], tokenizer: RowTokenizer, settings: RowSetti
     middle of an answer.
     """
     limit, rule = settings.max_seq_length, tokenizer.row_rule
-    out = EncodedRows(num_rows=len(rows))
+    tokenizer.allow_special = settings.allow_special
+    out = EncodedRows(num_rows=len(rows), spelled=Spelled(tokenizer.special_names))
     num_threads = settings.num_threads
     contexts = tokenizer.encode_contexts([row.context for row in rows], num_threads=num_threads)
     targets = tokenizer.encode_batch([row.target for row in rows], num_threads=num_threads)
@@ -323,6 +342,7 @@ def encode_rows(rows: Sequence[Row], tokenizer: RowTokenizer, settings: RowSetti
             out.seq_len.append(len(prompt))
             out.num_targets += len(input_ids) - len(prompt)
             out.num_ends += not num_lost
+            out.spelled.count((row.context, row.target))
             if length > limit:
                 out.cut_contexts.append(row.row)
             if num_lost:

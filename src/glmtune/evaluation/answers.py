@@ -15,10 +15,11 @@ import torch
 
 from glmtune.adapters.find import find_adapter, find_weights
 from glmtune.config.settings import ChatSettings, CheckSettings, CompareSettings, InferSettings
-from glmtune.data.fields import FieldUse
+from glmtune.data import questions
 from glmtune.data.files import new_file, read_text
-from glmtune.data.records import BadRow, Record, list_bad_rows, read_alpaca
-from glmtune.data.templates import context_of
+from glmtune.data.flaws import Flaw
+from glmtune.data.questions import Question, question_in
+from glmtune.data.records import BadRow, list_bad_rows
 from glmtune.errors import UserError, note, visible
 from glmtune.generation import Prompt, find_too_long
 from glmtune.generation.prompts import prompt_ids
@@ -29,45 +30,47 @@ from glmtune.models.resolve import base_name, resolve_base
 from glmtune.run_files import CHECKPOINT_PREFIX
 
 
-def read_questions(settings: InferSettings | CompareSettings) -> list[Record]:
-    """The records to answer; skipped bad records and unused fields are reported on stderr.
+def read_questions(settings: InferSettings | CompareSettings) -> list[Question]:
+    """The rows to answer; skipped bad rows and unused fields are reported on stderr.
 
     Raises:
-        UserError: see `read_alpaca`.
+        UserError: see `data.questions.read_questions`.
     """
-    records, bad_rows = read_alpaca(
-        settings.data_path, settings.on_bad_row, settings.encoding, needs_output=False
+    found, bad_rows, use = questions.read_questions(
+        settings.data_path, settings.format, settings.on_bad_row, settings.encoding
     )
     for line in list_bad_rows(bad_rows):
         print(visible(f"skipped {line}"), file=sys.stderr)
-    note(*(f"{settings.data_path}: {line}" for line in FieldUse.of(records).lines()))
-    return records
+    note(*(f"{settings.data_path}: {line}" for line in use.lines()))
+    return found
 
 
 def fit_positions(
-    records: Sequence[Record], settings: InferSettings | CompareSettings, base: str
-) -> list[Record]:
-    """The records whose prompts leave room for an answer; for the others see `on_bad_row`.
+    records: Sequence[Question], settings: InferSettings | CompareSettings, base: str
+) -> list[Question]:
+    """The rows that the family can ask, and whose prompts leave room for an answer.
 
-    Only tokenizer and config.json are needed, so this runs before any weights are loaded.
+    For the others see `on_bad_row`. Only tokenizer and config.json are needed, so this runs before
+    any weights are loaded.
 
     Raises:
-        UserError: a record is too long and may not be skipped, or all are too long.
+        UserError: a row cannot be asked or is too long and may not be skipped, or all are.
     """
     tokenizer, limit = load_tokenizer(base), load_config(base).max_position_embeddings
-    texts = [prompt_of(record).text for record in records]
-    lengths = map(len, prompt_ids(tokenizer, texts))
-    found = find_too_long(list(lengths), settings.max_new_tokens, limit)
+    tokenizer.allow_special = settings.allow_special
+    prompts = prompt_ids(tokenizer, [record.asked for record in records])
+    lengths = [0 if isinstance(ids, Flaw) else len(ids) for ids in prompts]
+    found = {place: str(flaw) for place, flaw in enumerate(prompts) if isinstance(flaw, Flaw)}
+    found = dict(sorted((found | find_too_long(lengths, settings.max_new_tokens, limit)).items()))
     if found and settings.on_bad_row == "fail":
         (first, reason), *others = found.items()
-        more = f" ({len(others)} more are too long as well)" if others else ""
+        more = f" ({len(others)} more cannot be asked either)" if others else ""
         raise UserError(
-            f"{records[first].where}: {reason}, or leave such records out with --on_bad_row "
-            f"skip{more}"
+            f"{records[first].where}: {reason}; --on_bad_row skip leaves such rows out{more}"
         )
     if len(found) == len(records):
         raise UserError(
-            f"{settings.data_path}: no record is short enough: {records[0].where}: {found[0]}"
+            f"{settings.data_path}: no row can be asked: {records[0].where}: {found[0]}"
         )
     long = [records[place] for place in found]
     rows = [BadRow(r.path, r.row, r.line, why) for r, why in zip(long, found.values(), strict=True)]
@@ -76,17 +79,9 @@ def fit_positions(
     return [record for place, record in enumerate(records) if place not in found]
 
 
-def prompt_of(record: Record) -> Prompt:
-    """A record as the model will see it, with its own random stream."""
-    context = context_of(record.instruction, record.input, record.history)
-    return Prompt(context, record.where, record.row)
-
-
-def question_of(record: Record) -> dict[str, Any]:
-    """A record as a line of an answer file holds it."""
-    names = ("row", "instruction", "input", "output")
-    question = {name: getattr(record, name) for name in names}
-    return question | ({"history": list(map(list, record.history))} if record.history else {})
+def prompt_of(record: Question) -> Prompt:
+    """A row as the model will see it, with its own random stream."""
+    return Prompt(record.asked, record.where, record.row)
 
 
 @dataclass(frozen=True)
@@ -103,6 +98,8 @@ class ModelChoice:
     bits: int | None
     """See `--quantization_bit`."""
     quantize_head: bool
+    allow_special: bool = False
+    """Whether names of special tokens in prompts become these tokens."""
 
     @classmethod
     def of(
@@ -121,7 +118,10 @@ class ModelChoice:
         if caution:
             note(caution)
         rounds = settings.decoder_bits != 16
-        return cls(base, adapter, device, dtype, rounds, settings.bits, settings.quantize_head)
+        return cls(
+            base, adapter, device, dtype, rounds, settings.bits, settings.quantize_head,
+            settings.allow_special,
+        )  # fmt: skip
 
     @property
     def is_batch_sensitive(self) -> bool:
@@ -151,6 +151,8 @@ class ModelChoice:
             identity["quantization_bit"] = self.bits
         if self.quantize_head:
             identity["quantize_head"] = True
+        if self.allow_special:
+            identity["allow_special"] = True
         if self.adapter is not None:
             identity["adapter"] = str(self.adapter_name)
             identity["adapter_sha256"] = _digest(self.adapter)
@@ -168,6 +170,7 @@ class ModelChoice:
         with_adapter = f" with the adapter {self.adapter_name}" if self.adapter else ""
         print(f"loading {base_name(self.base)}{with_adapter}", file=sys.stderr)
         tokenizer = load_tokenizer(self.base)
+        tokenizer.allow_special = self.allow_special
         in_cpu_memory = self.rounds and not computes
         model = load_base_model(
             self.base,
@@ -206,7 +209,7 @@ class AnswerFile:
     def __init__(
         self,
         path: Path,
-        records: Sequence[Record],
+        records: Sequence[Question],
         settings: dict[str, Any],
         *,
         overwrite: bool,
@@ -274,14 +277,11 @@ class AnswerFile:
                 f"pass {self.fix}"
             )
         record = self.records[number - 1]
-        question = question_of(record)
-        names = (*question, "history")
-        asked = {n: line[n] for n in names if n in line} if isinstance(line, dict) else None
-        if asked != question:
+        if not isinstance(line, dict) or question_in(line) != record.as_line:
             raise UserError(f"{where}: is no answer to the record {record.where}; pass {self.fix}")
         return line
 
-    def to_answer(self, limit: int | None, batch_size: int | None) -> Sequence[Record]:
+    def to_answer(self, limit: int | None, batch_size: int | None) -> Sequence[Question]:
         """The records without an answer, among the first `limit`.
 
         Args:
@@ -311,14 +311,14 @@ class AnswerFile:
             print(f"{self.path}: resuming after {len(self.lines)} answers", file=sys.stderr)
         return self
 
-    def append(self, record: Record, answer: dict[str, Any]) -> None:
+    def append(self, record: Question, answer: dict[str, Any]) -> None:
         """Write one more line and flush it to the system at once.
 
         Raises:
             UserError: no space is left, or the file was removed.
         """
         assert self._file is not None, "use the file as a context"
-        line = question_of(record) | answer
+        line = record.as_line | answer
         try:
             self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
             self._file.flush()

@@ -37,7 +37,6 @@ from glmtune.generation import (
     Prompt,
     TooLongError,
     encode_prompts,
-    find_stop_ids,
 )
 from glmtune.generation.streaming import TextStream, before_stop, check_stop_strings
 from glmtune.models.families import family_of
@@ -186,7 +185,7 @@ class Chat:
         settings = GenerationSettings.of(self.settings)
         encoded = [self._encode(side, question, settings.max_new_tokens)]
         stream = TextStream(self.tokenizer, settings.stop_strings or ())
-        stop_ids = find_stop_ids(self.model)
+        stop_ids = self.decoders[side].stop_ids
         said, shown, whole = "", "", True
         try:
             for (ids,) in self.decoders[side].stream(encoded, settings):

@@ -155,7 +155,9 @@ def check(settings: CheckSettings) -> Checkup:
         model, tokenizer = subject.load(computes=True)
         rows = find_rows(subject.adapter, tokenizer)
         if settings.data_path:
-            asked = record_probes(settings.data_path, tokenizer, settings.limit)
+            asked = record_probes(
+                settings.data_path, tokenizer, settings.limit, settings.format, settings.encoding
+            )
         else:
             of_run = held_out_probes(*rows, settings.limit) if rows else None
             asked = of_run or own_probes(tokenizer, settings.limit)

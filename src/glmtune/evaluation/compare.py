@@ -1,4 +1,4 @@
-"""Answer the same records with base and tuned weights, from one loaded model."""
+"""Answer the same rows, of any format, with base and tuned weights, from one loaded model."""
 
 import sys
 from datetime import datetime

@@ -1,4 +1,4 @@
-"""Answer alpaca records with the tuned weights, or with the base's."""
+"""Answer rows of any format with the tuned weights, or with the base's."""
 
 import sys
 import time
@@ -8,7 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from glmtune.config.settings import InferSettings
-from glmtune.data.records import Record
+from glmtune.data.questions import Question, shown_question
 from glmtune.errors import visible
 from glmtune.evaluation.answers import (
     AnswerFile,
@@ -50,8 +50,9 @@ class InferSummary:
 def infer(settings: InferSettings) -> InferSummary:
     """Answer records, print some beside their original outputs, and write all as JSON lines.
 
-    A line has `row`, `instruction`, `input`, `output`, `answer`, `num_tokens` and `stopped`. Lines
-    are written as batches finish, and a partial file is resumed.
+    A line has `row`, the question, `output`, `answer`, `num_tokens` and `stopped`. The question is
+    `instruction`, `input` and, if the record has them, `system` and `history`; or `messages` and
+    `tools`; or `text`. Lines are written as batches finish, and a partial file is resumed.
 
     Raises:
         UserError: records, model, adapter or file of answers cannot be used; see `answers`.
@@ -108,13 +109,14 @@ def infer(settings: InferSettings) -> InferSummary:
     return summary
 
 
-def labelled(record: Record, answer: str, number: int) -> str:
+def labelled(record: Question, answer: str, number: int) -> str:
     """A record with the model's answer and the expected one, each under its label."""
+    instruction, input = shown_question(record.fields)
     texts = {
-        "Instruction": record.instruction,
-        "Input": record.input,
+        "Instruction": instruction,
+        "Input": input,
         "Model": answer,
-        "Expected": record.output,
+        "Expected": record.expected,
     }
     width = max(map(len, texts)) + 2
     lines = [
@@ -125,9 +127,10 @@ def labelled(record: Record, answer: str, number: int) -> str:
     return "\n".join([f"record {number}", *lines, ""])
 
 
-def as_in_2023(record: Record, answer: str, number: int) -> str:
+def as_in_2023(record: Question, answer: str, number: int) -> str:
     """A record and its answer in the layout of the 2023 script, the original output below."""
-    return f"{prompt_of(record).text}{answer}\n### {number}.Answer:\n {record.output}\n\n"
+    asked = record.asked if isinstance(record.asked, str) else shown_question(record.fields)[0]
+    return f"{asked}{answer}\n### {number}.Answer:\n {record.expected}\n\n"
 
 
 def _counts(answer: Answer) -> dict[str, int | bool]:

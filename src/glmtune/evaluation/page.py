@@ -1,11 +1,11 @@
 """A comparison as one self-contained HTML page: no network, no other file.
 
-Its style and its script are page.css and page.js beside this module, and are embedded in it.
+Styles and scripts are files beside this module, and are embedded in it.
 """
 
 import re
 from base64 import b64encode
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import SequenceMatcher
 from hashlib import sha256
 from html import escape as escape_html
@@ -54,6 +54,71 @@ class Panel(NamedTuple):
     body: str
 
 
+def document(
+    *,
+    title: str,
+    command: str,
+    heading: Text,
+    verdict: Text,
+    is_alarm: bool,
+    summary: str,
+    body: str,
+    files: Sequence[str],
+    style: str = "",
+) -> str:
+    """A whole page around a body. Its content policy allows only its own script.
+
+    Args:
+        title: of the browser's tab.
+        command: the command that made the page.
+        heading: of the page.
+        verdict: the result in one line.
+        is_alarm: whether that is bad.
+        summary: HTML under it.
+        body: HTML below the header.
+        files: names of CSS and scripts beside this module, which are embedded.
+        style: more CSS.
+    """
+    folder = resources.files(__package__)
+    css, script = (
+        "".join(folder.joinpath(name).read_text("utf-8") for name in files if name.endswith(kind))
+        for kind in (".css", ".js")
+    )
+    script_hash = b64encode(sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{script_hash}'"
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<title>{escape(title)}</title>
+<style>{css}{style}</style>
+</head>
+<body>
+<header>
+<div class="top"><span class="brand">{escape(command)}</span>
+<button id="language" type="button">中文 / English</button></div>
+<h1>{both(heading)}</h1>
+<p class="verdict{" alarm" * is_alarm}">{both(verdict)}</p>
+{summary}
+</header>
+{body}
+<script>{script}</script>
+</body>
+</html>
+"""
+
+
+def facts_list(facts: Mapping[Text, str | Text]) -> str:
+    """Labels and values as a list; a value may be in both languages."""
+    listed = "".join(
+        f"<dt>{both(name)}</dt><dd>{both(value) if isinstance(value, Text) else escape(value)}</dd>"
+        for name, value in facts.items()
+    )
+    return f'<dl class="facts">{listed}</dl>'
+
+
 def html(
     comparison: Comparison,
     *,
@@ -63,7 +128,7 @@ def html(
     panels: Sequence[Panel] = (),
     style: str = "",
 ) -> str:
-    """Build the page. All texts are escaped, and its content policy allows only its own script.
+    """Build the page of a comparison; all texts are escaped.
 
     Args:
         comparison: the answers.
@@ -73,39 +138,20 @@ def html(
         panels: shown under the heading.
         style: CSS for the panels.
     """
-    files = resources.files(__package__)
-    css, script = (files.joinpath(f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
-    script_hash = b64encode(sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{script_hash}'"
-    alarm = "" if comparison.num_different else " alarm"
-    facts = "".join(
-        f"<dt>{both(label)}</dt><dd>{escape(value)}</dd>"
-        for label, value in comparison.facts.items()
-    )
     shown = "".join(
         f'<section class="panel"><h2>{both(panel.title)}</h2>{panel.body}</section>'
         for panel in panels
     )
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>{escape(comparison.base)} · {escape(comparison.adapter)} · {escape(command)}</title>
-<style>{css}{style}</style>
-</head>
-<body>
-<header>
-<div class="top"><span class="brand">{escape(command)}</span>
-<button id="language" type="button">中文 / English</button></div>
-<h1>{both(title)}</h1>
-<p class="verdict{alarm}">{both(verdict or comparison.verdict)}</p>
-{f'<div class="panels">{shown}</div>' if panels else ""}
+    return document(
+        title=f"{comparison.base} · {comparison.adapter} · {command}",
+        command=command,
+        heading=title,
+        verdict=verdict or comparison.verdict,
+        is_alarm=not comparison.num_different,
+        summary=f"""{f'<div class="panels">{shown}</div>' if panels else ""}
 <dl class="figures">{"".join(_figures(comparison))}</dl>
-<dl class="facts">{facts}</dl>
-</header>
-<div class="tools">
+{facts_list(comparison.facts)}""",
+        body=f'''<div class="tools">
 <input id="filter" type="search" placeholder="{FILTER}" aria-label="{FILTER}">
 <label><input id="differences" type="checkbox">{both(DIFFERENCES_ONLY)}</label>
 <output id="shown"></output>
@@ -113,11 +159,10 @@ def html(
 <main>
 {"".join(map(_pair, comparison.pairs))}
 <p id="nothing" class="nothing" hidden>{both(NOTHING_FOUND)}</p>
-</main>
-<script>{script}</script>
-</body>
-</html>
-"""
+</main>''',
+        files=("page.css", "language.js", "page.js"),
+        style=style,
+    )
 
 
 def escape(text: str) -> str:
@@ -136,7 +181,7 @@ def _figures(comparison: Comparison) -> Iterator[str]:
     total = f"<small> / {len(comparison.pairs)}</small>"
     share = f"{comparison.num_different / len(comparison.pairs):.1%}"
     bar = f"background: linear-gradient(to right, var(--accent) {share}, var(--line) {share})"
-    yield _figure(
+    yield figure(
         NUM_DIFFERENT,
         f'<div><b>{comparison.num_different}{total}</b></div><div class="bar" style="{bar}"></div>',
     )
@@ -147,11 +192,12 @@ def _figures(comparison: Comparison) -> Iterator[str]:
             for name, label, side in (("of-base", BASE, base_of), ("of-tuned", TUNED, tuned_of))
         )
 
-    yield _figure(STOPPED, sides(lambda side: f"{comparison.num_stopped(side)}{total}"))
-    yield _figure(MEAN_LENGTH, sides(lambda side: f"{comparison.mean_length(side):.1f}"))
+    yield figure(STOPPED, sides(lambda side: f"{comparison.num_stopped(side)}{total}"))
+    yield figure(MEAN_LENGTH, sides(lambda side: f"{comparison.mean_length(side):.1f}"))
 
 
-def _figure(label: Text, value: str) -> str:
+def figure(label: Text, value: str) -> str:
+    """A number with its label; `value` is HTML."""
     return f'<div class="figure"><dt>{both(label)}</dt><dd>{value}</dd></div>'
 
 

@@ -1,12 +1,16 @@
 """The questions that a check asks: held-out rows, the user's records, or a few of our own."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from glmtune.data.conversations import PlainText
 from glmtune.data.dataset import CONVERSATION
-from glmtune.data.records import read_alpaca
-from glmtune.data.templates import alpaca, context_of
+from glmtune.data.flaws import Flaw
+from glmtune.data.questions import Question, read_questions
+from glmtune.data.templates import alpaca
+from glmtune.data.thoughts import arrange
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError
 
@@ -53,7 +57,7 @@ class Probes(NamedTuple):
     """Whether they are from the task that the adapter was, or should have been, trained for."""
 
 
-def from_texts(tokenizer: Any, pairs: list[tuple[str, str]]) -> list[Probe]:
+def from_texts(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Probe]:
     """Encode contexts and their answers, uncut."""
     contexts = tokenizer.encode_contexts([context for context, _ in pairs])
     answers = tokenizer.encode_batch([answer for _, answer in pairs])
@@ -93,15 +97,39 @@ def held_out_probes(rows: TokenRows, held_out: np.ndarray, limit: int) -> Probes
     return Probes(probes, "rows that the run held out", of_task=True) if probes else None
 
 
-def record_probes(data_path: str, tokenizer: Any, limit: int) -> Probes:
-    """Records of a file that have an output.
+def record_probes(
+    data_path: str,
+    tokenizer: Any,
+    limit: int,
+    format: str | None = None,
+    encoding: str | None = None,
+) -> Probes:
+    """Rows of a file that have an answer, and texts, as training has them.
 
     Raises:
-        UserError: the records cannot be read, or none of them has an output.
+        UserError: the rows cannot be read, the family cannot write one, or none has an answer.
     """
-    records, _ = read_alpaca(data_path)
-    answered = [record for record in records if record.output.strip()]
-    pairs = [(context_of(r.instruction, r.input, r.history), r.output) for r in answered]
-    if not pairs:
+    questions, _, _ = read_questions(data_path, format, encoding=encoding)
+    answered = [q for q in questions if q.expected.strip() or isinstance(q.asked, PlainText)]
+    if not answered:
         raise UserError(f"{data_path}: no record has an output to compare with")
-    return Probes(from_texts(tokenizer, pairs[:limit]), f"records of {data_path}", of_task=True)
+    probes = [_probe(question, tokenizer) for question in answered[:limit]]
+    return Probes(probes, f"records of {data_path}", of_task=True)
+
+
+def _probe(question: Question, tokenizer: Any) -> Probe:
+    """A question and its answer, encoded as rows are."""
+    asked, rule = question.asked, tokenizer.row_rule
+    if isinstance(asked, str):
+        return from_texts(tokenizer, [(asked, question.expected)])[0]
+    if isinstance(asked, PlainText):
+        ids = [*rule.text_prefix, *tokenizer.encode_batch([asked.text])[0], *rule.text_end]
+        length = rule.text_start
+        return Probe(ids[:length], ids[length:])
+    assert question.answer is not None, "it has an expected answer"
+    whole = asked._replace(turns=(*asked.turns, question.answer))
+    arranged, _ = arrange(whole, None, tokenizer.opens_thoughts)
+    (row,) = tokenizer.encode_examples([arranged])
+    if isinstance(row, Flaw):
+        raise UserError(f"{question.where}: {row}")
+    return Probe(row.input_ids[: row.prompt_length], row.input_ids[row.prompt_length :])

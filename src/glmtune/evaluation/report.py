@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from glmtune.data.templates import rounds
+from glmtune.data.questions import shown_question
 from glmtune.errors import visible
 from glmtune.generation import Answer
 
@@ -58,12 +58,12 @@ class Pair:
 
     @classmethod
     def from_line(cls, line: dict[str, Any]) -> "Pair":
-        """Read a line of `compare.jsonl`; earlier rounds are put before its instruction."""
-        earlier, instruction = line.get("history"), line["instruction"]
+        """Read a line of `compare.jsonl`; what was said before stands before its instruction."""
+        instruction, input = shown_question(line)
         return cls(
             number=line["row"],
-            instruction=rounds(earlier, instruction) if earlier else instruction,
-            input=line["input"],
+            instruction=instruction,
+            input=input,
             expected=line["output"],
             base=Answer(**line["base"]),
             tuned=Answer(**line["tuned"]),

@@ -7,8 +7,9 @@ import torch
 from transformers import PreTrainedModel
 
 from glmtune.config.groups import GenerationSettings
+from glmtune.data.flaws import Flaw
 from glmtune.errors import UserError
-from glmtune.generation.decoder import Decoder, find_stop_ids
+from glmtune.generation.decoder import Decoder
 from glmtune.generation.prompts import Answer, EncodedPrompt, Prompt, prompt_ids
 from glmtune.generation.reference import generate_ids
 from glmtune.generation.streaming import before_stop, check_stop_strings, cut_at_stop
@@ -83,8 +84,14 @@ def encode_prompts(
 
     Raises:
         TooLongError: a prompt that leaves the model no positions for `max_new_tokens` more.
+        UserError: a conversation that the family cannot write.
     """
-    encoded = prompt_ids(tokenizer, [prompt.text for prompt in prompts])
+    encoded = []
+    asked = [prompt.asked for prompt in prompts]
+    for prompt, ids in zip(prompts, prompt_ids(tokenizer, asked), strict=True):
+        if isinstance(ids, Flaw):
+            raise UserError(f"{prompt.where}: {ids}")
+        encoded.append(ids)
     limit = model.config.max_position_embeddings
     if too_long := find_too_long([len(ids) for ids in encoded], max_new_tokens, limit):
         (first, reason), *others = too_long.items()
@@ -126,18 +133,17 @@ def answer_batch(
         tokenizer: see `generate_answers`.
         prompts: one batch.
         settings: how to generate.
-        decoder: decoder of this model, for all but beam searches; the caller keeps it across
-            batches.
+        decoder: decoder of this model, which knows its stop ids; the caller keeps it across
+            batches. Beam searches use nothing else of it.
 
     Raises:
         UserError: the batch does not fit into memory, or the model's logits are not finite.
     """
-    stop_ids = find_stop_ids(model)
+    decoder = decoder or Decoder.of(model, settings)
     try:
         if settings.num_beams > 1:
-            rows = generate_ids(model, prompts, settings, stop_ids)
+            rows = generate_ids(model, prompts, settings, decoder.stop_ids)
         else:
-            decoder = decoder or Decoder.of(model, settings)
             rows = _decode(decoder, tokenizer, prompts, settings)
     except torch.OutOfMemoryError as error:
         longest = max(len(prompt.ids) for prompt in prompts)
@@ -145,7 +151,7 @@ def answer_batch(
             f"per_device_eval_batch_size {len(prompts)}: no memory for a batch of that many "
             f"prompts of up to {longest} tokens and {settings.max_new_tokens} new ones; lower it"
         ) from error
-    return [_read_answer(row, stop_ids, settings, tokenizer) for row in rows]
+    return [_read_answer(row, decoder.stop_ids, settings, tokenizer) for row in rows]
 
 
 def _decode(

@@ -94,6 +94,11 @@ def published_names() -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for family in FAMILIES for name in family.published))
 
 
+def special_names() -> tuple[str, ...]:
+    """Names of special tokens of any family."""
+    return tuple(dict.fromkeys(name for family in FAMILIES for name in family.special_names))
+
+
 def check_targets(wanted: tuple[str, ...] | None) -> None:
     """Make sure, before it is known which model is meant, that some family has all these linears.
 

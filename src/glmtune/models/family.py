@@ -142,6 +142,8 @@ class Family(NamedTuple):
     """``(config, tokenizer)``: raises UserError where the two name other ids."""
     lora_target: tuple[str, ...]
     """The linears that get an adapter where a run does not say which."""
+    lora_rank: int
+    """The rank of their updates where a run does not say which."""
     chat: ChatFormat
     probe_row: Callable[[Any], list[int]]
     """Ids of a short row from all over the vocabulary, of the configuration."""
@@ -160,6 +162,8 @@ class Family(NamedTuple):
     """In what a folder's own chat template and settings differ from how rows are laid out."""
     known_sha256: Callable[[str, str], set[str]] = lambda hub_id, name: set()
     """Hub id and file name to what the sha256 of a published file may be; empty if not known."""
+    special_names: tuple[str, ...] = ()
+    """Names of its special tokens that somebody may have typed into a text."""
     new_model: Callable[[Any], Any] | None = None
     """What `glmtune new-model` does with its settings."""
 

@@ -9,20 +9,16 @@ to U+FDEF, no characters); in a message they become U+FFFD, the sign for what ca
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from glmtune.data.spelled import pattern_of
 from glmtune.errors import UserError
 
 MARK, GUARD = "\ufdd0", "\ufdd1"
 
 _OPENING = re.compile(r"[\[<]")
 _INTERNAL = re.compile(f"[{MARK}{GUARD}]")
-
-
-def pattern_of(names: Iterable[str]) -> re.Pattern:
-    """What finds any of some names, the longest that fits."""
-    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
 
 
 def beginning_of(names: Iterable[str]) -> re.Pattern:
@@ -76,6 +72,34 @@ def guard_chat(
         **guard(variables, beginning),
     }
     return guard(conversation, beginning), given
+
+
+def encode_around(
+    texts: Iterable[str],
+    names: Mapping[str, Sequence[int]],
+    encode: Callable[[list[str]], list[list[int]]],
+) -> list[list[int]]:
+    """The ids of texts in which special names become ids, as `allow_special` wishes.
+
+    Args:
+        texts: any number of texts.
+        names: the ids that each name becomes; one without ids stays text.
+        encode: texts to ids, in which names are ordinary text.
+    """
+    meant = {name: ids for name, ids in names.items() if ids}
+    pattern = re.compile(f"({pattern_of(meant).pattern})")
+    split = [pattern.split(text) for text in texts]
+    encoded = iter(encode([part for parts in split for part in parts[::2] if part]))
+    rows = []
+    for parts in split:
+        row: list[int] = []
+        for place, part in enumerate(parts):
+            if place % 2:
+                row += meant[part]
+            elif part:
+                row += next(encoded)
+        rows.append(row)
+    return rows
 
 
 def check_mask_can_be(

@@ -56,7 +56,7 @@ def print_banner(run: Run, state: TrainingState) -> None:
         special += ", embedding and head in 8"
     done = f", {state.global_step:,} of them done" if state.global_step else ""
     print_pairs(
-        f"LoRA of rank {settings.lora_rank} on {', '.join(run.forecast.setup.targets)} of "
+        f"LoRA of rank {run.forecast.setup.rank} on {', '.join(run.forecast.setup.targets)} of "
         f"{run.base_name}",
         {
             "rows": f"{num_train:,} to train on, {num_eval:,} held out, "

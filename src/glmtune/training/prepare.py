@@ -99,6 +99,7 @@ def prepare(settings: TrainSettings, accelerator: Accelerator, dtype: torch.dtyp
         "resume_anyway": False,
         "overwrite_output_dir": False,
         "lora_target": run.forecast.setup.targets,
+        "lora_rank": run.forecast.setup.rank,
         **layout_as_run(run.forecast),
     }
     return Prepared(run, adapted, tokenizer, resume, settings.model_copy(update=as_run))
@@ -111,6 +112,9 @@ def _load_rows(
 
     Near-equal rows are grouped where rows are held out, unless the run that is resumed began
     without that.
+
+    Raises:
+        UserError: there are none, of another tokenizer, or they would teach hardly anything.
     """
     path = settings.dataset_path
     dataset, card = load_dataset(path, rule)
@@ -118,6 +122,7 @@ def _load_rows(
     for lost in filter(None, (card.describe_loss(), card.describe_dropped())):
         note(f"{path}: {lost}")
     rows = TokenRows.from_dataset(dataset, rule, card.num_kept_of_sets)
+    rows.check_taught(path)
     if settings.eval_ratio and not (resume and GROUPS not in read_identity(resume)):
         rows = rows.grouped(tokenizer.decode_batch)
     return rows, card

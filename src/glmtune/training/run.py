@@ -40,7 +40,7 @@ GROUPS = "near-equal rows"
 """The name, in a run's identity, of the groups that its split keeps together."""
 # Settings that change a run's numbers by themselves; `Run.identity` adds the derived ones.
 _NUMERIC_SETTINGS = (
-    "seed", "eval_ratio", "train_sampling_strategy", "lora_rank", "lora_alpha", "lora_dropout",
+    "seed", "eval_ratio", "train_sampling_strategy", "lora_alpha", "lora_dropout",
     "base_dtype", "quantization_bit", "quantize_head", "learning_rate",
     "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
     "max_grad_norm",
@@ -162,6 +162,7 @@ class Run:
             "steps of the schedule": self.max_steps if self.has_end else "any",
             "warmup_steps": self.warmup_steps,
             "lora_target": self.forecast.setup.targets,
+            "lora_rank": self.forecast.setup.rank,
             **{name: getattr(self.settings, name) for name in _NUMERIC_SETTINGS},
         }
 
@@ -214,7 +215,7 @@ def adapt(model: PreTrainedModel, settings: TrainSettings) -> PeftModel:
     """Attach the run's adapter to a base, and convert the base to the requested number format."""
     adapted = attach_lora(
         model,
-        rank=settings.lora_rank,
+        rank=settings.lora_rank or family_of(model.config).lora_rank,
         alpha=settings.lora_alpha,
         dropout=settings.lora_dropout,
         targets=settings.lora_target,

@@ -104,7 +104,7 @@ class Journal:
         settings, reads = old.get("settings", {}), old.get("reads", {})
         return [
             *(
-                f"{name} was {settings.get(name)}, is {value}"
+                f"{name} was {_show(settings.get(name))}, is {_show(value)}"
                 for name, value in key["settings"].items()
                 if settings.get(name) != value
             ),
@@ -153,3 +153,7 @@ class Journal:
     def _write(self) -> None:
         if self.is_claimed:
             write_json(self.entries, self.folder / JOURNAL_FILE)
+
+
+def _show(value: object) -> str:
+    return "not set" if value is None else str(value)

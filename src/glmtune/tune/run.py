@@ -1,4 +1,4 @@
-"""`glmtune tune`: from a file of alpaca records to an adapter and a verdict on it.
+"""`glmtune tune`: from a file of rows to an adapter and a verdict on it.
 
 Every stage is the verb of that name, and `tune.yaml` in the folder has a section for each, so that
 any of them can be repeated alone. A complete stage is not run again.
@@ -28,7 +28,8 @@ from glmtune.config.settings import (
 from glmtune.data.convert import convert
 from glmtune.data.dataset import CARD_FILE, DataCard, RowTokenizer, load_dataset
 from glmtune.data.files import new_file, sha256_of
-from glmtune.data.records import Record, read_alpaca
+from glmtune.data.questions import as_question, lacks_answer
+from glmtune.data.records import TEXT, AnyRow, TextRow, has_turns, read_typed
 from glmtune.data.sources import find_source
 from glmtune.data.token_rows import TokenRows
 from glmtune.data.tokenizing import fit_length, tokenize
@@ -204,16 +205,16 @@ class Tuning:
             )
 
     @cached_property
-    def _records(self) -> list[Record]:
+    def _rows(self) -> list[AnyRow]:
         """The rows that `convert` writes, in their order."""
         given = self.settings
-        return read_alpaca(given.data_path, given.on_bad_row, given.encoding)[0]
+        return read_typed(given.data_path, given.format, given.on_bad_row, given.encoding)[0]
 
     def _refuse_empty_outputs(self) -> None:
-        if not any(record.output.strip() for record in self._records):
+        if all(map(lacks_answer, self._rows)):
             raise UserError(
-                f"{self.settings.data_path}: the output of every row is empty, so there is nothing "
-                "to train on; fill them in, or name another file"
+                f"{self.settings.data_path}: the answer or text of every row is empty, so there is "
+                "nothing to train on; fill them in, or name another file"
             )
 
     def _prepare_rows(self) -> None:
@@ -239,15 +240,16 @@ class Tuning:
 
     def _tokenize(self) -> None:
         base, length = self.sections.base, self.settings.max_seq_length
+        are_texts = isinstance(self._rows[0], TextRow)
         if length is None:
             most = load_config(base).max_position_embeddings
-            settings = fit_length(self.sections.tokenize(most), self.tokenizer)
+            settings = fit_length(self.sections.tokenize(most, are_texts), self.tokenizer)
         else:
-            settings = self.sections.tokenize(length)
+            settings = self.sections.tokenize(length, are_texts)
         tokenize(settings, self.tokenizer, base_name(base))
 
     def _hold_out(self) -> None:
-        """Write the records that are held out of the training, to be asked afterwards."""
+        """Write the rows that are held out of the training, to be asked afterwards."""
         self.journal.do("hold out", self._hold_out_key(), [QUESTIONS_FILE], self._write_questions)
 
     def _write_questions(self) -> None:
@@ -256,8 +258,9 @@ class Tuning:
         assert source_rows is not None, "tokenize has written the card"
         ratio = self.sections.eval_ratio(card.num_kept)
         trained_on, held_out = self._split(card, ratio)
-        asked = source_rows[held_out if len(held_out) else trained_on]
-        records = [_alpaca(self._records[row - 1]) for row in asked]
+        asked = np.unique(source_rows[held_out if len(held_out) else trained_on])
+        turns = has_turns(self._rows)
+        records = [as_question(self._rows[row - 1], turns) for row in asked]
         with new_file(self.sections.path(QUESTIONS_FILE)) as file:
             file.write(json.dumps(records, ensure_ascii=False, indent=1) + "\n")
         if len(held_out):
@@ -282,7 +285,7 @@ class Tuning:
         verbs = (
             sections.validate(),
             sections.convert(),
-            sections.tokenize(length),
+            sections.tokenize(length, card.template == TEXT),
             PlanSettings(),  # reads the section of training
             sections.train(card.num_kept),
             sections.check(card.num_kept),
@@ -361,9 +364,3 @@ def _plan(settings: TrainSettings) -> None:
         raise UserError(
             "memory: training does not fit here; add one of the changes above to the same command"
         )
-
-
-def _alpaca(record: Record) -> dict[str, object]:
-    """A record as an alpaca row."""
-    fields = {"instruction": record.instruction, "input": record.input, "output": record.output}
-    return fields | ({"history": record.history} if record.history else {})

@@ -69,14 +69,20 @@ class Sections:
         """Settings of `convert`."""
         return self._settings(ConvertSettings, save_path=self.path(ROWS_FILE))
 
-    def tokenize(self, max_seq_length: int) -> TokenizeSettings:
-        """Settings of `tokenize`, which reads what `convert` wrote, in UTF-8."""
+    def tokenize(self, max_seq_length: int, are_texts: bool = False) -> TokenizeSettings:
+        """Settings of `tokenize`, which reads what `convert` wrote, in UTF-8.
+
+        Texts alone are split unless the user has said that long rows are dropped.
+        """
+        drops = self.given.skip_overlength
+        if are_texts and "skip_overlength" not in self.given.model_fields_set:
+            drops = False
         return TokenizeSettings(
             jsonl_path=self.path(ROWS_FILE),
             save_path=self.path(ROWS_FOLDER),
             base=self.base,
             max_seq_length=max_seq_length,
-            skip_overlength=self.given.skip_overlength,
+            skip_overlength=drops,
         )
 
     def eval_ratio(self, num_rows: int) -> float:

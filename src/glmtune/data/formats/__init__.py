@@ -32,12 +32,19 @@ def recognise(fields: Mapping[str, object]) -> Format | None:
     return next((format for format in FORMATS.values() if format.is_one(fields)), None)
 
 
-def read_example(format: Format, fields: Mapping[str, object]) -> tuple[Example, tuple[str, ...]]:
+def read_example(
+    format: Format, fields: Mapping[str, object], needs_answer: bool = True
+) -> tuple[Example, tuple[str, ...]]:
     """The conversation of a row, and the names of the fields that nothing reads.
+
+    Where it needs no answer, an empty one at its end is one that is still to be given.
 
     Raises:
         Flaw: the fields hold none, or its turns cannot follow each other.
     """
     draft = format.read(fields)
-    check_turns(draft.turns)
+    last = draft.turns[-1][1] if draft.turns else None
+    if not needs_answer and last and last.is_answer and not (last.text.strip() or last.metadata):
+        draft.turns.pop()
+    check_turns(draft.turns, needs_answer)
     return draft.example, draft.unused

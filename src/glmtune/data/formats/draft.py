@@ -17,13 +17,12 @@ class Draft:
     turns: list[tuple[str, Turn]] = field(default_factory=list)
     """Turns, each with the words for its place in the row."""
     tools: list[Mapping[str, Any]] = field(default_factory=list)
-    num_thoughts: int = 0
     unused: tuple[str, ...] = ()
 
     @property
     def example(self) -> Example:
         """The conversation."""
-        return Example(tuple(turn for _, turn in self.turns), tuple(self.tools), self.num_thoughts)
+        return Example(tuple(turn for _, turn in self.turns), tuple(self.tools))
 
     def add(self, where: str, *turns: Turn) -> None:
         """Add the turns that a message makes."""
@@ -55,7 +54,8 @@ def turns_in(fields: Mapping[str, object], name: str) -> list[tuple[str, dict[st
     turns = fields.get(name)
     if name not in fields:
         what = f'field "{name}" is missing, the row has {show(list(fields))}'
-        raise Flaw("missing field", what, "add it, or name another --format", name)
+        fix = "add it, keep rows of one kind in a file, or name another --format"
+        raise Flaw("missing field", what, fix, name)
     if not isinstance(turns, list):
         what = f'field "{name}" is {show(turns)} ({kind_of(turns)}), not a list of turns'
         raise Flaw("turns", what, "write the turns as a list of objects", name)
@@ -84,6 +84,20 @@ def text_in(fields: Mapping[str, object], name: str, where: str) -> str:
         raise Flaw("not a string", what, "write its text", name)
     check_characters(name, value)
     return value
+
+
+THOUGHTS = ("reasoning_content", "reasoning")
+"""Fields of a turn that hold the thought before its answer."""
+
+
+def thought_in(turn: Mapping[str, object], where: str) -> str | None:
+    """The thought before an answer; None without one.
+
+    Raises:
+        Flaw: it is no string.
+    """
+    name = next((name for name in THOUGHTS if turn.get(name) is not None), None)
+    return None if name is None else text_in(turn, name, where)
 
 
 def role_in(turn: Mapping[str, object], name: str, roles: Mapping[str, str], where: str) -> str:

@@ -13,6 +13,7 @@ from glmtune.data.conversations import ASSISTANT, OBSERVATION, SYSTEM, USER, Tur
 from glmtune.data.fields import check_characters, is_empty
 from glmtune.data.flaws import Flaw, kind_of, show
 from glmtune.data.formats.draft import (
+    THOUGHTS,
     Draft,
     call_of,
     list_of_turns,
@@ -20,6 +21,7 @@ from glmtune.data.formats.draft import (
     refuse_content,
     role_in,
     text_in,
+    thought_in,
     turns_in,
     unused_of,
 )
@@ -29,10 +31,9 @@ _ROLES = {
     "system": SYSTEM, "user": USER, "assistant": ASSISTANT, "observation": OBSERVATION,
     "tool": OBSERVATION, "developer": SYSTEM, "function": OBSERVATION,
 }  # fmt: skip
-_THOUGHTS = ("reasoning_content", "reasoning")
 _USED = {
     "role", "content", "name", "loss", "weight", "metadata", "tools", "tool_calls",
-    "function_call", "tool_call_id", *_THOUGHTS,
+    "function_call", "tool_call_id", *THOUGHTS,
 }  # fmt: skip
 _PLAIN, _ROLES_OF_TEXT = {"role", "content"}, (SYSTEM, USER, ASSISTANT)
 _CALL_AND_RESULT = {"role", "name", "parameters", "observation", "loss"}
@@ -101,7 +102,7 @@ def _add_answer(
 ) -> list[tuple[str | None, str, Turn]]:
     """Add an assistant's text; returns its calls, each of which goes before its own result."""
     supervised = _supervised(turn, where)
-    draft.num_thoughts += any(not is_empty(turn.get(name)) for name in _THOUGHTS)
+    thought = thought_in(turn, where)
     listed = turn.get("tool_calls")
     calls = [] if is_empty(listed) else listed
     if not isinstance(calls, list):
@@ -120,8 +121,8 @@ def _add_answer(
         id_ = call.get("id")
         waiting.append((id_ if isinstance(id_, str) else None, where, made))
     text = "" if calls and turn.get("content") is None else _content(turn, where)
-    if text.strip() or not calls:
-        draft.add(where, Turn(ASSISTANT, text, _metadata(turn, where), supervised))
+    if text.strip() or thought or not calls:
+        draft.add(where, Turn(ASSISTANT, text, _metadata(turn, where), supervised, thought))
     return waiting
 
 

@@ -7,6 +7,7 @@ from glmtune.data.conversations import ASSISTANT, OBSERVATION, SYSTEM, USER, Tur
 from glmtune.data.fields import is_empty
 from glmtune.data.flaws import Flaw, kind_of, show
 from glmtune.data.formats.draft import (
+    THOUGHTS,
     Draft,
     call_of,
     list_of_turns,
@@ -14,6 +15,7 @@ from glmtune.data.formats.draft import (
     refuse_content,
     role_in,
     text_in,
+    thought_in,
     turns_in,
     unused_of,
 )
@@ -26,7 +28,7 @@ _ROLES = {
     "tool_call": _CALL, "observation": OBSERVATION, "tool": OBSERVATION,
     "function_response": OBSERVATION, "tool_response": OBSERVATION,
 }  # fmt: skip
-_USED = {"from", "value", "loss"}
+_USED = {"from", "value", "loss", *THOUGHTS}
 
 
 def is_one(fields: Mapping[str, object]) -> bool:
@@ -48,7 +50,8 @@ def read(fields: Mapping[str, object]) -> Draft:
         if role == _CALL:
             draft.add(where, *_calls(text, where, loss))
         else:
-            draft.add(where, Turn(role, text, supervised=loss if role == ASSISTANT else None))
+            said = (loss, thought_in(turn, where)) if role == ASSISTANT else (None, None)
+            draft.add(where, Turn(role, text, "", *said))
     draft.begin_with(fields)
     draft.unused = unused_of(fields, (key, "tools", "system"), key, draft)
     return draft

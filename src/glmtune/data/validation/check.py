@@ -6,7 +6,7 @@ anything unusual are its rows checked one by one, to say which and why.
 
 import string
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import itemgetter
@@ -26,11 +26,13 @@ from glmtune.data.flaws import Flaw
 from glmtune.data.records import (
     CONTEXT_TARGET,
     RECORDS,
+    TEXT,
     fields_of,
     format_of,
     read_row,
 )
 from glmtune.data.row_texts import Text, texts_of
+from glmtune.data.spelled import Spelled
 from glmtune.data.templates import has_rounds, parts
 from glmtune.data.validation.duplicates import END_OF_PART, END_OF_ROW, Fingerprints
 from glmtune.data.validation.problems import Problem
@@ -53,6 +55,8 @@ class CheckedFile:
     num_unusable: int = 0
     letters: np.ndarray = field(default_factory=lambda: np.zeros(len(LANGUAGES), np.int64))
     fields: FieldUse = field(default_factory=FieldUse)
+    spelled: Spelled = field(default_factory=Spelled)
+    """Names of special tokens that rows hold as text."""
 
     @property
     def language_shares(self) -> dict[str, float]:
@@ -72,6 +76,7 @@ class CheckedFile:
             "language_shares": self.language_shares,
             "unused_fields": self.fields.unused,
             "rows_with_history": self.fields.num_with_history,
+            "spelled_specials": dict(self.spelled.names.most_common()),
         }
 
     def __str__(self) -> str:
@@ -80,13 +85,15 @@ class CheckedFile:
         text += f"{num_usable:,} usable, {self.num_unusable:,} not"
         if shares := self.language_shares:
             text += "; letters " + ", ".join(f"{s:.1%} {name}" for name, s in shares.items())
-        return "\n    ".join([text, *self.fields.lines()])
+        spelled = [self.spelled.describe()] if self.spelled.num_rows else []
+        return "\n    ".join([text, *self.fields.lines(), *spelled])
 
 
 class FileCheck:
     """A check of the rows of a file; `tell` is called with each problem.
 
-    The rows are of the named format; where none is named, the first row decides.
+    The rows are of the named format; where none is named, the first row decides. `special_names`
+    are looked for in all texts.
     """
 
     def __init__(
@@ -94,8 +101,9 @@ class FileCheck:
         path: str,
         tell: Callable[[Problem], None],
         format: str | None = None,
+        special_names: Collection[str] = (),
     ) -> None:
-        self.file = CheckedFile(path, format)
+        self.file = CheckedFile(path, format, spelled=Spelled(special_names))
         self.fingerprints = Fingerprints(path)
         self._tell = tell
 
@@ -122,6 +130,7 @@ class FileCheck:
         if texts:
             if batch.num_bytes > LONG_TEXT or _has_empty_part(found.bare):
                 self._warn_of_sizes(texts, rows, lines)
+            self._tell_spelled(texts, rows, lines)
             self.file.letters += found.letters
             self.fingerprints.add(texts, found.bare, rows, lines, answers)
 
@@ -193,18 +202,31 @@ class FileCheck:
 
     def _warn_of_sizes(self, texts: list[str], rows: Sequence[int], lines: Sequence[int]) -> None:
         """Report rows with an empty part, or too long to be of use."""
+        is_text = self.file.format == TEXT
         for text, row, line in zip(texts, rows, lines, strict=True):
             asked, _, answer = text.rpartition(END_OF_PART)
-            if not answer.strip():
+            if not answer.strip() and not is_text:
                 fix = "write an answer or take the row out; tokenize drops it"
                 self._warn("empty answer", row, line, "the answer is empty", fix)
             if not asked.strip(END_OF_PART + string.whitespace):
-                fix = "write a question or take the row out"
-                self._warn("empty question", row, line, "the question is empty", fix)
-            if len(text) > LONG_TEXT:
+                part = "text" if is_text else "question"
+                fix = f"write a {part} or take the row out"
+                self._warn(f"empty {part}", row, line, f"the {part} is empty", fix)
+            if len(text) > LONG_TEXT and not is_text:
                 what = f"the row is {len(text):,} characters long"
                 fix = "split it; tokenize cuts it at max_seq_length"
                 self._warn("very long", row, line, what, fix)
+
+    def _tell_spelled(self, texts: list[str], rows: Sequence[int], lines: Sequence[int]) -> None:
+        """Report rows that spell special tokens."""
+        spelled = self.file.spelled
+        if not spelled.find(texts):
+            return
+        for text, row, line in zip(texts, rows, lines, strict=True):
+            if names := spelled.count([text]):
+                what = f"the row spells {', '.join(names)}, which is text and no special token"
+                fix = "take it out if it is a left-over, or tokenize with --allow_special true"
+                self._warn("special token as text", row, line, what, fix)
 
     def _warn(
         self, kind: str, row: int, line: int, what: str, fix: str, name: str | None = None

@@ -4,6 +4,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -68,8 +69,12 @@ class Validation:
         return "\n".join(lines)
 
 
-def validate(settings: ValidateSettings) -> Validation:
+def validate(settings: ValidateSettings, special_names: Collection[str] = ()) -> Validation:
     """Check files of rows of any format, and print what was found.
+
+    Args:
+        settings: which files, and how they are written.
+        special_names: names of special tokens, which rows may spell.
 
     Every problem is counted and its row named; `json_path` gets each one whole. Returns what was
     found if all rows are usable. Otherwise raises UserError, one line, after everything has been
@@ -81,7 +86,7 @@ def validate(settings: ValidateSettings) -> Validation:
         report = stack.enter_context(new_file(settings.json_path)) if settings.json_path else None
         problems = Problems(report)
         paths = [*settings.files, *held_out]
-        checked = [_check_source(path, problems, settings) for path in paths]
+        checked = [_check_source(path, problems, settings, special_names) for path in paths]
         num_files = sum(map(len, checked[: len(settings.files)]))
         files = [file for parts in checked for file, _, _ in parts]
         prints = [fingerprints for parts in checked for _, fingerprints, _ in parts]
@@ -105,14 +110,15 @@ def validate(settings: ValidateSettings) -> Validation:
 
 
 def _check_source(
-    path: str, problems: Problems, settings: ValidateSettings
+    path: str, problems: Problems, settings: ValidateSettings, special_names: Collection[str]
 ) -> list[tuple[CheckedFile, Fingerprints, Reread]]:
     """Read a path's files to their end; what is wrong, with a row or a file, is in `problems`."""
     checks: dict[str, FileCheck] = {}
 
     def check_of(file: str, format: str | None) -> FileCheck:
         if file not in checks:
-            checks[file] = FileCheck(file, problems.add, settings.format or format)
+            format = settings.format or format
+            checks[file] = FileCheck(file, problems.add, format, special_names)
         return checks[file]
 
     size = os.path.getsize(path) if os.path.isfile(path) else None

@@ -5,6 +5,7 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from glmtune.models.chatglm.vocabulary import (
     restore_blanks,
 )
 from glmtune.models.pieces import encode_pieces
+from glmtune.models.special_names import encode_around
 
 # The tokens that fill these places, whatever `tokenizer_config.json` names for them.
 NAMED_TOKENS = {
@@ -53,6 +55,8 @@ class Encoder:
     """
 
     bos_token_id: Any
+    allow_special = False
+    opens_thoughts = False
 
     def __init__(self, vocab_file: str | None, num_image_tokens: int | None = None):
         self.open_vocabulary(vocab_file, num_image_tokens)
@@ -96,6 +100,15 @@ class Encoder:
     def row_rule(self) -> RowRule:
         """How rows are laid out with these ids."""
         return row_rule(self)
+
+    @cached_property
+    def special_names(self) -> dict[str, list[int]]:
+        """Names that a text may spell; see `data.dataset.RowTokenizer`.
+
+        Those that end a prompt stand once in a row and nowhere else, so they stay text.
+        """
+        in_every_row = {special.text for special in self.row_rule.after_prompt}
+        return {name: [] if name in in_every_row else [self.id_of(name)] for name in SPECIALS}
 
     @property
     def gmask_token_id(self) -> int:
@@ -155,8 +168,16 @@ class Encoder:
     def _ids_of(self, texts: list[str], num_threads: int | None) -> Iterable[Iterable[int]]:
         """The ids of each text."""
         offset = self.num_image_tokens
-        encoded = encode_pieces(self.sp, [replace_blanks(text) for text in texts], num_threads)
-        return ([i + offset for i in ids] for ids in encoded)
+
+        def encode(texts: list[str]) -> list[list[int]]:
+            encoded = encode_pieces(self.sp, [replace_blanks(text) for text in texts], num_threads)
+            return [[i + offset for i in ids] for ids in encoded] if offset else encoded
+
+        return (
+            encode_around(texts, self.special_names, encode)
+            if self.allow_special
+            else encode(texts)
+        )
 
 
 class RowEncoder(Encoder):

@@ -16,6 +16,7 @@ from glmtune.models.chatglm.settings import (
     ChatGLMSettings,
     has_later_keys,
 )
+from glmtune.models.chatglm.vocabulary import SPECIALS
 from glmtune.models.family import AdapterNames, ChatFormat, Family, Native
 from glmtune.models.shape import LinearShape, Shape
 
@@ -139,6 +140,7 @@ V1_1 = Family(
     row_tokenizer=RowEncoder.of_folder,
     check_pair=check_pair,
     lora_target=("query_key_value",),
+    lora_rank=8,
     adapter_names=AdapterNames(lambda module: _LINEAR.fullmatch(module) is not None),
     chat=ChatFormat(
         describe="the model's own, [Round N], 问：, 答：; a question continues the conversation",
@@ -149,6 +151,7 @@ V1_1 = Family(
     ),
     probe_row=probe_row,
     head_dims=(64, 128),
+    special_names=SPECIALS,
     new_model=_new_model,
 )
 V1_0 = V1_1._replace(name="ChatGLM-6B v1.0", owns=lambda settings: _is_of(True, settings))

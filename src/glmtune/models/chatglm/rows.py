@@ -12,11 +12,13 @@ def row_rule(ids: Any) -> RowRule:
     in both directions, and ``<sop>`` is the first supervised token, as in the published code.
     """
     eos = ids.eos_token_id
+    begin = (
+        Special("gmask", "[gMASK]", ids.gmask_token_id),
+        Special("bos", "<sop>", ids.bos_token_id),
+    )
     return RowRule(
-        after_prompt=(
-            Special("gmask", "[gMASK]", ids.gmask_token_id),
-            Special("bos", "<sop>", ids.bos_token_id),
-        ),
+        after_prompt=begin,
+        before_text=begin,  # an empty prompt: the whole text is what the model writes
         end=(Special("eos", "<eop>", eos[0] if isinstance(eos, list) else eos),),
         pad_id=ids.pad_token_id,
         prompt_sees_all=True,

@@ -149,7 +149,7 @@ class BytePairEncoder(ConversationEncoder):
         """The number of ids, special ones included."""
         return self.byte_pairs.get_vocab_size(with_added_tokens=True)
 
-    def encode_texts(self, texts: list[str], num_threads: int | None = None) -> list[list[int]]:
+    def encode_plain(self, texts: list[str], num_threads: int | None = None) -> list[list[int]]:
         """The ids of texts, in which special names are ordinary text."""
         tokenizer = self.byte_pairs
         tokenizer.no_truncation()  # transformers leaves there what a call of it asked for

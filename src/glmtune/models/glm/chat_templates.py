@@ -1,8 +1,8 @@
 """Chat templates of our own, for folders that have none: they write what rows have.
 
-Names in capitals are filled in from a layout. An answer and its end are a ``{% generation %}``
-block. The blank that ChatGLM's vocabulary puts before each text is written out, as in the
-published templates, so that a text is encoded by itself.
+Names in capitals are filled in from a layout. An answer and what ends it, which may be the role of
+the next message, are a ``{% generation %}`` block. The blank that ChatGLM's vocabulary puts before
+each text is written out, as in the published templates, so that a text is encoded by itself.
 """
 
 from glmtune.models.glm.layouts import Layout
@@ -19,11 +19,17 @@ _ROLES = """\
     {%- elif message.content is not string %}
         {{- raise_exception(where ~ 'its content has to be a text') }}
     {%- endif %}
-    {{- '<|' ~ message.role ~ '|>' }}
+    {%- if loop.first or loop.previtem.role != 'assistant' %}
+        {{- '<|' ~ message.role ~ '|>' }}
+    {%- endif %}
     {%- set text = (message.metadata or '') ~ '\\n' ~ 'BLANK' ~ message.content %}
     {%- if message.role == 'assistant' %}
         {%- generation %}
-            {{- text ~ ('END' if loop.last else '') }}
+            {%- if not loop.last %}
+                {{- text ~ '<|' ~ loop.nextitem.role ~ '|>' }}
+            {%- else %}
+                {{- text ~ ('<|observation|>' if message.metadata else 'END') }}
+            {%- endif %}
         {%- endgeneration %}
     {%- else %}
         {{- text }}

@@ -3,9 +3,11 @@
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from glmtune.data.conversations import (
     ASSISTANT,
@@ -17,18 +19,25 @@ from glmtune.data.conversations import (
     Example,
     Turn,
     encode_rounds,
+    rounds_of,
 )
 from glmtune.data.dataset import CONVERSATION
 from glmtune.data.files import read_json_object
 from glmtune.data.flaws import Flaw
 from glmtune.data.row_rule import RowRule
 from glmtune.data.templates import conversation_of
+from glmtune.data.thoughts import CLOSE, OPEN
 from glmtune.errors import UserError
 from glmtune.models.glm import layouts
 from glmtune.models.glm.layouts import LAYOUTS, ROLES, Layout
 from glmtune.models.glm.settings import variant_of
-from glmtune.models.glm.template import generation_ids, read_template
-from glmtune.models.special_names import MARK, beginning_of, pattern_of
+from glmtune.models.glm.template import (
+    generation_ids,
+    opens_thought,
+    read_template,
+    tools_of_template,
+)
+from glmtune.models.special_names import MARK, beginning_of, encode_around, pattern_of
 
 CONFIG_FILE = "config.json"
 # Rows of a published embedding that no token has: fewer than these.
@@ -53,10 +62,19 @@ class ConversationEncoder:
     template = CONVERSATION
     folder_template: str | None = None
     """The chat template of the folder."""
+    allow_special = False
 
-    def encode_texts(self, texts: list[str], num_threads: int | None = None) -> list[list[int]]:
+    def encode_plain(self, texts: list[str], num_threads: int | None = None) -> list[list[int]]:
         """The ids of texts, in which special names are ordinary text."""
         raise NotImplementedError
+
+    def encode_texts(self, texts: list[str], num_threads: int | None = None) -> list[list[int]]:
+        """The ids of texts; special names are ordinary text unless `allow_special`."""
+        if self.allow_special:
+            return encode_around(
+                texts, self.special_names, partial(self.encode_plain, num_threads=num_threads)
+            )
+        return self.encode_plain(texts, num_threads)
 
     def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """The texts of ids; special ids have none."""
@@ -87,6 +105,11 @@ class ConversationEncoder:
         return tuple(self.encode_texts(["\n"])[0]) if self.layout.has_roles else ()
 
     @property
+    def opens_thoughts(self) -> bool:
+        """Whether answers begin with a thought."""
+        return self.layout.opens_thoughts
+
+    @property
     def row_rule(self) -> RowRule:
         """How rows are laid out with these ids."""
         return self.layout.row_rule(self.ids, self.newline_ids)
@@ -102,10 +125,15 @@ class ConversationEncoder:
         return tuple(self.ids[name] for name in self.layout.stops)
 
     @cached_property
+    def special_names(self) -> dict[str, list[int]]:
+        """Names that a text may spell: all but `sop` and `eop`, which are words like any others."""
+        return {name: [self.ids[name]] for name in self.layout.special_names if name in self.ids}
+
+    @cached_property
     def written(self) -> dict[str, list[int]]:
         """The names that a chat template may write, with the ids that each becomes."""
         prefix = self.layout.prefix
-        written = {name: [id_] for name, id_ in self.ids.items() if not name.isalpha()}
+        written = self.special_names
         return written | ({"".join(prefix): [self.ids[name] for name in prefix]} if prefix else {})
 
     @cached_property
@@ -126,7 +154,7 @@ class ConversationEncoder:
         max_length: int | None = None,
         num_threads: int | None = None,
     ) -> list[list[int]]:
-        """Encode many texts at once; special names in them are ordinary text.
+        """Encode many texts at once; see `encode_texts`.
 
         Args:
             texts: any number of texts.
@@ -209,23 +237,28 @@ class ConversationEncoder:
         """Encode whole conversations with their labels; see `data.dataset.RowTokenizer`.
 
         What an answer ends with is supervised with it: the next turn's role, at last the end of the
-        row, which behind a call is the role of its result.
+        row, which behind a call is the role of its result. In a layout without roles the text of
+        the next round follows an earlier answer, so its end cannot be taught; nor can its first
+        token, since the model begins an answer with a blank, which the text does not have there.
         """
         if not self.layout.has_roles:
-            write = layouts.numbered_rounds
-            return encode_rounds(self, examples, write, num_threads)
-        written: list[Sequence[Turn] | Flaw] = []
+            rows = encode_rounds(self, examples, layouts.numbered_rounds, num_threads)
+            return [
+                row if isinstance(row, Flaw) else self._with_earlier_answers(row, example)
+                for row, example in zip(rows, examples, strict=True)
+            ]
+        written: list[list[tuple[Turn, list[str]]] | Flaw] = []
         for example in examples:
             try:
-                written.append(self._written(example))
+                written.append([(turn, self._texts_of(turn)) for turn in self._written(example)])
             except Flaw as flaw:
                 written.append(flaw)
         texts = [
             text
             for turns in written
             if not isinstance(turns, Flaw)
-            for turn in turns
-            for text in self._texts_of(turn)
+            for _, of_turn in turns
+            for text in of_turn
         ]
         encoded = iter(self.encode_texts(texts, num_threads))
         prefix = [self.ids[name] for name in self.layout.prefix]
@@ -233,6 +266,33 @@ class ConversationEncoder:
             turns if isinstance(turns, Flaw) else self._encode_example(turns, encoded, prefix)
             for turns in written
         ]
+
+    def _with_earlier_answers(self, row: EncodedExample, example: Example) -> EncodedExample:
+        """A row of rounds in which earlier answers are supervised as well, if they should be."""
+        wanted = [bool(turn.supervised) for turn in example.turns if turn.is_answer][:-1]
+        num_before = len(self.layout.prefix)
+        ends = self.ends_in_text(row.input_ids[num_before : row.prompt_length])
+        if not any(wanted) or ends is None:
+            return row
+        history, question, _ = rounds_of(example)
+        text = layouts.numbered_rounds(history, question)
+        if ends[-1] != len(text.encode()):  # its tokens do not tell where they stand
+            return row
+        labels = list(row.labels)
+        spans = layouts.answers_in_rounds(history)
+        for start, end in (
+            span for span, is_wanted in zip(spans, wanted, strict=True) if is_wanted
+        ):
+            first = int(np.searchsorted(ends, start, side="right")) + 1
+            last = int(np.searchsorted(ends, end, side="right"))
+            labels[num_before + first : num_before + last] = row.input_ids[
+                num_before + first : num_before + last
+            ]
+        return row._replace(labels=labels, num_answers=row.num_answers + sum(wanted))
+
+    def ends_in_text(self, ids: Sequence[int]) -> np.ndarray | None:
+        """Where each token of an encoded text ends in it, in bytes; None where nothing says so."""
+        return None
 
     def _written(self, example: Example) -> Sequence[Turn]:
         """The turns of a conversation in the layout's order and words, its tools the first of them.
@@ -256,41 +316,56 @@ class ConversationEncoder:
             turns.sort(key=lambda turn: turn.role != SYSTEM)
         if not example.tools:
             return turns
-        if layout.write_tools is None:
-            what = f"tools, which the revisions of {layout.name} write differently"
-            fix = "write them into the system's text as the folder's chat template does"
+        described = tools_of_template(self, example.tools)
+        if described is None and layout.write_tools is not None:
+            described = layout.write_tools(example.tools)
+        if described is None:
+            what = f"tools, which neither {layout.name} nor the folder's chat template knows"
+            fix = "leave such rows out, or name a base that calls tools"
             raise Flaw("tools", what, fix, "tools")
-        return [Turn(SYSTEM, layout.write_tools(example.tools)), *turns]
+        return [Turn(SYSTEM, described), *turns]
 
     def _texts_of(self, turn: Turn) -> list[str]:
-        """What is encoded of a turn; a newline alone has ids that are known."""
+        """What is encoded of a turn, piece by piece; a newline alone has ids that are known.
+
+        A thought is opened by itself, as a prompt by the folder's chat template ends with that.
+        """
         head = self._head(turn)
-        if self.joins_newline:
-            return [head + turn.text]
-        return [turn.text] if head == "\n" else [head, turn.text]
+        texts = [head + turn.text] if self.joins_newline else [head, turn.text]
+        if self.opens_thoughts and turn.thought is not None:
+            rest = f"\n{turn.thought}\n{CLOSE}\n\n"
+            texts = [head + OPEN] if self.joins_newline else [head, OPEN]
+            texts += [rest + turn.text] if turn.thought else [rest, turn.text]
+        return texts[1:] if head == "\n" and not self.joins_newline else texts
 
     def _encode_example(
-        self, turns: Sequence[Turn], encoded: Iterator[list[int]], prefix: list[int]
+        self,
+        turns: Sequence[tuple[Turn, list[str]]],
+        encoded: Iterator[list[int]],
+        prefix: list[int],
     ) -> EncodedExample:
-        """Lay out the ids of turns, which are the next of `encoded`."""
+        """Lay out the ids of turns, the texts of which are the next of `encoded`."""
         ids, labels = list(prefix), [IGNORED] * len(prefix)
         prompt_length, num_answers, follows_answer = 0, 0, False
-        for turn in turns:
+        for turn, texts in turns:
             role = self.ids[ROLES[turn.role]]
             ids.append(role)
             labels.append(role if follows_answer else IGNORED)
             if turn.is_answer:
                 prompt_length = len(ids)
-            start = len(ids)
             if not self.joins_newline and self._head(turn) == "\n":
                 ids += self.newline_ids
-            elif not self.joins_newline:
+            for _ in texts[:-1]:
                 ids += next(encoded)
+            # An empty thought is no more than what a prompt without one ends with.
+            start = len(ids) if self.opens_thoughts and turn.thought == "" else len(labels)
             ids += next(encoded)
+            labels += [IGNORED] * (start - len(labels))
             follows_answer = bool(turn.supervised)
             num_answers += follows_answer
             labels += ids[start:] if follows_answer else [IGNORED] * (len(ids) - start)
-        calls = bool(turns) and turns[-1].is_answer and bool(turns[-1].metadata)
+        last = turns[-1][0] if turns else None
+        calls = last is not None and last.is_answer and bool(last.metadata)
         end = self.ids[ROLES[OBSERVATION] if calls else self.layout.end]
         ids.append(end)
         labels.append(end if follows_answer else IGNORED)
@@ -328,6 +403,8 @@ class ConversationEncoder:
         self.layout = self.layout_of(vocab_file, layout)
         self.folder = vocab_file.parent
         self.folder_template = read_template(self.folder)
+        if opens_thought(self.folder_template):
+            self.layout = self.layout.thinking()
 
     @classmethod
     def layout_of(cls, vocab_file: Path, layout: str | None = None) -> Layout:

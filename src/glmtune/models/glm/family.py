@@ -236,11 +236,13 @@ def _entry(variant: str, name: str, published: tuple[str, ...]) -> Family:
         check_pair=partial(check_pair, layout),
         check_tokenizer=_check_tokenizer,
         lora_target=_QKV,
+        lora_rank=8,  # of the published fine-tuning code
         other_names=_PUBLISHED_NAMES,
         adapter_names=(_ADAPTERS_OF_ONE_LAYOUT if variant in (GLM4_0414, EDGE) else _ADAPTERS),
         chat=layout.chat,
         probe_row=probe_row,
         head_dims=(64, 128),
+        special_names=layout.special_names,
     )
 
 

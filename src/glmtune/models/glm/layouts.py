@@ -9,6 +9,7 @@ rows that tests/unit/test_glm_layouts.py compares with.
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from glmtune.data import templates
@@ -51,14 +52,23 @@ class Layout(NamedTuple):
     before_newline: str = ""
     """What stands between the name of a tool that is called and the newline."""
     write_tools: Callable[[Sequence[Mapping[str, Any]]], str] | None = None
-    """Descriptions of tools to the text of a first system message; raises Flaw where one cannot be
-    written. None where the publisher's revisions write them differently, or know none."""
+    """Descriptions of tools to the text of a first system message, where the folder's chat template
+    does not say how; raises Flaw where one cannot be written. None where the model knows none."""
     write_call: Callable[[str], str] = str
     """The arguments of a call, as JSON, to the text behind the name of its tool."""
     polish: Callable[[str], str] = str.strip
     """An answer as the published chat shows it."""
     marks: tuple[str, ...] = ()
     """What `polish` replaces."""
+    opens_thoughts: bool = False
+    """Whether answers begin with a thought."""
+
+    def thinking(self) -> "Layout":
+        """The same of a model whose chat template opens a thought, as GLM-Z1's does.
+
+        Source: its published template, which writes calls like GLM-4-9B's.
+        """
+        return self._replace(opens_thoughts=True, before_newline="")
 
     @property
     def has_roles(self) -> bool:
@@ -69,6 +79,11 @@ class Layout(NamedTuple):
     def stop_ids(self) -> tuple[int, ...]:
         """The published ids at which an answer ends."""
         return tuple(self.specials[name] for name in self.stops)
+
+    @property
+    def special_names(self) -> tuple[str, ...]:
+        """Names of special tokens that somebody may have typed: all but those that are words."""
+        return tuple(name for name in self.specials if not name.isalpha())
 
     def missing(self, ids: Mapping[str, int]) -> list[str]:
         """The special tokens that rows need and a vocabulary lacks."""
@@ -101,6 +116,8 @@ class Layout(NamedTuple):
                 for place, id_ in enumerate(newline, start=1)
             ),
             end=(Special("eos", self.end, ids[self.end]),),
+            before_text=tuple(map(special, self.prefix)),
+            after_text=(Special("end of text", self.stops[0], ids[self.stops[0]]),),
             stops=tuple(ids[name] for name in self.stops if name != self.end),
             pad_id=ids[self.pad],
         )
@@ -126,6 +143,16 @@ def numbered_rounds(history: Iterable[tuple[str, str]], question: str) -> str:
     return f"{earlier}[Round {len(pairs) + 1}]\n\n问：{question}\n\n答："
 
 
+def answers_in_rounds(history: Iterable[tuple[str, str]]) -> list[tuple[int, int]]:
+    """Where the answers of earlier rounds stand in what `numbered_rounds` writes, in bytes."""
+    spans, written = [], 0
+    for place, (question, answer) in enumerate(history, start=1):
+        start = written + len(f"[Round {place}]\n\n问：{question}\n\n答：".encode())
+        spans.append((start, start + len(answer.encode())))
+        written = spans[-1][1] + len("\n\n")
+    return spans
+
+
 def _polish(text: str) -> str:
     """An answer as the published chats of ChatGLM2-6B and ChatGLM3-6B show it."""
     return conversation.with_date(text.strip())
@@ -141,6 +168,11 @@ _SPECIALS_2 = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 _SPECIALS_3 = (*_SPECIALS_2, *ROLES.values())
 _SPECIALS_4 = ("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", *ROLES.values())
 _VISUAL = ("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>")
+# What GLM-4-9B's tokenizer, as first published, begins the message with its tools with.
+_INTRODUCTION = (
+    "你是一个名为 GLM-4 的人工智能助手。你是基于智谱AI训练的语言模型 GLM-4 模型开发的，"
+    "你的任务是针对用户的问题和要求提供适当的答复和支持。"
+)
 _TURNS = "<|user|>, <|assistant|>, a newline after each"
 
 
@@ -151,16 +183,16 @@ def _listed_tools(tools: Sequence[Mapping[str, Any]]) -> str:
     return f"{question} You have access to the following tools:\n{listed}"
 
 
-def _described_tools(tools: Sequence[Mapping[str, Any]]) -> str:
-    """Tools as GLM-4-0414 reads them. Source: published renderings."""
-    text = "# 可用工具\n"
+def _described_tools(head: str, between: str, tools: Sequence[Mapping[str, Any]]) -> str:
+    """Tools as GLM-4-9B and GLM-4-0414 read them. Source: published renderings."""
+    text = head
     for tool in tools:
         function = tool.get("function", tool)
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             what = f"the tool {show(tool)} has no name of a function"
             raise Flaw("tools", what, "describe it as a function, or leave it out", "tools")
         described = json.dumps(function, indent=4, ensure_ascii=False)
-        text += f"\n## {function['name']}\n\n{described}\n"
+        text += f"{between}## {function['name']}\n\n{described}\n"
         text += "在调用上述函数时，请使用 Json 格式表示调用的参数。"
     return text
 
@@ -210,9 +242,13 @@ _GLM4 = Layout(
     pad="<|endoftext|>",
     newline=(198,),
     num_rows=151552,
+    write_tools=partial(_described_tools, _INTRODUCTION, "\n\n"),
 )
 _GLM4_0414 = _GLM4._replace(
-    name=settings.GLM4_0414, hoists_system=True, before_newline=" ", write_tools=_described_tools
+    name=settings.GLM4_0414,
+    hoists_system=True,
+    before_newline=" ",
+    write_tools=partial(_described_tools, "# 可用工具\n", "\n"),
 )
 # Its stop ids are published; the ids between them are read as those of GLM-4's order.
 _EDGE = _GLM4._replace(
@@ -221,6 +257,7 @@ _EDGE = _GLM4._replace(
     prefix=(),
     newline=(),
     num_rows=59264,
+    write_tools=None,
 )
 LAYOUTS = {layout.name: layout for layout in (_CHATGLM2, _CHATGLM3, _GLM4, _GLM4_0414, _EDGE)}
 """The layouts by the name of their variant, see `settings.variant_of`."""

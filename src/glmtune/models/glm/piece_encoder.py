@@ -4,11 +4,17 @@ Behind its pieces come the special tokens, which the published code appends; no 
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
+
+import numpy as np
 
 from glmtune.models.glm.conversations import ConversationEncoder
 from glmtune.models.glm.settings import CHATGLM2, CHATGLM3
 from glmtune.models.pieces import encode_pieces, open_pieces, read_vocabulary
+
+BLANK = "\u2581"
+"""How a piece writes a blank."""
 
 
 class PieceEncoder(ConversationEncoder):
@@ -45,9 +51,24 @@ class PieceEncoder(ConversationEncoder):
         """The number of ids, special ones included."""
         return self.sp.get_piece_size() + len(self.names)
 
-    def encode_texts(self, texts: list[str], num_threads: int | None = None) -> list[list[int]]:
+    def encode_plain(self, texts: list[str], num_threads: int | None = None) -> list[list[int]]:
         """The ids of texts, in which special names are ordinary text."""
         return encode_pieces(self.sp, texts, num_threads)
+
+    @cached_property
+    def _piece_sizes(self) -> np.ndarray:
+        """The bytes of text that each piece stands for; special tokens stand for none."""
+        sp = self.sp
+        pieces = (sp.id_to_piece(id_).replace(BLANK, " ") for id_ in range(sp.get_piece_size()))
+        sizes = [1 if sp.is_byte(id_) else len(p.encode()) for id_, p in enumerate(pieces)]
+        return np.array(sizes + [0] * len(self.names))
+
+    def ends_in_text(self, ids: Sequence[int]) -> np.ndarray:
+        """Where each token of an encoded text ends in it, in bytes.
+
+        The blank that the vocabulary puts before each text does not count.
+        """
+        return np.cumsum(self._piece_sizes[list(ids)]) - 1
 
     def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """The texts of ids; special ids have none."""

@@ -7,16 +7,20 @@ checked before they are made.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glmtune.data.conversations import ASSISTANT, SYSTEM, USER, Turn
 from glmtune.data.files import read_json_object, read_text
+from glmtune.data.flaws import Flaw, show
 from glmtune.data.row_rule import as_ids
+from glmtune.data.thoughts import OPEN
 from glmtune.errors import reason_of
 from glmtune.models.glm.layouts import ROLES
-from glmtune.models.special_names import guard, mark
+from glmtune.models.special_names import MARK, guard, mark
 
 if TYPE_CHECKING:
     from glmtune.models.glm.conversations import ConversationEncoder
@@ -52,9 +56,21 @@ def read_template(folder: Path) -> str | None:
 
 
 def render(
-    template: str, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool,
+    **variables: Any,
 ) -> str:
     """What a chat template makes of messages; raises jinja2's errors, and those of its code."""
+    return _compiled(template).render(
+        messages=messages, add_generation_prompt=add_generation_prompt, **variables
+    )
+
+
+@lru_cache(maxsize=4)
+def _compiled(template: str) -> Any:
+    """A chat template as a program."""
     from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -79,9 +95,7 @@ def render(
         value, **{"ensure_ascii": False, **options}
     )
     environment.globals["raise_exception"] = refuse
-    return environment.from_string(template).render(
-        messages=messages, add_generation_prompt=add_generation_prompt
-    )
+    return environment.from_string(template)
 
 
 def _template_ids(
@@ -113,6 +127,73 @@ def generation_ids(encoder: ConversationEncoder) -> tuple[int, ...]:
         return ()
     ours = [*_row_ids(encoder, probe), *newline]
     return newline if theirs[: len(ours)] == ours else ()
+
+
+def opens_thought(template: str | None) -> bool:
+    """Whether a chat template ends a prompt with the beginning of a thought."""
+    if template is None or OPEN not in template:
+        return False
+    messages = [{"role": role, "content": text} for role, text in _PROBES["one turn"]]
+    try:
+        return render(template, messages, add_generation_prompt=True).rstrip().endswith(OPEN)
+    except Exception:  # a template is a program; `check_template` reports that it fails
+        return False
+
+
+def tools_of_template(
+    encoder: ConversationEncoder, tools: Sequence[Mapping[str, Any]]
+) -> str | None:
+    """The system message in which a folder's chat template describes tools; None where it does not.
+
+    Templates take tools as a variable of their own, or from the message.
+
+    Raises:
+        Flaw: it leaves one of the tools out.
+    """
+    if encoder.folder_template is None or "tools" not in encoder.folder_template:
+        return None
+    return _written_tools(
+        encoder.folder_template,
+        json.dumps([_as_function(tool) for tool in tools]),
+        encoder.beginnings,
+        encoder.written_names,
+    )
+
+
+@lru_cache(maxsize=256)  # most data sets describe a few tools again and again
+def _written_tools(
+    template: str, tools_json: str, beginnings: re.Pattern, names: re.Pattern
+) -> str | None:
+    tools = guard(json.loads(tools_json), beginnings)
+    asked = {"role": USER, "content": _ASKED[1]}
+    head = f"{MARK}{ROLES[SYSTEM]}\n"
+    for messages, variables in (
+        ([asked], {"tools": tools}),
+        ([{"role": SYSTEM, "content": "", "tools": tools}, asked], {}),
+    ):
+        try:
+            text = render(template, messages, add_generation_prompt=False, **variables)
+        except Exception:  # a template is a program; `check_template` reports that it fails
+            continue
+        _, found, rest = mark(text, names).partition(head)
+        written = rest.partition(MARK)[0]
+        if not found or not written:
+            continue
+        for tool in json.loads(tools_json):
+            name = tool.get("function", {}).get("name", tool.get("type"))
+            if f"## {name}\n" not in written:
+                what = f"the tool {show(tool)}, which the folder's chat template leaves out"
+                fix = 'describe it as {"type": "function", "function": {"name": ...}}'
+                raise Flaw("tools", what, f"{fix}, or leave it out", "tools")
+        return written
+    return None
+
+
+def _as_function(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A tool as templates take it: a function says that it is one."""
+    if isinstance(tool.get("function"), dict):
+        return {"type": "function", **tool}
+    return {"type": "function", "function": tool} if isinstance(tool.get("name"), str) else tool
 
 
 def check_template(encoder: ConversationEncoder) -> list[str]:
@@ -153,9 +234,14 @@ def _compare_template(encoder: ConversationEncoder) -> list[str]:
             continue
         if newline and theirs[: len(ours + newline)] == ours + newline:
             more = _shown(encoder, theirs[len(ours + newline) :][:_SHOWN_AFTER])
+            have = (
+                "its thought, or else the answer itself"
+                if encoder.opens_thoughts
+                else "the answer itself"
+            )
             return [
                 f"chat template: a prompt goes on behind the newline of the answer with {more}; "
-                "rows have the answer itself there, and answers are generated without it"
+                f"rows have {have} there, and answers are generated without it"
             ]
         return [_difference(encoder, what, ours, theirs)]
     probe = [_ASKED, _ANSWERED]

@@ -96,7 +96,7 @@ def print_forecast(forecast: Forecast, settings: TrainSettings, base: str) -> No
     lying = {"padded": "padded rows", "exact": "rows end to end", "packed": "packs"}
     targets = ", ".join(forecast.setup.targets)
     print_pairs(
-        f"Memory for {base} with rank {settings.lora_rank} on {targets}, "
+        f"Memory for {base} with rank {forecast.setup.rank} on {targets}, "
         f"in {lying[forecast.layout]}",
         {"lora": reach_words(forecast.setup), **describe(forecast)},
     )

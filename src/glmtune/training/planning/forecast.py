@@ -174,7 +174,7 @@ def forecast(
         bits=settings.bits or bits_of(config),
         quantize_head=settings.quantize_head,
         is_fp8=settings.base_dtype == "fp8",
-        rank=settings.lora_rank,
+        rank=settings.lora_rank or family.lora_rank,
         targets=family.targets(settings.lora_target, shape),
         has_dropout=settings.lora_dropout > 0,
     )
