@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from tqdm import tqdm
 
+from glmtune.data.characters import LANGUAGES, survey
 from glmtune.data.conversations import Example
 from glmtune.data.lengths import LengthStats
 from glmtune.data.thoughts import CLOSE, OPEN
 from glmtune.data.token_rows import TokenRows
-from glmtune.data.characters import LANGUAGES, survey
 
 
 @dataclass(frozen=True)
