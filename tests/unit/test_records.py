@@ -252,7 +252,7 @@ def test_lines_that_end_in_the_commas_of_a_list(write, end):
 
 
 def test_an_unreadable_path(write, tmp_path):
-    for path in ("missing.json", str(tmp_path), write("a.json", GOOD) + "/b.json"):
+    for path in ("missing.json", write("a.json", GOOD) + "/b.json"):
         with pytest.raises(UserError, match="cannot be read"):
             read_alpaca(path)
 

@@ -1,6 +1,7 @@
 """dataset_info.json as LLaMA-Factory has it, and folders of files."""
 
 import json
+import os
 
 import datasets
 import pytest
@@ -125,7 +126,12 @@ def test_turns_have_the_tags_of_the_list():
 def test_a_list_may_name_a_folder_and_fewer_rows(capsys):
     path = listed({"file_name": "parts"})
     assert contexts(path) == contexts("data/plain.json")[:3]
+    os.mkdir("data/parts/more")
     assert contexts("data/parts") == contexts(path)
+    assert "data/parts: folders inside it are not read: more" in capsys.readouterr().err
+    os.mkdir("data/none")
+    with pytest.raises(UserError, match="data/none: a folder without a file of rows"):
+        contexts("data/none")
     assert [row.where for row in look_through(path).rows()] == [
         "data/parts/1.json:1 (row 1)",
         "data/parts/1.json:1 (row 2)",

@@ -43,7 +43,7 @@ _KEYS = (
     "folder",
 )  # fmt: skip
 _ELSEWHERE = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
-_note_once = cache(note)  # rows are read twice
+note_once = cache(note)  # rows are read twice
 _NOT_TAUGHT = ("images", "videos", "audios", "kto_tag", "chosen", "rejected")
 
 
@@ -106,7 +106,7 @@ def read_entry(where: str, given: object) -> Entry:
         raise UserError(f"{where}: formatting is {formatting}; only {', '.join(_COLUMNS)} are read")
     for key in ("subset", "folder"):
         if given.get(key):
-            _note_once(
+            note_once(
                 f"{where}: {key} names a part of a data set on a hub, and has no effect on files"
             )
     columns = _texts(where, given, "columns")
@@ -197,13 +197,13 @@ class Renaming:
             UserError: a column that it names was in no row.
         """
         if self._left:
-            _note_once(
+            note_once(
                 f"{self._path}: num_samples is {self._entry.num_samples}, and there are "
                 f"{self._left:,} rows fewer"
             )
         if self._left_out:
             told = show(sorted(self._left_out))
-            _note_once(f"{self._path}: columns that {LIST_NAME} does not name are left out: {told}")
+            note_once(f"{self._path}: columns that {LIST_NAME} does not name are left out: {told}")
         self._check(self._path, self._seen, show(sorted(self._seen | self._left_out)))
 
     def _check(self, where: str, present: Any, told: str) -> None:

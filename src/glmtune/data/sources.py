@@ -13,7 +13,7 @@ from pathlib import Path
 
 from glmtune.data.containers import read_batches
 from glmtune.data.files import open_bytes, read_json_object, sha256_of
-from glmtune.data.listed import DEFAULT_SPLIT, LIST_NAME, Entry, read_entry
+from glmtune.data.listed import DEFAULT_SPLIT, LIST_NAME, Entry, note_once, read_entry
 from glmtune.data.windows import Batch
 from glmtune.errors import UserError
 
@@ -138,7 +138,10 @@ def _files_of(path: str, split: str | None = None) -> tuple[str, ...]:
         listed = [entry.get("filename") for entry in entries if isinstance(entry, dict)]
         files = [folder / name for name in listed if isinstance(name, str) and name]
     else:
-        files = sorted(f for f in folder.iterdir() if f.is_file() and f.name[0] != ".")
+        entries = sorted(entry for entry in folder.iterdir() if entry.name[0] != ".")
+        files = [entry for entry in entries if entry.is_file()]
+        if inner := [entry.name for entry in entries if entry.is_dir()]:
+            note_once(f"{path}: folders inside it are not read: {', '.join(inner)}")
     if not files:
         raise UserError(f"{path}: a folder without a file of rows; pass the file itself")
     return tuple(map(str, files))
