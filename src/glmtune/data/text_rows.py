@@ -31,7 +31,7 @@ def encode_texts(
     _check_settings(settings)
     tokenizer.allow_special = settings.allow_special
     rule, limit = tokenizer.row_rule, settings.max_seq_length
-    prefix = rule.text_prefix
+    prefix, num_ends = rule.text_prefix, 0
     out = EncodedRows(labels=array("i"), spelled=Spelled(tokenizer.special_names))
     for row, text in _encode_in_batches(rows, tokenizer, settings.num_threads):
         if not text:
@@ -54,7 +54,9 @@ def encode_texts(
                 out.split.append(row.row)
             if len(parts) > 1:
                 out.several[row.row] = len(parts)
-        out.num_targets_lost += len(whole) - sum(map(len, parts))
+        num_lost = len(whole) - sum(map(len, parts))
+        out.num_targets_lost += num_lost
+        num_ends += not num_lost
         out.spelled.count([row.text.text])
         for part in parts:
             _add(out, prefix, part, rule.text_start)
@@ -65,10 +67,11 @@ def encode_texts(
             f"{limit:,}, as {len(out.overlength):,} row(s) have; raise it to "
             f"{max(out.lengths_out)}, or set too_long split"
         )
-    if out.cut_texts and len(out.cut_texts) == len(out.seq_len):
+    if out.seq_len and not num_ends:
+        fix = "set too_long split, or raise" if out.cut_texts else "raise"
         raise UserError(
-            f"{settings.jsonl_path}: no row teaches the end of a text, since all are cut; set "
-            "too_long split, or raise max_seq_length"
+            f"{settings.jsonl_path}: no row teaches the end of a text, since all are cut; {fix} "
+            "max_seq_length"
         )
     return out
 
