@@ -317,3 +317,32 @@ def test_labels_of_another_convention_are_refused_before_training(toy):
     rows = TokenRows.from_dataset(shifted, toy.row_rule)
     with pytest.raises(UserError, match=r"row 1 has the label .* and a label is the id itself or"):
         rows.check(70_000, "tokens")
+
+
+def test_what_a_conversation_spells_is_counted_once_however_many_rows_it_becomes(toy):
+    row = talk("a [MASK]", "b", "c", "d <sop>", "e", "f")
+    for tokenizer, more in (
+        (load_row_tokenizer(str(GLM_TINY)), {}),
+        (toy, {"max_seq_length": 16, "too_long": "split"}),
+    ):
+        summary, rows = run(tokenizer, row, **more)
+        assert len(rows) == 3
+        assert summary.card.spelled_specials == {"[MASK]": 1, "<sop>": 1}
+        assert summary.card.num_spelling == 1
+
+
+def test_a_cut_is_told_where_the_last_answer_that_is_left_is_the_longer_one(toy):
+    """So that no fewer tokens are supervised than in the whole row."""
+    row = talk("a", "a long answer", "b " * 20, "c")
+    summary, _ = run(toy, row, learn="last", max_seq_length=40)
+    assert summary.card.rows_cut["turns"] == [1]
+    assert summary.card.num_targets_lost == 0
+
+
+def test_a_split_tells_of_the_rounds_that_are_too_long_by_themselves(toy):
+    summary, rows = run(
+        toy, talk("a", "b", "c " * 40, "d", "e", "f"), too_long="split", max_seq_length=20
+    )
+    assert [taught(toy, row) for row in rows] == ["b|", "f|"]
+    assert summary.card.rows_cut == {"turns": [1], "split": [1]}
+    assert summary.card.num_targets_lost == 3

@@ -5,6 +5,8 @@ import json
 import pytest
 from glm_folders import encoder_of, toy_tiktoken, write_folder
 
+from glmtune.config.settings import TokenizeSettings
+from glmtune.data.conversation_rows import encode_conversations
 from glmtune.data.conversations import (
     ASSISTANT,
     IGNORED,
@@ -20,6 +22,7 @@ from glmtune.data.conversations import (
 )
 from glmtune.data.flaws import Flaw
 from glmtune.data.formats import FORMATS
+from glmtune.data.records import Conversation
 from glmtune.models.chatglm.encoder import RowEncoder
 from glmtune.models.glm.encoder import of_folder
 from glmtune.models.special_names import mark
@@ -289,6 +292,31 @@ def test_answers_of_chatglm2_whose_tokens_do_not_tell_their_places_are_rows_of_t
     turns = (Turn(USER, "a \u2581 b"), Turn(ASSISTANT, "ok then"), *ASKED[2:])
     (row,) = encoders("chatglm2").encode_examples([Example(turns).supervise("each")])
     assert row.num_answers == 1, "conversation_rows gives the other one a row"
+
+
+def test_typed_special_tokens_of_chatglm2_hide_the_places_of_earlier_answers(encoders):
+    """They stand for no text, so that each answer gets a row, in which they are their ids."""
+    encoder = encoders("chatglm2")
+    turns = (Turn(USER, "a [MASK] b"), Turn(ASSISTANT, "ok then"), *ASKED[2:])
+    plain, typed = (Conversation(Example(t), "a", row, row) for row, t in enumerate((ASKED, turns)))
+    settings = TokenizeSettings(jsonl_path="a", save_path="b", allow_special=True)
+    rows = encode_conversations([plain, typed], encoder, settings)
+    assert rows.several == {1: 2}
+    assert len(rows.seq_len) == 3, "one of the conversation without any, two of the other"
+    found = rows.as_token_rows(encoder.row_rule)
+    (mask,) = encoder.special_names["[MASK]"]
+    assert [mask in found[row] for row in range(3)] == [False, True, True]
+    for row, answer in ((1, "ok then"), (2, "再答")):
+        taught = [int(i) for i in found[row][found.prompt_lengths_R[row] :]]
+        assert taught == encoder.row_rule.answer(encoder.encode_batch([answer])[0])
+        assert found.num_labels_R[row] == len(taught)
+    encoder.allow_special = False
+    assert (
+        encode_conversations(
+            [typed], encoder, settings.model_copy(update={"allow_special": False})
+        ).several
+        == {}
+    )
 
 
 @pytest.mark.parametrize(

@@ -151,23 +151,23 @@ def test_figures_of_all_rows(capsys):
     path = write(*rows, talk("q", "no", loss=False))
     assert main(["inspect", path, "--limit", "1", "--stats", "true", *TINY]) == 0
     told = capsys.readouterr().out
-    assert "rows        2; 2 teach the end of an answer, 1 a thought" in told
-    assert "languages   1 Chinese, 1 English, 0 other" in told
-    assert "turns       2 in 1 rows, 4 in 1 rows" in told
-    assert "answers     1 in 2 rows" in told
-    assert "tools       in 0 rows" in told
+    assert "rows        3; 3 teach the end of an answer, 1 a thought" in told
+    assert "languages   2 Chinese, 1 English, 0 other" in told
+    assert "turns       2 in 1 rows, 4 in 1 rows of the file" in told
+    assert "answers     1 in 3 rows" in told
+    assert "tools       in 0 rows of the file" in told
     assert "1 answers begin with <think>, which is text to this base" in told
     assert main(["tokenize", path, "--save_path", "rows", *TINY]) == 0
     capsys.readouterr()
     assert main(["inspect", "rows", "--stats", "true", "--json_path", "b.json", *TINY]) == 0
     told = capsys.readouterr().out
-    assert "languages   1 Chinese, 1 English, 0 other" in told
+    assert "languages   2 Chinese, 1 English, 0 other" in told
     assert "turns" not in told
     report = json.loads(Path("b.json").read_text())
     dataset = load_dataset("rows")[0].to_list()
     assert [row["input_ids"] for row in report["rows"]] == [row["input_ids"] for row in dataset]
     assert [row["labels"] for row in report["rows"]] == [row["labels"] for row in dataset]
-    assert report["stats"]["num_ends"] == 2
+    assert report["stats"]["num_ends"] == 3
     assert report["stats"]["supervised_share"] == pytest.approx(
         sum(label != IGNORED for row in dataset for label in row["labels"])
         / sum(len(row["labels"]) for row in dataset)
@@ -286,3 +286,16 @@ def test_rows_are_not_written_over(capsys):
         assert main(["inspect", path, *flags, *TINY]) == 2
         assert "html_path and json_path have to differ" in capsys.readouterr().err
     assert Path(path).read_text() == json.dumps(talk("q", "a"))
+
+
+def test_each_row_of_a_conversation_that_became_several_is_shown(capsys):
+    path = write(talk("q", "a", "r", "b"), talk("q", "no", loss=False), talk("s", "c"))
+    assert main(["inspect", path, "--json_path", "a.json", *TINY]) == 0
+    told = capsys.readouterr().out
+    assert "a.jsonl:1 (row 1), part 1 of 2\n" in told
+    report = json.loads(Path("a.json").read_text())
+    places = [row["where"].partition(" ")[2] for row in report["rows"]]
+    assert places == ["(row 1), part 1 of 2", "(row 1), part 2 of 2", "(row 2)", "(row 3)"]
+    assert main(["tokenize", path, "--save_path", "rows", *TINY]) == 0
+    trained = [row["input_ids"] for row in load_dataset("rows")[0].to_list()]
+    assert [row["input_ids"] for row in report["rows"] if not row["left_out"]] == trained

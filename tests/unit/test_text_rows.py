@@ -171,9 +171,11 @@ def test_texts_are_shown_validated_and_converted(capsys):
     base = ["--base", str(GLM_TINY)]
     assert main(["inspect", "a.jsonl", "--limit", "1", *base]) == 0
     told = capsys.readouterr().out
-    assert told.count(" * ") == told.count("\n   ") - 2, "all but the two ids of the prefix"
+    assert told.count(' * "') + told.count(" * <") == told.count("\n   ") - 2, (
+        "all but the two ids of the prefix"
+    )
     assert main(["validate", "a.jsonl"]) == 0
-    assert "no problem found" in capsys.readouterr().out
+    assert "usable, but look at\n    1 special token as text\n" in capsys.readouterr().out
     assert main(["convert", "--data_path", "a.jsonl", "--save_path", "b.jsonl"]) == 0
     rows = [json.loads(line) for line in Path("b.jsonl").read_text(encoding="utf-8").splitlines()]
     assert rows == [{"text": text} for text in TEXTS]
@@ -183,3 +185,31 @@ def test_a_question_without_an_answer_is_no_text(capsys):
     Path("a.jsonl").write_text('{"instruction": "q", "text": "t"}\n' * 2, encoding="utf-8")
     assert main(["validate", "a.jsonl"]) == 2
     assert 'field "output" is missing' in capsys.readouterr().out
+
+
+def test_special_tokens_that_a_text_spells_are_counted_and_become_ids_on_demand(tokenizer, capsys):
+    name = "[MASK]"
+    (id_,) = tokenizer.special_names[name]
+    _, (row,) = run(tokenizer, f"a {name} b")
+    assert f"1 row spells special tokens as text: {name} 1" in capsys.readouterr().out
+    summary, (special,) = run(tokenizer, f"a {name} b", allow_special=True)
+    assert id_ in special["labels"]
+    assert id_ not in row["labels"]
+    assert summary.card.spelled_specials == {name: 1}
+    assert "which become their ids (allow_special)" in capsys.readouterr().out
+    run(tokenizer, "x")
+    assert not tokenizer.allow_special
+
+
+def test_thoughts_are_for_conversations(tokenizer):
+    with pytest.raises(UserError, match="thoughts is for conversations, and in these texts"):
+        run(tokenizer, "x", thoughts="drop")
+
+
+def test_texts_whose_last_parts_are_their_ends_alone_teach_no_end(tokenizer):
+    """Such a part is left out, as an end by itself says nothing of where texts end."""
+    text = "some words " * 20
+    length = 2 + len(tokenizer.encode_batch([text])[0])
+    with pytest.raises(UserError, match=r"no row teaches the end of a text, .* cut; raise max_seq"):
+        run(tokenizer, text, max_seq_length=length)
+    assert len(run(tokenizer, text, "x", max_seq_length=length)[1]) == 2

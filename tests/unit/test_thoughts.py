@@ -11,8 +11,11 @@ from glmtune.config.settings import TokenizeSettings
 from glmtune.data.conversations import IGNORED
 from glmtune.data.dataset import load_dataset
 from glmtune.data.formats import FORMATS
+from glmtune.data.questions import read_questions
 from glmtune.data.tokenizing import tokenize
 from glmtune.errors import UserError
+from glmtune.evaluation.probes import record_probes
+from glmtune.generation.prompts import prompt_ids
 from glmtune.models.glm.encoder import of_folder
 from glmtune.models.glm.template import check_template
 from glmtune.models.resolve import GLM_TINY
@@ -207,3 +210,38 @@ def test_rows_begin_as_the_published_prompts_of_a_model_that_thinks(shared, tmp_
         assert read(conversation).example.turns[1].text
         num_compared += 1
     assert num_compared == 3
+
+
+INSIDE = talk("q", ("t", "a", True), "r", ("u", "b", True))
+
+
+@pytest.mark.parametrize("base", ["thinker", "plain"])
+def test_what_is_asked_and_converted_has_the_thoughts_of_rows(base, request, capsys):
+    """Prompts of `infer` and `compare`, probes of `check`, and what `convert` wrote."""
+    encoder = request.getfixturevalue(base)
+    rows = [TWO, INSIDE, talk("q", ("", "a"))]
+    run(encoder, *rows)
+    trained = load_dataset("rows")[0].to_list()
+    questions, _, _ = read_questions("a.jsonl")
+    asked = prompt_ids(encoder, [question.asked for question in questions])
+    probes = record_probes("a.jsonl", encoder, 3).probes
+    for row, ids, probe in zip(trained, asked, probes, strict=True):
+        assert row["input_ids"][: len(ids)] == ids
+        assert len(ids) == row["seq_len"] + len(encoder.generation_ids)
+        assert probe.prompt_ids + probe.answer_ids == row["input_ids"]
+    assert bool(encoder.generation_ids) == (base == "thinker")
+    assert main(["convert", "--data_path", "a.jsonl", "--save_path", "b.jsonl"]) == 0
+    assert "left out" not in capsys.readouterr().out
+    run(encoder, *map(json.loads, Path("b.jsonl").read_text().splitlines()))
+    assert load_dataset("rows")[0].to_list() == trained
+
+
+def test_each_part_of_a_split_conversation_is_taught_its_thought(thinker, capsys):
+    """Which stands behind the last question of the part."""
+    (first, _), (second, taught) = run(thinker, TWO, max_seq_length=40, too_long="split")
+    assert (first, second) == (
+        f"{HEAD}{A}<|user|>",
+        f"[gMASK]<sop><|user|>\nr<|assistant|>\n{B}<|user|>",
+    )
+    assert taught == f"\n{B}<|user|>"
+    assert "2 thoughts kept\n" in capsys.readouterr().out

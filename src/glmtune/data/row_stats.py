@@ -36,9 +36,10 @@ class RowStats:
     num_thoughts: int
     """Rows that teach a thought."""
     turns: Mapping[int, int] | None
-    """Rows by the turns of their conversations; None where only token rows are known."""
+    """Conversations by their turns, each of which may be several rows; None where only token rows
+    are known."""
     num_tools: int | None
-    """Rows with tools or calls; None as for `turns`."""
+    """Conversations with tools or calls; None as for `turns`."""
 
     @classmethod
     def of(
@@ -98,9 +99,9 @@ class RowStats:
             f"answers     {count_words(self.answers)}",
         ]
         if self.turns is not None:
-            lines.append(f"turns       {count_words(self.turns)}")
+            lines.append(f"turns       {count_words(self.turns)} of the file")
         if self.num_tools is not None:
-            lines.append(f"tools       in {self.num_tools:,} rows")
+            lines.append(f"tools       in {self.num_tools:,} rows of the file")
         return lines
 
 

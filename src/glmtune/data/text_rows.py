@@ -49,9 +49,10 @@ def encode_texts(
                 out.split.append(row.row)
             if len(parts) > 1:
                 out.several[row.row] = len(parts)
-        out.num_targets_lost += len(whole) - sum(map(len, parts))
+        num_lost = len(whole) - sum(map(len, parts))
+        out.num_targets_lost += num_lost
+        out.num_ends += not num_lost
         out.spelled.count([row.text.text])
-        out.num_ends += sum(part[-len(rule.text_end) :] == rule.text_end for part in parts)
         for part in parts:
             _add(out, prefix, part, rule.text_start)
     return out
@@ -59,10 +60,10 @@ def encode_texts(
 
 def check_texts(counts: RowCounts, name: str) -> None:
     """Make sure that the end of a text is taught; raises UserError where all are cut."""
-    if counts.cut_texts and len(counts.cut_texts) == len(counts.lengths):
+    if counts.lengths and not counts.num_ends:
+        fix = "set too_long split, or raise" if counts.cut_texts else "raise"
         raise UserError(
-            f"{name}: no row teaches the end of a text, since all are cut; set too_long split, or "
-            "raise max_seq_length"
+            f"{name}: no row teaches the end of a text, since all are cut; {fix} max_seq_length"
         )
 
 
