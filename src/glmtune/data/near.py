@@ -137,13 +137,16 @@ def near_pairs(pieces: Pieces, texts: np.ndarray | None = None) -> np.ndarray:
     counts = np.asarray(pieces.counts, np.int64)
     texts = np.arange(len(counts)) if texts is None else texts
     assert len(texts) < _MOST_TEXTS
-    every = _Sets(np.asarray(pieces.hashes, np.uint32), counts)
-    every = _Sets(every.hashes[_spans(every.starts[texts], counts[texts])], counts[texts])
+    is_compared = np.zeros(len(counts), bool)
+    is_compared[texts] = True
+    hashes = np.asarray(pieces.hashes, np.uint32)[np.repeat(is_compared, counts)]
+    every = _Sets(hashes, counts[texts])
     keys = _rare_pieces(every, _most_with_a_rare_piece(len(texts)))
-    text_of = (keys >> np.uint64(44)).astype(np.int64)
+    text_of = (keys >> np.uint64(44)).astype(np.int32)
     rare = _Sets((keys & _LOW).astype(np.uint32), np.bincount(text_of, minlength=len(texts)))
-    rank = np.arange(len(keys)) - rare.starts[text_of]
-    is_first = rank <= ((1 - RARE_SHARE) * rare.counts).astype(np.int64)[text_of]
+    del keys
+    last = rare.starts + ((1 - RARE_SHARE) * rare.counts).astype(np.int64)
+    is_first = np.arange(len(text_of), dtype=np.int32) <= last.astype(np.int32)[text_of]
     pairs = _sharing(rare.hashes[is_first], text_of[is_first])
     same = np.asarray(pieces.same)[texts]
     pairs = pairs[same[pairs[:, 0]] == same[pairs[:, 1]]]
@@ -165,12 +168,15 @@ def _rare_pieces(sets: _Sets, most: int) -> np.ndarray:
     keys = sets.hashes.astype(np.uint64) << np.uint64(32)
     keys |= np.repeat(np.arange(len(sets.counts), dtype=np.uint64), sets.counts)
     keys.sort()
-    is_last = np.ones(len(keys), bool)
-    is_last[:-1] = keys[1:] >> np.uint64(32) != keys[:-1] >> np.uint64(32)
-    nums = np.diff(np.flatnonzero(is_last), prepend=-1)
-    nums = np.repeat(np.minimum(nums, most + 1).astype(np.uint64), nums)
-    keys, nums = keys[nums <= most], nums[nums <= most]
-    keys = (keys & _LOW) << np.uint64(44) | nums << np.uint64(32) | keys >> np.uint64(32)
+    hashes = (keys >> np.uint64(32)).astype(np.uint32)
+    nums = np.diff(np.flatnonzero(hashes[1:] != hashes[:-1]), prepend=-1, append=len(keys) - 1)
+    nums = np.repeat(np.minimum(nums, most + 1).astype(np.uint16), nums) if len(keys) else hashes
+    is_rare = nums <= most
+    hashes, nums, keys = hashes[is_rare], nums[is_rare], keys[is_rare]
+    keys <<= np.uint64(12)
+    keys |= nums.astype(np.uint64)
+    keys <<= np.uint64(32)
+    keys |= hashes.astype(np.uint64)
     keys.sort()
     return keys
 
@@ -184,9 +190,8 @@ def _sharing(hashes: np.ndarray, text_of: np.ndarray) -> np.ndarray:
         is_shared = hashes[distance:] == hashes[:-distance]
         if not is_shared.any():
             break
-        found.append(
-            text_of[:-distance][is_shared] << np.uint64(32) | text_of[distance:][is_shared]
-        )
+        pairs = text_of[:-distance][is_shared] << np.uint64(32) | text_of[distance:][is_shared]
+        found.append(_distinct(pairs))
     pairs = _distinct(np.concatenate(found))
     return np.stack([pairs >> np.uint64(32), pairs & _LOW], axis=1).astype(np.int64)
 

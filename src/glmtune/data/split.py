@@ -16,6 +16,8 @@ from glmtune.errors import UserError
 if TYPE_CHECKING:
     from glmtune.data.token_rows import TokenRows
 
+GROUPS = "near-equal rows"
+"""The name, in a run's identity, of the groups that its split keeps together."""
 _STREAM_SPLIT = 1
 """A random stream that must differ from that of the rows' order."""
 MOST_COMPARED = 200_000

@@ -8,10 +8,10 @@ import numpy as np
 from glmtune.config.reading import read_config
 from glmtune.config.settings import TrainSettings
 from glmtune.data.dataset import RowTokenizer, load_dataset
+from glmtune.data.split import GROUPS
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError, note
 from glmtune.run_files import RECIPE_FILE, STATE_FILE, WEIGHTS_FILE, find_around
-from glmtune.training.run import GROUPS
 from glmtune.training.saving.manifest import read_identity
 
 

@@ -11,6 +11,7 @@ from peft import PeftModel
 from glmtune.config.settings import TrainSettings
 from glmtune.data.dataset import DataCard, check_data_card, load_dataset
 from glmtune.data.row_rule import RowRule
+from glmtune.data.split import GROUPS
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import note
 from glmtune.models.families import family_of
@@ -20,7 +21,7 @@ from glmtune.models.resolve import base_name, resolve_base
 from glmtune.training.planning.advice import check_fit, print_forecast
 from glmtune.training.planning.forecast import make_forecaster
 from glmtune.training.processes import on_main
-from glmtune.training.run import GROUPS, Run, adapt, check_fp8, layout_as_run
+from glmtune.training.run import Run, adapt, check_fp8, layout_as_run
 from glmtune.training.saving import checkpoints, run_folder
 from glmtune.training.saving.manifest import read_identity
 

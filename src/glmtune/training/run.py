@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, get_scheduler
 from glmtune.adapters import attach_lora
 from glmtune.config.settings import TrainSettings
 from glmtune.data.packing import check_lengths
+from glmtune.data.split import GROUPS
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError, note
 from glmtune.hardware import device_name, pick_device, pick_dtype
@@ -36,8 +37,6 @@ from glmtune.training.watch import Watch
 
 MANY_EPOCHS = 50
 
-GROUPS = "near-equal rows"
-"""The name, in a run's identity, of the groups that its split keeps together."""
 # Settings that change a run's numbers by themselves; `Run.identity` adds the derived ones.
 _NUMERIC_SETTINGS = (
     "seed", "eval_ratio", "train_sampling_strategy", "lora_alpha", "lora_dropout",

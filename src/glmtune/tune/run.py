@@ -31,6 +31,7 @@ from glmtune.data.files import new_file, sha256_of
 from glmtune.data.questions import as_question, lacks_answer
 from glmtune.data.records import TEXT, AnyRow, TextRow, has_turns, read_typed
 from glmtune.data.sources import find_source
+from glmtune.data.split import GROUPS
 from glmtune.data.token_rows import TokenRows
 from glmtune.data.tokenizing import fit_length, tokenize
 from glmtune.data.validation import validate
@@ -44,7 +45,6 @@ from glmtune.models.resolve import base_name, resolve_base
 from glmtune.run_files import RECIPE_FILE, WEIGHTS_FILE, saved_steps
 from glmtune.training.loop import train
 from glmtune.training.planning.preview import plan
-from glmtune.training.run import GROUPS
 from glmtune.training.saving.manifest import read_trainer_state
 from glmtune.tune.folder import Journal, Key, check_folder, usable_folder
 from glmtune.tune.sections import (
