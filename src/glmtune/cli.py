@@ -82,14 +82,14 @@ def infer(settings: config.InferSettings) -> None:
     infer(settings)
 
 
-def compare(settings: config.CompareSettings) -> None:
-    """Answer the same records with base and tuned weights, side by side."""
+def compare(settings: config.CompareSettings) -> int:
+    """Answer the same records with base and tuned weights, and say which is better."""
     from glmtune.early import check_answering
 
     check_answering(settings)
-    from glmtune.evaluation.compare import compare
+    from glmtune.evaluation.compare import compare, passes
 
-    compare(settings)
+    return 0 if passes(compare(settings), settings) else 1
 
 
 def merge(settings: config.MergeSettings) -> None:

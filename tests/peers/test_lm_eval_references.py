@@ -8,7 +8,7 @@ from toys import randomise_adapter
 
 from glmtune.adapters import attach_lora
 from glmtune.evaluation.probes import from_texts
-from glmtune.evaluation.references import score_references
+from glmtune.evaluation.references import packed_layers, score_references
 from glmtune.models.loading import load_base_model, load_tokenizer
 from glmtune.models.resolve import GLM_TINY
 
@@ -37,7 +37,7 @@ def test_50_references_have_the_log_probabilities_of_lm_eval(shared, side):
     model = randomise_adapter(model, std=0.2 if side == "tuned" else 0.0).eval()
     probes = from_texts(tokenizer, records(shared))
     assert len(probes) == NUM_PROMPTS
-    ours = score_references(model, probes)
+    ours = score_references(model, probes, packed_layers(model))
     theirs = hflm(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=8)
     requests = [(None, probe.prompt_ids, probe.answer_ids) for probe in probes]
     found = theirs._loglikelihood_tokens(requests, disable_tqdm=True)

@@ -7,9 +7,9 @@ from glmtune.evaluation import intervals as module
 from glmtune.evaluation.intervals import (
     Interval,
     intervals,
-    smallest_difference,
     student_quantile,
 )
+from glmtune.training.planning.power import smallest_difference
 
 TRUTHS = 1000
 

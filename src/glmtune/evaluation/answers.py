@@ -35,6 +35,7 @@ def read_questions(settings: InferSettings | CompareSettings) -> list[Record]:
     Raises:
         UserError: see `read_alpaca`.
     """
+    assert settings.data_path is not None, "without a file the run's held-out rows are asked"
     records, bad_rows = read_alpaca(
         settings.data_path, settings.on_bad_row, settings.encoding, needs_output=False
     )

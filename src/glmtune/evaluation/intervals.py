@@ -1,4 +1,4 @@
-"""Paired differences: bootstrap intervals, and the smallest difference that N rows can show.
+"""Paired differences between two sides that answered the same rows: bootstrap intervals.
 
 Each row is answered by both sides, so what counts is the difference within a row: how hard the row
 is drops out. The rows are a sample of those that the user cares about, and the interval says where
@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from glmtune.training.planning.power import CONFIDENCE
+
 DRAWS = 10_000
 SEED = 20_26
-CONFIDENCE = 0.95
-POWER = 0.80
 LEAST_ROWS = 8
 """With fewer rows there is no verdict: an interval from them does not hold what it promises."""
 LEAST_CHANGED = 6
@@ -62,7 +62,10 @@ def intervals(differences_NM: np.ndarray) -> list[Interval]:
     low_M, high_M = np.quantile(means_BM, (tail, 1 - tail), axis=0)
     bounds = np.stack((means_M, low_M, high_M), axis=1).tolist()
     num_changed_M = np.count_nonzero(differences_NM, axis=0).tolist()
-    return [Interval(*of_one, num) for of_one, num in zip(bounds, num_changed_M, strict=True)]
+    return [
+        Interval(mean, low, high, num)
+        for (mean, low, high), num in zip(bounds, num_changed_M, strict=True)
+    ]
 
 
 def _means_of_draws(values_NM: np.ndarray) -> np.ndarray:
@@ -94,19 +97,3 @@ def student_quantile(probability: float, freedom: int) -> float:
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92_160,
     )
     return sum(term / freedom**power for power, term in enumerate(terms))
-
-
-def smallest_difference(num_rows: int, deviation: float) -> float:
-    """The smallest true mean difference that shows with a chance of 80 %.
-
-    That of a paired two-sided test at 5 %, normal approximation: ``(1.96 + 0.84) sd / sqrt(N)``
-    (Cohen, Statistical Power Analysis, 1988, chapter 2). A smaller one may show as well, but not
-    reliably.
-
-    Args:
-        num_rows: N, at least one.
-        deviation: standard deviation of a row's difference.
-    """
-    normal = NormalDist()
-    factor = normal.inv_cdf((1 + CONFIDENCE) / 2) + normal.inv_cdf(POWER)
-    return factor * deviation / math.sqrt(num_rows)

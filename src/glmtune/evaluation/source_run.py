@@ -28,26 +28,31 @@ class RunRows(NamedTuple):
         return np.setdiff1d(np.arange(len(self.rows)), self.held_out)
 
 
-def find_rows(adapter: Path, rule: RowRule) -> RunRows | None:
-    """The rows of the run that an adapter came from.
-
-    None where there is no recipe beside the adapter, or its data are missing or have changed, which
-    a note reports.
+def read_rows(adapter: Path, rule: RowRule) -> RunRows | None:
+    """The rows of the run that an adapter came from; None where there is no recipe beside it.
 
     Args:
         adapter: the adapter's folder.
         rule: row rule of the base model's family.
+
+    Raises:
+        UserError: the run's data are missing or have changed.
     """
     recipe = next(iter(find_around(adapter, RECIPE_FILE)), None)
     if recipe is None:
         return None
+    run = read_config(TrainSettings, str(recipe), {})
+    rows = TokenRows.from_dataset(load_dataset(run.dataset_path, rule)[0], rule)
+    digest = _identity(adapter).get("data sha256")
+    if digest is not None and digest != rows.digest()[:16]:
+        raise UserError(f"{run.dataset_path}: holds other rows than the run was trained on")
+    return RunRows(rows, split_rows(len(rows), run.eval_ratio, run.seed)[1])
+
+
+def find_rows(adapter: Path, rule: RowRule) -> RunRows | None:
+    """Like `read_rows`, but None also where a note says why the rows are not available."""
     try:
-        run = read_config(TrainSettings, str(recipe), {})
-        rows = TokenRows.from_dataset(load_dataset(run.dataset_path, rule)[0], rule)
-        digest = _identity(adapter).get("data sha256")
-        if digest is not None and digest != rows.digest()[:16]:
-            raise UserError(f"{run.dataset_path}: holds other rows than the run was trained on")
-        return RunRows(rows, split_rows(len(rows), run.eval_ratio, run.seed)[1])
+        return read_rows(adapter, rule)
     except UserError as error:
         note(f"the run's rows are not available ({error})")
         return None
