@@ -9,7 +9,7 @@ from glmtune.evaluation.intervals import (
     intervals,
     student_quantile,
 )
-from glmtune.training.planning.power import smallest_difference
+from glmtune.training.planning.power import LEAST_ROWS, smallest_difference
 
 TRUTHS = 1000
 
@@ -38,7 +38,7 @@ def test_95_percent_intervals_hold_95_percent_of_truths(kind, num_rows, monkeypa
 def test_few_rows_get_wide_intervals(monkeypatch):
     monkeypatch.setattr(module, "DRAWS", 2000)
     rng = np.random.default_rng(1)
-    found = intervals(rng.normal(0, 1, (module.LEAST_ROWS, TRUTHS)))
+    found = intervals(rng.normal(0, 1, (LEAST_ROWS, TRUTHS)))
     assert 0.92 <= np.mean([i.low <= 0 <= i.high for i in found]) <= 0.97
 
 

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from glmtune.errors import UserError
-from glmtune.evaluation.intervals import LEAST_ROWS
 from glmtune.evaluation.metric import Metric
 from glmtune.evaluation.scores import MEASURES
 from glmtune.evaluation.verdict import PartVerdict
+from glmtune.training.planning.power import LEAST_ROWS
 
 
 class Gate(NamedTuple):

@@ -17,8 +17,6 @@ from glmtune.training.planning.power import CONFIDENCE
 
 DRAWS = 10_000
 SEED = 20_26
-LEAST_ROWS = 8
-"""With fewer rows there is no verdict: an interval from them does not hold what it promises."""
 LEAST_CHANGED = 6
 """With fewer rows that differ at all, no sign test at 5 % could tell the sides apart: 2 / 2**5."""
 _NUMBERS_AT_ONCE = 4_000_000

@@ -10,4 +10,4 @@ class Text(NamedTuple):
     en: str
 
     def __str__(self) -> str:
-        return f"{self.zh} / {self.en}"
+        return self.en if self.zh == self.en else f"{self.zh} / {self.en}"

@@ -193,7 +193,8 @@ def markdown(comparison: Comparison) -> str:
         [MEAN_LENGTH, *(f"{comparison.mean_length(side):.1f}" for side in (base_of, tuned_of))],
     )
     for title, rows in score_tables(comparison.verdicts):
-        lines += ["", f"**{title}**", "", *_table(*rows)]
+        cells = ([_escape(str(cell)) for cell in row] for row in rows)
+        lines += ["", f"**{title}**", "", *_table(*cells)]
     for pair in comparison.pairs:
         lines += ["", f"## {pair.number} · {DIFFERS if pair.differs else SAME}", ""]
         lines += [f"**{INSTRUCTION}**: {_escape(pair.instruction)}", ""]

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Mapping
 
-from glmtune.evaluation.intervals import LEAST_ROWS
 from glmtune.evaluation.labels import Text
 from glmtune.evaluation.scores import Part
 from glmtune.evaluation.verdict import VERDICTS, PartVerdict, signed
+from glmtune.training.planning.power import LEAST_ROWS
 
 PART_NAMES: dict[Part, Text] = {
     "zh": Text("中文", "Chinese"),

@@ -12,10 +12,10 @@ from typing import Literal
 
 import numpy as np
 
-from glmtune.evaluation.intervals import LEAST_ROWS, Interval, intervals
+from glmtune.evaluation.intervals import Interval, intervals
 from glmtune.evaluation.labels import Text
 from glmtune.evaluation.scores import PARTS, Measure, Part, ScoreTable, Sides
-from glmtune.training.planning.power import smallest_difference
+from glmtune.training.planning.power import LEAST_ROWS, smallest_difference
 
 Verdict = Literal["better", "worse", "undecided"]
 JUDGES = ("chrf", "log_prob")
@@ -37,9 +37,9 @@ class Compared:
     base: float
     tuned: float
     interval: Interval | None
-    """Of the difference; None with fewer than two rows."""
+    """Of the difference; None with fewer rows than a verdict takes."""
     deviation: float
-    """Standard deviation of a row's difference; 0 with fewer than two rows."""
+    """Standard deviation of a row's difference; 0 where there is no interval."""
 
     @classmethod
     def of(cls, sides: Sides, interval: Interval | None) -> "Compared":
@@ -52,7 +52,7 @@ class Compared:
     def verdict(self, name: str, measure: Measure) -> Verdict:
         """What this measure alone says."""
         interval = self.interval
-        if interval is None or self.num_rows < LEAST_ROWS or not measure.better:
+        if interval is None or not measure.better:
             return "undecided"
         if abs(interval.mean) < LEAST_CHANGE.get(name, 0.0):
             return "undecided"
@@ -102,7 +102,7 @@ class PartVerdict:
     def smallest_difference(self) -> float | None:
         """The smallest difference in chrF that these rows show, by how much theirs vary."""
         found = self.compared.get("chrf")
-        if found is None or found.num_rows < LEAST_ROWS:
+        if found is None or not found.interval:
             return None
         return smallest_difference(found.num_rows, found.deviation)
 
@@ -186,10 +186,10 @@ def _judge_part(table: ScoreTable, part: Part) -> PartVerdict:
 
 
 def _intervals(chosen: Mapping[str, Sides]) -> dict[str, Interval]:
-    """The interval of each measure with two rows or more; those of equal rows from equal draws."""
+    """The interval of each measure that has enough rows; those of equal rows from equal draws."""
     by_size: dict[int, list[str]] = {}
     for name, sides in chosen.items():
-        if len(sides.base) > 1:
+        if len(sides.base) >= LEAST_ROWS:
             by_size.setdefault(len(sides.base), []).append(name)
     found: dict[str, Interval] = {}
     for names in by_size.values():

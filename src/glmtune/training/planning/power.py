@@ -8,11 +8,14 @@ from statistics import NormalDist
 
 CONFIDENCE = 0.95
 POWER = 0.80
-ASSUMED_DEVIATION = 25.0
-"""Standard deviation, in points of chrF, of a row's difference between two sides."""
+LEAST_ROWS = 8
+"""With fewer rows there is no verdict: an interval from them does not hold what it promises."""
+WORST_DEVIATION = 50.0
+"""Points: the largest standard deviation of a row's gain where no row loses, as a score lies between
+0 and 100 (Popoviciu): half of the rows go from wrong to right, and half stay as they are."""
 
 
-def smallest_difference(num_rows: int, deviation: float = ASSUMED_DEVIATION) -> float:
+def smallest_difference(num_rows: int, deviation: float = WORST_DEVIATION) -> float:
     """The smallest true mean difference that shows with a chance of 80 %.
 
     That of a paired two-sided test at 5 %, normal approximation: ``(1.96 + 0.84) sd / sqrt(N)``
@@ -26,3 +29,15 @@ def smallest_difference(num_rows: int, deviation: float = ASSUMED_DEVIATION) -> 
     normal = NormalDist()
     factor = normal.inv_cdf((1 + CONFIDENCE) / 2) + normal.inv_cdf(POWER)
     return factor * deviation / math.sqrt(num_rows)
+
+
+def describe_power(num_rows: int) -> str:
+    """What a comparison on held-out rows will be able to show, in one line."""
+    if num_rows < LEAST_ROWS:
+        rows = f"{num_rows} rows are" if num_rows else "no row is"
+        return f"{rows} held out, and a verdict on the adapter takes {LEAST_ROWS} (--eval_ratio)"
+    points = smallest_difference(num_rows)
+    return (
+        f"your {num_rows:,} held-out rows can show {points:.0f} points or more, of right or wrong "
+        "answers (docs/verdict.md)"
+    )

@@ -27,9 +27,10 @@ from glmtune.models.base_files import check_targets, read_settings
 from glmtune.models.families import DEFAULT, family_of
 from glmtune.models.resolve import HUB_IDS, base_name, resolve_base
 from glmtune.runlog import print_pairs
-from glmtune.training.plan import count_steps, make_plan
+from glmtune.training.plan import count_steps, make_plan, split_rows
 from glmtune.training.planning.advice import find_remedies, print_forecast
 from glmtune.training.planning.forecast import EqualRows, Forecast, Lengths, forecast
+from glmtune.training.planning.power import describe_power, smallest_difference
 from glmtune.training.planning.speed import no_speed, run_speed
 
 
@@ -54,6 +55,10 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
     record = now.as_record() | {"base": base_name(base)}
     if not now.cannot_fit:
         record["time"] = tell_time(now, training, rows)
+    held_out = split_rows(len(rows.lengths_R), training.eval_ratio, training.seed)[1]
+    print(f"Verdict: {describe_power(len(held_out))}")
+    points = smallest_difference(len(held_out)) if len(held_out) else None
+    record["held_out"] = {"rows": len(held_out), "smallest_difference": points}
     if not now.fits:
         remedies = find_remedies(training, forecaster)
         print("\n".join(["Changes that make it fit:", *(f"  {remedy}" for remedy in remedies)])
