@@ -5,7 +5,7 @@ Each check is the verb's own function; the verb calls it again where it uses the
 
 from pathlib import Path
 
-from glmtune.adapters.find import find_adapter, refuse_existing
+from glmtune.adapters.find import check_held_out, find_adapter, refuse_existing
 from glmtune.config.settings import (
     BenchDecodeSettings,
     BenchMemorySettings,
@@ -41,7 +41,9 @@ def check_answering(
         with open_bytes(settings.data_path):
             pass
     if settings.adapter:
-        find_adapter(settings.adapter)
+        adapter = find_adapter(settings.adapter)
+        if isinstance(settings, CompareSettings) and not settings.data_path:
+            check_held_out(adapter)
     check_base(settings.base, settings.adapter)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from glmtune.adapters.find import check_held_out
 from glmtune.config.settings import CompareSettings
 from glmtune.data.records import Record
 from glmtune.errors import UserError, note
@@ -40,17 +41,14 @@ class Asked:
     @classmethod
     def _held_out(cls, settings: CompareSettings, subject: ModelChoice) -> "Asked":
         assert subject.adapter is not None, "CompareSettings requires one"
-        fix = "name a file of rows with --data_path"
+        check_held_out(subject.adapter)
         tokenizer = load_tokenizer(subject.base)
+        fix = "name a file of rows with --data_path"
         try:
             run = read_rows(subject.adapter, tokenizer.row_rule)
         except UserError as error:
             raise UserError(f"{error}; {fix}") from error
-        where = f"{subject.adapter}: its run"
-        if run is None:
-            raise UserError(f"{subject.adapter}: no run's recipe is beside it; {fix}")
-        if not len(run.held_out):
-            raise UserError(f"{where} held no row out; {fix}, or train with --eval_ratio 0.05")
+        assert run is not None, "its recipe is there"
         found = {int(row): probe_of_row(run.rows, row) for row in run.held_out}
         numbers = list(found)
         limit = load_config(subject.base).max_position_embeddings
@@ -63,7 +61,9 @@ class Asked:
                 f"for max_new_tokens {settings.max_new_tokens} and are not asked"
             )
         if not found:
-            raise UserError(f"{where} held out no row that leaves room for an answer; {fix}")
+            raise UserError(
+                f"{subject.adapter}: its run held out no row that leaves room for an answer; {fix}"
+            )
 
         def read(ids: list[int]) -> str:
             return tokenizer.decode(ids, skip_special_tokens=True)
@@ -109,8 +109,3 @@ class Asked:
         found = from_texts(tokenizer, [(prompt_of(r).text, r.output) for r in records])
         pairs = zip(records, found, strict=True)
         return [probe if r.output.strip() else probe._replace(answer_ids=[]) for r, probe in pairs]
-
-    @property
-    def num_with_reference(self) -> int:
-        """How many records have a right answer."""
-        return sum(bool(record.output.strip()) for record in self.records)

@@ -15,8 +15,9 @@ Language = Literal["zh", "en"]
 
 NGRAM = 4
 BLEU_TOKENIZERS: dict[Language, str] = {"zh": "zh", "en": "13a"}
-_HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
-_UNITS = re.compile(rf"{_HAN.pattern}|[^\W_]+|\S")
+_HAN_LETTERS = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
+_HAN = re.compile(f"[{_HAN_LETTERS}]")
+_UNITS = re.compile(rf"[{_HAN_LETTERS}]|[^\W_{_HAN_LETTERS}]+|\S")
 
 
 class TextScores(NamedTuple):

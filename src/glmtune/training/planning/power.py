@@ -11,8 +11,8 @@ POWER = 0.80
 LEAST_ROWS = 8
 """With fewer rows there is no verdict: an interval from them does not hold what it promises."""
 WORST_DEVIATION = 50.0
-"""Points: the largest standard deviation of a row's gain where no row loses, as a score lies between
-0 and 100 (Popoviciu): half of the rows go from wrong to right, and half stay as they are."""
+"""Points: the largest standard deviation of a row's gain where no row loses (Popoviciu): a score
+lies between 0 and 100, half of the rows go from wrong to right, and half stay as they are."""
 
 
 def smallest_difference(num_rows: int, deviation: float = WORST_DEVIATION) -> float:
