@@ -87,9 +87,9 @@ def compare(settings: config.CompareSettings) -> int:
     from glmtune.early import check_answering
 
     check_answering(settings)
-    from glmtune.evaluation.compare import compare, passes
+    from glmtune.evaluation.compare import compare
 
-    return 0 if passes(compare(settings), settings) else 1
+    return 0 if compare(settings).passes_gate else 1
 
 
 def merge(settings: config.MergeSettings) -> None:

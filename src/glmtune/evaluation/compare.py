@@ -62,6 +62,7 @@ def compare(settings: CompareSettings) -> Comparison:
 
     pairs = [Pair.from_line(line) for line in file.lines[: settings.limit]]
     table = score_pairs(pairs, metrics)
+    verdicts = judge(table)
     if not table.has_word_scores:
         note("no ROUGE on words: pip install 'glmtune[scores]' adds it, and THUDM's formula")
     comparison = Comparison(
@@ -71,23 +72,20 @@ def compare(settings: CompareSettings) -> Comparison:
         settings=settings.in_effect(),
         date=datetime.fromtimestamp(file.path.stat().st_mtime).strftime("%Y-%m-%d %H:%M"),
         pairs=pairs,
-        verdicts=judge(table),
+        verdicts=verdicts,
         cost=cost,
+        passes_gate=gate is None or gate.is_passed(verdicts["all"]),
     )
     write_json(comparison.as_json(), str(folder / "compare.json"))
     for name, write in (("compare.md", markdown), ("compare.html", html)):
         with new_file(str(folder / name)) as output:
             output.write(write(comparison))
     print(*comparison.summary(), sep="\n")
+    if gate:
+        print(f"gate {gate.spec}: {'passed' if comparison.passes_gate else 'not passed'}")
     names = "compare.html, compare.md, compare.json, compare.jsonl"
     print(f"written: {folder}/{names}")
     return comparison
-
-
-def passes(comparison: Comparison, settings: CompareSettings) -> bool:
-    """Whether a comparison passes the gate of its settings; true without one."""
-    gate = Gate.of(settings.gate, [load_metric(spec) for spec in settings.metric or ()])
-    return gate is None or gate.passes(comparison.verdicts["all"])
 
 
 def answer_both(

@@ -49,9 +49,7 @@ class Gate(NamedTuple):
                 f"verdict takes {LEAST_ROWS}; ask more rows, or leave gate out"
             )
 
-    def passes(self, found: PartVerdict) -> bool:
-        """Whether the verdict is good enough; prints which it is."""
+    def is_passed(self, found: PartVerdict) -> bool:
+        """Whether a verdict is good enough."""
         verdict = found.verdict_of(self.metric) if self.metric else found.verdict
-        is_passed = verdict == "better" if self.spec.startswith("better") else verdict != "worse"
-        print(f"gate {self.spec}: {'passed' if is_passed else 'not passed'} ({verdict})")
-        return is_passed
+        return verdict == "better" if self.spec.startswith("better") else verdict != "worse"

@@ -100,6 +100,8 @@ class Comparison:
     """The verdict on each language and on all rows; empty where nothing was scored."""
     cost: Mapping[str, float] | None = None
     """What answering took; None where all answers were there before."""
+    passes_gate: bool = True
+    """False where `--gate` asked for a better verdict."""
 
     @property
     def num_different(self) -> int:
