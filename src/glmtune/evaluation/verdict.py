@@ -3,7 +3,7 @@
 The answers decide, by chrF. Where they do not differ enough, the log-probability of the references
 does, which shows smaller effects because nothing is sampled. It has to change by a least amount
 besides: two trainings that differ in their seed alone differ by something, and an interval over
-rows knows nothing of seeds (docs/verdict.md has the measurement).
+rows knows nothing of seeds (benchmarks/2026-11-29-verdict-seeds.md).
 """
 
 from collections.abc import Mapping
