@@ -14,7 +14,7 @@ class Gate(NamedTuple):
     """What has to hold on all rows."""
 
     spec: str
-    """As it was given, see `CompareSettings.know_gate`."""
+    """The text of the flag, see `CompareSettings.know_gate`."""
 
     @classmethod
     def of(cls, spec: str | None, metrics: Sequence[Metric]) -> "Gate | None":

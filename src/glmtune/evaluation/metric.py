@@ -20,7 +20,7 @@ class Metric:
     """A function ``(answer, reference, record) -> float``; more is better."""
 
     spec: str
-    """As it was given."""
+    """The text of the flag."""
     function: Callable[[str, str, dict[str, Any]], float]
 
     @property

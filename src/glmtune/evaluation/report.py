@@ -49,7 +49,7 @@ class Pair:
     base: Answer
     tuned: Answer
     log_probs: tuple[float | None, float | None] = (None, None)
-    """Of the expected answer, on both sides, in nats a token; None where it was not scored."""
+    """The expected answer's, on both sides, in nats a token; None where it was not scored."""
     num_reference_tokens: int = 0
     """Tokens of the expected answer, its end included; 0 where it was not scored."""
 

@@ -1,4 +1,4 @@
-"""Better, worse, or not to be told: the verdict on an adapter, from the scores of both sides.
+"""Better, worse, or undecided: the verdict on an adapter, from the scores of both sides.
 
 The answers decide, by chrF. Where they do not differ enough, the log-probability of the references
 does, which shows smaller effects because nothing is sampled. It has to change by a least amount
@@ -37,7 +37,7 @@ class Compared:
     base: float
     tuned: float
     interval: Interval | None
-    """Of the difference; None with fewer rows than a verdict takes."""
+    """The difference's; None with fewer rows than a verdict takes."""
     deviation: float
     """Standard deviation of a row's difference; 0 where there is no interval."""
 
