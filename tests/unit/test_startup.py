@@ -14,7 +14,7 @@ import pytest
 import glmtune
 from glmtune import cli
 from glmtune.bench import startup
-from glmtune.data.arrow_files import write_dataset
+from glmtune.data.arrow_files import read_dataset, write_dataset
 from glmtune.models.base_files import load_row_tokenizer, read_settings
 from glmtune.models.chatglm.encoder import RowEncoder
 from glmtune.models.loading import load_config, load_tokenizer
@@ -173,6 +173,18 @@ def test_token_rows_are_written_as_datasets_writes_them(num_rows, tmp_path):
         contents.append((files, state))
     assert contents[0] == contents[1]
     assert datasets.load_from_disk(str(tmp_path / "ours"))[:] == table.to_pydict()
+
+
+@pytest.mark.parametrize("num_files", [1, 3])
+@pytest.mark.parametrize("has_state", [True, False])
+def test_token_rows_are_read_as_datasets_reads_them(num_files, has_state, tmp_path):
+    rows = {"input_ids": [[i, *range(i % 3)] for i in range(9)], "seq_len": [1] * 9}
+    datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path), num_shards=num_files)
+    state = json.loads((tmp_path / "state.json").read_text(encoding="utf-8"))
+    assert len(state["_data_files"]) == num_files
+    table = read_dataset(tmp_path, state if has_state else {})
+    assert table.equals(datasets.load_from_disk(str(tmp_path)).with_format("arrow")[:])
+    assert table.to_pydict() == rows
 
 
 def test_a_row_encoder_is_the_tokenizer_for_rows():

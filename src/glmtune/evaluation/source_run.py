@@ -43,7 +43,7 @@ def find_rows(adapter: Path, rule: RowRule) -> RunRows | None:
         return None
     try:
         run = read_config(TrainSettings, str(recipe), {})
-        rows = TokenRows.from_dataset(load_dataset(run.dataset_path, rule)[0], rule)
+        rows = TokenRows.from_table(load_dataset(run.dataset_path, rule)[0], rule)
         digest = _identity(adapter).get("data sha256")
         if digest is not None and digest != rows.digest()[:16]:
             raise UserError(f"{run.dataset_path}: holds other rows than the run was trained on")
