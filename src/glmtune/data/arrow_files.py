@@ -1,6 +1,7 @@
 """A data set on disk as `datasets.Dataset.save_to_disk` writes it, without importing datasets.
 
-datasets takes half the CPU time of torch to import, and is left what is unusual.
+datasets takes half the CPU time of torch to import, and is left what is unusual. pyarrow's own
+functions from numpy and to it import pandas wherever that is installed; those here do not.
 """
 
 import hashlib
@@ -9,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 # As that function has them: rows of a record batch, and bytes from which on it cuts files.
@@ -16,6 +18,19 @@ ROWS_PER_RECORD, MOST_BYTES = 1000, 500_000_000
 ARROW_FILE = "data-00000-of-00001.arrow"
 # Where a data set of an old version lists which rows of its files count, and in which order.
 _INDICES = ("_indices_files", "_indices_data_files")
+
+
+def as_column(numbers: Any) -> pa.Array:
+    """A column of the int32 numbers in an array, with which it shares memory."""
+    buffer = pa.py_buffer(numbers)
+    return pa.Array.from_buffers(pa.int32(), buffer.size // 4, [None, buffer])
+
+
+def as_numpy(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """The integers of a column, shared where they lie in one chunk."""
+    return np.from_dlpack(
+        column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    )
 
 
 def write_dataset(table: pa.Table, folder: Path) -> None:

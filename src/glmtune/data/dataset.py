@@ -296,10 +296,11 @@ def _is_of_token_rows(schema: "pa.Schema") -> bool:
 
 def _card_of_rows(table: "pa.Table", rule: RowRule | None) -> DataCard:
     """Infer a card from the rows: lengths, and the ids at the places of the special ids."""
+    from glmtune.data.arrow_files import as_numpy
+
     rows = table.column("input_ids").combine_chunks()
-    tokens = rows.flatten().to_numpy()
-    lengths = rows.value_lengths().to_numpy()
-    prompt_lengths = table.column("seq_len").to_numpy()
+    tokens, lengths = as_numpy(rows.flatten()), as_numpy(rows.value_lengths())
+    prompt_lengths = as_numpy(table.column("seq_len"))
     starts = np.cumsum(lengths) - lengths
 
     def id_at(positions: np.ndarray) -> int | None:

@@ -41,15 +41,17 @@ class TokenRows:
             table: holds at least one row.
             rule: row rule of the family that the rows were tokenised for.
         """
+        from glmtune.data.arrow_files import as_numpy  # which imports pyarrow
+
         rows = table.column("input_ids").combine_chunks()
-        lengths_R = rows.value_lengths().to_numpy()
+        lengths_R = as_numpy(rows.value_lengths())
         labels_T = None
         if "labels" in table.column_names:
-            labels_T = table.column("labels").combine_chunks().flatten().to_numpy()
+            labels_T = as_numpy(table.column("labels").combine_chunks().flatten())
         return cls(
-            ids_T=rows.flatten().to_numpy(),
+            ids_T=as_numpy(rows.flatten()),
             starts_R1=np.concatenate(([0], np.cumsum(lengths_R, dtype=np.int64))),
-            prompt_lengths_R=table.column("seq_len").to_numpy(),
+            prompt_lengths_R=as_numpy(table.column("seq_len")),
             rule=rule,
             labels_T=labels_T,
         )
