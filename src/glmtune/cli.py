@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import glmtune
 from glmtune.errors import UserError
+from glmtune.imports import prepare_imports
 
 if TYPE_CHECKING:
     from glmtune.config import settings as config
@@ -269,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     _silence_libraries()
     if argv is None:  # started as the command, not called by another program
-        glmtune.registers_models = False
+        prepare_imports()
     try:
         code = run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Mistakes that names and paths show, reported before torch is imported, which takes seconds.
+"""What names and paths show before torch is imported, which takes seconds: mistakes, mostly.
 
 Each check is the verb's own function; the verb calls it again where it uses the path.
 """
@@ -24,14 +24,16 @@ from glmtune.config.settings import (
 from glmtune.data.dataset import check_is_folder
 from glmtune.data.files import open_bytes
 from glmtune.data.jsonlines import check_appendable
+from glmtune.imports import leave_out
 from glmtune.models.base_files import check_targets, read_settings
 from glmtune.models.resolve import resolve_base
+from glmtune.models.shape import bits_of
 from glmtune.run_files import check_bundle
 
+AnsweringSettings = InferSettings | CompareSettings | ChatSettings | CheckSettings
 
-def check_answering(
-    settings: InferSettings | CompareSettings | ChatSettings | CheckSettings,
-) -> None:
+
+def check_answering(settings: AnsweringSettings) -> None:
     """Check that records, adapter and base of a verb that answers exist.
 
     Raises:
@@ -45,6 +47,7 @@ def check_answering(
         if isinstance(settings, CompareSettings) and not settings.data_path:
             check_held_out(adapter)
     check_base(settings.base, settings.adapter)
+    leave_out_unused(settings, settings.adapter)
 
 
 def check_training(settings: TrainSettings) -> None:
@@ -58,6 +61,19 @@ def check_training(settings: TrainSettings) -> None:
     check_is_folder(settings.dataset_path)
     if settings.base or not settings.resume_from_checkpoint:
         check_base(settings.base)
+        leave_out_unused(settings)
+
+
+def leave_out_unused(
+    settings: TrainSettings | AnsweringSettings, run_folder: str | None = None
+) -> None:
+    """Spare a verb bitsandbytes where neither settings nor base are quantised by it.
+
+    PEFT imports it with all of torch's compiler wherever it is installed.
+    """
+    base = resolve_base(settings.base, run_folder)
+    if settings.bits is None and Path(base).is_dir() and not bits_of(read_settings(base)):
+        leave_out("bitsandbytes")
 
 
 def check_rows(settings: InspectSettings) -> None:

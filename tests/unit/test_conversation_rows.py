@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 import pytest
 from glm_folders import toy_tiktoken, write_folder
 
@@ -80,7 +81,7 @@ def test_a_conversation_is_one_row_with_labels(toy, capsys, learn, text):
     assert summary.card.template == "conversation"
     assert summary.card.num_target_tokens == sum(label != IGNORED for label in row["labels"])
     assert summary.card.flags["learn"] == learn
-    rows = TokenRows.from_dataset(load_dataset("tokens")[0], toy.row_rule)
+    rows = TokenRows.from_table(load_dataset("tokens")[0], toy.row_rule)
     rows.check(70_000, "tokens")
     assert rows.num_labels_R.tolist() == [summary.card.num_target_tokens]
     assert "of them supervised" in capsys.readouterr().out
@@ -241,8 +242,8 @@ def test_the_first_family_teaches_last_answers_and_says_so(capsys):
         "earlier answers that are not supervised: 1; the base reads them as part of the prompt"
         in told
     )
-    dataset, card = load_dataset("tokens")
-    for row in dataset:
+    table, card = load_dataset("tokens")
+    for row in table.to_pylist():
         start = row["seq_len"] - 1
         assert row["labels"] == [IGNORED] * start + row["input_ids"][start:]
     assert isinstance(card, DataCard)
@@ -253,8 +254,8 @@ def test_the_first_family_teaches_last_answers_and_says_so(capsys):
 
 def test_labels_of_another_convention_are_refused_before_training(toy):
     run(toy, talk("hello", "hi"))
-    dataset = load_dataset("tokens")[0]
-    shifted = dataset.map(lambda row: {"labels": [*row["labels"][1:], IGNORED]})
-    rows = TokenRows.from_dataset(shifted, toy.row_rule)
+    columns = load_dataset("tokens")[0].to_pydict()
+    columns["labels"] = [[*labels[1:], IGNORED] for labels in columns["labels"]]
+    rows = TokenRows.from_table(pa.table(columns), toy.row_rule)
     with pytest.raises(UserError, match=r"row 1 has the label .* and a label is the id itself or"):
         rows.check(70_000, "tokens")

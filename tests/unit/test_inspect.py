@@ -52,7 +52,7 @@ def test_rows_of_a_file_are_those_that_tokenize_writes(capsys):
     heads, rows = shown(capsys, path, "--limit", "2")
     assert heads == ["a.jsonl:1 (row 1)", "a.jsonl:2 (row 2)"]
     assert main(["tokenize", path, "--save_path", "rows", *TINY]) == 0
-    for tokens, row in zip(rows, load_dataset("rows")[0], strict=False):
+    for tokens, row in zip(rows, load_dataset("rows")[0].to_pylist(), strict=False):
         assert [int(place) for place, *_ in tokens] == list(range(len(row["input_ids"])))
         assert [int(id_) for _, id_, _, _ in tokens] == row["input_ids"]
         marks = [mark == "*" for _, _, mark, _ in tokens]

@@ -2,10 +2,12 @@
 
 import pytest
 
+import glmtune
 from glmtune.errors import UserError
 from glmtune.evaluation.metric import Metric, load_metric
 from glmtune.evaluation.report import Pair
 from glmtune.generation import Answer
+from glmtune.imports import leave_out
 
 PAIR = Pair(3, "问", "输入", "答", Answer("好", 1, True), Answer("答", 1, True))
 
@@ -21,6 +23,23 @@ def test_a_metric_of_this_folder_gets_answer_reference_and_record(tmp_path, monk
     metric = load_metric("my_own_metrics:right")
     assert (metric.name, metric.score("好", PAIR), metric.score("答", PAIR)) == ("right", 0, 1)
     assert metric.measure.better == 1
+
+
+def test_a_metric_may_import_what_the_command_leaves_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(glmtune, "is_command", True)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("left_out_early", "left_out_late"):
+        (tmp_path / f"{name}.py").write_text("SCORE = 1\n")
+        leave_out(name)
+        with pytest.raises(ImportError):
+            __import__(name)
+    (tmp_path / "metrics_with_imports.py").write_text(
+        "import left_out_early\n"
+        "def scored(answer, reference, record):\n"
+        "    import left_out_late\n"
+        "    return left_out_early.SCORE + left_out_late.SCORE\n"
+    )
+    assert load_metric("metrics_with_imports:scored").score("好", PAIR) == 2
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from glmtune.data.row_rule import RowRule
 from glmtune.errors import UserError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    import pyarrow as pa
 
 
 @dataclass(frozen=True)
@@ -34,24 +34,24 @@ class TokenRows:
     or `IGNORED`. Without it the rule decides what is supervised."""
 
     @classmethod
-    def from_dataset(cls, dataset: "Dataset", rule: RowRule) -> "TokenRows":
+    def from_table(cls, table: "pa.Table", rule: RowRule) -> "TokenRows":
         """Take the columns `input_ids`, `seq_len` and, if there, `labels` of a data set.
 
         Args:
-            dataset: holds at least one row.
+            table: holds at least one row.
             rule: row rule of the family that the rows were tokenised for.
         """
-        names = [name for name in ("input_ids", "seq_len", "labels") if name in dataset.features]
-        table = dataset.select_columns(names).with_format("arrow")[:]
+        from glmtune.data.arrow_files import as_numpy  # which imports pyarrow
+
         rows = table.column("input_ids").combine_chunks()
-        lengths_R = rows.value_lengths().to_numpy()
+        lengths_R = as_numpy(rows.value_lengths())
         labels_T = None
-        if "labels" in names:
-            labels_T = table.column("labels").combine_chunks().flatten().to_numpy()
+        if "labels" in table.column_names:
+            labels_T = as_numpy(table.column("labels").combine_chunks().flatten())
         return cls(
-            ids_T=rows.flatten().to_numpy(),
+            ids_T=as_numpy(rows.flatten()),
             starts_R1=np.concatenate(([0], np.cumsum(lengths_R, dtype=np.int64))),
-            prompt_lengths_R=table.column("seq_len").to_numpy(),
+            prompt_lengths_R=as_numpy(table.column("seq_len")),
             rule=rule,
             labels_T=labels_T,
         )

@@ -365,15 +365,13 @@ def _template(rows: list[Row]) -> str:
 def _save(encoded: EncodedRows, folder: Path) -> None:
     import pyarrow as pa
 
-    from glmtune.data.arrow_files import write_dataset
+    from glmtune.data.arrow_files import as_column, write_dataset
 
-    offsets = np.concatenate([[0], encoded.ends]).astype(np.int32)
-    input_ids = pa.array(np.frombuffer(encoded.input_ids, dtype=np.int32))
+    offsets = as_column(np.concatenate([[0], encoded.ends]).astype(np.int32))
     columns = {
-        "input_ids": pa.ListArray.from_arrays(offsets, input_ids),
-        "seq_len": pa.array(np.frombuffer(encoded.seq_len, dtype=np.int32)),
+        "input_ids": pa.ListArray.from_arrays(offsets, as_column(encoded.input_ids)),
+        "seq_len": as_column(encoded.seq_len),
     }
     if encoded.labels is not None:
-        labels = pa.array(np.frombuffer(encoded.labels, dtype=np.int32))
-        columns["labels"] = pa.ListArray.from_arrays(offsets, labels)
+        columns["labels"] = pa.ListArray.from_arrays(offsets, as_column(encoded.labels))
     write_dataset(pa.table(columns), folder)

@@ -53,9 +53,9 @@ def _rows_of_file(
 def _rows_of_folder(
     settings: InspectSettings, tokenizer: Any
 ) -> Iterator[tuple[str, TokenRows | None, int]]:
-    dataset, card = load_dataset(settings.jsonl_path, tokenizer.row_rule)
+    table, card = load_dataset(settings.jsonl_path, tokenizer.row_rule)
     check_data_card(card, tokenizer, settings.jsonl_path)
-    rows = TokenRows.from_dataset(dataset, tokenizer.row_rule)
+    rows = TokenRows.from_table(table, tokenizer.row_rule)
     for row in range(min(settings.limit, len(rows))):
         yield f"{settings.jsonl_path} (row {row + 1})", rows, row
 

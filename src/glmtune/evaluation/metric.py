@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from glmtune.errors import UserError, reason_of
 from glmtune.evaluation.labels import Text
 from glmtune.evaluation.scores import MEASURES, Measure
+from glmtune.imports import leave_out_nothing
 
 if TYPE_CHECKING:
     from glmtune.evaluation.report import Pair
@@ -68,6 +69,7 @@ def load_metric(spec: str) -> Metric:
         raise UserError(f"metric {spec}: {name} is a score of glmtune; give yours another name")
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
+    leave_out_nothing()
     try:
         function = getattr(importlib.import_module(module_name), name, None)
     except Exception as error:

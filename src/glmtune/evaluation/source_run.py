@@ -42,7 +42,7 @@ def read_rows(adapter: Path, rule: RowRule) -> RunRows | None:
     if recipe is None:
         return None
     run = read_config(TrainSettings, str(recipe), {})
-    rows = TokenRows.from_dataset(load_dataset(run.dataset_path, rule)[0], rule)
+    rows = TokenRows.from_table(load_dataset(run.dataset_path, rule)[0], rule)
     digest = _identity(adapter).get("data sha256")
     if digest is not None and digest != rows.digest()[:16]:
         raise UserError(f"{run.dataset_path}: holds other rows than the run was trained on")

@@ -105,8 +105,8 @@ def prepare(settings: TrainSettings, accelerator: Accelerator, dtype: torch.dtyp
 
 def _load_rows(path: str, tokenizer: Any, rule: RowRule) -> tuple[TokenRows, DataCard]:
     """Rows made by this tokenizer, and their data card; a note says what was cut or dropped."""
-    dataset, card = load_dataset(path, rule)
+    table, card = load_dataset(path, rule)
     check_data_card(card, tokenizer, path)
     for lost in filter(None, (card.describe_loss(), card.describe_dropped())):
         note(f"{path}: {lost}")
-    return TokenRows.from_dataset(dataset, rule), card
+    return TokenRows.from_table(table, rule), card

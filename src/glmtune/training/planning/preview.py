@@ -115,7 +115,7 @@ def _rows(settings: PlanSettings, config: Any) -> Lengths:
     """The rows of the data set, or equal ones if it does not exist yet."""
     if Path(settings.dataset_path).is_dir():
         rule = family_of(config).row_rule(config)
-        return TokenRows.from_dataset(load_dataset(settings.dataset_path, rule)[0], rule)
+        return TokenRows.from_table(load_dataset(settings.dataset_path, rule)[0], rule)
     missing = "dataset_path" in settings.model_fields_set
     note(
         f"{f'{settings.dataset_path} is not there' if missing else 'no dataset_path'}, so "
