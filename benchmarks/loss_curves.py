@@ -72,7 +72,7 @@ def main() -> None:
     given = parser.parse_args()
     config = CONFIGS[given.shape]
     rule = family_of(config).row_rule(config)
-    rows = TokenRows.from_dataset(load_dataset(given.rows)[0], rule)
+    rows = TokenRows.from_table(load_dataset(given.rows)[0], rule)
     common = {
         "tokens_per_step": given.tokens_per_step,
         "learning_rate": given.learning_rate,

@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
-registers_models = True
-"""Whether `import glmtune.models` registers the native models with transformers' Auto classes at
-once. The command line names each class itself and puts off importing them, which takes seconds."""
+is_command = False
+"""Whether this process is the command `glmtune`, not a program that imports the package. Only for
+the latter does `import glmtune.models` register the native models with transformers' Auto classes
+at once: the command names each class itself, and puts off importing them, which takes seconds."""

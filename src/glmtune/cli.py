@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import glmtune
 from glmtune.errors import UserError
+from glmtune.imports import prepare_imports
 
 if TYPE_CHECKING:
     from glmtune.config import settings as config
@@ -83,14 +84,14 @@ def infer(settings: config.InferSettings) -> None:
     infer(settings)
 
 
-def compare(settings: config.CompareSettings) -> None:
-    """Answer the same records with base and tuned weights, side by side."""
+def compare(settings: config.CompareSettings) -> int:
+    """Answer the same records with base and tuned weights, and say which is better."""
     from glmtune.early import check_answering
 
     check_answering(settings)
     from glmtune.evaluation.compare import compare
 
-    compare(settings)
+    return 0 if compare(settings).passes_gate else 1
 
 
 def merge(settings: config.MergeSettings) -> None:
@@ -270,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     _silence_libraries()
     if argv is None:  # started as the command, not called by another program
-        glmtune.registers_models = False
+        prepare_imports()
     try:
         code = run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()

@@ -1,11 +1,11 @@
-"""Mistakes that names and paths show, reported before torch is imported, which takes seconds.
+"""What names and paths show before torch is imported, which takes seconds: mistakes, mostly.
 
 Each check is the verb's own function; the verb calls it again where it uses the path.
 """
 
 from pathlib import Path
 
-from glmtune.adapters.find import find_adapter, refuse_existing
+from glmtune.adapters.find import check_held_out, find_adapter, refuse_existing
 from glmtune.config.settings import (
     BenchDecodeSettings,
     BenchMemorySettings,
@@ -24,14 +24,16 @@ from glmtune.config.settings import (
 from glmtune.data.dataset import check_is_folder
 from glmtune.data.jsonlines import check_appendable
 from glmtune.data.sources import find_source
+from glmtune.imports import leave_out
 from glmtune.models.base_files import check_targets, read_settings
 from glmtune.models.resolve import resolve_base
+from glmtune.models.shape import bits_of
 from glmtune.run_files import check_bundle
 
+AnsweringSettings = InferSettings | CompareSettings | ChatSettings | CheckSettings
 
-def check_answering(
-    settings: InferSettings | CompareSettings | ChatSettings | CheckSettings,
-) -> None:
+
+def check_answering(settings: AnsweringSettings) -> None:
     """Check that records, adapter and base of a verb that answers exist.
 
     Raises:
@@ -40,8 +42,11 @@ def check_answering(
     if not isinstance(settings, ChatSettings) and settings.data_path:
         find_source(settings.data_path).check_readable()
     if settings.adapter:
-        find_adapter(settings.adapter)
+        adapter = find_adapter(settings.adapter)
+        if isinstance(settings, CompareSettings) and not settings.data_path:
+            check_held_out(adapter)
     check_base(settings.base, settings.adapter)
+    leave_out_unused(settings, settings.adapter)
 
 
 def check_training(settings: TrainSettings) -> None:
@@ -55,6 +60,19 @@ def check_training(settings: TrainSettings) -> None:
     check_is_folder(settings.dataset_path)
     if settings.base or not settings.resume_from_checkpoint:
         check_base(settings.base)
+        leave_out_unused(settings)
+
+
+def leave_out_unused(
+    settings: TrainSettings | AnsweringSettings, run_folder: str | None = None
+) -> None:
+    """Spare a verb bitsandbytes where neither settings nor base are quantised by it.
+
+    PEFT imports it with all of torch's compiler wherever it is installed.
+    """
+    base = resolve_base(settings.base, run_folder)
+    if settings.bits is None and Path(base).is_dir() and not bits_of(read_settings(base)):
+        leave_out("bitsandbytes")
 
 
 def check_rows(settings: InspectSettings) -> None:

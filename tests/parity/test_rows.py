@@ -44,8 +44,8 @@ def test_rows_are_those_of_the_original(shared, tokenizer, tmp_path, name, skip_
         for row, cut in zip(golden, is_cut, strict=True)
         if not skip_overlength or len(row["input_ids"]) <= max_seq_length
     ]
-    dataset, card = load_dataset(folder)
-    assert dataset.to_list() == expected
+    table, card = load_dataset(folder)
+    assert table.to_pylist() == expected
     assert len(card.rows_cut["target"]) == (0 if skip_overlength else sum(is_cut))
     assert sum(is_cut) == (6 if name == "tokenizer_alpaca.json" else 0)
     assert 30 < len(expected) <= len(golden) == 40

@@ -58,10 +58,10 @@ def test_from_records_to_an_adapter_and_on(here, capsys):
     assert main(["convert", "--data_path", "data.json", "--save_path", "rows.jsonl"]) == 0
     glmtune("tokenize --jsonl_path rows.jsonl --save_path rows", here)
     assert "'s own conversations; words that convert puts around" in capsys.readouterr().out
-    rows, card = load_dataset("rows")
+    table, card = load_dataset("rows")
     tokenizer = load_tokenizer(here)
     rule = tokenizer.row_rule
-    for row in rows:
+    for row in table.to_pylist():
         prompt, answer = row["input_ids"][: row["seq_len"]], row["input_ids"][row["seq_len"] :]
         assert prompt[: len(rule.before_prompt)] == [s.id for s in rule.before_prompt]
         assert answer[-1:] == rule.end_ids

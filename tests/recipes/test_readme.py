@@ -16,7 +16,13 @@ from glmtune.cli import main
 ROOT = Path(__file__).resolve().parents[2]
 READMES = ("README.md", "README.zh.md")
 # Each in both languages; their commands use the files that the README's commands write.
-GUIDES = ("docs/data.md", "docs/training.md", "docs/answers.md", "docs/cards.md")
+GUIDES = (
+    "docs/data.md",
+    "docs/training.md",
+    "docs/answers.md",
+    "docs/verdict.md",
+    "docs/cards.md",
+)
 # Their commands are tests and benchmarks, of which most take minutes.
 PAGES_OF_TESTS = ("docs/reliability.md", "docs/peers.md")
 # Each has a Chinese page beside it.

@@ -10,6 +10,7 @@ from toy_family import CONFIG, TOY, ByteTokenizer
 
 from glmtune.adapters import load_adapter
 from glmtune.cli import main
+from glmtune.data.dataset import load_dataset
 from glmtune.data.token_rows import TokenRows
 from glmtune.models import families
 from glmtune.models.loading import load_base_model
@@ -129,7 +130,7 @@ def test_a_label_on_disk_says_what_is_supervised(rows, capsys):
     dataset.map(only_the_end).save_to_disk("labelled")
     Path("labelled/glmtune_data.json").write_bytes(Path("tokens/glmtune_data.json").read_bytes())
     rule = ByteTokenizer.row_rule
-    read = TokenRows.from_dataset(datasets.load_from_disk("labelled"), rule)
+    read = TokenRows.from_table(load_dataset("labelled")[0], rule)
     assert read.num_labels_R.tolist() == [1] * 8
     flags = ["--dataset_path", "labelled"]
     padded = train("padded", "--layout", "padded", *flags)

@@ -103,7 +103,8 @@ def test_a_file_becomes_an_adapter_a_page_and_a_verdict(finished):
 def test_what_is_asked_is_what_was_held_out(finished):
     out = finished[0] / "tuned"
     tokenizer = load_tokenizer(GLM_TINY)
-    rows, card = load_dataset(str(out / "rows"), tokenizer.row_rule)
+    table, card = load_dataset(str(out / "rows"), tokenizer.row_rule)
+    rows = table.to_pylist()
     _, held_out = split_rows(len(rows), 0.05, 42)
     (asked,) = json.loads((out / "questions.json").read_text(encoding="utf-8"))
     text = tokenizer.decode(rows[int(held_out[0])]["input_ids"], skip_special_tokens=True)
@@ -417,7 +418,7 @@ def test_bad_rows_are_left_out_where_that_is_asked_for(tmp_path, capsys):
     assert "2 bad, skipped" in captured.out
     asked = json.loads((tmp_path / "tuned/questions.json").read_text(encoding="utf-8"))
     tokenizer = load_tokenizer(GLM_TINY)
-    rows = load_dataset(str(tmp_path / "tuned" / "rows"), tokenizer.row_rule)[0]
+    rows = load_dataset(str(tmp_path / "tuned" / "rows"), tokenizer.row_rule)[0].to_pylist()
     _, held_out = split_rows(len(rows), 0.3, 42)
     assert len(asked) == len(held_out) > 1
     for record, row in zip(asked, held_out, strict=True):

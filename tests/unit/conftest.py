@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-import datasets
+import pyarrow as pa
 import pytest
 import torch
 from toys import ToyTokenizer, draw_rows, draw_uneven_rows, randomise_adapter, save_rows, short_run
@@ -108,7 +108,7 @@ def make_rows():
     def make(shapes, config=None, seed=0):
         config = config or ChatGLMConfig()
         drawn = draw_rows(shapes, config, seed)
-        return TokenRows.from_dataset(datasets.Dataset.from_list(drawn), row_rule(config))
+        return TokenRows.from_table(pa.Table.from_pylist(drawn), row_rule(config))
 
     return make
 

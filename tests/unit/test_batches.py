@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 import glmtune.models  # noqa: F401
+from glmtune.data.dataset import load_dataset
 from glmtune.data.split import split_rows
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError
@@ -28,12 +30,12 @@ def token_rows(*rows):
     """Rows of (prompt without specials, answer)."""
     ids = [[*prompt, GMASK, SOP, *answer, EOP] for prompt, answer in rows]
     columns = {"input_ids": ids, "seq_len": [len(prompt) + 2 for prompt, _ in rows]}
-    return TokenRows.from_dataset(datasets.Dataset.from_dict(columns), RULE)
+    return TokenRows.from_table(pa.table(columns), RULE)
 
 
 def broken_rows(input_ids, seq_len):
     columns = {"input_ids": input_ids, "seq_len": seq_len}
-    return TokenRows.from_dataset(datasets.Dataset.from_dict(columns), RULE)
+    return TokenRows.from_table(pa.table(columns), RULE)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,7 @@ class TestTokenRows:
         columns = [{"input_ids": [[i, i + 1]], "seq_len": [1], "note": ["x"]} for i in range(3)]
         parts = [datasets.Dataset.from_dict(column) for column in columns]
         datasets.concatenate_datasets(parts).save_to_disk(tmp_path / "d")
-        rows = TokenRows.from_dataset(datasets.load_from_disk(tmp_path / "d"), RULE)
+        rows = TokenRows.from_table(load_dataset(str(tmp_path / "d"))[0], RULE)
         assert [rows[i].tolist() for i in range(3)] == [[0, 1], [1, 2], [2, 3]]
 
     def test_labels_counted_are_the_labels_that_the_model_will_see(self):

@@ -41,7 +41,7 @@ def python(*arguments: str, cwd, **environment: str) -> subprocess.CompletedProc
     )
 
 
-FINISHED = types.SimpleNamespace(interrupted=False)
+FINISHED = types.SimpleNamespace(interrupted=False, passes_gate=True)
 
 
 @pytest.fixture

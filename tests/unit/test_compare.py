@@ -54,7 +54,7 @@ def test_the_three_files_tell_the_same(run, folder, capsys):
     assert comparison.verdict.en in page
     assert comparison.verdict.en in capsys.readouterr().out
     assert {path.name for path in folder.iterdir()} == {
-        *("compare.html", "compare.md", "compare.jsonl", "compare.settings.json")
+        *("compare.html", "compare.md", "compare.json", "compare.jsonl", "compare.settings.json")
     }
 
 

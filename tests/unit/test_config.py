@@ -140,7 +140,7 @@ def test_original_defaults():
     rows = read_config(TokenizeSettings, None, REQUIRED["tokenize"])
     assert (rows.max_seq_length, rows.skip_overlength) == (200, False)
     assert read_config(InferSettings, None, REQUIRED["infer"]).max_new_tokens == 150
-    assert read_config(CompareSettings, None, REQUIRED["compare"]).limit == 20
+    assert read_config(CompareSettings, None, REQUIRED["compare"]).limit == 200
 
 
 def test_flags_are_typed():

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 import pytest
 from glm_folders import toy_tiktoken, write_folder
 
@@ -81,7 +82,7 @@ def test_a_conversation_is_one_row_with_labels(toy, capsys, learn, text):
     assert summary.card.template == "conversation"
     assert summary.card.num_target_tokens == sum(label != IGNORED for label in row["labels"])
     assert summary.card.flags["learn"] == learn
-    rows = TokenRows.from_dataset(load_dataset("tokens")[0], toy.row_rule)
+    rows = TokenRows.from_table(load_dataset("tokens")[0], toy.row_rule)
     rows.check(70_000, "tokens")
     assert rows.num_labels_R.tolist() == [summary.card.num_target_tokens]
     assert "of them supervised" in capsys.readouterr().out
@@ -249,8 +250,8 @@ def test_the_first_family_has_a_row_for_each_answer_and_says_so(capsys):
     more = len(expected[0]["input_ids"])
     assert "2 answers are rows of their own, since the base reads earlier ones as part" in told
     assert f"that takes {more:,} tokens more" in told
-    dataset, card = load_dataset("tokens")
-    for row in dataset:
+    table, card = load_dataset("tokens")
+    for row in table.to_pylist():
         start = row["seq_len"] - 1
         assert row["labels"] == [IGNORED] * start + row["input_ids"][start:]
     assert isinstance(card, DataCard)
@@ -312,9 +313,9 @@ def test_a_split_never_parts_a_call_from_its_result_or_a_word_from_its_call(toy)
 
 def test_labels_of_another_convention_are_refused_before_training(toy):
     run(toy, talk("hello", "hi"))
-    dataset = load_dataset("tokens")[0]
-    shifted = dataset.map(lambda row: {"labels": [*row["labels"][1:], IGNORED]})
-    rows = TokenRows.from_dataset(shifted, toy.row_rule)
+    columns = load_dataset("tokens")[0].to_pydict()
+    columns["labels"] = [[*labels[1:], IGNORED] for labels in columns["labels"]]
+    rows = TokenRows.from_table(pa.table(columns), toy.row_rule)
     with pytest.raises(UserError, match=r"row 1 has the label .* and a label is the id itself or"):
         rows.check(70_000, "tokens")
 

@@ -359,7 +359,7 @@ def test_chatglm2_without_a_vocabulary_names_the_one_file(tmp_path):
 
 def test_rows_need_neither_torch_nor_transformers(toy):
     code = (
-        "import glmtune; glmtune.registers_models = False; import sys, pathlib; "
+        "import glmtune; glmtune.is_command = True; import sys, pathlib; "
         "from glmtune.models.glm.encoder import of_folder; "
         "encoder = of_folder(pathlib.Path(sys.argv[1])); encoder.encode_contexts(['a']); "
         "encoder.generation_ids; print({'torch', 'transformers'} & set(sys.modules))"

@@ -36,7 +36,7 @@ def test_without_a_run_it_is_what_training_recorded(trained, pack_length):
     config = model.get_base_model().config
     family = family_of(config)
     rule = family.row_rule(config)
-    rows = TokenRows.from_dataset(load_dataset(settings.dataset_path, rule)[0], rule)
+    rows = TokenRows.from_table(load_dataset(settings.dataset_path, rule)[0], rule)
     _, row_ids = split_rows(len(rows), settings.eval_ratio, settings.seed)
     parts = evaluation_parts(rows.lengths_R, row_ids, pack_length, batch_size=2)
     assert sorted(np.concatenate(parts)) == row_ids.tolist()

@@ -16,7 +16,7 @@ import glmtune
 PACKAGE = Path(glmtune.__file__).parent
 FLOORS = [
     {"errors", "cards"},
-    {"disk", "drafts", "run_files", "signals"},
+    {"disk", "drafts", "imports", "run_files", "signals"},
     {"config", "hardware", "runlog"},
     {"data", "ops"},
     {"models"},

@@ -62,7 +62,7 @@ def test_rows_of_a_file_are_those_that_tokenize_writes(capsys):
     heads, rows = shown(capsys, path, "--limit", "2")
     assert heads == ["a.jsonl:1 (row 1)", *(f"a.jsonl:2 (row 2), part {n} of 2" for n in (1, 2))]
     assert main(["tokenize", path, "--save_path", "rows", *TINY]) == 0
-    for tokens, row in zip(rows, load_dataset("rows")[0], strict=False):
+    for tokens, row in zip(rows, load_dataset("rows")[0].to_pylist(), strict=False):
         assert [int(place) for place, *_ in tokens] == list(range(len(row["input_ids"])))
         assert [int(id_) for _, id_, *_ in tokens] == row["input_ids"]
         marks = [mark == "*" for *_, mark, _ in tokens]
@@ -164,7 +164,7 @@ def test_figures_of_all_rows(capsys):
     assert "languages   2 Chinese, 1 English, 0 other" in told
     assert "turns" not in told
     report = json.loads(Path("b.json").read_text())
-    dataset = load_dataset("rows")[0].to_list()
+    dataset = load_dataset("rows")[0].to_pylist()
     assert [row["input_ids"] for row in report["rows"]] == [row["input_ids"] for row in dataset]
     assert [row["labels"] for row in report["rows"]] == [row["labels"] for row in dataset]
     assert report["stats"]["num_ends"] == 3
@@ -186,7 +186,7 @@ def test_rows_that_teach_hardly_anything_are_refused_by_every_door(capsys):
     assert (
         main(["tokenize", write(talk("a", "b"), name="b.jsonl"), "--save_path", "rows", *TINY]) == 0
     )
-    dataset = load_dataset("rows")[0].to_list()
+    dataset = load_dataset("rows")[0].to_pylist()
     whole = dataset[0]["input_ids"]
     for rows in (
         [{"input_ids": whole[:-1] + more, "seq_len": dataset[0]["seq_len"]} for more in ([], [9])],
@@ -297,5 +297,5 @@ def test_each_row_of_a_conversation_that_became_several_is_shown(capsys):
     places = [row["where"].partition(" ")[2] for row in report["rows"]]
     assert places == ["(row 1), part 1 of 2", "(row 1), part 2 of 2", "(row 2)", "(row 3)"]
     assert main(["tokenize", path, "--save_path", "rows", *TINY]) == 0
-    trained = [row["input_ids"] for row in load_dataset("rows")[0].to_list()]
+    trained = [row["input_ids"] for row in load_dataset("rows")[0].to_pylist()]
     assert [row["input_ids"] for row in report["rows"] if not row["left_out"]] == trained

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
 from toys import EXACT, NUM_ROWS, PACKED, ToyTokenizer, losses
 
+from glmtune.data.dataset import load_dataset
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError
 from glmtune.hardware import Card
@@ -68,9 +68,7 @@ class TestMemory:
         asked = asked.model_copy(update={"overwrite_output_dir": True})
         assert losses(loop.train(asked)) == wanted
         heaviest, *others = [call.args[1] for call in calls]
-        rows = TokenRows.from_dataset(
-            datasets.load_from_disk(asked.dataset_path), ToyTokenizer().row_rule
-        )
+        rows = TokenRows.from_table(load_dataset(asked.dataset_path)[0], ToyTokenizer().row_rule)
         lengths_R = rows.lengths_R
 
         def weight(ids):

@@ -192,8 +192,8 @@ class TestAnotherRun:
                 return getattr(load_tokenizer(GLM_TINY), name)
 
         def other_template(path, rule):
-            dataset, card = load_dataset(path, rule)
-            return dataset, replace(card, template="vicuna")
+            table, card = load_dataset(path, rule)
+            return table, replace(card, template="vicuna")
 
         monkeypatch.setattr(prepare, "load_tokenizer", lambda base: Other())
         monkeypatch.setattr(prepare, "load_dataset", other_template)

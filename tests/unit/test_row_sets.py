@@ -4,14 +4,13 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-import datasets
 import pytest
 
 from glmtune.config.reading import read_config
 from glmtune.config.settings import TokenizeSettings
 from glmtune.data import token_files, tokenizing
 from glmtune.data.conversations import encode_rounds
-from glmtune.data.dataset import CARD_FILE, DataCard
+from glmtune.data.dataset import CARD_FILE, DataCard, load_dataset
 from glmtune.data.token_rows import TokenRows
 from glmtune.data.tokenizing import tokenize
 from glmtune.errors import UserError
@@ -58,7 +57,7 @@ def make(text, **flags):
     """Tokenise by a recipe; the questions on disk in their order, and the summary."""
     Path("r.yaml").write_text(f"tokenize:\n  save_path: rows\n{text}", encoding="utf-8")
     summary = tokenize(read_config(TokenizeSettings, "r.yaml", flags), CharTokenizer(), "base")
-    rows = TokenRows.from_dataset(datasets.load_from_disk("rows"), CharTokenizer().row_rule)
+    rows = TokenRows.from_table(load_dataset("rows")[0], CharTokenizer().row_rule)
     texts = ["".join(map(chr, rows[i][: rows.prompt_lengths_R[i] - 2])) for i in range(len(rows))]
     return texts, str(summary)
 

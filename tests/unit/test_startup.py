@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import datasets
@@ -14,7 +15,9 @@ import pytest
 import glmtune
 from glmtune import cli
 from glmtune.bench import startup
-from glmtune.data.arrow_files import write_dataset
+from glmtune.config.settings import InferSettings, TrainSettings
+from glmtune.data.arrow_files import read_dataset, write_dataset
+from glmtune.early import check_answering, check_training
 from glmtune.models.base_files import load_row_tokenizer, read_settings
 from glmtune.models.chatglm.encoder import RowEncoder
 from glmtune.models.loading import load_config, load_tokenizer
@@ -22,15 +25,17 @@ from glmtune.models.resolve import GLM_TINY
 
 HEAVY = {
     "torch", "transformers", "peft", "datasets", "bitsandbytes", "matplotlib", "accelerate",
-    "tensorboard",
+    "tensorboard", "pandas", "scipy", "sklearn",
 }  # fmt: skip
 TINY = "--base glm-tiny"
 MODULES = """
-import sys
+import gc, sys
 from glmtune.cli import main
 code = main()
-print("\\nEND", code, *sorted({name.partition(".")[0] for name in sys.modules}))
+present = {name.partition(".")[0] for name, module in sys.modules.items() if module}
+print("\\nEND", code, gc.get_stats()[2]["collections"], *sorted(present))
 """
+MOST_FULL_COLLECTIONS = 1
 
 MISTAKES = {
     "a verb": "trainn",
@@ -81,15 +86,27 @@ VERBS = {
     "tokenize": (f"{TOKENIZE} {TINY}", HEAVY - {"matplotlib"}),
     "plan": (f"plan --use_cpu true {TINY}", HEAVY),
     "plan of the published model": ("plan --card H200", HEAVY),
-    "plan of rows": (f"plan --use_cpu true {TINY} --dataset_path tokens", HEAVY - {"datasets"}),
+    "plan of rows": (f"plan --use_cpu true {TINY} --dataset_path tokens", HEAVY),
     "infer": (f"{INFER} {TINY}", ANSWERING),
     "chat": (f"chat --max_new_tokens 1 {TINY}", ANSWERING),
+    "infer with an adapter": (
+        f"{INFER} --overwrite_output true --adapter adapter {TINY}",
+        ANSWERING - {"peft"},
+    ),
+    "compare": (
+        f"compare --data_path rows.json --adapter adapter --limit 1 --max_new_tokens 1 {TINY}",
+        (ANSWERING | {"jieba", "nltk"}) - {"peft"},
+    ),
+    "train": (
+        f"train --dataset_path tokens --output_dir new --max_steps 1 --use_cpu true {TINY}",
+        {"datasets", "bitsandbytes", "pandas", "scipy", "sklearn"},
+    ),
 }
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with records, rows, token rows and a broken recipe."""
+def place(tmp_path_factory, strange_adapter):
+    """A folder with records, rows, token rows, an adapter and a broken recipe."""
     place = tmp_path_factory.mktemp("startup")
     records = [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(9)]
     (place / "rows.json").write_text(json.dumps(records), encoding="utf-8")
@@ -99,11 +116,15 @@ def place(tmp_path_factory):
         f"tokenize --jsonl_path rows.jsonl --save_path tokens {TINY}",
     ):
         assert run(line, place)[0] == 0
+    (place / "adapter").symlink_to(strange_adapter)
     return place
 
 
 def run(line, place):
-    """Exit code of a command, what it wrote on stderr, and the packages in its memory."""
+    """Exit code of a command, what it wrote on stderr, and the packages in its memory.
+
+    None may have had all its objects searched for garbage while they became more.
+    """
     sources = str(Path(glmtune.__file__).parent.parent)
     environment = {k: v for k, v in os.environ.items() if k not in ("GLMTUNE_MODEL", "HF_ENDPOINT")}
     done = subprocess.run(
@@ -117,7 +138,8 @@ def run(line, place):
     )
     _, end, told = done.stdout.rpartition("\nEND ")
     assert end, done.stderr
-    code, *packages = told.split()
+    code, num_collections, *packages = told.split()
+    assert int(num_collections) <= MOST_FULL_COLLECTIONS
     return int(code), done.stderr, set(packages)
 
 
@@ -134,6 +156,36 @@ def test_a_verb_imports_what_it_needs_and_no_more(line, absent, place):
     code, err, packages = run(line, place)
     assert code == 0, err
     assert packages & absent == set()
+
+
+@pytest.mark.parametrize(
+    ("is_command", "bits", "quantised", "left_out"),
+    [
+        (True, None, False, True),
+        (False, None, False, False),  # a program's own process is not ours to change
+        (True, "8", False, False),
+        (True, None, True, False),
+    ],
+)
+def test_bitsandbytes_is_left_out_where_nothing_is_quantised(
+    is_command, bits, quantised, left_out, place, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(glmtune, "is_command", is_command)
+    config = json.loads(Path(GLM_TINY, "config.json").read_text(encoding="utf-8"))
+    if quantised:
+        config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    flags = {"base": str(tmp_path), "data_path": str(place / "rows.json")}
+    answering = InferSettings(**flags, output_path="new", quantization_bit=bits)
+    training = TrainSettings(
+        base=str(tmp_path), dataset_path=str(place), output_dir="new", quantization_bit=bits
+    )
+    for check, settings in ((check_answering, answering), (check_training, training)):
+        with monkeypatch.context() as patch:
+            patch.delitem(sys.modules, "bitsandbytes", raising=False)
+            check(settings)
+            assert (find_spec("bitsandbytes") is None) == left_out
+            sys.modules.pop("bitsandbytes", None)
 
 
 def test_every_verb_has_a_mistake():
@@ -173,6 +225,18 @@ def test_token_rows_are_written_as_datasets_writes_them(num_rows, tmp_path):
         contents.append((files, state))
     assert contents[0] == contents[1]
     assert datasets.load_from_disk(str(tmp_path / "ours"))[:] == table.to_pydict()
+
+
+@pytest.mark.parametrize("num_files", [1, 3])
+@pytest.mark.parametrize("has_state", [True, False])
+def test_token_rows_are_read_as_datasets_reads_them(num_files, has_state, tmp_path):
+    rows = {"input_ids": [[i, *range(i % 3)] for i in range(9)], "seq_len": [1] * 9}
+    datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path), num_shards=num_files)
+    state = json.loads((tmp_path / "state.json").read_text(encoding="utf-8"))
+    assert len(state["_data_files"]) == num_files
+    table = read_dataset(tmp_path, state if has_state else {})
+    assert table.equals(datasets.load_from_disk(str(tmp_path)).with_format("arrow")[:])
+    assert table.to_pydict() == rows
 
 
 def test_a_row_encoder_is_the_tokenizer_for_rows():

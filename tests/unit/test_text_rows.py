@@ -69,8 +69,8 @@ def test_a_text_is_a_row_in_which_every_token_is_supervised(tokenizer, capsys):
     assert f"texts alone, each behind {names} and, where it is whole, before <" in told
     assert '3 with a field "id", which is not used' in told
     assert summary.card.template == "text"
-    dataset, _ = load_dataset("tokens", tokenizer.row_rule)
-    token_rows = TokenRows.from_dataset(dataset, tokenizer.row_rule)
+    table, _ = load_dataset("tokens", tokenizer.row_rule)
+    token_rows = TokenRows.from_table(table, tokenizer.row_rule)
     token_rows.check(200_000, "tokens")
     assert token_rows.num_labels_R.tolist() == [len(row["input_ids"]) - 2 for row in rows]
     seen = token_rows.prefix_lengths_R.tolist()

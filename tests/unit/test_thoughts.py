@@ -74,7 +74,7 @@ def run(encoder, *rows, **settings):
         ]
         return "".join(pieces)
 
-    rows = load_dataset("rows")[0].to_list()
+    rows = load_dataset("rows")[0].to_pylist()
     return [
         (read(row["input_ids"]), read([i for i in row["labels"] if i != IGNORED])) for row in rows
     ]
@@ -202,7 +202,7 @@ def test_rows_begin_as_the_published_prompts_of_a_model_that_thinks(shared, tmp_
         Path("a.jsonl").write_text(json.dumps(conversation), encoding="utf-8")
         settings = TokenizeSettings(jsonl_path="a.jsonl", save_path="rows", max_seq_length=4096)
         tokenize(settings, encoder, "base")
-        (row,) = load_dataset("rows")[0].to_list()
+        (row,) = load_dataset("rows")[0].to_pylist()
         prompts = [encoder.written_ids(mark(p, encoder.written_names)) for p in rendered["prompts"]]
         if conversation["name"] == "reasoning_tool":
             prompts = prompts[:1]  # what is thought before a call stays in the row
@@ -221,7 +221,7 @@ def test_what_is_asked_and_converted_has_the_thoughts_of_rows(base, request, cap
     encoder = request.getfixturevalue(base)
     rows = [TWO, INSIDE, talk("q", ("", "a"))]
     run(encoder, *rows)
-    trained = load_dataset("rows")[0].to_list()
+    trained = load_dataset("rows")[0].to_pylist()
     questions, _, _ = read_questions("a.jsonl")
     asked = prompt_ids(encoder, [question.asked for question in questions])
     probes = record_probes("a.jsonl", encoder, 3).probes
@@ -233,7 +233,7 @@ def test_what_is_asked_and_converted_has_the_thoughts_of_rows(base, request, cap
     assert main(["convert", "--data_path", "a.jsonl", "--save_path", "b.jsonl"]) == 0
     assert "left out" not in capsys.readouterr().out
     run(encoder, *map(json.loads, Path("b.jsonl").read_text().splitlines()))
-    assert load_dataset("rows")[0].to_list() == trained
+    assert load_dataset("rows")[0].to_pylist() == trained
 
 
 def test_each_part_of_a_split_conversation_is_taught_its_thought(thinker, capsys):

@@ -268,8 +268,8 @@ def test_a_data_set_of_2023_is_read_with_a_notice(capsys):
     cut = token_row("abcde", "fgh")
     cut["input_ids"] = cut["input_ids"][:4]  # that script cut rows through the specials
     save_like_the_script_of_2023([token_row("a", "bc"), token_row("ab", "c"), cut])
-    dataset, card = load_dataset("old", CharTokenizer().row_rule)
-    assert dataset[0] == token_row("a", "bc")
+    table, card = load_dataset("old", CharTokenizer().row_rule)
+    assert table.to_pylist()[0] == token_row("a", "bc")
     assert card == DataCard(
         num_kept=3,
         num_tokens=6 + 6 + 4,

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from glmtune.evaluation.verdict import VERDICTS
+
 ROOT = Path(__file__).parents[2]
 
 PRIVATE = {
@@ -86,6 +88,7 @@ PAGES = [*sorted(ROOT.glob("README*.md")), *sorted((ROOT / "docs").glob("*.md"))
 )
 def test_no_private_term(path):
     prose = joined(prose_of(path))
+    prose = re.sub(VERDICTS["undecided"].en, "", prose, flags=re.IGNORECASE)  # what users read
     found = {
         match[0]: better
         for term, better in PRIVATE.items()

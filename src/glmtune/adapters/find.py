@@ -2,13 +2,17 @@
 
 from pathlib import Path
 
+from glmtune.config.reading import read_config
+from glmtune.config.settings import TrainSettings
 from glmtune.errors import UserError, reason_of
 from glmtune.models.folders import fetch
 from glmtune.models.hubs import is_hub_id, open_folder, try_to_load_from_cache
 from glmtune.run_files import (
     ADAPTER_CONFIG_FILE,
+    RECIPE_FILE,
     WEIGHTS_FILE,
     WEIGHTS_FILE_2023,
+    find_around,
     newest_checkpoint,
 )
 
@@ -89,3 +93,21 @@ def refuse_existing(folder: str | Path) -> None:
     folder = Path(folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"{folder}: is there already and not empty; name a new folder or remove it")
+
+
+def check_held_out(adapter: Path) -> None:
+    """Make sure that the run an adapter came from held rows out.
+
+    Raises:
+        UserError: it did not, its recipe cannot be read, or there is no recipe beside the adapter.
+    """
+    fix = "name a file of rows with --data_path"
+    recipe = next(iter(find_around(adapter, RECIPE_FILE)), None)
+    if recipe is None:
+        raise UserError(f"{adapter}: no {RECIPE_FILE} says which rows its run held out; {fix}")
+    run = read_config(TrainSettings, str(recipe), {})
+    if not run.eval_ratio:
+        raise UserError(
+            f"{recipe}: eval_ratio 0, so the run held no row out; {fix}, or train with "
+            "--eval_ratio 0.05"
+        )

@@ -39,6 +39,13 @@ class Case(NamedTuple):
     rc: int = 0
 
 
+INFER = (
+    f"infer --data_path rows.json --output_path new.jsonl {TINY} --use_cpu true --max_new_tokens 1 "
+    "--limit 1"
+)
+CHAT = f"chat {TINY} --use_cpu true --max_new_tokens 1"
+TYPED = "你好\n/exit\n"
+TRAIN = f"train --dataset_path tokens {TINY} --use_cpu true"
 CASES = (
     Case("mistake: flag", MISTAKE, "train --lerning_rate 1", rc=2),
     Case("mistake: recipe", MISTAKE, "train bad.yaml", rc=2),
@@ -50,26 +57,16 @@ CASES = (
     Case("validate", LIGHT, "validate rows.json"),
     Case("convert", LIGHT, "convert --data_path rows.json --save_path again.jsonl"),
     Case("plan", LIGHT, "plan --use_cpu true " + TINY),
+    Case("plan: rows", LIGHT, "plan --use_cpu true --dataset_path tokens " + TINY),
     Case("tokenize", ROWS, "tokenize --jsonl_path rows.jsonl --save_path again " + TINY),
-    Case(
-        "infer: a token",
-        MODEL,
-        f"infer --data_path rows.json --output_path new.jsonl {TINY} --use_cpu true "
-        "--max_new_tokens 1 --limit 1",
-        until="record 1",
-    ),
-    Case(
-        "chat: a token",
-        MODEL,
-        f"chat {TINY} --use_cpu true --max_new_tokens 1",
-        until=">",
-        says="你好\n/exit\n",
-    ),
+    Case("infer: a token", MODEL, INFER, until="record 1"),
+    Case("infer: a token, adapter", MODEL, f"{INFER} --adapter adapter", until="record 1"),
+    Case("chat: a token", MODEL, CHAT, until=">", says=TYPED),
+    Case("chat: a token, adapter", MODEL, f"{CHAT} --adapter adapter", until=">", says=TYPED),
     Case(
         "train: a step",
         MODEL,
-        f"train --dataset_path tokens --output_dir new {TINY} --use_cpu true --logging_steps 1 "
-        "--max_steps 9",
+        f"{TRAIN} --output_dir new --logging_steps 1 --max_steps 9",
         until="step 1/",
     ),
 )
@@ -122,13 +119,14 @@ def bench_startup(settings: BenchStartupSettings) -> dict[str, Any]:
 
 
 def _prepare(place: Path) -> None:
-    """Write the files of the cases: records, rows, token rows and an invalid recipe."""
+    """Write what the cases take: records, rows, token rows, an adapter and an invalid recipe."""
     sentences = [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(NUM_ROWS)]
     (place / "rows.json").write_text(json.dumps(sentences), encoding="utf-8")
     (place / "bad.yaml").write_text("max_steps: [", encoding="utf-8")
     for line in (
         "convert --data_path rows.json --save_path rows.jsonl",
         f"tokenize --jsonl_path rows.jsonl --save_path tokens {TINY}",
+        f"{TRAIN} --output_dir adapter --max_steps 1",
     ):
         _measure(Case("prepare", 0, line), place)
 
@@ -136,7 +134,7 @@ def _prepare(place: Path) -> None:
 def _measure(case: Case, place: Path) -> float:
     command = [sys.executable, "-m", "glmtune", *case.arguments.split()]
     with tempfile.TemporaryDirectory(dir=place) as folder:  # each run starts in a new folder
-        for name in ("rows.json", "rows.jsonl", "tokens", "bad.yaml"):
+        for name in ("rows.json", "rows.jsonl", "tokens", "adapter", "bad.yaml"):
             if (place / name).exists():
                 os.symlink(place / name, Path(folder, name))
         where = place if case.name == "prepare" else Path(folder)

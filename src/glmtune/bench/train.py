@@ -124,7 +124,7 @@ def _rows(settings: BenchTrainSettings, config: PreTrainedConfig) -> TokenRows:
     if settings.dataset_path is None:
         return random_rows(config, _NUM_ROWS)
     rule = family_of(config).row_rule(config)
-    rows = TokenRows.from_dataset(load_dataset(settings.dataset_path, rule)[0], rule)
+    rows = TokenRows.from_table(load_dataset(settings.dataset_path, rule)[0], rule)
     rows.check(config.vocab_size, settings.dataset_path)
     return rows
 

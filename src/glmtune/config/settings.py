@@ -30,6 +30,7 @@ from glmtune.config.groups import (
     DeviceSettings,
     FormatSettings,
     GenerationSettings,
+    NameText,
     PathText,
     PlainText,
     Settings,
@@ -197,10 +198,6 @@ class RecordSettings(FormatSettings, BadRowSettings, SpecialSettings):
     """Which records are answered."""
 
     group: ClassVar[str] = "data"
-    data_path: PathText = Field(
-        description=f"rows to answer, {ANY_ROWS}; of a conversation all before its last answer, or "
-        "all where a question stands last"
-    )
     overwrite_output: bool = Field(
         False, description="start over instead of continuing an unfinished file of answers"
     )
@@ -239,6 +236,7 @@ class InferSettings(AnsweringSettings):
     verb = "infer"
     group: ClassVar[str] = "data"
     reads_and_writes = ("data_path", "output_path")
+    data_path: PathText = Field(description="alpaca records to answer: .json (a list) or .jsonl")
     adapter: PathText | None = Field(
         None, description="run folder or adapter (default: the base model alone)"
     )
@@ -262,11 +260,46 @@ class CompareSettings(AnsweringSettings):
     verb = "compare"
     group: ClassVar[str] = "data"
     adapter: PathText = Field(description="run folder or adapter")
+    data_path: PathText | None = Field(
+        None,
+        description="alpaca records to answer: .json (a list) or .jsonl (default: the rows that "
+        "the adapter's run held out)",
+    )
     output_dir: PathText | None = Field(
         None,
-        description="folder for compare.md, .html and .jsonl (default: compare beside the adapter)",
+        description="folder for compare.md, .html, .json and .jsonl (default: compare beside the "
+        "adapter)",
     )
-    limit: int | None = Field(20, ge=1, description="answer this many records; none: all")
+    limit: int | None = Field(200, ge=1, description="answer this many records; none: all")
+    metric: tuple[str, ...] | None = Field(
+        None,
+        description="scores of your own beside ours, module:function each; the function takes "
+        "(answer, reference, record) and returns a number, of which more is better",
+    )
+    gate: NameText | None = Field(
+        None,
+        description="exit code 1 unless the verdict on all rows is better, or not_worse; with "
+        ":METRIC behind it, unless that score alone says it, such as better:exact",
+    )
+
+    @field_validator("metric", mode="before")
+    @classmethod
+    def split_metrics(cls, value: object) -> object:
+        """Accept "a:b,c:d" for ["a:b", "c:d"]."""
+        return tuple(value.split(",")) if isinstance(value, str) else value
+
+    @field_validator("gate")
+    @classmethod
+    def know_gate(cls, value: str | None) -> str | None:
+        """Accept better and not_worse, with a metric's name or without."""
+        word, colon, name = (value or "better").partition(":")
+        if word not in ("better", "not_worse") or (colon and not name):
+            raise conflict(
+                f"gate is {value}: give better or not_worse, perhaps with a score behind it, such "
+                "as not_worse:exact",
+                "gate",
+            )
+        return value
 
 
 # --- chat ---

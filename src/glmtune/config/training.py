@@ -308,7 +308,7 @@ class TuneSettings(
         description="train anew where the folder holds a run of other rows or other settings",
     )
     limit: int | None = Field(
-        20, ge=1, description="held-out questions that base and tuned weights answer; none: all"
+        200, ge=1, description="held-out questions that base and tuned weights answer; none: all"
     )
     max_new_tokens: int = Field(150, ge=1, description="longest answer, in tokens")
     open_page: bool | None = Field(

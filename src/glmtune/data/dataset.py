@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from glmtune.data.row_rule import RowRule
 from glmtune.errors import UserError, note
 
 if TYPE_CHECKING:
-    import datasets
+    import pyarrow as pa
 
 CARD_FILE = "glmtune_data.json"
 HISTOGRAM_FILE = "length_histogram.png"
@@ -212,7 +212,7 @@ class DataCard:
             ) from error
 
 
-def load_dataset(path: str, rule: RowRule | None = None) -> tuple["datasets.Dataset", DataCard]:
+def load_dataset(path: str, rule: RowRule | None = None) -> tuple["pa.Table", DataCard]:
     """Open a tokenised data set: columns input_ids (lists of int) and seq_len (prompt length).
 
     A data set without a card, as the script of 2023 left it, gets one inferred from its rows, with
@@ -227,36 +227,37 @@ def load_dataset(path: str, rule: RowRule | None = None) -> tuple["datasets.Data
     """
     check_is_folder(path)
     folder = Path(path)
-    _check_arrow_files(folder)
-    import datasets
+    state = _read_state(folder)
+    from glmtune.data.arrow_files import read_dataset
 
     try:
-        dataset = datasets.load_from_disk(path)
+        table = read_dataset(folder, state)
     except (OSError, ValueError, LookupError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(
             f"{path}: cannot be opened as a data set ({reason}); run `glmtune tokenize` again"
         ) from error
-    if not isinstance(dataset, datasets.Dataset) or not _is_of_token_rows(dataset):
+    if table is None or not _is_of_token_rows(table.schema):
+        columns = "splits" if table is None else table.column_names
         raise UserError(
-            f"{path}: a data set, but not of token rows (it has {dataset.column_names}, not "
+            f"{path}: a data set, but not of token rows (it has {columns}, not "
             "input_ids and seq_len of integers); pass the folder that `glmtune tokenize` wrote"
         )
-    if not len(dataset):
+    if not len(table):
         raise UserError(f"{path}: holds no row; run `glmtune tokenize` again")
     if not (folder / CARD_FILE).exists():
         note(
             f"{path} has no {CARD_FILE} (tokenised by an older script?); "
             "its special ids are read off the rows, its tokenizer is not known"
         )
-        return dataset, _card_of_rows(dataset, rule)
+        return table, _card_of_rows(table, rule)
     card = DataCard.read(folder / CARD_FILE)
-    if card.num_kept != len(dataset):
+    if card.num_kept != len(table):
         raise UserError(
-            f"{path}: {CARD_FILE} lists {card.num_kept} rows, the data has {len(dataset)}; "
+            f"{path}: {CARD_FILE} lists {card.num_kept} rows, the data has {len(table)}; "
             "the folder was mixed up: run `glmtune tokenize` again"
         )
-    return dataset, card
+    return table, card
 
 
 def check_is_folder(path: str) -> None:
@@ -266,11 +267,12 @@ def check_is_folder(path: str) -> None:
         raise UserError(f"{path}: {what}; pass the folder that `glmtune tokenize` wrote")
 
 
-def _check_arrow_files(folder: Path) -> None:
-    """Make sure that state.json names Arrow files inside the folder only."""
+def _read_state(folder: Path) -> dict[str, Any]:
+    """The content of state.json, which may name files inside the folder only; empty without one."""
     if not (folder / "state.json").is_file():
-        return  # datasets reports what is wrong with this folder
-    entries = read_json_object(folder / "state.json").get("_data_files")
+        return {}  # datasets reports what is wrong with this folder
+    state = read_json_object(folder / "state.json")
+    entries = state.get("_data_files")
     for entry in entries if isinstance(entries, list) else ():
         name = entry.get("filename") if isinstance(entry, dict) else None
         if not isinstance(name, str) or Path(name).name != name:
@@ -279,6 +281,7 @@ def _check_arrow_files(folder: Path) -> None:
                 "tokenize` again"
             )
         check_inside(folder / name)
+    return state
 
 
 def check_data_card(card: DataCard, tokenizer: RowTokenizer, path: str) -> None:
@@ -329,26 +332,23 @@ def _holds_token_rows(folder: Path) -> bool:
         return False
 
 
-def _is_of_token_rows(dataset: "datasets.Dataset") -> bool:
+def _is_of_token_rows(schema: "pa.Schema") -> bool:
     import pyarrow as pa
 
-    types = {f.name: f.type for f in dataset.features.arrow_schema if f.name in _COLUMNS}
-    if set(types) != set(_COLUMNS):
+    if not set(_COLUMNS) <= set(schema.names):
         return False
-    rows = types["input_ids"]
+    rows, lengths = (schema.field(name).type for name in _COLUMNS)
     is_list = pa.types.is_list(rows) or pa.types.is_large_list(rows)
-    return (
-        is_list and pa.types.is_integer(rows.value_type) and pa.types.is_integer(types["seq_len"])
-    )
+    return is_list and pa.types.is_integer(rows.value_type) and pa.types.is_integer(lengths)
 
 
-def _card_of_rows(dataset: "datasets.Dataset", rule: RowRule | None) -> DataCard:
+def _card_of_rows(table: "pa.Table", rule: RowRule | None) -> DataCard:
     """Infer a card from the rows: lengths, and the ids at the places of the special ids."""
-    table = dataset.with_format("arrow")[:]
+    from glmtune.data.arrow_files import as_numpy
+
     rows = table.column("input_ids").combine_chunks()
-    tokens = rows.flatten().to_numpy()
-    lengths = rows.value_lengths().to_numpy()
-    prompt_lengths = table.column("seq_len").to_numpy()
+    tokens, lengths = as_numpy(rows.flatten()), as_numpy(rows.value_lengths())
+    prompt_lengths = as_numpy(table.column("seq_len"))
     starts = np.cumsum(lengths) - lengths
 
     def id_at(positions: np.ndarray) -> int | None:
@@ -363,7 +363,7 @@ def _card_of_rows(dataset: "datasets.Dataset", rule: RowRule | None) -> DataCard
         for back, special in enumerate(reversed(specials), start=1):
             special_ids[special.name] = id_at(ends - back)
     return DataCard(
-        num_kept=len(dataset),
+        num_kept=len(table),
         num_tokens=int(lengths.sum()),
         num_target_tokens=int(np.maximum(lengths - prompt_lengths, 0).sum()),
         lengths=LengthStats.of(lengths),

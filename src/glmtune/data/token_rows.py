@@ -17,7 +17,7 @@ from glmtune.data.split import group_rows, split_rows
 from glmtune.errors import UserError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    import pyarrow as pa
 
 LEAST_SHARE = 0.01
 """The share of a data set's tokens that has to be supervised."""
@@ -43,27 +43,27 @@ class TokenRows:
     """The group of each row, if near-equal rows have been looked for: see `split.group_rows`."""
 
     @classmethod
-    def from_dataset(
-        cls, dataset: "Dataset", rule: RowRule, num_of_sets: Sequence[int] = ()
+    def from_table(
+        cls, table: "pa.Table", rule: RowRule, num_of_sets: Sequence[int] = ()
     ) -> "TokenRows":
         """Take the columns `input_ids`, `seq_len` and, if there, `labels` of a data set.
 
         Args:
-            dataset: holds at least one row.
+            table: holds at least one row.
             rule: row rule of the family that the rows were tokenised for.
             num_of_sets: how many rows of each set it holds, one set after the other.
         """
-        names = [name for name in ("input_ids", "seq_len", "labels") if name in dataset.features]
-        table = dataset.select_columns(names).with_format("arrow")[:]
+        from glmtune.data.arrow_files import as_numpy  # which imports pyarrow
+
         rows = table.column("input_ids").combine_chunks()
-        lengths_R = rows.value_lengths().to_numpy()
+        lengths_R = as_numpy(rows.value_lengths())
         labels_T = None
-        if "labels" in names:
-            labels_T = table.column("labels").combine_chunks().flatten().to_numpy()
+        if "labels" in table.column_names:
+            labels_T = as_numpy(table.column("labels").combine_chunks().flatten())
         return cls(
-            ids_T=rows.flatten().to_numpy(),
+            ids_T=as_numpy(rows.flatten()),
             starts_R1=np.concatenate(([0], np.cumsum(lengths_R, dtype=np.int64))),
-            prompt_lengths_R=table.column("seq_len").to_numpy(),
+            prompt_lengths_R=as_numpy(table.column("seq_len")),
             rule=rule,
             labels_T=labels_T,
             sets_R=np.repeat(np.arange(len(num_of_sets)), num_of_sets) if num_of_sets else None,

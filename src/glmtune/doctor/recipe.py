@@ -111,7 +111,7 @@ def check_data(
         return
     config = config_of(base)
     rule = family_of(config).row_rule(config)
-    dataset, card = load_dataset(folder, rule)
+    table, card = load_dataset(folder, rule)
     yield OK, f"{folder}: {card.num_kept:,} rows, tokens a row: {card.lengths}"
     num_read = card.num_read or card.num_kept
     for fate, rows in (("dropped", card.rows_out), ("cut to max_seq_length", card.rows_cut)):
@@ -121,7 +121,7 @@ def check_data(
             yield WARNING, f"{text}: tokenize again with a longer max_seq_length, or fix them"
     if isinstance(base, Path):
         check_data_card(card, load_tokenizer(str(base)), folder)
-        TokenRows.from_dataset(dataset, rule).check(config.vocab_size, folder)
+        TokenRows.from_table(table, rule).check(config.vocab_size, folder)
     if card.lengths.max > (limit := family_of(config).shape(config).max_positions):
         yield WARNING, f"the longest row has {card.lengths.max} tokens, the model knows {limit}"
 
@@ -177,7 +177,7 @@ def _rows(
     if Path(settings.dataset_path).is_dir():
         config = config_of(base)
         rule = family_of(config).row_rule(config)
-        return TokenRows.from_dataset(load_dataset(settings.dataset_path, rule)[0], rule)
+        return TokenRows.from_table(load_dataset(settings.dataset_path, rule)[0], rule)
     longest = TokenizeSettings.model_fields["max_seq_length"].default
     return EqualRows.of(settings, getattr(plans.get("tokenize"), "max_seq_length", longest))
 

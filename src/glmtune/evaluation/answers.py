@@ -36,6 +36,7 @@ def read_questions(settings: InferSettings | CompareSettings) -> list[Question]:
     Raises:
         UserError: see `data.questions.read_questions`.
     """
+    assert settings.data_path is not None, "without a file the run's held-out rows are asked"
     found, bad_rows, use = questions.read_questions(
         settings.data_path, settings.format, settings.on_bad_row, settings.encoding
     )

@@ -31,11 +31,11 @@ from glmtune.evaluation.probes import (
     strange_probes,
 )
 from glmtune.evaluation.source_run import RunRows, find_rows, find_template
+from glmtune.evaluation.text_scores import repeated_share
 from glmtune.generation import Answer, Decoder, EncodedPrompt, GenerationSettings, answer_in_batches
 from glmtune.models.families import family_of
 from glmtune.runlog import print_pairs
 
-NGRAM = 4
 # Below both of these, an adapter has no noticeable effect.
 LEAST_DIVERGENCE, LEAST_OTHER_TOKENS = 1e-3, 1e-3
 # Above one of these, it changes too much; docs/reliability.md gives the reasons.
@@ -290,12 +290,6 @@ def measure_answers(tokenizer: Any, probes: Sequence[Probe], said: Said) -> Answ
         stopped=float(np.mean([answer.stopped for answer in answers])),
         repetition=float(np.mean([repeated_share(answer_ids) for answer_ids in ids])),
     )
-
-
-def repeated_share(ids: Sequence[int], size: int = NGRAM) -> float:
-    """Share of the n-grams of a text that occurred in it before."""
-    ngrams = list(zip(*(ids[start:] for start in range(size)), strict=False))
-    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
 def report(found: Checkup, title: str) -> None:

@@ -124,9 +124,9 @@ def _examples(rows: Sequence[Any]) -> list[Example] | None:
 
 def _of_folder(settings: InspectSettings, tokenizer: Any, base: str) -> Inspection:
     path = settings.jsonl_path
-    dataset, card = load_dataset(path, tokenizer.row_rule)
+    table, card = load_dataset(path, tokenizer.row_rule)
     check_data_card(card, tokenizer, path)
-    rows = TokenRows.from_dataset(dataset, tokenizer.row_rule)
+    rows = TokenRows.from_table(table, tokenizer.row_rule)
     num_shown = min(settings.limit, len(rows))
     placed = [(f"{path} (row {row + 1})", None) for row in range(num_shown)]
     counts = settings.stats or bool(settings.html_path or settings.json_path)

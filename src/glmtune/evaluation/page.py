@@ -31,6 +31,7 @@ from glmtune.evaluation.report import (
     base_of,
     tuned_of,
 )
+from glmtune.evaluation.score_tables import score_tables
 from glmtune.generation import Answer
 
 FILTER = Text("筛选", "Filter")
@@ -140,7 +141,7 @@ def html(
     """
     shown = "".join(
         f'<section class="panel"><h2>{both(panel.title)}</h2>{panel.body}</section>'
-        for panel in panels
+        for panel in (*panels, *_score_panels(comparison))
     )
     return document(
         title=f"{comparison.base} · {comparison.adapter} · {command}",
@@ -148,7 +149,7 @@ def html(
         heading=title,
         verdict=verdict or comparison.verdict,
         is_alarm=not comparison.num_different,
-        summary=f"""{f'<div class="panels">{shown}</div>' if panels else ""}
+        summary=f"""{f'<div class="panels">{shown}</div>' if shown else ""}
 <dl class="figures">{"".join(_figures(comparison))}</dl>
 {facts_list(comparison.facts)}""",
         body=f'''<div class="tools">
@@ -171,10 +172,23 @@ def escape(text: str) -> str:
 
 
 def both(text: Text) -> str:
-    """A label in both languages, of which the page shows one."""
-    return (
-        f'<span class="zh" lang="zh-CN">{text.zh}</span><span class="en" lang="en">{text.en}</span>'
-    )
+    """A label in both languages, of which the page shows one; escaped, as it may name a metric."""
+    zh, en = map(escape, text)
+    return f'<span class="zh" lang="zh-CN">{zh}</span><span class="en" lang="en">{en}</span>'
+
+
+def _score_panels(comparison: Comparison) -> Iterator[Panel]:
+    """A table of scores for each language, and for all rows."""
+    for title, (headings, *rows) in score_tables(comparison.verdicts):
+        head = "".join(f'<th scope="col">{both(text)}</th>' for text in headings)
+        body = "".join(
+            f'<tr><th scope="row">{both(label)}</th>'
+            + "".join(f"<td>{escape(cell.en)}</td>" for cell in cells)
+            + "</tr>"
+            for label, *cells in rows
+        )
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        yield Panel(title, f'<div class="wide">{table}</div>')
 
 
 def _figures(comparison: Comparison) -> Iterator[str]:

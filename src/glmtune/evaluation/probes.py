@@ -87,8 +87,13 @@ def row_probes(rows: TokenRows, row_ids: np.ndarray, limit: int) -> list[Probe]:
     """Rows that have an answer, evenly spaced among the given ones."""
     row_ids = row_ids[rows.lengths_R[row_ids] > rows.prompt_lengths_R[row_ids]]
     places = np.linspace(0, len(row_ids) - 1, min(limit, len(row_ids))).astype(int)
-    halves = ((rows[row].tolist(), int(rows.prompt_lengths_R[row])) for row in row_ids[places])
-    return [Probe(ids[:length], ids[length:]) for ids, length in halves]
+    return [probe_of_row(rows, row) for row in row_ids[places]]
+
+
+def probe_of_row(rows: TokenRows, row: int) -> Probe:
+    """A row's prompt and its answer."""
+    ids, length = rows[row].tolist(), int(rows.prompt_lengths_R[row])
+    return Probe(ids[:length], ids[length:])
 
 
 def held_out_probes(rows: TokenRows, held_out: np.ndarray, limit: int) -> Probes | None:
@@ -113,11 +118,11 @@ def record_probes(
     answered = [q for q in questions if q.expected.strip() or isinstance(q.asked, PlainText)]
     if not answered:
         raise UserError(f"{data_path}: no record has an output to compare with")
-    probes = [_probe(question, tokenizer) for question in answered[:limit]]
+    probes = [probe_of(question, tokenizer) for question in answered[:limit]]
     return Probes(probes, f"records of {data_path}", of_task=True)
 
 
-def _probe(question: Question, tokenizer: Any) -> Probe:
+def probe_of(question: Question, tokenizer: Any) -> Probe:
     """A question and its answer, encoded as rows are."""
     asked, rule = question.asked, tokenizer.row_rule
     if isinstance(asked, str):

@@ -2,24 +2,17 @@
 
 import html
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from glmtune.data.questions import shown_question
 from glmtune.errors import visible
+from glmtune.evaluation.labels import Text
+from glmtune.evaluation.score_tables import PART_NAMES, score_tables
+from glmtune.evaluation.scores import Part
+from glmtune.evaluation.verdict import PartVerdict
 from glmtune.generation import Answer
-
-
-class Text(NamedTuple):
-    """A label in both languages of the report."""
-
-    zh: str
-    en: str
-
-    def __str__(self) -> str:
-        return f"{self.zh} / {self.en}"
-
 
 TITLE = Text("原模型与微调后，逐条对照", "Base and tuned, side by side")
 INSTRUCTION = Text("指令", "Instruction")
@@ -55,11 +48,18 @@ class Pair:
     expected: str
     base: Answer
     tuned: Answer
+    log_probs: tuple[float | None, float | None] = (None, None)
+    """The expected answer's, on both sides, in nats a token; None where it was not scored."""
+    num_reference_tokens: int = 0
+    """Tokens of the expected answer, its end included; 0 where it was not scored."""
 
     @classmethod
     def from_line(cls, line: dict[str, Any]) -> "Pair":
         """Read a line of `compare.jsonl`; what was said before stands before its instruction."""
         instruction, input = shown_question(line)
+        scored = line.get("reference")
+        num_tokens = scored["num_tokens"] if scored else 0
+        log_probs = (scored["base"] / num_tokens, scored["tuned"] / num_tokens) if scored else None
         return cls(
             number=line["row"],
             instruction=instruction,
@@ -67,7 +67,14 @@ class Pair:
             expected=line["output"],
             base=Answer(**line["base"]),
             tuned=Answer(**line["tuned"]),
+            log_probs=log_probs or (None, None),
+            num_reference_tokens=num_tokens,
         )
+
+    @property
+    def sides(self) -> tuple[tuple[Answer, float | None], tuple[Answer, float | None]]:
+        """Base, then tuned: the answer, and the log-probability of the expected one."""
+        return (self.base, self.log_probs[0]), (self.tuned, self.log_probs[1])
 
     @property
     def differs(self) -> bool:
@@ -89,6 +96,12 @@ class Comparison:
     settings: dict[str, int | float | bool]
     date: str
     pairs: Sequence[Pair]
+    verdicts: Mapping[Part, PartVerdict] = field(default_factory=dict)
+    """The verdict on each language and on all rows; empty where nothing was scored."""
+    cost: Mapping[str, float] | None = None
+    """What answering took; None where all answers were there before."""
+    passes_gate: bool = True
+    """False where `--gate` asked for a better verdict."""
 
     @property
     def num_different(self) -> int:
@@ -98,10 +111,47 @@ class Comparison:
     @property
     def verdict(self) -> Text:
         """The result in one line."""
-        if not self.num_different:
+        if not self.num_different and self.judged_by is None:
             return NOTHING_CHANGED
+        found = self.verdicts.get("all")
+        return found.sentence if found and found.num_rows else self.differences
+
+    @property
+    def differences(self) -> Text:
+        """How many answers differ, in one line."""
         num, total = self.num_different, len(self.pairs)
         return Text(f"{total} 条记录中有 {num} 条回答不同。", f"{num} of {total} answers differ.")
+
+    def summary(self) -> Iterator[str]:
+        """The result as lines for a terminal, in English."""
+        yield self.verdict.en
+        for part, found in self.verdicts.items():
+            if part != "all" and 0 < found.num_rows < self.verdicts["all"].num_rows:
+                yield f"{PART_NAMES[part].en}: {found.sentence.en}"
+        if self.verdict != self.differences:
+            yield self.differences.en
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of compare.json; `price` and `collapse` are for what is not measured here."""
+        found = {part: verdict.as_json() for part, verdict in self.verdicts.items()}
+        origin = {"base": self.base, "adapter": self.adapter, "dtype": self.dtype}
+        return {
+            **origin,
+            "settings": self.settings,
+            "date": self.date,
+            "answers": {"asked": len(self.pairs), "differ": self.num_different},
+            "sentence": self.verdict._asdict(),
+            "languages": found,
+            "price": None,
+            "collapse": None,
+            "cost": self.cost,
+        }
+
+    @property
+    def judged_by(self) -> str | None:
+        """The score that decides on all rows; None where none does."""
+        found = self.verdicts.get("all")
+        return found.judge if found else None
 
     def num_stopped(self, side: Callable[[Pair], Answer]) -> int:
         """How many answers of one side ended by themselves, within the limit."""
@@ -144,6 +194,9 @@ def markdown(comparison: Comparison) -> str:
         [STOPPED, *(f"{comparison.num_stopped(side)} / {total}" for side in (base_of, tuned_of))],
         [MEAN_LENGTH, *(f"{comparison.mean_length(side):.1f}" for side in (base_of, tuned_of))],
     )
+    for title, rows in score_tables(comparison.verdicts):
+        cells = ([_escape(str(cell)) for cell in row] for row in rows)
+        lines += ["", f"**{title}**", "", *_table(*cells)]
     for pair in comparison.pairs:
         lines += ["", f"## {pair.number} · {DIFFERS if pair.differs else SAME}", ""]
         lines += [f"**{INSTRUCTION}**: {_escape(pair.instruction)}", ""]

@@ -27,30 +27,35 @@ class RunRows(NamedTuple):
         return np.setdiff1d(np.arange(len(self.rows)), self.held_out)
 
 
-def find_rows(adapter: Path, tokenizer: RowTokenizer) -> RunRows | None:
-    """The rows of the run that an adapter came from.
-
-    None where there is no recipe beside the adapter, or its data are missing or have changed, which
-    a note reports.
+def read_rows(adapter: Path, tokenizer: RowTokenizer) -> RunRows | None:
+    """The rows of the run that an adapter came from; None where there is no recipe beside it.
 
     Args:
         adapter: the adapter's folder.
         tokenizer: of the base model.
+
+    Raises:
+        UserError: the run's data are missing or have changed.
     """
     recipe = next(iter(find_around(adapter, RECIPE_FILE)), None)
     if recipe is None:
         return None
+    run = read_config(TrainSettings, str(recipe), {})
+    rule, identity = tokenizer.row_rule, _identity(adapter)
+    table, card = load_dataset(run.dataset_path, rule)
+    rows = TokenRows.from_table(table, rule, card.num_kept_of_sets)
+    digest = identity.get("data sha256")
+    if digest is not None and digest != rows.digest()[:16]:
+        raise UserError(f"{run.dataset_path}: holds other rows than the run was trained on")
+    if GROUPS in identity:
+        rows = rows.grouped(tokenizer.decode_batch)
+    return RunRows(rows, rows.split(run.eval_ratio, run.seed)[1])
+
+
+def find_rows(adapter: Path, tokenizer: RowTokenizer) -> RunRows | None:
+    """Like `read_rows`, but None also where a note says why the rows are not available."""
     try:
-        run = read_config(TrainSettings, str(recipe), {})
-        rule, identity = tokenizer.row_rule, _identity(adapter)
-        dataset, card = load_dataset(run.dataset_path, rule)
-        rows = TokenRows.from_dataset(dataset, rule, card.num_kept_of_sets)
-        digest = identity.get("data sha256")
-        if digest is not None and digest != rows.digest()[:16]:
-            raise UserError(f"{run.dataset_path}: holds other rows than the run was trained on")
-        if GROUPS in identity:
-            rows = rows.grouped(tokenizer.decode_batch)
-        return RunRows(rows, rows.split(run.eval_ratio, run.seed)[1])
+        return read_rows(adapter, tokenizer)
     except UserError as error:
         note(f"the run's rows are not available ({error})")
         return None

@@ -10,7 +10,7 @@ from typing import Any
 import glmtune
 from glmtune.models import families
 
-if glmtune.registers_models:
+if not glmtune.is_command:
     families.register()
 
 __all__ = families.__all__

@@ -25,7 +25,7 @@ from glmtune.models.quantised import frozen_of
 from glmtune.ops.attention import PaddedRows
 from glmtune.ops.linear import Dense, Fp8, Fp8Linear, Frozen, joined, lay_together
 from glmtune.ops.lora import Dropout, LowRank, lora_linear
-from glmtune.ops.loss import IGNORED, SoftmaxLoss, head_loss
+from glmtune.ops.loss import IGNORED, SoftmaxLoss, head_log_probs, head_loss
 from glmtune.ops.quantised import Quantised
 
 if TYPE_CHECKING:
@@ -206,6 +206,16 @@ class PackedModel:
             pack: see `to_tensors`.
             dropouts: None for none. At rate 0 they have no effect, and need no new compilation.
         """
+        hidden_LH = self._hidden(pack, dropouts)
+        return head_loss(hidden_LH, self.head, pack.targets_L, self.softmax_loss)
+
+    @torch.no_grad()
+    def log_probs(self, pack: PackTensors) -> Tensor:
+        """Log-probability of each of a pack's supervised tokens, ``(L,)`` float32; filler has 0."""
+        return head_log_probs(self._hidden(pack), self.head, pack.targets_L)
+
+    def _hidden(self, pack: PackTensors, dropouts: Dropouts | None = None) -> Tensor:
+        """The final norm's outputs where the next token is supervised, ``(L, H)``."""
         hidden_TH = self.embedding(pack.input_ids_T).to(self.dtype)
         cos, sin = self.family_block.angles(pack.position_ids_XT, self.config)
         if self.compiled:
@@ -229,7 +239,7 @@ class PackedModel:
         drop = dropouts.of(last) if dropouts else None
         arguments = hidden_TH, self.blocks[last], pack.attention, cos, sin, drop
         hidden_LH = self.last_block(*arguments, pack.supervised_at_L)
-        return head_loss(self.final_norm(hidden_LH), self.head, pack.targets_L, self.softmax_loss)
+        return self.final_norm(hidden_LH)
 
 
 def _let_vary(*tensors_T: Tensor) -> None:

@@ -68,6 +68,27 @@ def head_loss(
     return _HeadLoss.apply(hidden_LH, head, targets_L, softmax_loss or softmax_loss_)
 
 
+@torch.no_grad()
+def head_log_probs(hidden_LH: Tensor, head: Tensor | Quantised, targets_L: Tensor) -> Tensor:
+    """Log-probability of each target under a frozen head, in chunks like `head_loss`.
+
+    Args:
+        hidden_LH: outputs of the last norm for the supervised tokens only.
+        head: the head's weight ``(V, H)``, or the same quantised.
+        targets_L: the token that follows each of them, or `IGNORED`.
+
+    Returns:
+        ``(L,)`` float32; 0 where a target is ignored.
+    """
+    found = [hidden_LH.new_empty(0, dtype=torch.float32)]
+    for start in range(0, len(targets_L), CHUNK):
+        hidden_CH, targets_C = (part[start : start + CHUNK] for part in (hidden_LH, targets_L))
+        pieces = (hidden_CH @ weight.T for _, weight in _pieces(head, hidden_LH.dtype))
+        logits_CV = torch.cat(list(pieces), dim=1).float()
+        found.append(-F.cross_entropy(logits_CV, targets_C, ignore_index=IGNORED, reduction="none"))
+    return torch.cat(found)
+
+
 def softmax_loss_(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
     """Summed cross entropy in float32; the logits are overwritten with its gradient."""
     logits = logits_CV.detach().float().requires_grad_()

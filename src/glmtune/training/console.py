@@ -15,6 +15,7 @@ from glmtune.run_files import PLOT_FILE
 from glmtune.runlog import format_seconds, print_pairs
 from glmtune.training.plan import PackPlan
 from glmtune.training.planning.advice import advise, recompute_words
+from glmtune.training.planning.power import describe_power
 from glmtune.training.run import Run
 from glmtune.training.saving.run_folder import resume_command
 from glmtune.training.state import TrainingState
@@ -62,6 +63,7 @@ def print_banner(run: Run, state: TrainingState) -> None:
             "rows": f"{num_train:,} to train on, {num_eval:,} held out, "
             f"{run.rows.lengths_R.mean():.0f} tokens each",
             **_describe_split(run),
+            "verdict": describe_power(num_eval),
             "steps": f"{run.max_steps:,}, which is {run.plan.epoch(run.max_steps):.4g} epoch(s) of "
             f"{run.plan.steps_in(0):,}{done}",
             **describe_step(run),

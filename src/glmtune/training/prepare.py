@@ -118,11 +118,11 @@ def _load_rows(
         UserError: there are none, of another tokenizer, or they would teach hardly anything.
     """
     path = settings.dataset_path
-    dataset, card = load_dataset(path, rule)
+    table, card = load_dataset(path, rule)
     check_data_card(card, tokenizer, path)
     for lost in filter(None, (card.describe_loss(), card.describe_dropped())):
         note(f"{path}: {lost}")
-    rows = TokenRows.from_dataset(dataset, rule, card.num_kept_of_sets)
+    rows = TokenRows.from_table(table, rule, card.num_kept_of_sets)
     rows.check_taught(path)
     if settings.eval_ratio and not (resume and GROUPS not in read_identity(resume)):
         rows = rows.grouped(tokenizer.decode_batch)

@@ -273,8 +273,8 @@ class Tuning:
         if not ratio:
             return np.arange(card.num_kept), np.arange(0)
         rule = self.tokenizer.row_rule
-        dataset, _ = load_dataset(str(self.out / ROWS_FOLDER), rule)
-        rows = TokenRows.from_dataset(dataset, rule, card.num_kept_of_sets)
+        table, _ = load_dataset(str(self.out / ROWS_FOLDER), rule)
+        rows = TokenRows.from_table(table, rule, card.num_kept_of_sets)
         return rows.grouped(self.tokenizer.decode_batch).split(ratio, self.settings.seed)
 
     def _write_recipe(self) -> None:

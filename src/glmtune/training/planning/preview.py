@@ -30,6 +30,7 @@ from glmtune.runlog import print_pairs
 from glmtune.training.plan import Lengths, count_steps, make_plan
 from glmtune.training.planning.advice import find_remedies, print_forecast
 from glmtune.training.planning.forecast import EqualRows, Forecast, forecast
+from glmtune.training.planning.power import describe_power, smallest_difference
 from glmtune.training.planning.speed import no_speed, run_speed
 
 
@@ -54,6 +55,10 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
     record = now.as_record() | {"base": base_name(base)}
     if not now.cannot_fit:
         record["time"] = tell_time(now, training, rows)
+    held_out = rows.split(training.eval_ratio, training.seed)[1]
+    print(f"Verdict: {describe_power(len(held_out))}")
+    points = smallest_difference(len(held_out)) if len(held_out) else None
+    record["held_out"] = {"rows": len(held_out), "smallest_difference": points}
     if not now.fits:
         remedies = find_remedies(training, forecaster)
         print("\n".join(["Changes that make it fit:", *(f"  {remedy}" for remedy in remedies)])
@@ -110,7 +115,7 @@ def _rows(settings: PlanSettings, config: Any) -> Lengths:
     """The rows of the data set, or equal ones if it does not exist yet."""
     if Path(settings.dataset_path).is_dir():
         rule = family_of(config).row_rule(config)
-        return TokenRows.from_dataset(load_dataset(settings.dataset_path, rule)[0], rule)
+        return TokenRows.from_table(load_dataset(settings.dataset_path, rule)[0], rule)
     missing = "dataset_path" in settings.model_fields_set
     note(
         f"{f'{settings.dataset_path} is not there' if missing else 'no dataset_path'}, so "
