@@ -87,3 +87,19 @@ def import_peer(peer_tests):
         return importlib.import_module(f"{name}.{module}")
 
     return load
+
+
+@pytest.fixture
+def own_tasks_only(monkeypatch):
+    """Let lm-evaluation-harness's command index the tasks of `--include_path` alone.
+
+    Reading the thousands that come with it takes 11 s of CPU time; test_lm_eval.py has a process
+    that does.
+    """
+    from lm_eval.tasks import TaskManager
+
+    index = TaskManager.__init__
+    without = {"include_defaults": False}
+    monkeypatch.setattr(
+        TaskManager, "__init__", lambda self, *args, **named: index(self, *args, **named | without)
+    )

@@ -191,7 +191,9 @@ def test_lm_eval_command_measures_an_adapter(arguments, tmp_path):
     ],
     ids=["setting", "batch size", "base"],
 )
-def test_lm_eval_command_refuses_in_one_line(more, words, arguments, tmp_path, monkeypatch, capsys):
+def test_lm_eval_command_refuses_in_one_line(
+    more, words, arguments, own_tasks_only, tmp_path, monkeypatch, capsys
+):
     from glmtune.integrations.lm_eval import main
 
     monkeypatch.chdir(tmp_path)

@@ -122,7 +122,9 @@ def test_texts_behind_nothing_are_scored_behind_the_prefix(ours, text):
     assert found == pytest.approx(expected, abs=1e-3)
 
 
-def test_the_command_runs_a_task_with_the_chat_template(shared, tmp_path, monkeypatch, capsys):
+def test_the_command_runs_a_task_with_the_chat_template(
+    shared, own_tasks_only, tmp_path, monkeypatch, capsys
+):
     from glmtune.integrations.lm_eval import main
 
     folder = write("chatglm3", shared, tmp_path / "base")

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, GlmConfig, GlmForCausalLM, PreTrainedTok
 from glmtune.errors import UserError
 from glmtune.models.chatglm.tokenization import ChatGLMTokenizer
 from glmtune.models.chatglm.vocabulary import VOCAB_FILE as TOY_PIECES
+from glmtune.models.glm import byte_pair_encoder
 from glmtune.models.glm.byte_pair_encoder import tokenizer_of_tiktoken
 from glmtune.models.glm.encoder import find_vocabulary, of_folder
 from glmtune.models.glm.layouts import LAYOUTS
@@ -355,6 +356,20 @@ def test_chatglm2_without_a_vocabulary_names_the_one_file(tmp_path):
     folder = write_folder(tmp_path / "folder", "chatglm2", None)
     with pytest.raises(UserError, match=r"has no tokenizer\.model; take"):
         find_vocabulary(folder)
+
+
+def test_tokenizers_of_one_vocabulary_share_its_byte_pairs_alone(toy, monkeypatch):
+    data, layout = toy_tiktoken(), LAYOUTS["glm4"]
+    first = tokenizer_of_tiktoken(data, toy, layout)
+    monkeypatch.setattr(byte_pair_encoder, "_merges", None)  # is not needed again
+    second = tokenizer_of_tiktoken(bytes(bytearray(data)), toy, layout)
+    monkeypatch.undo()
+    other = tokenizer_of_tiktoken(data + b"c29tZSA= %d\n" % data.count(b"\n"), toy, layout)
+    assert other.get_vocab_size() == first.get_vocab_size() + 1
+    second.add_special_tokens(["<|more|>"])
+    assert first.token_to_id("<|more|>") is None
+    text = "some words<|user|>"
+    assert first.encode(text).ids == second.encode(text).ids
 
 
 def test_rows_need_neither_torch_nor_transformers(toy):

@@ -2,15 +2,15 @@
 
 GLM-4-9B was first published with a file in tiktoken's form: a line for each token, its bytes in
 base64 and its rank. Every way to halve a token into two others is a merge of the tokenizers
-library's; that takes 0.8 s (one core of a server), where reading a whole ``tokenizer.json`` of
-8.6 MB takes 0.5 s.
+library's; that takes 0.8 s (one core of a server) the first time in a process, where reading a
+whole ``tokenizer.json`` of 8.6 MB takes 0.5 s.
 """
 
 import base64
-import binascii
 import codecs
 import re
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, processors
@@ -51,21 +51,13 @@ def tokenizer_of_tiktoken(data: bytes, file: Path, layout: Layout) -> Tokenizer:
     Raises:
         UserError: the file is damaged.
     """
-    fields = data.split()
     try:
-        tokens = [base64.b64decode(token, validate=True) for token in fields[::2]]
-        ranks = list(map(int, fields[1::2]))
-        if sorted(ranks) != list(range(len(tokens))) or not all(tokens):
-            raise ValueError("ranks do not count up from 0")
-    except (ValueError, binascii.Error) as error:
+        model = _model_of_tiktoken(data)
+    except ValueError as error:
         raise UserError(
             f"{file}: is damaged ({reason_of(error)}, {len(data)} bytes); download it again"
         ) from error
-    table = _byte_names()
-    names = [codecs.charmap_decode(token, "strict", table)[0] for token in tokens]
-    vocab = dict(zip(names, ranks, strict=True))
-    names.sort(key=vocab.__getitem__)
-    tokenizer = Tokenizer(BPE(vocab, list(_merges(names, vocab)), ignore_merges=True))
+    tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
@@ -81,6 +73,25 @@ def tokenizer_of_tiktoken(data: bytes, file: Path, layout: Layout) -> Tokenizer:
         single=[*layout.prefix, "$A"], pair=[*layout.prefix, "$A", "$B:1"], special_tokens=prefix
     )
     return tokenizer
+
+
+@lru_cache(maxsize=1)
+def _model_of_tiktoken(data: bytes) -> BPE:
+    """The byte pairs of a file's content; tokenizers share them, as a process opens one file often.
+
+    Raises:
+        ValueError: the content is damaged.
+    """
+    fields = data.split()
+    tokens = [base64.b64decode(token, validate=True) for token in fields[::2]]
+    ranks = list(map(int, fields[1::2]))
+    if sorted(ranks) != list(range(len(tokens))) or not all(tokens):
+        raise ValueError("ranks do not count up from 0")
+    table = _byte_names()
+    names = [codecs.charmap_decode(token, "strict", table)[0] for token in tokens]
+    vocab = dict(zip(names, ranks, strict=True))
+    names.sort(key=vocab.__getitem__)
+    return BPE(vocab, list(_merges(names, vocab)), ignore_merges=True)
 
 
 def _merges(names: list[str], vocab: dict[str, int]) -> Iterator[tuple[str, str]]:
