@@ -37,6 +37,8 @@ class ToyTokenizer:
     Its special ids are those of the tiny golden model, which has no vocabulary.
     """
 
+    allow_special = opens_thoughts = False
+    special_names = property(lambda self: {})
     bos_token_id, eos_token_id, gmask_token_id, mask_token_id = 1004, 1005, 1001, 1000
     pad_token_id, vocab_size = 3, 1006
     vocab_hash, revision = "0" * 64, "v1.1"
