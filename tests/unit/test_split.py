@@ -110,8 +110,15 @@ def test_a_group_that_is_too_large_is_trained_on():
     _, held_out = split_rows(60, 0.1, 3, groups_R)
     assert len(held_out) == 6
     assert held_out.min() >= 50
-    with pytest.raises(UserError, match="all ask nearly the same"):
+    with pytest.raises(UserError, match="stay together, and these are 60 of 60; set eval_ratio 0"):
         split_rows(60, 0.1, 3, np.zeros(60, int))
+
+
+def test_where_no_group_is_small_enough_the_smallest_is_held_out():
+    groups_R = np.array([0] * 5 + [5] * 4 + [9] * 4)
+    train, held_out = split_rows(13, 0.05, 3, groups_R)
+    assert held_out.tolist() in ([5, 6, 7, 8], [9, 10, 11, 12])
+    assert len(train) == 9
 
 
 def test_sets_of_one_row_each():

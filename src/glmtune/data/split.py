@@ -34,7 +34,8 @@ def split_rows(
     """Hold out a share of the rows for evaluation: at least one of each set, and never all.
 
     Rows are taken in an order drawn from the seed, each with its whole group, until the share of
-    its set is full; a group that is larger than what is left stays in the training.
+    its set is full; a group that is larger than what is left stays in the training. Where all are,
+    the smallest is held out.
 
     Args:
         num_rows: number of rows.
@@ -65,7 +66,8 @@ def split_rows(
     ranked = groups_R[members]
     is_out = np.zeros(num_rows, bool)
     is_seen = np.zeros(num_rows, bool)
-    for row in np.random.default_rng([seed, _STREAM_SPLIT]).permutation(num_rows).tolist():
+    order = np.random.default_rng([seed, _STREAM_SPLIT]).permutation(num_rows)
+    for row in order.tolist():
         if not room.any():
             break
         if is_seen[row] or not room[sets_R[row]]:
@@ -77,11 +79,25 @@ def split_rows(
             is_out[rows] = True
             room -= needed
     if not is_out.any():
-        raise UserError(
-            f"eval_ratio {eval_ratio}: no row can be held out, since all ask nearly the same, and "
-            "such rows stay together; set eval_ratio 0, or add other rows"
-        )
+        is_out = groups_R == _smallest(groups_R, order, eval_ratio)
     return np.flatnonzero(~is_out), np.flatnonzero(is_out)
+
+
+def _smallest(groups_R: np.ndarray, order: np.ndarray, eval_ratio: float) -> int:
+    """The smallest group, the first in an order where there are several.
+
+    Raises:
+        UserError: it is more than half of all rows.
+    """
+    sizes = np.bincount(groups_R)[groups_R[order]]
+    smallest = int(sizes.min())
+    if smallest > len(order) // 2:
+        raise UserError(
+            f"eval_ratio {eval_ratio}: no row can be held out: rows that ask nearly the same stay "
+            f"together, and these are {smallest:,} of {len(order):,}; set eval_ratio 0, or add "
+            "other rows"
+        )
+    return int(groups_R[order[sizes.argmin()]])
 
 
 def group_rows(
