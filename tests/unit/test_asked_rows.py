@@ -67,10 +67,10 @@ def test_a_prompt_is_what_training_has_before_the_last_answer(tokenizer, kind):
     write(FILES[kind])
     config = TokenizeSettings(jsonl_path="a.jsonl", save_path="rows", max_seq_length=400)
     tokenize(config, tokenizer, "base")
-    dataset, card = load_dataset("rows")
+    table, card = load_dataset("rows")
     trained = {
         row: ids["input_ids"][: ids["seq_len"]]
-        for row, ids in zip(card.source_rows().tolist(), dataset, strict=True)
+        for row, ids in zip(card.source_rows().tolist(), table.to_pylist(), strict=True)
     }  # of the several rows of a conversation the last
     questions, _, _ = read_questions("a.jsonl")
     asked = prompt_ids(tokenizer, [question.asked for question in questions])
