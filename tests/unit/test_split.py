@@ -162,13 +162,25 @@ class TestRun:
         plain = split_rows(24, 0.25, 42)[1]
         assert len(np.unique(plain % 12)) < 12  # else the two rules agree
         with monkeypatch.context() as earlier:
-            earlier.setattr(TokenRows, "grouped", lambda self, _: self)
+            earlier.setattr(TokenRows, "grouped", lambda self, *_: self)
             loop.train(tiny_run(**settings))
         assert np.array_equal(self.held_out(tmp_path / "run"), plain)
         checkpoint = str(tmp_path / "run" / "checkpoint-1")
         more = {"resume_from_checkpoint": checkpoint, "output_dir": str(tmp_path / "more")}
         loop.train(tiny_run(**settings | more))
         assert np.array_equal(self.held_out(tmp_path / "more"), plain)
+
+
+def test_rows_of_one_conversation_stay_together():
+    """Of a base that takes a row for each answer, or where a long row was split."""
+    draw = random.Random(0)
+    rows = token_rows(*((" ".join(draw.choices(WORDS, k=8)), "a") for _ in range(40)))
+    sources_R = np.repeat(np.arange(1, 11), 4)
+    held_out = rows.grouped(TOKENIZER.decode_batch, sources_R).split(0.1, 42)[1]
+    assert len(held_out) == 4
+    assert len({*sources_R[held_out].tolist()}) == 1
+    apart = rows.grouped(TOKENIZER.decode_batch).split(0.1, 42)[1]
+    assert len({*sources_R[apart].tolist()}) > 1
 
 
 def test_rows_of_a_run_are_split_by_their_sets_and_groups():

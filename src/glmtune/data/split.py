@@ -101,17 +101,20 @@ def _smallest(groups_R: np.ndarray, order: np.ndarray, eval_ratio: float) -> int
 
 
 def group_rows(
-    rows: "TokenRows", decode_batch: Callable[[Sequence[Sequence[int]]], list[str]]
+    rows: "TokenRows",
+    decode_batch: Callable[[Sequence[Sequence[int]]], list[str]],
+    sources_R: np.ndarray | None = None,
 ) -> np.ndarray:
     """The group of each row, ``(R,)``: the number of the first row that is nearly the same.
 
-    Rows are nearly the same if their last questions are near-equal (`near`) after equal turns, or
+    Rows are nearly the same if they come from one row of the source, if their last questions are near-equal (`near`) after equal turns, or
     if one is the beginning of the other: what stands before an answer that is supervised in one is
     all that stands before the last answer of the other.
 
     Args:
         rows: token rows.
         decode_batch: ids to texts, as of `RowTokenizer`.
+        sources_R: the source's row that each row comes from, where it is known; ascending.
     """
     spans = list(_spans_before_last_answers(rows))
     texts = iter(_bare(rows, decode_batch, [span for of_row in spans for span in of_row]))
@@ -139,6 +142,8 @@ def group_rows(
         pieces.add(questions, before)
         groups = group(groups, near_pairs(pieces, np.flatnonzero(groups == np.arange(len(rows)))))
     pairs = [(row, longer) for row, key in enumerate(keys) for longer in earlier.get(key, ())]
+    if sources_R is not None:
+        pairs += [(row, row + 1) for row in np.flatnonzero(np.diff(sources_R) == 0).tolist()]
     return group(groups, np.array(pairs, np.int64).reshape(-1, 2))
 
 

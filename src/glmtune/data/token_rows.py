@@ -103,9 +103,13 @@ class TokenRows:
         """Tokens at the start of each row that see each other in both directions."""
         return self.rule.prefix_lengths(self.prompt_lengths_R)
 
-    def grouped(self, decode_batch: Callable[[Sequence[Sequence[int]]], list[str]]) -> "TokenRows":
-        """The same, with the groups of near-equal rows; `decode_batch` is of `RowTokenizer`."""
-        return replace(self, groups_R=group_rows(self, decode_batch))
+    def grouped(
+        self,
+        decode_batch: Callable[[Sequence[Sequence[int]]], list[str]],
+        sources_R: np.ndarray | None = None,
+    ) -> "TokenRows":
+        """The same, with the groups of near-equal rows; see `split.group_rows`."""
+        return replace(self, groups_R=group_rows(self, decode_batch, sources_R))
 
     def split(self, eval_ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Row numbers to train on and to evaluate on; see `split.split_rows`."""

@@ -48,7 +48,7 @@ def read_rows(adapter: Path, tokenizer: RowTokenizer) -> RunRows | None:
     if digest is not None and digest != rows.digest()[:16]:
         raise UserError(f"{run.dataset_path}: holds other rows than the run was trained on")
     if GROUPS in identity:
-        rows = rows.grouped(tokenizer.decode_batch)
+        rows = rows.grouped(tokenizer.decode_batch, card.source_rows())
     return RunRows(rows, rows.split(run.eval_ratio, run.seed)[1])
 
 

@@ -125,5 +125,5 @@ def _load_rows(
     rows = TokenRows.from_table(table, rule, card.num_kept_of_sets)
     rows.check_taught(path)
     if settings.eval_ratio and not (resume and GROUPS not in read_identity(resume)):
-        rows = rows.grouped(tokenizer.decode_batch)
+        rows = rows.grouped(tokenizer.decode_batch, card.source_rows())
     return rows, card

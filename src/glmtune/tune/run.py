@@ -275,7 +275,8 @@ class Tuning:
         rule = self.tokenizer.row_rule
         table, _ = load_dataset(str(self.out / ROWS_FOLDER), rule)
         rows = TokenRows.from_table(table, rule, card.num_kept_of_sets)
-        return rows.grouped(self.tokenizer.decode_batch).split(ratio, self.settings.seed)
+        rows = rows.grouped(self.tokenizer.decode_batch, card.source_rows())
+        return rows.split(ratio, self.settings.seed)
 
     def _write_recipe(self) -> None:
         """Write the settings of each verb into its section of `tune.yaml`."""
