@@ -9,6 +9,9 @@ import sys
 import time
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
+from unittest.mock import patch
+
+from toys import child_environment
 
 from glmtune.cli import main
 from glmtune.models.loading import load_base_model
@@ -30,7 +33,9 @@ def start(moment, rows, folder, out, err) -> BaseProcess:
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
     process = context.Process(target=be_stopped, args=(moment, *map(str, (rows, folder, out, err))))
-    process.start()
+    # Before Python 3.14 the server finds modules by the environment alone.
+    with patch.dict(os.environ, child_environment()):
+        process.start()
     return process
 
 
