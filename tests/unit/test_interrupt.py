@@ -2,21 +2,19 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import stopped_run
 import torch
-from toys import child_environment, losses, records, saved
+from stopped_run import FromCall
+from toys import losses, records, saved
 
 from glmtune.config.settings import TrainSettings
 from glmtune.errors import UserError
-from glmtune.models.resolve import GLM_TINY
-from glmtune.training import loop, passes, prepare
-from glmtune.training.saving import checkpoints
+from glmtune.training import loop, passes
 from glmtune.training.saving.manifest import find_fault
 from glmtune.training.saving.run_folder import find_checkpoint
 
@@ -32,25 +30,19 @@ class TestSignals:
 
     def stopped(self, rows, folder, moment, number):
         """Start a run, send it a signal at a moment; gives its output and exit code."""
-        child = subprocess.Popen(
-            [sys.executable, __file__, moment, rows, str(folder)],
-            env=child_environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        out, err = (folder.with_suffix(f".{number}.{name}") for name in ("out", "err"))
+        child = stopped_run.start(moment, rows, folder, out, err)
         try:
-            out = ""
-            while f"now {moment}" not in out:
-                line = child.stdout.readline()
-                assert line, child.stderr.read()
-                out += line
-            child.send_signal(number)
-            rest, err = child.communicate(timeout=300)
+            while not out.exists() or f"now {moment}" not in out.read_text(encoding="utf-8"):
+                assert child.is_alive(), err.read_text(encoding="utf-8")
+                time.sleep(0.05)
+            os.kill(child.pid, number)
+            child.join(timeout=300)
         finally:
             child.kill()
+        out, err = (file.read_text(encoding="utf-8") for file in (out, err))
         assert "Traceback" not in err
-        return out + rest, err, child.returncode
+        return out, err, child.exitcode
 
     @pytest.mark.parametrize(
         ("moment", "checkpoint", "number"),
@@ -80,53 +72,6 @@ class TestSignals:
             _, err, code = self.stopped(toy_rows, tmp_path / "run", "loading", number)
             assert (code, err.splitlines()[-1]) == (130, "interrupted")
             assert not (tmp_path / "run").exists()
-
-
-def be_stopped(moment, rows, folder):
-    """The process to stop: a run that reports when it reaches the stage, and stays in it."""
-    from glmtune.cli import main
-
-    def dwell(seconds):
-        print(f"now {moment}", flush=True)
-        time.sleep(seconds)
-
-    def slow(call, seconds, at=lambda *_: True):
-        def slowed(*args, **how):
-            if at(*args):
-                dwell(seconds)
-            return call(*args, **how)
-
-        return slowed
-
-    if moment == "loading":
-        prepare.load_base_model = slow(prepare.load_base_model, 40)
-    elif moment == "stepping":
-        loop.sum_gradients = slow(loop.sum_gradients, 2, FromCall(3))
-    elif moment == "evaluating":  # 20 s for its four rows
-        passes.PaddedPass.loss = slow(passes.PaddedPass.loss, 5)
-    elif moment == "saving":
-        checkpoints.write_manifest = slow(checkpoints.write_manifest, 2)
-    else:  # of four passes, which take 20 s
-        passes.PaddedPass.run = slow(passes.PaddedPass.run, 5, FromCall(9))
-    flags = {
-        "dataset_path": rows, "output_dir": folder, "base": GLM_TINY, "use_cpu": "true",
-        "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 10000,
-        "per_device_eval_batch_size": 1, "eval_ratio": 0.17, "eval_steps": 2, "save_steps": 2,
-        "report_to": "none",
-    }  # fmt: skip
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    sys.exit(main(["train", *words]))
-
-
-class FromCall:
-    """True from the n-th call on."""
-
-    def __init__(self, number):
-        self.left = number
-
-    def __call__(self, *_):
-        self.left -= 1
-        return self.left <= 0
 
 
 def test_an_evaluation_that_was_cut_short_is_made_up_for(toy_run, tmp_path, monkeypatch):
@@ -238,7 +183,3 @@ class TestMemory:
 def test_max_hours_is_above_0():
     with pytest.raises(ValueError, match="greater than 0"):
         TrainSettings(dataset_path="rows", output_dir="run", max_hours=0)
-
-
-if __name__ == "__main__":
-    be_stopped(*sys.argv[1:])
