@@ -108,8 +108,9 @@ def group_rows(
     """The group of each row, ``(R,)``: the number of the first row that is nearly the same.
 
     Rows are nearly the same if they come from one row of the source, if their last questions are
-    near-equal (`near`) after equal turns, or if one is the beginning of the other: what stands before an answer that is supervised in one is
-    all that stands before the last answer of the other.
+    near-equal (`near`) after equal turns, or if one is the beginning of the other: what stands
+    before an answer that is supervised in one is all that stands before the last answer of the
+    other.
 
     Args:
         rows: token rows.
