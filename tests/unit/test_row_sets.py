@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -23,6 +24,7 @@ class CharTokenizer:
     gmask_token_id, bos_token_id, eos_token_id = 90_001, 90_004, 90_005
     pad_token_id = 3
     vocab_hash, revision = "5e" * 32, "v1.1"
+    special_names, allow_special, opens_thoughts = MappingProxyType({}), False, False
     row_rule = property(row_rule)
 
     def encode_batch(self, texts, *, num_threads=None):

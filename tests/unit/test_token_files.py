@@ -6,6 +6,7 @@ import shutil
 import signal
 import tracemalloc
 from pathlib import Path
+from types import MappingProxyType
 
 import datasets
 import pytest
@@ -28,6 +29,7 @@ class CharTokenizer:
     gmask_token_id, bos_token_id, eos_token_id = 9001, 9004, 9005
     pad_token_id = 3
     vocab_hash = "5e" * 32
+    special_names, allow_special, opens_thoughts = MappingProxyType({}), False, False
     revision = "v1.1"
     row_rule = property(row_rule)
 
