@@ -147,8 +147,8 @@ def test_conversations_of_a_family_without_roles_teach_their_last_answers(base, 
     talks = [{"messages": turns("say ha", "haha", f"say {w}", 2 * w)} for w in ("la", "na", "ba")]
     Path("talks.json").write_text(json.dumps(talks), encoding="utf-8")
     assert main([*words("tokenize talks.json --save_path tokens")]) == 0
-    assert "earlier answers that are not supervised: 3" in capsys.readouterr().out
-    (first, *_) = datasets.load_from_disk("tokens")
+    assert "6 answers are rows of their own, since the base reads" in capsys.readouterr().out
+    _, first, *_ = datasets.load_from_disk("tokens")
     text = ByteTokenizer().decode(first["input_ids"][: first["seq_len"]])
     assert text == "[('say ha', 'haha'), 'say la']"
     assert train("packed", "--layout", "packed", "--tokens_per_step", "256")[-1] > 0

@@ -90,7 +90,8 @@ def test_a_broken_run_ends_with_the_answers_of_an_unbroken_one(
     again = json.loads(last) | {"tuned": {"text": "no", "num_tokens": 1, "stopped": True}}
     file.write_text("".join(kept) + json.dumps(again) + "\n", encoding="utf-8")
     broken = answer("broken")
+    whole, broken = ([(p.number, p.base, p.tuned) for p in c.pairs] for c in (whole, broken))
     # In bfloat16 the fourth answer's batch was not finished, and is made again.
-    assert (broken.pairs == whole.pairs) == bool(numbers)
-    assert broken.pairs[:3] == whole.pairs[:3]
-    assert (broken.pairs[3].tuned.text == "no") == (not numbers)
+    assert (broken == whole) == bool(numbers)
+    assert broken[:3] == whole[:3]
+    assert (broken[3][2].text == "no") == (not numbers)

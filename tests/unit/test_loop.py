@@ -97,7 +97,7 @@ class TestRunFolder:
         assert (folder / "training_loss.png").read_bytes().startswith(b"\x89PNG")
         assert list(folder.glob("runs/events.out.tfevents.*"))
         as_run = settings.model_copy(
-            update={"layout": "padded", "lora_target": ("query_key_value",)}
+            update={"layout": "padded", "lora_target": ("query_key_value",), "lora_rank": 8}
         )
         assert read_config(TrainSettings, str(folder / "recipe.yaml"), {}) == as_run
 

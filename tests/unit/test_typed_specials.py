@@ -124,7 +124,7 @@ def test_what_ends_a_prompt_stays_text_where_it_may_stand_once(tmp_path):
     Path("a.jsonl").write_text(json.dumps({"instruction": "<sop> [MASK]", "output": "[gMASK]"}))
     line = ["tokenize", "a.jsonl", "--save_path", "rows", "--allow_special", "true", *TINY]
     assert main(line) == 0
-    (row,) = load_dataset("rows")[0].to_list()
+    (row,) = load_dataset("rows")[0].to_pylist()
     tokenizer = load_row_tokenizer(str(GLM_TINY))
     ids = tokenizer.row_rule.special_ids
     assert row["input_ids"].count(ids["bos"]) == row["input_ids"].count(ids["gmask"]) == 1
@@ -157,11 +157,11 @@ def test_the_summary_and_the_card_name_them(rows, tmp_path, capsys):
     card = DataCard.read(Path("rows", "glmtune_data.json"))
     assert card.spelled_specials == {"<|user|>": 2, "[MASK]": 1, "<sop>": 1}
     assert (card.num_spelling, card.flags["allow_special"]) == (3, False)
-    plain = load_dataset("rows")[0].to_list()
+    plain = load_dataset("rows")[0].to_pylist()
     tokenize(settings.model_copy(update={"allow_special": True}), encoder, "base")
     told = "3 rows spell special tokens, which become their ids (allow_special): <|user|> 2"
     assert told in capsys.readouterr().out
-    special = load_dataset("rows")[0].to_list()
+    special = load_dataset("rows")[0].to_pylist()
     assert special[0]["input_ids"].count(encoder.ids["<|user|>"]) == 3
     assert plain[0]["input_ids"].count(encoder.ids["<|user|>"]) == 2
     assert special[2] == plain[2]

@@ -178,20 +178,16 @@ def _check_same(path: str, former: Mapping[str, Any], made_from: Mapping[str, An
 def _table_of(rows: EncodedRows) -> Any:
     import pyarrow as pa
 
-    offsets = rows.starts.astype(np.int32)
+    from glmtune.data.arrow_files import as_column
+
+    offsets = as_column(rows.starts.astype(np.int32))
     columns = {
-        "input_ids": pa.ListArray.from_arrays(offsets, _int32(rows.input_ids)),
-        "seq_len": _int32(rows.seq_len),
+        "input_ids": pa.ListArray.from_arrays(offsets, as_column(rows.input_ids)),
+        "seq_len": as_column(rows.seq_len),
     }
     if rows.labels is not None:
-        columns["labels"] = pa.ListArray.from_arrays(offsets, _int32(rows.labels))
+        columns["labels"] = pa.ListArray.from_arrays(offsets, as_column(rows.labels))
     return pa.table(columns)
-
-
-def _int32(values: Any) -> Any:
-    import pyarrow as pa
-
-    return pa.array(np.frombuffer(values, dtype=np.int32))
 
 
 def _schema_of(file: Path) -> Any:

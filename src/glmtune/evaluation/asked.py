@@ -107,9 +107,8 @@ class Asked:
         records = self.records[:limit]
         if self.probes:
             return [self.probes[record.row] for record in records]
-        found = [probe_of(record, tokenizer) for record in records]
-        pairs = zip(records, found, strict=True)
+        nothing = Probe([0], [])
         return [
-            probe if record.expected.strip() else probe._replace(answer_ids=[])
-            for record, probe in pairs
+            probe_of(record, tokenizer) if record.expected.strip() else nothing
+            for record in records
         ]

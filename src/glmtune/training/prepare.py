@@ -123,7 +123,8 @@ def _load_rows(
     for lost in filter(None, (card.describe_loss(), card.describe_dropped())):
         note(f"{path}: {lost}")
     rows = TokenRows.from_table(table, rule, card.num_kept_of_sets)
-    rows.check_taught(path)
+    # By the tokenizer's ends: a base whose files disagree about them is refused as it is loaded.
+    replace(rows, rule=tokenizer.row_rule).check_taught(path)
     if settings.eval_ratio and not (resume and GROUPS not in read_identity(resume)):
         rows = rows.grouped(tokenizer.decode_batch, card.source_rows())
     return rows, card
