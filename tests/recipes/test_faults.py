@@ -68,11 +68,18 @@ def test_a_learning_rate_of_a_million(folder, capsys):
 
 
 def test_a_run_ends_with_a_check_up_that_can_be_had_again(folder, capsys):
+    # Equal questions stay on one side, so that those that are held out differ by a number.
+    numbered = [
+        record | {"instruction": f"{record['instruction']} ({number})"}
+        for number, record in enumerate(RECORDS)
+    ]
+    Path("numbered.json").write_text(json.dumps(numbered), encoding="utf-8")
+    assert run("tokenize --jsonl_path numbered.json --save_path rows") == 0
     assert train("--learning_rate 1e-2 --eval_ratio 0.2 --max_steps 20") == 0
     out = capsys.readouterr().out
     assert "Check-up\n  changed" in out
-    assert "rows that the run held out" in out
-    verdict = out.partition("verdict")[2].strip()
+    assert "5 rows that the run held out" in out
+    verdict = out.rpartition("verdict")[2].strip()
     code = run("check run --use_cpu true --max_new_tokens 64 --json_path found.json")
     found = json.loads(Path("found.json").read_text(encoding="utf-8"))
     assert found["divergence"]["tuned_loss"] < found["divergence"]["base_loss"]
