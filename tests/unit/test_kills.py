@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from toys import child_environment
+from toys import child_environment, die_before_change
 
 
 def few_or(number_of_all, few):
@@ -180,25 +180,10 @@ def kill_at_random(server, num_kills):
 
 
 def kill_before_each_call(server, every):
-    def arm(number):
-        """Let this process die before its n-th call of those that change what a folder holds."""
-        calls = iter(range(1, 10**6))
-
-        def deadly(call):
-            def counted(*args, **how):
-                if next(calls) == number:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return call(*args, **how)
-
-            return counted
-
-        for name in ("fsync", "mkdir", "rename", "replace", "unlink", "rmdir"):
-            setattr(os, name, deadly(getattr(os, name)))
-
     assert os.waitpid(server.fork(3), 0)[1] == 0
     step, num_saving = server.look(3)[0], 0
     for kills, number in enumerate(range(1, 1000, every)):
-        child = server.fork(1, before=lambda number=number: arm(number))
+        child = server.fork(1, before=lambda number=number: die_before_change(number))
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if code == 0:
             return {"kills": kills, "in_a_save": num_saving, "last_step": step}

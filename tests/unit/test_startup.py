@@ -16,7 +16,7 @@ import glmtune
 from glmtune import cli
 from glmtune.bench import startup
 from glmtune.config.settings import InferSettings, TrainSettings
-from glmtune.data.arrow_files import read_dataset, write_dataset
+from glmtune.data.arrow_files import file_name, read_dataset, write_file, write_lists
 from glmtune.early import check_answering, check_training
 from glmtune.models.base_files import load_row_tokenizer, read_settings
 from glmtune.models.chatglm.encoder import RowEncoder
@@ -215,7 +215,9 @@ def test_token_rows_are_written_as_datasets_writes_them(num_rows, tmp_path):
     ids = pa.ListArray.from_arrays(ends, pa.array(np.concatenate(rows)))
     table = pa.table({"input_ids": ids, "seq_len": pa.array(np.ones(num_rows, dtype=np.int32))})
     (tmp_path / "ours").mkdir()
-    write_dataset(table, tmp_path / "ours")
+    name = file_name(0, 1)
+    digest = write_file(table, tmp_path / "ours" / name)
+    write_lists(table.schema, tmp_path / "ours", [name], [digest])
     datasets.Dataset(table).save_to_disk(str(tmp_path / "theirs"))
     contents = []
     for folder in (tmp_path / "ours", tmp_path / "theirs"):

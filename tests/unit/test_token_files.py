@@ -11,6 +11,7 @@ from types import MappingProxyType
 import datasets
 import pytest
 from glm_folders import toy_tiktoken, write_folder
+from toys import die_before_change
 
 from glmtune.config.settings import TokenizeSettings
 from glmtune.data import row_files, token_files, tokenizing
@@ -123,18 +124,7 @@ def kill_at(number: int, work) -> int | None:
     """Run in a child that dies before its n-th change of a folder; None where it came to an end."""
     child = os.fork()
     if not child:
-        calls = iter(range(1, 10**6))
-
-        def deadly(call):
-            def counted(*args, **how):
-                if next(calls) == number:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return call(*args, **how)
-
-            return counted
-
-        for name in ("fsync", "mkdir", "rename", "replace", "unlink", "rmdir", "truncate"):
-            setattr(os, name, deadly(getattr(os, name)))
+        die_before_change(number)
         code = 1
         try:
             work()

@@ -32,17 +32,6 @@ def as_numpy(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
     )
 
 
-def write_dataset(table: pa.Table, folder: Path) -> None:
-    """Write token rows in one file for `datasets.load_from_disk`.
-
-    Args:
-        table: columns of int32 and of lists of int32.
-        folder: is there.
-    """
-    name = file_name(0, 1)
-    write_lists(table.schema, folder, [name], [write_file(table, folder / name)])
-
-
 def file_name(number: int, count: int) -> str:
     """The name of a data set's file, by its number from 0 and how many there are."""
     return f"data-{number:05}-of-{count:05}.arrow"

@@ -87,12 +87,18 @@ class Record(_Placed):
         return Example((*system, *turns))
 
 
-@dataclass(frozen=True, slots=True)
-class Row(_Placed):
-    """One question as the model will see it, and the answer to train on."""
+class _NoRecord(_Placed):
+    """A row that has no earlier rounds beside its text, and no fields of other names."""
 
+    __slots__ = ()
     history: ClassVar[tuple[tuple[str, str], ...]] = ()
     names: ClassVar[Names] = ALPACA
+
+
+@dataclass(frozen=True, slots=True)
+class Row(_NoRecord):
+    """One question as the model will see it, and the answer to train on."""
+
     context: str
     target: str
     path: str
@@ -107,11 +113,9 @@ class Row(_Placed):
 
 
 @dataclass(frozen=True, slots=True)
-class Conversation(_Placed):
+class Conversation(_NoRecord):
     """A conversation as a row has it."""
 
-    history: ClassVar[tuple[tuple[str, str], ...]] = ()
-    names: ClassVar[Names] = ALPACA
     example: Example
     path: str
     row: int
@@ -125,11 +129,9 @@ class Conversation(_Placed):
 
 
 @dataclass(frozen=True, slots=True)
-class TextRow(_Placed):
+class TextRow(_NoRecord):
     """A text alone."""
 
-    history: ClassVar[tuple[tuple[str, str], ...]] = ()
-    names: ClassVar[Names] = ALPACA
     text: PlainText
     path: str
     row: int
@@ -174,7 +176,7 @@ def read_typed(
         encoding: as in read_alpaca.
         needs_answer: whether a row has to have one.
     """
-    reader = AnyReader(format_in_effect(path, format), needs_answer)
+    reader = _AnyReader(format_in_effect(path, format), needs_answer)
     return _read(path, on_bad_row, encoding, reader.read)
 
 
@@ -244,7 +246,7 @@ def as_conversation(row: AnyRow) -> Conversation:
     return Conversation(row.example, row.path, row.row, row.line, row.unused)
 
 
-class AnyReader:
+class _AnyReader:
     """Reads rows in one format, which the first row decides unless it is named."""
 
     def __init__(self, format: str | None, needs_answer: bool = True) -> None:

@@ -10,7 +10,6 @@ from glmtune.data.fields import FieldUse
 from glmtune.data.mixing import language_of
 from glmtune.data.records import (
     TEXT,
-    AnyReader,
     AnyRow,
     BadRow,
     Conversation,
@@ -23,6 +22,8 @@ from glmtune.data.records import (
     check_usable,
     each_row,
     format_in_effect,
+    format_of,
+    read_row,
 )
 from glmtune.data.row_texts import texts_of
 from glmtune.data.templates import conversation_of, has_rounds, is_alpaca
@@ -89,10 +90,8 @@ class RowFile:
             )
 
     def _read(self, fields: dict, path: str, row: int, line: int) -> AnyRow:
-        reader = AnyReader(self.format)
-        read = reader.read(fields, path, row, line)
-        self.format = reader.format
-        return read
+        self.format = self.format or format_of(fields)
+        return read_row(self.format, fields, path, row, line)
 
     def _look_through(self) -> None:
         earlier_rounds, num_characters = False, 0

@@ -161,7 +161,9 @@ def encode_file(
     Raises:
         UserError: see `look_through` and `encode_conversations`; or a setting has no use for them.
     """
-    file = _look_through(settings)
+    file = look_through(
+        settings.jsonl_path, settings.format, settings.on_bad_row, settings.encoding
+    )
     settings = _in_effect(settings, file)
     rows = list(islice(file.rows(), limit))
     encoded = EncodedRows(labels=array("i") if file.has_turns or file.is_text else None)
@@ -169,12 +171,6 @@ def encode_file(
         encoded.extend(batch)
     check_lengths(file, encoded, settings)
     return file, rows, encoded
-
-
-def _look_through(settings: RowSettings) -> RowFile:
-    return look_through(
-        settings.jsonl_path, settings.format, settings.on_bad_row, settings.encoding
-    )
 
 
 def _encode(

@@ -23,6 +23,24 @@ _MOST_BLOCKS = {False: 1024, True: 256}
 
 
 @triton.jit
+def _turn(cos, sin, row, d, D: tl.constexpr, PAIRS: tl.constexpr):
+    """How elements of a head are rotated: with which others, and the factors of both.
+
+    Element d is rotated together with its neighbour, or else, within a half, with the one a quarter
+    of a head away.
+    """
+    Q: tl.constexpr = D // 4
+    APART: tl.constexpr = 1 if PAIRS else Q
+    angle = row * 2 * Q + (d // 2 if PAIRS else d // (2 * Q) * Q + d % Q)
+    sign = tl.where((d & APART) == 0, -1.0, 1.0)
+    return (
+        d ^ APART,
+        tl.load(cos + angle).to(tl.float32),
+        sign * tl.load(sin + angle).to(tl.float32),
+    )
+
+
+@triton.jit
 def _attend(
     query, key, value, cos, sin, keys, values, column, partial, counts, y, scale,
     query_b, query_n, key_b, key_m, stride_b, stride_m, stride_k,
@@ -36,7 +54,6 @@ def _attend(
     let_next_begin(EARLY)
     at_head, split = tl.program_id(0), tl.program_id(1)
     row, head = at_head // N, at_head % N
-    Q: tl.constexpr = D // 4
     d, newest = tl.arange(0, D), tl.load(column + row)
     kind = keys.dtype.element_ty
     share = tl.cdiv(newest, SPLITS * BLOCK_K) * BLOCK_K
@@ -51,14 +68,8 @@ def _attend(
     key_block = tl.load(at_key + first_k[:, None] * stride_k, (first_k < end)[:, None], 0.0)
     value_block = tl.load(at_value + first_k[:, None] * stride_k, (first_k < end)[:, None], 0.0)
 
-    # Element d is rotated together with its neighbour, or else, within a half, with the one a
-    # quarter of a head away.
     at_query, at_new = query + row * query_b + head * query_n, row * key_b + head // GROUP * key_m
-    APART: tl.constexpr = 1 if PAIRS else Q
-    partner = d ^ APART
-    angle = row * 2 * Q + (d // 2 if PAIRS else d // (2 * Q) * Q + d % Q)
-    c = tl.load(cos + angle).to(tl.float32)
-    s = tl.where((d & APART) == 0, -1.0, 1.0) * tl.load(sin + angle).to(tl.float32)
+    partner, c, s = _turn(cos, sin, row, d, D, PAIRS)
     await_last(EARLY)
     turned = tl.load(at_query + d).to(tl.float32) * c
     turned += tl.load(at_query + partner).to(tl.float32) * s
@@ -115,7 +126,6 @@ def _attend_together(
     let_next_begin(EARLY)
     at_head, split = tl.program_id(0), tl.program_id(1)
     row, head = at_head // M, at_head % M
-    Q: tl.constexpr = D // 4
     d, g, newest = tl.arange(0, D), tl.arange(0, PADDED), tl.load(column + row)
     kind = keys.dtype.element_ty
     share = tl.cdiv(newest, SPLITS * BLOCK_K) * BLOCK_K
@@ -124,11 +134,7 @@ def _attend_together(
     cache = row.to(tl.int64) * stride_b + head.to(tl.int64) * stride_m
     at_key, at_value = keys + cache + d[None, :], values + cache + d[None, :]
 
-    APART: tl.constexpr = 1 if PAIRS else Q
-    partner = d ^ APART
-    angle = row * 2 * Q + (d // 2 if PAIRS else d // (2 * Q) * Q + d % Q)
-    c = tl.load(cos + angle).to(tl.float32)
-    s = tl.where((d & APART) == 0, -1.0, 1.0) * tl.load(sin + angle).to(tl.float32)
+    partner, c, s = _turn(cos, sin, row, d, D, PAIRS)
     await_last(EARLY)
     in_group = (g < GROUP)[:, None]
     at_query = query + row * query_b + (head * GROUP + g)[:, None] * query_n
