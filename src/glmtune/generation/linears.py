@@ -1,6 +1,6 @@
 """The linears of decoding: in their own type, in 8 or 4 bits, with an adapter beside them.
 
-Each can be called with any number of rows; those with kernels for one token of a few rows
+Each can be called with any number of rows; those with kernels for one token a row
 (`ops.decoding_kernels`) offer them as `fused`.
 
 Shapes: O output rows of a linear, I inputs, R rank of an adapter, G groups of inputs.
@@ -195,7 +195,7 @@ class Adapted:
 
 
 def can_be_fused(linear: Projection) -> bool:
-    """Whether a linear has kernels for one token of a few rows."""
+    """Whether a linear has kernels for one token a row."""
     if isinstance(linear, Adapted):
         return len(linear.updates) == 1 and can_be_fused(linear.base)
     return isinstance(linear, (DenseLinear, GroupQuantised))

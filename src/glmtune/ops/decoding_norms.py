@@ -1,4 +1,4 @@
-"""Norms of one new token of a few rows, as a Triton kernel; see `ops.decoding_kernels`.
+"""Norms of one new token a row, as a Triton kernel; see `ops.decoding_kernels`.
 
 Shapes: H width.
 """
@@ -44,7 +44,7 @@ def _normalise(
 def normalise(
     x: Tensor, norm: Norm | RmsNorm, dtype: torch.dtype, residual: Tensor | None = None
 ) -> Tensor:
-    """``norm(x) + residual`` of a few rows, ``(..., H)``, in one kernel."""
+    """``norm(x) + residual`` of some rows, ``(..., H)``, in one kernel."""
     assert x.is_contiguous()
     y = torch.empty_like(x, dtype=dtype)
     width = x.shape[-1]

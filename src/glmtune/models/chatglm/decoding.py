@@ -149,7 +149,7 @@ def run_block_in_few_kernels(
     mask_B11K: None,
     angles: Angles,
 ) -> Tensor:
-    """`run_block` on one new token of a few rows, whose linears have kernels."""
+    """`run_block` on one new token a row, whose linears have kernels."""
     from glmtune.ops import decoding_attention
     from glmtune.ops.decoding_norms import normalise
 

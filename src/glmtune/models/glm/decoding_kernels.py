@@ -1,4 +1,4 @@
-"""One layer of Glm or Glm4 on one new token of a few rows, in seven kernels or nine.
+"""One layer of Glm or Glm4 on one new token a row: for a few rows in seven kernels or nine.
 
 The mathematics is that of `run_block` in `decoding`, in whose Block the weights are; a test holds
 the two together.
@@ -26,7 +26,7 @@ def run_block_in_few_kernels(
     mask_B11K: None,
     angles: Angles,
 ) -> Tensor:
-    """`run_block` on one new token of a few rows, whose linears have kernels."""
+    """`run_block` on one new token a row, whose linears have kernels."""
     from glmtune.ops.decoding_attention import attend
     from glmtune.ops.decoding_kernels import project_three
     from glmtune.ops.decoding_norms import normalise
