@@ -30,6 +30,11 @@ def reason_of(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def value_words(value: object) -> str:
+    """A setting's value for a message; None is one that is not set."""
+    return "not set" if value is None else str(value)
+
+
 def note(*lines: str, of_each_process: bool = False) -> None:
     """Print a note for the user on stderr, apart from the results.
 

@@ -20,7 +20,7 @@ from glmtune.data.files import new_file, read_text
 from glmtune.data.flaws import Flaw
 from glmtune.data.questions import Question, question_in
 from glmtune.data.records import BadRow, list_bad_rows
-from glmtune.errors import UserError, note, visible
+from glmtune.errors import UserError, note, value_words, visible
 from glmtune.generation import Prompt, find_too_long
 from glmtune.generation.prompts import prompt_ids
 from glmtune.hardware import check_decoding, pick_device, pick_dtype
@@ -262,8 +262,8 @@ class AnswerFile:
             before, now = earlier.get(name), self.settings.get(name)
             if before != now:
                 raise UserError(
-                    f"{self.path}: its answers were made with {name} {_show(before)}, this run has "
-                    f"{_show(now)}; pass the same as before, or {self.fix}"
+                    f"{self.path}: its answers were made with {name} {value_words(before)}, this run has "
+                    f"{value_words(now)}; pass the same as before, or {self.fix}"
                 )
 
     def _read_line(self, number: int, data: bytes) -> dict[str, Any]:
@@ -361,7 +361,3 @@ def _digest(adapter: Path) -> str:
                 f"{file}: cannot be read ({error.strerror}); check its permissions"
             ) from error
     return digest.hexdigest()[:16]
-
-
-def _show(value: object) -> str:
-    return "not set" if value is None else str(value)

@@ -9,7 +9,7 @@ from typing import Any
 from glmtune.data.files import read_json_object, write_json
 from glmtune.disk import check_room
 from glmtune.drafts import clear_drafts
-from glmtune.errors import UserError
+from glmtune.errors import UserError, value_words
 
 JOURNAL_FILE = "stages.json"
 
@@ -104,7 +104,7 @@ class Journal:
         settings, reads = old.get("settings", {}), old.get("reads", {})
         return [
             *(
-                f"{name} was {_show(settings.get(name))}, is {_show(value)}"
+                f"{name} was {value_words(settings.get(name))}, is {value_words(value)}"
                 for name, value in key["settings"].items()
                 if settings.get(name) != value
             ),
@@ -153,7 +153,3 @@ class Journal:
     def _write(self) -> None:
         if self.is_claimed:
             write_json(self.entries, self.folder / JOURNAL_FILE)
-
-
-def _show(value: object) -> str:
-    return "not set" if value is None else str(value)
