@@ -262,8 +262,8 @@ class AnswerFile:
             before, now = earlier.get(name), self.settings.get(name)
             if before != now:
                 raise UserError(
-                    f"{self.path}: its answers were made with {name} {value_words(before)}, this run has "
-                    f"{value_words(now)}; pass the same as before, or {self.fix}"
+                    f"{self.path}: its answers were made with {name} {value_words(before)}, this "
+                    f"run has {value_words(now)}; pass the same as before, or {self.fix}"
                 )
 
     def _read_line(self, number: int, data: bytes) -> dict[str, Any]:
