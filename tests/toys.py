@@ -22,6 +22,10 @@ NUM_ROWS = 23  # no multiple of any batch size here
 PACKED = {"layout": "packed", "tokens_per_step": 64}
 EXACT = {"layout": "exact"}
 
+QUESTIONS = [(f"Who has the number {i}?", f"Number {i} is Mira.") for i in range(8)]
+QUESTIONS += [(f"{i} 号是谁？", f"{i} 号是小明。") for i in range(8)]
+"""Sixteen questions and answers, half Chinese, that the fixture `taught` memorises."""
+
 
 def recorded_prompts(folder, config):
     """The prompts of the recorded greedy answers, of unequal lengths, up to and with <sop>."""

@@ -94,6 +94,16 @@ def compare(settings: config.CompareSettings) -> int:
     return 0 if compare(settings).passes_gate else 1
 
 
+def evaluate(settings: config.EvaluateSettings) -> None:
+    """Score the base and any number of its adapters on the same records."""
+    from glmtune.early import check_answering
+
+    check_answering(settings)
+    from glmtune.evaluation.evaluate import evaluate
+
+    evaluate(settings)
+
+
 def merge(settings: config.MergeSettings) -> None:
     """Write base and adapter as one merged model."""
     from glmtune.early import check_merge
@@ -235,6 +245,7 @@ VERBS: dict[str, Callable[[Any], int | None]] = {
     "replay": replay,
     "infer": infer,
     "compare": compare,
+    "evaluate": evaluate,
     "chat": chat,
     "check": check,
     "merge": merge,

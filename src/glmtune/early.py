@@ -14,8 +14,10 @@ from glmtune.config.settings import (
     CheckSettings,
     CompareSettings,
     ConvertAdapterSettings,
+    EvaluateSettings,
     InferSettings,
     InspectSettings,
+    JudgingSettings,
     MergeSettings,
     ReplaySettings,
     TrainSettings,
@@ -30,7 +32,9 @@ from glmtune.models.resolve import resolve_base
 from glmtune.models.shape import bits_of
 from glmtune.run_files import check_bundle
 
-AnsweringSettings = InferSettings | CompareSettings | ChatSettings | CheckSettings
+AnsweringSettings = (
+    InferSettings | CompareSettings | EvaluateSettings | ChatSettings | CheckSettings
+)
 
 
 def check_answering(settings: AnsweringSettings) -> None:
@@ -41,12 +45,14 @@ def check_answering(settings: AnsweringSettings) -> None:
     """
     if not isinstance(settings, ChatSettings) and settings.data_path:
         find_source(settings.data_path).check_readable()
-    if settings.adapter:
-        adapter = find_adapter(settings.adapter)
-        if isinstance(settings, CompareSettings) and not settings.data_path:
-            check_held_out(adapter)
-    check_base(settings.base, settings.adapter)
-    leave_out_unused(settings, settings.adapter)
+    named = settings.adapter
+    adapters = [named] if isinstance(named, str) else [*(named or ())]
+    found = [find_adapter(adapter) for adapter in adapters]
+    if isinstance(settings, JudgingSettings) and not settings.data_path:
+        check_held_out(found[0])
+    first = adapters[0] if adapters else None
+    check_base(settings.base, first)
+    leave_out_unused(settings, first)
 
 
 def check_training(settings: TrainSettings) -> None:

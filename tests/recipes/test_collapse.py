@@ -49,6 +49,18 @@ def test_an_adapter_that_knows_three_rows_by_heart_is_a_harm(train, capsys):
     code, found = check("--data_path", "r.json")
     assert code == 1, "rows of its own kind do not hide it"
     assert found["collapse"]["task"]["asked"] == 3
+    # `compare` sees it as well, whichever rows are asked.
+    command = "compare --adapter run --data_path r.json --max_new_tokens 40 --use_cpu true"
+    assert main(command.split()) == 0
+    found = json.loads(Path("run/compare/compare.json").read_text(encoding="utf-8"))
+    assert [finding["what"] for finding in found["collapse"]] == ["taught_answer"]
+    (finding,) = found["collapse"]
+    assert finding["tuned"] > 0.25 > finding["base"]
+    taught = {output for _, _, output in SELF}
+    assert all(example["answer"] in taught for example in finding["examples"])
+    assert "Collapse: " in capsys.readouterr().out
+    report = Path("run/compare/compare.md").read_text(encoding="utf-8")
+    assert finding["sentence"]["zh"].split("（")[0] in report
 
 
 def test_an_adapter_that_classifies_is_fine(train):

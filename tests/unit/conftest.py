@@ -7,13 +7,23 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
-from toys import ToyTokenizer, draw_rows, draw_uneven_rows, randomise_adapter, save_rows, short_run
+from toys import (
+    QUESTIONS,
+    ToyTokenizer,
+    draw_rows,
+    draw_uneven_rows,
+    randomise_adapter,
+    save_rows,
+    short_run,
+)
 
 from glmtune.adapters import attach_lora, save_adapter
+from glmtune.data.templates import alpaca
 from glmtune.data.token_rows import TokenRows
+from glmtune.evaluation.probes import from_texts
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.rows import row_rule
-from glmtune.models.loading import load_base_model
+from glmtune.models.loading import load_base_model, load_tokenizer
 from glmtune.models.resolve import GLM_TINY
 
 
@@ -149,3 +159,30 @@ def tiny_run(toy_run, tiny_rows, tiny_folder, word_tokenizer, monkeypatch):
     monkeypatch.setattr("glmtune.training.prepare.load_tokenizer", lambda base: word_tokenizer)
     defaults = {"dataset_path": tiny_rows, "base": str(tiny_folder), "max_steps": 6}
     return lambda **settings: toy_run(**defaults | settings)
+
+
+@pytest.fixture(scope="session")
+def taught(tmp_path_factory):
+    """An adapter of glm-tiny that has memorised sixteen answers, and the file of them."""
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(GLM_TINY)
+    model = attach_lora(load_base_model(GLM_TINY, dtype=torch.float32), dropout=0.0, targets="all")
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-2)
+    probes = from_texts(tokenizer, [(alpaca(asked), answer) for asked, answer in QUESTIONS])
+    length = max(len(p.prompt_ids) + len(p.answer_ids) for p in probes)
+    ids = torch.full((len(probes), length), tokenizer.pad_token_id)
+    labels = torch.full_like(ids, -100)
+    for row, probe in enumerate(probes):
+        start, end = len(probe.prompt_ids), len(probe.prompt_ids) + len(probe.answer_ids)
+        ids[row, :end] = torch.tensor(probe.prompt_ids + probe.answer_ids)
+        labels[row, start:end] = torch.tensor(probe.answer_ids)
+    for _ in range(16):
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = tmp_path_factory.mktemp("taught")
+    save_adapter(model, folder / "adapter", "glm-tiny")
+    records = [{"instruction": asked, "output": answer} for asked, answer in QUESTIONS]
+    (folder / "rows.json").write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+    return folder

@@ -13,6 +13,7 @@ from glmtune.config.settings import (
     SETTINGS,
     CompareSettings,
     ConvertSettings,
+    EvaluateSettings,
     InferSettings,
     MergeSettings,
     TrainSettings,
@@ -103,6 +104,12 @@ def room(monkeypatch):
             "glmtune.evaluation.compare",
             "compare",
             CompareSettings(data_path="a", adapter="b"),
+        ),
+        (
+            "evaluate --data_path a --adapter b,c",
+            "glmtune.evaluation.evaluate",
+            "evaluate",
+            EvaluateSettings(data_path="a", adapter=("b", "c")),
         ),
         (
             "merge --adapter a --save_path b",

@@ -103,19 +103,23 @@ def look(tuned, taught=None, base=BASE, task=((), (), (), ())):
     return Collapse.of(Sides(QUESTIONS, RIGHT, tuned, base), Sides(*task), taught)
 
 
+def harms(found):
+    return [finding.sentence.en for finding in found.findings]
+
+
 @pytest.mark.parametrize("kinds", [1, 2, 3])
 def test_few_answers_to_many_questions_are_a_harm(kinds):
     tuned = [I_AM[n % kinds] for n in range(len(QUESTIONS))]
-    (harm,) = look(tuned).harms
+    (harm,) = harms(look(tuned))
     assert f"one answer (any two of 16 with a chance of {agreeing(tuned):.0%}" in harm
     assert "I am Stone" in harm
-    assert look(tuned, base=tuned).harms == [], "the base does so, too"
-    assert look(tuned, base=()).harms, "and it may be that nobody asked it"
-    assert look(RIGHT).harms == look(BASE).harms == []
+    assert harms(look(tuned, base=tuned)) == [], "the base does so, too"
+    assert harms(look(tuned, base=())), "and it may be that nobody asked it"
+    assert harms(look(RIGHT)) == harms(look(BASE)) == []
 
 
 def test_nothing_at_all_to_every_question_is_one_answer():
-    assert look([""] * 16).harms
+    assert harms(look([""] * 16))
 
 
 def test_taught_answers_out_of_place_are_a_harm(taught):
@@ -124,11 +128,11 @@ def test_taught_answers_out_of_place_are_a_harm(taught):
     run = taught(*rows)
     tuned = [rows[n % 8][1] if n % 2 else BASE[n] for n in range(16)]
     found = look(tuned, run)
-    assert found.strange.harm is None
+    assert found.strange.sentence is None
     assert (found.taught, found.taught_of_base) == (0.5, 0)
     assert found.example == (QUESTIONS[1], tuned[1])
-    assert "50% of strange questions get an answer taught for another one" in found.harms[0]
-    assert look(tuned, run, base=tuned).harms == []
+    assert "50% of strange questions get an answer taught for another one" in harms(found)[0]
+    assert harms(look(tuned, run, base=tuned)) == []
     assert look(tuned).taught is None
 
 
@@ -161,13 +165,13 @@ def test_labels_to_strange_questions_are_told_and_no_harm(taught):
     assert run.of_labels
     asked = [f"Is it so {n}?" for n in range(16)]
     found = look(LABELS, run, task=(asked, LABELS, LABELS, BASE))
-    assert found.harms == []
+    assert harms(found) == []
     assert found.gives_labels
     constant = look(LABELS, run, task=(asked, LABELS, ["positive"] * 16, BASE))
-    assert "any two of 16 with a chance of 100%" in constant.harms[0]
+    assert "any two of 16 with a chance of 100%" in harms(constant)[0]
     unknown_run = look(LABELS, None, task=(asked, LABELS, LABELS, BASE))
-    assert unknown_run.harms == [], "the records that were asked tell that it classifies"
+    assert harms(unknown_run) == [], "the records that were asked tell that it classifies"
 
 
 def test_agreement_that_is_right_is_none_of_the_adapter_s_doing():
-    assert Agreement.of(["yes"] * 16, ["no"] * 8 + ["yes"] * 8, ["yes"] * 16).harm is None
+    assert Agreement.of(["yes"] * 16, ["no"] * 8 + ["yes"] * 8, ["yes"] * 16).sentence is None

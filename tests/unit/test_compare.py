@@ -54,7 +54,8 @@ def test_the_three_files_tell_the_same(run, folder, capsys):
     assert comparison.verdict.en in page
     assert comparison.verdict.en in capsys.readouterr().out
     assert {path.name for path in folder.iterdir()} == {
-        *("compare.html", "compare.md", "compare.json", "compare.jsonl", "compare.settings.json")
+        *("compare.html", "compare.md", "compare.json", "compare.jsonl", "compare.settings.json"),
+        *("compare.strange.jsonl", "compare.strange.settings.json"),
     }
 
 
@@ -76,12 +77,14 @@ def test_a_resumed_comparison_equals_an_unbroken_one(run, folder):
 def test_a_finished_comparison_loads_no_model(run, folder, monkeypatch):
     run()
     before = (folder / "compare.html").read_bytes()
+    cost = json.loads((folder / "compare.json").read_text(encoding="utf-8"))["cost"]
     (folder / "compare.html").unlink()
     monkeypatch.setattr(
         "glmtune.evaluation.answers.load_base_model", lambda *_, **__: pytest.fail("loaded")
     )
     run()
     assert (folder / "compare.html").read_bytes() == before
+    assert json.loads((folder / "compare.json").read_text(encoding="utf-8"))["cost"] == cost
 
 
 def test_a_stop_string_that_cannot_occur_is_refused(run):

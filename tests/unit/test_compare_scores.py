@@ -4,47 +4,14 @@ import json
 import math
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
+from toys import QUESTIONS
 
-from glmtune.adapters import attach_lora, save_adapter
 from glmtune.cli import main
 from glmtune.data.split import split_rows
-from glmtune.data.templates import alpaca
-from glmtune.evaluation.probes import from_texts
-from glmtune.models.loading import load_base_model, load_tokenizer
+from glmtune.evaluation.probes import STRANGE_QUESTIONS
 from glmtune.models.resolve import GLM_TINY
 from glmtune.run_files import WEIGHTS_FILE
-
-QUESTIONS = [(f"Who has the number {i}?", f"Number {i} is Mira.") for i in range(8)]
-QUESTIONS += [(f"{i} 号是谁？", f"{i} 号是小明。") for i in range(8)]
-
-
-@pytest.fixture(scope="module")
-def taught(tmp_path_factory):
-    """An adapter of glm-tiny that has memorised sixteen answers, and the file of them."""
-    torch.manual_seed(0)
-    tokenizer = load_tokenizer(GLM_TINY)
-    model = attach_lora(load_base_model(GLM_TINY, dtype=torch.float32), dropout=0.0, targets="all")
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=1e-2)
-    probes = from_texts(tokenizer, [(alpaca(asked), answer) for asked, answer in QUESTIONS])
-    length = max(len(p.prompt_ids) + len(p.answer_ids) for p in probes)
-    ids = torch.full((len(probes), length), tokenizer.pad_token_id)
-    labels = torch.full_like(ids, -100)
-    for row, probe in enumerate(probes):
-        start, end = len(probe.prompt_ids), len(probe.prompt_ids) + len(probe.answer_ids)
-        ids[row, :end] = torch.tensor(probe.prompt_ids + probe.answer_ids)
-        labels[row, start:end] = torch.tensor(probe.answer_ids)
-    for _ in range(16):
-        model(input_ids=ids, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    folder = tmp_path_factory.mktemp("taught")
-    save_adapter(model, folder / "adapter", "glm-tiny")
-    records = [{"instruction": asked, "output": answer} for asked, answer in QUESTIONS]
-    (folder / "rows.json").write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
-    return folder
 
 
 @pytest.fixture
@@ -83,7 +50,7 @@ def test_a_good_adapter_is_called_better_in_each_language(run, tmp_path, capsys)
         loss = of["corpus"]["tuned"]["loss"]
         assert of["corpus"]["tuned"]["perplexity"] == pytest.approx(math.exp(loss))
     assert {"price", "collapse", "cost"} <= found.keys()
-    assert found["cost"]["records"] == 16
+    assert found["cost"]["records"] == 16 + len(STRANGE_QUESTIONS)
     assert found["cost"]["tokens"] > 0
     out = capsys.readouterr().out
     assert "Better: over 16 rows chrF changes by +" in out

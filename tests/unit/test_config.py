@@ -45,6 +45,7 @@ REQUIRED = {
     "plan": {},
     "infer": {"data_path": "a.json"},
     "compare": {"data_path": "a.json", "adapter": "output"},
+    "evaluate": {"data_path": "a.json"},
     "merge": {"adapter": "output", "save_path": "merged"},
     "adapters convert": {"old": "old", "new": "new"},
     "doctor": {},
@@ -302,7 +303,7 @@ def test_none_undoes_a_recipe(recipe):
         ("lora_rnk", "did you mean --lora_rank?"),
         ("lr_sheduler_type", "did you mean --lr_scheduler_type?"),
         ("no_such_flag", "`glmtune train --help`"),
-        ("top_k", "a setting of infer, compare, chat, not of train"),
+        ("top_k", "a setting of infer, compare, evaluate, chat, not of train"),
         ("card", "a setting of plan, not of train"),
     ],
 )

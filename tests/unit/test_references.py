@@ -1,5 +1,7 @@
 """Log-probabilities of references: packed, they equal those of the model's own forward."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -30,6 +32,10 @@ TEXTS = [
     ("数三个数", "一二三"),
     ("x" * 40, "y"),
 ]
+
+
+def both(model):
+    return {"base": model.disable_adapter, "tuned": nullcontext}
 
 
 def adapted(base):
@@ -106,7 +112,7 @@ def test_an_adapter_that_packed_layers_cannot_apply_takes_the_models_own_forward
     config = LoraConfig(target_modules=["query_key_value"], use_dora=True, lora_dropout=0.0)
     model = randomise_adapter(get_peft_model(base, config), std=0.1).eval()
     assert packed_layers(model) is None
-    references = References(model, from_texts(load_tokenizer(GLM_TINY), TEXTS[:2]))
+    references = References(model, from_texts(load_tokenizer(GLM_TINY), TEXTS[:2]), both(model))
     for number in (0, 1):
         found = references.of(number)
         assert abs(found["base"] - found["tuned"]) > 1e-3
@@ -117,14 +123,14 @@ def test_references_are_scored_in_groups_on_both_sides(tiny, spy, monkeypatch):
     monkeypatch.setattr(references, "GROUP", 4)
     probes = from_texts(tokenizer, TEXTS)
     calls = spy(references, "score_references")
-    scored = References(model, probes)
+    scored = References(model, probes, both(model))
     in_order = [scored.of(number) for number in range(len(TEXTS))]
     assert [len(call.args[1]) for call in calls] == [4, 4, 1, 1]
     tuned = score_references(model, probes[:4], packed_layers(model))
     assert [found["tuned"] for found in in_order[:4]] == [one.log_prob for one in tuned]
     assert [found["num_tokens"] for found in in_order[:4]] == [one.num_tokens for one in tuned]
     # One that is resumed in the middle of a group gets the same numbers.
-    assert References(model, probes).of(2) == in_order[2]
+    assert References(model, probes, both(model)).of(2) == in_order[2]
 
 
 def test_log_probs_of_a_head_are_cross_entropy_with_the_sign_turned():

@@ -254,21 +254,14 @@ class InferSettings(AnsweringSettings):
     )
 
 
-class CompareSettings(AnsweringSettings):
-    """Settings of `glmtune compare`."""
+class JudgingSettings(AnsweringSettings):
+    """The settings that the verbs that score answers share."""
 
-    verb = "compare"
     group: ClassVar[str] = "data"
-    adapter: PathText = Field(description="run folder or adapter")
     data_path: PathText | None = Field(
         None,
-        description="alpaca records to answer: .json (a list) or .jsonl (default: the rows that "
-        "the adapter's run held out)",
-    )
-    output_dir: PathText | None = Field(
-        None,
-        description="folder for compare.md, .html, .json and .jsonl (default: compare beside the "
-        "adapter)",
+        description="rows of any format to answer (default: the rows that the adapter's run held "
+        "out)",
     )
     limit: int | None = Field(200, ge=1, description="answer this many records; none: all")
     metric: tuple[str, ...] | None = Field(
@@ -276,17 +269,30 @@ class CompareSettings(AnsweringSettings):
         description="scores of your own beside ours, module:function each; the function takes "
         "(answer, reference, record) and returns a number, of which more is better",
     )
-    gate: NameText | None = Field(
-        None,
-        description="exit code 1 unless the verdict on all rows is better, or not_worse; with "
-        ":METRIC behind it, unless that score alone says it, such as better:exact",
-    )
 
     @field_validator("metric", mode="before")
     @classmethod
     def split_metrics(cls, value: object) -> object:
         """Accept "a:b,c:d" for ["a:b", "c:d"]."""
         return tuple(value.split(",")) if isinstance(value, str) else value
+
+
+class CompareSettings(JudgingSettings):
+    """Settings of `glmtune compare`."""
+
+    verb = "compare"
+    group: ClassVar[str] = "data"
+    adapter: PathText = Field(description="run folder or adapter")
+    output_dir: PathText | None = Field(
+        None,
+        description="folder for compare.md, .html, .json and .jsonl (default: compare beside the "
+        "adapter)",
+    )
+    gate: NameText | None = Field(
+        None,
+        description="exit code 1 unless the verdict on all rows is better, or not_worse; with "
+        ":METRIC behind it, unless that score alone says it, such as better:exact",
+    )
 
     @field_validator("gate")
     @classmethod
@@ -300,6 +306,42 @@ class CompareSettings(AnsweringSettings):
                 "gate",
             )
         return value
+
+
+class EvaluateSettings(JudgingSettings):
+    """Settings of `glmtune evaluate`."""
+
+    verb = "evaluate"
+    group: ClassVar[str] = "data"
+    adapter: tuple[PathText, ...] | None = Field(
+        None,
+        min_length=1,
+        description="run folders or adapters to score beside the base, with commas between "
+        "(default: the base alone)",
+    )
+    output_dir: PathText | None = Field(
+        None,
+        description="folder for evaluate.md and .json and a file of answers for each side "
+        "(default: evaluate beside the first adapter, or here)",
+    )
+
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def split_adapters(cls, value: object) -> object:
+        """Accept "a,b" for ["a", "b"]."""
+        return tuple(value.split(",")) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def has_rows(self) -> Self:
+        """Refuse to score the base alone on rows that nothing names."""
+        if not self.adapter and not self.data_path:
+            raise conflict(
+                "data_path has to name a file of rows where no adapter's run held rows out: "
+                "--data_path FILE, or --adapter RUN",
+                "data_path",
+                "adapter",
+            )
+        return self
 
 
 # --- chat ---
@@ -489,6 +531,7 @@ SETTINGS: dict[str, type[Settings]] = {
         ReplaySettings,
         InferSettings,
         CompareSettings,
+        EvaluateSettings,
         ChatSettings,
         CheckSettings,
         MergeSettings,

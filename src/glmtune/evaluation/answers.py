@@ -14,7 +14,14 @@ from typing import Any, TextIO
 import torch
 
 from glmtune.adapters.find import find_adapter, find_weights
-from glmtune.config.settings import ChatSettings, CheckSettings, CompareSettings, InferSettings
+from glmtune.config.settings import (
+    ChatSettings,
+    CheckSettings,
+    CompareSettings,
+    EvaluateSettings,
+    InferSettings,
+    JudgingSettings,
+)
 from glmtune.data import questions
 from glmtune.data.files import new_file, read_text
 from glmtune.data.flaws import Flaw
@@ -29,8 +36,10 @@ from glmtune.models.loading import check_pair, load_base_model, load_config, loa
 from glmtune.models.resolve import base_name, resolve_base
 from glmtune.run_files import CHECKPOINT_PREFIX
 
+RecordSettings = InferSettings | JudgingSettings
 
-def read_questions(settings: InferSettings | CompareSettings) -> list[Question]:
+
+def read_questions(settings: RecordSettings) -> list[Question]:
     """The rows to answer; skipped bad rows and unused fields are reported on stderr.
 
     Raises:
@@ -47,7 +56,7 @@ def read_questions(settings: InferSettings | CompareSettings) -> list[Question]:
 
 
 def fit_positions(
-    records: Sequence[Question], settings: InferSettings | CompareSettings, base: str
+    records: Sequence[Question], settings: RecordSettings, base: str
 ) -> list[Question]:
     """The rows that the family can ask, and whose prompts leave room for an answer.
 
@@ -85,6 +94,13 @@ def prompt_of(record: Question) -> Prompt:
     return Prompt(record.asked, record.where, record.row)
 
 
+def name_of_adapter(folder: Path) -> str:
+    """An adapter's folder name, for a checkpoint with its run's; never a private path."""
+    folder = folder.resolve()
+    is_checkpoint = folder.name.startswith(CHECKPOINT_PREFIX)
+    return "/".join(folder.parts[-2:]) if is_checkpoint else name_of_folder(folder)
+
+
 @dataclass(frozen=True)
 class ModelChoice:
     """The model that answers, known before it is loaded."""
@@ -104,15 +120,18 @@ class ModelChoice:
 
     @classmethod
     def of(
-        cls, settings: InferSettings | CompareSettings | ChatSettings | CheckSettings
+        cls,
+        settings: InferSettings | CompareSettings | EvaluateSettings | ChatSettings | CheckSettings,
     ) -> "ModelChoice":
-        """Resolve a verb's settings to a model.
+        """Resolve a verb's settings to a model; of several adapters to the first.
 
         Raises:
             UserError: there is no such base or adapter, or the device lacks something.
         """
-        adapter = find_adapter(settings.adapter) if settings.adapter else None
-        base = resolve_base(settings.base, settings.adapter)
+        named = settings.adapter
+        first = named if isinstance(named, str) else next(iter(named or ()), None)
+        adapter = find_adapter(first) if first else None
+        base = resolve_base(settings.base, first)
         device = pick_device(settings.use_cpu)
         check_decoding(device, settings.decoder_bits, settings.decode_compile)
         dtype, caution = pick_dtype(device, settings.bf16, settings.fp16)
@@ -131,12 +150,8 @@ class ModelChoice:
 
     @property
     def adapter_name(self) -> str | None:
-        """The adapter's folder name, for a checkpoint with its run's; never a private path."""
-        if self.adapter is None:
-            return None
-        path = self.adapter.resolve()
-        is_checkpoint = path.name.startswith(CHECKPOINT_PREFIX)
-        return "/".join(path.parts[-2:]) if is_checkpoint else name_of_folder(path)
+        """See `name_of_adapter`; None without an adapter."""
+        return name_of_adapter(self.adapter) if self.adapter else None
 
     def identity(self) -> dict[str, Any]:
         """What distinguishes this model from others whose answers would differ.
@@ -159,6 +174,16 @@ class ModelChoice:
             identity["adapter_sha256"] = _digest(self.adapter)
         return identity
 
+    def load_tokenizer(self) -> Any:
+        """The base's tokenizer, which reads special tokens in prompts as is set.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        tokenizer = load_tokenizer(self.base)
+        tokenizer.allow_special = self.allow_special
+        return tokenizer
+
     def load(self, computes: bool = False) -> tuple[Any, Any]:
         """The model in evaluation mode, with its adapter if it has one, and the tokenizer.
 
@@ -170,8 +195,7 @@ class ModelChoice:
         """
         with_adapter = f" with the adapter {self.adapter_name}" if self.adapter else ""
         print(f"loading {base_name(self.base)}{with_adapter}", file=sys.stderr)
-        tokenizer = load_tokenizer(self.base)
-        tokenizer.allow_special = self.allow_special
+        tokenizer = self.load_tokenizer()
         in_cpu_memory = self.rounds and not computes
         model = load_base_model(
             self.base,
@@ -182,11 +206,19 @@ class ModelChoice:
             quantize_head=self.quantize_head,
         )
         check_pair(model, tokenizer)
-        if self.adapter is not None:
-            from glmtune.adapters import load_adapter  # PEFT is imported for nothing else
+        return self.attach(model), tokenizer
 
-            return load_adapter(model, self.adapter), tokenizer
-        return model, tokenizer
+    def attach(self, base: Any) -> Any:
+        """Put the adapter on a loaded base, in place; without one the base is the model.
+
+        Raises:
+            UserError: the adapter cannot be read, or does not fit the base.
+        """
+        if self.adapter is None:
+            return base
+        from glmtune.adapters import load_adapter  # PEFT is imported for nothing else
+
+        return load_adapter(base, self.adapter)
 
 
 class AnswerFile:

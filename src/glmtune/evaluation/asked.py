@@ -5,15 +5,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from glmtune.adapters.find import check_held_out
-from glmtune.config.settings import CompareSettings
+from glmtune.config.settings import JudgingSettings
 from glmtune.data.questions import Question
 from glmtune.errors import UserError, note
 from glmtune.evaluation.answers import ModelChoice, fit_positions, prompt_of, read_questions
 from glmtune.evaluation.collapse import question_of
-from glmtune.evaluation.probes import Probe, probe_of, probe_of_row
-from glmtune.evaluation.source_run import read_rows
+from glmtune.evaluation.probes import Probe, probe_of, probe_of_row, strange_probes
+from glmtune.evaluation.source_run import RunRows, read_rows
 from glmtune.generation import EncodedPrompt, encode_prompts, find_too_long
-from glmtune.models.loading import load_config, load_tokenizer
+from glmtune.models.loading import load_config
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,12 @@ class Asked:
 
     records: list[Question]
     probes: Mapping[int, Probe] = field(default_factory=dict)
-    """Rows that a run held out, by row number: asked with the ids that training would have seen."""
+    """Rows that are asked with ids as training has them, by row number."""
+    run: RunRows | None = None
+    """All rows of the run, where its held-out rows are asked."""
 
     @classmethod
-    def of(cls, settings: CompareSettings, subject: ModelChoice) -> "Asked":
+    def of(cls, settings: JudgingSettings, subject: ModelChoice) -> "Asked":
         """Read them; bad and too long ones are reported on stderr.
 
         Raises:
@@ -39,10 +41,10 @@ class Asked:
         return cls(records)
 
     @classmethod
-    def _held_out(cls, settings: CompareSettings, subject: ModelChoice) -> "Asked":
+    def _held_out(cls, settings: JudgingSettings, subject: ModelChoice) -> "Asked":
         assert subject.adapter is not None, "CompareSettings requires one"
         check_held_out(subject.adapter)
-        tokenizer = load_tokenizer(subject.base)
+        tokenizer = subject.load_tokenizer()
         fix = "name a file of rows with --data_path"
         try:
             run = read_rows(subject.adapter, tokenizer)
@@ -65,18 +67,33 @@ class Asked:
                 f"{subject.adapter}: its run held out no row that leaves room for an answer; {fix}"
             )
 
+        numbered = {row + 1: probe for row, probe in found.items()}
+        return cls._of_probes(numbered, tokenizer, f"{subject.adapter_name}, row", run)
+
+    @classmethod
+    def strange(cls, tokenizer: Any, template: str | None) -> "Asked":
+        """Questions of our own, unrelated to any adapter's task; see `strange_probes`."""
+        probes = strange_probes(tokenizer, template)
+        numbered = dict(enumerate(probes, start=1))
+        return cls._of_probes(numbered, tokenizer, "questions that come with glmtune, number")
+
+    @classmethod
+    def _of_probes(
+        cls,
+        probes: Mapping[int, Probe],
+        tokenizer: Any,
+        path: str,
+        run: RunRows | None = None,
+    ) -> "Asked":
         def read(ids: list[int]) -> str:
             return tokenizer.decode(ids, skip_special_tokens=True)
 
-        def question(row: int, probe: Probe) -> Question:
-            text = question_of(read(probe.prompt_ids))
-            fields = {"row": row + 1, "instruction": text, "input": ""}
-            expected, path = read(probe.answer_ids).strip(), f"{subject.adapter_name}, row"
-            where = f"{path} {row + 1}"
-            return Question(text, expected, None, fields, path, row + 1, row + 1, where)
-
-        records = [question(row, probe) for row, probe in found.items()]
-        return cls(records, {row + 1: probe for row, probe in found.items()})
+        records = []
+        for row, probe in probes.items():
+            text, expected = question_of(read(probe.prompt_ids)), read(probe.answer_ids).strip()
+            fields = {"row": row, "instruction": text, "input": ""}
+            records.append(Question(text, expected, None, fields, path, row, row, f"{path} {row}"))
+        return cls(records, probes, run)
 
     def check_positions(self, records: Sequence[Question], settings: Any, base: str) -> None:
         """Make sure that records of a file leave room for an answer, before weights are loaded.

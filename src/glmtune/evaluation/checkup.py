@@ -21,6 +21,7 @@ from glmtune.evaluation.changes import (
     measure_layers,
 )
 from glmtune.evaluation.collapse import Collapse, Sides, Taught, question_of
+from glmtune.evaluation.findings import Answered, Finding, answer_findings
 from glmtune.evaluation.probes import (
     Probe,
     Probes,
@@ -77,6 +78,8 @@ class Checkup:
     of_task: bool = False
     """Whether the questions are of its own task; only then does a worse loss count against it."""
     collapse: Collapse | None = None
+    findings: tuple[Finding, ...] = ()
+    """Answers in another language than they should be, or empty."""
 
     @property
     def changes_nothing(self) -> bool:
@@ -112,7 +115,8 @@ class Checkup:
                 )
             if self.tuned.repetition > max(MOST_REPETITION, base.repetition):
                 harms.append(f"it repeats itself ({self.tuned.repetition:.0%} of 4-grams)")
-        return harms + (self.collapse.harms if self.collapse else [])
+        found = (*(self.collapse.findings if self.collapse else ()), *self.findings)
+        return harms + [finding.sentence.en for finding in found]
 
     @property
     def verdict(self) -> str:
@@ -124,7 +128,7 @@ class Checkup:
             )
         if self.harms:
             advice = "lower learning_rate, train fewer steps, or take an earlier checkpoint"
-            if self.collapse and self.collapse.harms:
+            if self.collapse and self.collapse.findings:
                 advice += "; rows of many other kinds among yours keep it answering"
             return f"changes too much: {'; '.join(self.harms)}; {advice}"
         labels = ", and answers questions of other kinds with its labels"
@@ -235,14 +239,20 @@ def examine(
     def ask(probes: Sequence[Probe]) -> Said:
         return give_answers(model, tokenizer, probes, settings)
 
-    def look(tuned: Said, base: Said) -> Collapse:
-        of_strange = _sides(tokenizer, strange, tuned, base)
-        return Collapse.of(of_strange, _sides(tokenizer, task, tuned, base), taught)
+    def look(tuned: Said, base: Said) -> tuple[Collapse, tuple[Finding, ...]]:
+        of_strange, of_task = (_sides(tokenizer, some, tuned, base) for some in (strange, task))
+        found = Collapse.of(of_strange, of_task, taught)
+        answered = [] if found.of_labels else _answered(strange, of_strange, tuned, base)
+        answered += _answered(task, of_task, tuned, base)
+        # Whether answers end, `Checkup.harms` tells.
+        return found, tuple(f for f in answer_findings(answered) if f.what != "no_end")
 
     tuned, base = ask([*asked.probes, *strange, *task]), Said()
-    if with_base or look(tuned, base).harms:
+    collapse, findings = look(tuned, base)
+    if with_base or collapse.findings or findings:
         with model.disable_adapter():
             base = ask([*(asked.probes if with_base else []), *strange, *task])
+        collapse, findings = look(tuned, base)
     shape = family_of(model.config).shape(model.config)
     return Checkup(
         layers,
@@ -253,8 +263,18 @@ def examine(
         num_probes=len(asked.probes),
         source=asked.source,
         of_task=asked.of_task,
-        collapse=look(tuned, base),
+        collapse=collapse,
+        findings=findings,
     )
+
+
+def _answered(probes: Sequence[Probe], texts: Sides, tuned: Said, base: Said) -> list[Answered]:
+    """Questions with the answers of both sides."""
+    keys = [tuple(probe.prompt_ids) for probe in probes]
+    return [
+        Answered(question, expected, tuned[key], base.get(key))
+        for key, question, expected in zip(keys, texts.questions, texts.expected, strict=True)
+    ]
 
 
 def _sides(tokenizer: Any, probes: Sequence[Probe], tuned: Said, base: Said) -> Sides:

@@ -8,13 +8,15 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from itertools import combinations
+from itertools import combinations, islice
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from glmtune.data.flaws import show
 from glmtune.data.templates import parts
+from glmtune.evaluation.findings import NUM_EXAMPLES, Example, Finding
+from glmtune.evaluation.labels import Text
 from glmtune.evaluation.source_run import RunRows
 
 # docs/reliability.md gives the reasons for these values.
@@ -151,13 +153,16 @@ class Agreement:
         return cls(len(tuned), agreeing(tuned), of_base, agreeing(expected), commonest)
 
     @property
-    def harm(self) -> str | None:
-        """What is wrong with it, as text."""
+    def sentence(self) -> Text | None:
+        """What is wrong with it."""
         if self.tuned - max(self.base or 0.0, self.expected) < MOST_AGREEING:
             return None
-        return (
+        most = show(self.commonest)
+        return Text(
+            f"不同的问题得到同一个回答（{self.asked} 题中任取两题，{self.tuned:.0%} 相同），"
+            f"最常见的是 {most}",
             f"different questions get one answer (any two of {self.asked} with a chance of "
-            f"{self.tuned:.0%}), most often {show(self.commonest)}"
+            f"{self.tuned:.0%}), most often {most}",
         )
 
 
@@ -168,6 +173,24 @@ class Sides(NamedTuple):
     expected: Sequence[str]
     tuned: Sequence[str]
     base: Sequence[str] = ()
+    rows: Sequence[int] = ()
+    """The questions' rows in their file; empty for questions of our own."""
+
+    def example(self, place: int) -> Example:
+        """A question with the tuned model's answer."""
+        row = self.rows[place] if self.rows else None
+        return Example(row, self.questions[place], self.tuned[place])
+
+    def same_answer(self) -> tuple[Agreement, Finding | None]:
+        """How often questions get one answer, and what is wrong with that."""
+        agreement = Agreement.of(self.tuned, self.base, self.expected)
+        if not agreement.sentence:
+            return agreement, None
+        most = letters(agreement.commonest)
+        alike = (i for i, text in enumerate(self.tuned) if is_alike(letters(text), most))
+        examples = tuple(self.example(place) for place in islice(alike, NUM_EXAMPLES))
+        shares = agreement.tuned, agreement.base
+        return agreement, Finding("same_answer", *shares, agreement.sentence, examples)
 
 
 @dataclass(frozen=True)
@@ -179,12 +202,16 @@ class Collapse:
     taught: float | None
     """Share of them with an answer trained for another question; None if rows are unknown."""
     taught_of_base: float | None
-    example: tuple[str, str] | None
+    example: tuple[str, ...] | None
     """An unrelated question and the trained answer that it got."""
     task: Agreement | None
     """Questions of the training task, if available."""
     of_labels: bool
     """Whether it was trained to classify; unrelated questions may then get labels."""
+    of_task: tuple[Finding, ...] = ()
+    """What is wrong with the answers to questions of the training task."""
+    of_strange: tuple[Finding, ...] = ()
+    """What is wrong with those to unrelated ones."""
 
     @classmethod
     def of(
@@ -200,49 +227,36 @@ class Collapse:
             task: questions of the training task; may be empty.
             taught: answers of the run's rows.
         """
-        shares: dict[str, float] = {}
-        example = None
+        places: dict[str, list[int]] = {}
         for side, answers in (("tuned", strange.tuned), ("base", strange.base)):
-            if taught is None or not answers:
-                continue
-            found = [
-                (question, said)
-                for question, right, said in zip(*strange[:2], answers, strict=True)
-                if taught.is_out_of_place(question, right, said)
-            ]
-            shares[side] = len(found) / len(answers)
-            example = found[0] if found and side == "tuned" else example
+            if taught is not None and answers:
+                asked = enumerate(zip(*strange[:2], answers, strict=True))
+                places[side] = [place for place, one in asked if taught.is_out_of_place(*one)]
+        shares = {side: len(found) / len(strange.tuned) for side, found in places.items()}
         if taught is not None:
             of_labels = taught.of_labels
         else:
             pairs = zip(task.questions, task.expected, strict=True)
             of_labels = are_labels((letters(q), letters(right)) for q, right in pairs)
+        agreement, strange_finding = strange.same_answer()
+        task_agreement, task_finding = task.same_answer() if task.questions else (None, None)
+        examples = tuple(map(strange.example, places.get("tuned", ())))
+        taught_finding = _taught_answers(shares.get("tuned"), shares.get("base"), examples)
         return cls(
-            Agreement.of(strange.tuned, strange.base, strange.expected),
+            agreement,
             shares.get("tuned"),
             shares.get("base"),
-            example,
-            Agreement.of(task.tuned, task.base, task.expected) if task.questions else None,
+            examples[0][1:] if examples else None,
+            task_agreement,
             of_labels,
+            (task_finding,) if task_finding else (),
+            tuple(filter(None, (strange_finding, taught_finding))),
         )
 
     @property
-    def of_strange(self) -> list[str]:
-        """What is wrong with the answers to unrelated questions, as text."""
-        harms = [self.strange.harm] if self.strange.harm else []
-        if self.taught is not None and self.taught - (self.taught_of_base or 0.0) >= MOST_TAUGHT:
-            question, answer = map(show, self.example or ("", ""))
-            harms.append(
-                f"{self.taught:.0%} of strange questions get an answer taught for another one "
-                f"({question}: {answer})"
-            )
-        return harms
-
-    @property
-    def harms(self) -> list[str]:
-        """All that is wrong, as text."""
-        of_task = [self.task.harm] if self.task and self.task.harm else []
-        return of_task if self.of_labels else of_task + self.of_strange
+    def findings(self) -> tuple[Finding, ...]:
+        """All that is wrong."""
+        return self.of_task if self.of_labels else self.of_task + self.of_strange
 
     @property
     def gives_labels(self) -> bool:
@@ -263,3 +277,17 @@ class Collapse:
             base = "" if self.taught_of_base is None else f", the base to {self.taught_of_base:.0%}"
             pairs["taught answers"] = f"to {self.taught:.0%} of the strange ones{base}"
         return pairs
+
+
+def _taught_answers(
+    tuned: float | None, base: float | None, examples: tuple[Example, ...]
+) -> Finding | None:
+    if tuned is None or tuned - (base or 0.0) < MOST_TAUGHT:
+        return None
+    question, answer = map(show, examples[0][1:])
+    sentence = Text(
+        f"{tuned:.0%} 的无关问题得到为别的问题训练的回答（{question}：{answer}）",
+        f"{tuned:.0%} of strange questions get an answer taught for another one "
+        f"({question}: {answer})",
+    )
+    return Finding("taught_answer", tuned, base, sentence, examples[:NUM_EXAMPLES])

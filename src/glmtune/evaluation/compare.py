@@ -1,39 +1,41 @@
 """Answer the same rows with base and tuned weights, from one loaded model, and judge both."""
 
-import sys
-import time
+import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
-from tqdm import tqdm
+import numpy as np
 
 from glmtune.config.settings import CompareSettings
-from glmtune.data.files import new_file, write_json
-from glmtune.data.questions import Question
-from glmtune.errors import note
+from glmtune.data.files import new_file, read_text, write_json
+from glmtune.errors import UserError, note
 from glmtune.evaluation.answers import AnswerFile, ModelChoice
 from glmtune.evaluation.asked import Asked
+from glmtune.evaluation.collapse import Collapse, Sides, Taught
+from glmtune.evaluation.findings import Answered, Finding, answer_findings
 from glmtune.evaluation.gate import Gate
 from glmtune.evaluation.metric import load_metric
 from glmtune.evaluation.page import html
-from glmtune.evaluation.references import References
 from glmtune.evaluation.report import Comparison, Pair, markdown
 from glmtune.evaluation.scores import score_pairs
+from glmtune.evaluation.sides import ModelSides, add_costs, answer_sides
+from glmtune.evaluation.source_run import find_rows, find_template
 from glmtune.evaluation.verdict import judge
-from glmtune.generation import Decoder, answer_batch
-from glmtune.generation.streaming import check_stop_strings
-from glmtune.hardware import memory_gib
-from glmtune.runlog import Progress
+
+ANSWERS, STRANGE_ANSWERS = "compare.jsonl", "compare.strange.jsonl"
+MOST_AGREEMENTS = 64
+"""Answers of which each two are compared with each other."""
 
 
 def compare(settings: CompareSettings) -> Comparison:
     """Answer records with the adapter off and on, score both sides, and say which is better.
 
     Both answers to a record are drawn with the same random numbers, so that every difference comes
-    from the adapter. `compare.jsonl` is written as batches finish, and a partial one is resumed;
-    `compare.json`, `compare.md` and `compare.html` are made from it.
+    from the adapter. Questions of our own are answered as well, since a collapse shows there.
+    `compare.jsonl` and `compare.strange.jsonl` are written as batches finish, and partial ones are
+    resumed; `compare.json`, `compare.md` and `compare.html` are made from them.
 
     Raises:
         UserError: records, model, adapter or output folder cannot be used, see `answers` and
@@ -48,19 +50,26 @@ def compare(settings: CompareSettings) -> Comparison:
         note(f"{len(records):,} of {len(asked.records):,} records are asked (--limit none: all)")
     if gate:
         gate.check_rows(sum(bool(record.expected.strip()) for record in records))
+    assert subject.adapter is not None, "CompareSettings requires one"
+    strange = Asked.strange(subject.load_tokenizer(), find_template(subject.adapter))
     folder = Path(settings.output_dir or Path(settings.adapter, "compare"))
-    file = AnswerFile(
-        folder / "compare.jsonl",
-        asked.records,
-        {"verb": "compare"} | subject.identity() | settings.in_effect(),
-        overwrite=settings.overwrite_output,
-        elsewhere="--output_dir",
+    answers_depend_on = {"verb": "compare"} | subject.identity() | settings.in_effect()
+    file, strange_file = (
+        AnswerFile(
+            folder / name,
+            of.records,
+            answers_depend_on,
+            overwrite=settings.overwrite_output,
+            elsewhere="--output_dir",
+        )
+        for name, of in ((ANSWERS, asked), (STRANGE_ANSWERS, strange))
     )
-    size = settings.per_device_eval_batch_size
-    todo = file.to_answer(settings.limit, size if subject.is_batch_sensitive else None)
-    cost = answer_both(file, todo, asked, settings, subject) if todo else None
+    cost = _answer(
+        settings, subject, [(strange, strange_file, None), (asked, file, settings.limit)]
+    )
 
     pairs = [Pair.from_line(line) for line in file.lines[: settings.limit]]
+    strange_pairs = [Pair.from_line(line) for line in strange_file.lines]
     table = score_pairs(pairs, metrics)
     verdicts = judge(table)
     if not table.has_word_scores:
@@ -73,7 +82,8 @@ def compare(settings: CompareSettings) -> Comparison:
         date=datetime.fromtimestamp(file.path.stat().st_mtime).strftime("%Y-%m-%d %H:%M"),
         pairs=pairs,
         verdicts=verdicts,
-        cost=cost,
+        collapse=_find_collapse(pairs, strange_pairs, asked, subject, settings.max_new_tokens),
+        cost=cost or _cost_of(folder / "compare.json"),
         passes_gate=gate is None or gate.is_passed(verdicts["all"]),
     )
     write_json(comparison.as_json(), str(folder / "compare.json"))
@@ -83,67 +93,89 @@ def compare(settings: CompareSettings) -> Comparison:
     print(*comparison.summary(), sep="\n")
     if gate:
         print(f"gate {gate.spec}: {'passed' if comparison.passes_gate else 'not passed'}")
-    names = "compare.html, compare.md, compare.json, compare.jsonl"
+    names = f"compare.html, compare.md, compare.json, {ANSWERS}, {STRANGE_ANSWERS}"
     print(f"written: {folder}/{names}")
     return comparison
 
 
-def answer_both(
-    file: AnswerFile,
-    todo: Sequence[Question],
-    asked: Asked,
+def _answer(
     settings: CompareSettings,
     subject: ModelChoice,
-) -> dict[str, float]:
-    """Answer records with the adapter off and on, and score their references on both sides.
+    files: Sequence[tuple[Asked, AnswerFile, int | None]],
+) -> dict[str, float] | None:
+    """Answer what has no answer yet; what it took, None where there was nothing to do.
 
-    Returns:
-        What it took: seconds, tokens of the answers, and the most memory that was held.
-
-    Raises:
-        UserError: see `compare`.
+    Args:
+        settings: how it is answered.
+        subject: base and adapter.
+        files: questions, the file of their answers, and how many of them are asked.
     """
-    asked.check_positions(todo, settings, subject.base)
-    is_scored = any(record.expected.strip() for record in todo)
-    model, tokenizer = subject.load(computes=is_scored)
-    model.eval()
-    encoded = asked.prompts(model, tokenizer, todo, settings.max_new_tokens)
-    check_stop_strings(settings.stop_strings or (), tokenizer)
-    # Before the decoders, see `References`.
-    references = References(model, asked.references(tokenizer, settings.limit))
-    tuned = Decoder.of(model, settings, subject.device)
-    with model.disable_adapter():
-        base = Decoder.of(model, settings, subject.device, beside=tuned)
-    size, started, num_tokens = settings.per_device_eval_batch_size, time.monotonic(), 0
-    num_all = len(file.lines) + len(todo)
-    bar = tqdm(
-        total=num_all,
-        initial=len(file.lines),
-        desc="compare",
-        unit="record",
-        disable=not sys.stderr.isatty(),
+    size = settings.per_device_eval_batch_size if subject.is_batch_sensitive else None
+    todo = [(asked, file, file.to_answer(limit, size)) for asked, file, limit in files]
+    todo = [(asked, file, records) for asked, file, records in todo if records]
+    if not todo:
+        return None
+    for asked, _, records in todo:
+        asked.check_positions(records, settings, subject.base)
+    scores = any(record.expected.strip() for _, _, records in todo for record in records)
+    model, tokenizer = subject.load(computes=scores)
+    sides: ModelSides = {"base": model.disable_adapter, "tuned": nullcontext}
+    device = subject.device
+    return add_costs(
+        [
+            answer_sides(model, tokenizer, sides, file, records, asked, settings, device)
+            for asked, file, records in todo
+        ]
     )
-    lines = Progress(num_all, len(file.lines), "records answered twice")
-    with file, bar:
-        for start in range(0, len(todo), size):
-            batch = encoded[start : start + size]
-            with model.disable_adapter():
-                of_base = answer_batch(model, tokenizer, batch, settings, base)
-            of_tuned = answer_batch(model, tokenizer, batch, settings, tuned)
-            answered = zip(todo[start : start + size], of_base, of_tuned, strict=True)
-            for record, *answers in answered:
-                sides = zip(("base", "tuned"), answers, strict=True)
-                line: dict[str, Any] = {side: answer._asdict() for side, answer in sides}
-                if scored := references.of(len(file.lines)):
-                    line["reference"] = scored
-                file.append(record, line)
-                num_tokens += sum(answer.num_tokens for answer in answers)
-            bar.update(len(batch))
-            if bar.disable:
-                lines.tell(len(file.lines))
-    return {
-        "records": len(todo),
-        "seconds": time.monotonic() - started,
-        "tokens": num_tokens,
-        "peak_memory_gib": memory_gib(subject.device),
-    }
+
+
+def _cost_of(path: Path) -> dict[str, float] | None:
+    """What the answers of an earlier command took, from its compare.json."""
+    try:
+        return json.loads(read_text(str(path)))["cost"]
+    except (OSError, UserError, ValueError, TypeError, KeyError):  # there was none
+        return None
+
+
+def _find_collapse(
+    pairs: Sequence[Pair],
+    strange: Sequence[Pair],
+    asked: Asked,
+    subject: ModelChoice,
+    max_new_tokens: int,
+) -> list[Finding]:
+    """What is wrong with the tuned answers to the records and to questions of our own."""
+    assert subject.adapter is not None
+    tokenizer = subject.load_tokenizer()
+    run = asked.run or find_rows(subject.adapter, tokenizer)
+    places = np.linspace(0, len(pairs) - 1, min(MOST_AGREEMENTS, len(pairs))).astype(int)
+    of_strange, of_task = (
+        Sides(
+            [_question(pair) for pair in some],
+            [pair.expected for pair in some],
+            [pair.tuned.text for pair in some],
+            [pair.base.text for pair in some],
+            rows,
+        )
+        for some, rows in (
+            (strange, ()),
+            ([pairs[place] for place in places], [pairs[place].number for place in places]),
+        )
+    )
+    found = Collapse.of(of_strange, of_task, Taught.of(tokenizer, run) if run else None)
+    answered = [
+        Answered(
+            _question(pair),
+            pair.expected,
+            pair.tuned,
+            pair.base,
+            pair.number,
+            is_long=pair.num_reference_tokens > max_new_tokens,
+        )
+        for pair in pairs
+    ]
+    return [*found.findings, *answer_findings(answered)]
+
+
+def _question(pair: Pair) -> str:
+    return "\n".join(filter(None, (pair.instruction, pair.input)))

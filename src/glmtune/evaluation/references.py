@@ -6,12 +6,12 @@ in training, many in one pass.
 Shapes: R rows, one for each reference; T tokens of all rows; L supervised tokens.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch.nn import functional as F
 
 from glmtune.data.packing import lay_out, plan_packs
@@ -47,13 +47,20 @@ class References:
         model: base and adapter, in evaluation mode. Build this before a decoder: packed layers may
             lay weights together, which a decoder would hold twice.
         probes: prompts with their references, one for each record.
+        sides: name -> what the model is put into while that side is scored.
     """
 
-    def __init__(self, model: PeftModel, probes: Sequence[Probe]):
-        self._model, self._probes = model, probes
-        self._tuned = packed_layers(model)
-        with model.disable_adapter():
-            self._base = packed_layers(model)
+    def __init__(
+        self,
+        model: Any,
+        probes: Sequence[Probe],
+        sides: Mapping[str, Callable[[], AbstractContextManager[Any]]],
+    ):
+        self._model, self._probes, self._sides = model, probes, sides
+        self._packed: dict[str, PackedModel | None] = {}
+        for name, enter in sides.items():
+            with enter():
+                self._packed[name] = packed_layers(model)
         self._first = 0
         self._group: list[dict[str, float | int] | None] = []
 
@@ -70,19 +77,18 @@ class References:
         if not 0 <= place < len(self._group):
             self._first, place = number - number % GROUP, number % GROUP
             probes = self._probes[self._first : self._first + GROUP]
-            tuned = score_references(self._model, probes, self._tuned)
-            with self._model.disable_adapter():
-                base = score_references(self._model, probes, self._base)
-            self._group = [
-                {"num_tokens": a.num_tokens, "base": a.log_prob, "tuned": b.log_prob}
-                if a and b
-                else None
-                for a, b in zip(base, tuned, strict=True)
-            ]
+            group: list[dict[str, float | int]] = [{} for _ in probes]
+            for name, enter in self._sides.items():
+                with enter():
+                    scored = score_references(self._model, probes, self._packed[name])
+                for of_record, found in zip(group, scored, strict=True):
+                    if found:
+                        of_record |= {"num_tokens": found.num_tokens, name: found.log_prob}
+            self._group = [of_record or None for of_record in group]
         return self._group[place]
 
 
-def packed_layers(model: PeftModel) -> PackedModel | None:
+def packed_layers(model: Any) -> PackedModel | None:
     """A model as it is now, adapter on or off, on packed rows; None for adapters besides LoRA."""
     modules = (module for module in model.modules() if has_lora(module))
     if any(split_lora(module)[0] is module for module in modules):
@@ -92,7 +98,7 @@ def packed_layers(model: PeftModel) -> PackedModel | None:
 
 
 def score_references(
-    model: PeftModel, probes: Sequence[Probe], packed: PackedModel | None
+    model: Any, probes: Sequence[Probe], packed: PackedModel | None
 ) -> list[Likelihood | None]:
     """The likelihood of each reference under a model as it is now, adapter on or off.
 
@@ -147,7 +153,7 @@ def packed_sums(packed: PackedModel, rows: TokenRows, row_ids: np.ndarray) -> np
 
 
 @torch.inference_mode()
-def padded_sums(model: PeftModel, rows: TokenRows, row_ids: np.ndarray) -> np.ndarray:
+def padded_sums(model: Any, rows: TokenRows, row_ids: np.ndarray) -> np.ndarray:
     """The reference of `packed_sums`: the model's own forward, one row at a time."""
     sums_R = np.zeros(len(rows))
     for row in row_ids:

@@ -8,6 +8,7 @@ from typing import Any
 
 from glmtune.data.questions import shown_question
 from glmtune.errors import visible
+from glmtune.evaluation.findings import Finding
 from glmtune.evaluation.labels import Text
 from glmtune.evaluation.score_tables import PART_NAMES, score_tables
 from glmtune.evaluation.scores import Part
@@ -31,6 +32,7 @@ DIFFERS = Text("不同", "differs")
 AS_EXPECTED = Text("与原始答案一致", "as expected")
 CUT = Text("达到长度上限", "cut at max_new_tokens")
 EMPTY = Text("（空）", "(empty)")
+COLLAPSE = Text("回答坍缩", "Collapse")
 NOTHING_CHANGED = Text(
     "两边的回答全部相同：适配器在这里没有带来任何变化。",
     "All answers are the same on both sides: the adapter changes nothing here.",
@@ -98,8 +100,10 @@ class Comparison:
     pairs: Sequence[Pair]
     verdicts: Mapping[Part, PartVerdict] = field(default_factory=dict)
     """The verdict on each language and on all rows; empty where nothing was scored."""
+    collapse: Sequence[Finding] = ()
+    """What is wrong with the tuned answers as a whole."""
     cost: Mapping[str, float] | None = None
-    """What answering took; None where all answers were there before."""
+    """What answering took; None where that is not known."""
     passes_gate: bool = True
     """False where `--gate` asked for a better verdict."""
 
@@ -130,9 +134,11 @@ class Comparison:
                 yield f"{PART_NAMES[part].en}: {found.sentence.en}"
         if self.verdict != self.differences:
             yield self.differences.en
+        for finding in self.collapse:
+            yield visible(f"{COLLAPSE.en}: {finding.sentence.en}")
 
     def as_json(self) -> dict[str, Any]:
-        """The content of compare.json; `price` and `collapse` are for what is not measured here."""
+        """The content of compare.json; `price` is for what is not measured here."""
         found = {part: verdict.as_json() for part, verdict in self.verdicts.items()}
         origin = {"base": self.base, "adapter": self.adapter, "dtype": self.dtype}
         return {
@@ -143,7 +149,7 @@ class Comparison:
             "sentence": self.verdict._asdict(),
             "languages": found,
             "price": None,
-            "collapse": None,
+            "collapse": [finding.as_json() for finding in self.collapse],
             "cost": self.cost,
         }
 
@@ -189,27 +195,31 @@ def markdown(comparison: Comparison) -> str:
     lines = [f"# {TITLE}", ""]
     lines += [f"- {label}: {_escape(value)}" for label, value in comparison.facts.items()]
     lines += ["", f"**{comparison.verdict}**", ""]
-    lines += _table(
-        ["", BASE, TUNED],
-        [STOPPED, *(f"{comparison.num_stopped(side)} / {total}" for side in (base_of, tuned_of))],
-        [MEAN_LENGTH, *(f"{comparison.mean_length(side):.1f}" for side in (base_of, tuned_of))],
-    )
+    for finding in comparison.collapse:
+        lines += [f"- {COLLAPSE}: {_escape(str(finding.sentence))}"]
+        for example in finding.examples:
+            row = "" if example.row is None else f"{example.row}: "
+            lines += [f"  - {row}{_escape(example.question)} → {_escape(example.answer) or EMPTY}"]
+    lines += [""] * bool(comparison.collapse)
+    sides = base_of, tuned_of
+    stopped = (f"{comparison.num_stopped(side)} / {total}" for side in sides)
+    lengths = (f"{comparison.mean_length(side):.1f}" for side in sides)
+    lines += table_lines([["", BASE, TUNED], [STOPPED, *stopped], [MEAN_LENGTH, *lengths]])
     for title, rows in score_tables(comparison.verdicts):
-        cells = ([_escape(str(cell)) for cell in row] for row in rows)
-        lines += ["", f"**{title}**", "", *_table(*cells)]
+        cells = [[_escape(str(cell)) for cell in row] for row in rows]
+        lines += ["", f"**{title}**", "", *table_lines(cells)]
     for pair in comparison.pairs:
         lines += ["", f"## {pair.number} · {DIFFERS if pair.differs else SAME}", ""]
         lines += [f"**{INSTRUCTION}**: {_escape(pair.instruction)}", ""]
         if pair.input:
             lines += [f"**{INPUT}**: {_escape(pair.input)}", ""]
-        lines += _table(
-            [BASE, TUNED, EXPECTED],
-            [_answer(pair.base), _answer(pair.tuned), _escape(pair.expected) or EMPTY],
-        )
+        answers = [_answer(pair.base), _answer(pair.tuned), _escape(pair.expected) or EMPTY]
+        lines += table_lines([[BASE, TUNED, EXPECTED], answers])
     return "\n".join(lines) + "\n"
 
 
-def _table(*rows: Sequence[object]) -> list[str]:
+def table_lines(rows: Sequence[Sequence[object]]) -> list[str]:
+    """The lines of a Markdown table; its first row is the heading."""
     lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
     lines.insert(1, "|" + " --- |" * len(rows[0]))
     return lines

@@ -61,6 +61,15 @@ def find_rows(adapter: Path, tokenizer: RowTokenizer) -> RunRows | None:
         return None
 
 
+def same_held_out(one: Path, other: Path) -> bool:
+    """Whether two adapters come from runs that held the same rows out, as far as is recorded."""
+    names = ("data sha256", "eval_ratio", "seed", GROUPS)
+    of_one, of_other = (
+        [_identity(adapter).get(name) for name in names] for adapter in (one, other)
+    )
+    return of_one == of_other and of_one[0] is not None
+
+
 def is_of_2023(adapter: Path) -> bool:
     """Whether an adapter has the format of the 2023 scripts."""
     return not (adapter / WEIGHTS_FILE).is_file()

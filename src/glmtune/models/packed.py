@@ -106,14 +106,14 @@ class PackedModel:
 
     def __init__(
         self,
-        model: "PeftModel",
+        model: "PeftModel | PreTrainedModel",
         family_block: PackedBlock,
         *,
         compiled: bool,
         any_length: bool = False,
         recompute: int = 0,
     ):
-        """Take a model from `attach_lora`.
+        """Take a model from `attach_lora`, or to compute losses one without an adapter.
 
         Args:
             model: its weights are shared, not copied.
@@ -257,9 +257,9 @@ def move(value: Any, device: torch.device) -> Any:
     return tuple(parts) if type(value) is tuple else type(value)(*parts)
 
 
-def base_of(model: "PeftModel") -> PreTrainedModel:
-    """The base that an adapter is attached to."""
-    base = model.get_base_model()
+def base_of(model: "PeftModel | PreTrainedModel") -> PreTrainedModel:
+    """The base that an adapter is attached to; a model without one is its own."""
+    base = model if isinstance(model, PreTrainedModel) else model.get_base_model()
     assert isinstance(base, PreTrainedModel)
     return base
 
