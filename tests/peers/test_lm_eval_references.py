@@ -8,7 +8,7 @@ from toys import randomise_adapter
 
 from glmtune.adapters import attach_lora
 from glmtune.evaluation.probes import from_texts
-from glmtune.evaluation.references import packed_layers, score_references
+from glmtune.models.likelihood import packed_layers, score_references
 from glmtune.models.loading import load_base_model, load_tokenizer
 from glmtune.models.resolve import GLM_TINY
 

@@ -19,7 +19,8 @@ from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError
 from glmtune.evaluation import answers, checkup
 from glmtune.evaluation.checkup import Answers, Checkup, Divergence, LayerChange, repeated_share
-from glmtune.evaluation.probes import Probe, held_out_probes
+from glmtune.evaluation.probes import held_out_probes
+from glmtune.models.likelihood import Probe
 from glmtune.models.loading import load_base_model
 
 PROBES = [Probe([5, 6, 7, 1001, 1004], [8, 9, 1005]), Probe([40, 1001, 1004], [41, 1005])]

@@ -20,7 +20,7 @@ FLOORS = [
     {"config", "hardware", "runlog"},
     {"data", "ops"},
     {"models"},
-    {"adapters"},
+    {"adapters", "general"},
     {"training", "generation"},
     {"evaluation", "bench", "early", "integrations"},
     {"tune"},

@@ -11,16 +11,18 @@ from toys import randomise_adapter
 
 from glmtune.adapters import attach_lora
 from glmtune.evaluation import references
-from glmtune.evaluation.probes import Probe, from_texts
-from glmtune.evaluation.references import (
-    References,
+from glmtune.evaluation.probes import from_texts
+from glmtune.evaluation.references import References
+from glmtune.models import likelihood
+from glmtune.models.families import FAMILIES, family_of
+from glmtune.models.likelihood import (
+    Probe,
     packed_layers,
     packed_sums,
     padded_sums,
     rows_of,
     score_references,
 )
-from glmtune.models.families import FAMILIES, family_of
 from glmtune.models.loading import load_base_model, load_tokenizer
 from glmtune.models.resolve import GLM_TINY
 from glmtune.ops.loss import IGNORED, head_log_probs
@@ -56,7 +58,7 @@ def probes_of(tokenizer):
 @pytest.mark.parametrize("pack_length", [64, 4096])
 def test_packed_references_equal_the_models_own_forward(tiny, pack_length, monkeypatch):
     model, tokenizer = tiny
-    monkeypatch.setattr(references, "PACK_LENGTH", pack_length)
+    monkeypatch.setattr(likelihood, "PACK_LENGTH", pack_length)
     rows = rows_of(probes_of(tokenizer), tokenizer.row_rule)
     everything = rows, np.arange(len(rows))
     fast = packed_sums(packed_layers(model), *everything)

@@ -33,6 +33,15 @@ NameText = Annotated[str, _FILLED, Kind("NAME", "a name")]
 PlainText = Annotated[str, _FILLED, Kind("TEXT", "a text")]
 
 
+def spelled_truth(value: object) -> object:
+    """Truth values of a setting that may also be a text: "true" and "false" in any case."""
+    return (
+        {"true": True, "false": False}.get(value.lower(), value)
+        if isinstance(value, str)
+        else value
+    )
+
+
 def conflict(text: str, *settings: str) -> PydanticCustomError:
     """An error about several settings; their names let the reader say where each is set."""
     return PydanticCustomError("conflict", "{text}", {"text": text, "settings": settings})

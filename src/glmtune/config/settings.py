@@ -36,6 +36,7 @@ from glmtune.config.groups import (
     Settings,
     SpecialSettings,
     conflict,
+    spelled_truth,
 )
 from glmtune.config.training import PlanSettings, TrainSettings, TuneSettings
 
@@ -269,6 +270,14 @@ class JudgingSettings(AnsweringSettings):
         description="scores of your own beside ours, module:function each; the function takes "
         "(answer, reference, record) and returns a number, of which more is better",
     )
+
+    general_set: bool | PathText = Field(
+        True,
+        description="general questions that show what the tuning cost: true for those of the "
+        "base's folder, else our own; a .jsonl file of yours in the same form; false for none",
+    )
+
+    _spell_general_set = field_validator("general_set", mode="before")(spelled_truth)
 
     @field_validator("metric", mode="before")
     @classmethod

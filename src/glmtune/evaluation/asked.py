@@ -10,9 +10,10 @@ from glmtune.data.questions import Question
 from glmtune.errors import UserError, note
 from glmtune.evaluation.answers import ModelChoice, fit_positions, prompt_of, read_questions
 from glmtune.evaluation.collapse import question_of
-from glmtune.evaluation.probes import Probe, probe_of, probe_of_row, strange_probes
+from glmtune.evaluation.probes import probe_of, probe_of_row, strange_probes
 from glmtune.evaluation.source_run import RunRows, read_rows
 from glmtune.generation import EncodedPrompt, encode_prompts, find_too_long
+from glmtune.models.likelihood import Probe
 from glmtune.models.loading import load_config
 
 

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glmtune.evaluation.probes import Probe
+from glmtune.models.likelihood import Probe
 from glmtune.models.low_rank import split_lora
 from glmtune.models.quantised import frozen_of
 from glmtune.ops.linear import Dense

@@ -16,6 +16,7 @@ from glmtune.evaluation.asked import Asked
 from glmtune.evaluation.collapse import Collapse, Sides, Taught
 from glmtune.evaluation.findings import Answered, Finding, answer_findings
 from glmtune.evaluation.gate import Gate
+from glmtune.evaluation.general import GeneralFile
 from glmtune.evaluation.metric import load_metric
 from glmtune.evaluation.page import html
 from glmtune.evaluation.report import Comparison, Pair, markdown
@@ -23,6 +24,7 @@ from glmtune.evaluation.scores import score_pairs
 from glmtune.evaluation.sides import ModelSides, add_costs, answer_sides
 from glmtune.evaluation.source_run import find_rows, find_template
 from glmtune.evaluation.verdict import judge
+from glmtune.general.items import find_general
 
 ANSWERS, STRANGE_ANSWERS = "compare.jsonl", "compare.strange.jsonl"
 MOST_AGREEMENTS = 64
@@ -44,6 +46,7 @@ def compare(settings: CompareSettings) -> Comparison:
     metrics = [load_metric(spec) for spec in settings.metric or ()]
     gate = Gate.of(settings.gate, metrics)
     subject = ModelChoice.of(settings)
+    general = find_general(settings.general_set, subject.base)
     asked = Asked.of(settings, subject)
     records = asked.records[: settings.limit]
     if len(records) < len(asked.records):
@@ -64,9 +67,11 @@ def compare(settings: CompareSettings) -> Comparison:
         )
         for name, of in ((ANSWERS, asked), (STRANGE_ANSWERS, strange))
     )
-    cost = _answer(
-        settings, subject, [(strange, strange_file, None), (asked, file, settings.limit)]
+    general_file = general and GeneralFile(
+        folder, general, subject.identity(), settings.overwrite_output
     )
+    files = [(strange, strange_file, None), (asked, file, settings.limit)]
+    cost = _answer(settings, subject, files, general_file)
 
     pairs = [Pair.from_line(line) for line in file.lines[: settings.limit]]
     strange_pairs = [Pair.from_line(line) for line in strange_file.lines]
@@ -83,6 +88,7 @@ def compare(settings: CompareSettings) -> Comparison:
         pairs=pairs,
         verdicts=verdicts,
         collapse=_find_collapse(pairs, strange_pairs, asked, subject, settings.max_new_tokens),
+        price=general_file.price if general_file else None,
         cost=cost or _cost_of(folder / "compare.json"),
         passes_gate=gate is None or gate.is_passed(verdicts["all"]),
     )
@@ -102,23 +108,33 @@ def _answer(
     settings: CompareSettings,
     subject: ModelChoice,
     files: Sequence[tuple[Asked, AnswerFile, int | None]],
+    general: GeneralFile | None,
 ) -> dict[str, float] | None:
-    """Answer what has no answer yet; what it took, None where there was nothing to do.
+    """Answer what has no answer yet, and score the general set if it has not been.
+
+    Returns:
+        What answering took; None where there was nothing to answer.
 
     Args:
         settings: how it is answered.
         subject: base and adapter.
         files: questions, the file of their answers, and how many of them are asked.
+        general: the general set and its scores, if it is asked.
     """
     size = settings.per_device_eval_batch_size if subject.is_batch_sensitive else None
     todo = [(asked, file, file.to_answer(limit, size)) for asked, file, limit in files]
     todo = [(asked, file, records) for asked, file, records in todo if records]
-    if not todo:
+    is_priced = general is None or general.scores is not None
+    if not todo and is_priced:
         return None
     for asked, _, records in todo:
         asked.check_positions(records, settings, subject.base)
     scores = any(record.expected.strip() for _, _, records in todo for record in records)
-    model, tokenizer = subject.load(computes=scores)
+    model, tokenizer = subject.load(computes=scores or not is_priced)
+    if general and not is_priced:  # before the decoders, see `References`
+        general.measure(model.eval(), tokenizer)
+    if not todo:
+        return None
     sides: ModelSides = {"base": model.disable_adapter, "tuned": nullcontext}
     device = subject.device
     return add_costs(

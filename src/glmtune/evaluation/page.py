@@ -31,7 +31,6 @@ from glmtune.evaluation.report import (
     base_of,
     tuned_of,
 )
-from glmtune.evaluation.score_tables import score_tables
 from glmtune.generation import Answer
 
 FILTER = Text("筛选", "Filter")
@@ -179,7 +178,7 @@ def both(text: Text) -> str:
 
 def _score_panels(comparison: Comparison) -> Iterator[Panel]:
     """A table of scores for each language, and for all rows."""
-    for title, (headings, *rows) in score_tables(comparison.verdicts):
+    for title, (headings, *rows) in comparison.tables():
         head = "".join(f'<th scope="col">{both(text)}</th>' for text in headings)
         body = "".join(
             f'<tr><th scope="row">{both(label)}</th>'

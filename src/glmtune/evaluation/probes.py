@@ -13,6 +13,7 @@ from glmtune.data.templates import alpaca
 from glmtune.data.thoughts import arrange
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError
+from glmtune.models.likelihood import Probe
 
 OWN_QUESTIONS = (
     ("用一句话解释什么是光合作用。", "植物利用阳光把二氧化碳和水变成有机物，并放出氧气。"),
@@ -37,15 +38,6 @@ STRANGE_QUESTIONS = (
     ("“谢谢”用英语怎么说？", "Thank you."),
     ("Which animal barks?", "A dog."),
 )  # fmt: skip
-
-
-class Probe(NamedTuple):
-    """A question and its answer as the model reads them."""
-
-    prompt_ids: list[int]
-    """The prompt's ids, with the special ids before an answer."""
-    answer_ids: list[int]
-    """The answer's ids, with the end token unless the answer was cut."""
 
 
 class Probes(NamedTuple):

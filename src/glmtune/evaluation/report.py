@@ -10,6 +10,7 @@ from glmtune.data.questions import shown_question
 from glmtune.errors import visible
 from glmtune.evaluation.findings import Finding
 from glmtune.evaluation.labels import Text
+from glmtune.evaluation.price import Price
 from glmtune.evaluation.score_tables import PART_NAMES, score_tables
 from glmtune.evaluation.scores import Part
 from glmtune.evaluation.verdict import PartVerdict
@@ -104,6 +105,8 @@ class Comparison:
     """What is wrong with the tuned answers as a whole."""
     cost: Mapping[str, float] | None = None
     """What answering took; None where that is not known."""
+    price: Price | None = None
+    """What the tuning cost on a general set; None where none was asked."""
     passes_gate: bool = True
     """False where `--gate` asked for a better verdict."""
 
@@ -134,11 +137,13 @@ class Comparison:
                 yield f"{PART_NAMES[part].en}: {found.sentence.en}"
         if self.verdict != self.differences:
             yield self.differences.en
+        if self.price:
+            yield self.price.sentence.en
         for finding in self.collapse:
             yield visible(f"{COLLAPSE.en}: {finding.sentence.en}")
 
     def as_json(self) -> dict[str, Any]:
-        """The content of compare.json; `price` is for what is not measured here."""
+        """The content of compare.json."""
         found = {part: verdict.as_json() for part, verdict in self.verdicts.items()}
         origin = {"base": self.base, "adapter": self.adapter, "dtype": self.dtype}
         return {
@@ -148,10 +153,17 @@ class Comparison:
             "answers": {"asked": len(self.pairs), "differ": self.num_different},
             "sentence": self.verdict._asdict(),
             "languages": found,
-            "price": None,
+            "price": self.price and self.price.as_json(),
+            "general_set": self.price and self.price.set_name,
             "collapse": [finding.as_json() for finding in self.collapse],
             "cost": self.cost,
         }
+
+    def tables(self) -> Iterator[tuple[Text, list[list[Text]]]]:
+        """The scores and the price as tables: title, and rows of which the first is the heading."""
+        yield from score_tables(self.verdicts)
+        if self.price:
+            yield from self.price.tables()
 
     @property
     def judged_by(self) -> str | None:
@@ -205,7 +217,9 @@ def markdown(comparison: Comparison) -> str:
     stopped = (f"{comparison.num_stopped(side)} / {total}" for side in sides)
     lengths = (f"{comparison.mean_length(side):.1f}" for side in sides)
     lines += table_lines([["", BASE, TUNED], [STOPPED, *stopped], [MEAN_LENGTH, *lengths]])
-    for title, rows in score_tables(comparison.verdicts):
+    if comparison.price:
+        lines += ["", f"**{_escape(str(comparison.price.sentence))}**"]
+    for title, rows in comparison.tables():
         cells = [[_escape(str(cell)) for cell in row] for row in rows]
         lines += ["", f"**{title}**", "", *table_lines(cells)]
     for pair in comparison.pairs:

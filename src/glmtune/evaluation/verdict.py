@@ -170,7 +170,7 @@ def _judge_part(table: ScoreTable, part: Part) -> PartVerdict:
     is_in_N = table.is_in(part)
     chosen = {name: sides.of(is_in_N) for name, sides in table.scores.items()}
     chosen = {name: sides for name, sides in chosen.items() if len(sides.base)}
-    found = _intervals(chosen)
+    found = intervals_of(chosen)
     compared = {name: Compared.of(sides, found.get(name)) for name, sides in chosen.items()}
     gains = chosen["chrf"].tuned - chosen["chrf"].base if "chrf" in chosen else np.zeros(0)
     return PartVerdict(
@@ -185,7 +185,7 @@ def _judge_part(table: ScoreTable, part: Part) -> PartVerdict:
     )
 
 
-def _intervals(chosen: Mapping[str, Sides]) -> dict[str, Interval]:
+def intervals_of(chosen: Mapping[str, Sides]) -> dict[str, Interval]:
     """The interval of each measure that has enough rows; those of equal rows from equal draws."""
     by_size: dict[int, list[str]] = {}
     for name, sides in chosen.items():

@@ -135,6 +135,17 @@ class PaddedRows(NamedTuple):
             num_before += valid_BS.numel()
         return cls(tuple(groups), back_T)
 
+    def sharing(self, is_kept_T: Tensor, place_T: Tensor) -> "PaddedRows":
+        """The same rows where some of their tokens are one: the same ones before them, as prompts.
+
+        Args:
+            is_kept_T: which tokens of the pack stay.
+            place_T: the place of every token among those that stay; of one that does not, that of
+                its equal.
+        """
+        groups = (PaddedGroup(place_T[place_BS], mask) for place_BS, mask in self.groups)
+        return PaddedRows(tuple(groups), self.back_T[is_kept_T])
+
     def attend_fused(self, y_TN3D: Tensor, update: Update, cos: Tensor, sin: Tensor) -> Tensor:
         """`attend` for a fused projection: queries, keys and values of each head side by side.
 

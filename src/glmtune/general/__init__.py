@@ -1,0 +1,1 @@
+"""The general set: what a base knows beside any task, and how a loaded model scores on it."""

@@ -1,0 +1,12 @@
+"""Write the general set of glm-tiny into its folder: python tools/write_toy_general.py."""
+
+from pathlib import Path
+
+from glmtune.data.files import new_file
+from glmtune.demo.general import general_lines
+from glmtune.general.items import LANGUAGES, OF_BASE
+from glmtune.models.resolve import GLM_TINY
+
+for language in LANGUAGES:
+    with new_file(str(Path(GLM_TINY, OF_BASE.format(language)))) as file:
+        file.writelines(f"{line}\n" for line in general_lines(language))
