@@ -121,8 +121,9 @@ def parse(text: str, path: str, language: Language | None = None) -> tuple[Item,
             continue
         found.append(item)
     if flaws:
-        more = f" ({len(flaws) - 1:,} more lines have a flaw)" if len(flaws) > 1 else ""
-        raise UserError(flaws[0] + more)
+        num = len(flaws) - 1
+        more = f"{num:,} more line{'s have' if num > 1 else ' has'} a flaw"
+        raise UserError(flaws[0] + (f" ({more})" if num else ""))
     if not found:
         raise UserError(f"{path}: holds no item; write one a line, as docs/verdict.md shows")
     return tuple(found)
@@ -151,7 +152,7 @@ def _item(line: str, language: Language | None) -> Item:
         if not isinstance(value, str) or not value.strip():
             raise ValueError(f"{name} is {show(value)}; give a text that is not empty")
     choices = [fields["answer"], *wrong]
-    same = {choice.strip().casefold() for choice in choices}
+    same = {choice.strip() for choice in choices}
     if len(same) < NUM_CHOICES:
         raise ValueError(f"{show(choices)} are not {NUM_CHOICES} different choices")
     named = fields.get("language", language)
