@@ -26,6 +26,7 @@ from glmtune.config.settings import (
 from glmtune.data.dataset import check_is_folder
 from glmtune.data.jsonlines import check_appendable
 from glmtune.data.sources import find_source
+from glmtune.general.items import AUTO, find_general
 from glmtune.imports import leave_out
 from glmtune.models.base_files import check_targets, read_settings
 from glmtune.models.resolve import resolve_base
@@ -45,6 +46,8 @@ def check_answering(settings: AnsweringSettings) -> None:
     """
     if not isinstance(settings, ChatSettings) and settings.data_path:
         find_source(settings.data_path).check_readable()
+    if isinstance(settings, CompareSettings):
+        check_general_set(settings.general_set)
     named = settings.adapter
     adapters = [named] if isinstance(named, str) else [*(named or ())]
     found = [find_adapter(adapter) for adapter in adapters]
@@ -64,9 +67,20 @@ def check_training(settings: TrainSettings) -> None:
     if settings.lora_target:
         check_targets(settings.lora_target, resolve_base(settings.base))
     check_is_folder(settings.dataset_path)
+    check_general_set(settings.general_set)
     if settings.base or not settings.resume_from_checkpoint:
         check_base(settings.base)
         leave_out_unused(settings)
+
+
+def check_general_set(wish: bool | str) -> None:
+    """Check that a general set of the user's own can be read, if there is one.
+
+    Raises:
+        UserError: it cannot, or an item of it is none.
+    """
+    if isinstance(wish, str) and wish != AUTO:
+        find_general(wish, "")
 
 
 def leave_out_unused(
@@ -101,6 +115,7 @@ def check_tuning(settings: TuneSettings) -> None:
     if settings.lora_target:
         check_targets(settings.lora_target, resolve_base(settings.base))
     find_source(settings.data_path).check_readable()
+    check_general_set(settings.general_set)
     check_base(settings.base)
 
 

@@ -58,6 +58,7 @@ class RunLog:
         self.enabled = enabled
         self._started = time.monotonic()
         self._first_step = first_step
+        self._general = ""
         self._writer = None
         self._file = None
         self._bar = None
@@ -95,14 +96,17 @@ class RunLog:
         if self._bar is not None:
             self._bar.update()
 
-    def log(self, step: int, record: Mapping[str, float]) -> None:
-        """Write a record everywhere. A number that is not finite becomes null, as JSON requires.
+    def log(self, step: int, record: Mapping[str, float | str]) -> None:
+        """Write a record everywhere; its texts, which name something, to the files alone.
+
+        A number that is not finite becomes null, as JSON requires.
 
         Raises:
             UserError: a file cannot be written.
         """
         entry: Record = {
-            key: value if math.isfinite(value) else None for key, value in record.items()
+            key: value if isinstance(value, str) or math.isfinite(value) else None
+            for key, value in record.items()
         }
         entry["step"] = step
         self.history.append(entry)
@@ -114,17 +118,23 @@ class RunLog:
             self._file.flush()
             if self._writer is not None:
                 for key, value in record.items():
-                    group, name = ("eval", key[5:]) if key.startswith("eval_") else ("train", key)
-                    self._writer.add_scalar(f"{group}/{name}", value, step)
+                    if not isinstance(value, str):
+                        self._writer.add_scalar(_tag(key), value, step)
         self._show(step, entry)
 
     def _show(self, step: int, entry: Record) -> None:
         words = ", ".join(_word(key, value) for key, value in entry.items() if key in _WORDS)
+        if step == self._first_step:
+            self._started = time.monotonic()  # what was before the first step is none of it
+        if "general" in entry:
+            self._general = f", {_word('general', entry['general'])}"
         if self._bar is None:
-            left = format_seconds(self._seconds_left(step))
-            print(f"step {step:,}/{self.max_steps:,}: {words}, {left} left", flush=True)
+            left = ""
+            if step > self._first_step:
+                left = f", {format_seconds(self._seconds_left(step))} left"
+            print(f"step {step:,}/{self.max_steps:,}: {words}{left}", flush=True)
         elif "loss" in entry:
-            self._bar.set_postfix_str(words, refresh=False)
+            self._bar.set_postfix_str(words + self._general, refresh=False)
         else:
             self._bar.write(f"step {step:,}: {words}")
 
@@ -133,14 +143,17 @@ class RunLog:
         return seconds_a_step * (self.max_steps - step)
 
     def plot_loss(self, path: str | Path) -> None:
-        """Draw loss (raw and smoothed) and evaluation loss, if any, as a PNG that appears whole.
+        """Draw loss (raw and smoothed), evaluation loss and general score as a PNG.
+
+        The file appears whole.
 
         Without any loss so far nothing is drawn.
         """
         loss = _series(self.history, "loss")
         if not self.enabled or not loss:
             return
-        figure = _draw(loss, _series(self.history, "eval_loss"))
+        others = (_series(self.history, key) for key in ("eval_loss", "general"))
+        figure = _draw(loss, *others)
         with write_errors(path), replacing_file(path) as draft:
             figure.savefig(draft, format="png", dpi=160)
 
@@ -183,10 +196,23 @@ def print_pairs(title: str, pairs: Mapping[str, str]) -> None:
 _WORDS = {
     "loss": "loss {:.4f}",
     "eval_loss": "evaluation loss {:.4f}",
+    "general": "general questions {:.1f} % right",
+    "general_zh": "zh {:.1f} %",
+    "general_en": "en {:.1f} %",
+    "general_log_prob": "log-probability {:.3f} a token",
+    "general_seconds": "scored in {:.1f} s",
     "learning_rate": "lr {:.2e}",
     "tokens_per_second": "{:,.0f} tok/s",
     "memory_gib": "{:.1f} GiB",
 }
+
+
+def _tag(key: str) -> str:
+    """The name of a number in TensorBoard, behind that of its group."""
+    group, _, name = key.partition("_")
+    if group == "general":
+        return f"general/{name or 'right'}"
+    return f"eval/{name}" if group == "eval" else f"train/{key}"
 
 
 def _word(key: str, value: float | None) -> str:
@@ -234,7 +260,10 @@ def log_ticks(lowest: float, highest: float) -> list[float]:
     return ticks[below : max(bisect_left(ticks, highest), below + 1) + 1]
 
 
-def _draw(loss: list[tuple[int, float]], eval_loss: list[tuple[int, float]]):
+Series = list[tuple[int, float]]
+
+
+def _draw(loss: Series, eval_loss: Series, general: Series):
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
@@ -275,8 +304,18 @@ def _draw(loss: list[tuple[int, float]], eval_loss: list[tuple[int, float]]):
     axes.spines["bottom"].set_color(LINE)
     axes.tick_params(colors=SOFT, length=0)
     axes.margins(x=0.02)
+    handles = axes.get_lines()
+    if general:
+        right = axes.twinx()
+        handles += right.plot(
+            *zip(*general, strict=True), color=INK, marker="s", markersize=4, linewidth=1.2,
+            linestyle="--", label="general questions right, %",
+        )  # fmt: skip
+        right.set_ylim(0, 105)
+        right.tick_params(colors=SOFT, length=0)
+        right.spines[["top", "right", "left", "bottom"]].set_visible(False)
     axes.legend(
-        frameon=False, labelcolor=SOFT, loc="lower right", bbox_to_anchor=(1, 1), ncols=3,
-        borderaxespad=0.8,
+        handles=handles, frameon=False, labelcolor=SOFT, loc="lower right", bbox_to_anchor=(1, 1),
+        ncols=4, borderaxespad=0.8,
     )  # fmt: skip
     return figure

@@ -15,6 +15,7 @@ from glmtune.config.groups import (
     QuantisingSettings,
     Settings,
     conflict,
+    spelled_truth,
 )
 
 
@@ -69,11 +70,20 @@ class StepSettings(Settings):
     eval_steps: int | None = Field(
         None, ge=1, description="steps between evaluations (default: save_steps)"
     )
+    general_set: Literal["auto"] | bool | PathText = Field(
+        "auto",
+        description="general questions scored before the first step and at every evaluation, which "
+        "show what the tuning costs: true for those of the base's folder, else our own; a .jsonl "
+        "file of yours in the same form; false for none; auto: where rows are held out and the "
+        "run is long enough to make them cheap",
+    )
     per_device_eval_batch_size: int = Field(8, ge=1, description="rows per evaluation pass")
     seed: int = Field(42, ge=0, lt=2**32, description="seed of LoRA's start, dropout and the split")
     data_seed: int | None = Field(
         None, ge=0, lt=2**32, description="seed of the rows' order (default: seed)"
     )
+
+    _spell_general_set = field_validator("general_set", mode="before")(spelled_truth)
 
 
 class TrainingDataSettings(StepSettings):

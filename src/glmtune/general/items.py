@@ -23,6 +23,8 @@ NUM_WRONG = 3
 NUM_CHOICES = 1 + NUM_WRONG
 OF_BASE = "general_{}.jsonl"
 """What a base's folder calls a set of its own, by language."""
+AUTO = "auto"
+"""What a run's settings say where the run decides whether it scores a set."""
 OWN_NAME = "glmtune's own"
 _FIELDS = ("kind", "question", "text", "answer", "wrong", "language")
 

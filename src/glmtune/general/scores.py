@@ -22,7 +22,13 @@ from glmtune.data.thoughts import arrange
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError
 from glmtune.general.items import NUM_CHOICES, GeneralSet, Item, Language
-from glmtune.models.likelihood import choice_sums, packed_layers, padded_sums
+from glmtune.models.likelihood import (
+    PACK_LENGTH,
+    choice_sums,
+    packed_layers,
+    padded_sums,
+    plan_choices,
+)
 from glmtune.models.packed import PackedModel, base_of
 
 
@@ -110,15 +116,26 @@ class GeneralRows:
             packed: its `packed_layers` as it is now, where they are at hand.
         """
         packed = packed or packed_layers(model)
-        if packed is not None:
-            sums_NC = choice_sums(packed, self.rows, NUM_CHOICES)
-        else:
-            sums_NC = padded_sums(model, self.rows, np.arange(len(self.rows)))
-        return GeneralScores(
-            self.general.items,
-            sums_NC.reshape(-1, NUM_CHOICES),
-            self.rows.num_labels_R.reshape(-1, NUM_CHOICES)[:, 0],
-        )
+        if packed is None:
+            sums_R = padded_sums(model, self.rows, np.arange(len(self.rows)))
+            return self.scores(sums_R.reshape(-1, NUM_CHOICES))
+        sums_NC = np.zeros((len(self.general.items), NUM_CHOICES))
+        for part_N in self.parts():
+            sums_NC[part_N] = self.sums(packed, part_N)
+        return self.scores(sums_NC)
+
+    def parts(self, pack_length: int = PACK_LENGTH) -> list[np.ndarray]:
+        """Items of each pass."""
+        return plan_choices(self.rows, NUM_CHOICES, pack_length)
+
+    def sums(self, packed: PackedModel, items_N: np.ndarray) -> np.ndarray:
+        """The log-probabilities of some items' choices, ``(N, C)``."""
+        return choice_sums(packed, self.rows, NUM_CHOICES, items_N)
+
+    def scores(self, log_probs_NC: np.ndarray) -> GeneralScores:
+        """The scores of all items, given the log-probabilities of their choices."""
+        num_tokens_N = self.rows.num_labels_R.reshape(-1, NUM_CHOICES)[:, 0]
+        return GeneralScores(self.general.items, log_probs_NC, num_tokens_N)
 
 
 def score_general(model: PeftModel, general: GeneralSet, tokenizer: Any) -> GeneralScores:

@@ -104,9 +104,20 @@ def packed_sums(packed: PackedModel, rows: TokenRows, row_ids: np.ndarray) -> np
     return sums_R
 
 
+def plan_choices(
+    rows: TokenRows, num_choices: int, pack_length: int = PACK_LENGTH
+) -> list[np.ndarray]:
+    """Items of each pass, whose prompt is computed once: see `choice_sums`."""
+    lengths_N = _shared_lengths(rows, num_choices) + _choice_labels(rows, num_choices).sum(1)
+    length = max(pack_length, int(lengths_N.max()))
+    return plan_packs(lengths_N, np.arange(len(lengths_N)), length)
+
+
 @torch.inference_mode()
-def choice_sums(packed: PackedModel, rows: TokenRows, num_choices: int) -> np.ndarray:
-    """Summed log-probability of each of an item's choices, its prompt computed once.
+def choice_sums(
+    packed: PackedModel, rows: TokenRows, num_choices: int, items_N: np.ndarray
+) -> np.ndarray:
+    """Summed log-probability of each choice of some items, in one pass over one prompt each.
 
     `packed_sums` of the same rows is the reference.
 
@@ -114,31 +125,36 @@ def choice_sums(packed: PackedModel, rows: TokenRows, num_choices: int) -> np.nd
         packed: not compiled, see `packed_layers`.
         rows: the choices of an item follow each other; what is before their labels is the same.
         num_choices: C.
+        items_N: numbers of the items, see `plan_choices`.
 
     Returns:
-        ``(N, C)`` float64, N items.
+        ``(N, C)`` float64.
     """
-    labels_R = rows.num_labels_R
-    shared_N = (rows.lengths_R - labels_R)[::num_choices]
-    lengths_N = shared_N + labels_R.reshape(-1, num_choices).sum(1)
-    length = max(PACK_LENGTH, int(lengths_N.max()))
-    sums_R = np.zeros(len(rows))
-    for part_N in plan_packs(lengths_N, np.arange(len(lengths_N)), length):
-        row_ids = (part_N[:, None] * num_choices + np.arange(num_choices)).ravel()
-        pack = lay_out(rows, row_ids, int(rows.lengths_R[row_ids].sum()))
-        is_kept_T, place_T = _share_prompts(rows.lengths_R[row_ids], shared_N[part_N], num_choices)
-        tensors = packed.to_tensors(pack)
-        kept_T, moved_T = move(tuple(map(torch.from_numpy, (is_kept_T, place_T))), packed.device)
-        shared = tensors._replace(
-            input_ids_T=tensors.input_ids_T[kept_T],
-            position_ids_XT=tensors.position_ids_XT[:, kept_T],
-            attention=tensors.attention.sharing(kept_T, moved_T),
-            supervised_at_L=moved_T[tensors.supervised_at_L],
-        )
-        log_probs_L = packed.log_probs(shared).double().cpu().numpy()
-        row_L = np.repeat(row_ids, labels_R[row_ids])
-        sums_R += np.bincount(row_L, log_probs_L[: len(row_L)], minlength=len(rows))
+    row_ids = (items_N[:, None] * num_choices + np.arange(num_choices)).ravel()
+    pack = lay_out(rows, row_ids, int(rows.lengths_R[row_ids].sum()))
+    shared_N = _shared_lengths(rows, num_choices)[items_N]
+    is_kept_T, place_T = _share_prompts(rows.lengths_R[row_ids], shared_N, num_choices)
+    tensors = packed.to_tensors(pack)
+    kept_T, moved_T = move(tuple(map(torch.from_numpy, (is_kept_T, place_T))), packed.device)
+    shared = tensors._replace(
+        input_ids_T=tensors.input_ids_T[kept_T],
+        position_ids_XT=tensors.position_ids_XT[:, kept_T],
+        attention=tensors.attention.sharing(kept_T, moved_T),
+        supervised_at_L=moved_T[tensors.supervised_at_L],
+    )
+    log_probs_L = packed.log_probs(shared).double().cpu().numpy()
+    place_L = np.repeat(np.arange(len(row_ids)), rows.num_labels_R[row_ids])
+    sums_R = np.bincount(place_L, log_probs_L[: len(place_L)], minlength=len(row_ids))
     return sums_R.reshape(-1, num_choices)
+
+
+def _choice_labels(rows: TokenRows, num_choices: int) -> np.ndarray:
+    return rows.num_labels_R.reshape(-1, num_choices)
+
+
+def _shared_lengths(rows: TokenRows, num_choices: int) -> np.ndarray:
+    """Tokens before the labels of each item's choices, ``(N,)``."""
+    return (rows.lengths_R - rows.num_labels_R)[::num_choices]
 
 
 def _share_prompts(

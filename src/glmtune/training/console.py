@@ -130,6 +130,11 @@ def print_summary(
     for key, name in (("loss", "loss"), ("eval_loss", "evaluation loss")):
         if values := [record[key] for record in history if key in record]:
             pairs[name] = f"{values[0]:.4f} at first, {values[-1]:.4f} at last"
+    if scores := [record["general"] for record in history if "general" in record]:
+        right = f"{scores[0]:.1f} % right at first, {scores[-1]:.1f} % at last"
+        pairs["general questions"] = (
+            f"{right} ({run.general.general.name})" if run.general else right
+        )
     pairs["adapter"] = f"{run.settings.output_dir} (the curve: {PLOT_FILE})"
     if not is_done and state.last_good:
         pairs["resume with"] = resume_command(run, state.last_good, program())

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from glmtune.runlog import RunLog
+from glmtune.training.general import is_general_due, log_general
 from glmtune.training.interrupt import CutShort, StopRequest, undone_when_cut_short
 from glmtune.training.passes import Pass
 from glmtune.training.plan import evaluation_parts
@@ -17,6 +18,10 @@ from glmtune.training.state import TrainingState
 
 def is_evaluation_due(run: Run, step: int, history: Sequence[Mapping[str, Any]]) -> bool:
     """Whether an evaluation is due after this step and has not been made yet."""
+    return _is_loss_due(run, step, history) or is_general_due(run, step, history)
+
+
+def _is_loss_due(run: Run, step: int, history: Sequence[Mapping[str, Any]]) -> bool:
     falls_due = step > 0 and (step % run.eval_steps == 0 or step == run.max_steps)
     if not falls_due or not len(run.eval_rows):  # called every step: skip the search of records
         return False
@@ -33,6 +38,16 @@ def evaluate_if_due(
     """
     if not is_evaluation_due(run, state.global_step, log.history):
         return False
+    if _is_loss_due(run, state.global_step, log.history):
+        _log_loss(run, state, step_pass, log, stop)
+    if is_general_due(run, state.global_step, log.history):
+        log_general(run, state, log, stop.is_wanted)
+    return True
+
+
+def _log_loss(
+    run: Run, state: TrainingState, step_pass: Pass, log: RunLog, stop: StopRequest
+) -> None:
     size = run.settings.per_device_eval_batch_size
     parts = evaluation_parts(run.rows.lengths_R, run.eval_rows, run.forecast.pack_length, size)
     num_labels = int(run.rows.num_labels_R[run.eval_rows].sum())
@@ -40,7 +55,6 @@ def evaluate_if_due(
         eval_loss = mean_loss(step_pass, parts, num_labels, run.accelerator, stop.is_wanted)
     epoch = run.plan.epoch(state.global_step)
     log.log(state.global_step, {"eval_loss": eval_loss, "epoch": epoch})
-    return True
 
 
 def mean_loss(

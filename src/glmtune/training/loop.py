@@ -26,6 +26,7 @@ from glmtune.training.console import Pace, memory_advice, print_banner, print_su
 from glmtune.training.faults.crash import bundle_on_fault
 from glmtune.training.faults.loss_watch import check_course
 from glmtune.training.first_step import check_first_step
+from glmtune.training.general import of_this_set
 from glmtune.training.held_out import evaluate_if_due, is_evaluation_due
 from glmtune.training.interrupt import CutShort, StopRequest, undone_when_cut_short
 from glmtune.training.passes import Pass
@@ -101,6 +102,7 @@ def fit(run: Run, model: PeftModel, stop: StopRequest, resume: Path | None = Non
     step_pass = build_pass(run, model, state.weights)
     torch.manual_seed(settings.seed + accelerator.process_index)
     history = checkpoints.load_checkpoint(resume, state, accelerator) if resume else []
+    history = of_this_set(run, history)
     if accelerator.is_main_process:
         print_banner(run, state)
     check_first_step(run, state, step_pass)
@@ -139,7 +141,8 @@ def take_steps(
         CutShort: something ends the run before its last step.
         UserError, NotFiniteError: see `fit` and `train_step`.
     """
-    evaluate_if_due(run, state, step_pass, log, stop)  # if the earlier run stopped during it
+    # Before the first step, and where the earlier run stopped during an evaluation.
+    evaluate_if_due(run, state, step_pass, log, stop)
     if state.global_step >= run.max_steps:  # only complete the run folder
         save(run, state, log)
     pace = Pace(state)

@@ -18,6 +18,7 @@ from glmtune.models.families import family_of
 from glmtune.models.fingerprint import fingerprint
 from glmtune.models.loading import check_pair, load_base_model, load_config, load_tokenizer
 from glmtune.models.resolve import base_name, resolve_base
+from glmtune.training.general import general_rows
 from glmtune.training.planning.advice import check_fit, print_forecast
 from glmtune.training.planning.forecast import make_forecaster
 from glmtune.training.processes import on_main
@@ -87,6 +88,8 @@ def prepare(settings: TrainSettings, accelerator: Accelerator, dtype: torch.dtyp
     torch.manual_seed(settings.seed)
     adapted = adapt(model, settings)
     run = Run.of(settings, accelerator, rows, adapted, base_name(base), sources, forecaster)
+    limit = model.config.max_position_embeddings
+    run = replace(run, general=general_rows(settings, run, base, tokenizer, limit))
     notes += run.cautions()
     if resume:
         notes += checkpoints.check_same_run(resume, run.identity, settings.resume_anyway)

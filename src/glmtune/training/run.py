@@ -23,6 +23,7 @@ from glmtune.data.packing import check_lengths
 from glmtune.data.split import GROUPS
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError, note
+from glmtune.general.scores import GeneralRows
 from glmtune.hardware import device_name, pick_device, pick_dtype
 from glmtune.models.families import family_of
 from glmtune.models.packed import PackedModel, base_of, to_fp8
@@ -66,6 +67,8 @@ class Run:
     """Forecasts for other settings."""
     sources: Mapping[str, Any]
     """Fingerprints of the rows and the base, by which a resumed run recognises them."""
+    general: GeneralRows | None = None
+    """The general set that is scored at every evaluation."""
 
     @classmethod
     def of(

@@ -132,6 +132,7 @@ class Sections:
             on_bad_row="skip",  # those that leave no room for an answer
             encoding=None,
             limit=self.given.limit,
+            general_set=self.given.general_set == "auto" or self.given.general_set,
         )
 
     def in_effect(self, cls: type[Settings]) -> dict[str, Any]:
@@ -139,6 +140,8 @@ class Sections:
         names = (cls.model_fields.keys() & TuneSettings.model_fields.keys()) - _WITHOUT_EFFECT
         if cls is CheckSettings:
             names.discard("limit")  # which is that of `compare`
+        if cls is TrainSettings:
+            names.discard("general_set")  # which is looked at and not trained on
         return json.loads(json.dumps({name: getattr(self.given, name) for name in sorted(names)}))
 
 
