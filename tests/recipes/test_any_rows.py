@@ -42,6 +42,7 @@ FILES = {
     },
 }
 ANSWERING = "--max_new_tokens 3 --use_cpu true"
+NO_PRICE = "--general_set false"
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +111,16 @@ def test_all_kinds_of_one_conversation_get_one_answer(base):
 
 def test_compare_and_check_take_conversations_and_texts(base, adapter, capsys):
     write(FILES["messages"], FILES["messages"] | {"messages": TALK[:-1]})
-    line = f"compare --data_path a.jsonl --adapter {adapter} --output_dir page {ANSWERING}"
+    line = (
+        f"compare --data_path a.jsonl --adapter {adapter} --output_dir page {ANSWERING} {NO_PRICE}"
+    )
     assert glmtune(line, base) == 0
     assert ASKED in Path("page/compare.md").read_text(encoding="utf-8").replace("<br>", "\n")
     assert [entry["output"] for entry in lines("page/compare.jsonl")] == ["Wren.", ""]
     write({"text": "Once upon a time"}, name="t.jsonl")
-    line = f"compare --data_path t.jsonl --adapter {adapter} --output_dir texts {ANSWERING}"
+    line = (
+        f"compare --data_path t.jsonl --adapter {adapter} --output_dir texts {ANSWERING} {NO_PRICE}"
+    )
     assert glmtune(line, base) == 0
     assert "Once upon a time" in Path("texts/compare.html").read_text(encoding="utf-8")
     for name in ("a.jsonl", "t.jsonl"):

@@ -86,7 +86,10 @@ def test_from_records_to_an_adapter_and_on(here, capsys):
 
     answering = "--max_new_tokens 4 --use_cpu true"
     glmtune(f"infer --data_path data.json --adapter packed --limit 3 {answering}", here)
-    glmtune(f"compare --data_path data.json --adapter packed --limit 3 {answering}", here)
+    glmtune(
+        f"compare --data_path data.json --adapter packed --limit 3 --general_set false {answering}",
+        here,
+    )
     assert main(["check", "packed", "--base", here, "--use_cpu", "true", "--limit", "2"]) in (0, 1)
     glmtune("merge --adapter packed --save_path merged", here)
     merged = load_base_model("merged")

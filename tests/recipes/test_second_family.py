@@ -12,6 +12,7 @@ from glmtune.adapters import load_adapter
 from glmtune.cli import main
 from glmtune.data.dataset import load_dataset
 from glmtune.data.token_rows import TokenRows
+from glmtune.general.items import OWN_NAME, own_set
 from glmtune.models import families
 from glmtune.models.loading import load_base_model
 
@@ -75,6 +76,8 @@ def test_check_compare_and_infer_use_the_adapter(adapter, capsys):
     assert answers[0] != answers[1]
     assert main([*words(f"compare {asked} --adapter run --output_dir page")]) == 0
     assert Path("page/compare.html").is_file()
+    found = json.loads(Path("page/compare.json").read_text(encoding="utf-8"))
+    assert (found["general_set"], found["price"]["all"]["n"]) == (OWN_NAME, len(own_set().items))
 
 
 def test_a_merged_folder_is_the_family_s_own_and_gives_the_same_logits(adapter, capsys):

@@ -29,6 +29,7 @@ from glmtune.tune.folder import Journal
 
 STAGES = list(stages.STAGES)
 FAST = ("--base", "glm-tiny", "--use_cpu", "--limit", "2", "--max_new_tokens", "4")
+FAST += ("--general_set", "false")
 RECORDS = [question.record() for question in training_questions()[:24]]
 
 

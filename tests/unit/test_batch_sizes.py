@@ -49,7 +49,7 @@ def test_an_adapter_that_adds_nothing_changes_no_answer(
         CompareSettings(
             data_path=questions, adapter=idle_adapter, base=GLM_TINY,
             output_dir=str(tmp_path / "compare"), per_device_eval_batch_size=size,
-            max_new_tokens=12, use_cpu=True, **numbers,
+            max_new_tokens=12, use_cpu=True, general_set=False, **numbers,
         )
     )  # fmt: skip
     assert len(compared.pairs) == NUM_QUESTIONS
@@ -78,7 +78,7 @@ def test_a_broken_run_ends_with_the_answers_of_an_unbroken_one(
             CompareSettings(
                 data_path=questions, adapter=idle_adapter, base=GLM_TINY,
                 output_dir=str(tmp_path / folder), per_device_eval_batch_size=3,
-                max_new_tokens=12, use_cpu=True, **numbers, **more,
+                max_new_tokens=12, use_cpu=True, general_set=False, **numbers, **more,
             )
         )  # fmt: skip
 

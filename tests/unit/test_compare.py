@@ -15,7 +15,9 @@ from glmtune.evaluation.infer import infer
 
 @pytest.fixture
 def run(answering):
-    return lambda **changes: compare(CompareSettings(**(answering | changes)))
+    return lambda **changes: compare(
+        CompareSettings(**(answering | {"general_set": False} | changes))
+    )
 
 
 @pytest.fixture
@@ -114,7 +116,8 @@ def test_answers_of_infer_are_not_gone_on_with(run, folder, answering):
 
 
 def test_compare_command_writes_its_files(answering, tmp_path, capsys):
-    flags = [text for name, value in answering.items() for text in (f"--{name}", str(value))]
+    given = answering | {"general_set": False}
+    flags = [text for name, value in given.items() for text in (f"--{name}", str(value))]
     assert main(["compare", *flags, "--output_dir", str(tmp_path / "new" / "page")]) == 0
     assert "of 5 answers differ" in capsys.readouterr().out
     assert (tmp_path / "new" / "page" / "compare.html").is_file()

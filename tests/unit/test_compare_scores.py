@@ -13,6 +13,8 @@ from glmtune.evaluation.probes import STRANGE_QUESTIONS
 from glmtune.models.resolve import GLM_TINY
 from glmtune.run_files import WEIGHTS_FILE
 
+NO_PRICE = ("--general_set", "false")
+
 
 @pytest.fixture
 def run(taught, tmp_path):
@@ -28,7 +30,9 @@ def run(taught, tmp_path):
         settings = [
             text for name, value in named.items() if value for text in (f"--{name}", str(value))
         ]
-        code = main(["compare", *settings, "--use_cpu", "true", "--max_new_tokens", "12", *flags])
+        code = main(
+            ["compare", *settings, "--use_cpu", "true", "--max_new_tokens", "12", *NO_PRICE, *flags]
+        )
         path = tmp_path / "out" / "compare.json"
         return code, json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
