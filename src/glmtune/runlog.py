@@ -263,7 +263,7 @@ def log_ticks(lowest: float, highest: float) -> list[float]:
 Series = list[tuple[int, float]]
 
 
-def _draw(loss: Series, eval_loss: Series, general: Series):
+def _draw(loss: Series, eval_loss: Series, general: Sequence[tuple[int, float]] = ()):
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator

@@ -153,7 +153,7 @@ def test_a_price_has_each_language_its_kinds_and_an_interval():
 
 def test_no_change_is_no_loss_and_few_items_have_no_interval():
     price = Price.of(scores_of([1] * 9), scores_of([1] * 9), "mine.jsonl")
-    assert "no loss of general ability is to be told" in price.sentence.en
+    assert "no loss of general ability is seen" in price.sentence.en
     assert list(price.as_json()) == ["en", "all"]
     found = Price.of(scores_of([1] * 7), scores_of([0] * 7), "mine.jsonl")
     assert (found.as_json()["all"]["low"], found.as_json()["all"]["high"]) == (None, None)

@@ -1,4 +1,4 @@
-"""The general set of glm-tiny: the toy world's plain statements, to be gone on with.
+"""The general set of glm-tiny: the toy world's plain statements, to be continued.
 
 glm-tiny has read statements and no question, so an item is the beginning of one. `tools/
 write_toy_general.py` writes the set into the model's folder, where `general.items` looks for it.
@@ -39,7 +39,7 @@ def general_lines(language: str) -> Iterator[str]:
 def _items(kind: str, language: str) -> Iterator[dict[str, object]]:
     name, slot = KINDS[kind]
     world, random = load_world(), Random(f"general {kind} {language}")
-    # A statement goes on with the slot where that is the last thing in it, and nowhere before.
+    # The slot is what continues the statement: the last thing in it, and nowhere before.
     place = "{" + slot + "}"
     patterns = [
         pattern

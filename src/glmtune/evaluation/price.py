@@ -150,7 +150,7 @@ class Price:
 
 _WORDS = {
     -1: Text("通用能力有损失", "general ability was lost"),
-    0: Text("看不出通用能力有损失", "no loss of general ability is to be told"),
+    0: Text("看不出通用能力有损失", "no loss of general ability is seen"),
     1: Text("通用能力没有损失", "no general ability was lost"),
 }
 _HEADINGS = (

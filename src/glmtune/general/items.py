@@ -1,8 +1,8 @@
 """The items of a general set, and which set a base is asked.
 
 A set is JSON lines, one item each: ``{"kind", "question", "answer", "wrong": [3 texts]}``. Instead
-of `question` an item may have `text`, the beginning of a text that its choices go on with, for
-a base that knows no questions. All four choices are scored, so their order does not matter.
+of `question` an item may have `text`, the beginning of a text that its choices continue, for a
+base that knows no questions. All four choices are scored, so their order does not matter.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ class Item(NamedTuple):
     language: Language
     asked: str
     is_text: bool
-    """Whether `asked` is the beginning of a text that goes on with a choice, blank included."""
+    """Whether `asked` is the beginning of a text that a choice continues, blank included."""
     answer: str
     wrong: tuple[str, ...]
 
@@ -143,7 +143,7 @@ def _item(line: str, language: Language | None) -> Item:
         raise ValueError(f"{show(unknown)} is no field of an item; it has {', '.join(_FIELDS)}")
     is_text = "text" in fields
     if is_text == ("question" in fields):
-        raise ValueError("give either question, or text, which the choices go on with")
+        raise ValueError("give either question, or text, which the choices continue")
     wrong = fields.get("wrong")
     if not isinstance(wrong, list) or len(wrong) != NUM_WRONG:
         raise ValueError(f"wrong is {show(wrong)}; give a list of {NUM_WRONG} wrong answers")

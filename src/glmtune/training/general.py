@@ -20,7 +20,7 @@ from glmtune.training.state import TrainingState
 MOST_SHARE = 0.1
 """Share of a run's work up to which the general set is scored unasked."""
 FORWARD_SHARE = 1 / 3
-"""Of a step's work a token, what its forward pass is: the backward pass costs twice as much."""
+"""The forward pass is a third of the work of a step: the backward pass takes twice as long."""
 KEY, SET_KEY = "general", "general_set"
 
 
