@@ -271,14 +271,6 @@ class JudgingSettings(AnsweringSettings):
         "(answer, reference, record) and returns a number, of which more is better",
     )
 
-    general_set: bool | PathText = Field(
-        True,
-        description="general questions that show what the tuning cost: true for those of the "
-        "base's folder, else our own; a .jsonl file of yours in the same form; false for none",
-    )
-
-    _spell_general_set = field_validator("general_set", mode="before")(spelled_truth)
-
     @field_validator("metric", mode="before")
     @classmethod
     def split_metrics(cls, value: object) -> object:
@@ -302,6 +294,14 @@ class CompareSettings(JudgingSettings):
         description="exit code 1 unless the verdict on all rows is better, or not_worse; with "
         ":METRIC behind it, unless that score alone says it, such as better:exact",
     )
+
+    general_set: bool | PathText = Field(
+        True,
+        description="general questions that show what the tuning cost: true for those of the "
+        "base's folder, else our own; a .jsonl file of yours in the same form; false for none",
+    )
+
+    _spell_general_set = field_validator("general_set", mode="before")(spelled_truth)
 
     @field_validator("gate")
     @classmethod

@@ -67,9 +67,10 @@ def compare(settings: CompareSettings) -> Comparison:
         )
         for name, of in ((ANSWERS, asked), (STRANGE_ANSWERS, strange))
     )
-    general_file = general and GeneralFile(
-        folder, general, subject.identity(), settings.overwrite_output
-    )
+    general_file = None
+    if general:
+        anew = settings.overwrite_output
+        general_file = GeneralFile(folder, general, subject.identity(), overwrite=anew)
     files = [(strange, strange_file, None), (asked, file, settings.limit)]
     cost = _answer(settings, subject, files, general_file)
 

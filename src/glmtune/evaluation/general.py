@@ -53,7 +53,7 @@ class GeneralFile:
     """
 
     def __init__(
-        self, folder: Path, general: GeneralSet, identity: Mapping[str, Any], overwrite: bool
+        self, folder: Path, general: GeneralSet, identity: Mapping[str, Any], *, overwrite: bool
     ):
         self._path, self._general = folder / GENERAL_FILE, general
         self._made_with = {**identity, "general_set": general.digest}
