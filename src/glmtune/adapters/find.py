@@ -106,7 +106,7 @@ def check_held_out(adapter: Path) -> None:
     if recipe is None:
         raise UserError(f"{adapter}: no {RECIPE_FILE} says which rows its run held out; {fix}")
     run = read_config(TrainSettings, str(recipe), {})
-    if not run.eval_ratio:
+    if not run.eval_ratio and not run.eval_dataset_path:
         raise UserError(
             f"{recipe}: eval_ratio 0, so the run held no row out; {fix}, or train with "
             "--eval_ratio 0.05"

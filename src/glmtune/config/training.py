@@ -93,6 +93,18 @@ class TrainingDataSettings(StepSettings):
     dataset_path: PathText = Field(
         description="tokenised rows: the folder that `glmtune tokenize` wrote"
     )
+    eval_dataset_path: tuple[PathText, ...] | None = Field(
+        None,
+        min_length=1,
+        description="folders of rows that are only evaluated on, with commas between, each perhaps "
+        "with a name, NAME=FOLDER, under which its loss is logged (default: none)",
+    )
+
+    @field_validator("eval_dataset_path", mode="before")
+    @classmethod
+    def split_folders(cls, value: object) -> object:
+        """Accept "a,b" for ["a", "b"]."""
+        return tuple(value.split(",")) if isinstance(value, str) else value
 
 
 class LoraSettings(Settings):

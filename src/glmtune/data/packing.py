@@ -82,16 +82,22 @@ def plan_packs(lengths_R: np.ndarray, order: np.ndarray, pack_length: int) -> li
 
 
 def check_lengths(rows: TokenRows, row_ids: np.ndarray, pack_length: int, path: str) -> None:
-    """Make sure that every row fits into a pack, before the first step.
+    """Make sure that rows fit into a pack, before the first step.
+
+    Args:
+        rows: all rows.
+        row_ids: numbers of the rows of one data set, which are consecutive.
+        pack_length: tokens of a pack.
+        path: what the message calls the data set.
 
     Raises:
-        UserError: a row is too long; the message names it (from 1).
+        UserError: a row is too long; the message gives its number in the data set (from 1).
     """
     too_long = row_ids[rows.lengths_R[row_ids] > pack_length]
     if len(too_long):
-        row = int(too_long[0])
+        number, length = int(too_long[0] - row_ids[0]) + 1, int(rows.lengths_R[too_long[0]])
         raise UserError(
-            f"{path}: row {row + 1} has {rows.lengths_R[row]:,} tokens; {len(too_long):,} row(s) "
+            f"{path}: row {number} has {length:,} tokens; {len(too_long):,} row(s) "
             f"do not fit into tokens_per_step {pack_length:,}; raise it to "
             f"{int(rows.lengths_R[row_ids].max()):,} or more, or tokenize with a smaller "
             "max_seq_length"

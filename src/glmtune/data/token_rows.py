@@ -4,8 +4,8 @@ Shapes: R rows of the data set, T tokens of all rows end to end.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -38,9 +38,11 @@ class TokenRows:
     """The column `labels`, where rows are more than one prompt and one answer: each token's own id,
     or `IGNORED`. Without it the rule decides what is supervised."""
     sets_R: np.ndarray | None = None
-    """The set that each row is of, where there are several."""
+    """The set that each row is of, where there are several; without `eval_sets`."""
     groups_R: np.ndarray | None = None
     """The group of each row, if near-equal rows have been looked for: see `split.group_rows`."""
+    eval_sets: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Name -> numbers of rows that are only evaluated on; they stand behind all others."""
 
     @classmethod
     def from_table(
@@ -92,6 +94,13 @@ class TokenRows:
         first_R = self.rule.first_supervised(self.prompt_lengths_R)
         return place_T >= np.repeat(np.maximum(first_R, 1), self.lengths_R)
 
+    @property
+    def as_labels_T(self) -> np.ndarray:
+        """The column `labels`, made by the rule where there is none."""
+        if self.labels_T is not None:
+            return self.labels_T
+        return np.where(self.is_supervised_T, self.ids_T, IGNORED)
+
     @cached_property
     def num_labels_R(self) -> np.ndarray:
         """Supervised tokens of each row."""
@@ -113,7 +122,14 @@ class TokenRows:
 
     def split(self, eval_ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Row numbers to train on and to evaluate on; see `split.split_rows`."""
-        return split_rows(len(self), eval_ratio, seed, self.groups_R, self.sets_R)
+        groups_R = None if self.groups_R is None else self.groups_R[: self.num_own]
+        trained_on, held_out = split_rows(self.num_own, eval_ratio, seed, groups_R, self.sets_R)
+        return trained_on, np.concatenate([held_out, *self.eval_sets.values()])
+
+    @property
+    def num_own(self) -> int:
+        """Rows of the data set itself, `eval_sets` left out."""
+        return len(self) - sum(map(len, self.eval_sets.values()))
 
     def digest(self) -> str:
         """A sha256 of the rows, to tell whether two runs train on the same data."""

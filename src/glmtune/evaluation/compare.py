@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from glmtune.config.settings import CompareSettings
+from glmtune.data.eval_sets import HELD_OUT
 from glmtune.data.files import new_file, read_text, write_json
 from glmtune.errors import UserError, note
 from glmtune.evaluation.answers import AnswerFile, ModelChoice
@@ -17,13 +18,13 @@ from glmtune.evaluation.collapse import Collapse, Sides, Taught
 from glmtune.evaluation.findings import Answered, Finding, answer_findings
 from glmtune.evaluation.gate import Gate
 from glmtune.evaluation.general import GeneralFile
-from glmtune.evaluation.metric import load_metric
+from glmtune.evaluation.metric import Metric, load_metric
 from glmtune.evaluation.page import html
 from glmtune.evaluation.report import Comparison, Pair, markdown
 from glmtune.evaluation.scores import score_pairs
 from glmtune.evaluation.sides import ModelSides, add_costs, answer_sides
 from glmtune.evaluation.source_run import find_rows, find_template
-from glmtune.evaluation.verdict import judge
+from glmtune.evaluation.verdict import PartVerdict, judge
 from glmtune.general.items import find_general
 
 ANSWERS, STRANGE_ANSWERS = "compare.jsonl", "compare.strange.jsonl"
@@ -88,6 +89,7 @@ def compare(settings: CompareSettings) -> Comparison:
         date=datetime.fromtimestamp(file.path.stat().st_mtime).strftime("%Y-%m-%d %H:%M"),
         pairs=pairs,
         verdicts=verdicts,
+        sets=_judge_sets(pairs, asked, metrics),
         collapse=_find_collapse(pairs, strange_pairs, asked, subject, settings.max_new_tokens),
         price=general_file.price if general_file else None,
         cost=cost or _cost_of(folder / "compare.json"),
@@ -144,6 +146,22 @@ def _answer(
             for asked, file, records in todo
         ]
     )
+
+
+def _judge_sets(
+    pairs: Sequence[Pair], asked: Asked, metrics: Sequence[Metric]
+) -> dict[str, PartVerdict]:
+    """The verdict on each set of held-out rows, where there are several."""
+    if asked.run is None:
+        return {}
+    rows = asked.run.rows
+    names = {int(row) + 1: name for name, of_set in rows.eval_sets.items() for row in of_set}
+    by_set: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        by_set.setdefault(names.get(pair.number, HELD_OUT), []).append(pair)
+    if len(by_set) < 2:
+        return {}
+    return {name: judge(score_pairs(of_set, metrics))["all"] for name, of_set in by_set.items()}
 
 
 def _cost_of(path: Path) -> dict[str, float] | None:

@@ -101,6 +101,8 @@ class Comparison:
     pairs: Sequence[Pair]
     verdicts: Mapping[Part, PartVerdict] = field(default_factory=dict)
     """The verdict on each language and on all rows; empty where nothing was scored."""
+    sets: Mapping[str, PartVerdict] = field(default_factory=dict)
+    """The verdict on each set of held-out rows, where there are several."""
     collapse: Sequence[Finding] = ()
     """What is wrong with the tuned answers as a whole."""
     cost: Mapping[str, float] | None = None
@@ -135,6 +137,8 @@ class Comparison:
         for part, found in self.verdicts.items():
             if part != "all" and 0 < found.num_rows < self.verdicts["all"].num_rows:
                 yield f"{PART_NAMES[part].en}: {found.sentence.en}"
+        for name, found in self.sets.items():
+            yield visible(f"{name}: {found.sentence.en}")
         if self.verdict != self.differences:
             yield self.differences.en
         if self.price:
@@ -153,6 +157,7 @@ class Comparison:
             "answers": {"asked": len(self.pairs), "differ": self.num_different},
             "sentence": self.verdict._asdict(),
             "languages": found,
+            "sets": {name: verdict.as_json() for name, verdict in self.sets.items()},
             "price": self.price and self.price.as_json(),
             "general_set": self.price and self.price.set_name,
             "collapse": [finding.as_json() for finding in self.collapse],
@@ -207,6 +212,8 @@ def markdown(comparison: Comparison) -> str:
     lines = [f"# {TITLE}", ""]
     lines += [f"- {label}: {_escape(value)}" for label, value in comparison.facts.items()]
     lines += ["", f"**{comparison.verdict}**", ""]
+    lines += [f"- {_escape(name)}: {found.sentence}" for name, found in comparison.sets.items()]
+    lines += [""] * bool(comparison.sets)
     for finding in comparison.collapse:
         lines += [f"- {COLLAPSE}: {_escape(str(finding.sentence))}"]
         for example in finding.examples:

@@ -8,6 +8,7 @@ import numpy as np
 from glmtune.config.reading import read_config
 from glmtune.config.settings import TrainSettings
 from glmtune.data.dataset import RowTokenizer, load_dataset
+from glmtune.data.eval_sets import load_eval_sets, with_eval_sets
 from glmtune.data.split import GROUPS
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError, note
@@ -44,6 +45,8 @@ def read_rows(adapter: Path, tokenizer: RowTokenizer) -> RunRows | None:
     rule, identity = tokenizer.row_rule, _identity(adapter)
     table, card = load_dataset(run.dataset_path, rule)
     rows = TokenRows.from_table(table, rule, card.num_kept_of_sets)
+    folders = run.eval_dataset_path or ()
+    rows = with_eval_sets(rows, load_eval_sets(folders, rule, tokenizer, int(rows.ids_T.max()) + 1))
     digest = identity.get("data sha256")
     if digest is not None and digest != rows.digest()[:16]:
         raise UserError(f"{run.dataset_path}: holds other rows than the run was trained on")

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from glmtune.data.eval_sets import HELD_OUT
 from glmtune.runlog import RunLog
 from glmtune.training.general import is_general_due, log_general
 from glmtune.training.interrupt import CutShort, StopRequest, undone_when_cut_short
@@ -48,13 +49,21 @@ def evaluate_if_due(
 def _log_loss(
     run: Run, state: TrainingState, step_pass: Pass, log: RunLog, stop: StopRequest
 ) -> None:
-    size = run.settings.per_device_eval_batch_size
-    parts = evaluation_parts(run.rows.lengths_R, run.eval_rows, run.forecast.pack_length, size)
-    num_labels = int(run.rows.num_labels_R[run.eval_rows].sum())
+    rows, size = run.rows, run.settings.per_device_eval_batch_size
+    own = run.eval_rows[run.eval_rows < rows.num_own]
+    sets = ({HELD_OUT: own} if len(own) else {}) | dict(rows.eval_sets)
+    sums, nums = {}, {}
     with undone_when_cut_short(state, run.accelerator):
-        eval_loss = mean_loss(step_pass, parts, num_labels, run.accelerator, stop.is_wanted)
-    epoch = run.plan.epoch(state.global_step)
-    log.log(state.global_step, {"eval_loss": eval_loss, "epoch": epoch})
+        for name, row_ids in sets.items():
+            parts = evaluation_parts(rows.lengths_R, row_ids, run.forecast.pack_length, size)
+            nums[name] = int(rows.num_labels_R[row_ids].sum())
+            loss = mean_loss(step_pass, parts, nums[name], run.accelerator, stop.is_wanted)
+            sums[name] = loss * nums[name]
+    losses = {"eval_loss": sum(sums.values()) / sum(nums.values())}
+    if len(sets) > 1:
+        for name, total in sums.items():
+            losses[f"eval_{name}_loss"] = total / nums[name]
+    log.log(state.global_step, losses | {"epoch": run.plan.epoch(state.global_step)})
 
 
 def mean_loss(

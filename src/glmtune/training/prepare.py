@@ -10,6 +10,7 @@ from peft import PeftModel
 
 from glmtune.config.settings import TrainSettings
 from glmtune.data.dataset import DataCard, check_data_card, load_dataset
+from glmtune.data.eval_sets import load_eval_sets, tell_overlap, with_eval_sets
 from glmtune.data.row_rule import RowRule
 from glmtune.data.split import GROUPS
 from glmtune.data.token_rows import TokenRows
@@ -62,7 +63,8 @@ def prepare(settings: TrainSettings, accelerator: Accelerator, dtype: torch.dtyp
     tokenizer = load_tokenizer(base)
     config = load_config(base)
     family = family_of(config)
-    rows, card = _load_rows(settings, tokenizer, family.row_rule(config), resume)
+    rule = family.row_rule(config)
+    rows, card = _load_rows(settings, tokenizer, rule, config.vocab_size, resume)
 
     forecaster = make_forecaster(accelerator, config, dtype, rows)
     forecast = forecaster(settings)
@@ -110,7 +112,11 @@ def prepare(settings: TrainSettings, accelerator: Accelerator, dtype: torch.dtyp
 
 
 def _load_rows(
-    settings: TrainSettings, tokenizer: Any, rule: RowRule, resume: Path | None
+    settings: TrainSettings,
+    tokenizer: Any,
+    rule: RowRule,
+    vocab_size: int,
+    resume: Path | None,
 ) -> tuple[TokenRows, DataCard]:
     """Rows made by this tokenizer, and their data card; a note says what was cut or dropped.
 
@@ -128,6 +134,9 @@ def _load_rows(
     rows = TokenRows.from_table(table, rule, card.num_kept_of_sets)
     # By the tokenizer's ends: a base whose files disagree about them is refused as it is loaded.
     replace(rows, rule=tokenizer.row_rule).check_taught(path)
-    if settings.eval_ratio and not (resume and GROUPS not in read_identity(resume)):
+    folders = settings.eval_dataset_path or ()
+    rows = with_eval_sets(rows, load_eval_sets(folders, rule, tokenizer, vocab_size))
+    if (settings.eval_ratio or folders) and not (resume and GROUPS not in read_identity(resume)):
         rows = rows.grouped(tokenizer.decode_batch, card.source_rows())
+        note(*tell_overlap(rows, folders))
     return rows, card

@@ -91,7 +91,9 @@ class Run:
         forecast = forecaster(settings)
         _, eval_rows = rows.split(settings.eval_ratio, settings.seed)
         if length := forecast.pack_length:
-            check_lengths(rows, np.arange(len(rows)), length, settings.dataset_path)
+            check_lengths(rows, np.arange(rows.num_own), length, settings.dataset_path)
+            for name, row_ids in rows.eval_sets.items():
+                check_lengths(rows, row_ids, length, f"eval_dataset_path {name}")
         plan = make_plan(settings, rows, forecast.pack_length, accelerator.num_processes)
         max_steps = count_steps(settings, plan)
         warmup = settings.warmup_steps

@@ -52,8 +52,8 @@ _HELD_OUT = (
     becomes("held_out", word="no question of it may stand in the files"),
     becomes("data_path", word="the records to answer", verbs=ANSWERING),
     refused(
-        "rows are held out of the training rows: --eval_ratio 0.05; a file of its own is asked "
-        f"afterwards: {_ASK}"
+        "rows are held out of the training rows: --eval_ratio 0.05; or a file of its own is "
+        "tokenised and evaluated on: --eval_dataset_path FOLDER"
     ),
     refused(f"a file of its own is asked after training: {_ASK}", MAKING_ROWS),
 )

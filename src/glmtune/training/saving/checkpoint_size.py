@@ -43,7 +43,7 @@ def last_checkpoint_bytes(
         num_processes: processes that share a step.
     """
     num_records = max_steps // settings.logging_steps + 2
-    if settings.eval_ratio:
+    if settings.eval_ratio or settings.eval_dataset_path:
         num_records += max_steps // (settings.eval_steps or settings.save_steps) + 1
     num_tensors = 2 * len(setup.targets) * setup.shape.num_layers
     return checkpoint_bytes(setup.parameters(), num_tensors, num_processes, num_records)
