@@ -18,6 +18,7 @@ from glmtune.evaluation.collapse import Collapse, Sides, Taught
 from glmtune.evaluation.findings import Answered, Finding, answer_findings
 from glmtune.evaluation.gate import Gate
 from glmtune.evaluation.general import GeneralFile
+from glmtune.evaluation.language_matrix import TrainedLanguages
 from glmtune.evaluation.metric import Metric, load_metric
 from glmtune.evaluation.page import html
 from glmtune.evaluation.report import Comparison, Pair, markdown
@@ -75,6 +76,9 @@ def compare(settings: CompareSettings) -> Comparison:
     files = [(strange, strange_file, None), (asked, file, settings.limit)]
     cost = _answer(settings, subject, files, general_file)
 
+    tokenizer = subject.load_tokenizer()
+    run = asked.run or find_rows(subject.adapter, tokenizer)
+    taught = Taught.of(tokenizer, run) if run else None
     pairs = [Pair.from_line(line) for line in file.lines[: settings.limit]]
     strange_pairs = [Pair.from_line(line) for line in strange_file.lines]
     table = score_pairs(pairs, metrics)
@@ -90,7 +94,8 @@ def compare(settings: CompareSettings) -> Comparison:
         pairs=pairs,
         verdicts=verdicts,
         sets=_judge_sets(pairs, asked, metrics),
-        collapse=_find_collapse(pairs, strange_pairs, asked, subject, settings.max_new_tokens),
+        collapse=_find_collapse(pairs, strange_pairs, taught, settings.max_new_tokens),
+        trained_on=TrainedLanguages.of(run, tokenizer) if run else None,
         price=general_file.price if general_file else None,
         cost=cost or _cost_of(folder / "compare.json"),
         passes_gate=gate is None or gate.is_passed(verdicts["all"]),
@@ -175,14 +180,10 @@ def _cost_of(path: Path) -> dict[str, float] | None:
 def _find_collapse(
     pairs: Sequence[Pair],
     strange: Sequence[Pair],
-    asked: Asked,
-    subject: ModelChoice,
+    taught: Taught | None,
     max_new_tokens: int,
 ) -> list[Finding]:
     """What is wrong with the tuned answers to the records and to questions of our own."""
-    assert subject.adapter is not None
-    tokenizer = subject.load_tokenizer()
-    run = asked.run or find_rows(subject.adapter, tokenizer)
     places = np.linspace(0, len(pairs) - 1, min(MOST_AGREEMENTS, len(pairs))).astype(int)
     of_strange, of_task = (
         Sides(
@@ -197,7 +198,7 @@ def _find_collapse(
             ([pairs[place] for place in places], [pairs[place].number for place in places]),
         )
     )
-    found = Collapse.of(of_strange, of_task, Taught.of(tokenizer, run) if run else None)
+    found = Collapse.of(of_strange, of_task, taught)
     answered = [
         Answered(
             _question(pair),

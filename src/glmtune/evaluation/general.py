@@ -91,6 +91,7 @@ class GeneralFile:
         Raises:
             UserError: see `GeneralRows.of`; or the file cannot be written.
         """
+        print(f"scoring {len(self._general.items):,} general questions on both sides", flush=True)
         self.scores = found = BothScores.of(model, self._general, tokenizer)
         content = {
             "made_with": self._made_with,

@@ -10,6 +10,7 @@ from glmtune.data.questions import shown_question
 from glmtune.errors import visible
 from glmtune.evaluation.findings import Finding
 from glmtune.evaluation.labels import Text
+from glmtune.evaluation.language_matrix import TrainedLanguages, language_note, language_table
 from glmtune.evaluation.price import Price
 from glmtune.evaluation.score_tables import PART_NAMES, score_tables
 from glmtune.evaluation.scores import Part
@@ -109,6 +110,8 @@ class Comparison:
     """What answering took; None where that is not known."""
     price: Price | None = None
     """What the tuning cost on a general set; None where none was asked."""
+    trained_on: TrainedLanguages | None = None
+    """The languages of the run's rows; None where they are not there."""
     passes_gate: bool = True
     """False where `--gate` asked for a better verdict."""
 
@@ -143,6 +146,8 @@ class Comparison:
             yield self.differences.en
         if self.price:
             yield self.price.sentence.en
+        if self.language_note:
+            yield self.language_note.en
         for finding in self.collapse:
             yield visible(f"{COLLAPSE.en}: {finding.sentence.en}")
 
@@ -160,6 +165,7 @@ class Comparison:
             "sets": {name: verdict.as_json() for name, verdict in self.sets.items()},
             "price": self.price and self.price.as_json(),
             "general_set": self.price and self.price.set_name,
+            "trained_on": self.trained_on and self.trained_on.as_json(),
             "collapse": [finding.as_json() for finding in self.collapse],
             "cost": self.cost,
         }
@@ -167,8 +173,17 @@ class Comparison:
     def tables(self) -> Iterator[tuple[Text, list[list[Text]]]]:
         """The scores and the price as tables: title, and rows of which the first is the heading."""
         yield from score_tables(self.verdicts)
+        if self.trained_on and self.verdicts:
+            yield language_table(self.trained_on, self.verdicts, self.price)
         if self.price:
             yield from self.price.tables()
+
+    @property
+    def language_note(self) -> Text | None:
+        """What measures the language that was not trained on, if one was not."""
+        if self.trained_on is None:
+            return None
+        return language_note(self.trained_on, self.verdicts, self.price)
 
     @property
     def judged_by(self) -> str | None:
@@ -226,6 +241,8 @@ def markdown(comparison: Comparison) -> str:
     lines += table_lines([["", BASE, TUNED], [STOPPED, *stopped], [MEAN_LENGTH, *lengths]])
     if comparison.price:
         lines += ["", f"**{_escape(str(comparison.price.sentence))}**"]
+    if comparison.language_note:
+        lines += ["", _escape(str(comparison.language_note))]
     for title, rows in comparison.tables():
         cells = [[_escape(str(cell)) for cell in row] for row in rows]
         lines += ["", f"**{title}**", "", *table_lines(cells)]
