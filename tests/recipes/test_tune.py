@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 import weakref
+from pathlib import Path
 from unicodedata import normalize
 
 import numpy as np
@@ -339,6 +340,17 @@ def test_a_change_of_the_questions_repeats_the_comparison_alone(tuned, capsys):
     printed = capsys.readouterr().out
     assert done_before(printed) == STAGES[:-1]
     assert "compare, again: limit was 2, is 1" in printed
+
+
+def test_another_general_set_repeats_the_comparison_alone(tuned, tmp_path, capsys):
+    few, own = tmp_path / "few.jsonl", Path(GLM_TINY, "general_en.jsonl")
+    for num in (9, 8):  # the file's content counts as well as its name
+        lines = own.read_text(encoding="utf-8").splitlines()[:num]
+        few.write_text("\n".join(lines), encoding="utf-8")
+        assert tune(*tuned, "--general_set", str(few)) == 0
+        assert done_before(capsys.readouterr().out) == STAGES[:-1]
+        found = json.loads((tuned[1] / "compare" / "compare.json").read_text(encoding="utf-8"))
+        assert found["price"]["all"]["n"] == num
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ from glmtune.data.validation import validate
 from glmtune.errors import UserError, note
 from glmtune.evaluation.checkup import check
 from glmtune.evaluation.compare import compare
+from glmtune.general.items import find_general
 from glmtune.hardware import free_memory
 from glmtune.models.base_files import check_targets, load_row_tokenizer
 from glmtune.models.loading import load_config
@@ -350,6 +351,8 @@ class Tuning:
         self.journal.do("check", key, [CHECK_FILE], lambda: check(settings))
         free_memory()
         reads |= {name: self._sha256(name) for name in (QUESTIONS_FILE, CHECK_FILE)}
+        general = find_general(self.sections.compare().general_set, self.sections.base)
+        reads["general set"] = general.digest if general else "none"
         key = self._key(CompareSettings, **reads)
         anew = {"overwrite_output": bool(self.journal.changes("compare", key))}
 
