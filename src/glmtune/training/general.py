@@ -48,10 +48,11 @@ def general_rows(
     share = rows.num_tokens * num_times * FORWARD_SHARE / _trained_tokens(run)
     if share > MOST_SHARE:
         if run.accelerator.is_main_process:
+            long = f"{share:,.0f} times" if share >= 2 else f"{100 * share:.0f} %"
             note(
                 f"general set: not scored while training: {num_times:,} times {rows.num_tokens:,} "
-                f"tokens would take about {100 * share:,.0f} % as long as the steps; --general_set "
-                "true scores it all the same, and compare scores it in any case"
+                f"tokens would take about {long} as long as the steps; --general_set true scores "
+                "it all the same, and compare scores it in any case"
             )
         return None
     return rows
