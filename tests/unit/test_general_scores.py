@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from glm_folders import write_model
+from glm_folders import encoder_of, write_model
 from toys import randomise_adapter
 
 from glmtune.adapters import attach_lora
@@ -14,6 +14,7 @@ from glmtune.evaluation.price import Price
 from glmtune.general.items import NUM_CHOICES, GeneralSet, Item, find_general, own_set
 from glmtune.general.scores import GeneralRows, GeneralScores, score_general
 from glmtune.models.families import FAMILIES
+from glmtune.models.glm.layouts import LAYOUTS
 from glmtune.models.likelihood import packed_layers, packed_sums, padded_sums
 from glmtune.models.loading import load_base_model, load_tokenizer
 from glmtune.models.resolve import GLM_TINY
@@ -167,3 +168,21 @@ def test_an_item_longer_than_the_base_reads_is_refused(tiny):
     general = GeneralSet((Item("facts", "en", "word " * 60, False, "a", ("b", "c", "d")),), "long")
     with pytest.raises(UserError, match=r"general set long: an item has .* this base has 20 pos"):
         GeneralRows.of(general, tokenizer, 20)
+
+
+@pytest.mark.parametrize("variant", sorted({*LAYOUTS} - {"glm-edge"}))  # which is `edge`
+def test_in_every_layout_the_text_of_a_choice_is_scored_and_nothing_else(variant, shared, tmp_path):
+    tokenizer = encoder_of(shared, tmp_path, variant)
+    general = few(own_set(), 20)
+    rows = GeneralRows.of(general, tokenizer, 2048).rows
+    choices = [choice for item in general.items for choice in item.choices]
+    for row, choice in enumerate(choices):
+        labels = rows.labels_T[rows.starts_R1[row] : rows.starts_R1[row + 1]]
+        num_scored = int((labels >= 0).sum())
+        assert (labels[-num_scored:] >= 0).all()
+        assert rows[row][-num_scored:].tolist() in (
+            tokenizer.encode_batch([choice])[0],
+            tokenizer.encode_batch(["\n" + choice])[0][-num_scored:],
+        )
+    shared_NC = (rows.lengths_R - rows.num_labels_R).reshape(-1, NUM_CHOICES)
+    assert (shared_NC == shared_NC[:, :1]).all()

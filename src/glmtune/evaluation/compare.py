@@ -120,14 +120,14 @@ def _answer(
 ) -> dict[str, float] | None:
     """Answer what has no answer yet, and score the general set if it has not been.
 
-    Returns:
-        What answering took; None where there was nothing to answer.
-
     Args:
         settings: how it is answered.
         subject: base and adapter.
         files: questions, the file of their answers, and how many of them are asked.
         general: the general set and its scores, if it is asked.
+
+    Returns:
+        What answering took; None where there was nothing to answer.
     """
     size = settings.per_device_eval_batch_size if subject.is_batch_sensitive else None
     todo = [(asked, file, file.to_answer(limit, size)) for asked, file, limit in files]
