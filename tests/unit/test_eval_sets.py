@@ -96,8 +96,9 @@ def test_compare_asks_them_by_default_and_judges_each_set(train, folders, tmp_pa
 
 def test_a_resumed_run_has_the_same_sets(train, folders, tmp_path):
     train(eval_dataset_path=(str(folders / "lake"),), save_steps=1)
+    other = {"eval_dataset_path": (str(folders / "seen"),)}
     with pytest.raises(UserError, match="data sha256"):
-        train(eval_dataset_path=(str(folders / "seen"),), resume_from_checkpoint=str(tmp_path / "run"))
+        train(**other, resume_from_checkpoint=str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
