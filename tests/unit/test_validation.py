@@ -188,7 +188,7 @@ def test_every_row_is_named_however_many(check, tmp_path, capsys):
     check(*["{}"] * 500, record())
     with pytest.raises(UserError):
         validate(ValidateSettings(files=("a.jsonl",)))
-    assert "and in a.jsonl: rows 4-500\n" in capsys.readouterr().out
+    assert "and in a.jsonl: rows 2-500\n" in capsys.readouterr().out
 
 
 @given(st.text())

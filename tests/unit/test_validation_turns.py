@@ -57,6 +57,68 @@ def test_all_flaws_are_reported_in_one_pass(capsys):
     assert 'a.jsonl:2 (row 2): turn 2 of "messages" is a user\'s, and so is the turn' in told.out
 
 
+def flaws_of(*rows, name="a.jsonl"):
+    """The kinds of flaws that are told of each row, by its number."""
+    main(["validate", write(*rows, name=name), "--json_path", "report.json"])
+    problems = json.loads(Path("report.json").read_text(encoding="utf-8"))["problems"]
+    found = {}
+    for problem in problems:
+        found.setdefault(problem["row"], []).append(problem)
+    return found
+
+
+def test_every_flaw_of_one_row_is_told():
+    turns = talk("a", "b", "c", "", 7, roles=("user", "user", "bot", "user", "user"))["messages"]
+    turns += [{"role": "assistant"}, "nothing"]
+    (found,) = flaws_of({"messages": turns, "tools": 3}).values()
+    assert [(p["kind"], [n for n in range(1, 9) if f"turn {n} " in p["what"]]) for p in found] == [
+        ("tools", []),
+        ("unknown role", [3]),
+        ("not a string", [5]),
+        ("missing field", [6]),
+        ("turns", [7]),
+        ("user twice", [2]),
+        ("empty turn", [4]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("roles", "kinds"),
+    [
+        (("user", "bot", "user", "assistant"), ["unknown role"]),
+        (("user", "bot", "assistant"), ["unknown role"]),
+        (("bot", "assistant"), ["unknown role"]),
+        (("bot",), ["unknown role"]),
+        (("user", "bot", "assistant", "assistant"), ["unknown role", "assistant twice"]),
+        (("assistant", "user", "user"), ["assistant first", "user twice"]),
+        (("user", "user"), ["user twice"]),
+        (("user",), ["no answer"]),
+        (("system", "assistant", "observation"), ["assistant first", "observation first"]),
+    ],
+)
+def test_a_flaw_makes_no_other(roles, kinds):
+    (found,) = flaws_of(talk(*"abcd"[: len(roles)], roles=roles)).values()
+    assert [problem["kind"] for problem in found] == kinds
+
+
+def test_sharegpt_rows_have_theirs_told_as_well():
+    said = [("human", "a"), ("gpt", 3), ("robot", "c"), ("human", "d"), ("human", "e")]
+    turns = [{"from": whom, "value": text} for whom, text in said]
+    (found,) = flaws_of({"conversations": turns}).values()
+    assert [p["kind"] for p in found] == ["not a string", "unknown role", "user twice"]
+
+
+def test_records_have_every_field_told():
+    rows = [{"instruction": 3, "input": 4, "output": None}, {"input": "x"}, {"instruction": "a"}]
+    found = flaws_of({"instruction": "a", "input": "", "output": "b"}, *rows)
+    assert {row: [p["field"] for p in of_row] for row, of_row in found.items()} == {
+        2: ["instruction", "input", "output"],
+        3: ["instruction", "output"],
+        4: ["output"],
+    }
+    assert all('the row has ["input"]' in p["what"] for p in found[3])
+
+
 def test_usable_conversations_are_compared_and_looked_through():
     other = talk("Name a tree.", "Oak.", "One more?", "Elm.")
     odd = talk("Who\0?", "I.")

@@ -16,13 +16,33 @@ class Format(NamedTuple):
     """Whether the fields of a row are of this format, by their names."""
     read: Callable[[Mapping[str, object]], Draft]
     """The turns that the fields hold; raises Flaw where they hold none."""
+    role_field: str
+    """The field of a turn that has its role."""
+    roles: Mapping[str, str]
+    """Every name of a role -> the role."""
+    plain_turn: Mapping[str, str]
+    """A turn that nothing is wrong with."""
 
 
 FORMATS = {
     format.name: format
     for format in (
-        Format("messages", messages.is_one, messages.read),
-        Format("sharegpt", sharegpt.is_one, sharegpt.read),
+        Format(
+            "messages",
+            messages.is_one,
+            messages.read,
+            "role",
+            messages.ROLES,
+            {"role": "user", "content": "-"},
+        ),
+        Format(
+            "sharegpt",
+            sharegpt.is_one,
+            sharegpt.read,
+            "from",
+            sharegpt.ROLES,
+            {"from": "human", "value": "-"},
+        ),
     )
 }
 

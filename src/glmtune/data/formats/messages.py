@@ -27,7 +27,7 @@ from glmtune.data.formats.draft import (
 )
 
 KEY = "messages"
-_ROLES = {
+ROLES = {
     "system": SYSTEM, "user": USER, "assistant": ASSISTANT, "observation": OBSERVATION,
     "tool": OBSERVATION, "developer": SYSTEM, "function": OBSERVATION,
 }  # fmt: skip
@@ -56,7 +56,7 @@ def read(fields: Mapping[str, object]) -> Draft:
         if not waiting and turn.keys() == _PLAIN and turn["role"] in _ROLES_OF_TEXT:
             draft.add(where, Turn(turn["role"], _content(turn, where)))
             continue
-        role = role_in(turn, "role", _ROLES, where)
+        role = role_in(turn, "role", ROLES, where)
         if waiting and not (role == OBSERVATION and "parameters" not in turn):
             waiting = _end_calls(draft, waiting)
         if turn["role"] == "tool" and ("parameters" in turn or "observation" in turn):

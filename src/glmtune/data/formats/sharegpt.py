@@ -22,7 +22,7 @@ from glmtune.data.formats.draft import (
 
 KEY = "conversations"
 _CALL = "function_call"
-_ROLES = {
+ROLES = {
     "system": SYSTEM, "human": USER, "user": USER, "gpt": ASSISTANT, "assistant": ASSISTANT,
     "chatgpt": ASSISTANT, "bot": ASSISTANT, "model": ASSISTANT, "function_call": _CALL,
     "tool_call": _CALL, "observation": OBSERVATION, "tool": OBSERVATION,
@@ -42,7 +42,7 @@ def read(fields: Mapping[str, object]) -> Draft:
     draft = Draft(tools=read_tools(fields.get("tools"), 'field "tools"'))
     for where, turn in turns_in(fields, key):
         refuse_content(turn, _USED, where)
-        role, text = role_in(turn, "from", _ROLES, where), text_in(turn, "value", where)
+        role, text = role_in(turn, "from", ROLES, where), text_in(turn, "value", where)
         loss = turn.get("loss")
         if not (loss is None or isinstance(loss, bool)):
             what = f'"loss" of {where} is {show(loss)} ({kind_of(loss)})'

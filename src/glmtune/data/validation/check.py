@@ -35,6 +35,7 @@ from glmtune.data.row_texts import Text, texts_of
 from glmtune.data.spelled import Spelled
 from glmtune.data.templates import has_rounds, parts
 from glmtune.data.validation.duplicates import END_OF_PART, END_OF_ROW, Fingerprints
+from glmtune.data.validation.every_flaw import every_flaw
 from glmtune.data.validation.problems import Problem
 from glmtune.data.windows import Batch
 
@@ -176,7 +177,11 @@ class FileCheck:
                 read = read_row(self.file.format, fields, self.file.path, row, line)
             except Flaw as flaw:
                 self.file.num_unusable += 1
-                self._tell_flaw(flaw, row, line)
+                flaws = [flaw]
+                if self.file.format and isinstance(value, dict):
+                    flaws = every_flaw(self.file.format, value, flaw)
+                for each in flaws:
+                    self._tell_flaw(each, row, line)
                 continue
             self.file.fields.count(read)
             good_rows.append(row)

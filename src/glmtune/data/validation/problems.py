@@ -66,7 +66,9 @@ class Problems:
         if len(tally.shown) < NUM_SHOWN:
             tally.shown.append(problem)
         elif problem.row:
-            tally.rows.setdefault(problem.file, array("Q")).append(problem.row)
+            rows = tally.rows.setdefault(problem.file, array("Q"))
+            if not rows or rows[-1] != problem.row:  # a row may have several of a kind
+                rows.append(problem.row)
         if self._file:
             self._file.write(self._separator + _as_json(asdict(problem)))
             self._separator = ",\n"
