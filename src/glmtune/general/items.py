@@ -23,6 +23,8 @@ NUM_WRONG = 3
 NUM_CHOICES = 1 + NUM_WRONG
 OF_BASE = "general_{}.jsonl"
 """What a base's folder calls a set of its own, by language."""
+PROMPTS_OF_BASE, OWN_PROMPTS = "replay_prompts.jsonl", "prompts.jsonl"
+"""Questions for the base to answer itself, none of them scored: a base's own, and ours."""
 AUTO = "auto"
 """What a run's settings say where the run decides whether it scores a set."""
 OWN_NAME = "glmtune's own"
@@ -81,6 +83,12 @@ def find_general(wish: bool | str, base: str) -> GeneralSet | None:
         items = [item for language, path in files for item in _read(str(path), language)]
         return GeneralSet(tuple(items), f"{Path(base).name}'s own")
     return own_set()
+
+
+def find_prompts(base: str) -> Path:
+    """The file of questions that a base answers for replay: of its own folder, else ours."""
+    of_base = Path(base, PROMPTS_OF_BASE)
+    return of_base if of_base.is_file() else Path(__file__).with_name(OWN_PROMPTS)
 
 
 def own_set() -> GeneralSet:
