@@ -84,6 +84,16 @@ def infer(settings: config.InferSettings) -> None:
     infer(settings)
 
 
+def replay_rows(settings: config.ReplayRowsSettings) -> None:
+    """Let the base answer general questions, as rows that keep what it knows in a training."""
+    from glmtune.early import check_replay_rows
+
+    check_replay_rows(settings)
+    from glmtune.evaluation.replay_rows import write_replay_rows
+
+    write_replay_rows(settings)
+
+
 def compare(settings: config.CompareSettings) -> int:
     """Answer the same records with base and tuned weights, and say which is better."""
     from glmtune.early import check_answering
@@ -244,6 +254,7 @@ VERBS: dict[str, Callable[[Any], int | None]] = {
     "plan": plan,
     "replay": replay,
     "infer": infer,
+    "replay-rows": replay_rows,
     "compare": compare,
     "evaluate": evaluate,
     "chat": chat,

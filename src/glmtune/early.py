@@ -19,6 +19,7 @@ from glmtune.config.settings import (
     InspectSettings,
     JudgingSettings,
     MergeSettings,
+    ReplayRowsSettings,
     ReplaySettings,
     TrainSettings,
     TuneSettings,
@@ -58,6 +59,18 @@ def check_answering(settings: AnsweringSettings) -> None:
     leave_out_unused(settings, first)
 
 
+def check_replay_rows(settings: ReplayRowsSettings) -> None:
+    """Check that the questions and the base exist.
+
+    Raises:
+        UserError: one does not exist.
+    """
+    if settings.data_path:
+        find_source(settings.data_path).check_readable()
+    check_base(settings.base)
+    leave_out_unused(settings)
+
+
 def check_training(settings: TrainSettings) -> None:
     """Check that the linears, the data set and the base exist.
 
@@ -84,7 +97,7 @@ def check_general_set(wish: bool | str) -> None:
 
 
 def leave_out_unused(
-    settings: TrainSettings | AnsweringSettings, run_folder: str | None = None
+    settings: TrainSettings | AnsweringSettings | ReplayRowsSettings, run_folder: str | None = None
 ) -> None:
     """Spare a verb bitsandbytes where neither settings nor base are quantised by it.
 

@@ -16,6 +16,7 @@ from glmtune.config.settings import (
     EvaluateSettings,
     InferSettings,
     MergeSettings,
+    ReplayRowsSettings,
     TrainSettings,
     ValidateSettings,
 )
@@ -104,6 +105,12 @@ def room(monkeypatch):
             "glmtune.evaluation.compare",
             "compare",
             CompareSettings(data_path="a", adapter="b"),
+        ),
+        (
+            "replay-rows a",
+            "glmtune.evaluation.replay_rows",
+            "write_replay_rows",
+            ReplayRowsSettings(save_path="a"),
         ),
         (
             "evaluate --data_path a --adapter b,c",

@@ -45,6 +45,7 @@ REQUIRED = {
     "plan": {},
     "infer": {"data_path": "a.json"},
     "compare": {"data_path": "a.json", "adapter": "output"},
+    "replay-rows": {"save_path": "a.jsonl"},
     "evaluate": {"data_path": "a.json"},
     "merge": {"adapter": "output", "save_path": "merged"},
     "adapters convert": {"old": "old", "new": "new"},
@@ -303,7 +304,7 @@ def test_none_undoes_a_recipe(recipe):
         ("lora_rnk", "did you mean --lora_rank?"),
         ("lr_sheduler_type", "did you mean --lr_scheduler_type?"),
         ("no_such_flag", "`glmtune train --help`"),
-        ("top_k", "a setting of infer, compare, evaluate, chat, not of train"),
+        ("top_k", "a setting of infer, replay-rows, compare, evaluate, chat, not of train"),
         ("card", "a setting of plan, not of train"),
     ],
 )

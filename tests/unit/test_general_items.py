@@ -127,6 +127,11 @@ def test_a_flaw_is_one_line_with_its_place(line, message):
     assert "\n" not in str(error.value)
 
 
+def test_only_a_line_feed_ends_an_item():
+    item = json.dumps(ITEM | {"answer": "one\u2028two"}, ensure_ascii=False)
+    assert parse(f"{item}\r\n\r\n", "a.jsonl")[0].answer == "one\u2028two"
+
+
 def test_several_flaws_are_counted_and_an_empty_file_is_refused():
     with pytest.raises(UserError, match=r"a.jsonl:1: not JSON.*\(1 more line has a flaw\)"):
         parse("x\ny\n", "a.jsonl")

@@ -58,6 +58,7 @@ MISTAKES = {
     "infer empty adapter": f"infer --data_path rows.json --adapter tokens {TINY}",
     "infer base": "infer --data_path rows.json --base ./no",
     "compare": f"compare --data_path rows.json --adapter ./no {TINY}",
+    "replay-rows": "replay-rows new.jsonl --base ./no",
     "evaluate": f"evaluate --data_path rows.json --adapter adapter,./no {TINY}",
     "chat": "chat --base ./no",
     "chat of no model": "chat --base tokens",

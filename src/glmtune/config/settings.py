@@ -255,6 +255,24 @@ class InferSettings(AnsweringSettings):
     )
 
 
+class ReplayRowsSettings(AnsweringSettings):
+    """Settings of `glmtune replay-rows`."""
+
+    verb = "replay-rows"
+    group: ClassVar[str] = "data"
+    bare_words = ("save_path",)
+    reads_and_writes = ("data_path", "save_path")
+    save_path: PathText = Field(
+        description="JSON lines file to write, for the setting replay of tokenize"
+    )
+    data_path: PathText | None = Field(
+        None,
+        description="questions of your own that the base answers (default: those of the base's "
+        "folder, else 120 of ours, none of which is among the general questions that are scored)",
+    )
+    limit: int | None = Field(None, ge=1, description="answer this many (default: all)")
+
+
 class JudgingSettings(AnsweringSettings):
     """The settings that the verbs that score answers share."""
 
@@ -539,6 +557,7 @@ SETTINGS: dict[str, type[Settings]] = {
         PlanSettings,
         ReplaySettings,
         InferSettings,
+        ReplayRowsSettings,
         CompareSettings,
         EvaluateSettings,
         ChatSettings,

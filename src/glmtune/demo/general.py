@@ -8,10 +8,10 @@ import json
 from collections.abc import Iterator
 from random import Random
 
-from glmtune.demo.world import Fact, Term, load_world, render
+from glmtune.demo.world import LANGUAGES, Fact, Term, load_world, render
 from glmtune.general.items import NUM_WRONG
 
-NUM_PER_KIND = 17
+NUM_PER_KIND, NUM_PROMPTS = 17, 10
 # Kind of item -> set of facts, and the slot that a choice fills.
 KINDS = {
     "colour": ("colour", "colour"),
@@ -36,23 +36,52 @@ def general_lines(language: str) -> Iterator[str]:
             yield json.dumps(item, ensure_ascii=False)
 
 
-def _items(kind: str, language: str) -> Iterator[dict[str, object]]:
-    name, slot = KINDS[kind]
-    world, random = load_world(), Random(f"general {kind} {language}")
-    # The slot is what continues the statement: the last thing in it, and nowhere before.
-    place = "{" + slot + "}"
+def prompt_lines(language: str) -> Iterator[str]:
+    """Beginnings of statements about other facts than the items', for the base to continue."""
+    world = load_world()
+    for kind, (name, slot) in KINDS.items():
+        random = Random(f"prompts {kind} {language}")
+        scored = [fact for spoken in LANGUAGES for fact in _scored(kind, _random(kind, spoken))]
+        others = [fact for fact in world.facts[name] if fact not in scored]
+        for fact in random.sample(others, min(NUM_PROMPTS, len(others))):
+            pattern, spoken = _spoken(fact, name, slot, language, random)
+            beginning = _beginning(pattern, spoken, slot, language)
+            yield json.dumps({"text": beginning}, ensure_ascii=False)
+
+
+def _random(kind: str, language: str) -> Random:
+    return Random(f"general {kind} {language}")
+
+
+def _scored(kind: str, random: Random) -> list[Fact]:
+    """The facts that the items of a kind are about."""
+    return random.sample(load_world().facts[KINDS[kind][0]], NUM_PER_KIND)
+
+
+def _spoken(fact: Fact, name: str, slot: str, language: str, random: Random) -> tuple[str, Fact]:
+    """A pattern whose last thing is the slot, and nowhere before, and the fact with a witness."""
+    place, world = "{" + slot + "}", load_world()
     patterns = [
         pattern
         for pattern in world.plain[language][name]
         if pattern.count(place) == 1 and "{" not in pattern.partition(place)[2]
     ]
-    values = sorted({fact[slot] for fact in world.facts[name]})
-    people = world.terms("person")
-    for fact in random.sample(world.facts[name], NUM_PER_KIND):
-        pattern = random.choice(patterns)
-        spoken = fact | {"witness": random.choice(people)}
+    pattern = random.choice(patterns)
+    return pattern, fact | {"witness": random.choice(world.terms("person"))}
+
+
+def _beginning(pattern: str, spoken: Fact, slot: str, language: str) -> str:
+    return render(pattern.partition("{" + slot + "}")[0], spoken, language).rstrip()
+
+
+def _items(kind: str, language: str) -> Iterator[dict[str, object]]:
+    name, slot = KINDS[kind]
+    random = _random(kind, language)
+    values = sorted({fact[slot] for fact in load_world().facts[name]})
+    for fact in _scored(kind, random):
+        pattern, spoken = _spoken(fact, name, slot, language, random)
         others = _wrong(kind, fact, slot, values, random)
-        beginning = render(pattern.partition(place)[0], spoken, language).rstrip()
+        beginning = _beginning(pattern, spoken, slot, language)
         wholes = [render(pattern, spoken | {slot: v}, language) for v in (fact[slot], *others)]
         assert all(whole.startswith(beginning) for whole in wholes)
         answer, *wrong = (whole[len(beginning) :] for whole in wholes)

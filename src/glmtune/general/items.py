@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 from glmtune.data.files import read_text
 from glmtune.data.flaws import show
 from glmtune.data.mixing import CHINESE, language_of
-from glmtune.errors import UserError
+from glmtune.errors import UserError, visible
 
 Language = Literal["zh", "en"]
 LANGUAGES: tuple[Language, ...] = ("zh", "en")
@@ -23,6 +23,8 @@ NUM_WRONG = 3
 NUM_CHOICES = 1 + NUM_WRONG
 OF_BASE = "general_{}.jsonl"
 """What a base's folder calls a set of its own, by language."""
+PROMPTS_OF_BASE, OWN_PROMPTS = "replay_prompts.jsonl", "prompts.jsonl"
+"""Questions for the base to answer itself, none of them scored: a base's own, and ours."""
 AUTO = "auto"
 """What a run's settings say where the run decides whether it scores a set."""
 OWN_NAME = "glmtune's own"
@@ -74,13 +76,19 @@ def find_general(wish: bool | str, base: str) -> GeneralSet | None:
     if not wish:
         return None
     if isinstance(wish, str):
-        return GeneralSet(_read(wish), Path(wish).name)
+        return GeneralSet(_read(wish), visible(Path(wish).name))
     files = [(language, Path(base, OF_BASE.format(language))) for language in LANGUAGES]
     files = [(language, path) for language, path in files if path.is_file()]
     if files:
         items = [item for language, path in files for item in _read(str(path), language)]
-        return GeneralSet(tuple(items), f"{Path(base).name}'s own")
+        return GeneralSet(tuple(items), visible(f"{Path(base).name}'s own"))
     return own_set()
+
+
+def find_prompts(base: str) -> Path:
+    """The file of questions that a base answers for replay: of its own folder, else ours."""
+    of_base = Path(base, PROMPTS_OF_BASE)
+    return of_base if of_base.is_file() else Path(__file__).with_name(OWN_PROMPTS)
 
 
 def own_set() -> GeneralSet:
@@ -110,7 +118,7 @@ def parse(text: str, path: str, language: Language | None = None) -> tuple[Item,
     """
     items: dict[tuple[str, str], int] = {}
     found, flaws = [], []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
