@@ -5,6 +5,8 @@ VENV ?= .venv
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 BIN = $(VENV)/bin
+# Python compiles what is imported; pip would compile all, which takes as long as the rest.
+PIP = $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c $(CONSTRAINTS)
 READY = $(VENV)/ready-$(notdir $(CONSTRAINTS))
 PYTEST_FLAGS ?= -n auto --dist worksteal
 
@@ -13,8 +15,8 @@ PYTEST_FLAGS ?= -n auto --dist worksteal
 $(READY): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) src/glmtune/doctor/checkout.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
+	$(PIP) torch
+	$(PIP) -e '.[dev]'
 	touch $@
 
 setup: $(READY)
