@@ -255,7 +255,7 @@ function measureAgain() { // another width or language: no height holds any more
   drawSoon();
 }
 
-function print(starts) {
+function drawForPrint(starts) {
   if (isPrinting === starts) return;
   isPrinting = starts;
   if (starts) unfolded = [...document.querySelectorAll("details:not([open])")];
@@ -323,6 +323,6 @@ addEventListener("resize", () => {
   width = innerWidth;
   drawSoon();
 });
-addEventListener("beforeprint", () => print(true));
-addEventListener("afterprint", () => print(false));
+addEventListener("beforeprint", () => drawForPrint(true));
+addEventListener("afterprint", () => drawForPrint(false));
 choose();
