@@ -55,7 +55,7 @@ def test_a_run_tells_what_was_trained_on_what_and_what_it_took(run):
     ):
         assert words in trained["Trained on"]
     assert "/home/me" not in trained["Trained on"], "paths of a machine are nobody's business"
-    assert trained["Trained with"] == "LoRA rank 6, alpha 12, learning rate 0.003, seed 9"
+    assert trained["Trained with"] == "LoRA rank 6, alpha 12, rate 0.003, seed 9"
     assert found.seconds == pytest.approx(10 * 100 / 50 + 30 * 100 / 100)
     cost = told(found.cost)["Training"]
     assert cost.endswith("about 00:50, 40 steps, 4,000 tokens, at most 2.2 GiB")

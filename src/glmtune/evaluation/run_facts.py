@@ -71,7 +71,7 @@ class RunFacts:
             bits = f", {run.quantization_bit} bit" if run.quantization_bit else ""
             facts[SETTINGS] = (
                 f"LoRA rank {run.lora_rank}, alpha {run.lora_alpha}, "
-                f"learning rate {run.learning_rate:g}, seed {run.seed}{bits}"
+                f"rate {run.learning_rate:g}, seed {run.seed}{bits}"
             )
         return facts
 
