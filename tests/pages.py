@@ -27,6 +27,31 @@ COLLAPSE = Finding(
 )
 
 
+# As `adapters dial` and `ledger` write them.
+DIAL = {
+    "adapter": "run", "measure": "log_prob", "recommended": 0.75, "source": "rows",
+    "sentence": {"zh": "建议缩放 0.75。", "en": "Scale 0.75 is recommended."},
+    "scales": [
+        {
+            "scale": scale,
+            "log_prob": {"value": scale - 9, "gain": scale, "low": None, "high": None},
+            "price": {"all": {"n": 9, "before": 100.0, "after": 100 - 4 * scale}},
+            "general_lost": scale > 0.75,
+        }
+        for scale in (0.0, 0.5, 0.75, 1.0)
+    ],
+}  # fmt: skip
+LEDGER = {
+    "counts": {"trained_on": 99, "held_out": 0, "worse": 1, "contradiction": 50},
+    "rows": [
+        {"row": 1234, "question": f"Why? {NASTY}", "answer": "So.", "before": 1.25, "after": 2.5,
+         "kind": "worse"},
+        *({"row": i, "question": "Who?", "answer": f"{i}", "before": 2.0, "after": 1.0,
+           "kind": "contradiction"} for i in range(30)),
+    ],
+}  # fmt: skip
+
+
 def price(names=("zh", "en", "all"), num=24):
     """A price of 17.5 points in each language, most of it in facts."""
     interval = Interval(-17.5, -25.0, -9.5, 12)

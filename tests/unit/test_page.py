@@ -1,5 +1,6 @@
 """The page of a comparison: it is whole, asks for nothing, and no text in it acts."""
 
+import json
 import re
 from base64 import b64encode
 from hashlib import sha256
@@ -7,7 +8,7 @@ from hashlib import sha256
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pages import COLLAPSE, NASTY, Page, comparison, judged, many, pair, price
+from pages import COLLAPSE, DIAL, LEDGER, NASTY, Page, comparison, judged, many, pair, price
 
 from glmtune.errors import visible
 from glmtune.evaluation.bars import Change, gain_panel, kinds_panel, price_panel
@@ -17,7 +18,9 @@ from glmtune.evaluation.language_matrix import TrainedLanguages
 from glmtune.evaluation.line_plot import Line, line_plot, linear_ticks
 from glmtune.evaluation.page import html
 from glmtune.evaluation.run_facts import RunFacts
+from glmtune.evaluation.run_panels import MOST_SHOWN, dial_panel, ledger_panel
 from glmtune.evaluation.run_plots import general_panel, loss_panel
+from glmtune.evaluation.run_records import DialRecord, LedgerRecord, read_record
 
 LINE_BREAKS = "\u2028\u2029"
 
@@ -108,6 +111,37 @@ def test_a_collapse_is_told_with_its_examples_and_marks_its_rows():
     page = Page(html(comparison(pair(), pair(number=2), collapse=[COLLAPSE])))
     assert COLLAPSE.sentence.zh in page.text
     assert ["collapsed" in row["is"] for row in page.data["rows"]] == [False, True]
+
+
+def found_by(file, content, kind):
+    file.write_text(json.dumps(content))
+    return read_record(file, kind)
+
+
+def test_a_dial_is_plotted_with_what_it_recommends(tmp_path):
+    dial = found_by(tmp_path / "dial.json", DIAL, DialRecord)
+    text = html(comparison(pair(), run=RunFacts(dial=dial)))
+    assert "Scale 0.75 is recommended." in Page(text).text
+    gain, general = re.findall(r'class="mark" x1="([\d.]+)%".*?d="M([^"]*)"', text, re.DOTALL)
+    assert gain == ("75.00", "0.0 1000.0L500.0 500.0L750.0 250.0L1000.0 0.0")
+    assert general == ("75.00", "0.0 0.0L500.0 500.0L750.0 750.0L1000.0 1000.0")
+    without = [scale | {"price": None} for scale in DIAL["scales"]]
+    dial = found_by(tmp_path / "dial.json", DIAL | {"scales": without}, DialRecord)
+    assert dial_panel(dial).body.count("<svg class") == 1
+
+
+def test_a_ledger_lists_its_rows_by_kind_as_text(tmp_path):
+    ledger = found_by(tmp_path / "ledger.json", LEDGER, LedgerRecord)
+    body = ledger_panel(ledger).body
+    page = Page(body)
+    assert visible(f"Why? {NASTY}") in page.text
+    assert "Row 1,234 · 1.25 → 2.50" in re.sub(r"第 1,234 行", "", page.text)
+    assert body.count("<details>") == 2
+    assert body.count("<li>") == 1 + MOST_SHOWN
+    assert f"{50 - MOST_SHOWN} more: see ledger.json" in page.text
+    assert "script" not in {tag for tag, _ in page.tags}
+    none = found_by(tmp_path / "ledger.json", {"counts": {}, "rows": []}, LedgerRecord)
+    assert "No row stands out." in ledger_panel(none).body
 
 
 def test_each_set_of_held_out_rows_has_its_sentence():

@@ -3,11 +3,12 @@
 import json
 
 import pytest
+from pages import DIAL, LEDGER
 
 from glmtune.data.dataset import DataCard, SetCard
 from glmtune.data.lengths import LengthStats
 from glmtune.evaluation.run_facts import RunFacts
-from glmtune.run_files import RECIPE_FILE, STATE_FILE
+from glmtune.run_files import DIAL_FILE, LEDGER_FILE, RECIPE_FILE, STATE_FILE
 
 # 10 steps of 100 tokens at 50 tokens a second, then 30 steps at 100.
 HISTORY = [
@@ -80,6 +81,30 @@ def test_what_is_damaged_is_told_and_left_out(run, capsys):
     assert "the page has less about the run" in capsys.readouterr().err
     (run / RECIPE_FILE).unlink()
     assert RunFacts.of(run) is None
+
+
+def test_dial_and_ledger_are_those_of_the_adapter_itself(run):
+    (run / "checkpoint-40").mkdir()
+    for name, content in ((DIAL_FILE, DIAL), (LEDGER_FILE, LEDGER)):
+        (run / name).write_text(json.dumps(content))
+    found = RunFacts.of(run)
+    assert found.dial.gains() == [(0.0, 0.0), (0.5, 0.5), (0.75, 0.75), (1.0, 1.0)]
+    assert found.dial.general()[-1] == (1.0, 96.0)
+    assert len(found.ledger.rows) == len(LEDGER["rows"])
+    of_checkpoint = RunFacts.of(run / "checkpoint-40")
+    assert (of_checkpoint.dial, of_checkpoint.ledger) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "content, told", [("{", ""), ('{"measure": "chrf"}', "recommended: Field required")]
+)
+def test_a_damaged_dial_is_told_and_left_out(run, capsys, content, told):
+    (run / DIAL_FILE).write_text(content)
+    assert RunFacts.of(run).dial is None
+    error = capsys.readouterr().err
+    assert "the page has less about the run" in error
+    assert f"{run}/{DIAL_FILE}" in error
+    assert told in error
 
 
 def test_an_adapter_without_a_run_has_no_facts(tmp_path):

@@ -24,6 +24,8 @@ from glmtune.evaluation.report import (
     Comparison,
     Text,
 )
+from glmtune.evaluation.run_facts import RunFacts
+from glmtune.evaluation.run_panels import dial_panel, ledger_panel
 from glmtune.evaluation.run_plots import general_panel, loss_panel
 
 SCORES = Text("全部得分", "All scores")
@@ -82,8 +84,14 @@ def _grid(name: str, panels: Iterator[Panel] | Sequence[Panel]) -> str:
 
 
 def _plots(comparison: Comparison, found: Mapping[str, Any]) -> Iterator[Panel]:
-    history = comparison.run.history if comparison.run else ()
-    drawn = loss_panel(history), general_panel(history), kinds_panel(found["price"] or {})
+    run = comparison.run or RunFacts()
+    drawn = (
+        loss_panel(run.history),
+        general_panel(run.history),
+        dial_panel(run.dial) if run.dial else None,
+        kinds_panel(found["price"] or {}),
+        ledger_panel(run.ledger) if run.ledger else None,
+    )
     yield from filter(None, drawn)
 
 

@@ -289,6 +289,8 @@ def markdown(comparison: Comparison) -> str:
     lines += ["", f"**{_escape(str(price))}**"]
     if comparison.language_note:
         lines += ["", _escape(str(comparison.language_note))]
+    if comparison.run and comparison.run.dial:
+        lines += ["", _escape(str(comparison.run.dial.sentence))]
     for title, rows in comparison.tables():
         cells = [[_escape(str(cell)) for cell in row] for row in rows]
         lines += ["", f"**{title}**", "", *table_lines(cells)]

@@ -1,6 +1,6 @@
 """What the folder of a run says about the adapter in it: its rows, its course, what it took."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,8 @@ from glmtune.config.settings import TrainSettings
 from glmtune.data.dataset import CARD_FILE, DataCard
 from glmtune.errors import UserError, note
 from glmtune.evaluation.labels import Text
-from glmtune.run_files import RECIPE_FILE, STATE_FILE, find_around
+from glmtune.evaluation.run_records import DialRecord, LedgerRecord, read_record
+from glmtune.run_files import DIAL_FILE, LEDGER_FILE, RECIPE_FILE, STATE_FILE, find_around
 from glmtune.runlog import format_seconds
 from glmtune.training.saving.manifest import read_trainer_state
 
@@ -31,10 +32,12 @@ class RunFacts:
     recipe: TrainSettings | None = None
     card: DataCard | None = None
     """The card of its rows; None where they are not there any more."""
+    dial: DialRecord | None = None
+    ledger: LedgerRecord | None = None
 
     @classmethod
     def of(cls, adapter: Path) -> "RunFacts | None":
-        """Read them; None where an adapter has neither a recipe nor a log beside it.
+        """Read them; None where an adapter has nothing of its run beside it.
 
         A note names what is damaged, or of another program, which is left out: it is no obstacle
         to a comparison.
@@ -42,10 +45,11 @@ class RunFacts:
         found: dict[str, Any] = {}
         for name, read in ((STATE_FILE, _read_state), (RECIPE_FILE, _read_recipe)):
             for file in find_around(adapter, name)[:1]:
-                try:
-                    found |= read(file)
-                except UserError as error:
-                    note(f"the page has less about the run ({error})")
+                found |= _if_whole(read, file)
+        # These are of this very adapter, not of another checkpoint of its run.
+        for name, read in ((DIAL_FILE, _read_dial), (LEDGER_FILE, _read_ledger)):
+            if (file := adapter / name).is_file():
+                found |= _if_whole(read, file)
         return cls(**found) if found else None
 
     @property
@@ -110,6 +114,14 @@ def _rows(card: DataCard, recipe: TrainSettings | None) -> Text:
     )
 
 
+def _if_whole(read: Callable[[Path], dict[str, Any]], file: Path) -> dict[str, Any]:
+    try:
+        return read(file)
+    except UserError as error:
+        note(f"the page has less about the run ({error})")
+        return {}
+
+
 def _has_speed(record: Mapping[str, Any]) -> bool:
     return bool(record.get("tokens_per_second"))
 
@@ -127,3 +139,11 @@ def _read_recipe(file: Path) -> dict[str, Any]:
     recipe = read_config(TrainSettings, str(file), {})
     card = Path(recipe.dataset_path, CARD_FILE)
     return {"recipe": recipe, "card": DataCard.read(card) if card.is_file() else None}
+
+
+def _read_dial(file: Path) -> dict[str, Any]:
+    return {"dial": read_record(file, DialRecord)}
+
+
+def _read_ledger(file: Path) -> dict[str, Any]:
+    return {"ledger": read_record(file, LedgerRecord)}
