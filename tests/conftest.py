@@ -20,16 +20,23 @@ ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 SHARED = ROOT.parent / "shared"
 NO_SHARED = "../shared is not here: the real tokenizer and records lie outside the project"
+NO_BROWSER = "no Chromium is installed, in which pages are tested"
 
 
 def pytest_sessionfinish(session):
-    """On CI a test must not skip because of ../shared while ../shared is present."""
+    """On CI a test must not skip for want of ../shared or of a browser that is there."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    skipped = reporter.stats.get("skipped", []) if reporter else []
-    unfounded = SHARED.is_dir() and any(NO_SHARED in str(report.longrepr) for report in skipped)
-    if os.environ.get("CI") and unfounded:
-        reporter.write_line(f"\n{SHARED} is there, but tests were skipped for want of it", red=True)
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    skipped = (
+        [str(report.longrepr) for report in reporter.stats.get("skipped", [])] if reporter else []
+    )
+    present = {
+        NO_SHARED: os.environ.get("CI") and SHARED.is_dir(),
+        NO_BROWSER: os.environ.get("NEEDS_BROWSER"),  # .ci/run says so
+    }
+    for reason, is_there in present.items():
+        if is_there and any(reason in told for told in skipped):
+            reporter.write_line(f"\ntests were skipped without need: {reason}", red=True)
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +51,16 @@ def shared() -> Path:
     if not (SHARED / "golden").is_dir():
         pytest.skip(NO_SHARED)
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def browser_path() -> str:
+    """A Chromium of this machine; none is downloaded."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        pytest.skip(NO_BROWSER)
+    return found
 
 
 @dataclass

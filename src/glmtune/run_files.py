@@ -15,6 +15,10 @@ METRICS_FILE = "metrics.jsonl"
 CRASH_FILE = "crash.json"
 PLOT_FILE = "training_loss.png"
 TENSORBOARD_FOLDER = "runs"
+LEDGER_FILE = "ledger.json"
+"""The rows that stand out by their loss before and after, see evaluation/ledger.py."""
+DIAL_FILE, DIAL_PLOT_FILE = "dial.json", "dial.png"
+"""What each scale of the adapter gains and costs, see evaluation/dial.py."""
 
 # Files of every adapter: PEFT's names, today's and those of 2023.
 ADAPTER_CONFIG_FILE = "adapter_config.json"

@@ -26,7 +26,7 @@ _BAR_FORMAT = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed} < {rema
 _SMOOTHED_FROM = 20
 # Colours and names of evaluation/page.css; PALE is the accent as faint as the page's raw curves.
 ACCENT, PALE, INK = "#0b6b5d", "#aacbc6", "#1d2126"
-SOFT, LINE, GONE = "#666d75", "#e2e2dc", "#c9503d"
+SOFT, LINE, GONE = "#5f666e", "#e2e2dc", "#b23c2a"
 
 
 class RunLog:
@@ -149,10 +149,10 @@ class RunLog:
 
         Without any loss so far nothing is drawn.
         """
-        loss = _series(self.history, "loss")
+        loss = series(self.history, "loss")
         if not self.enabled or not loss:
             return
-        others = (_series(self.history, key) for key in ("eval_loss", "general"))
+        others = (series(self.history, key) for key in ("eval_loss", "general"))
         figure = _draw(loss, *others)
         with write_errors(path), replacing_file(path) as draft:
             figure.savefig(draft, format="png", dpi=160)
@@ -232,7 +232,8 @@ def _rewrite_metrics(path: Path, history: Sequence[Record]):
     return path.open("a", encoding="utf-8")
 
 
-def _series(history: Sequence[Record], key: str) -> list[tuple[int, float]]:
+def series(history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+    """The steps and numbers of a key, where a history has it."""
     return [(r["step"], r[key]) for r in history if r.get(key) is not None]
 
 

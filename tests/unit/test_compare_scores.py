@@ -62,6 +62,7 @@ def test_a_good_adapter_is_called_better_in_each_language(run, tmp_path, capsys)
     page = (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
     assert found["sentence"]["zh"] in page
     assert "<table>" in page
+    assert "32 questions answered twice" in page
     lines = (tmp_path / "out" / "compare.jsonl").read_text(encoding="utf-8").splitlines()
     scored = [json.loads(line)["reference"] for line in lines]
     sums = {side: sum(of[side] for of in scored) for side in ("base", "tuned")}
@@ -143,12 +144,16 @@ def trained(taught, tmp_path_factory):
     return folder
 
 
-def test_rows_that_the_run_held_out_are_asked_by_default(run, trained, taught):
+def test_rows_that_the_run_held_out_are_asked_by_default(run, trained, taught, tmp_path):
     code, found = run(data_path=None, adapter=trained / "run")
     assert code == 0
     assert found["languages"]["all"]["n"] == 8
     trained_on = {part: 8 - found["languages"][part]["n"] for part in ("zh", "en")}
     assert found["trained_on"] == {"rows": 8, "counted": 8} | trained_on
+    page = (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
+    languages = "Chinese {:.0%}, English {:.0%}".format(*(n / 8 for n in trained_on.values()))
+    for words in ("16 rows, ", "50% held out", "1 step, ", "24 questions answered", languages):
+        assert words in page, "the page says what was trained, and what it took"
     held_out = split_rows(len(QUESTIONS), 0.5, 42)[1]
     # The same numbers as of a file that holds these rows.
     records = json.loads((taught / "rows.json").read_text(encoding="utf-8"))

@@ -13,7 +13,6 @@ from glmtune.errors import visible
 from glmtune.evaluation.chat import chat
 from glmtune.evaluation.compare import compare
 from glmtune.evaluation.infer import infer
-from glmtune.evaluation.page import mark_differences
 from glmtune.models.resolve import GLM_TINY
 
 UNSEEN = "\x1b[31m \x07 \x08 \x7f \x9b \r \u202e \u2066 \u200f \u061c \u200b \ufeff \U000e0041"
@@ -84,11 +83,6 @@ def test_compare_prints_unseen_characters_as_escapes(strange, capsys):
         assert acting(text) == set(), name
         assert "u202e" in text
     assert acting(capsys.readouterr().out) == set()
-
-
-def test_marked_differences_show_unseen_characters_as_escapes():
-    marked = mark_differences("one two \x1b[1m three four", "one two \u202e three four")
-    assert acting("".join(marked)) == set()
 
 
 def test_chat_prints_unseen_characters_as_escapes(monkeypatch, capsys):

@@ -1,36 +1,26 @@
-"""The score panel of the demonstration's page, beside the comparison and the loss curve."""
+"""The score panel of the demonstration's page, beside what every comparison shows."""
 
 from collections.abc import Mapping
-from importlib import resources
 
-from glmtune.evaluation.page import Panel, both
-from glmtune.evaluation.report import BASE, TUNED, Text
+from glmtune.evaluation.bars import QUESTIONS, Change
+from glmtune.evaluation.document import Panel
+from glmtune.evaluation.labels import Text
+from glmtune.evaluation.score_tables import PART_NAMES
 
 TITLE = Text("一个微型模型学会了回答问题", "A tiny model learns to answer")
-SCORE = Text("答对的比例（逐字一致）", "Right answers, word for word")
-LANGUAGE_NAMES = {
-    "zh": Text("中文题", "Questions in Chinese"),
-    "en": Text("英文题", "Questions in English"),
-}
-
-
-def panel_style() -> str:
-    """The CSS of the score."""
-    return resources.files(__package__).joinpath("page.css").read_text("utf-8")
+SCORE = Text("答对的比例（逐字一致，%）", "Right answers, word for word, %")
 
 
 def score_panel(base: Mapping[str, tuple[int, int]], tuned: Mapping[str, tuple[int, int]]) -> Panel:
     """Base beside tuned in each language: (right, asked) by language."""
-    parts = []
-    for language, name in LANGUAGE_NAMES.items():
-        rows = "".join(
-            f'<dt>{both(label)}</dt><dd class="{css}">{_bar(*count[language])}</dd>'
-            for css, label, count in (("of-base", BASE, base), ("of-tuned", TUNED, tuned))
-        )
-        parts.append(f"<div><h3>{both(name)}</h3><dl>{rows}</dl></div>")
-    return Panel(SCORE, f'<div class="scores">{"".join(parts)}</div>')
+    changes = (
+        Change(name, base[part][1], _percent(base[part]), _percent(tuned[part]), what=QUESTIONS)
+        for part, name in PART_NAMES.items()
+        if part != "all"
+    )
+    return Panel(SCORE, "".join(change.html for change in changes))
 
 
-def _bar(right: int, asked: int) -> str:
-    share = right / asked
-    return f'<i style="--share: {share:.2%}"></i><b>{share:.1%}</b>'
+def _percent(count: tuple[int, int]) -> float:
+    right, asked = count
+    return 100 * right / asked

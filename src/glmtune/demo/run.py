@@ -25,14 +25,13 @@ from glmtune.data.convert import convert
 from glmtune.data.files import new_file
 from glmtune.data.tokenizing import tokenize
 from glmtune.demo.folder import WRITTEN, claim_folder
-from glmtune.demo.page import TITLE, panel_style, score_panel
+from glmtune.demo.page import TITLE, score_panel
 from glmtune.demo.questions import Asked, held_out_questions, num_right, training_questions
 from glmtune.demo.recipe import RECIPE
 from glmtune.demo.world import LANGUAGES
 from glmtune.errors import program
 from glmtune.evaluation.checkup import check_after_training
 from glmtune.evaluation.compare import compare
-from glmtune.evaluation.loss_panel import loss_panel, loss_style
 from glmtune.evaluation.page import html
 from glmtune.evaluation.report import Text
 from glmtune.models.loading import load_tokenizer
@@ -104,9 +103,8 @@ def demo(settings: DemoSettings) -> DemoResult:
         comparison,
         command="glmtune demo",
         title=TITLE,
-        verdict=_verdict(base, tuned, len(training)),
-        panels=[score_panel(base, tuned), loss_panel(run.log_history)],
-        style=panel_style() + loss_style(),
+        lead=_lead(base, tuned, len(training)),
+        panels=[score_panel(base, tuned)],
     )
     with new_file(paths["demo.html"]) as file:
         file.write(page)
@@ -165,7 +163,7 @@ def _share(count: Count, languages: Sequence[str] = LANGUAGES) -> str:
     return f"{right / asked:.1%}"
 
 
-def _verdict(base: Count, tuned: Count, num_training: int) -> Text:
+def _lead(base: Count, tuned: Count, num_training: int) -> Text:
     asked = sum(base[language][1] for language in LANGUAGES)
     before, after = _share(base), _share(tuned)
     return Text(

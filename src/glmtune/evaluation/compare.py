@@ -22,6 +22,7 @@ from glmtune.evaluation.language_matrix import TrainedLanguages
 from glmtune.evaluation.metric import Metric, load_metric
 from glmtune.evaluation.page import html
 from glmtune.evaluation.report import Comparison, Pair, markdown
+from glmtune.evaluation.run_facts import RunFacts
 from glmtune.evaluation.scores import score_pairs
 from glmtune.evaluation.sides import ModelSides, add_costs, answer_sides
 from glmtune.evaluation.source_run import find_rows, find_template
@@ -99,6 +100,8 @@ def compare(settings: CompareSettings) -> Comparison:
         price=general_file.price if general_file else None,
         cost=cost or _cost_of(folder / "compare.json"),
         passes_gate=gate is None or gate.is_passed(verdicts["all"]),
+        chrf=table.of_rows("chrf"),
+        run=RunFacts.of(subject.adapter),
     )
     write_json(comparison.as_json(), str(folder / "compare.json"))
     for name, write in (("compare.md", markdown), ("compare.html", html)):

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from glmtune.data.row_stats import WORDS_EN, WORDS_ZH, RowStats, count_words
-from glmtune.evaluation.page import TOKENS, both, document, escape, facts_list, figure
+from glmtune.evaluation.bars import bar
+from glmtune.evaluation.document import both, document, escape, facts_list, figure
+from glmtune.evaluation.page_rows import TOKENS
 from glmtune.evaluation.report import MODEL, Text
 from glmtune.evaluation.row_view import ShownRow, ShownToken
 
@@ -71,8 +73,8 @@ def page_of_rows(found: Inspection) -> str:
         command="glmtune inspect",
         heading=TITLE,
         verdict=verdict,
-        is_alarm=bool(found.refusal) or stats is None,
-        summary=f"{figures}\n{facts_list(facts)}\n{notes}",
+        tone="alarm" if found.refusal or stats is None else "",
+        header=f"{figures}\n{facts_list(facts)}\n{notes}",
         body=f"""<div class="tools">
 <div class="legend">{legend}</div>
 <label><input id="ids" type="checkbox">{both(IDS)}</label>
@@ -80,9 +82,7 @@ def page_of_rows(found: Inspection) -> str:
 {both(PLACE)} <b id="place"></b> · {both(ID)} <b id="number"></b> ·
 {both(POSITION)} <b id="position"></b></span></output>
 </div>
-<main>
-{"".join(map(_row, found.shown))}
-</main>""",
+{"".join(map(_row, found.shown))}""",
         files=("page.css", "inspect.css", "language.js", "inspect.js"),
     )
 
@@ -94,11 +94,10 @@ def _figures(stats: RowStats) -> Iterator[str]:
         f"<div><b>{stats.num_ends:,}</b><small>{both(TEACH_END)}</small></div>",
     )
     share = f"{stats.share:.1%}"
-    bar = f"background: linear-gradient(to right, var(--accent) {share}, var(--line) {share})"
     yield figure(
         SUPERVISED,
         f"<div><b>{share}</b><small>{stats.num_supervised:,} / {stats.num_tokens:,}</small></div>"
-        f'<div class="bar" style="{bar}"></div>',
+        f"{bar(100 * stats.share)}",
     )
     lengths = stats.lengths
     numbers = ((lengths.median, both(MEDIAN)), (lengths.p95, "95 %"), (lengths.max, both(MOST)))

@@ -10,7 +10,7 @@ from glmtune.evaluation.verdict import Compared, intervals_of, signed
 from glmtune.general.items import OWN_NAME
 from glmtune.general.scores import GeneralScores
 
-ACCURACY = Text("常识题答对率（分）", "General questions right, of 100")
+ACCURACY = Text("通用题答对率（分）", "General questions right, of 100")
 LOG_PROB = Text(
     "正确答案的对数概率（nat/词元）", "Log-probability of the right answer, nats a token"
 )
@@ -107,7 +107,7 @@ class Price:
         found = self.parts["all"].accuracy
         num, before, after = found.num_rows, f"{found.base:.1f}", f"{found.tuned:.1f}"
         origin = OWN if self.set_name == OWN_NAME else Text(self.set_name, self.set_name)
-        zh = f"代价：{num} 道常识题（{origin.zh}）的答对率从 {before}% 变为 {after}%"
+        zh = f"代价：{num} 道通用题（{origin.zh}）的答对率从 {before}% 变为 {after}%"
         en = f"The price: of {num} general questions ({origin.en}) the base has {before} % right "
         en += f"and the tuned weights {after} %"
         if found.interval is None:
@@ -131,7 +131,7 @@ class Price:
             for name, compared in self.parts[part].compared.items():
                 label = f"{names[part].zh}：{NAMES[name].zh}", f"{names[part].en}: {NAMES[name].en}"
                 rows.append([Text(*label), *_cells(compared, DIGITS[name])])
-        yield Text("代价：常识题", "The price: general questions"), rows
+        yield Text("代价：通用题", "The price: general questions"), rows
         heading = [Text("题型，答对率", "Kind, of 100 right")]
         for part in parts:
             for side in _HEADINGS[1:3]:

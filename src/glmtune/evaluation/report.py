@@ -12,10 +12,12 @@ from glmtune.evaluation.findings import Finding
 from glmtune.evaluation.labels import Text
 from glmtune.evaluation.language_matrix import TrainedLanguages, language_note, language_table
 from glmtune.evaluation.price import Price
+from glmtune.evaluation.run_facts import RunFacts
 from glmtune.evaluation.score_tables import PART_NAMES, score_tables
 from glmtune.evaluation.scores import Part
 from glmtune.evaluation.verdict import PartVerdict
 from glmtune.generation import Answer
+from glmtune.runlog import format_seconds
 
 TITLE = Text("原模型与微调后，逐条对照", "Base and tuned, side by side")
 INSTRUCTION = Text("指令", "Instruction")
@@ -26,7 +28,16 @@ EXPECTED = Text("原始答案", "Expected")
 MODEL = Text("模型", "Model")
 ADAPTER = Text("适配器", "Adapter")
 DATE = Text("日期", "Date")
-SETTINGS = Text("设置", "Settings")
+SETTINGS = Text("回答的设置", "Answered with")
+TRAINED = Text("用什么训练了什么", "What was trained on what")
+COST = Text("花费", "Cost")
+LANGUAGES = Text("数据的语言", "Languages")
+ANSWERING = Text("回答", "Answering")
+NO_COST = Text("没有记录", "not recorded")
+NO_PRICE = Text(
+    "这次对比没有测量代价。收获再大，通用能力也可能已经变差。",
+    "The price was not measured in this comparison: general skills may have become worse.",
+)
 STOPPED = Text("自行停止", "Stopped by themselves")
 MEAN_LENGTH = Text("平均长度（词元）", "Mean length, tokens")
 SAME = Text("相同", "same")
@@ -35,6 +46,7 @@ AS_EXPECTED = Text("与原始答案一致", "as expected")
 CUT = Text("达到长度上限", "cut at max_new_tokens")
 EMPTY = Text("（空）", "(empty)")
 COLLAPSE = Text("回答坍缩", "Collapse")
+NO_COLLAPSE = Text("没有发现。", "None was found.")
 NOTHING_CHANGED = Text(
     "两边的回答全部相同：适配器在这里没有带来任何变化。",
     "All answers are the same on both sides: the adapter changes nothing here.",
@@ -114,6 +126,10 @@ class Comparison:
     """The languages of the run's rows; None where they are not there."""
     passes_gate: bool = True
     """False where `--gate` asked for a better verdict."""
+    chrf: Sequence[tuple[float | None, float | None]] | None = None
+    """The answers' of each pair, on both sides; None inside where a record has no reference."""
+    run: RunFacts | None = None
+    """What the adapter's run recorded; None where nothing of it is beside the adapter."""
 
     @property
     def num_different(self) -> int:
@@ -200,15 +216,42 @@ class Comparison:
         return sum(side(pair).num_tokens for pair in self.pairs) / len(self.pairs)
 
     @property
-    def facts(self) -> dict[Text, str]:
-        """The origin of the answers: label -> value."""
+    def trained(self) -> dict[Text, str | Text]:
+        """What was trained on what, and the origin of the answers: label -> value."""
         settings = {"dtype": self.dtype} | self.settings
         return {
             MODEL: self.base,
             ADAPTER: self.adapter,
-            DATE: self.date,
+            **(self.run.trained if self.run else {}),
+            **self._languages,
             SETTINGS: ", ".join(f"{name} {value}".lower() for name, value in settings.items()),
+            DATE: self.date,
         }
+
+    @property
+    def _languages(self) -> dict[Text, str | Text]:
+        if self.trained_on is None:
+            return {}
+        shares = [
+            (name, f"{self.trained_on.share(part):.0%}")
+            for part, name in PART_NAMES.items()
+            if part != "all"
+        ]
+        return {LANGUAGES: Text(*(", ".join(f"{n[i]} {s}" for n, s in shares) for i in (0, 1)))}
+
+    @property
+    def costs(self) -> dict[Text, Text]:
+        """What training and answering took, as far as that was recorded: label -> value."""
+        found = self.run.cost if self.run else {}
+        if (cost := self.cost) is not None:
+            seconds, tokens = format_seconds(cost["seconds"]), f"{cost['tokens']:,.0f}"
+            memory = f"{cost['peak_memory_gib']:.1f} GiB"
+            found[ANSWERING] = Text(
+                f"{seconds}，{cost['records']:,.0f} 题各答两次，{tokens} 个词元，内存至多 {memory}",
+                f"{seconds}, {cost['records']:,.0f} questions answered twice, {tokens} tokens, "
+                f"at most {memory}",
+            )
+        return found or {ANSWERING: NO_COST}
 
 
 def base_of(pair: Pair) -> Answer:
@@ -225,10 +268,13 @@ def markdown(comparison: Comparison) -> str:
     """The comparison as Markdown: a table of figures, then one of answers per record."""
     total = len(comparison.pairs)
     lines = [f"# {TITLE}", ""]
-    lines += [f"- {label}: {_escape(value)}" for label, value in comparison.facts.items()]
+    facts = comparison.trained | comparison.costs
+    lines += [f"- {label}: {_escape(str(value))}" for label, value in facts.items()]
     lines += ["", f"**{comparison.verdict}**", ""]
     lines += [f"- {_escape(name)}: {found.sentence}" for name, found in comparison.sets.items()]
     lines += [""] * bool(comparison.sets)
+    if not comparison.collapse:
+        lines += [f"- {COLLAPSE}: {NO_COLLAPSE}", ""]
     for finding in comparison.collapse:
         lines += [f"- {COLLAPSE}: {_escape(str(finding.sentence))}"]
         for example in finding.examples:
@@ -239,10 +285,12 @@ def markdown(comparison: Comparison) -> str:
     stopped = (f"{comparison.num_stopped(side)} / {total}" for side in sides)
     lengths = (f"{comparison.mean_length(side):.1f}" for side in sides)
     lines += table_lines([["", BASE, TUNED], [STOPPED, *stopped], [MEAN_LENGTH, *lengths]])
-    if comparison.price:
-        lines += ["", f"**{_escape(str(comparison.price.sentence))}**"]
+    price = comparison.price.sentence if comparison.price else NO_PRICE
+    lines += ["", f"**{_escape(str(price))}**"]
     if comparison.language_note:
         lines += ["", _escape(str(comparison.language_note))]
+    if comparison.run and comparison.run.dial:
+        lines += ["", _escape(str(comparison.run.dial.sentence))]
     for title, rows in comparison.tables():
         cells = [[_escape(str(cell)) for cell in row] for row in rows]
         lines += ["", f"**{title}**", "", *table_lines(cells)]

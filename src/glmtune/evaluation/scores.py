@@ -87,6 +87,15 @@ class ScoreTable:
         """Which records are of a part, ``(N,)``."""
         return np.array([part in ("all", language) for language in self.languages], dtype=bool)
 
+    def of_rows(self, name: str) -> list[tuple[float | None, float | None]]:
+        """The score of each record, base and tuned; None where it has none."""
+        base, tuned = (map(_known, of_side.tolist()) for of_side in self.scores[name])
+        return list(zip(base, tuned, strict=True))
+
+
+def _known(score: float) -> float | None:
+    return None if math.isnan(score) else score
+
 
 def score_pairs(pairs: Sequence["Pair"], metrics: Sequence["Metric"] = ()) -> ScoreTable:
     """Score the answers of both sides.

@@ -10,8 +10,8 @@ from typing import Any
 
 from glmtune.data.files import new_file, read_json_object
 from glmtune.errors import note, program
-from glmtune.evaluation.loss_panel import loss_panel, loss_style
-from glmtune.evaluation.page import Panel, escape, html
+from glmtune.evaluation.document import Panel, escape
+from glmtune.evaluation.page import html
 from glmtune.evaluation.report import Comparison, Text
 from glmtune.runlog import print_pairs
 from glmtune.training.saving.manifest import read_trainer_state
@@ -39,19 +39,16 @@ def held_out_loss(history: History) -> float | None:
 
 
 def write_page(comparison: Comparison, sections: Sections) -> None:
-    """Write the comparison's page, with the check-up's verdict and the losses of the run above it.
+    """Write the comparison's page, with the check-up's verdict and the loss on rows held out.
 
     Raises:
         UserError: the verdict or the losses cannot be read, or the page cannot be written.
     """
     found = read_json_object(sections.path(CHECK_FILE))
-    history = _history(sections)
     panels = [Panel(VERDICT, f"<p>{escape(found['verdict'])}</p>")]
-    if (loss := held_out_loss(history)) is not None:
+    if (loss := held_out_loss(_history(sections))) is not None:
         panels.append(Panel(HELD_OUT_LOSS, f"<p>{loss:.4f}</p>"))
-    if any(record.get("loss") for record in history):
-        panels.append(loss_panel(history))
-    page = html(comparison, command="glmtune tune", title=TITLE, panels=panels, style=loss_style())
+    page = html(comparison, command="glmtune tune", title=TITLE, panels=panels)
     with new_file(sections.path(PAGE_FILE)) as file:
         file.write(page)
 
