@@ -76,7 +76,7 @@ def large(page_of_many):
     page_of_many.check("[name=kind][value='']", force=True)
     page_of_many.select_option("#sort", "file")
     page_of_many.evaluate("document.activeElement.blur()")
-    scroll(page_of_many, "scrollTo(0, 0)")
+    scroll(page_of_many, "document.querySelector('.rows').scrollIntoView()")
     return page_of_many
 
 

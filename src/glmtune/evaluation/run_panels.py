@@ -17,7 +17,7 @@ GAINS = {
 GENERAL = Text("通用题的正确率（%）", "General questions right, %")
 LEDGER = Text("训练行：损失的前后变化", "Training rows: loss before and after")
 KINDS = {
-    "not_learnt": Text("没有学会，仍然难", "Not learnt: stayed hard"),
+    "not_learnt": Text("仍然难", "Stayed hard"),
     "memorised": Text("背了下来", "Memorised"),
     "worse": Text("变差", "Made worse"),
     "contradiction": Text("问题几乎相同，答案不同", "Near-equal questions, different answers"),
