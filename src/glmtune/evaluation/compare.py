@@ -147,13 +147,11 @@ def _answer(
     if not todo:
         return None
     sides: ModelSides = {"base": model.disable_adapter, "tuned": nullcontext}
-    device = subject.device
-    return add_costs(
-        [
-            answer_sides(model, tokenizer, sides, file, records, asked, settings, device)
-            for asked, file, records in todo
-        ]
-    )
+    costs = []
+    for asked, file, records in todo:
+        one = model, tokenizer, sides, file, records, asked, settings, subject.device
+        costs.append(answer_sides(*one, shows_progress=file.path.name == ANSWERS))
+    return add_costs(costs)
 
 
 def _judge_sets(

@@ -32,6 +32,7 @@ def answer_sides(
     asked: Asked,
     settings: JudgingSettings,
     device: Any,
+    shows_progress: bool = True,
 ) -> dict[str, float]:
     """Answer records on each side with the same random numbers, and score their references.
 
@@ -44,6 +45,7 @@ def answer_sides(
         asked: all records.
         settings: how they are answered.
         device: that answers.
+        shows_progress: as a bar on a terminal, else as lines.
 
     Returns:
         What it took: records, seconds, tokens of the answers, and the most memory that was held.
@@ -68,7 +70,7 @@ def answer_sides(
         initial=len(file.lines),
         desc=settings.verb,
         unit="record",
-        disable=not sys.stderr.isatty(),
+        disable=not (shows_progress and sys.stderr.isatty()),
     )
     times = {1: "", 2: " twice"}.get(len(sides), f" {len(sides)} times")
     lines = Progress(num_all, len(file.lines), f"records answered{times}")
@@ -86,7 +88,7 @@ def answer_sides(
                 file.append(record, line)
                 num_tokens += sum(of[place].num_tokens for of in answers.values())
             bar.update(len(batch))
-            if bar.disable:
+            if bar.disable and shows_progress:
                 lines.tell(len(file.lines))
     return {
         "records": len(todo),

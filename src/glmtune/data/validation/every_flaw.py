@@ -35,7 +35,7 @@ def every_flaw(format: str, fields: dict[str, object], first: Flaw) -> list[Flaw
             break
         except Flaw as flaw:
             if flaw.field in (known.field for known in found):
-                break  # a text cannot stand there: what is wrong with it was told
+                break  # a text cannot stand there: what is wrong with it is known
             found.append(flaw)
     return found
 
