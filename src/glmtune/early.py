@@ -78,12 +78,14 @@ def check_training(settings: TrainSettings) -> None:
         UserError: one does not exist.
     """
     if settings.lora_target:
-        check_targets(settings.lora_target, resolve_base(settings.base))
+        check_targets(settings.lora_target, resolve_base(settings.base, settings.adapter))
     check_is_folder(settings.dataset_path)
     check_general_set(settings.general_set)
+    if settings.adapter and not settings.resume_from_checkpoint:
+        find_adapter(settings.adapter)
     if settings.base or not settings.resume_from_checkpoint:
-        check_base(settings.base)
-        leave_out_unused(settings)
+        check_base(settings.base, settings.adapter)
+        leave_out_unused(settings, settings.adapter)
 
 
 def check_general_set(wish: bool | str) -> None:

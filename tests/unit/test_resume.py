@@ -200,7 +200,7 @@ class TestAnotherRun:
         told = self.refusal(toy_run(**saved))
         assert "tokenizer sha256 " in told
         assert "(now ffffffffffffffff)" in told
-        assert "template None (now vicuna)" in told
+        assert "template not set (now vicuna)" in told
 
     def test_another_pack_length_is_another_order(self, toy_run, tmp_path):
         settings = {"lr_scheduler_type": "constant", "layout": "packed"}

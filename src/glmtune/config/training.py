@@ -1,5 +1,6 @@
 """The settings of `glmtune train`, group by group."""
 
+import os
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -116,7 +117,9 @@ class LoraSettings(Settings):
         ge=1,
         description="rank of the update (default: the model family's own, as `glmtune plan` shows)",
     )
-    lora_alpha: int = Field(32, ge=1, description="the update is scaled by lora_alpha / lora_rank")
+    lora_alpha: float = Field(
+        32, gt=0, description="the update is scaled by lora_alpha / lora_rank"
+    )
     lora_dropout: float = Field(0.1, ge=0, lt=1, description="dropout before the update")
     lora_target: tuple[str, ...] | None = Field(
         None,
@@ -124,6 +127,12 @@ class LoraSettings(Settings):
         description="linears that get an adapter, with commas between, or all for every one of a "
         "layer (default: the model family's own, as `glmtune plan` shows)",
     )
+
+    @field_validator("lora_alpha")
+    @classmethod
+    def keep_whole(cls, value: float) -> float:
+        """A whole number is kept as one, as PEFT writes it."""
+        return int(value) if value == int(value) else value
 
     @field_validator("lora_target", mode="before")
     @classmethod
@@ -134,6 +143,17 @@ class LoraSettings(Settings):
             return value  # pydantic refuses it
         stripped = tuple(dict.fromkeys(filter(None, (name.strip(" []\"'") for name in names))))
         return ("all",) if stripped == ("all-linear",) else stripped
+
+
+class BeginningSettings(Settings):
+    """The adapter that a run begins with."""
+
+    group: ClassVar[str] = "LoRA"
+    adapter: PathText | None = Field(
+        None,
+        description="run folder or adapter to go on from, with its rank, alpha and linears: its "
+        "weights alone, with a new optimiser and schedule (default: a new adapter)",
+    )
 
 
 class OptimiserSettings(Settings):
@@ -241,6 +261,7 @@ class TrainSettings(
     TrainingDataSettings,
     LayoutSettings,
     LoraSettings,
+    BeginningSettings,
     OptimiserSettings,
     RunFolderSettings,
     BaseModelSettings,
@@ -250,6 +271,20 @@ class TrainSettings(
 
     verb = "train"
     reads_and_writes = ("dataset_path", "output_dir")
+    of_section_alone = ("adapter",)
+
+    @model_validator(mode="after")
+    def keep_adapter(self) -> Self:
+        """The adapter that a run goes on from must outlive the run's folder."""
+        if self.adapter:
+            source, target = map(os.path.realpath, (self.adapter, self.output_dir))
+            if source == target or source.startswith(target + os.sep):
+                raise conflict(
+                    "output_dir is where the adapter lies, and would be overwritten: name another",
+                    "output_dir",
+                    "adapter",
+                )
+        return self
 
 
 class PlanSettings(TrainSettings):

@@ -19,6 +19,7 @@ from glmtune.models.families import family_of
 from glmtune.models.folders import is_lfs_pointer
 from glmtune.models.loading import load_tokenizer
 from glmtune.models.resolve import GLM_TINY, HUB_IDS, resolve_base
+from glmtune.training.beginning import begin_with
 from glmtune.training.plan import count_steps, make_plan
 from glmtune.training.planning.advice import advise, verdict
 from glmtune.training.planning.forecast import EqualRows, Forecaster, Lengths, forecast
@@ -29,6 +30,7 @@ from glmtune.training.saving.run_folder import check_disk, resume_point
 _READS = (
     ("convert", "data_path", None),
     ("tokenize", "jsonl_path", ("convert", "save_path")),
+    ("train", "adapter", None),
     ("infer", "data_path", None),
     ("infer", "adapter", ("train", "output_dir")),
     ("compare", "data_path", None),
@@ -48,7 +50,10 @@ def check_settings(path: str, verbs: list[str], plans: Plans) -> Iterator[CheckL
         try:
             settings = read_config(SETTINGS[verb], path, {})
             if isinstance(settings, TrainSettings):
-                check_targets(settings.lora_target, _base_of(settings))
+                base = _base_of(settings)
+                check_targets(settings.lora_target, base)
+                if settings.adapter and Path(settings.adapter).exists():
+                    settings, _ = begin_with(settings, config_of(base))
             plans[verb] = settings
         except UserError as error:
             yield PROBLEM, str(error)
@@ -59,7 +64,7 @@ def check_settings(path: str, verbs: list[str], plans: Plans) -> Iterator[CheckL
 def _base_of(settings: TrainSettings) -> str:
     """The base that a recipe names; the default one where there is none, as another check says."""
     try:
-        return resolve_base(settings.base, needs_weights=False)
+        return resolve_base(settings.base, settings.adapter, needs_weights=False)
     except UserError:
         return HUB_IDS[0]
 

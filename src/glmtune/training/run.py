@@ -17,7 +17,8 @@ from torch import nn
 from torch.optim import AdamW
 from transformers import PreTrainedModel, get_scheduler
 
-from glmtune.adapters import attach_lora
+from glmtune.adapters import attach_lora, continue_adapter
+from glmtune.adapters.formats import Adapter
 from glmtune.config.settings import TrainSettings
 from glmtune.data.packing import check_lengths
 from glmtune.data.split import GROUPS
@@ -215,15 +216,29 @@ def start_accelerator(settings: TrainSettings) -> tuple[Accelerator, torch.dtype
     return accelerator, dtype
 
 
-def adapt(model: PreTrainedModel, settings: TrainSettings) -> PeftModel:
-    """Attach the run's adapter to a base, and convert the base to the requested number format."""
-    adapted = attach_lora(
-        model,
-        rank=settings.lora_rank or family_of(model.config).lora_rank,
-        alpha=settings.lora_alpha,
-        dropout=settings.lora_dropout,
-        targets=settings.lora_target,
-    )
+def adapt(
+    model: PreTrainedModel, settings: TrainSettings, beginning: Adapter | None = None
+) -> PeftModel:
+    """Put the run's adapter on a base, and convert the base to the requested number format.
+
+    Args:
+        model: the base model.
+        settings: the run's settings.
+        beginning: the adapter that the run goes on from; else it starts a new one.
+
+    Raises:
+        UserError: the adapter does not fit the base, or float8 the base's number format.
+    """
+    if beginning is not None:
+        adapted = continue_adapter(model, beginning, settings.lora_dropout)
+    else:
+        adapted = attach_lora(
+            model,
+            rank=settings.lora_rank or family_of(model.config).lora_rank,
+            alpha=settings.lora_alpha,
+            dropout=settings.lora_dropout,
+            targets=settings.lora_target,
+        )
     if settings.base_dtype == "fp8":
         if bits := bits_of(model.config):
             raise UserError(

@@ -90,7 +90,8 @@ def check_unfinished(run: Run, checkpoint: Path) -> list[str]:
     anyway = " --resume_anyway true" if run.has_end or 0 < settings.warmup_steps < 1 else ""
     raise UserError(
         f"{checkpoint}: nothing is left to train: it has {step:,} steps, and {asked} "
-        f"({getattr(settings, asked):g}) asks for {run.max_steps:,}; to train on, raise that: "
+        f"({getattr(settings, asked):g}) asks for {run.max_steps:,}; to go on with new rows or "
+        f"a new schedule, --adapter {checkpoint} --output_dir NEW; to train on, raise that: "
         f"--{asked} {more}{anyway}"
     )
 
