@@ -17,8 +17,8 @@ from glmtune.config.settings import SETTINGS, PlanSettings, TrainSettings
 from glmtune.data.dataset import load_dataset
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError
-from glmtune.evaluation.references import padded_sums
 from glmtune.models.families import family_of
+from glmtune.models.likelihood import padded_sums
 from glmtune.models.loading import load_base_model
 from glmtune.models.resolve import GLM_TINY
 from glmtune.training import loop
@@ -157,17 +157,15 @@ def test_a_resumed_run_is_the_unbroken_run(toy_run, strange_adapter, tmp_path, c
     assert f"adapter: {mine} is no longer there" in capsys.readouterr().err
     model = load_adapter(load_base_model(GLM_TINY, dtype=torch.float32), strange_adapter)
     save_adapter(randomise_adapter(model, std=0.1), mine, "glm-tiny")
-    with pytest.raises(
-        UserError, match=r"another recipe: adapter gone on from \w{16} \(now \w{16}"
-    ):
+    with pytest.raises(UserError, match=r"another recipe: adapter continued \w{16} \(now \w{16}"):
         loop.train(again)
-    with pytest.raises(UserError, match=r"adapter gone on from \w{16} \(now not set\)"):
+    with pytest.raises(UserError, match=r"adapter continued \w{16} \(now not set\)"):
         loop.train(again.model_copy(update={"adapter": None}))
 
 
 def test_a_run_that_began_with_a_new_adapter_does_not_resume_with_another(toy_run, strange_adapter):
     loop.train(toy_run(max_steps=1))
-    with pytest.raises(UserError, match=r"adapter gone on from not set \(now \w{16}\)"):
+    with pytest.raises(UserError, match=r"adapter continued not set \(now \w{16}\)"):
         loop.train(toy_run(max_steps=2, adapter=strange_adapter, resume_from_checkpoint="true"))
 
 

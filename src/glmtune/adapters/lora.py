@@ -117,7 +117,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
 
 
 def continue_adapter(model: PreTrainedModel, adapter: Adapter, dropout: float) -> PeftModel:
-    """Put an adapter on a base model, in place, to go on training it.
+    """Put an adapter on a base model, in place, to continue its training.
 
     Args:
         model: the base model.
@@ -134,7 +134,7 @@ def continue_adapter(model: PreTrainedModel, adapter: Adapter, dropout: float) -
 
 
 def read_to_continue(folder: str | Path, config: PreTrainedConfig | Any) -> Adapter:
-    """Read an adapter of any format since 2023 in a base's own names, to go on training it.
+    """Read an adapter of any format since 2023 in a base's own names, to continue its training.
 
     Args:
         folder: an adapter folder, or a run folder, whose newest checkpoint is taken.

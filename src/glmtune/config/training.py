@@ -69,7 +69,7 @@ class StepSettings(Settings):
         0.0, ge=0, le=0.5, description="share of the rows held out for evaluation"
     )
     eval_steps: int | None = Field(
-        None, ge=1, description="steps between evaluations (default: save_steps)"
+        None, ge=1, description="steps between evaluations (default: with each checkpoint)"
     )
     general_set: Literal["auto"] | bool | PathText = Field(
         "auto",
@@ -151,8 +151,8 @@ class BeginningSettings(Settings):
     group: ClassVar[str] = "LoRA"
     adapter: PathText | None = Field(
         None,
-        description="run folder or adapter to go on from, with its rank, alpha and linears: its "
-        "weights alone, with a new optimiser and schedule (default: a new adapter)",
+        description="run folder or adapter to continue training, with its rank, alpha and linears: "
+        "its weights alone, with a new optimiser and schedule (default: a new adapter)",
     )
 
 
@@ -200,7 +200,7 @@ class RunRecordSettings(Settings):
         None, gt=0, description="stop after N hours, loading included, with a checkpoint"
     )
     save_total_limit: int | None = Field(
-        None, ge=1, description="checkpoints kept, the newest ones (default: all)"
+        None, ge=1, description="checkpoints kept, the newest ones and the best (default: all)"
     )
     report_to: Literal["tensorboard", "none", "all"] = Field(
         "tensorboard", description="where metrics go, beside metrics.jsonl"
@@ -219,8 +219,19 @@ class RunFolderSettings(RunRecordSettings):
         None,
         description="resume from this checkpoint; true: from the newest in output_dir",
     )
+    save_strategy: Literal["steps", "epoch"] = Field(
+        "steps",
+        description="when checkpoints come, beside that of the last step: every save_steps, or "
+        "after each epoch",
+    )
     save_steps: int = Field(1000, ge=1, description="steps between checkpoints")
     logging_steps: int = Field(50, ge=1, description="steps between logged lines")
+    early_stopping: int | None = Field(
+        None,
+        ge=1,
+        description="end the run when N evaluations have followed the best one, as output_dir/best "
+        "chooses it (default: never)",
+    )
 
     @field_validator("resume_from_checkpoint", mode="before")
     @classmethod
@@ -275,7 +286,7 @@ class TrainSettings(
 
     @model_validator(mode="after")
     def keep_adapter(self) -> Self:
-        """The adapter that a run goes on from must outlive the run's folder."""
+        """The adapter that a run continues must outlive the run's folder."""
         if self.adapter:
             source, target = map(os.path.realpath, (self.adapter, self.output_dir))
             if source == target or source.startswith(target + os.sep):

@@ -20,7 +20,7 @@ from glmtune.models.folders import is_lfs_pointer
 from glmtune.models.loading import load_tokenizer
 from glmtune.models.resolve import GLM_TINY, HUB_IDS, resolve_base
 from glmtune.training.beginning import begin_with
-from glmtune.training.plan import count_steps, make_plan
+from glmtune.training.plan import count_saves, count_steps, make_plan
 from glmtune.training.planning.advice import advise, verdict
 from glmtune.training.planning.forecast import EqualRows, Forecaster, Lengths, forecast
 from glmtune.training.saving.checkpoint_size import last_checkpoint_bytes
@@ -159,9 +159,11 @@ def check_run_folder(
     found = _forecaster(settings, base, rows)(settings)
     # Without rows the steps of an epoch are unknown: count at least some checkpoints.
     max_steps = settings.save_steps * (settings.save_total_limit or 1)
-    if settings.max_steps > 0 or isinstance(rows, TokenRows):
-        max_steps = count_steps(settings, make_plan(settings, rows, found.pack_length, 1))
-    check_disk(settings, found.setup, max_steps, checkpoint=checkpoint)
+    plan = make_plan(settings, rows, found.pack_length, 1)
+    by_epoch = settings.save_strategy == "epoch"
+    if settings.max_steps > 0 or isinstance(rows, TokenRows) or by_epoch:
+        max_steps = count_steps(settings, plan)
+    check_disk(settings, found.setup, plan, max_steps, checkpoint=checkpoint)
     size = last_checkpoint_bytes(settings, found.setup, max_steps)
     text = (
         f"{output_dir}: a checkpoint takes {size / 1e6:,.1f} MB, "
@@ -171,7 +173,7 @@ def check_run_folder(
     if settings.save_total_limit is None and settings.max_steps <= 0:
         yield WARNING, f"{text}, and all are kept: set save_total_limit{goes_on}"
     else:
-        num_saved = -(-max_steps // settings.save_steps)
+        num_saved = count_saves(settings, plan, 0, max_steps)
         yield OK, f"{text}, {min(num_saved, settings.save_total_limit or num_saved)} kept{goes_on}"
 
 

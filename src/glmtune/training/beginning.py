@@ -1,4 +1,4 @@
-"""`train --adapter`: the adapter that a run goes on from, where it does not start a new one.
+"""`train --adapter`: the adapter that a run continues, where it does not start a new one.
 
 Its rank, its alpha and its linears become the run's settings before anything is forecast; its
 weights are the run's at step 0. What it was, its digest, is part of what identifies the run.
@@ -25,7 +25,7 @@ SomeSettings = TypeVar("SomeSettings", bound=TrainSettings)
 
 @dataclass(frozen=True)
 class Beginning:
-    """An adapter that a run goes on from."""
+    """An adapter that a run continues."""
 
     adapter: Adapter
     digest: str | None
@@ -39,7 +39,7 @@ class Beginning:
 def begin_with(
     settings: SomeSettings, config: Any, resume: Path | None = None
 ) -> tuple[SomeSettings, Beginning | None]:
-    """Read the adapter that a run goes on from, if there is one.
+    """Read the adapter that a run continues, if there is one.
 
     Args:
         settings: the run's settings.
@@ -104,7 +104,7 @@ def _settle(settings: SomeSettings, adapter: Adapter, config: Any) -> SomeSettin
         if value not in (None, kept):
             raise UserError(
                 f"{name} {_words(value)}: the adapter {settings.adapter} has {_words(kept)}, which "
-                f"a run that goes on from it keeps; leave {name} out, or adapter"
+                f"a run that continues it keeps; leave {name} out, or adapter"
             )
     return settings.model_copy(update=of_adapter)
 

@@ -20,6 +20,7 @@ from glmtune.models.fingerprint import fingerprint
 from glmtune.models.loading import check_pair, load_base_model, load_config, load_tokenizer
 from glmtune.models.resolve import base_name, resolve_base
 from glmtune.training.beginning import begin_with, check_kind
+from glmtune.training.best import check_patience
 from glmtune.training.general import general_rows
 from glmtune.training.planning.advice import check_fit, print_forecast
 from glmtune.training.planning.forecast import make_forecaster
@@ -102,7 +103,8 @@ def prepare(settings: TrainSettings, accelerator: Accelerator, dtype: torch.dtyp
         notes += checkpoints.check_same_run(resume, run.identity, settings.resume_anyway)
         notes += run_folder.check_unfinished(run, resume)
     note(*notes)
-    sizes = forecast.setup, run.max_steps, accelerator.num_processes
+    check_patience(settings.early_stopping, len(run.eval_rows))
+    sizes = forecast.setup, run.plan, run.max_steps, accelerator.num_processes
     on_main(accelerator, lambda: run_folder.check_disk(settings, *sizes, resume))
     as_run = {
         "base": base,

@@ -150,15 +150,15 @@ TRAINING_NAMES: tuple[Foreign, ...] = (
         "disable_gradient_checkpointing",
         becomes("gradient_checkpointing", values={"true": "false", "false": "auto"}),
     ),
-    *_off(
+    *rows(
         "LLaMA-Factory, axolotl",
         "early_stopping_steps early_stopping_patience",
-        "a run takes a fixed number of steps: --max_steps 1000, or --max_hours 8",
+        becomes("early_stopping", word="evaluations that may follow the best one"),
     ),
     *_off(
         "axolotl",
         "evals_per_epoch saves_per_epoch",
-        "both come every N steps: --eval_steps 500 --save_steps 500",
+        "both come every N steps, or after each epoch: --eval_steps 500 --save_steps 500",
     ),
     *moot_rows(
         "ptuning, finetune_demo",
@@ -194,7 +194,7 @@ TRAINING_NAMES: tuple[Foreign, ...] = (
     *rows(
         "ChatGLM-Efficient-Tuning",
         "resume_lora_training",
-        *unless("true", word="a run with --adapter goes on training it", way=_ON_TOP),
+        *unless("true", word="a run with --adapter continues its training", way=_ON_TOP),
     ),
     *_off("LLaMA-Factory", "create_new_adapter", _ON_TOP),
     *moot_rows("LLaMA-Factory", "plot_loss", "the curve of the loss is always drawn", TRAINING),

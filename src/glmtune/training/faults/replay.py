@@ -75,7 +75,7 @@ def replay(settings: ReplaySettings) -> bool:
 
 
 def _beginning(folder: Path) -> Adapter:
-    """The adapter of a run that went on from another, which may be no longer there."""
+    """The adapter of a run that continued another, which may be no longer there."""
     settings, _ = read_settings(folder)
     assert settings is not None, "a bundle has the adapter's settings"
     path = folder / WEIGHTS_FILE

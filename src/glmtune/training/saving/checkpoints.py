@@ -120,7 +120,7 @@ def check_same_run(
     Raises:
         UserError: the checkpoint belongs to a run that differs; the message names the differences.
     """
-    # A checkpoint that does not name an adapter to go on from began with a new one.
+    # A checkpoint that does not name an adapter to continue began with a new one.
     theirs = {BEGINNING: None} | read_identity(checkpoint)
     ours = {BEGINNING: None} | json.loads(json.dumps(identity))  # a tuple is read back as a list
     notes = []
@@ -208,8 +208,12 @@ def describe(
     }
 
 
-def rotate_checkpoints(output_dir: Path, limit: int | None, step: int) -> None:
-    """Delete all but the newest `limit` checkpoints; the one of `step`, just saved, is the newest.
+def rotate_checkpoints(
+    output_dir: Path, limit: int | None, step: int, best: int | None = None
+) -> None:
+    """Delete all but the newest `limit` checkpoints, and that of step `best`.
+
+    The one of `step`, just saved, is the newest.
 
     Those of later steps are left over from before the run was resumed at an earlier step: they are
     deleted first. None is deleted before the newest has been read back from disk and found whole.
@@ -219,6 +223,7 @@ def rotate_checkpoints(output_dir: Path, limit: int | None, step: int) -> None:
     """
     by_age = sorted(saved_steps(output_dir), key=lambda saved: (saved <= step, saved))
     too_many = by_age[: max(0, len(by_age) - limit)] if limit else []
+    too_many = [old for old in too_many if old != best]
     newest = output_dir / checkpoint_name(step)
     if too_many and (fault := find_fault(newest)):
         raise UserError(
