@@ -14,10 +14,12 @@ from glmtune.config.settings import (
     CheckSettings,
     CompareSettings,
     ConvertAdapterSettings,
+    DialSettings,
     EvaluateSettings,
     InferSettings,
     InspectSettings,
     JudgingSettings,
+    LedgerSettings,
     MergeSettings,
     ReplayRowsSettings,
     ReplaySettings,
@@ -99,7 +101,8 @@ def check_general_set(wish: bool | str) -> None:
 
 
 def leave_out_unused(
-    settings: TrainSettings | AnsweringSettings | ReplayRowsSettings, run_folder: str | None = None
+    settings: TrainSettings | AnsweringSettings | LedgerSettings | DialSettings | ReplayRowsSettings,
+    run_folder: str | None = None,
 ) -> None:
     """Spare a verb bitsandbytes where neither settings nor base are quantised by it.
 
@@ -132,6 +135,26 @@ def check_tuning(settings: TuneSettings) -> None:
     find_source(settings.data_path).check_readable()
     check_general_set(settings.general_set)
     check_base(settings.base)
+
+
+def check_scoring(settings: LedgerSettings | DialSettings) -> None:
+    """Check that rows, adapter and base of a verb that scores rows exist.
+
+    Raises:
+        UserError: one does not exist, no row was held out that is needed, or a folder to write is
+            not empty.
+    """
+    adapter = find_adapter(settings.adapter)
+    if isinstance(settings, DialSettings):
+        check_general_set(settings.general_set)
+        if settings.data_path:
+            find_source(settings.data_path).check_readable()
+        else:
+            check_held_out(adapter)
+        if settings.write:
+            refuse_existing(settings.write)
+    check_base(settings.base, settings.adapter)
+    leave_out_unused(settings, settings.adapter)
 
 
 def check_merge(settings: MergeSettings) -> None:

@@ -71,6 +71,8 @@ class TestRule:
         noise = np.array([1.0, -1.1] * 10)
         assert not Evaluation(1, ROWS, noise).harms
         assert not Evaluation(1, ROWS, np.full(7, -1.0)).harms
+        assert not Evaluation(1, ROWS, np.array([-100.0] * 5 + [0.0] * 5)).harms
+        assert Evaluation(1, ROWS, np.array([-100.0] * 6 + [0.0] * 4)).harms
         assert Evaluation(1, ROWS, noise - 2).harms
 
     def test_of_one_row_the_lowest_is_the_best(self):

@@ -60,6 +60,8 @@ REQUIRED = {
     "chat": {},
     "replay": {"bundle": "crash-1"},
     "check": {"adapter": "output"},
+    "ledger": {"adapter": "output"},
+    "adapters dial": {"adapter": "output"},
     "tune": {"data_path": "a.json", "out": "tuned"},
 }
 

@@ -26,6 +26,8 @@ from glmtune.training.planning.power import CONFIDENCE
 
 LEAST_QUESTIONS = 8
 """With fewer general questions no loss of them shows."""
+LEAST_CHANGED = 6
+"""Nor with fewer that are answered otherwise: no sign test at 5 % could say so."""
 
 
 class Evaluation(NamedTuple):
@@ -46,6 +48,8 @@ class Evaluation(NamedTuple):
     def harms(self) -> bool:
         """Whether general ability was lost, as far as the interval shows."""
         if self.changes_G is None or len(self.changes_G) < LEAST_QUESTIONS:
+            return False
+        if np.count_nonzero(self.changes_G) < LEAST_CHANGED:
             return False
         error = float(self.changes_G.std(ddof=1)) / math.sqrt(len(self.changes_G))
         return float(self.changes_G.mean()) + _Z * error < 0
