@@ -41,6 +41,9 @@ AnsweringSettings = (
 )
 
 
+ScoringSettings = LedgerSettings | DialSettings
+
+
 def check_answering(settings: AnsweringSettings) -> None:
     """Check that records, adapter and base of a verb that answers exist.
 
@@ -101,7 +104,11 @@ def check_general_set(wish: bool | str) -> None:
 
 
 def leave_out_unused(
-    settings: TrainSettings | AnsweringSettings | LedgerSettings | DialSettings | ReplayRowsSettings,
+    settings: TrainSettings
+    | AnsweringSettings
+    | LedgerSettings
+    | DialSettings
+    | ReplayRowsSettings,
     run_folder: str | None = None,
 ) -> None:
     """Spare a verb bitsandbytes where neither settings nor base are quantised by it.
@@ -137,7 +144,7 @@ def check_tuning(settings: TuneSettings) -> None:
     check_base(settings.base)
 
 
-def check_scoring(settings: LedgerSettings | DialSettings) -> None:
+def check_scoring(settings: ScoringSettings) -> None:
     """Check that rows, adapter and base of a verb that scores rows exist.
 
     Raises:

@@ -184,7 +184,7 @@ def check_disk(
         freed = sum(_size(entry) for entry in _find_run(output_dir))
     num_saves = count_saves(settings, plan, first_step, max_steps)
     limit = settings.save_total_limit
-    if limit and settings.eval_ratio:
+    if limit and (settings.eval_ratio or settings.eval_dataset_path):
         limit += 1  # the best is kept besides
     count = most_new_checkpoints(num_saves, num_there, limit)
     size = last_checkpoint_bytes(settings, setup, max_steps, num_processes)
