@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import peft
@@ -102,6 +103,16 @@ def test_an_adapter_that_peft_wrote_goes_on_and_keeps_its_form(
         assert ours.get(name, theirs[name]) == theirs[name]
     assert adapter_weights(tmp_path / "run").keys() == adapter_weights(tmp_path / "theirs").keys()
     assert own_loss(tmp_path / "run") < wanted
+
+
+def test_a_dora_adapter_is_evaluated_by_its_own_modules(toy_run, tmp_path):
+    folder = write_with_peft(tmp_path / "theirs", use_dora=True)
+    lines = Path(GLM_TINY, "general_en.jsonl").read_text().splitlines()[:8]
+    (tmp_path / "few.jsonl").write_text("\n".join(lines))
+    settings = {"adapter": folder, "eval_ratio": 0.3, "general_set": str(tmp_path / "few.jsonl")}
+    history = loop.train(toy_run(**settings, max_steps=1)).log_history
+    assert [record["step"] for record in history if "general" in record] == [0, 1]
+    assert len([record for record in history if "eval_loss" in record]) == 1
 
 
 def test_a_dora_adapter_is_refused_where_rows_lie_end_to_end(all_rows_at_once, tmp_path):

@@ -108,7 +108,9 @@ def score(
     general, accelerator = run.general, run.accelerator
     assert general is not None, "there is a set"
     packed = packed_layers(state.model)
-    assert packed is not None, "a run trains LoRA"
+    if packed is None:  # a DoRA adapter that is continued: each process scores every item
+        state.model.eval()
+        return general.score(state.model)
     heaviest = int(run.rows.lengths_R[run.heaviest_part()].sum())
     sums_NC = np.zeros((len(general.general.items), NUM_CHOICES))
     is_cut = False
