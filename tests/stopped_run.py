@@ -73,7 +73,7 @@ def be_stopped(moment, rows, folder, out, err):
     elif moment == "stepping":
         loop.sum_gradients = slow(loop.sum_gradients, 2, FromCall(3))
     elif moment == "evaluating":  # 20 s for its four rows
-        passes.PaddedPass.loss = slow(passes.PaddedPass.loss, 5)
+        passes.PaddedPass.row_losses = slow(passes.PaddedPass.row_losses, 5)
     elif moment == "saving":
         checkpoints.write_manifest = slow(checkpoints.write_manifest, 2)
     else:  # of four passes, which take 20 s

@@ -235,6 +235,26 @@ def check(settings: config.CheckSettings) -> int:
     return 0 if check(settings).is_fine else 1
 
 
+def ledger(settings: config.LedgerSettings) -> None:
+    """List training rows that stayed hard, were memorised or made worse, or contradict others."""
+    from glmtune.early import check_scoring
+
+    check_scoring(settings)
+    from glmtune.evaluation.ledger import ledger
+
+    ledger(settings)
+
+
+def dial(settings: config.DialSettings) -> None:
+    """Score scales of an adapter's update, gain beside price, and recommend one."""
+    from glmtune.early import check_scoring
+
+    check_scoring(settings)
+    from glmtune.evaluation.dial import dial
+
+    dial(settings)
+
+
 def tune(settings: config.TuneSettings) -> int:
     """Train an adapter on a file of alpaca records, and report how good it is."""
     from glmtune.early import check_tuning
@@ -259,8 +279,10 @@ VERBS: dict[str, Callable[[Any], int | None]] = {
     "evaluate": evaluate,
     "chat": chat,
     "check": check,
+    "ledger": ledger,
     "merge": merge,
     "adapters convert": convert_adapter,
+    "adapters dial": dial,
     "new-model": new_model,
     "doctor": doctor,
     "demo": demo,

@@ -101,7 +101,8 @@ def clear_drafts(folder: Path, is_ours: Callable[[str], object]) -> None:
     for entry in folder.iterdir():
         draft = _DRAFT.fullmatch(entry.name)
         if draft and (draft[1] == _SEVERAL or is_ours(draft[1])):
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            is_folder = entry.is_dir() and not entry.is_symlink()
+            shutil.rmtree(entry) if is_folder else entry.unlink()
 
 
 @contextmanager

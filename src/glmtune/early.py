@@ -14,10 +14,12 @@ from glmtune.config.settings import (
     CheckSettings,
     CompareSettings,
     ConvertAdapterSettings,
+    DialSettings,
     EvaluateSettings,
     InferSettings,
     InspectSettings,
     JudgingSettings,
+    LedgerSettings,
     MergeSettings,
     ReplayRowsSettings,
     ReplaySettings,
@@ -37,6 +39,9 @@ from glmtune.run_files import check_bundle
 AnsweringSettings = (
     InferSettings | CompareSettings | EvaluateSettings | ChatSettings | CheckSettings
 )
+
+
+ScoringSettings = LedgerSettings | DialSettings
 
 
 def check_answering(settings: AnsweringSettings) -> None:
@@ -78,12 +83,14 @@ def check_training(settings: TrainSettings) -> None:
         UserError: one does not exist.
     """
     if settings.lora_target:
-        check_targets(settings.lora_target, resolve_base(settings.base))
+        check_targets(settings.lora_target, resolve_base(settings.base, settings.adapter))
     check_is_folder(settings.dataset_path)
     check_general_set(settings.general_set)
+    if settings.adapter and not settings.resume_from_checkpoint:
+        find_adapter(settings.adapter)
     if settings.base or not settings.resume_from_checkpoint:
-        check_base(settings.base)
-        leave_out_unused(settings)
+        check_base(settings.base, settings.adapter)
+        leave_out_unused(settings, settings.adapter)
 
 
 def check_general_set(wish: bool | str) -> None:
@@ -97,7 +104,12 @@ def check_general_set(wish: bool | str) -> None:
 
 
 def leave_out_unused(
-    settings: TrainSettings | AnsweringSettings | ReplayRowsSettings, run_folder: str | None = None
+    settings: TrainSettings
+    | AnsweringSettings
+    | LedgerSettings
+    | DialSettings
+    | ReplayRowsSettings,
+    run_folder: str | None = None,
 ) -> None:
     """Spare a verb bitsandbytes where neither settings nor base are quantised by it.
 
@@ -130,6 +142,26 @@ def check_tuning(settings: TuneSettings) -> None:
     find_source(settings.data_path).check_readable()
     check_general_set(settings.general_set)
     check_base(settings.base)
+
+
+def check_scoring(settings: ScoringSettings) -> None:
+    """Check that rows, adapter and base of a verb that scores rows exist.
+
+    Raises:
+        UserError: one does not exist, no row was held out that is needed, or a folder to write is
+            not empty.
+    """
+    adapter = find_adapter(settings.adapter)
+    if isinstance(settings, DialSettings):
+        check_general_set(settings.general_set)
+        if settings.data_path:
+            find_source(settings.data_path).check_readable()
+        else:
+            check_held_out(adapter)
+        if settings.write:
+            refuse_existing(settings.write)
+    check_base(settings.base, settings.adapter)
+    leave_out_unused(settings, settings.adapter)
 
 
 def check_merge(settings: MergeSettings) -> None:

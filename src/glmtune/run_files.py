@@ -19,6 +19,10 @@ LEDGER_FILE = "ledger.json"
 """The rows that stand out by their loss before and after, see evaluation/ledger.py."""
 DIAL_FILE, DIAL_PLOT_FILE = "dial.json", "dial.png"
 """What each scale of the adapter gains and costs, see evaluation/dial.py."""
+EVALUATIONS_FILE = "held_out.jsonl"
+"""The loss of each held-out row, and the general questions that are right, at each evaluation."""
+BEST_NAME, BEST_FILE = "best", "best.json"
+"""A link to the best checkpoint, and why it is the best."""
 
 # Files of every adapter: PEFT's names, today's and those of 2023.
 ADAPTER_CONFIG_FILE = "adapter_config.json"
@@ -36,6 +40,7 @@ MANIFEST_FILE = "manifest.json"
 
 FILES_BESIDE = (
     RECIPE_FILE, METRICS_FILE, STATE_FILE, WEIGHTS_FILE, ADAPTER_CONFIG_FILE, PLOT_FILE,
+    EVALUATIONS_FILE, BEST_NAME, BEST_FILE,
 )  # fmt: skip
 """Files of a run in its folder, beside the checkpoints."""
 

@@ -21,6 +21,7 @@ GUIDES = (
     "docs/training.md",
     "docs/answers.md",
     "docs/verdict.md",
+    "docs/after.md",
     "docs/cards.md",
 )
 # Their commands are tests and benchmarks, of which most take minutes.

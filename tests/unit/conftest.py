@@ -158,6 +158,7 @@ def tiny_run(toy_run, tiny_rows, tiny_folder, word_tokenizer, monkeypatch):
     """The same for the tiny golden model, and let it be trained without a vocabulary."""
     monkeypatch.setattr("glmtune.training.prepare.load_tokenizer", lambda base: word_tokenizer)
     defaults = {"dataset_path": tiny_rows, "base": str(tiny_folder), "max_steps": 6}
+    defaults["general_set"] = False  # its tokenizer writes no question
     return lambda **settings: toy_run(**defaults | settings)
 
 

@@ -10,11 +10,12 @@ from glmtune.data.dataset import load_dataset
 from glmtune.data.split import split_rows
 from glmtune.data.token_rows import TokenRows
 from glmtune.models.families import family_of
+from glmtune.models.likelihood import padded_sums
 from glmtune.models.loading import load_base_model
 from glmtune.models.packed import PackedModel
 from glmtune.models.resolve import GLM_TINY
 from glmtune.training import loop
-from glmtune.training.held_out import mean_loss
+from glmtune.training.held_out import row_losses
 from glmtune.training.interrupt import CutShort
 from glmtune.training.passes import PackedPass, PaddedPass
 from glmtune.training.plan import evaluation_parts
@@ -46,7 +47,11 @@ def test_without_a_run_it_is_what_training_recorded(trained, pack_length):
     else:
         step_pass = PaddedPass(accelerator, model, rows)
     num_labels = int(rows.num_labels_R[row_ids].sum())
-    loss = mean_loss(step_pass, parts, num_labels, accelerator)
+    losses_R = row_losses(step_pass, parts, len(rows), accelerator)
+    assert np.flatnonzero(losses_R).tolist() == row_ids.tolist()
+    alone = padded_sums(model, rows, row_ids)
+    assert losses_R == pytest.approx(-alone, rel=1e-5)
+    loss = losses_R.sum() / num_labels
     assert loss == pytest.approx(recorded, rel=1e-6 if pack_length is None else 1e-5)
     with pytest.raises(CutShort):
-        mean_loss(step_pass, parts, num_labels, accelerator, wants_stop=lambda: True)
+        row_losses(step_pass, parts, len(rows), accelerator, wants_stop=lambda: True)

@@ -78,18 +78,18 @@ def test_an_evaluation_that_was_cut_short_is_made_up_for(toy_run, tmp_path, monk
     """The resumed run has the records and weights of one that was never stopped."""
     settings = {"eval_ratio": 0.3, "eval_steps": 2, "per_device_eval_batch_size": 2}
     loop.train(toy_run(output_dir=str(tmp_path / "unbroken"), **settings))
-    loss, at = passes.PaddedPass.loss, FromCall(2)
+    row_losses, at = passes.PaddedPass.row_losses, FromCall(2)
 
     def interrupted(self, row_ids):
         if at():
             os.kill(os.getpid(), signal.SIGTERM)
-        return loss(self, row_ids)
+        return row_losses(self, row_ids)
 
-    monkeypatch.setattr(passes.PaddedPass, "loss", interrupted)
+    monkeypatch.setattr(passes.PaddedPass, "row_losses", interrupted)
     stopped = loop.train(toy_run(**settings))
     assert (stopped.interrupted, stopped.global_step) == (True, 2)
     assert losses(tmp_path / "run", "eval_loss") == []
-    monkeypatch.setattr(passes.PaddedPass, "loss", loss)
+    monkeypatch.setattr(passes.PaddedPass, "row_losses", row_losses)
     loop.train(toy_run(resume_from_checkpoint="true", **settings))
     assert records(tmp_path / "run", "step") == records(tmp_path / "unbroken", "step")
     assert weights(tmp_path / "run") == weights(tmp_path / "unbroken")
@@ -174,7 +174,7 @@ class TestMemory:
         assert loop.train(toy_run(**advised, **more)).global_step == 4
 
     def test_memory_that_runs_out_in_an_evaluation(self, toy_run, tmp_path, monkeypatch):
-        self.run_out(monkeypatch, "loss", 1)
+        self.run_out(monkeypatch, "row_losses", 1)
         with pytest.raises(UserError, match=r"halve per_device_eval_batch_size \(8\).*resume with"):
             loop.train(toy_run(eval_ratio=0.3, eval_steps=3))
         assert saved(tmp_path / "run") == ["checkpoint-3"]

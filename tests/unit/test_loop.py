@@ -4,6 +4,7 @@ import json
 import math
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -32,6 +33,7 @@ class TestRunFolder:
             save_total_limit=2,
             eval_ratio=0.2,  # 18 rows to train on, three steps of 6
             eval_steps=3,
+            general_set=False,
             use_cpu=True,
         )
         with pytest.MonkeyPatch.context() as patch:
@@ -258,7 +260,7 @@ class TestEvaluation:
 
     def test_rows_held_out_are_not_trained_on(self, tiny_run, spy, monkeypatch):
         calls = spy(passes, "collate")
-        monkeypatch.setattr(held_out, "mean_loss", lambda *_: 0.0)
+        monkeypatch.setattr(held_out, "row_losses", lambda *_: np.zeros(NUM_ROWS))
         loop.train(tiny_run(eval_ratio=0.3, max_steps=-1, num_train_epochs=2))
         train, kept_back = split_rows(NUM_ROWS, 0.3, 42)
         seen = {row_id for call in calls for row_id in call.args[1].tolist()}

@@ -19,6 +19,7 @@ class TestTwoProcesses:
         "num_train_epochs": 2,
         "eval_ratio": 0.17,  # 19 rows to train on: the last step of an epoch has one for the two
         "eval_steps": 3,
+        "general_set": False,
         "save_steps": 4,
     }
     DEALT = {  # noqa: RUF012  (a global batch of 6 in three ways)

@@ -45,8 +45,8 @@ def test_both_names_at_once_are_refused(flags):
 
 
 def test_the_source_of_a_mistake_is_the_name_that_was_given():
-    with pytest.raises(UserError, match=r"--model_path .*a run starts with a new adapter"):
-        read_config(SETTINGS["train"], None, NEEDED["train"] | {"model_path": "output"})
+    with pytest.raises(UserError, match=r"--model_path .*the base is --base FOLDER"):
+        read_config(SETTINGS["replay"], None, {"bundle": "crash-1", "model_path": "output"})
 
 
 def test_every_verb_with_a_base_or_an_adapter_calls_it_so():

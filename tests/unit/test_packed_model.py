@@ -168,7 +168,8 @@ class TestDropout:
         packed = PackedModel(model, PACKED, compiled=False)
         fast = PackedPass(Accelerator(cpu=True), packed, rows, 0.5, 64)
         plain = PaddedPass(Accelerator(cpu=True), model, rows)
-        torch.testing.assert_close(fast.loss(np.arange(3)), plain.loss(np.arange(3)))
+        losses = [way.row_losses(np.arange(3)) for way in (fast, plain)]
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
 
 
 class TestFloat8:
@@ -188,7 +189,7 @@ class TestFloat8:
             if eight_bits:
                 to_fp8(model)
             plain = PaddedPass(Accelerator(cpu=True), model, rows)
-            losses.append(plain.loss(np.arange(3)))
+            losses.append(plain.row_losses(np.arange(3)).sum())
         assert losses[0] != losses[1]
         assert abs(losses[0] - losses[1]) / losses[0] < 0.02
 

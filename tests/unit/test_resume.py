@@ -200,7 +200,7 @@ class TestAnotherRun:
         told = self.refusal(toy_run(**saved))
         assert "tokenizer sha256 " in told
         assert "(now ffffffffffffffff)" in told
-        assert "template None (now vicuna)" in told
+        assert "template not set (now vicuna)" in told
 
     def test_another_pack_length_is_another_order(self, toy_run, tmp_path):
         settings = {"lr_scheduler_type": "constant", "layout": "packed"}
@@ -299,14 +299,14 @@ class TestNothingLeftToDo:
 
     def test_an_evaluation_that_is_due_is_made_once(self, toy_run, tmp_path, monkeypatch):
         settings = {"eval_ratio": 0.3}
-        evaluate = held_out.mean_loss
+        evaluate = held_out.row_losses
 
         def cut(*_):
             raise CutShort
 
-        monkeypatch.setattr(held_out, "mean_loss", cut)
+        monkeypatch.setattr(held_out, "row_losses", cut)
         loop.train(toy_run(**settings))
-        monkeypatch.setattr(held_out, "mean_loss", evaluate)
+        monkeypatch.setattr(held_out, "row_losses", evaluate)
         again = loop.train(toy_run(resume_from_checkpoint="true", **settings))
         assert "eval_loss" in again.log_history[-1]
         with pytest.raises(UserError, match="nothing is left to train"):

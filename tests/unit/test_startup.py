@@ -27,7 +27,7 @@ HEAVY = {
     "torch", "transformers", "peft", "datasets", "bitsandbytes", "matplotlib", "accelerate",
     "tensorboard", "pandas", "scipy", "sklearn",
 }  # fmt: skip
-TINY = "--base glm-tiny"
+TINY, ROWS = "--base glm-tiny", "--data_path rows.json"
 MODULES = """
 import gc, sys
 from glmtune.cli import main
@@ -63,6 +63,10 @@ MISTAKES = {
     "chat": "chat --base ./no",
     "chat of no model": "chat --base tokens",
     "check": f"check ./no {TINY}",
+    "ledger": f"ledger ./no {TINY}",
+    "adapters dial": f"adapters dial ./no {TINY}",
+    "adapters dial of no run": f"adapters dial adapter {TINY}",
+    "adapters dial onto something": f"adapters dial adapter {ROWS} --write tokens {TINY}",
     "merge": f"merge --adapter ./no --save_path new {TINY}",
     "merge onto something": f"merge --adapter ./no --save_path tokens {TINY}",
     "adapters convert": "adapters convert ./no new",

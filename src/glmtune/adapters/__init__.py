@@ -10,12 +10,19 @@ if TYPE_CHECKING:
     from glmtune.adapters.convert import convert_adapter
     from glmtune.adapters.find import find_adapter
     from glmtune.adapters.formats import read_adapter
-    from glmtune.adapters.lora import attach_lora, load_adapter, restore_adapter, save_adapter
+    from glmtune.adapters.lora import (
+        attach_lora,
+        continue_adapter,
+        load_adapter,
+        restore_adapter,
+        save_adapter,
+    )
     from glmtune.adapters.merge import merge_adapter
     from glmtune.adapters.verify import verify_saved
 
 _HOMES = {
     "attach_lora": "lora",
+    "continue_adapter": "lora",
     "convert_adapter": "convert",
     "find_adapter": "find",
     "load_adapter": "lora",
@@ -28,6 +35,7 @@ _HOMES = {
 
 __all__ = [
     "attach_lora",
+    "continue_adapter",
     "convert_adapter",
     "find_adapter",
     "load_adapter",

@@ -10,6 +10,7 @@ Today: `adapter_config.json` beside `adapter_model.safetensors`, as PEFT writes 
 - they could lie in the Trainer's `pytorch_model.bin`, with the base's or without, or in a `.pt`.
 """
 
+import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from copy import copy
@@ -68,6 +69,16 @@ class Adapter:
         """Names of the adapted modules in the base model."""
         keys = (key for key in self.weights if key.endswith(SUFFIX_A))
         return [key.removeprefix(KEY_PREFIX).removesuffix(SUFFIX_A) for key in keys]
+
+    def digest(self) -> str:
+        """The beginning of a sha256 over what the adapter adds: its tensors and their scale."""
+        config = self.config
+        how = (config.r, config.lora_alpha, config.rank_pattern, config.alpha_pattern)
+        state = hashlib.sha256(repr((*how, config.use_rslora, config.use_dora)).encode())
+        for key, tensor in sorted(self.weights.items()):
+            state.update(f"{key} {list(tensor.shape)}".encode())
+            state.update(tensor.numpy().tobytes())
+        return state.hexdigest()[:16]
 
     def check_effect(self) -> None:
         """Refuse an adapter without any effect: every tensor but lora_A is zero.

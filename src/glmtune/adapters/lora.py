@@ -4,17 +4,23 @@ import warnings
 from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from glmtune.adapters.biases import biases_in_effect, restore_when_disabled
 from glmtune.adapters.formats import Adapter, read_adapter, write_adapter
-from glmtune.adapters.naming import families_with, family_of_adapter, in_own_names
+from glmtune.adapters.naming import (
+    beyond_plain,
+    families_with,
+    family_of_adapter,
+    in_own_names,
+)
 from glmtune.errors import UserError, note
 from glmtune.models.families import family_of, find_family
 from glmtune.models.family import layers_of
@@ -26,7 +32,7 @@ def attach_lora(
     model: PreTrainedModel,
     *,
     rank: int = 8,
-    alpha: int = 32,
+    alpha: float = 32,
     dropout: float = 0.1,
     targets: str | Sequence[str] | None = None,
 ) -> PeftModel:
@@ -61,7 +67,7 @@ def attach_lora(
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type]
         lora_dropout=dropout,
         target_modules=sorted(adapted),
     )
@@ -107,9 +113,58 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     adapter = read_adapter(folder)
     adapter.check_effect()
     note(*adapter.notices)
+    return _put_on(model, adapter).eval()
+
+
+def continue_adapter(model: PreTrainedModel, adapter: Adapter, dropout: float) -> PeftModel:
+    """Put an adapter on a base model, in place, to continue its training.
+
+    Args:
+        model: the base model.
+        adapter: see `read_to_continue`.
+        dropout: share of its input that is dropped while training, whatever it was before.
+
+    Returns:
+        The model, of which the adapter alone trains.
+
+    Raises:
+        UserError: it does not fit this base tensor by tensor. The base then has no adapter.
+    """
+    return _put_on(model, adapter, dropout)
+
+
+def read_to_continue(folder: str | Path, config: PreTrainedConfig | Any) -> Adapter:
+    """Read an adapter of any format since 2023 in a base's own names, to continue its training.
+
+    Args:
+        folder: an adapter folder, or a run folder, whose newest checkpoint is taken.
+        config: of the base model.
+
+    Raises:
+        UserError: there is no adapter, it cannot be read or has no effect, or holds more than the
+            weights that training moves.
+    """
+    adapter = read_adapter(folder)
+    adapter.check_effect()
+    note(*adapter.notices)
+    if family := find_family(config.to_dict()):
+        adapter = in_own_names(adapter, family.adapter_names, config)
+    odd = beyond_plain(adapter)
+    if odd and not adapter.config.use_dora:
+        raise UserError(
+            f"{adapter.path}: has {', '.join(odd[:3])}, and only plain LoRA and DoRA are trained "
+            "here; merge it into its base, and train a new adapter on that (--base MERGED)"
+        )
+    return adapter
+
+
+def _put_on(model: PreTrainedModel, adapter: Adapter, dropout: float | None = None) -> PeftModel:
+    """Put an adapter on a base, in place: for use, or with a dropout to train on."""
     adapter = _for_model(adapter, model)
     trained_on = adapter.config.base_model_name_or_path
-    adapter.config.inference_mode = True
+    adapter.config.inference_mode = dropout is None
+    if dropout is not None:
+        adapter.config.lora_dropout = dropout
     adapter.config.base_model_name_or_path = None  # PEFT would warn that the base has another path
     peft_model = _wrap(model, adapter.config)
     biases = {key: tensor.detach().clone() for key, tensor in biases_in_effect(peft_model).items()}
@@ -124,7 +179,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     names = dict.fromkeys(name.rpartition(".")[2] for name in present)
     if lacking := _layers_without(model, names, adapted):
         note(f"{adapter.path}: adapts only {_in_some_layers(model, lacking)}")
-    return peft_model.eval()
+    return peft_model
 
 
 def restore_adapter(peft_model: PeftModel, folder: str | Path) -> None:

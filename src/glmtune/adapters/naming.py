@@ -118,6 +118,16 @@ def _check_plain(adapter: Adapter) -> None:
     Raises:
         UserError: it is, such as DoRA, biases and modules trained whole.
     """
+    if odd := beyond_plain(adapter):
+        raise UserError(
+            f"{adapter.path}: has {', '.join(odd[:3])}, but only plain LoRA on linears can be "
+            "written in other names; use it with the code that it was trained with, or merge it "
+            "there"
+        )
+
+
+def beyond_plain(adapter: Adapter) -> list[str]:
+    """What an adapter has besides a product of two matrices for each linear, by name."""
     defaults = LoraConfig()
     odd = [
         field.name
@@ -129,13 +139,7 @@ def _check_plain(adapter: Adapter) -> None:
         odd.append("bias")
     if adapter.config.init_lora_weights not in _PLAIN_BEGINNINGS:
         odd.append(f"init_lora_weights {adapter.config.init_lora_weights!r:.40}")
-    odd += [key for key in adapter.weights if not key.endswith((SUFFIX_A, SUFFIX_B))][:1]
-    if odd:
-        raise UserError(
-            f"{adapter.path}: has {', '.join(odd[:3])}, but only plain LoRA on linears can be "
-            "written in other names; use it with the code that it was trained with, or merge it "
-            "there"
-        )
+    return odd + [key for key in adapter.weights if not key.endswith((SUFFIX_A, SUFFIX_B))][:1]
 
 
 def _updates(adapter: Adapter) -> dict[str, LowRank]:

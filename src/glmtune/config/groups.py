@@ -53,7 +53,8 @@ class Settings(BaseModel):
     `verb` is the command whose settings a class holds, empty for a group, and `group` the heading
     of its fields in `--help`. `bare_words` names the positional settings of a command line,
     `reads_and_writes` the two path settings that must differ, and `reads_section_of` the verb whose
-    section of a recipe is read as well.
+    section of a recipe is read as well. `of_section_alone` names settings that this verb takes from
+    its own section of a recipe: beside the sections they are meant for other verbs.
     """
 
     model_config = ConfigDict(
@@ -64,6 +65,7 @@ class Settings(BaseModel):
     bare_words: ClassVar[tuple[str, ...]] = ("recipe",)
     reads_and_writes: ClassVar[tuple[str, str] | None] = None
     reads_section_of: ClassVar[str | None] = None
+    of_section_alone: ClassVar[tuple[str, ...]] = ()
 
     @model_validator(mode="after")
     def keep_source(self) -> Self:

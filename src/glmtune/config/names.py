@@ -6,6 +6,7 @@ what to do instead. Any other name gets a "did you mean", if one is so close tha
 typo.
 """
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, get_args
 
@@ -167,7 +168,11 @@ def with_todays_names(verb: str, given: Mapping[str, Given]) -> dict[str, Given]
 
 def translate(verb: str, given: Mapping[str, Given]) -> tuple[dict[str, Given], list[str]]:
     """Like `with_todays_names`, but return the notes."""
-    own = {name: given[name] for name in given if name in SETTINGS[verb].model_fields}
+    own = {
+        name: setting
+        for name, setting in given.items()
+        if name in SETTINGS[verb].model_fields and not _is_a_word(verb, name, setting)
+    }
     read: dict[str, Given] = {}
     defaults: dict[str, Given] = {}
     notes: list[str] = []
@@ -241,6 +246,26 @@ def _read_foreign(
     if not choices:
         raise UserError(f"{given} {_elsewhere(verb, name)}")
     raise UserError(f"{given} should be {' or '.join(dict.fromkeys(choices))}")
+
+
+def _is_a_word(verb: str, name: str, given: Given) -> bool:
+    """Whether a setting of a verb has a value of another program, such as axolotl's adapter: lora.
+
+    A folder of that name is meant where there is one.
+    """
+    found = spellings(given.text)
+    return not os.path.isdir(given.text) and any(
+        verb in fate.verbs
+        and (
+            (
+                isinstance(fate, Becomes)
+                and isinstance(fate.values, Mapping)
+                and not found.isdisjoint(fate.values)
+            )
+            or (isinstance(fate, Idle) and fate.values is not None and fate.takes(given.text))
+        )
+        for fate in _fates(verb, name)
+    )
 
 
 def _stand_beside(others: Mapping[str, str], settings: Mapping[str, Given]) -> bool:

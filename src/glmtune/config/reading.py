@@ -147,7 +147,8 @@ def recipe_settings(verb: str, path: str) -> dict[str, Given]:
     for_verb = {}
     for name, setting in shared.items():
         if knows(verb, name):
-            for_verb[name] = setting
+            if setting_named(verb, name) not in SETTINGS[verb].of_section_alone:
+                for_verb[name] = setting
         elif not any(knows(other, name) for other in SETTINGS):
             check_name(verb, name, setting.source)
     settings = with_todays_names(verb, for_verb)

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from glmtune.config.after import DialSettings, LedgerSettings
 from glmtune.config.benchmarks import (
     BenchDecodeSettings,
     BenchMemorySettings,
@@ -562,8 +563,10 @@ SETTINGS: dict[str, type[Settings]] = {
         EvaluateSettings,
         ChatSettings,
         CheckSettings,
+        LedgerSettings,
         MergeSettings,
         ConvertAdapterSettings,
+        DialSettings,
         NewModelSettings,
         DoctorSettings,
         DemoSettings,

@@ -1,5 +1,6 @@
 """The settings of `glmtune train`, group by group."""
 
+import os
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -68,7 +69,7 @@ class StepSettings(Settings):
         0.0, ge=0, le=0.5, description="share of the rows held out for evaluation"
     )
     eval_steps: int | None = Field(
-        None, ge=1, description="steps between evaluations (default: save_steps)"
+        None, ge=1, description="steps between evaluations (default: with each checkpoint)"
     )
     general_set: Literal["auto"] | bool | PathText = Field(
         "auto",
@@ -116,7 +117,9 @@ class LoraSettings(Settings):
         ge=1,
         description="rank of the update (default: the model family's own, as `glmtune plan` shows)",
     )
-    lora_alpha: int = Field(32, ge=1, description="the update is scaled by lora_alpha / lora_rank")
+    lora_alpha: float = Field(
+        32, gt=0, description="the update is scaled by lora_alpha / lora_rank"
+    )
     lora_dropout: float = Field(0.1, ge=0, lt=1, description="dropout before the update")
     lora_target: tuple[str, ...] | None = Field(
         None,
@@ -124,6 +127,12 @@ class LoraSettings(Settings):
         description="linears that get an adapter, with commas between, or all for every one of a "
         "layer (default: the model family's own, as `glmtune plan` shows)",
     )
+
+    @field_validator("lora_alpha")
+    @classmethod
+    def keep_whole(cls, value: float) -> float:
+        """A whole number is kept as one, as PEFT writes it."""
+        return int(value) if value == int(value) else value
 
     @field_validator("lora_target", mode="before")
     @classmethod
@@ -134,6 +143,17 @@ class LoraSettings(Settings):
             return value  # pydantic refuses it
         stripped = tuple(dict.fromkeys(filter(None, (name.strip(" []\"'") for name in names))))
         return ("all",) if stripped == ("all-linear",) else stripped
+
+
+class BeginningSettings(Settings):
+    """The adapter that a run begins with."""
+
+    group: ClassVar[str] = "LoRA"
+    adapter: PathText | None = Field(
+        None,
+        description="run folder or adapter to continue training, with its rank, alpha and linears: "
+        "its weights alone, with a new optimiser and schedule (default: a new adapter)",
+    )
 
 
 class OptimiserSettings(Settings):
@@ -180,7 +200,7 @@ class RunRecordSettings(Settings):
         None, gt=0, description="stop after N hours, loading included, with a checkpoint"
     )
     save_total_limit: int | None = Field(
-        None, ge=1, description="checkpoints kept, the newest ones (default: all)"
+        None, ge=1, description="checkpoints kept, the newest ones and the best (default: all)"
     )
     report_to: Literal["tensorboard", "none", "all"] = Field(
         "tensorboard", description="where metrics go, beside metrics.jsonl"
@@ -199,8 +219,19 @@ class RunFolderSettings(RunRecordSettings):
         None,
         description="resume from this checkpoint; true: from the newest in output_dir",
     )
+    save_strategy: Literal["steps", "epoch"] = Field(
+        "steps",
+        description="when checkpoints come, beside that of the last step: every save_steps, or "
+        "after each epoch",
+    )
     save_steps: int = Field(1000, ge=1, description="steps between checkpoints")
     logging_steps: int = Field(50, ge=1, description="steps between logged lines")
+    early_stopping: int | None = Field(
+        None,
+        ge=1,
+        description="end the run when N evaluations have followed the best one, as output_dir/best "
+        "chooses it (default: never)",
+    )
 
     @field_validator("resume_from_checkpoint", mode="before")
     @classmethod
@@ -241,6 +272,7 @@ class TrainSettings(
     TrainingDataSettings,
     LayoutSettings,
     LoraSettings,
+    BeginningSettings,
     OptimiserSettings,
     RunFolderSettings,
     BaseModelSettings,
@@ -250,6 +282,20 @@ class TrainSettings(
 
     verb = "train"
     reads_and_writes = ("dataset_path", "output_dir")
+    of_section_alone = ("adapter",)
+
+    @model_validator(mode="after")
+    def keep_adapter(self) -> Self:
+        """The adapter that a run continues must outlive the run's folder."""
+        if self.adapter:
+            source, target = map(os.path.realpath, (self.adapter, self.output_dir))
+            if source == target or source.startswith(target + os.sep):
+                raise conflict(
+                    "output_dir is where the adapter lies, and would be overwritten: name another",
+                    "output_dir",
+                    "adapter",
+                )
+        return self
 
 
 class PlanSettings(TrainSettings):

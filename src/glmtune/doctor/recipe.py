@@ -19,7 +19,8 @@ from glmtune.models.families import family_of
 from glmtune.models.folders import is_lfs_pointer
 from glmtune.models.loading import load_tokenizer
 from glmtune.models.resolve import GLM_TINY, HUB_IDS, resolve_base
-from glmtune.training.plan import count_steps, make_plan
+from glmtune.training.beginning import begin_with
+from glmtune.training.plan import count_saves, count_steps, make_plan
 from glmtune.training.planning.advice import advise, verdict
 from glmtune.training.planning.forecast import EqualRows, Forecaster, Lengths, forecast
 from glmtune.training.saving.checkpoint_size import last_checkpoint_bytes
@@ -29,6 +30,7 @@ from glmtune.training.saving.run_folder import check_disk, resume_point
 _READS = (
     ("convert", "data_path", None),
     ("tokenize", "jsonl_path", ("convert", "save_path")),
+    ("train", "adapter", None),
     ("infer", "data_path", None),
     ("infer", "adapter", ("train", "output_dir")),
     ("compare", "data_path", None),
@@ -48,7 +50,10 @@ def check_settings(path: str, verbs: list[str], plans: Plans) -> Iterator[CheckL
         try:
             settings = read_config(SETTINGS[verb], path, {})
             if isinstance(settings, TrainSettings):
-                check_targets(settings.lora_target, _base_of(settings))
+                base = _base_of(settings)
+                check_targets(settings.lora_target, base)
+                if settings.adapter and Path(settings.adapter).exists():
+                    settings, _ = begin_with(settings, config_of(base))
             plans[verb] = settings
         except UserError as error:
             yield PROBLEM, str(error)
@@ -59,7 +64,7 @@ def check_settings(path: str, verbs: list[str], plans: Plans) -> Iterator[CheckL
 def _base_of(settings: TrainSettings) -> str:
     """The base that a recipe names; the default one where there is none, as another check says."""
     try:
-        return resolve_base(settings.base, needs_weights=False)
+        return resolve_base(settings.base, settings.adapter, needs_weights=False)
     except UserError:
         return HUB_IDS[0]
 
@@ -154,9 +159,11 @@ def check_run_folder(
     found = _forecaster(settings, base, rows)(settings)
     # Without rows the steps of an epoch are unknown: count at least some checkpoints.
     max_steps = settings.save_steps * (settings.save_total_limit or 1)
-    if settings.max_steps > 0 or isinstance(rows, TokenRows):
-        max_steps = count_steps(settings, make_plan(settings, rows, found.pack_length, 1))
-    check_disk(settings, found.setup, max_steps, checkpoint=checkpoint)
+    plan = make_plan(settings, rows, found.pack_length, 1)
+    by_epoch = settings.save_strategy == "epoch"
+    if settings.max_steps > 0 or isinstance(rows, TokenRows) or by_epoch:
+        max_steps = count_steps(settings, plan)
+    check_disk(settings, found.setup, plan, max_steps, checkpoint=checkpoint)
     size = last_checkpoint_bytes(settings, found.setup, max_steps)
     text = (
         f"{output_dir}: a checkpoint takes {size / 1e6:,.1f} MB, "
@@ -166,7 +173,7 @@ def check_run_folder(
     if settings.save_total_limit is None and settings.max_steps <= 0:
         yield WARNING, f"{text}, and all are kept: set save_total_limit{goes_on}"
     else:
-        num_saved = -(-max_steps // settings.save_steps)
+        num_saved = count_saves(settings, plan, 0, max_steps)
         yield OK, f"{text}, {min(num_saved, settings.save_total_limit or num_saved)} kept{goes_on}"
 
 

@@ -18,9 +18,11 @@ from glmtune.config.settings import (
     ChatSettings,
     CheckSettings,
     CompareSettings,
+    DialSettings,
     EvaluateSettings,
     InferSettings,
     JudgingSettings,
+    LedgerSettings,
 )
 from glmtune.data import questions
 from glmtune.data.files import new_file, read_text
@@ -142,6 +144,23 @@ class ModelChoice:
             base, adapter, device, dtype, rounds, settings.bits, settings.quantize_head,
             settings.allow_special,
         )  # fmt: skip
+
+    @classmethod
+    def to_score(cls, settings: LedgerSettings | DialSettings) -> "ModelChoice":
+        """The model of a verb that scores rows, with an adapter, and needs no decoder.
+
+        Raises:
+            UserError: there is no such base or adapter, or the device lacks something.
+        """
+        device = pick_device(settings.use_cpu)
+        dtype, caution = pick_dtype(device, settings.bf16, settings.fp16)
+        if caution:
+            note(caution)
+        adapter, base = (
+            find_adapter(settings.adapter),
+            resolve_base(settings.base, settings.adapter),
+        )
+        return cls(base, adapter, device, dtype, False, settings.bits, settings.quantize_head)
 
     @property
     def is_batch_sensitive(self) -> bool:

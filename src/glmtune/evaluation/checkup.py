@@ -163,7 +163,7 @@ def check(settings: CheckSettings) -> Checkup:
                 settings.data_path, tokenizer, settings.limit, settings.format, settings.encoding
             )
         else:
-            of_run = held_out_probes(*rows, settings.limit) if rows else None
+            of_run = held_out_probes(rows.rows, rows.held_out, settings.limit) if rows else None
             asked = of_run or own_probes(tokenizer, settings.limit)
         how = GenerationSettings.of(settings)
         template = find_template(subject.adapter)

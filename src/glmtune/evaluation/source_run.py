@@ -7,7 +7,7 @@ import numpy as np
 
 from glmtune.config.reading import read_config
 from glmtune.config.settings import TrainSettings
-from glmtune.data.dataset import RowTokenizer, load_dataset
+from glmtune.data.dataset import DataCard, RowTokenizer, load_dataset
 from glmtune.data.eval_sets import load_eval_sets, with_eval_sets
 from glmtune.data.split import GROUPS
 from glmtune.data.token_rows import TokenRows
@@ -21,6 +21,8 @@ class RunRows(NamedTuple):
 
     rows: TokenRows
     held_out: np.ndarray
+    card: DataCard | None = None
+    """Where the rows come from, if that is known."""
 
     @property
     def trained_on(self) -> np.ndarray:
@@ -52,7 +54,7 @@ def read_rows(adapter: Path, tokenizer: RowTokenizer) -> RunRows | None:
         raise UserError(f"{run.dataset_path}: holds other rows than the run was trained on")
     if GROUPS in identity:
         rows = rows.grouped(tokenizer.decode_batch, card.source_rows())
-    return RunRows(rows, rows.split(run.eval_ratio, run.seed)[1])
+    return RunRows(rows, rows.split(run.eval_ratio, run.seed)[1], card)
 
 
 def find_rows(adapter: Path, tokenizer: RowTokenizer) -> RunRows | None:

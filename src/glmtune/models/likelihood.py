@@ -179,7 +179,8 @@ def padded_sums(model: Any, rows: TokenRows, row_ids: np.ndarray) -> np.ndarray:
         tokens = slice(rows.starts_R1[row], rows.starts_R1[row + 1])
         labels_S = np.where(rows.is_supervised_T[tokens], rows[row], IGNORED)
         ids_1S, labels_1S = (
-            torch.from_numpy(a[None]).to(model.device) for a in (rows[row], labels_S)
+            torch.from_numpy(a[None].astype(np.int64)).to(model.device)
+            for a in (rows[row], labels_S)
         )
         logits_SV = model(input_ids=ids_1S, use_cache=False).logits[0, :-1].float()
         of_labels = F.cross_entropy(

@@ -210,9 +210,9 @@ class PackedModel:
         return head_loss(hidden_LH, self.head, pack.targets_L, self.softmax_loss)
 
     @torch.no_grad()
-    def log_probs(self, pack: PackTensors) -> Tensor:
+    def log_probs(self, pack: PackTensors, dropouts: Dropouts | None = None) -> Tensor:
         """Log-probability of each of a pack's supervised tokens, ``(L,)`` float32; filler has 0."""
-        return head_log_probs(self._hidden(pack), self.head, pack.targets_L)
+        return head_log_probs(self._hidden(pack, dropouts), self.head, pack.targets_L)
 
     def _hidden(self, pack: PackTensors, dropouts: Dropouts | None = None) -> Tensor:
         """The final norm's outputs where the next token is supervised, ``(L, H)``."""

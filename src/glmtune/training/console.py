@@ -11,8 +11,9 @@ from glmtune.hardware import device_name, memory_gib, total_memory_gib
 from glmtune.models.packed import base_of
 from glmtune.models.precision import has_integer_tables
 from glmtune.models.shape import bits_of
-from glmtune.run_files import PLOT_FILE
+from glmtune.run_files import BEST_NAME, PLOT_FILE, checkpoint_name
 from glmtune.runlog import format_seconds, print_pairs
+from glmtune.training.best import why_no_better
 from glmtune.training.plan import PackPlan
 from glmtune.training.planning.advice import advise, recompute_words
 from glmtune.training.planning.power import describe_power
@@ -122,6 +123,9 @@ def print_summary(
     """Print the outcome of the run, where it is saved, and what to do next."""
     folder = shlex.quote(run.settings.output_dir)
     how = "Done: all" if is_done else f"Stopped after step {state.global_step:,} of"
+    early = why_no_better(state.evaluations.all(), run.settings.early_stopping)
+    if is_done and state.global_step < run.max_steps:
+        how = f"Done: ended early after {state.global_step:,} of"
     pairs = {
         "trained on": f"{since_start.tokens:,} tokens in {format_seconds(since_start.seconds)}, "
         f"{since_start.tokens_per_second:,.0f} a second, "
@@ -135,7 +139,13 @@ def print_summary(
         pairs["general questions"] = (
             f"{right} ({run.general.general.name})" if run.general else right
         )
+    if early and is_done:
+        pairs["why early"] = early
     pairs["adapter"] = f"{run.settings.output_dir} (the curve: {PLOT_FILE})"
+    if state.best:
+        reason = state.best.reason()["en"]
+        pairs["best"] = f"{run.settings.output_dir}/{BEST_NAME}: {checkpoint_name(state.best.step)}"
+        pairs["why best"] = reason
     if not is_done and state.last_good:
         pairs["resume with"] = resume_command(run, state.last_good, program())
     pairs["answer with"] = f"{program()} infer --data_path RECORDS.json --adapter {folder}"

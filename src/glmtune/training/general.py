@@ -65,15 +65,15 @@ def _trained_tokens(run: Run) -> float:
 
 def is_general_due(run: Run, step: int, history: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the general set is to be scored after this step, 0 included, and has not been yet."""
-    falls_due = step % run.eval_steps == 0 or step == run.max_steps
-    if run.general is None or not falls_due:  # called every step: skip the search of records
+    # Called every step: the search of records comes last.
+    if run.general is None or (step and not run.is_evaluated(step)):
         return False
     return not any(KEY in r and r["step"] == step for r in reversed(history))
 
 
 def log_general(
     run: Run, state: TrainingState, log: RunLog, wants_stop: Callable[[], bool]
-) -> None:
+) -> GeneralScores:
     """Score the general set and log it.
 
     Raises:
@@ -92,6 +92,7 @@ def log_general(
     record[f"{KEY}_seconds"] = time.monotonic() - started
     record |= {SET_KEY: run.general.general.digest, "epoch": run.plan.epoch(state.global_step)}
     log.log(state.global_step, record)
+    return scores
 
 
 def score(
@@ -107,7 +108,9 @@ def score(
     general, accelerator = run.general, run.accelerator
     assert general is not None, "there is a set"
     packed = packed_layers(state.model)
-    assert packed is not None, "a run trains LoRA"
+    if packed is None:  # a DoRA adapter that is continued: each process scores every item
+        state.model.eval()
+        return general.score(state.model)
     heaviest = int(run.rows.lengths_R[run.heaviest_part()].sum())
     sums_NC = np.zeros((len(general.general.items), NUM_CHOICES))
     is_cut = False

@@ -1,6 +1,7 @@
 """The loss on held-out rows, at the configured steps."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,8 @@ def is_evaluation_due(run: Run, step: int, history: Sequence[Mapping[str, Any]])
 
 
 def _is_loss_due(run: Run, step: int, history: Sequence[Mapping[str, Any]]) -> bool:
-    falls_due = step > 0 and (step % run.eval_steps == 0 or step == run.max_steps)
-    if not falls_due or not len(run.eval_rows):  # called every step: skip the search of records
+    # Called every step: the search of records comes last.
+    if not len(run.eval_rows) or not run.is_evaluated(step):
         return False
     return not any("eval_loss" in r and r["step"] == step for r in reversed(history))
 
@@ -35,64 +36,75 @@ def evaluate_if_due(
     """Evaluate if an evaluation is due, and return whether it was.
 
     Raises:
-        CutShort: see `mean_loss`; or memory is too small for the evaluation.
+        CutShort: see `row_losses`; or memory is too small for the evaluation.
+        UserError: the scores cannot be written.
     """
-    if not is_evaluation_due(run, state.global_step, log.history):
+    step, folder = state.global_step, Path(run.settings.output_dir)
+    if not is_evaluation_due(run, step, log.history):
         return False
-    if _is_loss_due(run, state.global_step, log.history):
-        _log_loss(run, state, step_pass, log, stop)
-    if is_general_due(run, state.global_step, log.history):
-        log_general(run, state, log, stop.is_wanted)
+    is_main = run.accelerator.is_main_process
+    if _is_loss_due(run, step, log.history):
+        state.evaluations.losses[step] = _log_losses(run, state, step_pass, log, stop)
+        if is_main:
+            state.evaluations.append_losses(step, folder)
+    if is_general_due(run, step, log.history):
+        scores = log_general(run, state, log, stop.is_wanted)
+        state.evaluations.right[step] = scores.accuracy_N
+        if is_main:
+            state.evaluations.append_right(step, folder)
     return True
 
 
-def _log_loss(
+def _log_losses(
     run: Run, state: TrainingState, step_pass: Pass, log: RunLog, stop: StopRequest
-) -> None:
-    rows, size = run.rows, run.settings.per_device_eval_batch_size
-    own = run.eval_rows[run.eval_rows < rows.num_own]
-    sets = ({HELD_OUT: own} if len(own) else {}) | dict(rows.eval_sets)
-    sums, nums = {}, {}
+) -> np.ndarray:
+    """The mean loss of each held-out row's supervised tokens; logs that of each set and of all."""
+    rows, eval_rows = run.rows, run.eval_rows
+    size = run.settings.per_device_eval_batch_size
+    parts = evaluation_parts(rows.lengths_R, eval_rows, run.forecast.pack_length, size)
     with undone_when_cut_short(state, run.accelerator):
-        for name, row_ids in sets.items():
-            parts = evaluation_parts(rows.lengths_R, row_ids, run.forecast.pack_length, size)
-            nums[name] = int(rows.num_labels_R[row_ids].sum())
-            loss = mean_loss(step_pass, parts, nums[name], run.accelerator, stop.is_wanted)
-            sums[name] = loss * nums[name]
-    losses = {"eval_loss": sum(sums.values()) / sum(nums.values())}
+        losses_R = row_losses(step_pass, parts, len(rows), run.accelerator, stop.is_wanted)
+    nums_R = rows.num_labels_R
+    own = eval_rows[eval_rows < rows.num_own]
+    sets = ({HELD_OUT: own} if len(own) else {}) | dict(rows.eval_sets)
+    record = {"eval_loss": float(losses_R[eval_rows].sum() / nums_R[eval_rows].sum())}
     if len(sets) > 1:
-        for name, total in sums.items():
-            losses[f"eval_{name}_loss"] = total / nums[name]
-    log.log(state.global_step, losses | {"epoch": run.plan.epoch(state.global_step)})
+        for name, row_ids in sets.items():
+            loss = losses_R[row_ids].sum() / nums_R[row_ids].sum()
+            record[f"eval_{name}_loss"] = float(loss)
+    log.log(state.global_step, record | {"epoch": run.plan.epoch(state.global_step)})
+    return losses_R[eval_rows] / np.maximum(nums_R[eval_rows], 1)
 
 
-def mean_loss(
+def row_losses(
     step_pass: Pass,
     parts: Sequence[np.ndarray],
-    num_labels: int,
+    num_rows: int,
     accelerator: Accelerator,
     wants_stop: Callable[[], bool] = lambda: False,
-) -> float:
-    """Mean loss per label token over some rows, which are divided among the processes.
+) -> np.ndarray:
+    """Summed loss over the labels of some rows, which are divided among the processes.
 
     Args:
-        step_pass: computes the loss of rows.
+        step_pass: computes the losses of rows.
         parts: row numbers of each pass, see `evaluation_parts`.
-        num_labels: label tokens of all these rows.
+        num_rows: rows of the data set.
         accelerator: knows the device and the other processes.
         wants_stop: called before each pass.
+
+    Returns:
+        ``(num_rows,)`` float64, in nats; 0 for a row of no part.
 
     Raises:
         CutShort: a process was asked to stop before the end; then all raise it.
     """
-    total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    is_cut = False
+    losses_R1 = torch.zeros(num_rows + 1, dtype=torch.float64, device=accelerator.device)
     for part in parts[accelerator.process_index :: accelerator.num_processes]:
-        if is_cut := wants_stop():
+        if wants_stop():
+            losses_R1[-1] = 1
             break
-        total += step_pass.loss(part)
-    sums = torch.stack((total, torch.full_like(total, float(is_cut))))
-    loss_sum, num_cut = accelerator.reduce(sums, reduction="sum").tolist()
+        losses_R1[torch.from_numpy(part).to(accelerator.device)] = step_pass.row_losses(part)
+    *losses, num_cut = accelerator.reduce(losses_R1, reduction="sum").tolist()
     if num_cut:
         raise CutShort
-    return loss_sum / num_labels
+    return np.array(losses)

@@ -22,6 +22,7 @@ from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError, note
 from glmtune.hardware import memory_gib
 from glmtune.runlog import RunLog
+from glmtune.training.best import why_no_better
 from glmtune.training.console import Pace, memory_advice, print_banner, print_summary
 from glmtune.training.faults.crash import bundle_on_fault
 from glmtune.training.faults.loss_watch import check_course
@@ -35,6 +36,7 @@ from glmtune.training.prepare import prepare
 from glmtune.training.processes import on_main
 from glmtune.training.run import Run, build_pass, build_state, start_accelerator
 from glmtune.training.saving import checkpoints, run_folder
+from glmtune.training.saving.run_folder import evaluations_at
 from glmtune.training.saving.save import open_log, save
 from glmtune.training.state import TrainingState
 
@@ -48,6 +50,8 @@ class TrainResult:
     log_history: list[dict[str, Any]]
     interrupted: bool
     """Stopped by Ctrl+C or SIGTERM before the end; `checkpoint-N` of that step can be resumed."""
+    is_done: bool
+    """Whether all steps were taken, or as many as early_stopping asked for."""
 
 
 AtEnd = Callable[[PeftModel, Any, TokenRows, np.ndarray], object]
@@ -77,8 +81,7 @@ def train(settings: TrainSettings, at_end: AtEnd | None = None) -> TrainResult:
             result = fit(run, model, stop, ready.resume)
         except torch.OutOfMemoryError as error:
             raise UserError(f"{memory_advice(run)}; checkpoints are as they were") from error
-    is_done = result.global_step >= run.max_steps and not result.interrupted
-    if at_end is not None and accelerator.is_main_process and is_done:
+    if at_end is not None and accelerator.is_main_process and result.is_done:
         at_end(model, ready.tokenizer, run.rows, run.eval_rows)
     return result
 
@@ -103,6 +106,7 @@ def fit(run: Run, model: PeftModel, stop: StopRequest, resume: Path | None = Non
     torch.manual_seed(settings.seed + accelerator.process_index)
     history = checkpoints.load_checkpoint(resume, state, accelerator) if resume else []
     history = of_this_set(run, history)
+    state.evaluations = evaluations_at(run, resume, state.global_step)
     if accelerator.is_main_process:
         print_banner(run, state)
     check_first_step(run, state, step_pass)
@@ -121,15 +125,21 @@ def fit(run: Run, model: PeftModel, stop: StopRequest, resume: Path | None = Non
                     f"{memory_advice(run, evaluating)}; {kept}, with --resume_anyway true where "
                     "packs, layout or bits are to be others"
                 ) from cut
-    is_done = state.global_step >= run.max_steps and not is_evaluation_due(
-        run, state.global_step, log.history
-    )
+    has_ended = state.global_step >= run.max_steps or ends_early(run, state)
+    is_done = bool(has_ended) and not is_evaluation_due(run, state.global_step, log.history)
     if accelerator.is_main_process:
         print_summary(run, state, log.history, since_start, is_done)
         if not is_done and not stop.by_signal and not since_start.tokens:
             note(f"max_hours ({settings.max_hours:g}) was over before the first step: raise it")
     interrupted = stop.by_signal and not is_done
-    return TrainResult(Path(settings.output_dir), state.global_step, log.history, interrupted)
+    return TrainResult(
+        Path(settings.output_dir), state.global_step, log.history, interrupted, is_done
+    )
+
+
+def ends_early(run: Run, state: TrainingState) -> str | None:
+    """Why the run ends before its last step, its held-out loss being no better; or None."""
+    return why_no_better(state.evaluations.all(), run.settings.early_stopping)
 
 
 def take_steps(
@@ -143,10 +153,10 @@ def take_steps(
     """
     # Before the first step, and where the earlier run stopped during an evaluation.
     evaluate_if_due(run, state, step_pass, log, stop)
-    if state.global_step >= run.max_steps:  # only complete the run folder
-        save(run, state, log)
+    if state.global_step >= run.max_steps or ends_early(run, state):
+        save(run, state, log)  # only complete the run folder
     pace = Pace(state)
-    while state.global_step < run.max_steps:
+    while state.global_step < run.max_steps and not ends_early(run, state):
         if stop.is_agreed():
             raise CutShort
         learning_rate = state.optimizer.param_groups[0]["lr"]
@@ -193,9 +203,8 @@ def record_if_due(
 
 
 def save_if_due(run: Run, state: TrainingState, log: RunLog) -> bool:
-    """Save after the last step and every `save_steps`-th; return whether this was one."""
-    step = state.global_step
-    if step % run.settings.save_steps and step != run.max_steps:
+    """Save after the last step and where a checkpoint is due; return whether this was one."""
+    if not run.is_saved(state.global_step) and not ends_early(run, state):
         return False
     save(run, state, log)
     return True

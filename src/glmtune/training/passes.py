@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -45,8 +46,8 @@ class Pass(ABC):
         """
 
     @abstractmethod
-    def loss(self, row_ids: np.ndarray) -> Tensor:
-        """Summed loss over the labels of rows, without dropout or gradient."""
+    def row_losses(self, row_ids: np.ndarray) -> Tensor:
+        """Summed loss over the labels of each row, without dropout or gradient: float64."""
 
     @abstractmethod
     def gradients(self, row_ids: np.ndarray, weights: Sequence[nn.Parameter]) -> LossAndGradients:
@@ -77,10 +78,19 @@ class PaddedPass(Pass):
         return loss.detach()
 
     @torch.no_grad()
-    def loss(self, row_ids: np.ndarray) -> Tensor:
+    def row_losses(self, row_ids: np.ndarray) -> Tensor:
         """See `Pass`."""
         self.model.eval()
-        return self._forward(row_ids, 1)
+        batch = collate(self.rows, row_ids)
+        batch = {name: move(tensor, self.accelerator.device) for name, tensor in batch.items()}
+        labels_BS = batch.pop("labels")
+        with self.accelerator.autocast():
+            logits_BSV = self.model(**batch, use_cache=False).logits
+        losses_B = [
+            F.cross_entropy(logits_SV[:-1].float(), labels_S[1:], reduction="sum")
+            for logits_SV, labels_S in zip(logits_BSV, labels_BS, strict=True)
+        ]
+        return torch.stack(losses_B).double()
 
     def gradients(self, row_ids: np.ndarray, weights: Sequence[nn.Parameter]) -> LossAndGradients:
         """See `Pass`."""
@@ -129,10 +139,14 @@ class PackedPass(Pass):
         self.accelerator.backward(loss)
         return loss.detach()
 
-    @torch.no_grad()
-    def loss(self, row_ids: np.ndarray) -> Tensor:
+    def row_losses(self, row_ids: np.ndarray) -> Tensor:
         """See `Pass`."""
-        return self.model.loss(self.model.to_tensors(self.pack(row_ids)), self.dropouts(0.0))
+        pack = self.model.to_tensors(self.pack(row_ids))
+        log_probs_L = self.model.log_probs(pack, self.dropouts(0.0)).double()
+        counts = self.rows.num_labels_R[row_ids]
+        row_L = torch.from_numpy(np.repeat(np.arange(len(row_ids)), counts)).to(log_probs_L.device)
+        losses_R = log_probs_L.new_zeros(len(row_ids))
+        return losses_R.index_add_(0, row_L, -log_probs_L[: len(row_L)])
 
     def gradients(self, row_ids: np.ndarray, weights: Sequence[nn.Parameter]) -> LossAndGradients:
         """See `Pass`."""

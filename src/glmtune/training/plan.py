@@ -4,6 +4,7 @@ The order of the rows is a pure function of seed and epoch, so a resumed run nee
 in its data, and one process with batches of 6 sees the same rows as two with batches of 3.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -278,6 +279,20 @@ def evaluation_parts(
         return plan_packs(lengths_R, row_ids, pack_length)
     by_length = row_ids[np.argsort(lengths_R[row_ids], kind="stable")]
     return [by_length[first : first + batch_size] for first in range(0, len(row_ids), batch_size)]
+
+
+def is_saved(settings: TrainSettings, plan: Plan, step: int) -> bool:
+    """Whether a checkpoint is due after a step, the last one of a run aside."""
+    if settings.save_strategy == "epoch":
+        return plan.locate(step)[1] == 0
+    return step % settings.save_steps == 0
+
+
+def count_saves(settings: TrainSettings, plan: Plan, after: int, last: int) -> int:
+    """Checkpoints that a run writes after a step, the one of its last step among them."""
+    if settings.save_strategy == "epoch":
+        return max(0, math.ceil(plan.epoch(last)) - int(plan.epoch(after)))
+    return max(0, -(-last // settings.save_steps) - after // settings.save_steps)
 
 
 def count_steps(settings: TrainSettings, plan: Plan) -> int:

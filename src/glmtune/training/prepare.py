@@ -19,6 +19,8 @@ from glmtune.models.families import family_of
 from glmtune.models.fingerprint import fingerprint
 from glmtune.models.loading import check_pair, load_base_model, load_config, load_tokenizer
 from glmtune.models.resolve import base_name, resolve_base
+from glmtune.training.beginning import begin_with, check_kind
+from glmtune.training.best import check_patience
 from glmtune.training.general import general_rows
 from glmtune.training.planning.advice import check_fit, print_forecast
 from glmtune.training.planning.forecast import make_forecaster
@@ -59,9 +61,10 @@ def prepare(settings: TrainSettings, accelerator: Accelerator, dtype: torch.dtyp
     if settings.base_dtype == "fp8":
         check_fp8(accelerator.device)
     resume, notes = on_main(accelerator, lambda: run_folder.resume_point(settings))
-    base = resolve_base(settings.base, str(resume) if resume else None)
+    base = resolve_base(settings.base, str(resume) if resume else settings.adapter)
     tokenizer = load_tokenizer(base)
     config = load_config(base)
+    settings, beginning = begin_with(settings, config, resume)
     family = family_of(config)
     rule = family.row_rule(config)
     rows, card = _load_rows(settings, tokenizer, rule, config.vocab_size, resume)
@@ -88,7 +91,10 @@ def prepare(settings: TrainSettings, accelerator: Accelerator, dtype: torch.dtyp
         "template": card.template,
     }
     torch.manual_seed(settings.seed)
-    adapted = adapt(model, settings)
+    adapted = adapt(model, settings, beginning.adapter if beginning else None)
+    if beginning:
+        check_kind(adapted, forecast.layout, str(settings.adapter))
+        sources |= beginning.identity()
     run = Run.of(settings, accelerator, rows, adapted, base_name(base), sources, forecaster)
     limit = model.config.max_position_embeddings
     run = replace(run, general=general_rows(settings, run, base, tokenizer, limit))
@@ -97,7 +103,8 @@ def prepare(settings: TrainSettings, accelerator: Accelerator, dtype: torch.dtyp
         notes += checkpoints.check_same_run(resume, run.identity, settings.resume_anyway)
         notes += run_folder.check_unfinished(run, resume)
     note(*notes)
-    sizes = forecast.setup, run.max_steps, accelerator.num_processes
+    check_patience(settings.early_stopping, len(run.eval_rows))
+    sizes = forecast.setup, run.plan, run.max_steps, accelerator.num_processes
     on_main(accelerator, lambda: run_folder.check_disk(settings, *sizes, resume))
     as_run = {
         "base": base,

@@ -17,7 +17,8 @@ from torch import nn
 from torch.optim import AdamW
 from transformers import PreTrainedModel, get_scheduler
 
-from glmtune.adapters import attach_lora
+from glmtune.adapters import attach_lora, continue_adapter
+from glmtune.adapters.formats import Adapter
 from glmtune.config.settings import TrainSettings
 from glmtune.data.packing import check_lengths
 from glmtune.data.split import GROUPS
@@ -29,7 +30,7 @@ from glmtune.models.families import family_of
 from glmtune.models.packed import PackedModel, base_of, to_fp8
 from glmtune.models.shape import bits_of
 from glmtune.training.passes import CapturedPass, PackedPass, PaddedPass, Pass
-from glmtune.training.plan import PackPlan, Plan, count_steps, make_plan
+from glmtune.training.plan import PackPlan, Plan, count_steps, is_saved, make_plan
 from glmtune.training.planning.forecast import Forecast, Forecaster, make_forecaster
 from glmtune.training.planning.memory import Layout
 from glmtune.training.processes import leave_at_exit
@@ -37,6 +38,7 @@ from glmtune.training.state import TrainingState
 from glmtune.training.watch import Watch
 
 MANY_EPOCHS = 50
+SAVE_STEPS = TrainSettings.model_fields["save_steps"].default
 
 # Settings that change a run's numbers by themselves; `Run.identity` adds the derived ones.
 _NUMERIC_SETTINGS = (
@@ -128,6 +130,11 @@ class Run:
                 f"{self.max_steps:,} steps and never comes to {self.settings.learning_rate:g}; "
                 "--warmup_steps 0.03 takes 3 % of them"
             )
+        if self.settings.save_strategy == "epoch" and self.settings.save_steps != SAVE_STEPS:
+            told.append(
+                f"save_steps {self.settings.save_steps} has no effect: checkpoints come after each "
+                "epoch (--save_strategy steps: every save_steps)"
+            )
         return told
 
     @property
@@ -170,10 +177,26 @@ class Run:
             **{name: getattr(self.settings, name) for name in _NUMERIC_SETTINGS},
         }
 
+    def is_saved(self, step: int) -> bool:
+        """Whether there is a checkpoint of a step that has been taken."""
+        return step > 0 and (is_saved(self.settings, self.plan, step) or step == self.max_steps)
+
+    def is_evaluated(self, step: int) -> bool:
+        """Whether there is an evaluation of a step that has been taken."""
+        if every := self.settings.eval_steps:
+            return step > 0 and (step % every == 0 or step == self.max_steps)
+        return self.is_saved(step)
+
     @property
     def eval_steps(self) -> int:
-        """Steps between evaluations."""
-        return self.settings.eval_steps or self.settings.save_steps
+        """Steps between evaluations; of the first epoch, where there is one after each."""
+        return self.settings.eval_steps or self.save_steps
+
+    @property
+    def save_steps(self) -> int:
+        """Steps between checkpoints; of the first epoch, where there is one after each."""
+        by_epoch = self.settings.save_strategy == "epoch"
+        return self.plan.steps_in(0) if by_epoch else self.settings.save_steps
 
 
 def _digest(groups_R: np.ndarray) -> str:
@@ -215,15 +238,29 @@ def start_accelerator(settings: TrainSettings) -> tuple[Accelerator, torch.dtype
     return accelerator, dtype
 
 
-def adapt(model: PreTrainedModel, settings: TrainSettings) -> PeftModel:
-    """Attach the run's adapter to a base, and convert the base to the requested number format."""
-    adapted = attach_lora(
-        model,
-        rank=settings.lora_rank or family_of(model.config).lora_rank,
-        alpha=settings.lora_alpha,
-        dropout=settings.lora_dropout,
-        targets=settings.lora_target,
-    )
+def adapt(
+    model: PreTrainedModel, settings: TrainSettings, beginning: Adapter | None = None
+) -> PeftModel:
+    """Put the run's adapter on a base, and convert the base to the requested number format.
+
+    Args:
+        model: the base model.
+        settings: the run's settings.
+        beginning: the adapter that the run continues; else it starts a new one.
+
+    Raises:
+        UserError: the adapter does not fit the base, or float8 the base's number format.
+    """
+    if beginning is not None:
+        adapted = continue_adapter(model, beginning, settings.lora_dropout)
+    else:
+        adapted = attach_lora(
+            model,
+            rank=settings.lora_rank or family_of(model.config).lora_rank,
+            alpha=settings.lora_alpha,
+            dropout=settings.lora_dropout,
+            targets=settings.lora_target,
+        )
     if settings.base_dtype == "fp8":
         if bits := bits_of(model.config):
             raise UserError(

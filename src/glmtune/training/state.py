@@ -1,7 +1,7 @@
 """What changes while a model trains, and must be restored for a resumed run to be the same."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from glmtune.training.best import Best, Evaluations
 from glmtune.training.watch import RandomState, Watch
 
 
@@ -32,6 +33,10 @@ class TrainingState:
     """Steps in `loss_sum`."""
     num_tokens: int = 0
     """Real tokens seen by all processes, padding not counted."""
+    evaluations: Evaluations = field(default_factory=Evaluations)
+    """The scores of each held-out row and general question so far."""
+    best: Best | None = None
+    """The best checkpoint; known to the first process."""
     last_good: Path | None = None
     """The newest checkpoint that this run has written, or was resumed from."""
 

@@ -69,10 +69,6 @@ ANSWERS: tuple[Foreign, ...] = (
         "adapter",
         becomes("quantization_bit", word="NF4 under LoRA", values={"qlora": "4"}, verbs=TRAINING),
         idle("lora", word="LoRA is what is trained"),
-        refused(
-            "a run starts with a new adapter, which goes to --output_dir output; the base is "
-            "--base FOLDER; --resume_from_checkpoint output/checkpoint-1000 resumes a run"
-        ),
         refused("the base is --base FOLDER", ("convert", "tokenize", "doctor", "replay")),
     ),
     *rows(

@@ -17,12 +17,7 @@ from glmtune.config.foreign.fates import (
 )
 
 _BASE = becomes("base", word="folder or hub id of the base")
-_NEW_ADAPTER = refused(
-    "a run starts with a new adapter: to resume a run, --resume_from_checkpoint output/"
-    "checkpoint-1000; to build on an adapter `glmtune merge --adapter ADAPTER --save_path "
-    "merged`, then --base merged"
-)
-_ADAPTER = (becomes("adapter", word="run folder or adapter"), _NEW_ADAPTER)
+_ADAPTER = (becomes("adapter", word="run folder or adapter"),)
 _TOKENIZER = refused("the tokenizer is the base's, from --base; leave this out", WITH_BASE)
 _NOT_QUANTISED = idle("false", word="nothing is quantised", verbs=EVERYWHERE)
 _IN_8_BITS = (

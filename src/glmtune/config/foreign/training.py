@@ -15,12 +15,17 @@ from glmtune.config.foreign.fates import (
     refused,
     rows,
     share_of_steps,
+    unless,
 )
 from glmtune.config.foreign.training_arguments import NO_SHARDS, OPTIMISER, TORCHRUN
 
 _LORA_ONLY = (
     "LoRA on linears is all that is trained: `glmtune train --dataset_path rows --output_dir "
     "output --lora_rank 8 --lora_target query_key_value`; leave this out"
+)
+_ON_TOP = (
+    "to train a new adapter on top of another, `glmtune merge --adapter ADAPTER --save_path "
+    "merged`, then --base merged; leave this out"
 )
 _PLAIN = "the update is LoRA's of 2023, scaled by lora_alpha / lora_rank; leave this out"
 _NO_PREFIX = refused(
@@ -145,15 +150,15 @@ TRAINING_NAMES: tuple[Foreign, ...] = (
         "disable_gradient_checkpointing",
         becomes("gradient_checkpointing", values={"true": "false", "false": "auto"}),
     ),
-    *_off(
+    *rows(
         "LLaMA-Factory, axolotl",
         "early_stopping_steps early_stopping_patience",
-        "a run takes a fixed number of steps: --max_steps 1000, or --max_hours 8",
+        becomes("early_stopping", word="evaluations that may follow the best one"),
     ),
     *_off(
         "axolotl",
         "evals_per_epoch saves_per_epoch",
-        "both come every N steps: --eval_steps 500 --save_steps 500",
+        "both come every N steps, or after each epoch: --eval_steps 500 --save_steps 500",
     ),
     *moot_rows(
         "ptuning, finetune_demo",
@@ -186,12 +191,12 @@ TRAINING_NAMES: tuple[Foreign, ...] = (
         becomes("resume_from_checkpoint", values={"true": "true", "false": DEFAULT}),
     ),
     *rows("scripts of 2023", "resume resume_from", becomes("resume_from_checkpoint")),
-    *moot_rows(
-        "ChatGLM-Efficient-Tuning, LLaMA-Factory",
-        "resume_lora_training create_new_adapter",
-        "a run starts with a new adapter",
-        TRAINING,
+    *rows(
+        "ChatGLM-Efficient-Tuning",
+        "resume_lora_training",
+        *unless("true", word="a run with --adapter continues its training", way=_ON_TOP),
     ),
+    *_off("LLaMA-Factory", "create_new_adapter", _ON_TOP),
     *moot_rows("LLaMA-Factory", "plot_loss", "the curve of the loss is always drawn", TRAINING),
     *_off("alpaca-lora, axolotl", "wandb_project wandb_run_name wandb_watch", _METRICS),
     *_off("alpaca-lora, axolotl", "wandb_log_model use_wandb wandb_entity wandb_name", _METRICS),

@@ -100,7 +100,10 @@ TRAINING_ARGUMENTS: tuple[Foreign, ...] = (
         "eval_strategy evaluation_strategy",
         becomes("eval_ratio", word="no rows are held out", values={"no": "0"}),
         idle("steps", word=_EVALUATION),
-        refused("evaluations come every N steps: --eval_ratio 0.1 --eval_steps 500"),
+        refused(
+            "evaluations come with the checkpoints: --eval_ratio 0.1 --save_strategy epoch; or "
+            "every N steps: --eval_ratio 0.1 --eval_steps 500"
+        ),
     ),
     *_moot("do_eval", _EVALUATION),
     *_moot(
@@ -116,20 +119,13 @@ TRAINING_ARGUMENTS: tuple[Foreign, ...] = (
     ),
     *_off(
         "load_best_model_at_end",
-        "the last checkpoint is the result; metrics.jsonl shows which was the best, and `glmtune "
-        "merge --adapter output/checkpoint-1000 --save_path merged` takes any",
+        "the last checkpoint is the result, and output/best leads to the best: `glmtune merge "
+        "--adapter output/best --save_path merged`, like any verb, takes either",
     ),
-    *_moot("metric_for_best_model greater_is_better", "no checkpoint is chosen as the best"),
+    *_moot(
+        "metric_for_best_model greater_is_better", "the best checkpoint is chosen by held-out rows"
+    ),
     # --- saving and resuming ---
-    *rows(
-        _SOURCE,
-        "save_strategy",
-        *unless(
-            "steps",
-            word="checkpoints come every save_steps",
-            way="checkpoints come every N steps, and at the end: --save_steps 1000",
-        ),
-    ),
     *rows(
         _SOURCE,
         "save_safetensors",

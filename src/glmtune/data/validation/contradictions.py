@@ -73,7 +73,7 @@ def find_contradictions(
     told = []
     for members in groups:
         texts = [answers[m.file, m.place.row, m.number] for m in members[:MOST_ANSWERS]]
-        if other := _first_different(texts):
+        if other := first_different(texts):
             is_near = members[0].question != members[other].question
             rank = is_near, len(texts[0]) + len(texts[other])
             told.append((rank, _problem(members, other, texts[0], texts[other])))
@@ -137,7 +137,7 @@ def _read_answers(source: Reread, rows: Mapping[int, set[int]]) -> dict[tuple[in
     return found
 
 
-def _first_different(answers: Sequence[str]) -> int:
+def first_different(answers: Sequence[str]) -> int:
     """The place of the first answer that is not near-equal to the first one; 0 if all are."""
     bare = [survey(answer.encode("utf-8", "replace")).bare for answer in answers]
     for place, text in enumerate(bare):

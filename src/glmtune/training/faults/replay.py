@@ -8,6 +8,8 @@ import torch
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
 
+from glmtune.adapters.formats import Adapter
+from glmtune.adapters.settings import lora_config, read_settings
 from glmtune.config.reading import read_config
 from glmtune.config.settings import ReplaySettings, TrainSettings
 from glmtune.models.families import family_of
@@ -47,16 +49,14 @@ def replay(settings: ReplaySettings) -> bool:
     step = bundle.told["step"]
     num_rows = sum(len(step_pass.row_ids) for step_pass in bundle.passes)
     print(f"step {step} of {bundle.told['base']} on {num_rows} rows", flush=True)
-    model = adapt(
-        load_base_model(
-            base,
-            dtype=dtype,
-            device=accelerator.device,
-            bits=recipe.bits,
-            quantize_head=recipe.quantize_head,
-        ),
-        recipe,
+    base_model = load_base_model(
+        base,
+        dtype=dtype,
+        device=accelerator.device,
+        bits=recipe.bits,
+        quantize_head=recipe.quantize_head,
     )
+    model = adapt(base_model, recipe, _beginning(bundle.folder) if recipe.adapter else None)
     rule = family_of(model.config).row_rule(model.config)
     set_peft_model_state_dict(model, load_file(bundle.folder / WEIGHTS_FILE))
     outcome = compute_again(
@@ -72,6 +72,14 @@ def replay(settings: ReplaySettings) -> bool:
     print("reproduced" if agrees else "not reproduced")
     _print_differences(bundle, surroundings(accelerator.device, dtype))
     return agrees
+
+
+def _beginning(folder: Path) -> Adapter:
+    """The adapter of a run that continued another, which may be no longer there."""
+    settings, _ = read_settings(folder)
+    assert settings is not None, "a bundle has the adapter's settings"
+    path = folder / WEIGHTS_FILE
+    return Adapter(lora_config(settings, path), load_file(path), path)
 
 
 def _is_like(now: Outcome, then: Outcome) -> bool:

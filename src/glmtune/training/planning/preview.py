@@ -40,7 +40,7 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
     Raises:
         UserError: a card or a base model that is not known, or a JSON file that cannot be written.
     """
-    base = resolve_base(settings.base, needs_weights=False)
+    base = resolve_base(settings.base, settings.adapter, needs_weights=False)
     check_targets(settings.lora_target, base)
     check_appendable(settings.json_path)
     card, dtype = _card_and_dtype(settings)
@@ -50,6 +50,10 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
     rows = _rows(settings, config)
     forecaster = partial(forecast, config=config, dtype=dtype, card=card, rows=rows)
     training = train_settings(settings)
+    if training.adapter:
+        from glmtune.training.beginning import begin_with  # which imports torch
+
+        training, _ = begin_with(training, config)
     now = forecaster(training)
     print_forecast(now, training, base_name(base))
     record = now.as_record() | {"base": base_name(base)}

@@ -44,7 +44,9 @@ def last_checkpoint_bytes(
     """
     num_records = max_steps // settings.logging_steps + 2
     if settings.eval_ratio or settings.eval_dataset_path:
-        num_records += max_steps // (settings.eval_steps or settings.save_steps) + 1
+        # After each epoch there are fewer than after each step.
+        every = 1 if settings.save_strategy == "epoch" else settings.save_steps
+        num_records += max_steps // (settings.eval_steps or every) + 1
     num_tensors = 2 * len(setup.targets) * setup.shape.num_layers
     return checkpoint_bytes(setup.parameters(), num_tensors, num_processes, num_records)
 

@@ -18,7 +18,7 @@ from glmtune.adapters import restore_adapter, save_adapter, verify_saved
 from glmtune.data.files import new_folder, write_json
 from glmtune.disk import check_room
 from glmtune.drafts import remove_folder, write_errors
-from glmtune.errors import UserError, note
+from glmtune.errors import UserError, note, value_words
 from glmtune.models.torch_files import read_torch_file, write_torch_file
 from glmtune.run_files import (
     OPTIMIZER_FILE,
@@ -33,6 +33,7 @@ from glmtune.run_files import (
 from glmtune.training.processes import on_main
 from glmtune.training.saving.checkpoint_size import checkpoint_bytes
 from glmtune.training.saving.manifest import (
+    BEGINNING,
     find_fault,
     has_manifest,
     our_part,
@@ -119,8 +120,9 @@ def check_same_run(
     Raises:
         UserError: the checkpoint belongs to a run that differs; the message names the differences.
     """
-    theirs = read_identity(checkpoint)
-    ours = json.loads(json.dumps(identity))  # a tuple is read back as a list
+    # A checkpoint that does not name an adapter to continue began with a new one.
+    theirs = {BEGINNING: None} | read_identity(checkpoint)
+    ours = {BEGINNING: None} | json.loads(json.dumps(identity))  # a tuple is read back as a list
     notes = []
     if not has_manifest(checkpoint):
         notes.append(
@@ -130,7 +132,7 @@ def check_same_run(
     if unknown := [key for key in ours if key not in theirs]:
         notes.append(f"{checkpoint} does not say its {', '.join(unknown)}: taken to be the same")
     differences = [
-        f"{key} {theirs[key]} (now {ours.get(key)})"
+        f"{key} {value_words(theirs[key])} (now {value_words(ours.get(key))})"
         for key in theirs
         if theirs[key] != ours.get(key)
     ]
@@ -206,8 +208,12 @@ def describe(
     }
 
 
-def rotate_checkpoints(output_dir: Path, limit: int | None, step: int) -> None:
-    """Delete all but the newest `limit` checkpoints; the one of `step`, just saved, is the newest.
+def rotate_checkpoints(
+    output_dir: Path, limit: int | None, step: int, best: int | None = None
+) -> None:
+    """Delete all but the newest `limit` checkpoints, and that of step `best`.
+
+    The one of `step`, just saved, is the newest.
 
     Those of later steps are left over from before the run was resumed at an earlier step: they are
     deleted first. None is deleted before the newest has been read back from disk and found whole.
@@ -217,6 +223,7 @@ def rotate_checkpoints(output_dir: Path, limit: int | None, step: int) -> None:
     """
     by_age = sorted(saved_steps(output_dir), key=lambda saved: (saved <= step, saved))
     too_many = by_age[: max(0, len(by_age) - limit)] if limit else []
+    too_many = [old for old in too_many if old != best]
     newest = output_dir / checkpoint_name(step)
     if too_many and (fault := find_fault(newest)):
         raise UserError(

@@ -27,6 +27,8 @@ from glmtune.run_files import (
     step_in,
 )
 
+BEGINNING = "adapter continued"
+"""The name, in a run's identity, of the adapter whose weights it began with."""
 TORCH_FILES = (OPTIMIZER_FILE, SCHEDULER_FILE)
 _NEEDED = (WEIGHTS_FILE, ADAPTER_CONFIG_FILE, *TORCH_FILES, STATE_FILE)
 # Our part of trainer_state.json: transformers reserves a place for state of callbacks.

@@ -25,7 +25,9 @@ from glmtune.run_files import (
     saved_steps,
     step_in,
 )
+from glmtune.training.best import Evaluations, why_no_better
 from glmtune.training.held_out import is_evaluation_due
+from glmtune.training.plan import Plan, count_saves
 from glmtune.training.planning.memory import Setup
 from glmtune.training.run import Run
 from glmtune.training.saving.checkpoint_size import last_checkpoint_bytes, most_new_checkpoints
@@ -74,15 +76,22 @@ def check_unfinished(run: Run, checkpoint: Path) -> list[str]:
     """
     output_dir, state = Path(run.settings.output_dir), read_trainer_state(checkpoint)
     step = int(state["global_step"])
+    early = why_no_better(evaluations_at(run, checkpoint, step).all(), run.settings.early_stopping)
     beside = _state_beside(checkpoint) if _is_inside(checkpoint, output_dir) else None
     history = (beside or state)["log_history"]
-    if step < run.max_steps or is_evaluation_due(run, step, history):
+    if (step < run.max_steps and not early) or is_evaluation_due(run, step, history):
         return []
     if _is_inside(checkpoint, output_dir) and beside is None:
         return [f"{checkpoint} is the last: nothing is trained, {output_dir} is made whole from it"]
     for file in (*TORCH_FILES, *(path.name for path in checkpoint.glob(RANDOM_FILES))):
         read_torch_file(checkpoint / file)  # report an unreadable checkpoint as such
     settings = run.settings
+    go_on = f"for new rows or a new schedule, --adapter {checkpoint} --output_dir NEW"
+    if early:
+        raise UserError(
+            f"{checkpoint}: nothing is left to train: {early}; {go_on}; to train on all the same: "
+            "--early_stopping none"
+        )
     asked, more = "max_steps", 2 * step
     if settings.max_steps <= 0:
         asked, more = "num_train_epochs", math.ceil(run.plan.epoch(step)) + 1
@@ -90,9 +99,18 @@ def check_unfinished(run: Run, checkpoint: Path) -> list[str]:
     anyway = " --resume_anyway true" if run.has_end or 0 < settings.warmup_steps < 1 else ""
     raise UserError(
         f"{checkpoint}: nothing is left to train: it has {step:,} steps, and {asked} "
-        f"({getattr(settings, asked):g}) asks for {run.max_steps:,}; to train on, raise that: "
-        f"--{asked} {more}{anyway}"
+        f"({getattr(settings, asked):g}) asks for {run.max_steps:,}; {go_on}; to train on, "
+        f"raise that: --{asked} {more}{anyway}"
     )
+
+
+def evaluations_at(run: Run, checkpoint: Path | None, step: int) -> Evaluations:
+    """The evaluations that a run had made when it saved a checkpoint; none without one."""
+    general_set = run.general.general.digest if run.general else None
+    if checkpoint is None:
+        return Evaluations(general_set)
+    folder = run_folder_of(checkpoint)
+    return Evaluations.read(folder, step, len(run.eval_rows), general_set)
 
 
 def _state_beside(checkpoint: Path) -> dict[str, Any] | None:
@@ -125,7 +143,8 @@ def claim_output_dir(settings: TrainSettings, checkpoint: Path | None) -> Path:
         clear_drafts(output_dir, lambda name: name in FILES_BESIDE or step_in(name) is not None)
         stale = [] if _is_inside(checkpoint, output_dir) else _find_run(output_dir)
         for entry in stale:
-            remove_folder(entry) if entry.is_dir() else entry.unlink()
+            is_link = entry.is_symlink()
+            remove_folder(entry) if entry.is_dir() and not is_link else entry.unlink()
     except OSError as error:
         raise UserError(
             f"output_dir: {output_dir} cannot be written ({error.strerror}); name another folder"
@@ -137,6 +156,7 @@ def claim_output_dir(settings: TrainSettings, checkpoint: Path | None) -> Path:
 def check_disk(
     settings: TrainSettings,
     setup: Setup,
+    plan: Plan,
     max_steps: int,
     num_processes: int = 1,
     checkpoint: Path | None = None,
@@ -146,6 +166,7 @@ def check_disk(
     Args:
         settings: the run's settings: how many checkpoints there will be, and where.
         setup: the training setup, which gives their size.
+        plan: the run's steps.
         max_steps: steps of the whole run.
         num_processes: processes that share a step.
         checkpoint: the checkpoint to resume from, if any.
@@ -161,19 +182,29 @@ def check_disk(
         num_there = len(saved_steps(output_dir))
     else:
         freed = sum(_size(entry) for entry in _find_run(output_dir))
-    num_saves = -(-max_steps // settings.save_steps) - first_step // settings.save_steps
-    count = most_new_checkpoints(max(0, num_saves), num_there, settings.save_total_limit)
+    num_saves = count_saves(settings, plan, first_step, max_steps)
+    limit = settings.save_total_limit
+    if limit and (settings.eval_ratio or settings.eval_dataset_path):
+        limit += 1  # the best is kept besides
+    count = most_new_checkpoints(num_saves, num_there, limit)
     size = last_checkpoint_bytes(settings, setup, max_steps, num_processes)
     check_room(
         output_dir,
         (count + 1) * size - freed,  # and the files beside them
         f"{count:,} checkpoint(s) of {size / MEGABYTE:,.1f} MB and the adapter take",
         f"set save_total_limit (now {settings.save_total_limit or 'all are kept'}) or a larger "
-        f"save_steps ({settings.save_steps}), free some space, or name another output_dir",
+        f"save_steps (now {_pace(settings)}), free some space, or name another output_dir",
     )
 
 
+def _pace(settings: TrainSettings) -> str:
+    by_epoch = settings.save_strategy == "epoch"
+    return "after each epoch" if by_epoch else str(settings.save_steps)
+
+
 def _size(path: Path) -> int:
+    if path.is_symlink():
+        return 0
     files = [path] if path.is_file() else path.rglob("*")
     return sum(file.stat().st_size for file in files if file.is_file())
 
@@ -190,7 +221,8 @@ def _find_run(output_dir: Path) -> list[Path]:
     files = [output_dir / name for name in FILES_BESIDE]
     events = output_dir.glob(f"{TENSORBOARD_FOLDER}/events.out.tfevents.*")
     crashes = sorted(output_dir.glob("crash-*"))
-    return [entry for entry in (*checkpoints, *files, *events, *crashes) if entry.exists()]
+    found = (*checkpoints, *files, *events, *crashes)
+    return [entry for entry in found if entry.exists() or entry.is_symlink()]
 
 
 def find_checkpoint(path: Path) -> tuple[Path, list[str]]:

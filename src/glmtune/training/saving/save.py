@@ -12,6 +12,7 @@ from glmtune.runlog import RunLog
 from glmtune.training.processes import on_main
 from glmtune.training.run import Run
 from glmtune.training.saving import checkpoints
+from glmtune.training.saving.best_link import mark_best
 from glmtune.training.saving.run_folder import what_is_kept
 from glmtune.training.state import TrainingState
 
@@ -19,6 +20,8 @@ from glmtune.training.state import TrainingState
 def open_log(run: Run, state: TrainingState, history: list[dict[str, Any]]) -> RunLog:
     """The run's log, which continues after the records of earlier steps."""
     settings = run.settings
+    if run.accelerator.is_main_process and (len(run.eval_rows) or run.general):
+        state.evaluations.write(Path(settings.output_dir))
     return RunLog(
         settings.output_dir,
         run.max_steps,
@@ -55,11 +58,15 @@ def save(run: Run, state: TrainingState, log: RunLog) -> None:
         train_batch_size=settings.per_device_train_batch_size,
         logging_steps=settings.logging_steps,
         eval_steps=run.eval_steps,
-        save_steps=settings.save_steps,
+        save_steps=run.save_steps,
     )
 
     def write_the_rest() -> None:
-        checkpoints.rotate_checkpoints(output_dir, settings.save_total_limit, state.global_step)
+        state.best = best = mark_best(output_dir, state.evaluations.all())
+        kept = best.step if best else None
+        checkpoints.rotate_checkpoints(
+            output_dir, settings.save_total_limit, state.global_step, kept
+        )
         save_adapter(state.model, output_dir, run.base_name)
         verify_saved(state.model, output_dir)
         write_json(trainer_state, output_dir / STATE_FILE)
