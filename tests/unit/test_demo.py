@@ -18,6 +18,8 @@ from glmtune.demo.questions import held_out_questions
 from glmtune.demo.recipe import RECIPE
 from glmtune.demo.run import demo, training_config
 from glmtune.errors import UserError
+from glmtune.evaluation import dial
+from glmtune.general import items
 
 # --- the folder ---
 
@@ -90,7 +92,15 @@ def test_the_page_shows_the_share_of_right_answers():
 # --- the whole ---
 
 
-def test_a_short_demo_writes_its_page_and_says_what_to_try_next(tmp_path, capsys):
+@pytest.fixture
+def few_general(monkeypatch):
+    """Few general questions and scales: a short demo asks and dials as the whole one does."""
+    read = items._read
+    monkeypatch.setattr(items, "_read", lambda *args: read(*args)[:8])
+    monkeypatch.setattr(dial, "SCALES", (0.0, 1.0))
+
+
+def test_a_short_demo_writes_its_page_and_says_what_to_try_next(tmp_path, capsys, few_general):
     out = tmp_path / "demo"
     line = ["demo", "--out", str(out), "--max_steps", "3", "--limit", "6", "--use_cpu"]
     assert cli.main(line) == 0
@@ -108,7 +118,14 @@ def test_a_short_demo_writes_its_page_and_says_what_to_try_next(tmp_path, capsys
     questions = json.loads((out / "questions.json").read_text(encoding="utf-8"))
     assert len(questions) == len(Page(page).data["rows"]) == 6
     assert sum(ask.language == "zh" for ask in held_out_questions()) == 200
-    for words in ("Training loss", "训练损失", "Right answers", "答对的比例"):
+    for words in (
+        "Training loss",
+        "训练损失",
+        "Right answers",
+        "答对的比例",
+        "is recommended",
+        "代价",
+    ):
         assert words in page
     assert not re.search(r'(src|href)="|url\(|https?://', page), "the page needs nothing else"
     assert str(tmp_path) not in page

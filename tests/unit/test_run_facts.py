@@ -1,6 +1,7 @@
 """What the folder of a run says about its adapter."""
 
 import json
+import os
 
 import pytest
 from pages import DIAL, LEDGER
@@ -8,7 +9,7 @@ from pages import DIAL, LEDGER
 from glmtune.data.dataset import DataCard, SetCard
 from glmtune.data.lengths import LengthStats
 from glmtune.evaluation.run_facts import RunFacts
-from glmtune.run_files import DIAL_FILE, LEDGER_FILE, RECIPE_FILE, STATE_FILE
+from glmtune.run_files import DIAL_FILE, LEDGER_FILE, RECIPE_FILE, STATE_FILE, WEIGHTS_FILE
 
 # 10 steps of 100 tokens at 50 tokens a second, then 30 steps at 100.
 HISTORY = [
@@ -81,6 +82,16 @@ def test_what_is_damaged_is_told_and_left_out(run, capsys):
     assert "the page has less about the run" in capsys.readouterr().err
     (run / RECIPE_FILE).unlink()
     assert RunFacts.of(run) is None
+
+
+def test_a_dial_from_before_a_training_is_left_out(run, capsys):
+    for name in (DIAL_FILE, WEIGHTS_FILE):
+        (run / name).write_text(json.dumps(DIAL))
+    trained_at = (run / WEIGHTS_FILE).stat().st_mtime
+    for made_at, is_shown in ((trained_at + 1, True), (trained_at - 1, True), (0, False)):
+        os.utime(run / DIAL_FILE, (made_at, made_at))
+        assert (RunFacts.of(run).dial is not None) == is_shown
+    assert "is older than the adapter and left out" in capsys.readouterr().err
 
 
 def test_dial_and_ledger_are_those_of_the_adapter_itself(run):

@@ -17,7 +17,8 @@ train.json       alpaca records to train on      -> glmtune convert
 train.jsonl      rows of context and target      -> glmtune tokenize
 train/           token rows                      -> glmtune train
 run/             the adapter, metrics, the recipe as run
-questions.json   held-out questions              -> glmtune compare, into run/compare/
+questions.json   held-out questions              -> glmtune adapters dial, into run/
+                                                 -> glmtune compare, into run/compare/
 """
 WRITTEN = (
     "demo.html", "train.json", "train.jsonl", "train", "run", "questions.json", ABOUT_FILE,

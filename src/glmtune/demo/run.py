@@ -18,6 +18,7 @@ from glmtune.config.settings import (
     CompareSettings,
     ConvertSettings,
     DemoSettings,
+    DialSettings,
     TokenizeSettings,
     TrainSettings,
 )
@@ -32,6 +33,7 @@ from glmtune.demo.world import LANGUAGES
 from glmtune.errors import program
 from glmtune.evaluation.checkup import check_after_training
 from glmtune.evaluation.compare import compare
+from glmtune.evaluation.dial import dial
 from glmtune.evaluation.page import html
 from glmtune.evaluation.report import Text
 from glmtune.models.loading import load_tokenizer
@@ -85,7 +87,17 @@ def demo(settings: DemoSettings) -> DemoResult:
         run = train(recipe, at_end=check_up)
     if run.interrupted:
         raise KeyboardInterrupt
-    with _stage(4, f"answer {len(asked)} questions that it never saw, before and after", seconds):
+    with _stage(4, "turn the adapter down and up: what each scale gains and costs", seconds):
+        # Before the comparison, whose page shows it.
+        dial(
+            DialSettings(
+                adapter=paths["run"],
+                data_path=paths["questions.json"],
+                base=GLM_TINY,
+                use_cpu=settings.use_cpu,
+            )
+        )
+    with _stage(5, f"answer {len(asked)} questions that it never saw, before and after", seconds):
         comparison = compare(
             CompareSettings(
                 data_path=paths["questions.json"],
@@ -135,7 +147,7 @@ def training_config(settings: DemoSettings, dataset_path: str, output_dir: str) 
 
 @contextmanager
 def _stage(number: int, what: str, seconds: dict[str, float]) -> Iterator[None]:
-    print_stage(number, 4, what)
+    print_stage(number, 5, what)
     started = time.monotonic()
     yield
     seconds[what] = time.monotonic() - started

@@ -156,7 +156,7 @@ class Dial:
             en += f" (95 % interval {low} to {high}, {len(one.gains[measure])} rows)"
         if one.cost:
             cost = one.cost.accuracy
-            zh += f"；常识题答对率从 {cost.base:.1f}% 变为 {cost.tuned:.1f}%"
+            zh += f"；通用题答对率从 {cost.base:.1f}% 变为 {cost.tuned:.1f}%"
             en += f"; general questions right: {cost.base:.1f} % before, {cost.tuned:.1f} % after"
         if lost := [f"{other.scale:g}" for other in self.settings if other.harms]:
             zh += f"；缩放 {'、'.join(lost)} 的通用能力有损失"

@@ -11,13 +11,22 @@ from glmtune.data.dataset import CARD_FILE, DataCard
 from glmtune.errors import UserError, note
 from glmtune.evaluation.labels import Text
 from glmtune.evaluation.run_records import DialRecord, LedgerRecord, read_record
-from glmtune.run_files import DIAL_FILE, LEDGER_FILE, RECIPE_FILE, STATE_FILE, find_around
+from glmtune.run_files import (
+    DIAL_FILE,
+    LEDGER_FILE,
+    RECIPE_FILE,
+    STATE_FILE,
+    WEIGHTS_FILE,
+    find_around,
+)
 from glmtune.runlog import format_seconds
 from glmtune.training.saving.manifest import read_trainer_state
 
 ROWS = Text("训练数据", "Trained on")
 SETTINGS = Text("训练设置", "Trained with")
 TRAINING = Text("训练", "Training")
+COPYING = 10
+"""Seconds that the files of a folder may lie apart because it was copied."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,10 @@ class RunFacts:
         # These are of this very adapter, not of another checkpoint of its run.
         for name, read in ((DIAL_FILE, _read_dial), (LEDGER_FILE, _read_ledger)):
             if (file := adapter / name).is_file():
-                found |= _if_whole(read, file)
+                if _is_older(file, adapter):
+                    note(f"{file}: is older than the adapter and left out; make it again")
+                else:
+                    found |= _if_whole(read, file)
         return cls(**found) if found else None
 
     @property
@@ -133,6 +145,12 @@ def _read_state(file: Path) -> dict[str, Any]:
         "num_tokens": state["num_input_tokens_seen"],
         "num_steps": state["global_step"],
     }
+
+
+def _is_older(file: Path, adapter: Path) -> bool:
+    """Whether a file was made before the adapter beside it was trained on."""
+    weights = adapter / WEIGHTS_FILE
+    return weights.is_file() and file.stat().st_mtime + COPYING < weights.stat().st_mtime
 
 
 def _read_recipe(file: Path) -> dict[str, Any]:
