@@ -24,8 +24,9 @@ def test_pages_find_their_style_and_script():
     names = {path.relative_to(PACKAGE).as_posix() for path in files()}
     assert {
         f"evaluation/{name}"
-        for name in ("page.css", "page.js", "loss.css", "language.js", "inspect.css", "inspect.js")
-    } | {"demo/page.css"} <= names
+        for name in ("page.css", "rows.css", "rows.js", "language.js", "inspect.css", "inspect.js")
+    } <= names
+    assert {"general/zh.jsonl", "general/en.jsonl", "models/glm-tiny/general_zh.jsonl"} <= names
 
 
 def test_a_wheel_takes_along_every_file(root):

@@ -145,5 +145,6 @@ def _load_rows(
     rows = with_eval_sets(rows, load_eval_sets(folders, rule, tokenizer, vocab_size))
     if (settings.eval_ratio or folders) and not (resume and GROUPS not in read_identity(resume)):
         rows = rows.grouped(tokenizer.decode_batch, card.source_rows())
-        note(*tell_overlap(rows, folders))
+        if folders:
+            note(*tell_overlap(rows, folders))
     return rows, card
