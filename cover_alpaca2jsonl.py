@@ -10,4 +10,5 @@ if __name__ == "__main__":
     check()
     from glmtune.cli import main
 
-    sys.exit(main(["convert", *sys.argv[1:]]))
+    sys.argv[1:1] = ["convert"]
+    sys.exit(main())

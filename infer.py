@@ -11,4 +11,5 @@ if __name__ == "__main__":
     from glmtune.cli import main
 
     as_in_2023 = ["--print_form", "original", "--print_limit", "none"]
-    sys.exit(main(["infer", *as_in_2023, *sys.argv[1:]]))
+    sys.argv[1:1] = ["infer", *as_in_2023]
+    sys.exit(main())

@@ -87,8 +87,8 @@ def test_the_four_commands_of_the_original_run(root, folder, language):
         root,
         folder,
         f"finetune.py --dataset_path data/alpaca_{lang} --lora_rank 8 "
-        "--per_device_train_batch_size 6 --gradient_accumulation_steps 1 --max_steps 50 "
-        "--save_steps 25 --save_total_limit 2 --learning_rate 1e-2 --fp16 false "
+        "--per_device_train_batch_size 6 --gradient_accumulation_steps 1 --max_steps 30 "
+        "--save_steps 15 --save_total_limit 2 --learning_rate 1e-2 --fp16 false "
         f"--remove_unused_columns false --logging_steps 5 --output_dir output_{lang}",
     )
     output = folder / f"output_{lang}"
@@ -98,8 +98,8 @@ def test_the_four_commands_of_the_original_run(root, folder, language):
     assert losses[-1] < losses[0] - 2
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (output / file).is_file()
-        assert (output / "checkpoint-50" / file).is_file()
-    assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-25", "checkpoint-50"}
+        assert (output / "checkpoint-30" / file).is_file()
+    assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-15", "checkpoint-30"}
     for file in ("metrics.jsonl", "training_loss.png", "recipe.yaml"):
         assert (output / file).is_file()
 

@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("flag", ["", "--local_rank=0"])
+@pytest.mark.parametrize("flag", ["", pytest.param("--local_rank=0", marks=pytest.mark.slow)])
 def test_a_launcher_may_tell_the_rank(folder, root, flag):
     """`torch.distributed.launch` appends the flag itself, in its old spelling."""
     launch = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node", "1"]

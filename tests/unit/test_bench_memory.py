@@ -35,6 +35,7 @@ def test_each_setting_is_measured_beside_its_estimate(tmp_path, capsys):
     assert "copy" in out
 
 
+@pytest.mark.slow
 def test_a_younger_models_memory_is_measured(tmp_path):
     path = tmp_path / "memory.jsonl"
     flags = ["--shape", "glm-small", *SMALL[2:], "--only", "recompute", "--json_path", str(path)]

@@ -310,6 +310,7 @@ def test_bench_startup_tells_time_multiple_and_target(tmp_path, monkeypatch, cap
     assert "(target 0.5 x: " in out
 
 
+@pytest.mark.slow
 def test_bench_startup_says_which_command_does_not_work(monkeypatch, capsys):
     broken = startup.Case("broken", 1.0, "validate rows.json", until="never said")
     monkeypatch.setattr(startup, "CASES", [broken])
