@@ -44,4 +44,6 @@ def leave_out(*packages: str) -> None:
 def leave_out_nothing() -> None:
     """Undo `leave_out`, before code that is not ours runs: it may need any package."""
     while _left_out:
-        del sys.modules[_left_out.pop()]
+        name = _left_out.pop()
+        if sys.modules.get(name, name) is None:  # else it was imported since, and stays whole
+            del sys.modules[name]

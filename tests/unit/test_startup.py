@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 import glmtune
-from glmtune import cli
+from glmtune import cli, imports
 from glmtune.bench import startup
 from glmtune.config.settings import InferSettings, TrainSettings
 from glmtune.data.arrow_files import file_name, read_dataset, write_file, write_lists
@@ -177,6 +177,7 @@ def test_bitsandbytes_is_left_out_where_nothing_is_quantised(
     is_command, bits, quantised, left_out, place, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(glmtune, "is_command", is_command)
+    monkeypatch.setattr(imports, "_left_out", set())
     config = json.loads(Path(GLM_TINY, "config.json").read_text(encoding="utf-8"))
     if quantised:
         config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
@@ -193,6 +194,18 @@ def test_bitsandbytes_is_left_out_where_nothing_is_quantised(
             assert (find_spec("bitsandbytes") is None) == left_out
             if left_out:  # a package that a check did import must stay: its submodules do
                 del sys.modules["bitsandbytes"]
+
+
+def test_a_package_that_was_imported_after_all_stays_whole(monkeypatch):
+    """Its submodules stay in memory, and Python would not bind them to a new one."""
+    monkeypatch.setattr(glmtune, "is_command", True)
+    monkeypatch.setattr(imports, "_left_out", set())
+    monkeypatch.delitem(sys.modules, "left_out_1", raising=False)
+    imports.leave_out("left_out_1", "left_out_2")
+    monkeypatch.setitem(sys.modules, "left_out_1", imports)
+    imports.leave_out_nothing()
+    assert sys.modules["left_out_1"] is imports
+    assert "left_out_2" not in sys.modules
 
 
 def test_every_verb_has_a_mistake():
