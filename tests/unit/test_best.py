@@ -17,6 +17,7 @@ from glmtune.config.settings import TrainSettings
 from glmtune.errors import UserError
 from glmtune.models.loading import load_base_model
 from glmtune.models.resolve import GLM_TINY
+from glmtune.training import best as module
 from glmtune.training import loop
 from glmtune.training.best import Evaluation, Evaluations, choose_best, why_no_better
 from glmtune.training.saving import best_link
@@ -85,7 +86,18 @@ class TestRule:
         assert "step 20 " in why_no_better(found, 2)
         assert why_no_better(found, 3) is None
         assert why_no_better(found[:3], 2) is None
-        assert why_no_better(found, None) is None
+        losses = {one.step: one.losses_N for one in found}
+        assert "step 20 " in Evaluations(losses=losses).why_no_better(2)
+        assert Evaluations(losses=losses).why_no_better(None) is None
+
+    def test_steps_between_evaluations_cost_nothing(self, spy):
+        calls = spy(module, "choose_best")
+        found = Evaluations(losses={10: np.array([1.0, 2.0])})
+        assert [found.why_no_better(1) for _ in range(3)] == [None] * 3
+        assert len(calls) == 1
+        found.losses[20] = found.losses[10] + 1
+        assert all("step 10 " in found.why_no_better(1) for _ in range(3))
+        assert len(calls) == 2
 
 
 @pytest.fixture(scope="module")

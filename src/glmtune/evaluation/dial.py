@@ -7,7 +7,6 @@ questions, so that differences within a row count.
 Shapes: N rows, G general questions.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -46,6 +45,7 @@ from glmtune.models.packed import base_of
 from glmtune.models.resolve import base_name
 from glmtune.run_files import DIAL_FILE, DIAL_PLOT_FILE
 from glmtune.runlog import Progress, print_pairs
+from glmtune.training.planning.power import standard_error
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 ANSWERS_AT_A_TIME = 8
@@ -133,14 +133,11 @@ class Dial:
         Scales that lose general ability do not count; scale 0, the base, loses none.
         """
         allowed = [one for one in self.settings if not one.harms]
-        best = max(allowed, key=lambda one: float(one.gains[self.measure].mean()))
-        return next(one for one in allowed if self._is_near(one, best))
-
-    def _is_near(self, one: Setting, best: Setting) -> bool:
-        behind_N = best.gains[self.measure] - one.gains[self.measure]
-        if len(behind_N) < 2:
-            return one is best
-        return float(behind_N.mean()) <= float(behind_N.std(ddof=1)) / math.sqrt(len(behind_N))
+        gains = [one.gains[self.measure] for one in allowed]
+        best_N = max(gains, key=np.mean)
+        behind = (best_N - gains_N for gains_N in gains)
+        are_near = [float(each_N.mean()) <= standard_error(each_N) for each_N in behind]
+        return allowed[are_near.index(True)]
 
     @property
     def sentence(self) -> Text:

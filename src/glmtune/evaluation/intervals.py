@@ -13,12 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from glmtune.training.planning.power import CONFIDENCE
+from glmtune.training.planning.power import CONFIDENCE, LEAST_CHANGED
 
 DRAWS = 10_000
 SEED = 20_26
-LEAST_CHANGED = 6
-"""With fewer rows that differ at all, no sign test at 5 % could tell the sides apart: 2 / 2**5."""
 _NUMBERS_AT_ONCE = 4_000_000
 
 

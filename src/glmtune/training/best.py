@@ -10,7 +10,6 @@ Shapes: N held-out rows, G general questions.
 """
 
 import json
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +21,12 @@ import numpy as np
 from glmtune.drafts import replacing_file, write_errors
 from glmtune.errors import UserError
 from glmtune.run_files import EVALUATIONS_FILE, checkpoint_name
-from glmtune.training.planning.power import CONFIDENCE
-
-LEAST_QUESTIONS = 8
-"""With fewer general questions no loss of them shows."""
-LEAST_CHANGED = 6
-"""Nor with fewer that are answered otherwise: no sign test at 5 % could say so."""
+from glmtune.training.planning.power import (
+    CONFIDENCE,
+    LEAST_CHANGED,
+    LEAST_ROWS,
+    standard_error,
+)
 
 
 class Evaluation(NamedTuple):
@@ -47,12 +46,11 @@ class Evaluation(NamedTuple):
     @property
     def harms(self) -> bool:
         """Whether general ability was lost, as far as the interval shows."""
-        if self.changes_G is None or len(self.changes_G) < LEAST_QUESTIONS:
+        if self.changes_G is None or len(self.changes_G) < LEAST_ROWS:
             return False
         if np.count_nonzero(self.changes_G) < LEAST_CHANGED:
             return False
-        error = float(self.changes_G.std(ddof=1)) / math.sqrt(len(self.changes_G))
-        return float(self.changes_G.mean()) + _Z * error < 0
+        return float(self.changes_G.mean()) + _Z * standard_error(self.changes_G) < 0
 
 
 _Z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
@@ -145,20 +143,19 @@ def choose_best(evaluations: Iterable[Evaluation]) -> Best | None:
 
 def _beside(one: Evaluation, lowest: Evaluation) -> Candidate:
     differences_N = one.losses_N - lowest.losses_N
-    num = len(differences_N)
-    error = float(differences_N.std(ddof=1)) / math.sqrt(num) if num > 1 else 0.0
-    return Candidate(one.step, one.loss, float(differences_N.mean()), error, one.harms)
+    behind, error = float(differences_N.mean()), standard_error(differences_N)
+    return Candidate(one.step, one.loss, behind, error, one.harms)
 
 
-def why_no_better(evaluations: Sequence[Evaluation], patience: int | None) -> str | None:
+def why_no_better(evaluations: Sequence[Evaluation], patience: int) -> str | None:
     """Why a run ends early, in a line; None where it goes on.
 
     Args:
         evaluations: of the run so far.
-        patience: how many evaluations may follow the best one; None for any number.
+        patience: how many evaluations may follow the best one.
     """
-    best = choose_best(evaluations) if patience else None
-    if best is None or patience is None:
+    best = choose_best(evaluations)
+    if best is None:
         return None
     since = [one for one in evaluations if one.step > best.step]
     if len(since) < patience:
@@ -182,6 +179,8 @@ class Evaluations:
     """Mean loss of each held-out row's supervised tokens, in nats: N each."""
     right: dict[int, np.ndarray] = field(default_factory=dict)
     """100 for each general question that is answered rightly, else 0: G each."""
+    _told: tuple[tuple[int, ...], str | None] = ((), None)
+    """What `why_no_better` last said, and of how many evaluations."""
 
     def all(self) -> list[Evaluation]:
         """Those of held-out rows, in the order of their steps."""
@@ -194,6 +193,15 @@ class Evaluations:
             )
             for step in sorted(self.losses)
         ]
+
+    def why_no_better(self, patience: int | None) -> str | None:
+        """See the function of that name; asked at every step, it looks again after evaluations."""
+        if patience is None:
+            return None
+        known = patience, len(self.losses), len(self.right)
+        if self._told[0] != known:
+            self._told = known, why_no_better(self.all(), patience)
+        return self._told[1]
 
     def write(self, folder: Path) -> None:
         """Write them anew. Raises UserError where the file cannot be written."""

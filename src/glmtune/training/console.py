@@ -13,7 +13,6 @@ from glmtune.models.precision import has_integer_tables
 from glmtune.models.shape import bits_of
 from glmtune.run_files import BEST_NAME, PLOT_FILE, checkpoint_name
 from glmtune.runlog import format_seconds, print_pairs
-from glmtune.training.best import why_no_better
 from glmtune.training.plan import PackPlan
 from glmtune.training.planning.advice import advise, recompute_words
 from glmtune.training.planning.power import describe_power
@@ -123,7 +122,7 @@ def print_summary(
     """Print the outcome of the run, where it is saved, and what to do next."""
     folder = shlex.quote(run.settings.output_dir)
     how = "Done: all" if is_done else f"Stopped after step {state.global_step:,} of"
-    early = why_no_better(state.evaluations.all(), run.settings.early_stopping)
+    early = state.evaluations.why_no_better(run.settings.early_stopping)
     if is_done and state.global_step < run.max_steps:
         how = f"Done: ended early after {state.global_step:,} of"
     pairs = {

@@ -22,7 +22,6 @@ from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError, note
 from glmtune.hardware import memory_gib
 from glmtune.runlog import RunLog
-from glmtune.training.best import why_no_better
 from glmtune.training.console import Pace, memory_advice, print_banner, print_summary
 from glmtune.training.faults.crash import bundle_on_fault
 from glmtune.training.faults.loss_watch import check_course
@@ -139,7 +138,7 @@ def fit(run: Run, model: PeftModel, stop: StopRequest, resume: Path | None = Non
 
 def ends_early(run: Run, state: TrainingState) -> str | None:
     """Why the run ends before its last step, its held-out loss being no better; or None."""
-    return why_no_better(state.evaluations.all(), run.settings.early_stopping)
+    return state.evaluations.why_no_better(run.settings.early_stopping)
 
 
 def take_steps(

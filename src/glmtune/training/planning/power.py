@@ -6,10 +6,14 @@ Known before a run starts, so that too few rows are noticed before hours are spe
 import math
 from statistics import NormalDist
 
+import numpy as np
+
 CONFIDENCE = 0.95
 POWER = 0.80
 LEAST_ROWS = 8
 """With fewer rows there is no verdict: an interval from them does not hold what it promises."""
+LEAST_CHANGED = 6
+"""With fewer rows that differ at all, no sign test at 5 % could tell two sides apart: 2 / 2**5."""
 WORST_DEVIATION = 50.0
 """Points: the largest standard deviation of a row's gain where no row loses (Popoviciu): a score
 lies between 0 and 100, half of the rows go from wrong to right, and half stay as they are."""
@@ -29,6 +33,12 @@ def smallest_difference(num_rows: int, deviation: float = WORST_DEVIATION) -> fl
     normal = NormalDist()
     factor = normal.inv_cdf((1 + CONFIDENCE) / 2) + normal.inv_cdf(POWER)
     return factor * deviation / math.sqrt(num_rows)
+
+
+def standard_error(values_N: np.ndarray) -> float:
+    """The standard error of a mean over N rows; 0 for one row, which shows none."""
+    num_rows = len(values_N)
+    return float(values_N.std(ddof=1)) / math.sqrt(num_rows) if num_rows > 1 else 0.0
 
 
 def describe_power(num_rows: int) -> str:

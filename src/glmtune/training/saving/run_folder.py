@@ -25,7 +25,7 @@ from glmtune.run_files import (
     saved_steps,
     step_in,
 )
-from glmtune.training.best import Evaluations, why_no_better
+from glmtune.training.best import Evaluations
 from glmtune.training.held_out import is_evaluation_due
 from glmtune.training.plan import Plan, count_saves
 from glmtune.training.planning.memory import Setup
@@ -76,7 +76,7 @@ def check_unfinished(run: Run, checkpoint: Path) -> list[str]:
     """
     output_dir, state = Path(run.settings.output_dir), read_trainer_state(checkpoint)
     step = int(state["global_step"])
-    early = why_no_better(evaluations_at(run, checkpoint, step).all(), run.settings.early_stopping)
+    early = evaluations_at(run, checkpoint, step).why_no_better(run.settings.early_stopping)
     beside = _state_beside(checkpoint) if _is_inside(checkpoint, output_dir) else None
     history = (beside or state)["log_history"]
     if (step < run.max_steps and not early) or is_evaluation_due(run, step, history):
