@@ -39,8 +39,6 @@ from glmtune.run_files import check_bundle
 AnsweringSettings = (
     InferSettings | CompareSettings | EvaluateSettings | ChatSettings | CheckSettings
 )
-
-
 ScoringSettings = LedgerSettings | DialSettings
 
 
@@ -104,11 +102,7 @@ def check_general_set(wish: bool | str) -> None:
 
 
 def leave_out_unused(
-    settings: TrainSettings
-    | AnsweringSettings
-    | LedgerSettings
-    | DialSettings
-    | ReplayRowsSettings,
+    settings: TrainSettings | AnsweringSettings | ScoringSettings | ReplayRowsSettings,
     run_folder: str | None = None,
 ) -> None:
     """Spare a verb bitsandbytes where neither settings nor base are quantised by it.

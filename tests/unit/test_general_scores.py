@@ -12,11 +12,12 @@ from glmtune.adapters import attach_lora
 from glmtune.errors import UserError
 from glmtune.evaluation.price import Price
 from glmtune.general.items import NUM_CHOICES, GeneralSet, Item, find_general, own_set
-from glmtune.general.scores import GeneralRows, GeneralScores, score_general
+from glmtune.general.scores import GeneralRows, GeneralScores
 from glmtune.models.families import FAMILIES
 from glmtune.models.glm.layouts import LAYOUTS
 from glmtune.models.likelihood import packed_layers, packed_sums, padded_sums
 from glmtune.models.loading import load_base_model, load_tokenizer
+from glmtune.models.packed import base_of
 from glmtune.models.resolve import GLM_TINY
 
 TOY = find_general(True, GLM_TINY)
@@ -97,11 +98,12 @@ def test_the_text_of_a_choice_is_scored_and_neither_prompt_nor_end(name, request
 def test_glm_tiny_knows_its_world_and_an_adapter_at_random_does_not(tiny):
     model, tokenizer = adapted(GLM_TINY, 0.5), tiny[1]
     general = few(TOY, 3)
+    rows = GeneralRows.of(general, tokenizer, base_of(model).config.max_position_embeddings)
     with model.disable_adapter():
-        base = score_general(model, general, tokenizer)
+        base = rows.score(model)
     assert base.accuracy_N.mean() > 95
     assert base.log_prob_N.mean() > -0.2
-    price = Price.of(base, score_general(model, general, tokenizer), general.name)
+    price = Price.of(base, rows.score(model), general.name)
     found = price.as_json()
     assert found["all"]["before"] == base.accuracy_N.mean()
     assert found["all"]["after"] < 60

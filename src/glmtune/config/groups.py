@@ -33,6 +33,11 @@ NameText = Annotated[str, _FILLED, Kind("NAME", "a name")]
 PlainText = Annotated[str, _FILLED, Kind("TEXT", "a text")]
 
 
+def split_commas(value: object) -> object:
+    """Accept "a,b" for ["a", "b"]."""
+    return tuple(value.split(",")) if isinstance(value, str) else value
+
+
 def spelled_truth(value: object) -> object:
     """Truth values of a setting that may also be a text: "true" and "false" in any case."""
     return (

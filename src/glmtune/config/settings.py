@@ -38,6 +38,7 @@ from glmtune.config.groups import (
     SpecialSettings,
     conflict,
     spelled_truth,
+    split_commas,
 )
 from glmtune.config.training import PlanSettings, TrainSettings, TuneSettings
 
@@ -290,11 +291,7 @@ class JudgingSettings(AnsweringSettings):
         "(answer, reference, record) and returns a number, of which more is better",
     )
 
-    @field_validator("metric", mode="before")
-    @classmethod
-    def split_metrics(cls, value: object) -> object:
-        """Accept "a:b,c:d" for ["a:b", "c:d"]."""
-        return tuple(value.split(",")) if isinstance(value, str) else value
+    _split_metrics = field_validator("metric", mode="before")(split_commas)
 
 
 class CompareSettings(JudgingSettings):
@@ -353,11 +350,7 @@ class EvaluateSettings(JudgingSettings):
         "(default: evaluate beside the first adapter, or here)",
     )
 
-    @field_validator("adapter", mode="before")
-    @classmethod
-    def split_adapters(cls, value: object) -> object:
-        """Accept "a,b" for ["a", "b"]."""
-        return tuple(value.split(",")) if isinstance(value, str) else value
+    _split_adapters = field_validator("adapter", mode="before")(split_commas)
 
     @model_validator(mode="after")
     def has_rows(self) -> Self:

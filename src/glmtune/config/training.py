@@ -17,6 +17,7 @@ from glmtune.config.groups import (
     Settings,
     conflict,
     spelled_truth,
+    split_commas,
 )
 
 
@@ -101,11 +102,7 @@ class TrainingDataSettings(StepSettings):
         "with a name, NAME=FOLDER, under which its loss is logged (default: none)",
     )
 
-    @field_validator("eval_dataset_path", mode="before")
-    @classmethod
-    def split_folders(cls, value: object) -> object:
-        """Accept "a,b" for ["a", "b"]."""
-        return tuple(value.split(",")) if isinstance(value, str) else value
+    _split_folders = field_validator("eval_dataset_path", mode="before")(split_commas)
 
 
 class LoraSettings(Settings):

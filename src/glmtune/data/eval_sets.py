@@ -37,7 +37,7 @@ def name_folders(texts: Sequence[str]) -> dict[str, str]:
 
 
 def load_eval_sets(
-    texts: Sequence[str], rule: RowRule, tokenizer: RowTokenizer, vocab_size: int
+    texts: Sequence[str], rule: RowRule, tokenizer: RowTokenizer, vocab_size: int | None = None
 ) -> dict[str, TokenRows]:
     """The rows of each folder, by name.
 
@@ -45,7 +45,7 @@ def load_eval_sets(
         texts: see `name_folders`.
         rule: row rule of the family.
         tokenizer: must be the one that made the rows.
-        vocab_size: rows of the model's embedding.
+        vocab_size: rows of the model's embedding; None for rows of a run, which it has checked.
 
     Raises:
         UserError: a folder cannot be read, its rows are of another tokenizer, or none of their
@@ -56,7 +56,8 @@ def load_eval_sets(
         table, card = load_dataset(folder, rule)
         check_data_card(card, tokenizer, folder)
         rows = TokenRows.from_table(table, rule)
-        rows.check(vocab_size, folder)
+        if vocab_size is not None:
+            rows.check(vocab_size, folder)
         if not rows.num_labels_R.any():
             raise UserError(
                 f"{folder}: no token of its rows is supervised, so they have no loss; tokenize "

@@ -6,7 +6,9 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -132,18 +134,10 @@ class ModelChoice:
         """
         named = settings.adapter
         first = named if isinstance(named, str) else next(iter(named or ()), None)
-        adapter = find_adapter(first) if first else None
-        base = resolve_base(settings.base, first)
-        device = pick_device(settings.use_cpu)
-        check_decoding(device, settings.decoder_bits, settings.decode_compile)
-        dtype, caution = pick_dtype(device, settings.bf16, settings.fp16)
-        if caution:
-            note(caution)
+        found = cls._to_compute(settings, first)
+        check_decoding(found.device, settings.decoder_bits, settings.decode_compile)
         rounds = settings.decoder_bits != 16
-        return cls(
-            base, adapter, device, dtype, rounds, settings.bits, settings.quantize_head,
-            settings.allow_special,
-        )  # fmt: skip
+        return replace(found, rounds=rounds, allow_special=settings.allow_special)
 
     @classmethod
     def to_score(cls, settings: LedgerSettings | DialSettings) -> "ModelChoice":
@@ -152,14 +146,15 @@ class ModelChoice:
         Raises:
             UserError: there is no such base or adapter, or the device lacks something.
         """
-        device = pick_device(settings.use_cpu)
+        return cls._to_compute(settings, settings.adapter)
+
+    @classmethod
+    def _to_compute(cls, settings: Any, named: str | None) -> "ModelChoice":
+        adapter = find_adapter(named) if named else None
+        base, device = resolve_base(settings.base, named), pick_device(settings.use_cpu)
         dtype, caution = pick_dtype(device, settings.bf16, settings.fp16)
         if caution:
             note(caution)
-        adapter, base = (
-            find_adapter(settings.adapter),
-            resolve_base(settings.base, settings.adapter),
-        )
         return cls(base, adapter, device, dtype, False, settings.bits, settings.quantize_head)
 
     @property
@@ -193,8 +188,9 @@ class ModelChoice:
             identity["adapter_sha256"] = _digest(self.adapter)
         return identity
 
-    def load_tokenizer(self) -> Any:
-        """The base's tokenizer, which reads special tokens in prompts as is set.
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer, read once, which reads special tokens in prompts as is set.
 
         Raises:
             UserError: it cannot be read.
@@ -214,7 +210,7 @@ class ModelChoice:
         """
         with_adapter = f" with the adapter {self.adapter_name}" if self.adapter else ""
         print(f"loading {base_name(self.base)}{with_adapter}", file=sys.stderr)
-        tokenizer = self.load_tokenizer()
+        tokenizer = self.tokenizer
         in_cpu_memory = self.rounds and not computes
         model = load_base_model(
             self.base,
@@ -332,6 +328,12 @@ class AnswerFile:
         if not isinstance(line, dict) or question_in(line) != record.as_line:
             raise UserError(f"{where}: is no answer to the record {record.where}; pass {self.fix}")
         return line
+
+    @property
+    def date(self) -> str:
+        """When the newest answer was written, as pages show it; there is one."""
+        changed = datetime.fromtimestamp(self.path.stat().st_mtime)
+        return changed.strftime("%Y-%m-%d %H:%M")
 
     def to_answer(self, limit: int | None, batch_size: int | None) -> Sequence[Question]:
         """The records without an answer, among the first `limit`.

@@ -45,7 +45,7 @@ class Asked:
     def _held_out(cls, settings: JudgingSettings, subject: ModelChoice) -> "Asked":
         assert subject.adapter is not None, "CompareSettings requires one"
         check_held_out(subject.adapter)
-        tokenizer = subject.load_tokenizer()
+        tokenizer = subject.tokenizer
         fix = "name a file of rows with --data_path"
         try:
             run = read_rows(subject.adapter, tokenizer)
@@ -95,6 +95,12 @@ class Asked:
             fields = {"row": row, "instruction": text, "input": ""}
             records.append(Question(text, expected, None, fields, path, row, row, f"{path} {row}"))
         return cls(records, probes, run)
+
+    def first(self, limit: int | None) -> list[Question]:
+        """The records within a limit; a note says where that leaves some out."""
+        if limit is not None and limit < len(self.records):
+            note(f"{limit:,} of {len(self.records):,} records are asked (--limit none: all)")
+        return self.records[:limit]
 
     def check_positions(self, records: Sequence[Question], settings: Any, base: str) -> None:
         """Make sure that records of a file leave room for an answer, before weights are loaded.

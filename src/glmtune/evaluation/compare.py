@@ -3,10 +3,7 @@
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
-from datetime import datetime
 from pathlib import Path
-
-import numpy as np
 
 from glmtune.config.settings import CompareSettings
 from glmtune.data.eval_sets import HELD_OUT
@@ -19,11 +16,12 @@ from glmtune.evaluation.findings import Answered, Finding, answer_findings
 from glmtune.evaluation.gate import Gate
 from glmtune.evaluation.general import GeneralFile
 from glmtune.evaluation.language_matrix import TrainedLanguages
-from glmtune.evaluation.metric import Metric, load_metric
+from glmtune.evaluation.metric import load_metric
 from glmtune.evaluation.page import html
+from glmtune.evaluation.probes import spread
 from glmtune.evaluation.report import Comparison, Pair, markdown
 from glmtune.evaluation.run_facts import RunFacts
-from glmtune.evaluation.scores import score_pairs
+from glmtune.evaluation.scores import ScoreTable, score_pairs
 from glmtune.evaluation.sides import ModelSides, add_costs, answer_sides
 from glmtune.evaluation.source_run import find_rows, find_template
 from glmtune.evaluation.verdict import PartVerdict, judge
@@ -51,13 +49,11 @@ def compare(settings: CompareSettings) -> Comparison:
     subject = ModelChoice.of(settings)
     general = find_general(settings.general_set, subject.base)
     asked = Asked.of(settings, subject)
-    records = asked.records[: settings.limit]
-    if len(records) < len(asked.records):
-        note(f"{len(records):,} of {len(asked.records):,} records are asked (--limit none: all)")
+    records = asked.first(settings.limit)
     if gate:
         gate.check_rows(sum(bool(record.expected.strip()) for record in records))
     assert subject.adapter is not None, "CompareSettings requires one"
-    strange = Asked.strange(subject.load_tokenizer(), find_template(subject.adapter))
+    strange = Asked.strange(subject.tokenizer, find_template(subject.adapter))
     folder = Path(settings.output_dir or Path(settings.adapter, "compare"))
     answers_depend_on = {"verb": "compare"} | subject.identity() | settings.in_effect()
     file, strange_file = (
@@ -77,9 +73,8 @@ def compare(settings: CompareSettings) -> Comparison:
     files = [(strange, strange_file, None), (asked, file, settings.limit)]
     cost = _answer(settings, subject, files, general_file)
 
-    tokenizer = subject.load_tokenizer()
-    run = asked.run or find_rows(subject.adapter, tokenizer)
-    taught = Taught.of(tokenizer, run) if run else None
+    run = asked.run or find_rows(subject.adapter, subject.tokenizer)
+    taught = Taught.of(subject.tokenizer, run) if run else None
     pairs = [Pair.from_line(line) for line in file.lines[: settings.limit]]
     strange_pairs = [Pair.from_line(line) for line in strange_file.lines]
     table = score_pairs(pairs, metrics)
@@ -91,12 +86,12 @@ def compare(settings: CompareSettings) -> Comparison:
         adapter=file.settings["adapter"],
         dtype=file.settings["dtype"],
         settings=settings.in_effect(),
-        date=datetime.fromtimestamp(file.path.stat().st_mtime).strftime("%Y-%m-%d %H:%M"),
+        date=file.date,
         pairs=pairs,
         verdicts=verdicts,
-        sets=_judge_sets(pairs, asked, metrics),
+        sets=_judge_sets(pairs, table, asked),
         collapse=_find_collapse(pairs, strange_pairs, taught, settings.max_new_tokens),
-        trained_on=TrainedLanguages.of(run, tokenizer) if run else None,
+        trained_on=TrainedLanguages.of(run, subject.tokenizer) if run else None,
         price=general_file.price if general_file else None,
         cost=cost or _cost_of(folder / "compare.json"),
         passes_gate=gate is None or gate.is_passed(verdicts["all"]),
@@ -154,20 +149,18 @@ def _answer(
     return add_costs(costs)
 
 
-def _judge_sets(
-    pairs: Sequence[Pair], asked: Asked, metrics: Sequence[Metric]
-) -> dict[str, PartVerdict]:
+def _judge_sets(pairs: Sequence[Pair], table: ScoreTable, asked: Asked) -> dict[str, PartVerdict]:
     """The verdict on each set of held-out rows, where there are several."""
     if asked.run is None:
         return {}
     rows = asked.run.rows
     names = {int(row) + 1: name for name, of_set in rows.eval_sets.items() for row in of_set}
-    by_set: dict[str, list[Pair]] = {}
-    for pair in pairs:
-        by_set.setdefault(names.get(pair.number, HELD_OUT), []).append(pair)
-    if len(by_set) < 2:
+    set_N = [names.get(pair.number, HELD_OUT) for pair in pairs]
+    found = dict.fromkeys(set_N)
+    if len(found) < 2:
         return {}
-    return {name: judge(score_pairs(of_set, metrics))["all"] for name, of_set in by_set.items()}
+    in_sets = {name: [of == name for of in set_N] for name in found}
+    return {name: judge(table.some(pairs, is_in_N))["all"] for name, is_in_N in in_sets.items()}
 
 
 def _cost_of(path: Path) -> dict[str, float] | None:
@@ -185,24 +178,21 @@ def _find_collapse(
     max_new_tokens: int,
 ) -> list[Finding]:
     """What is wrong with the tuned answers to the records and to questions of our own."""
-    places = np.linspace(0, len(pairs) - 1, min(MOST_AGREEMENTS, len(pairs))).astype(int)
+    asked = [pairs[place] for place in spread(len(pairs), MOST_AGREEMENTS)]
     of_strange, of_task = (
         Sides(
-            [_question(pair) for pair in some],
+            [pair.question for pair in some],
             [pair.expected for pair in some],
             [pair.tuned.text for pair in some],
             [pair.base.text for pair in some],
             rows,
         )
-        for some, rows in (
-            (strange, ()),
-            ([pairs[place] for place in places], [pairs[place].number for place in places]),
-        )
+        for some, rows in ((strange, ()), (asked, [pair.number for pair in asked]))
     )
     found = Collapse.of(of_strange, of_task, taught)
     answered = [
         Answered(
-            _question(pair),
+            pair.question,
             pair.expected,
             pair.tuned,
             pair.base,
@@ -212,7 +202,3 @@ def _find_collapse(
         for pair in pairs
     ]
     return [*found.findings, *answer_findings(answered)]
-
-
-def _question(pair: Pair) -> str:
-    return "\n".join(filter(None, (pair.instruction, pair.input)))

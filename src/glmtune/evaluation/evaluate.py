@@ -4,7 +4,6 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +98,7 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     asked = Asked.of(settings, first)
     if asked.probes:
         _tell_of_other_runs(adapters)
-    records = asked.records[: settings.limit]
-    if len(records) < len(asked.records):
-        note(f"{len(records):,} of {len(asked.records):,} records are asked (--limit none: all)")
+    records = asked.first(settings.limit)
 
     folder = Path(settings.output_dir or Path(first.adapter or "", "evaluate"))
     subjects = {BASE: replace(base, adapter=None)} | {
@@ -123,12 +120,11 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
         name: judge(score_pairs(list(map(_pair, lines[BASE], of_side)), metrics))
         for name, of_side in lines.items()
     }
-    changed = max(file.path.stat().st_mtime for file in files.values())
     found = Evaluation(
         base=files[BASE].settings["base"],
         dtype=files[BASE].settings["dtype"],
         settings=settings.in_effect(),
-        date=datetime.fromtimestamp(changed).strftime("%Y-%m-%d %H:%M"),
+        date=max(file.date for file in files.values()),
         num_rows=len(records),
         sides=sides,
         cost=cost,

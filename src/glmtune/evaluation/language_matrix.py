@@ -8,11 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from glmtune.evaluation.labels import Text
 from glmtune.evaluation.price import Price
-from glmtune.evaluation.probes import probe_of_row
+from glmtune.evaluation.probes import probe_of_row, spread
 from glmtune.evaluation.score_tables import PART_NAMES
 from glmtune.evaluation.scores import MEASURES, Part
 from glmtune.evaluation.source_run import RunRows
@@ -47,9 +45,8 @@ class TrainedLanguages:
     def of(cls, run: RunRows, tokenizer: Any) -> "TrainedLanguages":
         """Count the languages of a run's rows, of at most `MOST_COUNTED` of them."""
         rows = run.trained_on
-        places = np.linspace(0, len(rows) - 1, min(MOST_COUNTED, len(rows))).astype(int)
         counted: dict[Language, int] = dict.fromkeys(LANGUAGES, 0)
-        for row in rows[places]:
+        for row in rows[spread(len(rows), MOST_COUNTED)]:
             asked, answer = (
                 tokenizer.decode(ids, skip_special_tokens=True)
                 for ids in probe_of_row(run.rows, int(row))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from glmtune.evaluation.labels import Text
+from glmtune.evaluation.score_tables import PART_NAMES
 from glmtune.evaluation.scores import PARTS, Part, Sides
 from glmtune.evaluation.verdict import Compared, intervals_of, signed
 from glmtune.general.items import OWN_NAME
@@ -121,21 +122,21 @@ class Price:
 
     def tables(self) -> Iterator[tuple[Text, list[list[Text]]]]:
         """A title and the rows of each table, as `score_tables` gives them."""
-        names = {"zh": Text("中文", "Chinese"), "en": Text("英文", "English")}
-        parts = [part for part in self.parts if part in names] or ["all"]
+        parts: list[Part] = [part for part in self.parts if part != "all"] or ["all"]
         if len(parts) > 1:
             parts.append("all")
-        names["all"] = Text("全部", "All")
         rows = [list(_HEADINGS)]
         for part in parts:
             for name, compared in self.parts[part].compared.items():
-                label = f"{names[part].zh}：{NAMES[name].zh}", f"{names[part].en}: {NAMES[name].en}"
-                rows.append([Text(*label), *_cells(compared, DIGITS[name])])
+                of, what = PART_NAMES[part], NAMES[name]
+                label = Text(f"{of.zh}：{what.zh}", f"{of.en}: {what.en}")
+                rows.append([label, *_cells(compared, DIGITS[name])])
         yield Text("代价：通用题", "The price: general questions"), rows
         heading = [Text("题型，答对率", "Kind, of 100 right")]
         for part in parts:
             for side in _HEADINGS[1:3]:
-                heading.append(Text(f"{names[part].zh}，{side.zh}", f"{names[part].en}, {side.en}"))
+                of = PART_NAMES[part]
+                heading.append(Text(f"{of.zh}，{side.zh}", f"{of.en}, {side.en}"))
         kinds = [[KINDS.get(kind, Text(kind, kind)), *self._kind(kind, parts)]
                  for kind in self.parts["all"].kinds]  # fmt: skip
         yield Text("各题型的代价", "The price by kind"), [heading, *kinds]

@@ -78,8 +78,12 @@ def strange_probes(tokenizer: Any, template: str | None) -> list[Probe]:
 def row_probes(rows: TokenRows, row_ids: np.ndarray, limit: int) -> list[Probe]:
     """Rows that have an answer, evenly spaced among the given ones."""
     row_ids = row_ids[rows.lengths_R[row_ids] > rows.prompt_lengths_R[row_ids]]
-    places = np.linspace(0, len(row_ids) - 1, min(limit, len(row_ids))).astype(int)
-    return [probe_of_row(rows, row) for row in row_ids[places]]
+    return [probe_of_row(rows, row) for row in row_ids[spread(len(row_ids), limit)]]
+
+
+def spread(num: int, limit: int) -> np.ndarray:
+    """At most `limit` places among `num`, evenly spaced, the first and the last among them."""
+    return np.linspace(0, num - 1, min(limit, num)).astype(int)
 
 
 def probe_of_row(rows: TokenRows, row: int) -> Probe:

@@ -88,6 +88,11 @@ class Pair:
         )
 
     @property
+    def question(self) -> str:
+        """What was asked, instruction and input."""
+        return "\n".join(filter(None, (self.instruction, self.input)))
+
+    @property
     def sides(self) -> tuple[tuple[Answer, float | None], tuple[Answer, float | None]]:
         """Base, then tuned: the answer, and the log-probability of the expected one."""
         return (self.base, self.log_probs[0]), (self.tuned, self.log_probs[1])

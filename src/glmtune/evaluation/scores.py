@@ -6,6 +6,7 @@ Shapes: N records.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -92,6 +93,17 @@ class ScoreTable:
         base, tuned = (map(_known, of_side.tolist()) for of_side in self.scores[name])
         return list(zip(base, tuned, strict=True))
 
+    def some(self, pairs: Sequence["Pair"], is_kept_N: Sequence[bool]) -> "ScoreTable":
+        """The scores of some of the records; those over all their answers are computed anew."""
+        languages = list(compress(self.languages, is_kept_N))
+        has_reference = self.has_reference[np.array(is_kept_N)]
+        corpus, has_words = _corpus(list(compress(pairs, is_kept_N)), languages, has_reference)
+        scores = {
+            name: Sides(*(of_side[np.array(is_kept_N)] for of_side in sides))
+            for name, sides in self.scores.items()
+        }
+        return ScoreTable(languages, has_reference, scores, self.measures, corpus, has_words)
+
 
 def _known(score: float) -> float | None:
     return None if math.isnan(score) else score
@@ -107,7 +119,7 @@ def score_pairs(pairs: Sequence["Pair"], metrics: Sequence["Metric"] = ()) -> Sc
     Raises:
         UserError: one of these raises, or returns no number.
     """
-    languages = [language_of_record(p.instruction + "\n" + p.input, p.expected) for p in pairs]
+    languages = [language_of_record(pair.question, pair.expected) for pair in pairs]
     names = (*MEASURES, *(metric.name for metric in metrics))
     columns: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in names}
     for pair, language in zip(pairs, languages, strict=True):

@@ -48,7 +48,7 @@ def read_rows(adapter: Path, tokenizer: RowTokenizer) -> RunRows | None:
     table, card = load_dataset(run.dataset_path, rule)
     rows = TokenRows.from_table(table, rule, card.num_kept_of_sets)
     folders = run.eval_dataset_path or ()
-    rows = with_eval_sets(rows, load_eval_sets(folders, rule, tokenizer, int(rows.ids_T.max()) + 1))
+    rows = with_eval_sets(rows, load_eval_sets(folders, rule, tokenizer))
     digest = identity.get("data sha256")
     if digest is not None and digest != rows.digest()[:16]:
         raise UserError(f"{run.dataset_path}: holds other rows than the run was trained on")

@@ -29,7 +29,7 @@ from glmtune.models.likelihood import (
     padded_sums,
     plan_choices,
 )
-from glmtune.models.packed import PackedModel, base_of
+from glmtune.models.packed import PackedModel
 
 
 @dataclass(frozen=True)
@@ -136,19 +136,6 @@ class GeneralRows:
         """The scores of all items, given the log-probabilities of their choices."""
         num_tokens_N = self.rows.num_labels_R.reshape(-1, NUM_CHOICES)[:, 0]
         return GeneralScores(self.general.items, log_probs_NC, num_tokens_N)
-
-
-def score_general(model: PeftModel, general: GeneralSet, tokenizer: Any) -> GeneralScores:
-    """Score a loaded model, as it is now, on a general set: adapter on or off, in evaluation mode.
-
-    To score it again, such as at another scale of its adapter, keep `GeneralRows.of` and call
-    `score`.
-
-    Raises:
-        UserError: see `GeneralRows.of`.
-    """
-    limit = base_of(model).config.max_position_embeddings
-    return GeneralRows.of(general, tokenizer, limit).score(model)
 
 
 _Row = tuple[list[int], list[int], int]
