@@ -161,6 +161,24 @@ def test_rows_without_a_reference_are_counted_apart():
     assert both.compared["stopped"].num_rows == 50
 
 
+def test_some_of_the_rows_have_the_scores_that_they_have_alone(few_draws):
+    pairs = planted("good", 5)
+    bare = [p.__class__(**{**vars(p), "expected": "", "log_probs": (None, None)}) for p in pairs]
+    mixed = [*bare[:3], *pairs[3:12], *bare[12:15], *pairs[15:]]
+    asked = []
+    metric = Metric("m:counts", lambda *told: asked.append(told) or float(len(told[0])))
+    table = score_pairs(mixed, [metric])
+    num_asked = len(asked)
+    is_kept = [number % 3 == 0 for number in range(len(mixed))]
+    found = judge(table.some(mixed, is_kept))
+    assert len(asked) == num_asked, "a user's metric is asked once for each answer"
+    kept = [pair for pair, is_one in zip(mixed, is_kept, strict=True) if is_one]
+    alone = judge(score_pairs(kept, [metric]))
+    assert found.keys() == alone.keys()
+    for part, of_some in found.items():
+        assert of_some.as_json() == alone[part].as_json()
+
+
 def test_wins_ties_and_losses_add_up():
     found = judge(score_pairs(planted("good", 3)))["all"]
     assert found.wins > found.losses
