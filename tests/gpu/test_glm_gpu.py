@@ -166,6 +166,26 @@ def test_a_compiled_pack_in_few_bits_equals_its_rows(rows, kind, bits):
     compare(*adapted(base, "all"), rows, torch.bfloat16)
 
 
+@pytest.mark.parametrize("kind", ["half of a head", "four norms"])
+@pytest.mark.parametrize("form", ["bfloat16", "float8", "four bits"])
+def test_a_compiled_pack_gives_the_same_gradients_again(rows, kind, form):
+    model, weights = make_trained(kind, "all", torch.bfloat16)
+    if form == "float8":
+        to_fp8(model, PACKED.together)
+    if form == "four bits":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+        base = model.unload()
+        quantise(base, layers_of(base), 4)
+        model, weights = adapted(base, "all")
+    fast = PackedPass(Accelerator(), PackedModel(model, PACKED, compiled=True), rows, 0.1, LENGTH)
+    packs = plan_packs(rows.lengths_R, np.arange(len(rows)), LENGTH)
+    for row_ids in (packs[0], packs[1][:2], packs[2][:5]):
+        first, *others = (fast.gradients(row_ids, weights)[1] for _ in range(12))
+        assert all(
+            torch.equal(*pair) for again in others for pair in zip(first, again, strict=True)
+        )
+
+
 @pytest.mark.parametrize("targets", [QKV, "q_proj,v_proj", "all"])
 @pytest.mark.parametrize(
     ("dtype", "recompute", "most"),

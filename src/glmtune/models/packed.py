@@ -31,10 +31,6 @@ from glmtune.ops.quantised import Quantised
 if TYPE_CHECKING:
     from peft import PeftModel
 
-# multi_kernel: norms and float8's largest values as persistent reductions, where those are faster.
-# They break the compiler's cache (torch 2.11: a TypeError at the second run on a machine), so it is
-# off.
-COMPILE_OPTIONS: dict[str, Any] = {"triton.multi_kernel": 1, "fx_graph_cache": False}
 _KEEP_LESS = (
     "ban_recompute_used_far_apart",
     "ban_recompute_long_fusible_chains",
@@ -153,10 +149,9 @@ class PackedModel:
         for name in _KEEP_LESS:
             if hasattr(functorch_config, name):
                 setattr(functorch_config, name, False)
-        options = {} if self.any_length else COMPILE_OPTIONS
-        self.block = self.last_block = torch.compile(
-            self.family_block.block, fullgraph=True, options=options
-        )
+        # Without `triton.multi_kernel`, whose kernels gave other gradients from run to run, see
+        # docs/log.md, 2026-11-30.
+        self.block = self.last_block = torch.compile(self.family_block.block, fullgraph=True)
         self.attention, self.softmax_loss = RowSpans, softmax_loss_
 
     def to_tensors(self, pack: Pack, num_supervised: int | None = None) -> PackTensors:
