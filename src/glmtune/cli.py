@@ -42,6 +42,10 @@ def tokenize(settings: config.TokenizeSettings) -> None:
     from glmtune.models.resolve import base_name, resolve_base
 
     base = resolve_base(settings.base)
+    if settings.own_share is not None:
+        from glmtune.evaluation.replay_rows import own_rows
+
+        settings = settings.with_own_rows(str(own_rows(base)))
     tokenize(settings, load_row_tokenizer(base), base_name(base))
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from glmtune.cli import main
+from glmtune.data.dataset import load_dataset
 from glmtune.demo.general import prompt_lines
+from glmtune.evaluation import replay_rows
 from glmtune.evaluation.replay_rows import as_row
 from glmtune.general.items import LANGUAGES, PROMPTS_OF_BASE, find_general, find_prompts, own_set
 from glmtune.models.resolve import GLM_TINY
@@ -85,3 +87,53 @@ def test_every_kind_of_question_becomes_its_kind_of_row():
     assert as_row({"text": "It is"} | said) == {"text": "It is Yes"}
     assert as_row({"text": "它是"} | said | {"answer": "红色。"}) == {"text": "它是红色。"}
     assert as_row({"text": "It is"} | said | {"answer": ", yes"}) == {"text": "It is, yes"}
+
+
+@pytest.fixture
+def few_prompts(here, monkeypatch):
+    """Twelve questions for replay, and a cache of this test's own."""
+    lines = find_prompts(GLM_TINY).read_text(encoding="utf-8").splitlines(keepends=True)[:12]
+    Path("prompts.jsonl").write_text("".join(lines), encoding="utf-8")
+    monkeypatch.setattr(replay_rows, "find_prompts", lambda base: here / "prompts.jsonl")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(here / "cache"))
+
+
+def tokenize(name, *flags, num=57):
+    records = [{"instruction": f"{i}?", "output": str(i)} for i in range(num)]
+    Path(f"{name}.json").write_text(json.dumps(records), encoding="utf-8")
+    return main(["tokenize", f"{name}.json", "--save_path", name, "--base", "glm-tiny", *flags])
+
+
+def test_a_share_mixes_in_answers_that_are_made_once(here, few_prompts, spy, capsys):
+    calls = spy(replay_rows, "infer")
+    # The format is that of the user's rows; the base's own answers have theirs.
+    assert tokenize("one", "--replay", "0.05", "--format", "alpaca") == 0
+    assert "12 rows, 3 taken, 3 kept (5.0%)" in capsys.readouterr().out
+    assert len(load_dataset("one")[0]) == 60
+    assert tokenize("two", "--replay", "0.5") == 0
+    assert "12 rows, 57 taken (weight 4.75), 57 kept (50.0%)" in capsys.readouterr().out
+    assert len(calls) == 1
+    (kept,) = (here / "cache" / "glmtune" / "replay").glob("glm-tiny-*[0-9a-f].jsonl")
+    assert len(lines_of(kept)) == 12
+    recipe = "tokenize:\n  jsonl_path: one.json\n  save_path: three\n  base: glm-tiny\n"
+    Path("recipe.yaml").write_text(f"{recipe}  replay: 0.05\n", encoding="utf-8")
+    assert main(["tokenize", "recipe.yaml"]) == 0
+    one, three = (load_dataset(name)[0]["input_ids"] for name in ("one", "three"))
+    assert one.equals(three)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--replay", "1"], "replay 1 is no share of the rows: set one between 0 and 1"),
+        (["--replay", "-0.1"], "replay -0.1 is no share of the rows"),
+        (["--replay", "nan"], "replay nan is no share of the rows"),
+        (["--replay", "0.1", "--replay_share", "0.2"], "are both shares: set replay alone"),
+        (["--replay_share", "0.2"], "set replay 0.2, for the base's own answers, or replay FILE"),
+        (["--replay", "0.001"], "a replay_share of 0.001 beside 57 other rows is no row"),
+    ],
+)
+def test_what_is_no_share_is_refused(few_prompts, flags, told, capsys):
+    assert tokenize("rows", *flags) == 2
+    assert told in capsys.readouterr().err
+    assert not Path("rows").exists()

@@ -187,7 +187,7 @@ def test_messages_name_all_files():
         ("  datasets: [zh.jsonl]\n  replay: zh.jsonl", "zh.jsonl is named twice"),
         ("  datasets: [zh.jsonl, rows]", "save_path would overwrite rows"),
         ("  datasets: [zh.jsonl]\n  jsonl_path: en.jsonl", "both name the rows: set one"),
-        ("  datasets: [zh.jsonl]\n  replay_share: 0.1", "no effect without replay"),
+        ("  datasets: [zh.jsonl]\n  replay_share: 0.1", "no effect without a file: set replay 0.1"),
         ("  datasets: [zh.jsonl]\n  zh_share: 0.5", "no row is English"),
         ("  datasets: [zh.jsonl]\n  zh_share: 1.5", "zh_share '1.5' should be a number, above 0"),
         (

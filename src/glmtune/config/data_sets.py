@@ -3,7 +3,7 @@
 import os
 from typing import Annotated, Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from glmtune.config.groups import FormatSettings, Kind, PathText, Settings, conflict
 
@@ -58,11 +58,19 @@ class MixSettings(Settings):
         "FILE#500 for 500 of its rows; in a recipe also as {path, weight, format, encoding}, where "
         "weight says how often each row is used",
     )
-    replay: PathText | None = Field(
-        None, description="file of general rows to mix in, so that less is forgotten"
+    replay: Annotated[PathText, Kind("SHARE|PATH", "a share, such as 0.05, or a file")] | None = (
+        Field(
+            None,
+            description="share of the rows that the base's own answers to general questions make "
+            "up, so that less is forgotten: the base answers once, and the answers are kept for "
+            "other data sets; or a file of general rows",
+        )
     )
     replay_share: float | None = Field(
-        None, gt=0, lt=1, description="share of the rows that replay makes up (default: 0.05)"
+        None,
+        gt=0,
+        lt=1,
+        description="share of the rows that a file of general rows makes up (default: 0.05)",
     )
     zh_share: float | None = Field(
         None,
@@ -72,6 +80,37 @@ class MixSettings(Settings):
         "other language are left out to reach it (default: all rows)",
     )
     seed: int = Field(42, ge=0, lt=2**32, description="seed of the rows that are taken")
+    _has_own_rows: bool = PrivateAttr(False)
+
+    @field_validator("replay", mode="before")
+    @classmethod
+    def spell_share(cls, value: Any) -> Any:
+        """Take a share as a number, as recipes have it."""
+        return str(value) if isinstance(value, int | float) else value
+
+    @property
+    def own_share(self) -> float | None:
+        """The share that the base's own answers make up; None where replay is a file."""
+        try:
+            return float(self.replay or "")
+        except ValueError:
+            return None
+
+    @property
+    def has_own_rows(self) -> bool:
+        """Whether replay is a file of the base's own answers: of a format of its own, and used more
+        than once where the share asks for more rows than there are."""
+        return self._has_own_rows
+
+    def with_own_rows(self, path: str) -> Self:
+        """Settings whose general rows are a file of the base's own answers.
+
+        Args:
+            path: the file.
+        """
+        settings = self.model_copy(update={"replay": path, "replay_share": self.own_share})
+        settings._has_own_rows = True
+        return settings
 
     @model_validator(mode="before")
     @classmethod
@@ -111,9 +150,24 @@ class MixSettings(Settings):
                 )
         if self.replay_share is not None and not self.replay:
             raise conflict(
-                "replay_share has no effect without replay: set replay FILE, or leave it out",
+                f"replay_share has no effect without a file: set replay {self.replay_share:g}, for "
+                "the base's own answers, or replay FILE",
                 "replay_share",
             )
+        if (share := self.own_share) is not None:
+            if self.replay_share is not None:
+                raise conflict(
+                    f"replay {self.replay} and replay_share {self.replay_share:g} are both shares: "
+                    "set replay alone",
+                    "replay",
+                    "replay_share",
+                )
+            if not 0 < share < 1:
+                raise conflict(
+                    f"replay {self.replay} is no share of the rows: set one between 0 and 1, such "
+                    "as 0.05, or a file",
+                    "replay",
+                )
         return self
 
     @property
@@ -121,5 +175,6 @@ class MixSettings(Settings):
         """Every file, with the setting that names it; the one of general rows last."""
         main = self.datasets or (DataSet(path=getattr(self, "jsonl_path")),)  # noqa: B009
         name = "datasets" if self.datasets else "jsonl_path"
-        replay = [("replay", DataSet(path=self.replay))] if self.replay else []
+        is_file = self.replay is not None and self.own_share is None
+        replay = [("replay", DataSet(path=self.replay))] if is_file else []
         return [*((name, one) for one in main), *replay]

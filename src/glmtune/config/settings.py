@@ -317,7 +317,25 @@ class CompareSettings(JudgingSettings):
         "base's folder, else our own; a .jsonl file of yours in the same form; false for none",
     )
 
+    without_replay: PathText | None = Field(
+        None,
+        description="a run of the same rows without replay, compared before: shows how much less "
+        "was lost with it",
+    )
+
     _spell_general_set = field_validator("general_set", mode="before")(spelled_truth)
+
+    @model_validator(mode="after")
+    def ask_general_set(self) -> Self:
+        """Refuse a run beside this one where nothing is asked of either."""
+        if self.without_replay and self.general_set is False:
+            raise conflict(
+                "without_replay compares general questions, and general_set is false: leave one "
+                "of them out",
+                "without_replay",
+                "general_set",
+            )
+        return self
 
     @field_validator("gate")
     @classmethod

@@ -97,14 +97,23 @@ def share_languages(
     return np.split(all_uses, np.cumsum([len(one) for one in uses])[:-1])
 
 
-def num_replayed(path: str, num_rows: int, num_others: int, share: float) -> int:
+def num_replayed(
+    path: str, num_rows: int, num_others: int, share: float, repeats: bool = False
+) -> int:
     """How many general rows make up a share of all rows.
+
+    Args:
+        path: what messages call their file.
+        num_rows: its good rows.
+        num_others: all other rows.
+        share: above 0 and below 1.
+        repeats: whether they may be used more than once.
 
     Raises:
         UserError: the file has fewer, or the share makes none.
     """
     num = round(share / (1 - share) * num_others)
-    if num > num_rows:
+    if num > num_rows and not repeats:
         most = num_rows / (num_rows + num_others)
         raise UserError(
             f"{path}: has {num_rows:,} rows, and a replay_share of {share:g} beside {num_others:,} "

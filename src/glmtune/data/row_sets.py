@@ -75,20 +75,26 @@ def look_through_sets(settings: TokenizeSettings) -> list[RowSet]:
     """
     sets: list[RowSet] = []
     for number, (name, one) in enumerate(settings.named_sets):
+        is_replay = name == "replay"
+        is_own = is_replay and settings.has_own_rows
         file = look_through(
             one.file,
-            one.format or settings.format,
+            one.format or (None if is_own else settings.format),
             settings.on_bad_row,
-            one.encoding or settings.encoding,
+            one.encoding or (None if is_own else settings.encoding),
             with_languages=settings.zh_share is not None,
         )
-        num, weight, is_replay = one.num, one.weight, name == "replay"
+        num, weight = one.num, one.weight
         if is_replay:  # it is the last
             if settings.zh_share is not None:
                 _share_languages(sets, settings)
             num_others = sum(other.num_taken for other in sets)
             most = file.num_good if num is None else min(num, file.num_good)
-            num = num_replayed(one.file, most, num_others, settings.replay_share or REPLAY_SHARE)
+            share = settings.replay_share or REPLAY_SHARE
+            wanted = num_replayed(one.file, most, num_others, share, settings.has_own_rows)
+            num = wanted
+            if wanted > file.num_good:
+                num, weight = None, wanted / file.num_good
         uses = uses_of(one.file, file.num_good, num, weight, settings.seed, number)
         sets.append(RowSet(file, find_source(one.file).digest, uses, weight, is_replay))
     if settings.zh_share is not None and not sets[-1].is_replay:

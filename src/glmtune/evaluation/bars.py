@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from glmtune.evaluation.document import Panel, both, table
 from glmtune.evaluation.labels import Text
 from glmtune.evaluation.price import KINDS
+from glmtune.evaluation.replay_savings import SAVED, WITH, WITHOUT, Saved
 from glmtune.evaluation.report import BASE, NO_PRICE, TUNED
 from glmtune.evaluation.score_tables import PART_NAMES
 from glmtune.evaluation.verdict import VERDICTS, Verdict, signed
@@ -42,6 +43,7 @@ class Change(NamedTuple):
     """The measure that the verdict is by."""
     what: Text = ROWS
     """What was counted."""
+    sides: tuple[Text, Text] = (BASE, TUNED)
 
     @property
     def direction(self) -> str:
@@ -70,8 +72,8 @@ class Change(NamedTuple):
             word = f'<span class="word {self.verdict}">{both(told)}</span>'
         return f"""<div class="change"><h3>{both(self.name)}
 <small>{self.num_rows:,} {both(self.what)}</small>{word}</h3>
-<dl><dt>{both(BASE)}</dt><dd class="of-base">{bar(self.base)}<b>{self.base:.1f}</b></dd>
-<dt>{both(TUNED)}</dt><dd class="of-tuned {self.direction}">{bar(self.tuned, whisker)}\
+<dl><dt>{both(self.sides[0])}</dt><dd class="of-base">{bar(self.base)}<b>{self.base:.1f}</b></dd>
+<dt>{both(self.sides[1])}</dt><dd class="of-tuned {self.direction}">{bar(self.tuned, whisker)}\
 <b>{self.tuned:.1f}</b></dd></dl>
 <p><b class="{self.direction}">{change}</b> {both(POINTS)} <small>{note}</small></p></div>"""
 
@@ -114,6 +116,20 @@ def price_panel(
     ]
     told = f'<p class="note">{both(sentence)}</p>' if sentence else ""
     return Panel(PRICE, _bars(changes, NO_PRICE) + told)
+
+
+def saved_panel(saved: Saved) -> Panel:
+    """What replay saved in each language, beside a run without it."""
+    parts = saved.as_json()
+    of_parts = {str(part): parts[part] for part in PART_NAMES if part in parts}
+    changes = [
+        Change(
+            name, of["n"], of["without"], of["with"], of["low"], of["high"],
+            what=QUESTIONS, sides=(WITHOUT, WITH),
+        )
+        for name, of in _by_language(of_parts, lambda of: bool(of["n"]))
+    ]  # fmt: skip
+    return Panel(SAVED, _bars(changes, NO_PRICE) + f'<p class="note">{both(saved.sentence)}</p>')
 
 
 def kinds_panel(price: Mapping[str, Mapping[str, Any]]) -> Panel | None:

@@ -14,11 +14,12 @@ from glmtune.evaluation.asked import Asked
 from glmtune.evaluation.collapse import Collapse, Sides, Taught
 from glmtune.evaluation.findings import Answered, Finding, answer_findings
 from glmtune.evaluation.gate import Gate
-from glmtune.evaluation.general import GeneralFile
+from glmtune.evaluation.general import BothScores, GeneralFile
 from glmtune.evaluation.language_matrix import TrainedLanguages
 from glmtune.evaluation.metric import load_metric
 from glmtune.evaluation.page import html
 from glmtune.evaluation.probes import spread
+from glmtune.evaluation.replay_savings import Saved, find_run_without
 from glmtune.evaluation.report import Comparison, Pair, markdown
 from glmtune.evaluation.run_facts import RunFacts
 from glmtune.evaluation.scores import ScoreTable, score_pairs
@@ -48,6 +49,9 @@ def compare(settings: CompareSettings) -> Comparison:
     gate = Gate.of(settings.gate, metrics)
     subject = ModelChoice.of(settings)
     general = find_general(settings.general_set, subject.base)
+    without = None
+    if settings.without_replay and general:
+        without = find_run_without(settings, subject, general)
     asked = Asked.of(settings, subject)
     records = asked.first(settings.limit)
     if gate:
@@ -93,6 +97,7 @@ def compare(settings: CompareSettings) -> Comparison:
         collapse=_find_collapse(pairs, strange_pairs, taught, settings.max_new_tokens),
         trained_on=TrainedLanguages.of(run, subject.tokenizer) if run else None,
         price=general_file.price if general_file else None,
+        saved=_saved(general_file, without),
         cost=cost or _cost_of(folder / "compare.json"),
         passes_gate=gate is None or gate.is_passed(verdicts["all"]),
         chrf=table.of_rows("chrf"),
@@ -147,6 +152,14 @@ def _answer(
         one = model, tokenizer, sides, file, records, asked, settings, subject.device
         costs.append(answer_sides(*one, shows_progress=file.path.name == ANSWERS))
     return add_costs(costs)
+
+
+def _saved(general: GeneralFile | None, without: tuple[str, BothScores] | None) -> Saved | None:
+    """What replay saved beside a run without it, if one was named."""
+    if without is None or general is None or general.scores is None:
+        return None
+    name, scores = without
+    return Saved(general.price_of(scores.tuned, general.scores.tuned), name)
 
 
 def _judge_sets(pairs: Sequence[Pair], table: ScoreTable, asked: Asked) -> dict[str, PartVerdict]:

@@ -83,7 +83,11 @@ class GeneralFile:
     def price(self) -> Price | None:
         """What the tuning cost; None before it has been measured."""
         found = self.scores
-        return found and Price.of(found.base, found.tuned, self._general.name)
+        return found and self.price_of(found.base, found.tuned)
+
+    def price_of(self, before: GeneralScores, after: GeneralScores) -> Price:
+        """Two sides' scores on this set, compared."""
+        return Price.of(before, after, self._general.name)
 
     def measure(self, model: PeftModel, tokenizer: Any) -> None:
         """Score both sides of a loaded model and keep what they score.

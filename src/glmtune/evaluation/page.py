@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from glmtune.evaluation.bars import gain_panel, kinds_panel, price_panel
+from glmtune.evaluation.bars import gain_panel, kinds_panel, price_panel, saved_panel
 from glmtune.evaluation.document import (
     Panel,
     both,
@@ -88,6 +88,7 @@ def _plots(comparison: Comparison, found: Mapping[str, Any]) -> Iterator[Panel]:
     drawn = (
         loss_panel(run.history),
         general_panel(run.history),
+        saved_panel(comparison.saved) if comparison.saved else None,
         dial_panel(run.dial) if run.dial else None,
         kinds_panel(found["price"] or {}),
         ledger_panel(run.ledger) if run.ledger else None,

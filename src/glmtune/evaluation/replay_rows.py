@@ -2,9 +2,12 @@
 
 Rows of what the base would have said anyway hold it to that while it learns a task (self-distilled
 replay). They are answered once; the file is then the setting `replay` of any number of recipes.
+Where that setting is a share, the file is kept with the user's other caches.
 """
 
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from glmtune.data.questions import question_in
 from glmtune.errors import UserError
 from glmtune.evaluation.infer import infer
 from glmtune.general.items import find_prompts
-from glmtune.models.resolve import resolve_base
+from glmtune.models.resolve import base_name, resolve_base
 
 ANSWERS_SUFFIX = ".answers.jsonl"
 
@@ -57,6 +60,32 @@ def write_replay_rows(settings: ReplayRowsSettings) -> int:
     cut = f", {left:,} left out (empty, or cut at max_new_tokens)" if left else ""
     print(f"{save_path}: {len(rows):,} rows{cut}; mix them in with tokenize --replay {save_path}")
     return len(rows)
+
+
+def own_rows(base: str) -> Path:
+    """The file of a base's own answers to general questions, made where it is not there yet.
+
+    It lies in `$XDG_CACHE_HOME/glmtune/replay`, by default below `~/.cache`, under a name that
+    depends on the base's files and the questions.
+
+    Args:
+        base: a folder, see `resolve_base`.
+
+    Raises:
+        UserError: the base cannot be loaded, or no answer is a row.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    digest = hashlib.sha256(find_prompts(base).read_bytes())
+    for path in sorted(Path(base).iterdir()):
+        if path.is_file():
+            found = path.stat()
+            digest.update(f"{path.name} {found.st_size} {found.st_mtime_ns}\n".encode())
+    path = cache / "glmtune" / "replay" / f"{Path(base).name}-{digest.hexdigest()[:16]}.jsonl"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        print(f"replay: {base_name(base)} answers general questions, once", flush=True)
+        write_replay_rows(ReplayRowsSettings(base=base, save_path=str(path)))
+    return path
 
 
 def as_row(line: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from glmtune.evaluation.findings import Finding
 from glmtune.evaluation.labels import Text
 from glmtune.evaluation.language_matrix import TrainedLanguages, language_note, language_table
 from glmtune.evaluation.price import Price
+from glmtune.evaluation.replay_savings import Saved
 from glmtune.evaluation.run_facts import RunFacts
 from glmtune.evaluation.score_tables import PART_NAMES, score_tables
 from glmtune.evaluation.scores import Part
@@ -127,6 +128,8 @@ class Comparison:
     """What answering took; None where that is not known."""
     price: Price | None = None
     """What the tuning cost on a general set; None where none was asked."""
+    saved: Saved | None = None
+    """What replay saved, beside a run without it; None where no such run was named."""
     trained_on: TrainedLanguages | None = None
     """The languages of the run's rows; None where they are not there."""
     passes_gate: bool = True
@@ -167,6 +170,8 @@ class Comparison:
             yield self.differences.en
         if self.price:
             yield self.price.sentence.en
+        if self.saved:
+            yield visible(self.saved.sentence.en)
         if self.language_note:
             yield self.language_note.en
         for finding in self.collapse:
@@ -186,6 +191,7 @@ class Comparison:
             "sets": {name: verdict.as_json() for name, verdict in self.sets.items()},
             "price": self.price and self.price.as_json(),
             "general_set": self.price and self.price.set_name,
+            "replay_saved": self.saved and self.saved.as_json(),
             "trained_on": self.trained_on and self.trained_on.as_json(),
             "collapse": [finding.as_json() for finding in self.collapse],
             "cost": self.cost,
@@ -292,6 +298,8 @@ def markdown(comparison: Comparison) -> str:
     lines += table_lines([["", BASE, TUNED], [STOPPED, *stopped], [MEAN_LENGTH, *lengths]])
     price = comparison.price.sentence if comparison.price else NO_PRICE
     lines += ["", f"**{_escape(str(price))}**"]
+    if comparison.saved:
+        lines += ["", _escape(str(comparison.saved.sentence))]
     if comparison.language_note:
         lines += ["", _escape(str(comparison.language_note))]
     if comparison.run and comparison.run.dial:
