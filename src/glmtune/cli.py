@@ -219,6 +219,16 @@ def chat(settings: config.ChatSettings) -> None:
     chat(settings)
 
 
+def serve(settings: config.ServeSettings) -> None:
+    """Serve base and adapters to OpenAI's clients over HTTP."""
+    from glmtune.early import check_serving
+
+    check_serving(settings)
+    from glmtune.serving.run import serve
+
+    serve(settings)
+
+
 def replay(settings: config.ReplaySettings) -> int:
     """Compute again the step that stopped a run, from its crash-N folder."""
     from glmtune.early import check_replay
@@ -282,6 +292,7 @@ VERBS: dict[str, Callable[[Any], int | None]] = {
     "compare": compare,
     "evaluate": evaluate,
     "chat": chat,
+    "serve": serve,
     "check": check,
     "ledger": ledger,
     "merge": merge,

@@ -3,9 +3,11 @@
 Each check is the verb's own function; the verb calls it again where it uses the path.
 """
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from glmtune.adapters.find import check_held_out, find_adapter, refuse_existing
+from glmtune.config.serving import ServeSettings
 from glmtune.config.settings import (
     BenchDecodeSettings,
     BenchMemorySettings,
@@ -29,6 +31,7 @@ from glmtune.config.settings import (
 from glmtune.data.dataset import check_is_folder
 from glmtune.data.jsonlines import check_appendable
 from glmtune.data.sources import find_source
+from glmtune.errors import UserError
 from glmtune.general.items import AUTO, find_general
 from glmtune.imports import leave_out
 from glmtune.models.base_files import check_targets, read_settings
@@ -59,6 +62,22 @@ def check_answering(settings: AnsweringSettings) -> None:
         check_held_out(found[0])
     first = adapters[0] if adapters else None
     check_base(settings.base, first)
+    leave_out_unused(settings, first)
+
+
+def check_serving(settings: ServeSettings) -> None:
+    """Check that the adapters and the base of a server exist, and that its port is free.
+
+    Raises:
+        UserError: one does not exist, or the server could not listen.
+    """
+    folders = list(settings.adapters.values())
+    for folder in folders:
+        find_adapter(folder)
+    first = folders[0] if folders else None
+    check_base(settings.base, first)
+    if find_spec("fastapi") is None or find_spec("uvicorn") is None:
+        raise UserError("serve needs fastapi and uvicorn: pip install 'glmtune[serve]'")
     leave_out_unused(settings, first)
 
 
@@ -102,7 +121,9 @@ def check_general_set(wish: bool | str) -> None:
 
 
 def leave_out_unused(
-    settings: TrainSettings | AnsweringSettings | ScoringSettings | ReplayRowsSettings,
+    settings: (
+        TrainSettings | AnsweringSettings | ScoringSettings | ReplayRowsSettings | ServeSettings
+    ),
     run_folder: str | None = None,
 ) -> None:
     """Spare a verb bitsandbytes where neither settings nor base are quantised by it.

@@ -23,7 +23,7 @@ FLOORS = [
     {"adapters", "general"},
     {"training", "generation"},
     {"evaluation", "bench", "early", "integrations"},
-    {"tune"},
+    {"tune", "serving"},
     {"demo", "doctor"},
     {"cli"},
     {"__main__"},

@@ -59,7 +59,7 @@ def filtered(scores, said, settings, monkeypatch):
         room, "draw", lambda scores, number: given.append(scores) or scores.argmax(-1)
     )
     sampling = Sampling.of(settings, NUM_TOKENS, scores.device)
-    choose(scores, sampling, seen_of(said), torch.zeros(3, 1))
+    choose(scores, sampling, seen_of(said), torch.zeros_like(scores), torch.zeros(3, 1))
     return given[0]
 
 
@@ -108,7 +108,7 @@ def test_a_row_that_draws_nothing_takes_the_likeliest_beside_one_that_draws(scor
     each = [GenerationSettings(), cold, GenerationSettings(do_sample=True, temperature=50)]
     sampling = Sampling.of(each, NUM_TOKENS, scores.device)
     numbers = torch.full((3, 1), 0.01, dtype=torch.float64)
-    found = choose(scores, sampling, seen_of(said), numbers)
+    found = choose(scores, sampling, seen_of(said), torch.zeros_like(scores), numbers)
     likeliest = scores.argmax(-1)
     assert (found == likeliest).tolist() == [True, True, False]
     assert [is_plain(settings) for settings in each] == [True, True, False]

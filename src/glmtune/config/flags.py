@@ -92,7 +92,8 @@ def split_arguments(
     A recipe may stand before or in place of the positional settings of any verb that has some.
 
     `--name value`, `--name=value` and `--dash-name value` are read, and `--switch` as true. A flag
-    given twice keeps its last value, so that a script's flags can be overridden at its end.
+    given twice keeps its last value, so that a script's flags can be overridden at its end; those
+    of `Settings.adds_up` are lists that grow.
 
     Raises:
         UserError: a flag that the verb does not have, one that lacks its value, a stray word.
@@ -118,7 +119,8 @@ def split_arguments(
                 value = "true"
             else:
                 raise UserError(f"--{name} lacks its value, which should be {kind_of(field).words}")
-        flags[name] = value
+        adds_up = setting in SETTINGS[verb].adds_up and name in flags
+        flags[name] = f"{flags[name]},{value}" if adds_up else value
 
     places = SETTINGS[verb].bare_words
     if words and _is_recipe(words[0]) and places and not {"recipe", "recipe_path"} & {*places}:

@@ -40,6 +40,7 @@ from glmtune.config.groups import (
     spelled_truth,
     split_commas,
 )
+from glmtune.config.serving import ServeSettings
 from glmtune.config.training import PlanSettings, TrainSettings, TuneSettings
 
 # --- validate ---
@@ -573,6 +574,7 @@ SETTINGS: dict[str, type[Settings]] = {
         CompareSettings,
         EvaluateSettings,
         ChatSettings,
+        ServeSettings,
         CheckSettings,
         LedgerSettings,
         MergeSettings,

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
@@ -16,6 +16,7 @@ from typing import Any, TextIO
 import torch
 
 from glmtune.adapters.find import find_adapter, find_weights
+from glmtune.config.serving import ServeSettings
 from glmtune.config.settings import (
     ChatSettings,
     CheckSettings,
@@ -147,6 +148,22 @@ class ModelChoice:
             UserError: there is no such base or adapter, or the device lacks something.
         """
         return cls._to_compute(settings, settings.adapter)
+
+    @classmethod
+    def to_serve(cls, settings: ServeSettings, adapters: Iterable[Path]) -> "ModelChoice":
+        """The base of a server, found beside its first adapter where none is named.
+
+        Raises:
+            UserError: there is no such base, or the device lacks something.
+        """
+        first = next(iter(adapters), None)
+        found = cls._to_compute(settings, None if first is None else str(first))
+        check_decoding(found.device, settings.decoder_bits, settings.decode_compile)
+        return replace(found, adapter=None, rounds=settings.decoder_bits != 16)
+
+    def with_adapter(self, folder: Path) -> "ModelChoice":
+        """The same base with another adapter."""
+        return replace(self, adapter=folder)
 
     @classmethod
     def _to_compute(cls, settings: Any, named: str | None) -> "ModelChoice":

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from glmtune.config.groups import AnswerSettings, DecodingSettings
 from glmtune.data.row_rule import as_ids
+from glmtune.generation.mixed import MixedAdapters
 from glmtune.generation.prompts import EncodedPrompt
 from glmtune.generation.slots import Slots
 from glmtune.generation.weights import can_be_captured, most_rows_for_kernels, read_weights
@@ -25,6 +26,7 @@ from glmtune.models.families import family_of
 
 TOKENS_PER_LOOK = 8
 """Steps launched on a GPU before the host reads the results, so that neither waits."""
+_COLUMNS_OF_PASS, _TOKENS_OF_PASS = 64, 512
 
 
 def find_stop_ids(model: Any) -> list[int]:
@@ -53,6 +55,10 @@ class Decoder:
             GPU a linear at a time, so that it takes only its rounded size there.
         beside: a decoder of the same model with the same settings; weights that both read are
             shared.
+        separate: choose forms of all products in which a row's result does not depend on the rows
+            beside it, so that an answer is bit for bit what it is alone. On a CPU that is true of
+            weights in 16 bits, on a GPU of batches of one size, see `reads`.
+        adapters: adapters of the model, which has none on it now; each row of a batch has one.
 
     Raises:
         UserError: the weights cannot be rounded to that many bits, the device lacks something, or
@@ -69,17 +75,27 @@ class Decoder:
         compiled: bool = False,
         device: torch.device | None = None,
         beside: "Decoder | None" = None,
+        separate: bool = False,
+        adapters: MixedAdapters | None = None,
     ):
         self.config: Any = model.config
         family = family_of(self.config)
         self.block, self.shape = family.native().decoding, family.shape(self.config)
         self.stop_ids = stop_ids
+        self.separate, self.adapters = separate, adapters
         self.device: torch.device = device or model.device
         check_decoding(self.device, bits, compiled)
         self._linears: dict[tuple[nn.Module, int], Projection] = beside._linears if beside else {}
         with torch.inference_mode():
             self.weights = read_weights(
-                model, self.block, bits=bits, merge=merge, device=self.device, known=self._linears
+                model,
+                self.block,
+                bits=bits,
+                merge=merge,
+                device=self.device,
+                known=self._linears,
+                separate=separate,
+                adapters=adapters,
             )
         self.captures = self.device.type == "cuda" and can_be_captured(self.weights)
         self._most_rows_for_kernels = most_rows_for_kernels(
@@ -117,6 +133,31 @@ class Decoder:
     def tokens_per_look(self) -> int:
         """Steps between two reads by the host."""
         return TOKENS_PER_LOOK if self.device.type == "cuda" else 1
+
+    def reads(self, longest: int, num_prompts: int) -> tuple[int, int]:
+        """Rows and columns of the pass that reads some prompts.
+
+        Of separate rows, prompts are read together whose passes have as many columns, and on a GPU
+        every pass of that many columns has as many rows: libraries choose the kernels of a product
+        by its size, and sum in another order in each.
+
+        Args:
+            longest: tokens of the longest prompt.
+            num_prompts: how many there are.
+        """
+        if not self.separate:
+            return num_prompts, longest
+        columns = longest + -longest % _COLUMNS_OF_PASS
+        if self.device.type == "cpu":
+            return num_prompts, columns
+        most = self.most_prompts(longest)
+        assert num_prompts <= most, "more prompts than a pass of this width reads"
+        return most, columns
+
+    def most_prompts(self, longest: int) -> int:
+        """The most prompts of separate rows that one pass reads, of which the longest is given."""
+        columns = longest + -longest % _COLUMNS_OF_PASS
+        return max(1, -(-_TOKENS_OF_PASS // columns))
 
     def functions(self, num_rows: int) -> tuple[Callable[..., Tensor], Callable[..., Tensor], bool]:
         """The functions for a token a row: a layer, the head; and whether they need a mask."""

@@ -6,6 +6,7 @@ Each can be called with any number of rows; those with kernels for one token a r
 Shapes: O output rows of a linear, I inputs, R rank of an adapter, G groups of inputs.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -53,6 +54,35 @@ class DenseLinear:
     def factor(self, x: Tensor) -> Any:
         """The linear as `ops.decoding_kernels.project_three` takes it."""
         return _kernels().Factor(self.weight_OI, self.bias_O, None)
+
+
+@dataclass(frozen=True)
+class SeparateLinear(DenseLinear):
+    """A linear in whose results no row depends on the others, nor on how many there are.
+
+    On a GPU that is so of batches of one size alone. On a CPU it is so of oneDNN's products of two
+    rows or more (MKL's depend on how many there are); `tests/unit/test_separate_rows.py` holds it.
+    """
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``(..., I)`` to ``(..., O)``."""
+        return multiply_separately(x, self.weight_OI, self.bias_O)
+
+
+def multiply_separately(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias``; see `SeparateLinear`."""
+    if x.device.type != "cpu":
+        return F.linear(x, weight_OI, bias_O)
+    rows = x.flatten(0, -2)
+    is_alone = len(rows) == 1
+    if is_alone:  # a kernel for vectors would sum in another order
+        rows = rows.expand(2, -1)
+    if rows.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        rows = rows.contiguous()
+        y = torch.ops.mkldnn._linear_pointwise(rows, weight_OI, bias_O, "none", [], "")
+    else:
+        y = F.linear(rows, weight_OI, bias_O)
+    return (y[:1] if is_alone else y).unflatten(0, x.shape[:-1])
 
 
 # torch's product with int8 weights is faster than one with them as floats up to 64 rows, and reads
@@ -194,8 +224,50 @@ class Adapted:
         return low.flatten(0, -2), b_OR, scale
 
 
+@dataclass(frozen=True)
+class AdaptedByRow:
+    """A linear with the updates of several adapters beside it, of which each row takes one.
+
+    All are computed as one product, in which the ranks of other adapters are set to zero: a row
+    costs the same whichever adapter its neighbours have, and a step is the same kernels.
+    """
+
+    base: Projection
+    a_RI: Tensor
+    """The adapters' A, one under another."""
+    b_OR: Tensor
+    """Their B side by side, each multiplied by its scale."""
+    is_taken: Callable[[], Tensor]
+    """1 for the ranks of each row's adapter and 0 for others, ``(B, R)``; see
+    `mixed.MixedAdapters`."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``(B, S, I)`` to ``(B, S, O)``."""
+        y = self.base(x)
+        low = multiply_separately(x.to(self.a_RI.dtype), self.a_RI) * self.is_taken()[:, None]
+        return (y + multiply_separately(low, self.b_OR)).to(y.dtype)
+
+    def input_dtype(self, num_rows: int, dtype: torch.dtype) -> torch.dtype:
+        """The input type in which `fused` is fastest, for some rows and the model's type."""
+        return self.base.input_dtype(num_rows, dtype)
+
+    def fused(self, x: Tensor, **more: Any) -> Tensor:
+        """The same for one token a row, fused with what else the base's `fused` takes."""
+        return self.base.fused(x, update=self._update(x), **more)
+
+    def factor(self, x: Tensor) -> Any:
+        """The linear as `ops.decoding_kernels.project_three` takes it, for some inputs."""
+        return self.base.factor(x)._replace(update=self._update(x))
+
+    def _update(self, x: Tensor) -> Any:
+        low = F.linear(x.to(self.a_RI.dtype), self.a_RI).flatten(0, -2)
+        return low * self.is_taken(), self.b_OR, 1.0
+
+
 def can_be_fused(linear: Projection) -> bool:
     """Whether a linear has kernels for one token a row."""
+    if isinstance(linear, AdaptedByRow):
+        return can_be_fused(linear.base)
     if isinstance(linear, Adapted):
         return len(linear.updates) == 1 and can_be_fused(linear.base)
     return isinstance(linear, (DenseLinear, GroupQuantised))

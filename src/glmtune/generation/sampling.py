@@ -15,6 +15,17 @@ from glmtune.config.groups import AnswerSettings
 from glmtune.generation.prompts import EncodedPrompt
 
 
+class ChoiceSettings(AnswerSettings):
+    """How an answer of a server is generated: what its protocol has beside our verbs' settings."""
+
+    frequency_penalty: float = 0.0
+    """Subtracted from the score of a token for each time that the answer has it."""
+    presence_penalty: float = 0.0
+    """Subtracted from the score of a token that the answer has."""
+    num_listed: int | None = None
+    """Likeliest tokens to list with each token's own probability; None for no probability."""
+
+
 class Sampling(NamedTuple):
     """How the next token of each row is chosen, as tensors that a captured step reads."""
 
@@ -26,6 +37,8 @@ class Sampling(NamedTuple):
     """int64; the vocabulary's size where all tokens may be drawn."""
     tail_B1: Tensor
     """``1 - top_p``, the probability mass of the least likely tokens, cut off; -1 for none."""
+    frequency_B1: Tensor
+    presence_B1: Tensor
 
     @classmethod
     def of(
@@ -39,10 +52,11 @@ class Sampling(NamedTuple):
                 row.temperature or 1.0,
                 min(row.top_k or vocab_size, vocab_size),
                 -1.0 if row.top_p is None else 1 - row.top_p,
+                *_penalties(row),
             )
             for row in settings
         ]
-        kinds = torch.bool, torch.float32, torch.float32, torch.int64, torch.float32
+        kinds = torch.bool, torch.float32, torch.float32, torch.int64, *[torch.float32] * 3
         return cls(
             *(
                 torch.tensor(column, dtype=kind, device=device)[:, None]
@@ -50,14 +64,29 @@ class Sampling(NamedTuple):
             )
         )
 
-    def part(self, rows: slice) -> "Sampling":
-        """The settings of some rows, as views."""
-        return Sampling(*(tensor[rows] for tensor in self))
+    def reset(self, row: int) -> None:
+        """Let a row take the likeliest token, without any penalty."""
+        self.draws_B1[row] = False
+        self.penalty_B1[row] = 1
+        self.frequency_B1[row] = self.presence_B1[row] = 0
 
 
 def is_plain(settings: AnswerSettings) -> bool:
     """Whether each token is simply the likeliest."""
-    return not settings.draws and settings.repetition_penalty is None
+    penalised = settings.repetition_penalty is not None or any(_penalties(settings))
+    return not settings.draws and not penalised
+
+
+def num_listed(settings: AnswerSettings) -> int | None:
+    """Likeliest tokens to list with each token's own probability; None for no probability."""
+    return settings.num_listed if isinstance(settings, ChoiceSettings) else None
+
+
+def _penalties(settings: AnswerSettings) -> tuple[float, float]:
+    """Penalties by how often the answer has a token, and for having it at all."""
+    if not isinstance(settings, ChoiceSettings):
+        return 0.0, 0.0
+    return settings.frequency_penalty, settings.presence_penalty
 
 
 def largest(scores_BV: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,16 +101,21 @@ def largest(scores_BV: Tensor) -> tuple[Tensor, Tensor]:
     return value_B, within_B.add(part_B, alpha=scores_BV.shape[-1] // num_parts)
 
 
-def choose(scores_BV: Tensor, sampling: Sampling, seen_BV: Tensor, draw_B1: Tensor) -> Tensor:
+def choose(
+    scores_BV: Tensor, sampling: Sampling, seen_BV: Tensor, count_BV: Tensor, draw_B1: Tensor
+) -> Tensor:
     """The next token of each row, ``(B,)``, by the settings of each.
 
     Args:
         scores_BV: float32 logits.
         sampling: each row's settings.
         seen_BV: true for the tokens that a repetition penalty applies to.
+        count_BV: how often the answer has each token, float32.
         draw_B1: a random number a row, float64 in [0, 1).
     """
     penalised_BV = penalise(scores_BV, seen_BV, sampling.penalty_B1)
+    penalised_BV = penalised_BV - sampling.frequency_B1 * count_BV
+    penalised_BV = penalised_BV - sampling.presence_B1 * (count_BV > 0)
     drawn_B = draw(filter_scores(penalised_BV, sampling), draw_B1)
     return torch.where(sampling.draws_B1[:, 0], drawn_B, largest(penalised_BV)[1])
 

@@ -15,12 +15,15 @@ from torch.nn import functional as F
 from glmtune.errors import UserError
 from glmtune.generation.linears import (
     Adapted,
+    AdaptedByRow,
     DenseLinear,
     GroupQuantised,
     Int4,
     Int8,
+    SeparateLinear,
     can_be_fused,
 )
+from glmtune.generation.mixed import MixedAdapters
 from glmtune.models.decoding import DecodingBlock, Projection, Weights
 from glmtune.models.family import layers_of
 from glmtune.models.low_rank import split_lora
@@ -35,6 +38,8 @@ def read_weights(
     merge: bool = False,
     device: torch.device | None = None,
     known: dict[tuple[nn.Module, int], Projection] | None = None,
+    separate: bool = False,
+    adapters: MixedAdapters | None = None,
 ) -> Weights:
     """The current weights of a model: with its adapter, unless that is disabled.
 
@@ -51,6 +56,9 @@ def read_weights(
         device: where the weights are to be; by default where the model is.
         known: linears read before in the same way, without their adapters; those read now are
             added. So the weights that base and tuned model share are rounded and held only once.
+        separate: take forms of the products in which no row depends on the others, where there are
+            any.
+        adapters: adapters of the model, which has none on it, to lay beside its linears.
 
     Raises:
         UserError: the weights cannot be rounded to that many bits.
@@ -60,9 +68,10 @@ def read_weights(
     linears: list[Projection] = []
 
     def read(linear: nn.Module) -> Projection:
-        linears.append(
-            _read_projection(linear, bits, merge, device, {} if known is None else known)
+        found = _read_projection(
+            linear, bits, merge, device, {} if known is None else known, separate
         )
+        linears.append(found if adapters is None else adapters.beside(linear, found, device))
         return linears[-1]
 
     read_norm = partial(_read_norm, device=device)
@@ -118,7 +127,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _base_of(linear: Projection) -> Projection:
-    return linear.base if isinstance(linear, Adapted) else linear
+    return linear.base if isinstance(linear, (Adapted, AdaptedByRow)) else linear
 
 
 def _read_norm(norm: nn.Module, device: torch.device) -> nn.Module:
@@ -140,6 +149,7 @@ def _read_projection(
     merge: bool,
     device: torch.device,
     known: dict[tuple[nn.Module, int], Projection],
+    separate: bool,
 ) -> Projection:
     base, updates = split_lora(linear)
     if type(base) is not nn.Linear:
@@ -155,17 +165,19 @@ def _read_projection(
         total = weight.float()
         for a_RI, b_OR, scale in updates:
             total = total + b_OR.float() @ a_RI.float() * scale
-        return _round(total.to(weight.dtype), base.bias, bits, device)
+        return _round(total.to(weight.dtype), base.bias, bits, device, separate)
     key = base, id(base.bias)  # an adapter may have a bias of its own
     if key not in known:  # do not copy it to the device for nothing
-        known[key] = _round(base.weight.detach(), base.bias, bits, device)
+        known[key] = _round(base.weight.detach(), base.bias, bits, device, separate)
     return Adapted(known[key], updates) if updates else known[key]
 
 
-def _round(weight: Tensor, bias: Tensor | None, bits: int, device: torch.device) -> Projection:
+def _round(
+    weight: Tensor, bias: Tensor | None, bits: int, device: torch.device, separate: bool
+) -> Projection:
     weight, bias = weight.to(device), None if bias is None else bias.to(device)
     if bits == 16:
-        return DenseLinear(weight, bias)
+        return (SeparateLinear if separate else DenseLinear)(weight, bias)
     if weight.is_cuda:
         return GroupQuantised.of(weight, bias, bits)
     return {8: Int8.of, 4: Int4.of}[bits](weight, bias)

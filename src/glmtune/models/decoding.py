@@ -57,6 +57,11 @@ class KeyValueCache(NamedTuple):
         """Some rows of the cache, up to a column; not a copy."""
         return KeyValueCache(*(tensor[:, rows, :, :num_columns] for tensor in self))
 
+    def more_rows(self, num_rows: int) -> "KeyValueCache":
+        """Another, empty cache of as many columns for that many rows."""
+        layers, _, *sizes = self.keys.shape
+        return KeyValueCache(*(tensor.new_zeros(layers, num_rows, *sizes) for tensor in self))
+
 
 class Angles(NamedTuple):
     """Cosines and sines of some tokens' positions, ``(B, S, ...)``; the rest is the family's."""
@@ -190,14 +195,31 @@ def put(columns_BMKD: Tensor, place: Place, new_BM1D: Tensor) -> None:
     columns_BMKD[place.row_B, :, place.column_B] = new_BM1D[:, :, 0]
 
 
+COLUMNS_A_PRODUCT = 128
+
+
 def attend(query_BN1D: Tensor, keys_BMKD: Tensor, values_BMKD: Tensor, mask_B11K: Tensor) -> Tensor:
     """Attention of one new token to K columns: ``(B, 1, N D)``.
 
     Where queries have more heads than keys, neighbouring query heads share a key head. For one
     query torch's fused kernels start one thread block a head and are slow; these are two
-    matrix-vector products that a compiler turns into reductions.
+    matrix-vector products that a compiler turns into reductions. On a CPU they are taken of 128
+    columns at a time: what a row attends to is then summed in the same order however many columns
+    its neighbours need.
     """
     query_BMGD = query_BN1D.squeeze(2).unflatten(1, (keys_BMKD.shape[1], -1))
-    scores = (query_BMGD @ keys_BMKD.transpose(-1, -2)).float() * keys_BMKD.shape[-1] ** -0.5
+    size = COLUMNS_A_PRODUCT if query_BN1D.device.type == "cpu" else keys_BMKD.shape[2]
+    products = [query_BMGD @ keys.transpose(-1, -2) for keys in keys_BMKD.split(size, 2)]
+    scores = _joined(products).float() * keys_BMKD.shape[-1] ** -0.5
     seen = scores.masked_fill(~mask_B11K, -torch.inf).softmax(-1).to(values_BMKD.dtype)
-    return (seen @ values_BMKD).flatten(1)[:, None]
+    total, *more = (
+        part @ values
+        for part, values in zip(seen.split(size, -1), values_BMKD.split(size, 2), strict=True)
+    )
+    for summand in more:
+        total = total + summand
+    return total.flatten(1)[:, None]
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), -1)

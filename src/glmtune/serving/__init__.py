@@ -1,0 +1,6 @@
+"""An OpenAI-style server of a base and its adapters.
+
+`load` makes the models of a command line ready; `scheduler` lets requests join and leave the batch;
+`engine` turns a request into prompts and tokens into text; `schema` says what a request and an
+answer hold, and `http` has the routes; `run` is the verb.
+"""
