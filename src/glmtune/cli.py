@@ -185,6 +185,17 @@ def bench_decode(settings: config.BenchDecodeSettings) -> None:
     bench_decode(settings)
 
 
+def bench_serve(settings: config.BenchServeSettings) -> None:
+    """Measure the server over HTTP: speed, time to a first token, and what mixing adapters costs."""
+    from glmtune.early import check_bench, check_serving_packages
+
+    check_bench(settings)
+    check_serving_packages()
+    from glmtune.serving.bench import bench_serve
+
+    bench_serve(settings)
+
+
 def bench_memory(settings: config.BenchMemorySettings) -> None:
     """Measure memory of training, beside the estimate of `plan`."""
     from glmtune.early import check_bench
@@ -303,6 +314,7 @@ VERBS: dict[str, Callable[[Any], int | None]] = {
     "demo": demo,
     "bench train": bench_train,
     "bench decode": bench_decode,
+    "bench serve": bench_serve,
     "bench memory": bench_memory,
     "bench startup": bench_startup,
     "reproduce": reproduce,

@@ -11,6 +11,7 @@ from glmtune.config.serving import ServeSettings
 from glmtune.config.settings import (
     BenchDecodeSettings,
     BenchMemorySettings,
+    BenchServeSettings,
     BenchTrainSettings,
     ChatSettings,
     CheckSettings,
@@ -76,9 +77,19 @@ def check_serving(settings: ServeSettings) -> None:
         find_adapter(folder)
     first = folders[0] if folders else None
     check_base(settings.base, first)
-    if find_spec("fastapi") is None or find_spec("uvicorn") is None:
-        raise UserError("serve needs fastapi and uvicorn: pip install 'glmtune[serve]'")
+    check_serving_packages()
     leave_out_unused(settings, first)
+
+
+def check_serving_packages() -> None:
+    """Check that what a server needs is installed.
+
+    Raises:
+        UserError: a package is missing.
+    """
+    for name in ("fastapi", "uvicorn", "prometheus_client"):
+        if find_spec(name) is None:
+            raise UserError(f"a server needs {name}: pip install 'glmtune[serve]'")
 
 
 def check_replay_rows(settings: ReplayRowsSettings) -> None:
@@ -214,7 +225,7 @@ def check_replay(settings: ReplaySettings) -> None:
 
 
 def check_bench(
-    settings: BenchTrainSettings | BenchDecodeSettings | BenchMemorySettings,
+    settings: (BenchTrainSettings | BenchDecodeSettings | BenchServeSettings | BenchMemorySettings),
 ) -> None:
     """Check that the JSON file can be appended to, and that the data set exists.
 

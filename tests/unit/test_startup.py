@@ -81,6 +81,7 @@ MISTAKES = {
     "new-model": "new-model tokens --like glm-tiny",
     "bench train": "bench train --dataset_path no",
     "bench decode": "bench decode --json_path no/such/file",
+    "bench serve": "bench serve --json_path no/such/file",
     "bench memory": "bench memory --json_path no/such/file",
     "bench startup": "bench startup --json_path no/such/file",
     "reproduce": "reproduce no-such-work",

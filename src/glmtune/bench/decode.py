@@ -106,7 +106,7 @@ def _measure(
         torch.cuda.reset_peak_memory_stats(device)
     print(f"making a random model ({settings.shape}) on {device_name(device)}", flush=True)
     model = random_model(model_config, device, dtype).eval()
-    prompts = _random_prompts(model_config, settings.batch_size, settings.prompt_length)
+    prompts = random_prompts(model_config, settings.batch_size, settings.prompt_length)
     how = GenerationSettings(max_new_tokens=settings.max_new_tokens)
 
     print("setting up the decoder" + ", compiling" * settings.decode_compile, flush=True)
@@ -114,10 +114,10 @@ def _measure(
     # Without stop ids every answer has its full length.
     bits, compiled = settings.decoder_bits, settings.decode_compile
     decoder = Decoder(model, [], bits=bits, compiled=compiled)
-    _time_decoder(decoder, prompts, how)
+    time_decoder(decoder, prompts, how)
     set_up = time.perf_counter() - start
     print("decoding", flush=True)
-    times = _medians([_time_decoder(decoder, prompts, how) for _ in range(REPEATS)])
+    times = medians([time_decoder(decoder, prompts, how) for _ in range(REPEATS)])
     peak = memory_gib(device)
     reference = None
     if settings.compare:
@@ -168,16 +168,18 @@ def _check(
     check_room(settings.shape, device, dtype)
 
 
-def _random_prompts(config: Any, num_prompts: int, length: int) -> list[EncodedPrompt]:
+def random_prompts(config: Any, num_prompts: int, length: int) -> list[EncodedPrompt]:
+    """Prompts of random ids, all of one length, special ids included."""
     rule = family_of(config).row_rule(config)
     size = num_prompts, length - rule.num_prompt_specials
     texts = torch.randint(5, end_of_text_ids(config) - 1, size).tolist()
     return [EncodedPrompt(rule.prompt(text), number) for number, text in enumerate(texts)]
 
 
-def _time_decoder(
+def time_decoder(
     decoder: Decoder, prompts: list[EncodedPrompt], settings: GenerationSettings
 ) -> Times:
+    """The time that one batch of answers takes."""
     start = time.perf_counter()
     stream = decoder.stream(prompts, settings)
     next(stream)
@@ -200,10 +202,11 @@ def _time_generate(
         return time.perf_counter() - start
 
     seconds(2)  # warm-up
-    return _medians([Times(seconds(1), seconds(settings.max_new_tokens)) for _ in range(REPEATS)])
+    return medians([Times(seconds(1), seconds(settings.max_new_tokens)) for _ in range(REPEATS)])
 
 
-def _medians(times: list[Times]) -> Times:
+def medians(times: list[Times]) -> Times:
+    """The median of each."""
     return Times(*map(median, zip(*times, strict=True)))
 
 

@@ -61,6 +61,31 @@ class BenchDecodeSettings(BenchSettings, DecodingSettings, DeviceSettings):
     compare: bool = Field(False, description="time transformers' generate, too")
 
 
+class BenchServeSettings(BenchSettings, DecodingSettings, DeviceSettings):
+    """Settings of `glmtune bench serve`."""
+
+    verb = "bench serve"
+    group: ClassVar[str] = "benchmark"
+    base: PathText | None = Field(
+        None, description="folder or hub id of a model to serve instead of a random one"
+    )
+    clients: int = Field(64, ge=1, description="clients that ask, each one request after another")
+    seconds: float = Field(20, gt=0, description="time to measure, after a first request of each")
+    prompt_length: int = Field(64, ge=3, description="tokens of each prompt")
+    max_new_tokens: int = Field(256, ge=2, description="tokens of each answer")
+    prompts: int = Field(
+        16,
+        ge=1,
+        description="different prompts; each is also asked alone, and the answers compared",
+    )
+    adapters: int = Field(
+        0, ge=0, description="random adapters; serve them mixed in a second server, too"
+    )
+    slots: int | None = Field(
+        None, ge=1, le=1024, description="answers generated at a time (default: as many as clients)"
+    )
+
+
 class BenchMemorySettings(BenchSettings, LoraSettings, DeviceSettings):
     """Settings of `glmtune bench memory`."""
 

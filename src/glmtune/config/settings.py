@@ -15,6 +15,7 @@ from glmtune.config.after import DialSettings, LedgerSettings
 from glmtune.config.benchmarks import (
     BenchDecodeSettings,
     BenchMemorySettings,
+    BenchServeSettings,
     BenchStartupSettings,
     BenchTrainSettings,
     ReproduceSettings,
@@ -585,6 +586,7 @@ SETTINGS: dict[str, type[Settings]] = {
         DemoSettings,
         BenchTrainSettings,
         BenchDecodeSettings,
+        BenchServeSettings,
         BenchMemorySettings,
         BenchStartupSettings,
         ReproduceSettings,

@@ -18,6 +18,11 @@ from glmtune.serving.http import create_app
 from glmtune.serving.load import load
 from glmtune.signals import signal_handler
 
+BACKLOG = 1024
+"""Connections that may wait for the server to take them."""
+_SECONDS_OF_A_THREAD = 1e-4
+"""After this long Python lets another thread run: the scheduler's must not wait for texts."""
+
 
 def serve(settings: ServeSettings) -> None:
     """Serve until SIGTERM or Ctrl+C.
@@ -29,6 +34,8 @@ def serve(settings: ServeSettings) -> None:
     listener = bind(settings.host, settings.port)
     with listener:
         engine = Engine(load(settings), settings)
+        listener.listen(BACKLOG)
+        _announce(engine, listener)
         run(create_app(engine, settings), engine, listener, settings.grace)
 
 
@@ -57,6 +64,22 @@ def bind(host: str, port: int) -> socket.socket:
             "end the program that has it"
         ) from error
     return listener
+
+
+def _announce(engine: Engine, listener: socket.socket) -> None:
+    host, port = listener.getsockname()[:2]
+    place = f"[{host}]" if ":" in host else host
+    print_pairs(
+        f"Serving {engine.loaded.base}",
+        {
+            "address": f"http://{place}:{port}/v1",
+            "models": ", ".join(engine.models),
+            "at a time": f"{len(engine.scheduler.slots.rows)} answers, "
+            f"{engine.settings.max_waiting} may wait",
+            "key": "needed" if key_of(engine.settings) else "none",
+        },
+    )
+    sys.stdout.flush()
 
 
 class Server(uvicorn.Server):
@@ -93,21 +116,7 @@ def run(app: Any, engine: Engine, listener: socket.socket, grace: float) -> None
         if engine.open:
             print(f"ending after {len(engine.open)} open requests", file=sys.stderr, flush=True)
 
-    listener.listen(1024)
-    host, port = listener.getsockname()[:2]
-    place = f"[{host}]" if ":" in host else host
-    models = ", ".join(engine.models)
-    print_pairs(
-        f"Serving {engine.loaded.base}",
-        {
-            "address": f"http://{place}:{port}/v1",
-            "models": models,
-            "at a time": f"{len(engine.scheduler.slots.rows)} answers, "
-            f"{engine.settings.max_waiting} may wait",
-            "key": "needed" if key_of(engine.settings) else "none",
-        },
-    )
-    sys.stdout.flush()
+    sys.setswitchinterval(_SECONDS_OF_A_THREAD)
     with signal_handler(end, signal.SIGTERM, signal.SIGINT):
         asyncio.run(server.serve(sockets=[listener]))
     if signal.SIGINT in received:
