@@ -186,7 +186,7 @@ def bench_decode(settings: config.BenchDecodeSettings) -> None:
 
 
 def bench_serve(settings: config.BenchServeSettings) -> None:
-    """Measure the server over HTTP: speed, time to a first token, and what mixing adapters costs."""
+    """Measure the server over HTTP: speed, time to a first token, the cost of adapters."""
     from glmtune.early import check_bench, check_serving_packages
 
     check_bench(settings)

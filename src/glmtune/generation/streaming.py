@@ -14,6 +14,7 @@ from glmtune.errors import UserError
 # A UTF-8 character has at most four bytes, so at most three are incomplete. Each of them decodes to
 # the replacement character.
 _HALF_CHARACTER = "\ufffd{1,3}$"
+_UNSETTLED, _MOST_UNSETTLED = 5, 20
 
 
 class TextStream:
@@ -28,15 +29,17 @@ class TextStream:
     def __init__(self, tokenizer: Any, stop_strings: Sequence[str] = ()):
         self.tokenizer = tokenizer
         self.stop_strings = stop_strings
-        self.ids: list[int] = []
         self.stopped = False
+        self._ids: list[int] = []  # the last ids: what is before them changes their text no more
+        self._settled = ""
+        self._length_before = 0  # characters of the text of these ids that are settled
         self._shown = 0
         patterns = _HALF_CHARACTER, getattr(tokenizer, "unfinished", None)
         self._unfinished = re.compile("|".join(filter(None, patterns)))
 
     def push(self, ids: Iterable[int]) -> str:
         """Add tokens, and return the text that has become final."""
-        self.ids += ids
+        self._ids += ids
         text = self._text()
         cut = cut_at_stop(text, self.stop_strings)
         if cut is not None:
@@ -53,7 +56,28 @@ class TextStream:
         return self._show(re.sub(_HALF_CHARACTER, "", self._text()).rstrip())
 
     def _text(self) -> str:
-        return self.tokenizer.decode(self.ids, skip_special_tokens=True).lstrip()
+        """The text of all ids, of which only the last are decoded again."""
+        whole = self.tokenizer.decode(self._ids, skip_special_tokens=True)
+        text = self._settled + whole[self._length_before :]
+        if len(self._ids) > _MOST_UNSETTLED:
+            self._settle(text)
+        return text.lstrip()
+
+    def _settle(self, text: str) -> None:
+        """Settle the text of all ids but the last few, if these then add the same text as now.
+
+        Some of the settled ids stay, since the text of an id depends on those before it.
+        """
+        place = len(self._ids) - _UNSETTLED
+        earlier = self.tokenizer.decode(self._ids[:place], skip_special_tokens=True)
+        settled = self._settled + earlier[self._length_before :]
+        if self._unfinished.search(settled) or not text.startswith(settled):
+            return
+        kept = self._ids[place - _UNSETTLED :]
+        before = self.tokenizer.decode(kept[:_UNSETTLED], skip_special_tokens=True)
+        whole = self.tokenizer.decode(kept, skip_special_tokens=True)
+        if whole.startswith(before) and settled + whole[len(before) :] == text:
+            self._ids, self._settled, self._length_before = kept, settled, len(before)
 
     def _show(self, text: str) -> str:
         new = text[self._shown :]

@@ -9,7 +9,7 @@ imports what does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -60,6 +60,11 @@ class ChatFormat(NamedTuple):
     """What `polish` replaces: the beginning of one at an answer's end may go on to be one."""
     unsettled: str
     """Characters that `polish` writes otherwise, depending on the character after them."""
+    read_calls: Callable[[str, Collection[str]], list[tuple[str, str]] | None] = (
+        lambda text, names: None
+    )
+    """An answer, given the names of the tools that may be called, to its calls: each with the name
+    of a tool and its arguments as JSON. None where the answer is no call."""
 
 
 class AdapterNames(NamedTuple):

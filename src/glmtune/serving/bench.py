@@ -132,7 +132,8 @@ def _load(settings: BenchServeSettings, adapters: int) -> Loaded:
     dtype, _ = pick_dtype(device, settings.bf16, settings.fp16)
     tokenizer: Any = NumberTexts()
     if settings.base is None:
-        model, name = random_model(CONFIGS[settings.shape], device, dtype).eval(), settings.shape
+        model = random_model(CONFIGS[settings.shape], device, dtype).eval()
+        name: str = settings.shape
         stop_ids: list[int] = []
     else:
         base = resolve_base(settings.base)

@@ -3,8 +3,9 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from typing import Any
 
 from glmtune.config.serving import ServeSettings
@@ -19,9 +20,10 @@ from glmtune.generation.prompts import prompt_ids
 from glmtune.generation.sampling import ChoiceSettings
 from glmtune.generation.streaming import check_stop_strings
 from glmtune.models.families import family_of
-from glmtune.serving.answers import Choice
+from glmtune.serving.answers import Choice, Piece, TokenTexts
 from glmtune.serving.errors import RequestError, no_model, unavailable
 from glmtune.serving.load import Loaded, Model, Side
+from glmtune.serving.metrics import Metrics
 from glmtune.serving.scheduler import Scheduler, Update, Work
 from glmtune.serving.schema import AnswerRequest, ChatRequest, CompletionRequest
 
@@ -52,7 +54,7 @@ class Open:
         self.num_prompt_tokens = num_prompt_tokens
         self.created = int(time.time())
         self.news: asyncio.Queue[tuple[Choice, Update]] = asyncio.Queue()
-        self._started = time.monotonic()
+        self._started, self._has_begun = time.monotonic(), False
 
     @property
     def usage(self) -> dict[str, int]:
@@ -64,7 +66,7 @@ class Open:
             "total_tokens": self.num_prompt_tokens + made,
         }
 
-    async def pieces(self) -> AsyncIterator[tuple[Choice, dict[str, Any]]]:
+    async def pieces(self) -> AsyncIterator[tuple[Choice, Piece]]:
         """Each new piece of an answer with its choice, until all have ended.
 
         Raises:
@@ -77,6 +79,9 @@ class Open:
                 continue
             if update.error is not None:
                 raise update.error
+            if not self._has_begun:
+                self._has_begun = True
+                self.engine.metrics.first_token.observe(time.monotonic() - self._started)
             while not self.news.empty() and not update.is_last:  # a slow reader gets larger pieces
                 other, more = self.news._queue[0]  # type: ignore[attr-defined]
                 if other is not choice or more.error is not None:
@@ -94,6 +99,8 @@ class Open:
 
     def close(self) -> None:
         """Give up the answers that nobody reads any more."""
+        if self in self.engine.open:
+            self.engine.metrics.whole.observe(time.monotonic() - self._started)
         for choice in self.choices:
             if choice.finish is None:
                 self.engine.scheduler.cancel(choice.work)
@@ -120,7 +127,13 @@ class Engine:
         self.scheduler = Scheduler(
             loaded.decoder, num_slots, settings.max_waiting, self._deliver_from_thread
         )
+        self.metrics = Metrics(self.scheduler)
         self._loop: asyncio.AbstractEventLoop | None = None
+
+    @cached_property
+    def texts(self) -> TokenTexts:
+        """The texts of single tokens."""
+        return TokenTexts(self.tokenizer)
 
     def start(self) -> None:
         """Begin to answer; called in the event loop."""
@@ -163,7 +176,7 @@ class Engine:
         example = _conversation(request)
         asked = [(side, self._as_taught(side, example)) for side in model.sides]
         prompts = [(side, self._encode(one, "messages")) for side, one in asked]
-        tools = [] if request.tool_choice == "none" else request.tools or []
+        tools = [_name_of_tool(tool) for tool in example.tools]
         return self._begin(request, prompts, count, client, is_chat=True, tools=tools)
 
     def complete(self, request: CompletionRequest, client: str) -> Open:
@@ -232,7 +245,7 @@ class Engine:
         client: str,
         *,
         is_chat: bool,
-        tools: Sequence[dict[str, Any]] = (),
+        tools: Sequence[str] = (),
     ) -> Open:
         if self.is_ending:
             raise unavailable("the server is ending; ask another one")
@@ -262,6 +275,7 @@ class Engine:
                         request.stops,
                         self.family if is_chat else None,
                         tools,
+                        self._echo(request, ids),
                     )
                 )
         found = Open(self, request, choices, sum(len(ids) for _, ids in prompts))
@@ -270,6 +284,10 @@ class Engine:
         self.scheduler.submit([choice.work for choice in choices])
         self.open.add(found)
         return found
+
+    def _echo(self, request: AnswerRequest, ids: list[int]) -> str:
+        wanted = isinstance(request, CompletionRequest) and request.echo
+        return self.tokenizer.decode(ids, skip_special_tokens=True) if wanted else ""
 
     def _settings(
         self, request: AnswerRequest, num_prompt_tokens: int, seed: int, is_chat: bool
@@ -328,6 +346,12 @@ def _conversation(request: ChatRequest) -> Example:
         text = "the last message is the assistant's; end with one of the user or of a tool"
         raise RequestError(400, text, param="messages")
     return example
+
+
+def _name_of_tool(tool: Mapping[str, Any]) -> str:
+    function = tool.get("function", tool)
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else ""
 
 
 def _characters(text: str, param: str) -> str:

@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from glmtune.config.serving import KEY_VARIABLE, LOOPBACK, ServeSettings
 from glmtune.errors import UserError
 from glmtune.serving.errors import RequestError
+from glmtune.serving.metrics import Metrics
 
 PUBLIC = ("/health", "/ready", "/")
 """Paths that need no key, because probes and browsers cannot send one."""
@@ -46,10 +47,11 @@ class Guards:
     Args:
         app: what is guarded.
         settings: of the server.
+        metrics: that count requests.
     """
 
-    def __init__(self, app: ASGIApp, settings: ServeSettings):
-        self.app, self.settings = app, settings
+    def __init__(self, app: ASGIApp, settings: ServeSettings, metrics: Metrics):
+        self.app, self.settings, self.metrics = app, settings, metrics
         key = key_of(settings)
         self._key = key.encode() if key else None
         self._origins = set(settings.allow_origin or ())
@@ -65,6 +67,7 @@ class Guards:
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
+                self.metrics.count(scope["path"], message["status"])
                 message["headers"] = [*message["headers"], *cross]
             await send(message)
 
@@ -75,6 +78,7 @@ class Guards:
                 return
             limited = self._limited(headers, receive)
         except RequestError as error:
+            self.metrics.count(scope["path"], error.status)
             extra = [(k.encode(), v.encode()) for k, v in error.headers.items()]
             await _respond(send, error.status, orjson.dumps(error.body()), [*cross, *extra])
             return

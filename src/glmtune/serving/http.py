@@ -15,10 +15,11 @@ from starlette.types import Receive, Scope, Send
 
 import glmtune
 from glmtune.config.serving import ServeSettings
-from glmtune.serving.answers import Choice
 from glmtune.serving.engine import Engine, Open
 from glmtune.serving.errors import INVALID, RequestError, failed
+from glmtune.serving.forms import ChatForm, CompletionForm, Form
 from glmtune.serving.guards import Guards
+from glmtune.serving.metrics import CONTENT_TYPE
 from glmtune.serving.schema import (
     ChatCompletion,
     ChatRequest,
@@ -70,7 +71,7 @@ def create_app(engine: Engine, settings: ServeSettings) -> FastAPI:
         redoc_url=None,
     )
     app.state.engine = engine
-    app.add_middleware(Guards, settings=settings)
+    app.add_middleware(Guards, settings=settings, metrics=engine.metrics)
     _answer_errors(app)
 
     @app.get("/health", summary="Whether the server lives")
@@ -85,6 +86,10 @@ def create_app(engine: Engine, settings: ServeSettings) -> FastAPI:
             return Json({"status": "ending" if engine.is_ending else "failed"}, 503)
         return Json({"status": "ready"})
 
+    @app.get("/metrics", summary="Counts and times in Prometheus' format")
+    async def metrics() -> Response:
+        return Response(engine.metrics.text(), media_type=CONTENT_TYPE)
+
     @app.get("/v1/models", response_model=ModelList, responses=_ERRORS)
     async def models() -> Response:
         return Json(ModelList(data=[_listed(engine, name) for name in engine.models]).model_dump())
@@ -96,12 +101,14 @@ def create_app(engine: Engine, settings: ServeSettings) -> FastAPI:
 
     @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=_ERRORS)
     async def chat(body: ChatRequest, request: Request) -> Response:
-        return await _answer(engine.chat(body, _client(request, body)), request, ChatForm())
+        return await _answer(
+            engine.chat(body, _client(request, body)), request, ChatForm(engine.texts)
+        )
 
     @app.post("/v1/completions", response_model=Completion, responses=_ERRORS)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         found = engine.complete(body, _client(request, body))
-        return await _answer(found, request, CompletionForm())
+        return await _answer(found, request, CompletionForm(engine.texts))
 
     return app
 
@@ -124,73 +131,6 @@ def _listed(engine: Engine, name: str) -> ServedModel:
         format=model.sides[-1].format,
         max_model_len=engine.num_positions,
     )
-
-
-class ChatForm:
-    """The objects of answers to a conversation."""
-
-    prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
-
-    def first(self, choice: Choice) -> dict[str, Any] | None:
-        """What a stream says of an answer before its first token."""
-        return self._delta(choice, {"role": "assistant", "content": ""})
-
-    def piece(self, choice: Choice, piece: dict[str, Any]) -> dict[str, Any] | None:
-        """What a stream says of new tokens."""
-        delta = {"content": piece["content"]} if piece["content"] else {}
-        if not delta and choice.finish is None:
-            return None
-        return self._delta(choice, delta)
-
-    def choice(self, choice: Choice) -> dict[str, Any]:
-        """A whole answer."""
-        return {
-            "index": choice.index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
-            "logprobs": None,
-            "finish_reason": choice.finish,
-        }
-
-    @staticmethod
-    def _delta(choice: Choice, delta: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "index": choice.index,
-            "delta": delta,
-            "logprobs": None,
-            "finish_reason": choice.finish,
-        }
-
-
-class CompletionForm:
-    """The objects of continuations."""
-
-    prefix, whole, part = "cmpl", "text_completion", "text_completion"
-
-    def first(self, choice: Choice) -> dict[str, Any] | None:
-        """What a stream says of an answer before its first token."""
-        return None
-
-    def piece(self, choice: Choice, piece: dict[str, Any]) -> dict[str, Any] | None:
-        """What a stream says of new tokens."""
-        if not piece["content"] and choice.finish is None:
-            return None
-        return self._choice(choice, piece["content"])
-
-    def choice(self, choice: Choice) -> dict[str, Any]:
-        """A whole answer."""
-        return self._choice(choice, choice.text)
-
-    @staticmethod
-    def _choice(choice: Choice, text: str) -> dict[str, Any]:
-        return {
-            "index": choice.index,
-            "text": text,
-            "logprobs": None,
-            "finish_reason": choice.finish,
-        }
-
-
-Form = ChatForm | CompletionForm
 
 
 async def _answer(found: Open, request: Request, form: Form) -> Response:

@@ -8,7 +8,7 @@ rows that tests/unit/test_glm_layouts.py compares with.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from glmtune.data.flaws import Flaw, show
 from glmtune.data.row_rule import RowRule, Special
 from glmtune.models.chatglm import conversation
 from glmtune.models.family import ChatFormat
-from glmtune.models.glm import settings
+from glmtune.models.glm import calls, settings
 
 ROLES = {role: f"<|{role}|>" for role in (SYSTEM, USER, ASSISTANT, OBSERVATION)}
 
@@ -56,6 +56,10 @@ class Layout(NamedTuple):
     does not say how; raises Flaw where one cannot be written. None where the model knows none."""
     write_call: Callable[[str], str] = str
     """The arguments of a call, as JSON, to the text behind the name of its tool."""
+    read_calls: Callable[[str, Collection[str]], list[tuple[str, str]] | None] = (
+        lambda text, names: None
+    )
+    """The calls of an answer, see `ChatFormat.read_calls`."""
     polish: Callable[[str], str] = str.strip
     """An answer as the published chat shows it."""
     marks: tuple[str, ...] = ()
@@ -131,6 +135,7 @@ class Layout(NamedTuple):
             polish=self.polish,
             marks=self.marks,
             unsettled="",
+            read_calls=self.read_calls,
         )
 
 
@@ -221,6 +226,7 @@ _CHATGLM3 = Layout(
     num_rows=65024,
     write_tools=_listed_tools,
     write_call=_python_call,
+    read_calls=calls.read_python_calls,
     polish=_polish,
     marks=(conversation.MARK,),
 )
@@ -243,6 +249,7 @@ _GLM4 = Layout(
     newline=(198,),
     num_rows=151552,
     write_tools=partial(_described_tools, _INTRODUCTION, "\n\n"),
+    read_calls=calls.read_json_calls,
 )
 _GLM4_0414 = _GLM4._replace(
     name=settings.GLM4_0414,
