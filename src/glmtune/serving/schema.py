@@ -144,7 +144,9 @@ class ChatRequest(AnswerRequest):
     verbosity: Any = Field(None, description="not supported")
     web_search_options: Any = Field(None, description="not supported")
     prompt_cache_key: Any = Field(None, description="not supported")
+    prompt_cache_options: Any = Field(None, description="not supported")
     prompt_cache_retention: Any = Field(None, description="not supported")
+    moderation: Any = Field(None, description="not supported")
     safety_identifier: str | None = Field(None, max_length=512, description="see user")
     neutral = AnswerRequest.neutral | {
         "response_format": (
@@ -160,6 +162,8 @@ class ChatRequest(AnswerRequest):
         "verbosity": ((), "the model has no such setting"),
         "web_search_options": ((), "nothing is searched"),
         "prompt_cache_key": ((), "prompts are not cached"),
+        "prompt_cache_options": ((), "prompts are not cached"),
+        "moderation": ((), "nothing is moderated"),
         "prompt_cache_retention": ((), "prompts are not cached"),
         "tool_choice": (("auto", "none"), "the model cannot be forced to call a tool"),
     }
