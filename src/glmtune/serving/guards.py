@@ -76,13 +76,22 @@ class Guards:
             if cross and scope["method"] == "OPTIONS":
                 await _respond(send, 204, b"", cross)
                 return
-            limited = self._limited(headers, receive)
+            body = await self._read(headers, receive)
         except RequestError as error:
             self.metrics.count(scope["path"], error.status)
             extra = [(k.encode(), v.encode()) for k, v in error.headers.items()]
             await _respond(send, error.status, orjson.dumps(error.body()), [*cross, *extra])
             return
-        await self.app(scope, limited, send_with_headers)
+        given = False
+
+        async def receive_read() -> Message:
+            nonlocal given
+            if given:
+                return await receive()
+            given = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self.app(scope, receive_read, send_with_headers)
 
     def _check(self, scope: Scope, headers: dict[str, bytes], origin: str) -> None:
         host = headers.get("host", b"").decode("latin-1")
@@ -107,8 +116,12 @@ class Guards:
                 headers={"WWW-Authenticate": "Bearer"},
             )
 
-    def _limited(self, headers: dict[str, bytes], receive: Receive) -> Receive:
-        """The request's messages, none of which may go beyond the limit of a body."""
+    async def _read(self, headers: dict[str, bytes], receive: Receive) -> bytes:
+        """The body of a request.
+
+        Raises:
+            RequestError: it is longer than may be sent.
+        """
         most = self.settings.max_body_bytes
         error = RequestError(
             413, f"the body has more than {most} bytes, which may be sent", code="body_too_large"
@@ -116,17 +129,15 @@ class Guards:
         length = headers.get("content-length", b"0")
         if not length.isdigit() or int(length) > most:
             raise error
-        received = 0
-
-        async def limited() -> Message:
-            nonlocal received
+        parts, received, more = [], 0, True
+        while more:
             message = await receive()
-            received += len(message.get("body", b""))
+            parts.append(message.get("body", b""))
+            received += len(parts[-1])
+            more = message.get("more_body", False)
             if received > most:
                 raise error
-            return message
-
-        return limited
+        return b"".join(parts)
 
     def _cross_headers(self, origin: str) -> list[tuple[bytes, bytes]]:
         if origin not in self._origins:

@@ -228,6 +228,7 @@ class Scheduler:
                     queue.remove(work)
                     self._num_waiting -= 1
                     self._tell(work, Update([], [], error=error))
+        self._flush()
 
     def _next_group(self) -> list[Work]:
         """Works to read in one pass: the next one's turn, and others whose pass is as wide.

@@ -1,0 +1,261 @@
+"""What a server refuses, limits and survives: keys, pages, sizes, queues, memory, signals."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import httpx
+import openai
+import pytest
+import torch
+from serving import client_of, question, serving, until
+
+from glmtune.config.serving import ServeSettings
+from glmtune.errors import UserError
+from glmtune.generation import EncodedPrompt
+from glmtune.generation.sampling import ChoiceSettings
+from glmtune.serving.guards import check_address
+from glmtune.serving.load import load
+from glmtune.serving.run import bind
+from glmtune.serving.scheduler import Scheduler, Work
+
+ENDLESS = {"max_tokens": 1500, "temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load(ServeSettings(base="glm-tiny", use_cpu=True))
+
+
+def post(engine, body, **more):
+    url = f"{engine.url}/v1/chat/completions"
+    return httpx.post(url, json={"model": "base", "messages": question("hi")} | body, **more)
+
+
+def error_of(response):
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    for private in ("Traceback", "/home", "/tmp", "site-packages", ".py"):
+        assert private not in error["message"]
+    return response.status_code, error["code"]
+
+
+def hold(engine, count=1):
+    """Streams that go on until they are closed."""
+    client = client_of(engine)
+    streams = [
+        client.completions.create(
+            model="base", prompt="a", stream=True, max_tokens=1500, temperature=0,
+            extra_body={"ignore_eos": True},
+        )
+        for _ in range(count)
+    ]  # fmt: skip
+    for stream in streams:
+        next(iter(stream))
+    return streams
+
+
+def test_a_key_is_needed_for_all_but_probes_and_the_page(loaded):
+    with serving(loaded, api_key="secret-key") as engine:
+        for key in ("wrong", "secret-keys", "sécrèt"):
+            given = {"Authorization": f"Bearer {key}".encode()}
+            assert error_of(httpx.get(f"{engine.url}/v1/models", headers=given)) == (
+                401,
+                "invalid_api_key",
+            )
+        assert error_of(post(engine, {}))[0] == 401
+        assert httpx.get(f"{engine.url}/metrics").status_code == 401
+        assert httpx.get(f"{engine.url}/health").status_code == 200
+        assert httpx.get(f"{engine.url}/ready").status_code == 200
+        assert httpx.get(f"{engine.url}/").status_code == 404  # a page, where there is one
+        assert len(client_of(engine, "secret-key").models.list().data) == 1
+
+
+def test_the_key_may_come_from_the_environment(monkeypatch):
+    other = ServeSettings(host="0.0.0.0")
+    with pytest.raises(UserError, match=r"--host 0\.0\.0\.0.*GLMTUNE_API_KEY"):
+        check_address(other)
+    check_address(ServeSettings(host="0.0.0.0", insecure=True))
+    check_address(ServeSettings(host="0.0.0.0", api_key="a"))
+    check_address(ServeSettings())
+    monkeypatch.setenv("GLMTUNE_API_KEY", "b")
+    check_address(other)
+
+
+def test_pages_of_other_origins_may_not_ask(loaded):
+    evil, own = {"Origin": "https://evil.example"}, "https://own.example"
+    with serving(loaded, allow_origin=(own,)) as engine:
+        assert error_of(post(engine, {}, headers=evil)) == (403, "origin_not_allowed")
+        assert error_of(post(engine, {}, headers={"Origin": "null"}))[0] == 403
+        assert error_of(post(engine, {}, headers={"Host": "evil.example"})) == (
+            403,
+            "host_not_allowed",
+        )
+        same = post(engine, {"max_tokens": 1}, headers={"Origin": engine.url})
+        assert same.status_code == 200
+        assert "access-control-allow-origin" not in same.headers
+        allowed = post(engine, {"max_tokens": 1}, headers={"Origin": own})
+        assert allowed.headers["access-control-allow-origin"] == own
+        asked = httpx.options(f"{engine.url}/v1/chat/completions", headers={"Origin": own})
+        assert asked.status_code == 204
+        assert asked.headers["access-control-allow-headers"] == "authorization, content-type"
+
+
+def test_bodies_and_prompts_have_limits(loaded):
+    with serving(loaded, max_body_bytes=2000, max_prompt_tokens=20) as engine:
+        big = {"messages": question("a" * 3000)}
+        assert error_of(post(engine, big)) == (413, "body_too_large")
+        pieces = (b"x" * 1000 for _ in range(9))
+        url = f"{engine.url}/v1/completions"
+        assert error_of(httpx.post(url, content=pieces)) == (413, "body_too_large")
+        long = {"messages": question("a b c d " * 20)}
+        assert error_of(post(engine, long)) == (400, "context_length_exceeded")
+        assert post(engine, {"max_tokens": 1}).status_code == 200
+
+
+BODIES = {
+    "nothing": b"", "no JSON": b"{nope", "a list": b"[1]", "a number": b"5", "deep": b"[" * 900,
+    "not UTF-8": b'{"model": "\xff"}', "NaN": b'{"model": "base", "temperature": NaN}',
+    "half a character": b'{"model": "base", "messages": [{"role": "user", "content": "\\ud800"}]}',
+    "half a model": b'{"model": "\\ud800", "messages": [{"role": "user", "content": "a"}]}',
+    "no messages": b'{"model": "base", "messages": []}',
+    "an object in a message": b'{"model": "base", "messages": [{"role": "user", "content": {}}]}',
+    "no content": b'{"model": "base", "messages": [{"role": "user"}]}',
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plain(loaded):
+    with serving(loaded, slots=2, max_waiting=1) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+def test_bodies_that_cannot_be_read(plain, body):
+    headers = {"Content-Type": "application/json"}
+    found = httpx.post(f"{plain.url}/v1/chat/completions", content=body, headers=headers)
+    assert error_of(found)[0] in (400, 404)
+
+
+def test_paths_and_methods_that_are_not_there(plain):
+    assert error_of(httpx.get(f"{plain.url}/v1/embeddings"))[0] == 404
+    assert error_of(httpx.get(f"{plain.url}/v1/chat/completions"))[0] == 405
+    assert error_of(httpx.get(f"{plain.url}/v1/models/nobody")) == (404, "model_not_found")
+
+
+def test_a_full_queue_refuses(plain):
+    streams = hold(plain, 2)
+    waiting = threading.Thread(target=post, args=(plain, {"max_tokens": 1}))
+    waiting.start()
+    until(lambda: plain.scheduler.num_waiting == 1)
+    full = post(plain, {})
+    assert error_of(full) == (429, "queue_full")
+    assert full.headers["retry-after"] == "1"
+    for stream in streams:
+        stream.close()
+    waiting.join()
+    until(lambda: not plain.open)
+
+
+def test_an_answer_that_takes_too_long_ends_with_an_error(loaded):
+    with serving(loaded, max_seconds=0.3) as engine:
+        assert error_of(post(engine, ENDLESS)) == (408, "timeout")
+        with pytest.raises(openai.APIError, match="longer than this server allows"):
+            for _ in hold(engine)[0]:
+                pass
+        assert not engine.scheduler.running
+
+
+def work(client, length=4, tokens=3):
+    settings = ChoiceSettings(max_new_tokens=tokens)
+    return Work(EncodedPrompt([5] * length + [2648, 2651], 0), settings, (), 0, client, 1e12)
+
+
+def test_clients_have_equal_shares(loaded):
+    """One that asks for much waits for others that ask later."""
+    scheduler = Scheduler(loaded.decoder, 2, 99, lambda news: None)
+    scheduler.submit([work("greedy") for _ in range(9)])
+    scheduler.submit([work("late"), work("later")])
+    order = []
+    for _ in range(4):
+        group = scheduler._next_group()
+        order += [each.client for each in group]
+        scheduler.running.clear()
+    assert order[:2] == ["greedy", "late"]
+    assert "later" in order[:4]
+
+
+def test_without_memory_one_request_is_refused_and_others_go_on(plain, monkeypatch):
+    streams = hold(plain)
+    admit = plain.scheduler.slots.admit
+
+    def without_memory(slots, prompts, *more):
+        if max(len(prompt.ids) for prompt in prompts) > 60:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        admit(slots, prompts, *more)
+
+    monkeypatch.setattr(plain.scheduler.slots, "admit", without_memory)
+    assert error_of(post(plain, {"messages": question("a b c d e " * 30)})) == (
+        500,
+        "out_of_memory",
+    )
+    assert post(plain, {"max_tokens": 2}).status_code == 200
+    assert next(iter(streams[0])).choices
+    streams[0].close()
+    until(lambda: not plain.open)
+
+
+def test_a_row_that_is_not_finite_ends_alone(plain):
+    """Its neighbour goes on, and the slot answers again."""
+    expected = post(plain, {"max_tokens": 8, "temperature": 0}).json()["choices"]
+    stream = hold(plain)[0]
+    slots = plain.scheduler.slots
+    until(lambda: slots._buffers is not None and plain.scheduler.running)
+    (slot,) = plain.scheduler.running
+    with torch.inference_mode():
+        slots._buffers.fault_B[slot] = torch.nan
+    with pytest.raises(openai.APIError, match="not finite"):
+        for _ in stream:
+            pass
+    assert post(plain, {"max_tokens": 8, "temperature": 0}).json()["choices"] == expected
+
+
+def test_a_port_in_use_is_one_line():
+    with bind("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"--port {port}.*cannot be listened at"):
+            bind("127.0.0.1", port)
+
+
+def test_the_verb_ends_after_open_answers(tmp_path):
+    """The command as a user starts it: SIGTERM lets an answer end, and no new one begins."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    line = f"-m glmtune serve --chatglm_path glm-tiny --port {port} --use_cpu --grace 60"
+    process = subprocess.Popen(
+        [sys.executable, *line.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        said = [process.stdout.readline() for _ in range(3)]
+        assert f"http://127.0.0.1:{port}/v1" in "".join(said)
+        url = f"http://127.0.0.1:{port}/v1/completions"
+        body = {"model": "base", "prompt": "a", "stream": True, **ENDLESS, "max_tokens": 300}
+        with httpx.stream("POST", url, json=body, timeout=None) as response:
+            lines = response.iter_lines()
+            assert json.loads(next(lines).removeprefix("data: "))["choices"]
+            process.send_signal(signal.SIGTERM)
+            rest = [each for each in lines if each]
+        assert rest[-1] == "data: [DONE]"
+        assert (
+            json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+        )
+        assert process.wait(60) == 0
+        assert "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+        process.communicate()
