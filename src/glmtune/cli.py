@@ -222,6 +222,11 @@ def reproduce(settings: config.ReproduceSettings) -> None:
 
 def chat(settings: config.ChatSettings) -> None:
     """Chat with the base or the tuned model in the terminal."""
+    if settings.server:
+        from glmtune.evaluation.server_chat import chat_with_server
+
+        chat_with_server(settings)
+        return
     from glmtune.early import check_answering
 
     check_answering(settings)

@@ -406,6 +406,35 @@ class ChatSettings(
     top_p: float | None = Field(
         0.7, gt=0, le=1, description="sample from the likeliest tokens of this total probability"
     )
+    server: PlainText | None = Field(
+        None,
+        description="address of a server that answers, such as http://127.0.0.1:8000 of `glmtune "
+        "serve`, instead of a model that is loaded here",
+    )
+    api_key: PlainText | None = Field(
+        None, description="key that the server wants (default: the environment's GLMTUNE_API_KEY)"
+    )
+
+    @model_validator(mode="after")
+    def is_of_one_side(self) -> Self:
+        """Refuse settings of a model that is loaded here beside a server, and its key without."""
+        here = set(ChatSettings.model_fields) - set(AnswerSettings.model_fields)
+        fields = type(self).model_fields
+        local = [
+            name
+            for name in sorted(here - {"server", "api_key"})
+            if getattr(self, name) != fields[name].default
+        ]
+        if self.server and local:
+            raise conflict(
+                f"{local[0]} is for a model that is loaded here, and server {self.server} has its "
+                "own: leave one of them out",
+                local[0],
+                "server",
+            )
+        if self.api_key and not self.server:
+            raise conflict("api_key is for a server: name it, or leave it out", "api_key", "server")
+        return self
 
 
 # --- replay, check ---

@@ -65,6 +65,8 @@ def chat(settings: ChatSettings) -> None:
 class Chat:
     """One session: who answers, how, and what was said.
 
+    `server_chat` has one whose answers come from a server.
+
     Args:
         settings: settings of the session; `/set` changes them.
         model: in evaluation mode, with its adapter if there is one.
@@ -75,17 +77,15 @@ class Chat:
         UserError: a stop string that cannot occur.
     """
 
+    no_adapter = "no adapter is loaded; start the chat with --adapter FOLDER"
+    """What /tuned says without one."""
+
     def __init__(self, settings: ChatSettings, model: Any, tokenizer: Any, subject: ModelChoice):
-        self.settings = settings
+        self._begin(settings)
         self.model = model
         self.tokenizer = tokenizer
         self.subject = subject
         self.chat = family_of(model.config).chat
-        self.rounds: list[Round] = []
-        self.num_forgotten = 0
-        """Number of earliest rounds that no longer fit into a prompt."""
-        self.num_asked = 0
-        self.ctrl_c = CtrlC()
         check_stop_strings(settings.stop_strings or (), tokenizer)
         how = GenerationSettings.of(settings)
         self.decoders: dict[str, Decoder] = {}
@@ -103,17 +103,28 @@ class Chat:
         if subject.adapter is not None:
             self.formats[TUNED], why = taught_format(subject.adapter)
             self.greeting += f"; {self._tell_format()}, {why} (/format changes it)"
+        self.commands |= {
+            "/format": (
+                self._format,
+                f"{' or '.join(formats(self.chat))}: how {self._formatted} is asked; alone, lists "
+                "them",
+            ),
+        }
+
+    def _begin(self, settings: ChatSettings) -> None:
+        """Set up what does not depend on who answers."""
+        self.settings = settings
+        self.rounds: list[Round] = []
+        self.num_forgotten = 0
+        """Number of earliest rounds that no longer fit into a prompt."""
+        self.num_asked = 0
+        self.ctrl_c = CtrlC()
         self.commands: dict[str, tuple[Callable[[str], None], str]] = {
             "/new": (self._new, "forgets what was said"),
             "/undo": (self._undo, "forgets the last question and its answers"),
             "/base": (lambda _: self._turn_to(BASE), "the base answers"),
             "/tuned": (lambda _: self._turn_to(TUNED), "base and adapter answer"),
             "/both": (lambda _: self._turn_to(BASE, TUNED), "both answer, one under the other"),
-            "/format": (
-                self._format,
-                f"{' or '.join(formats(self.chat))}: how {self._formatted} is asked; alone, lists "
-                "them",
-            ),
             "/set": (self._set, "KEY VALUE changes a setting of the answers; alone, lists them"),
             "/save": (self._save, "[FILE] writes the conversation as JSON"),
             "/help": (self._help, "lists the commands"),
@@ -222,13 +233,16 @@ class Chat:
                 if first == len(self.rounds) or self.formats[side] == ALPACA:
                     raise
                 continue
-            if first > self.num_forgotten:
-                self.num_forgotten = first
-                limit = self.model.config.max_position_embeddings
-                rounds = "the oldest round is" if first == 1 else f"the oldest {first} rounds are"
-                print(f"[{rounds} forgotten: the model holds {limit:,} tokens]")
+            self._forget(first, self.model.config.max_position_embeddings)
             return encoded
         raise AssertionError("a loop over one round at least")
+
+    def _forget(self, first: int, limit: int) -> None:
+        """Leave the rounds before one out from now on, and say so."""
+        if first > self.num_forgotten:
+            self.num_forgotten = first
+            rounds = "the oldest round is" if first == 1 else f"the oldest {first} rounds are"
+            print(f"[{rounds} forgotten: the model holds {limit:,} tokens]")
 
     @staticmethod
     def _show(shown: str, text: str) -> str:
@@ -247,8 +261,8 @@ class Chat:
         self.num_forgotten = min(self.num_forgotten, len(self.rounds))
 
     def _turn_to(self, *sides: str) -> None:
-        if TUNED in sides and TUNED not in self.decoders:
-            raise UserError("no adapter is loaded; start the chat with --adapter FOLDER")
+        if TUNED in sides and TUNED not in self.formats:
+            raise UserError(self.no_adapter)
         self.sides = sides
         print(f"{' and '.join(sides)} will answer")
 
@@ -282,9 +296,16 @@ class Chat:
         changed = change_setting(self.settings, name, value.strip())
         if name not in AnswerSettings.model_fields:
             raise UserError(f"/set: {name} is fixed; start another chat with --{name} {value}")
-        check_stop_strings(changed.stop_strings or (), self.tokenizer)
+        self._check(changed)
         self.settings = changed
         print(f"{name} {_show_value(getattr(changed, name))}")
+
+    def _check(self, settings: ChatSettings) -> None:
+        check_stop_strings(settings.stop_strings or (), self.tokenizer)
+
+    def _identity(self) -> dict[str, Any]:
+        """Who answers, for a file."""
+        return self.subject.identity()
 
     def _save(self, path: str) -> None:
         if not self.rounds:
@@ -294,7 +315,7 @@ class Chat:
             raise UserError(f"/save: {path} exists; name another file")
         settings = GenerationSettings.of(self.settings)
         content = {
-            **self.subject.identity(),
+            **self._identity(),
             "settings": settings.in_effect(),
             "formats": self.formats,
             "rounds": [{"question": round.question, **round.answers} for round in self.rounds],
