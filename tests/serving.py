@@ -52,7 +52,7 @@ def question(text):
     return [{"role": "user", "content": text}]
 
 
-def strong_adapters(model, seeds):
+def strong_adapters(model, seeds, std=1.0):
     """Adapters that change answers, as `attach_lora` and `randomise_adapter` make them."""
     from toys import randomise_adapter
 
@@ -60,6 +60,6 @@ def strong_adapters(model, seeds):
 
     for seed in seeds:
         torch.manual_seed(seed)
-        adapted = randomise_adapter(attach_lora(model, rank=2 + 2 * seed), 1.0)
+        adapted = randomise_adapter(attach_lora(model, rank=2 + 2 * seed), std)
         yield adapted
         adapted.unload()

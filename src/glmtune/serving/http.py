@@ -10,7 +10,7 @@ import orjson
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
 
 import glmtune
@@ -86,7 +86,11 @@ def create_app(engine: Engine, settings: ServeSettings) -> FastAPI:
             return Json({"status": "ending" if engine.is_ending else "failed"}, 503)
         return Json({"status": "ready"})
 
-    @app.get("/metrics", summary="Counts and times in Prometheus' format")
+    @app.get(
+        "/metrics",
+        summary="Counts and times in Prometheus' format",
+        response_class=PlainTextResponse,
+    )
     async def metrics() -> Response:
         return Response(engine.metrics.text(), media_type=CONTENT_TYPE)
 

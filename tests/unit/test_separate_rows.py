@@ -1,0 +1,159 @@
+"""Rows of a server's batch: bit for bit what they are alone, each with an adapter of its own."""
+
+import random
+
+import pytest
+import torch
+from serving import strong_adapters
+
+from glmtune.adapters import attach_lora
+from glmtune.errors import UserError
+from glmtune.generation import Decoder, EncodedPrompt
+from glmtune.generation.linears import multiply_separately
+from glmtune.generation.mixed import MixedAdapters
+from glmtune.generation.sampling import ChoiceSettings
+from glmtune.generation.slots import Slots
+from glmtune.models.loading import load_base_model
+from glmtune.models.resolve import GLM_TINY
+
+STOPS = [2652]
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def decoder(request):
+    """With two adapters, of which one adapts more linears than the other."""
+    model, mixed = load_base_model(GLM_TINY, dtype=request.param), MixedAdapters()
+    for number, adapted in enumerate(strong_adapters(model, (1, 2)), start=1):
+        mixed.add(adapted, f"number {number}")
+    return Decoder(model, STOPS, separate=True, adapters=mixed)
+
+
+def questions(count, seed):
+    pick = random.Random(seed)
+    return [
+        (
+            EncodedPrompt([pick.randrange(10, 2600) for _ in range(pick.randrange(1, 150))]
+                          + [2648, 2651], number),
+            ChoiceSettings(
+                max_new_tokens=pick.randrange(1, 30), num_listed=2,
+                **({} if pick.random() < 0.6 else {"do_sample": True, "frequency_penalty": 0.5}),
+            ),
+            pick.randrange(3),
+        )
+        for number in range(count)
+    ]  # fmt: skip
+
+
+def admit(slots, places, asked):
+    prompts, settings, adapters = zip(*asked, strict=True)
+    slots.admit(places, prompts, settings, adapters=adapters)
+
+
+def alone(decoder, question):
+    slots, ids, scores = Slots(decoder, 4), [], []
+    admit(slots, [0], [question])
+    while True:
+        ids += slots.look()[0]
+        scores += slots.scores.get(0, [])
+        if not slots.num_live:
+            return ids, scores
+        slots.step()
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_rows_are_what_they_are_alone_in_every_bit(decoder, overlaps):
+    """Whatever joins, leaves and stands beside them: tokens and probabilities are equal.
+
+    Where steps overlap, tokens are read after the next step was launched, as on a GPU.
+    """
+    pick, asked = random.Random(3), questions(14, seed=overlaps)
+    slots, todo, where = Slots(decoder, 6), list(range(len(asked))), {}
+    found = {number: ([], []) for number in todo}
+
+    def read(notes):
+        made = slots.read(notes)
+        for slot in notes.rows:
+            if made[slot]:
+                ids, scores = found[where[slot]]
+                ids += made[slot]
+                scores += slots.scores.get(slot, [])
+
+    while todo or slots.num_live:
+        free = [slot for slot, row in enumerate(slots.rows) if row is None]
+        pick.shuffle(free)
+        if todo and free:
+            width = lambda number: decoder.reads(len(asked[number][0].ids), 1)[1]
+            group = [n for n in todo if width(n) == width(todo[0])][: pick.randrange(1, 4)]
+            group = group[: len(free)]
+            todo = [number for number in todo if number not in group]
+            where |= dict(zip(free, group, strict=False))
+            admit(slots, free[: len(group)], [asked[number] for number in group])
+            read(slots.note())
+        if slots.num_live and slots.step():
+            notes = slots.note()
+            if overlaps and slots.num_live and all(r.end - r.column > 2 for r in slots.rows if r):
+                slots.step()
+            read(notes)
+            read(slots.note())
+    for number, question in enumerate(asked):
+        assert found[number] == alone(decoder, question)
+
+
+def test_mixed_rows_are_those_of_one_adapter_at_a_time():
+    """The plain reference: the adapter on the model, as every other verb has it."""
+    model, mixed, plain = load_base_model(GLM_TINY, dtype=torch.float32), MixedAdapters(), []
+    asked = [(prompt, ChoiceSettings(max_new_tokens=12, num_listed=1)) for prompt, _, _ in
+             questions(3, seed=9)]  # fmt: skip
+
+    def reference():
+        decoder = Decoder(model_now, STOPS)
+        slots, answers = Slots(decoder, 3), [([], []) for _ in asked]
+        slots.admit(0, *map(list, zip(*asked, strict=True)))
+        while True:
+            for slot, ids in enumerate(slots.look()):
+                answers[slot][0].extend(ids)
+                answers[slot][1].extend(score.chosen for score in slots.scores.get(slot, []))
+            if not slots.num_live:
+                return answers
+            slots.step()
+
+    model_now = model
+    plain.append(reference())
+    for number, model_now in enumerate(strong_adapters(model, (1, 2), 0.2), start=1):
+        plain.append(reference())
+        mixed.add(model_now, f"number {number}")
+    decoder = Decoder(model, STOPS, separate=True, adapters=mixed)
+    for adapter, answers in enumerate(plain):
+        for question, (ids, scores) in zip(asked, answers, strict=True):
+            made, its = alone(decoder, (*question, adapter))
+            assert made == ids
+            assert torch.allclose(
+                torch.tensor([score.chosen for score in its]), torch.tensor(scores), atol=1e-3
+            )
+    assert plain[0] != plain[1] != plain[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_of_a_row_is_the_same_among_any_others(dtype):
+    x, weight, bias = torch.randn(130, 96), torch.randn(40, 96), torch.randn(40)
+    x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+    whole = multiply_separately(x, weight, bias)
+    for rows in (1, 2, 3, 7, 16, 64, 129):
+        assert torch.equal(multiply_separately(x[:rows], weight, bias), whole[:rows])
+    assert torch.allclose(whole, x @ weight.T + bias, atol=1e-3 if dtype == torch.float32 else 1)
+
+
+def test_adapters_that_cannot_stand_beside_others_are_refused():
+    from peft import LoraConfig, get_peft_model
+
+    model = load_base_model(GLM_TINY, dtype=torch.float32)
+    target = ["query_key_value"]
+    for config, words in (
+        (LoraConfig(target_modules=target, use_dora=True), "more than plain LoRA"),
+        (LoraConfig(target_modules=target, bias="lora_only"), "biases of its own"),
+    ):
+        adapted = get_peft_model(model, config)
+        with pytest.raises(UserError, match=f"adapter odd: .*{words}.*glmtune merge"):
+            MixedAdapters().add(adapted, "odd")
+        adapted.unload()
+    MixedAdapters().add(attach_lora(model), "plain")
