@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from glmtune.errors import UserError
+from glmtune.locks import held_alone
 
 _DRAFT = re.compile(r"\.([^/\\]+)\.\d+\.(?:tmp|old)")
 _SEVERAL = "files"
@@ -132,25 +133,12 @@ def _draft_folder(final: Path) -> Iterator[Path]:
 @contextmanager
 def _locked(folder: Path, path: str | Path) -> Iterator[None]:
     """Keep other processes out of a folder, where the system can; a killed one keeps none out."""
-    try:
-        import fcntl
-    except ImportError:  # on Windows
+    with held_alone(folder) as is_ours:
+        if not is_ours:
+            raise UserError(
+                f"{path}: another process is writing it; wait until it ends, or name another path"
+            )
         yield
-        return
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(number)
-        raise UserError(
-            f"{path}: another process is writing it; wait until it ends, or name another path"
-        ) from None
-    except OSError:  # a file system without locks
-        pass
-    try:
-        yield
-    finally:
-        os.close(number)
 
 
 def _put_in_place(draft: Path, final: Path) -> None:

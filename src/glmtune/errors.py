@@ -25,7 +25,7 @@ class UserError(ValueError):
         super().__init__(_presentable(line))
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """The first line of another library's error, or its type where it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 

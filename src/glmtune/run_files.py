@@ -21,6 +21,10 @@ DIAL_FILE, DIAL_PLOT_FILE = "dial.json", "dial.png"
 """What each scale of the adapter gains and costs, see evaluation/dial.py."""
 EVALUATIONS_FILE = "held_out.jsonl"
 """The loss of each held-out row, and the general questions that are right, at each evaluation."""
+STATUS_FILE = "status.json"
+"""That a run trains, and afterwards how it ended, see training/saving/status.py."""
+SAMPLES_FILE = "samples.jsonl"
+"""Answers to a few held-out questions at each evaluation, see training/samples.py."""
 BEST_NAME, BEST_FILE = "best", "best.json"
 """A link to the best checkpoint, and why it is the best."""
 
@@ -40,9 +44,15 @@ MANIFEST_FILE = "manifest.json"
 
 FILES_BESIDE = (
     RECIPE_FILE, METRICS_FILE, STATE_FILE, WEIGHTS_FILE, ADAPTER_CONFIG_FILE, PLOT_FILE,
-    EVALUATIONS_FILE, BEST_NAME, BEST_FILE, DIAL_FILE, DIAL_PLOT_FILE, LEDGER_FILE,
+    STATUS_FILE, EVALUATIONS_FILE, SAMPLES_FILE, BEST_NAME, BEST_FILE, DIAL_FILE, DIAL_PLOT_FILE,
+    LEDGER_FILE,
 )  # fmt: skip
 """Files of a run in its folder, beside the checkpoints."""
+
+COMPARE_FOLDER, COMPARE_PAGE = "compare", "compare.html"
+"""A comparison, beside the adapter or in the folder of `tune`."""
+JOURNAL_FILE, TUNE_PAGE, TUNE_RUN = "stages.json", "tune.html", "run"
+"""The folder of `tune`: which stages are whole, the page of its result, its run folder."""
 
 CHECKPOINT_PREFIX = "checkpoint-"
 

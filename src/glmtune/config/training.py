@@ -199,6 +199,12 @@ class RunRecordSettings(Settings):
     save_total_limit: int | None = Field(
         None, ge=1, description="checkpoints kept, the newest ones and the best (default: all)"
     )
+    eval_answers: int = Field(
+        4,
+        ge=0,
+        description="held-out questions that are answered at each evaluation, into samples.jsonl, "
+        "which `glmtune serve --run` shows; 0 for none",
+    )
     report_to: Literal["tensorboard", "none", "all"] = Field(
         "tensorboard", description="where metrics go, beside metrics.jsonl"
     )

@@ -27,6 +27,7 @@ from glmtune.evaluation.sides import ModelSides, add_costs, answer_sides
 from glmtune.evaluation.source_run import find_rows, find_template
 from glmtune.evaluation.verdict import PartVerdict, judge
 from glmtune.general.items import find_general
+from glmtune.run_files import COMPARE_FOLDER, COMPARE_PAGE
 
 ANSWERS, STRANGE_ANSWERS = "compare.jsonl", "compare.strange.jsonl"
 MOST_AGREEMENTS = 64
@@ -58,7 +59,7 @@ def compare(settings: CompareSettings) -> Comparison:
         gate.check_rows(sum(bool(record.expected.strip()) for record in records))
     assert subject.adapter is not None, "CompareSettings requires one"
     strange = Asked.strange(subject.tokenizer, find_template(subject.adapter))
-    folder = Path(settings.output_dir or Path(settings.adapter, "compare"))
+    folder = Path(settings.output_dir or Path(settings.adapter, COMPARE_FOLDER))
     answers_depend_on = {"verb": "compare"} | subject.identity() | settings.in_effect()
     file, strange_file = (
         AnswerFile(
@@ -104,13 +105,13 @@ def compare(settings: CompareSettings) -> Comparison:
         run=RunFacts.of(subject.adapter),
     )
     write_json(comparison.as_json(), str(folder / "compare.json"))
-    for name, write in (("compare.md", markdown), ("compare.html", html)):
+    for name, write in (("compare.md", markdown), (COMPARE_PAGE, html)):
         with new_file(str(folder / name)) as output:
             output.write(write(comparison))
     print(*comparison.summary(), sep="\n")
     if gate:
         print(f"gate {gate.spec}: {'passed' if comparison.passes_gate else 'not passed'}")
-    names = f"compare.html, compare.md, compare.json, {ANSWERS}, {STRANGE_ANSWERS}"
+    names = f"{COMPARE_PAGE}, compare.md, compare.json, {ANSWERS}, {STRANGE_ANSWERS}"
     print(f"written: {folder}/{names}")
     return comparison
 

@@ -43,7 +43,8 @@ def evaluate_if_due(
     if not is_evaluation_due(run, step, log.history):
         return False
     is_main = run.accelerator.is_main_process
-    if _is_loss_due(run, step, log.history):
+    is_loss_due = _is_loss_due(run, step, log.history)
+    if is_loss_due:
         state.evaluations.losses[step] = _log_losses(run, state, step_pass, log, stop)
         if is_main:
             state.evaluations.append_losses(step, folder)
@@ -52,7 +53,19 @@ def evaluate_if_due(
         state.evaluations.right[step] = scores.accuracy_N
         if is_main:
             state.evaluations.append_right(step, folder)
+    if is_loss_due:
+        answer_samples(run, state)
     return True
+
+
+def answer_samples(run: Run, state: TrainingState) -> None:
+    """Answer the questions that a run shows, where it has some; the first process does.
+
+    Raises:
+        UserError: the answers cannot be written.
+    """
+    if run.samples and run.accelerator.is_main_process:
+        run.samples.answer(state)
 
 
 def _log_losses(

@@ -27,7 +27,7 @@ from glmtune.training.faults.crash import bundle_on_fault
 from glmtune.training.faults.loss_watch import check_course
 from glmtune.training.first_step import check_first_step
 from glmtune.training.general import of_this_set
-from glmtune.training.held_out import evaluate_if_due, is_evaluation_due
+from glmtune.training.held_out import answer_samples, evaluate_if_due, is_evaluation_due
 from glmtune.training.interrupt import CutShort, StopRequest, undone_when_cut_short
 from glmtune.training.passes import Pass
 from glmtune.training.plan import pass_seed
@@ -37,6 +37,7 @@ from glmtune.training.run import Run, build_pass, build_state, start_accelerator
 from glmtune.training.saving import checkpoints, run_folder
 from glmtune.training.saving.run_folder import evaluations_at
 from glmtune.training.saving.save import open_log, save
+from glmtune.training.saving.status import kept_status
 from glmtune.training.state import TrainingState
 
 
@@ -110,7 +111,11 @@ def fit(run: Run, model: PeftModel, stop: StopRequest, resume: Path | None = Non
         print_banner(run, state)
     check_first_step(run, state, step_pass)
 
-    with bundle_on_fault(run, state), open_log(run, state, history) as log:
+    with (
+        kept_status(run, state) as end,
+        bundle_on_fault(run, state),
+        open_log(run, state, history) as log,
+    ):
         stop.begin()
         since_start = Pace(state)
         try:
@@ -124,8 +129,9 @@ def fit(run: Run, model: PeftModel, stop: StopRequest, resume: Path | None = Non
                     f"{memory_advice(run, evaluating)}; {kept}, with --resume_anyway true where "
                     "packs, layout or bits are to be others"
                 ) from cut
-    has_ended = state.global_step >= run.max_steps or ends_early(run, state)
-    is_done = bool(has_ended) and not is_evaluation_due(run, state.global_step, log.history)
+        has_ended = state.global_step >= run.max_steps or ends_early(run, state)
+        is_done = bool(has_ended) and not is_evaluation_due(run, state.global_step, log.history)
+        end(is_done)
     if accelerator.is_main_process:
         print_summary(run, state, log.history, since_start, is_done)
         if not is_done and not stop.by_signal and not since_start.tokens:
@@ -152,6 +158,8 @@ def take_steps(
     """
     # Before the first step, and where the earlier run stopped during an evaluation.
     evaluate_if_due(run, state, step_pass, log, stop)
+    if not state.global_step:  # the base's own answers
+        answer_samples(run, state)
     if state.global_step >= run.max_steps or ends_early(run, state):
         save(run, state, log)  # only complete the run folder
     pace = Pace(state)

@@ -26,6 +26,7 @@ from glmtune.training.planning.advice import check_fit, print_forecast
 from glmtune.training.planning.forecast import make_forecaster
 from glmtune.training.processes import on_main
 from glmtune.training.run import Run, adapt, check_fp8, layout_as_run
+from glmtune.training.samples import Samples
 from glmtune.training.saving import checkpoints, run_folder
 from glmtune.training.saving.manifest import read_identity
 
@@ -97,7 +98,11 @@ def prepare(settings: TrainSettings, accelerator: Accelerator, dtype: torch.dtyp
         sources |= beginning.identity()
     run = Run.of(settings, accelerator, rows, adapted, base_name(base), sources, forecaster)
     limit = model.config.max_position_embeddings
-    run = replace(run, general=general_rows(settings, run, base, tokenizer, limit))
+    run = replace(
+        run,
+        general=general_rows(settings, run, base, tokenizer, limit),
+        samples=Samples.of(run, tokenizer, model),
+    )
     notes += run.cautions()
     if resume:
         notes += checkpoints.check_same_run(resume, run.identity, settings.resume_anyway)

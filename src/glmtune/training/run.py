@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,6 +36,9 @@ from glmtune.training.planning.memory import Layout
 from glmtune.training.processes import leave_at_exit
 from glmtune.training.state import TrainingState
 from glmtune.training.watch import Watch
+
+if TYPE_CHECKING:
+    from glmtune.training.samples import Samples
 
 MANY_EPOCHS = 50
 SAVE_STEPS = TrainSettings.model_fields["save_steps"].default
@@ -71,6 +74,8 @@ class Run:
     """Fingerprints of the rows and the base, by which a resumed run recognises them."""
     general: GeneralRows | None = None
     """The general set that is scored at every evaluation."""
+    samples: "Samples | None" = None
+    """Held-out questions that are answered at every evaluation, before the first step too."""
 
     @classmethod
     def of(

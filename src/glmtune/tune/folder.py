@@ -10,8 +10,7 @@ from glmtune.data.files import read_json_object, write_json
 from glmtune.disk import check_room
 from glmtune.drafts import clear_drafts
 from glmtune.errors import UserError, value_words
-
-JOURNAL_FILE = "stages.json"
+from glmtune.run_files import JOURNAL_FILE
 
 Key = Mapping[str, Mapping[str, Any]]
 """What a stage depends on: "settings", name -> value, and "reads", name -> sha256.

@@ -43,19 +43,23 @@ from glmtune.hardware import free_memory
 from glmtune.models.base_files import check_targets, load_row_tokenizer
 from glmtune.models.loading import load_config
 from glmtune.models.resolve import base_name, resolve_base
-from glmtune.run_files import RECIPE_FILE, WEIGHTS_FILE, saved_steps
+from glmtune.run_files import (
+    COMPARE_FOLDER,
+    RECIPE_FILE,
+    TUNE_PAGE,
+    TUNE_RUN,
+    WEIGHTS_FILE,
+    saved_steps,
+)
 from glmtune.training.loop import train
 from glmtune.training.planning.preview import plan
 from glmtune.training.saving.manifest import read_trainer_state
 from glmtune.tune.folder import Journal, Key, check_folder, usable_folder
 from glmtune.tune.sections import (
     CHECK_FILE,
-    COMPARE_FOLDER,
-    PAGE_FILE,
     QUESTIONS_FILE,
     ROWS_FILE,
     ROWS_FOLDER,
-    RUN_FOLDER,
     VERBS_FILE,
     Sections,
     changed,
@@ -176,7 +180,7 @@ class Tuning:
 
     @property
     def _run(self) -> Path:
-        return self.out / RUN_FOLDER
+        return self.out / TUNE_RUN
 
     @property
     def _has_run(self) -> bool:
@@ -299,7 +303,7 @@ class Tuning:
 
     def _train(self) -> bool:
         """Plan and train, or resume; return whether the training reached its last step."""
-        key, writes = self._train_key(), [f"{RUN_FOLDER}/{WEIGHTS_FILE}"]
+        key, writes = self._train_key(), [f"{TUNE_RUN}/{WEIGHTS_FILE}"]
         settings = self.sections.train(self._card.num_kept)
         self.journal.do("plan", key, (), lambda: _plan(settings))
         # A run with other settings, or one that the stopped command was about to replace.
@@ -345,7 +349,7 @@ class Tuning:
 
     def _judge(self) -> None:
         """Check, compare and write the page."""
-        reads = {"adapter": self._sha256(RUN_FOLDER, WEIGHTS_FILE)}
+        reads = {"adapter": self._sha256(TUNE_RUN, WEIGHTS_FILE)}
         key = self._key(CheckSettings, **reads)
         settings = self.sections.check(self._card.num_kept)
         self.journal.do("check", key, [CHECK_FILE], lambda: check(settings))
@@ -360,7 +364,7 @@ class Tuning:
             comparison = compare(changed(self.sections.compare(), anew))
             write_page(comparison, self.sections)
 
-        self.journal.do("compare", key, [COMPARE_FOLDER, PAGE_FILE], work)
+        self.journal.do("compare", key, [COMPARE_FOLDER, TUNE_PAGE], work)
 
 
 def _plan(settings: TrainSettings) -> None:

@@ -17,17 +17,15 @@ from glmtune.config.settings import (
     TuneSettings,
     ValidateSettings,
 )
+from glmtune.run_files import COMPARE_FOLDER, TUNE_RUN
 
 VerbSettings = TypeVar("VerbSettings", bound=Settings)
 
 ROWS_FILE = "rows.jsonl"
 ROWS_FOLDER = "rows"
 QUESTIONS_FILE = "questions.json"
-RUN_FOLDER = "run"
 CHECK_FILE = "check.json"
-COMPARE_FOLDER = "compare"
 MERGED_FOLDER = "merged"
-PAGE_FILE = "tune.html"
 VERBS_FILE = "tune.yaml"
 """The recipe, with a section for each verb."""
 
@@ -39,7 +37,7 @@ CHECKPOINTS_KEPT = 2
 # The result of a stage does not depend on these; files that they name are known by content.
 _WITHOUT_EFFECT = {
     "data_path", "base", "use_cpu", "eval_ratio", "eval_steps", "save_steps",
-    "save_total_limit", "logging_steps", "report_to", "disable_tqdm", "max_hours",
+    "save_total_limit", "logging_steps", "report_to", "disable_tqdm", "max_hours", "eval_answers",
     "overwrite_output_dir", "resume_anyway",
 }  # fmt: skip
 
@@ -101,7 +99,7 @@ class Sections:
         return self._settings(
             TrainSettings,
             dataset_path=self.path(ROWS_FOLDER),
-            output_dir=self.path(RUN_FOLDER),
+            output_dir=self.path(TUNE_RUN),
             base=self.base,
             eval_ratio=self.eval_ratio(num_rows),
             save_steps=given.save_steps or save_steps,
@@ -114,7 +112,7 @@ class Sections:
         """Settings of `check`, which asks trained rows if none is held out."""
         return self._settings(
             CheckSettings,
-            adapter=self.path(RUN_FOLDER),
+            adapter=self.path(TUNE_RUN),
             base=self.base,
             data_path=None if self.eval_ratio(num_rows) else self.path(QUESTIONS_FILE),
             limit=CheckSettings.model_fields["limit"].default,
@@ -126,7 +124,7 @@ class Sections:
         return self._settings(
             CompareSettings,
             data_path=self.path(QUESTIONS_FILE),
-            adapter=self.path(RUN_FOLDER),
+            adapter=self.path(TUNE_RUN),
             base=self.base,
             output_dir=self.path(COMPARE_FOLDER),
             on_bad_row="skip",  # those that leave no room for an answer

@@ -13,14 +13,13 @@ from glmtune.errors import note, program
 from glmtune.evaluation.document import Panel, escape
 from glmtune.evaluation.page import html
 from glmtune.evaluation.report import Comparison, Text
+from glmtune.run_files import TUNE_PAGE, TUNE_RUN
 from glmtune.runlog import print_pairs
 from glmtune.training.saving.manifest import read_trainer_state
 from glmtune.tune.sections import (
     CHECK_FILE,
     MERGED_FOLDER,
-    PAGE_FILE,
     QUESTIONS_FILE,
-    RUN_FOLDER,
     VERBS_FILE,
     Sections,
 )
@@ -49,7 +48,7 @@ def write_page(comparison: Comparison, sections: Sections) -> None:
     if (loss := held_out_loss(_history(sections))) is not None:
         panels.append(Panel(HELD_OUT_LOSS, f"<p>{loss:.4f}</p>"))
     page = html(comparison, command="glmtune tune", title=TITLE, panels=panels)
-    with new_file(sections.path(PAGE_FILE)) as file:
+    with new_file(sections.path(TUNE_PAGE)) as file:
         file.write(page)
 
 
@@ -62,13 +61,13 @@ def tell_verdict(sections: Sections) -> bool:
     found = read_json_object(sections.path(CHECK_FILE))
     loss = held_out_loss(_history(sections))
     told = {
-        "page": str(Path(sections.path(PAGE_FILE)).absolute()),
+        "page": str(Path(sections.path(TUNE_PAGE)).absolute()),
         "check": found["verdict"],
         "held-out loss": "no row was held out" if loss is None else f"{loss:.4f}",
     }
     run, questions, merged, recipe = (
         shlex.quote(sections.path(name))
-        for name in (RUN_FOLDER, QUESTIONS_FILE, MERGED_FOLDER, VERBS_FILE)
+        for name in (TUNE_RUN, QUESTIONS_FILE, MERGED_FOLDER, VERBS_FILE)
     )
     commands = {
         "talk to it": f"chat --adapter {run}",
@@ -88,7 +87,7 @@ def show_page(sections: Sections) -> None:
     wanted = sections.given.open_page
     if wanted is None:
         wanted = sys.stdout.isatty() and _has_desktop()
-    if wanted and not webbrowser.open(Path(sections.path(PAGE_FILE)).absolute().as_uri()):
+    if wanted and not webbrowser.open(Path(sections.path(TUNE_PAGE)).absolute().as_uri()):
         note("no browser was found to open the page")
 
 
@@ -101,4 +100,4 @@ def _has_desktop() -> bool:
 
 def _history(sections: Sections) -> History:
     """The records that the run logged."""
-    return read_trainer_state(Path(sections.path(RUN_FOLDER)))["log_history"]
+    return read_trainer_state(Path(sections.path(TUNE_RUN)))["log_history"]

@@ -22,6 +22,8 @@ def open_log(run: Run, state: TrainingState, history: list[dict[str, Any]]) -> R
     settings = run.settings
     if run.accelerator.is_main_process and (len(run.eval_rows) or run.general):
         state.evaluations.write(Path(settings.output_dir))
+    if run.accelerator.is_main_process and run.samples:
+        run.samples.begin(state.global_step)
     return RunLog(
         settings.output_dir,
         run.max_steps,
