@@ -15,13 +15,14 @@ import glmtune
 
 PACKAGE = Path(glmtune.__file__).parent
 FLOORS = [
-    {"errors", "cards"},
+    {"errors", "cards", "locks"},
     {"disk", "drafts", "imports", "run_files", "signals"},
     {"config", "hardware", "runlog"},
     {"data", "ops"},
     {"models"},
     {"adapters", "general"},
-    {"training", "generation"},
+    {"generation"},
+    {"training"},
     {"evaluation", "bench", "early", "integrations"},
     {"tune", "serving"},
     {"demo", "doctor"},

@@ -26,6 +26,8 @@ def test_pages_find_their_style_and_script():
         f"evaluation/{name}"
         for name in ("page.css", "rows.css", "rows.js", "language.js", "inspect.css", "inspect.js")
     } <= names
+    scripts = ("main.js", "chat.js", "run.js", "server.js", "history.js", "parts.js")
+    assert {f"serving/page/{name}" for name in ("index.html", "serving.css", *scripts)} <= names
     assert {"general/zh.jsonl", "general/en.jsonl", "models/glm-tiny/general_zh.jsonl"} <= names
 
 

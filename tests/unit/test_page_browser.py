@@ -7,19 +7,13 @@ import json
 from dataclasses import replace
 
 import pytest
-from axe_playwright_python.sync_playwright import Axe
+from browsers import DESKTOP, PHONE, grave_faults, launched
 from pages import DIAL, LEDGER, NASTY, comparison, many, pair, records
-from playwright.sync_api import sync_playwright
 
 from glmtune.evaluation.page import html
 from glmtune.evaluation.run_facts import RunFacts
 from glmtune.evaluation.run_records import DialRecord, LedgerRecord, read_record
 
-FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
-DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 NUM_ROWS = 5000
 MOST_NODES = 3000
 """Of a page, however many rows it has."""
@@ -27,10 +21,8 @@ MOST_NODES = 3000
 
 @pytest.fixture(scope="module")
 def browser(browser_path):
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=browser_path, args=FLAGS)
+    with launched(browser_path) as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -309,9 +301,7 @@ def test_nobody_is_kept_out(large, size, scheme):
     unfold = "document.querySelectorAll('details').forEach((one) => { one.open = %s; })"
     large.evaluate(unfold % "true")
     assert large.evaluate("document.documentElement.scrollWidth") == size["width"]
-    found = Axe().run(large).response["violations"]
-    grave = [of for of in found if of["impact"] in ("serious", "critical")]
-    assert [(of["id"], of["nodes"][0]["html"]) for of in grave] == []
+    assert grave_faults(large) == []
     large.evaluate(unfold % "false")
     large.set_viewport_size(DESKTOP)
     large.emulate_media(color_scheme="light")
