@@ -72,9 +72,12 @@ def test_a_resumed_run_continues_them(toy_rows, tmp_path, no_plot):
     assert lines(out)[-1]["answers"]
 
 
-def test_a_run_goes_on_where_they_cannot_be_made(toy_rows, tmp_path, no_plot, monkeypatch, capsys):
+@pytest.mark.parametrize("kind", [UserError, RuntimeError])
+def test_a_run_goes_on_where_they_cannot_be_made(
+    toy_rows, tmp_path, no_plot, monkeypatch, capsys, kind
+):
     def fail(*_):
-        raise UserError("no memory for a batch")
+        raise kind("no memory for a batch")
 
     monkeypatch.setattr(samples, "answer_batch", fail)
     assert train(settings(toy_rows, tmp_path / "run")).is_done

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from glmtune.config.groups import GenerationSettings
 from glmtune.data.templates import parts
@@ -87,7 +86,7 @@ class Samples:
             decoder = Decoder.of(state.model, settings)
             decoder.captures = False  # launching a hundred steps costs less than capturing one
             answers = answer_batch(state.model, self.tokenizer, self.questions, settings, decoder)
-        except (UserError, torch.OutOfMemoryError) as error:
+        except (UserError, RuntimeError) as error:  # memory, or a kernel that is not there
             note(f"step {state.global_step:,}: no sample answers ({reason_of(error)})")
             return
         lines = [
