@@ -11,8 +11,8 @@ import uvicorn
 from glmtune.config.serving import ServeSettings
 from glmtune.serving.engine import Engine
 from glmtune.serving.http import create_app
+from glmtune.serving.listening import Server, bind
 from glmtune.serving.load import load
-from glmtune.serving.run import Server, bind
 
 
 @contextlib.contextmanager

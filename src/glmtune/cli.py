@@ -240,6 +240,11 @@ def serve(settings: config.ServeSettings) -> None:
     from glmtune.early import check_serving
 
     check_serving(settings)
+    if settings.shows_run_alone:
+        from glmtune.serving.watching import serve_run
+
+        serve_run(settings)
+        return
     from glmtune.serving.run import serve
 
     serve(settings)

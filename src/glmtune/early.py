@@ -38,7 +38,7 @@ from glmtune.imports import leave_out
 from glmtune.models.base_files import check_targets, read_settings
 from glmtune.models.resolve import resolve_base
 from glmtune.models.shape import bits_of
-from glmtune.run_files import check_bundle
+from glmtune.run_files import check_bundle, find_run
 
 AnsweringSettings = (
     InferSettings | CompareSettings | EvaluateSettings | ChatSettings | CheckSettings
@@ -67,17 +67,21 @@ def check_answering(settings: AnsweringSettings) -> None:
 
 
 def check_serving(settings: ServeSettings) -> None:
-    """Check that the adapters and the base of a server exist, and that its port is free.
+    """Check that the run, the adapters and the base of a server exist.
 
     Raises:
         UserError: one does not exist, or the server could not listen.
     """
+    check_serving_packages()
+    if settings.run is not None:
+        find_run(settings.run)
+    if settings.shows_run_alone:
+        return
     folders = list(settings.adapters.values())
     for folder in folders:
         find_adapter(folder)
     first = folders[0] if folders else None
     check_base(settings.base, first)
-    check_serving_packages()
     leave_out_unused(settings, first)
 
 

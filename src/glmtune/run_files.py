@@ -103,3 +103,40 @@ def check_bundle(folder: Path) -> None:
     """Raise UserError where a folder is not what a stopped run left of its last step."""
     if not (folder / CRASH_FILE).is_file():
         raise UserError(f"{folder}: has no {CRASH_FILE}; name a crash-N folder of a run")
+
+
+def find_run(path: str | Path) -> Path:
+    """The run folder that is meant: itself, that of a checkpoint, or that of a `tune` folder.
+
+    Raises:
+        UserError: there is nothing, or it holds other things than a run.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        raise UserError(
+            f"--run: {folder} does not exist; name the output_dir of a run, or make the folder "
+            f"first (mkdir {folder}) and the page waits for the run"
+        )
+    if not folder.is_dir():
+        raise UserError(f"--run: {folder} is a file; name the output_dir of a run")
+    if is_run(around := run_around(folder)):
+        return around
+    if (folder / JOURNAL_FILE).is_file() or is_run(folder / TUNE_RUN):
+        return folder / TUNE_RUN
+    if any(not entry.name.startswith(".") for entry in folder.iterdir()):
+        raise UserError(
+            f"--run: {folder} holds no run (there is no {METRICS_FILE}); name the output_dir of "
+            "`train` or the --out of `tune`"
+        )
+    return folder
+
+
+def run_around(folder: Path) -> Path:
+    """The run folder of a checkpoint; any other folder itself."""
+    return run_folder_of(folder) if step_in(folder.resolve().name) is not None else folder
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder has the records of a run."""
+    records = METRICS_FILE, STATE_FILE, STATUS_FILE, RECIPE_FILE
+    return any((folder / name).is_file() for name in records)

@@ -11,9 +11,10 @@ import pytest
 from glmtune.errors import UserError
 from glmtune.evaluation.labels import Text
 from glmtune.locks import held_alone, is_held
+from glmtune.run_files import find_run
 from glmtune.serving.run_plots import plots, run_files
 from glmtune.serving.run_sentences import Condition, sentence
-from glmtune.serving.watch import MOST_POINTS, RunWatch, find_run, thinned
+from glmtune.serving.watch import MOST_POINTS, RunWatch, thinned
 
 NASTY = "</p><script>alert('x')</script>\x1b[31m"
 

@@ -20,8 +20,10 @@ from pages import many
 from playwright.sync_api import Error, expect
 
 from glmtune.cli import main
+from glmtune.config.serving import ServeSettings
 from glmtune.evaluation.page import html
 from glmtune.locks import held_alone
+from glmtune.serving.guards import Guards
 from glmtune.serving.pages import add_pages
 from glmtune.serving.watch import RunWatch
 
@@ -34,19 +36,15 @@ class Script:
     """The app: what it was asked, and who hung up."""
 
     def __init__(self, run, api_key=None):
-        self.asked, self.hung_up, self.api_key = [], 0, api_key
+        self.asked, self.hung_up = [], 0
         self.app = FastAPI()
         self.app.get("/v1/models")(self.models)
         self.app.post("/v1/chat/completions")(self.answer)
-        add_pages(self.app, has_model=True, run=run, api_key=api_key)
+        settings = ServeSettings(base="glm-tiny", api_key=api_key)
+        self.app.add_middleware(Guards, settings=settings)
+        add_pages(self.app, settings, has_model=True, run=run)
 
-    def is_refused(self, request):
-        given = request.headers.get("authorization", "")
-        return self.api_key and given != f"Bearer {self.api_key}"
-
-    async def models(self, request: Request):
-        if self.is_refused(request):
-            return JSONResponse({"error": {"message": "wrong key"}}, status_code=401)
+    async def models(self):
         names = ("base", "style", "facts", "both", "both:style", "both:facts")
         return {"object": "list", "data": [{"id": name} for name in names]}
 

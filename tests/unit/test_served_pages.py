@@ -9,17 +9,22 @@ from fastapi import FastAPI
 from pages import NASTY, Page, many
 from starlette.testclient import TestClient
 
+from glmtune.config.serving import ServeSettings
 from glmtune.evaluation.page import html
-from glmtune.serving.pages import FILES, POLICY, add_pages
+from glmtune.serving.guards import Guards
+from glmtune.serving.pages import FILES, POLICY, add_pages, find_watch
 from glmtune.serving.watch import RunWatch
 
 KEY = "correct horse"
 
 
-def served(**settings):
+def served(run=None, **settings):
+    """A client of the page alone, behind the server's guards."""
+    settings = ServeSettings(base="glm-tiny", **settings)
     app = FastAPI()
-    add_pages(app, **settings)
-    return TestClient(app)
+    app.add_middleware(Guards, settings=settings)
+    add_pages(app, settings, has_model=True, run=run and RunWatch.of(run))
+    return TestClient(app, base_url="http://127.0.0.1:8000")
 
 
 @pytest.fixture
@@ -34,7 +39,7 @@ def run(tmp_path):
 
 
 def test_the_page_loads_its_own_files_alone():
-    client = served(has_model=True)
+    client = served()
     answer = client.get("/")
     assert answer.headers["content-security-policy"] == POLICY
     assert "unsafe" not in POLICY
@@ -55,7 +60,7 @@ def test_the_page_loads_its_own_files_alone():
 
 
 def test_no_script_makes_markup_of_a_text():
-    client = served(has_model=True)
+    client = served()
     for name in (name for name in FILES if name.endswith(".js")):
         text = client.get(f"/page/{name}").text
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", text)
@@ -63,18 +68,18 @@ def test_no_script_makes_markup_of_a_text():
 
 @pytest.mark.parametrize("name", ["../pages.py", "pages.py", "index.html", "%2e%2e%2fpages.py", ""])
 def test_other_files_are_not_there(name):
-    assert served(has_model=True).get(f"/page/{name}").status_code == 404
+    assert served().get(f"/page/{name}").status_code == 404
 
 
 def test_without_a_run_there_is_nothing_of_one():
-    client = served(has_model=True)
+    client = served()
     assert client.get("/page/about.json").json() == {"chat": True, "run": False}
     assert client.get("/run/status").status_code == 404
 
 
 def test_the_run_is_told_with_its_curves_once(run):
-    client = served(has_model=False, run=RunWatch.of(run))
-    assert client.get("/page/about.json").json() == {"chat": False, "run": True}
+    client = served(run)
+    assert client.get("/page/about.json").json() == {"chat": True, "run": True}
     told = client.get("/run/status").json()
     assert told["state"] == "preparing" or told["state"] == "stopped"
     assert told["numbers"]["loss"] == 1.0
@@ -93,7 +98,7 @@ def test_the_run_is_told_with_its_curves_once(run):
      "training_loss.png", "nothing", NASTY],
 )  # fmt: skip
 def test_only_named_files_of_the_run_are_given(run, name):
-    client = served(has_model=False, run=RunWatch.of(run))
+    client = served(run)
     answer = client.get(f"/run/files/{name if '%' in name else quote(name)}")
     assert answer.status_code == 404
     assert "secret" not in answer.text
@@ -101,7 +106,7 @@ def test_only_named_files_of_the_run_are_given(run, name):
 
 
 def test_a_page_of_the_run_keeps_its_own_scripts_in_a_sandbox(run):
-    client = served(has_model=False, run=RunWatch.of(run))
+    client = served(run)
     answer = client.get("/run/files/compare.html")
     policy = answer.headers["content-security-policy"]
     assert policy.startswith("sandbox allow-scripts")
@@ -116,8 +121,9 @@ def test_a_page_of_the_run_keeps_its_own_scripts_in_a_sandbox(run):
 
 
 def test_the_run_is_for_the_key_alone(run):
-    client = served(has_model=False, run=RunWatch.of(run), api_key=KEY)
-    assert client.get("/").status_code == 200, "which asks for the key"
+    client = served(run, api_key=KEY)
+    for path in ("/", "/run", "/page/about.json", "/page/main.js"):
+        assert client.get(path).status_code == 200, "the page asks for the key"
     for path in ("/run/status", "/run/files/compare.html"):
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}):
             refused = client.get(path, headers=headers)
@@ -132,6 +138,25 @@ def test_the_run_is_for_the_key_alone(run):
     assert "Max-Age" not in cookie, "it ends with the browser's session"
     assert KEY not in cookie
     assert client.get("/run/files/compare.html").status_code == 200, "the client sends it back"
-    other = served(has_model=False, run=RunWatch.of(run), api_key="another key")
+    other = served(run, api_key="another key")
     other.cookies.set("glmtune_run", client.cookies["glmtune_run"], path="/run")
     assert other.get("/run/files/compare.html").status_code == 401
+    changing = client.post("/run/session")
+    assert changing.status_code == 401, "the cookie opens files and nothing else"
+    assert client.get("/run/status").status_code == 401
+
+
+def test_the_run_of_an_adapter_is_shown(run, tmp_path):
+    """Of the first that lies in a run folder, or in a checkpoint of one."""
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (run / "checkpoint-2").mkdir()
+
+    def found(**settings):
+        watch = find_watch(ServeSettings(**settings))
+        return watch and watch.folder
+
+    assert found(adapter=f"a={alone}") is None
+    assert found(adapter=f"a={alone},b={run}") == run
+    assert found(adapter=f"a={run / 'checkpoint-2'}") == run
+    assert found(adapter=f"a={run}", run=str(alone)) == alone

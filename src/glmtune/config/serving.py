@@ -10,6 +10,7 @@ from glmtune.config.groups import (
     BaseModelSettings,
     DeviceSettings,
     NameText,
+    PathText,
     PlainText,
     Settings,
     conflict,
@@ -90,6 +91,12 @@ class ServeSettings(
         description="adapters to serve beside the base: NAME=FOLDER each, several with commas "
         "between or as several flags; requests name them as their model",
     )
+    run: PathText | None = Field(
+        None,
+        description="run to show at /run, live while it trains: its output_dir, a checkpoint, or "
+        "the out of tune; without base and adapter no model is loaded (default: the run that an "
+        "adapter lies in)",
+    )
     max_new_tokens: int = Field(
         512, ge=1, description="longest answer of a request that does not say, in tokens"
     )
@@ -131,6 +138,11 @@ class ServeSettings(
                 "adapter",
             )
         return self
+
+    @property
+    def shows_run_alone(self) -> bool:
+        """Whether no model is served, just a run."""
+        return self.run is not None and self.base is None and not self.adapter
 
     @property
     def adapters(self) -> dict[str, str]:

@@ -37,8 +37,9 @@ from glmtune.runlog import print_pairs
 from glmtune.serving.clients import Answered, Asking, Question, ask, ask_all
 from glmtune.serving.engine import Engine
 from glmtune.serving.http import create_app
+from glmtune.serving.listening import bind
 from glmtune.serving.load import BASE, Loaded, Side, offer
-from glmtune.serving.run import BACKLOG, bind, run
+from glmtune.serving.run import BACKLOG, run
 
 _CLIENTS_OF_A_PROCESS = 16
 _MIB = 1 << 20

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable
 
 import orjson
+from starlette.requests import cookie_parser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from glmtune.config.serving import KEY_VARIABLE, LOOPBACK, ServeSettings
@@ -12,15 +13,23 @@ from glmtune.errors import UserError
 from glmtune.serving.errors import RequestError
 from glmtune.serving.metrics import Metrics
 
-PUBLIC = ("/health", "/ready", "/")
+PUBLIC = ("/health", "/ready", "/", "/run")
 """Paths that need no key, because probes and browsers cannot send one."""
 PUBLIC_FOLDER = "/page/"
 """What is below it needs none either: the page's own files, which hold nothing private."""
+RUN_FILES = "/run/files/"
+"""What is below it opens by `session_of` the key in a cookie as well: a tab cannot send a key."""
+COOKIE = "glmtune_run"
 
 
 def key_of(settings: ServeSettings) -> str | None:
     """The key that clients have to send; None without one."""
     return settings.api_key or os.environ.get(KEY_VARIABLE) or None
+
+
+def session_of(key: str) -> str:
+    """What a cookie holds in place of the key, which nobody finds by it."""
+    return hmac.new(key.encode(), COOKIE.encode(), "sha256").hexdigest()
 
 
 def check_address(settings: ServeSettings) -> None:
@@ -54,6 +63,7 @@ class Guards:
         self.app, self.settings, self.metrics = app, settings, metrics
         key = key_of(settings)
         self._key = key.encode() if key else None
+        self._session = session_of(key) if key else ""
         self._origins = set(settings.allow_origin or ())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -107,6 +117,8 @@ class Guards:
         is_public = path in PUBLIC or path.startswith(PUBLIC_FOLDER)
         if self._key is None or is_public or (scope["method"] == "OPTIONS" and origin):
             return
+        if path.startswith(RUN_FILES) and self._has_session(headers):
+            return
         scheme, _, given = headers.get("authorization", b"").partition(b" ")
         if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._key):
             raise RequestError(
@@ -115,6 +127,11 @@ class Guards:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+
+    def _has_session(self, headers: dict[str, bytes]) -> bool:
+        """Whether a request comes from a browser that has sent the key before."""
+        given = cookie_parser(headers.get("cookie", b"").decode("latin-1")).get(COOKIE, "")
+        return hmac.compare_digest(given.encode(), self._session.encode())
 
     async def _read(self, headers: dict[str, bytes], receive: Receive) -> bytes:
         """The body of a request.

@@ -6,7 +6,6 @@ reaches neither the conversations nor the server.
 """
 
 import hashlib
-import hmac
 import re
 from base64 import b64encode
 from importlib import resources
@@ -14,11 +13,14 @@ from mimetypes import guess_type
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, FastAPI
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
+from glmtune.config.serving import ServeSettings
 from glmtune.errors import visible
-from glmtune.run_files import RECIPE_FILE
+from glmtune.run_files import RECIPE_FILE, is_run, run_around
+from glmtune.serving.errors import RequestError
+from glmtune.serving.guards import COOKIE, key_of, session_of
 from glmtune.serving.run_plots import LABELS, plots, run_files
 from glmtune.serving.watch import RunWatch
 
@@ -43,25 +45,36 @@ FILES = {
     ),
 }  # fmt: skip
 """What the page loads, and which package holds it."""
-COOKIE = "glmtune_run"
-"""Opens the run's files in a tab of its own, where no script can send the key."""
 
 
 def add_pages(
-    app: FastAPI, *, has_model: bool, run: RunWatch | None = None, api_key: str | None = None
+    app: FastAPI, settings: ServeSettings, *, has_model: bool, run: RunWatch | None = None
 ) -> None:
-    """Add the page, and `/run` where there is a run to watch, to a server.
+    """Add the page, and `/run` where there is a run to watch, to a server behind `Guards`.
 
     Args:
         app: the server.
+        settings: of the server, for its key.
         has_model: whether it answers, so that the page shows the conversation.
         run: the run to watch.
-        api_key: what the run's files are shown for; None shows them to everyone who can reach the
-            server.
     """
     app.include_router(_own_pages(has_model, run is not None))
     if run is not None:
-        app.include_router(_run_pages(run, _Door(api_key)))
+        app.include_router(_run_pages(run, key_of(settings)))
+
+
+def find_watch(settings: ServeSettings) -> RunWatch | None:
+    """The run that a server shows: the one that is named, or that an adapter lies in.
+
+    Raises:
+        UserError: what is named is no run.
+    """
+    if settings.run is not None:
+        return RunWatch.of(settings.run)
+    for folder in settings.adapters.values():
+        if is_run(around := run_around(Path(folder))):
+            return RunWatch(around)
+    return None
 
 
 def _own_pages(has_model: bool, has_run: bool) -> APIRouter:
@@ -82,39 +95,33 @@ def _own_pages(has_model: bool, has_run: bool) -> APIRouter:
     @pages.get("/page/{name}")
     def file(name: str) -> Response:
         if name not in FILES:
-            return _error(404, "there is no such file")
+            return _no_file()
         return Response(_content(FILES[name], name), media_type=_type(name), headers=HEADERS)
 
     return pages
 
 
-def _run_pages(run: RunWatch, door: "_Door") -> APIRouter:
-    """What is shown of a run, for those whom the door lets in."""
+def _run_pages(run: RunWatch, key: str | None) -> APIRouter:
+    """What is shown of a run."""
     pages = APIRouter(include_in_schema=False, prefix="/run")
 
     @pages.get("/status")
-    def status(request: Request, known: str = "") -> Response:
-        if not door.opens(request):
-            return _error(401, "the run is shown for the server's key alone")
+    def status(known: str = "") -> Response:
         return JSONResponse(run_status(run, known), headers={"Cache-Control": "no-store"})
 
     @pages.post("/session")
-    def session(request: Request) -> Response:
-        if not door.opens(request):
-            return _error(401, "the run is shown for the server's key alone")
+    def session() -> Response:
         answer = Response(status_code=204)
-        if door.token:
-            answer.set_cookie(COOKIE, door.token, path="/run", httponly=True, samesite="strict")
+        if key is not None:  # which this request came with
+            answer.set_cookie(
+                COOKIE, session_of(key), path="/run", httponly=True, samesite="strict"
+            )
         return answer
 
     @pages.get("/files/{name}")
-    def file(request: Request, name: str) -> Response:
-        if not door.opens(request):
-            return _error(401, "the run's files are shown for the server's key alone")
+    def file(name: str) -> Response:
         path = run_files(run.folder).get(name)
-        if path is None:
-            return _error(404, "the run has no such file")
-        return _run_file(path)
+        return _no_file() if path is None else _run_file(path)
 
     return pages
 
@@ -131,27 +138,6 @@ def run_status(run: RunWatch, known: str = "") -> dict[str, Any]:
         return status
     samples = [sample._asdict() for sample in run.samples]
     return {**status, "plots": [panel.html for panel in plots(run)], "samples": samples}
-
-
-class _Door:
-    """Lets in who has the key, by the request's header or by the cookie of `/run/session`."""
-
-    def __init__(self, api_key: str | None):
-        self._key = api_key
-        # What a cookie holds is no key, so that nobody finds that one in a browser's files.
-        self.token = api_key and hmac.new(api_key.encode(), COOKIE.encode(), "sha256").hexdigest()
-
-    def opens(self, request: Request) -> bool:
-        if self._key is None:
-            return True
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and _is_equal(given.strip(), self._key):
-            return True
-        return _is_equal(request.cookies.get(COOKIE, ""), str(self.token))
-
-
-def _is_equal(given: str, right: str) -> bool:
-    return hmac.compare_digest(given.encode(), right.encode())
 
 
 def _run_file(path: Path) -> Response:
@@ -195,9 +181,7 @@ def _content(package: str, name: str) -> str:
     )
 
 
-def _error(status: int, message: str) -> Response:
+def _no_file() -> Response:
     """An error in OpenAI's form."""
-    kinds = {401: ("authentication_error", "invalid_api_key"), 404: ("invalid_request_error", None)}
-    kind, code = kinds[status]
-    error = {"message": message, "type": kind, "param": None, "code": code}
-    return JSONResponse({"error": error}, status_code=status)
+    error = RequestError(404, "there is no such file")
+    return JSONResponse(error.body(), status_code=error.status)

@@ -20,17 +20,14 @@ from glmtune.locks import is_held
 from glmtune.run_files import (
     BEST_FILE,
     CRASH_FILE,
-    JOURNAL_FILE,
     METRICS_FILE,
     RECIPE_FILE,
     SAMPLES_FILE,
     STATE_FILE,
     STATUS_FILE,
-    TUNE_RUN,
+    find_run,
     newest_checkpoint,
-    run_folder_of,
     saved_steps,
-    step_in,
 )
 from glmtune.runlog import format_seconds
 from glmtune.serving.run_sentences import Condition, sentence
@@ -47,39 +44,6 @@ _SHOWN = (
     "loss", "eval_loss", "general", "general_zh", "general_en", "learning_rate",
     "tokens_per_second", "memory_gib", "epoch",
 )  # fmt: skip
-_BESIDE = (METRICS_FILE, STATE_FILE, STATUS_FILE, RECIPE_FILE)
-
-
-def find_run(path: str | Path) -> Path:
-    """The run folder that is meant: itself, that of a checkpoint, or that of a `tune` folder.
-
-    Raises:
-        UserError: there is nothing, or it holds other things than a run.
-    """
-    folder = Path(path)
-    if not folder.exists():
-        raise UserError(
-            f"--run: {folder} does not exist; name the output_dir of a run, or make the folder "
-            f"first (mkdir {folder}) and the page waits for the run"
-        )
-    if not folder.is_dir():
-        raise UserError(f"--run: {folder} is a file; name the output_dir of a run")
-    if step_in(folder.resolve().name) is not None and _is_run(run_folder_of(folder)):
-        return run_folder_of(folder)
-    if _is_run(folder):
-        return folder
-    if (folder / JOURNAL_FILE).is_file() or _is_run(folder / TUNE_RUN):
-        return folder / TUNE_RUN
-    if any(not entry.name.startswith(".") for entry in folder.iterdir()):
-        raise UserError(
-            f"--run: {folder} holds no run (there is no {METRICS_FILE}); name the output_dir of "
-            "`train` or the --out of `tune`"
-        )
-    return folder
-
-
-def _is_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _BESIDE)
 
 
 class Sample(NamedTuple):
