@@ -45,8 +45,9 @@ class Script:
         add_pages(self.app, settings, has_model=True, run=run)
 
     async def models(self):
-        names = ("base", "style", "facts", "both", "both:style", "both:facts")
-        return {"object": "list", "data": [{"id": name} for name in names]}
+        names = {"base": "chat", "style": "chat", "facts": "alpaca", "both": "chat"}
+        listed = [{"id": name, "format": format} for name, format in names.items()]
+        return {"object": "list", "data": [*listed, {"id": "both:facts", "format": "alpaca"}]}
 
     async def answer(self, request: Request):
         body = await request.json()
@@ -310,6 +311,17 @@ def test_good_answers_become_a_training_row(page, script, tmp_path, capsys):
     assert main(["tokenize", *flags]) == 0
     told = capsys.readouterr().out
     assert "1 read, 1 kept" in told
+
+
+def test_who_was_taught_single_questions_reads_one(page, script):
+    page.select_option("#right", "facts")
+    ask(page, "一")
+    assert page.locator("#turns h3 small").count() == 0
+    ask(page, "二")
+    asked = {body["model"]: body["messages"] for body in script.asked[-2:]}
+    assert len(asked["base"]) == 3
+    assert asked["facts"] == [{"role": "user", "content": "二"}]
+    assert "taught single questions" in page.locator("#turns h3 small").inner_text()
 
 
 def test_all_good_answers_are_exported(page, tmp_path):

@@ -21,6 +21,7 @@ const FINISH = {
 };
 const pane = find("pane");
 let models = [];
+let alone = new Set(); // models that were taught single questions, and read nothing else
 let chat = newChat();
 let running = null; // the AbortController of the answers that are being generated
 
@@ -69,7 +70,9 @@ function invalidField() {
 
 async function readModels() {
   const found = await json("/v1/models");
-  models = found.data.map(({ id }) => id).filter((id) => id !== "both" && !id.startsWith("both:"));
+  const sides = found.data.filter(({ id }) => id !== "both" && !id.startsWith("both:"));
+  models = sides.map(({ id }) => id);
+  alone = new Set(sides.filter(({ format }) => format === "alpaca").map(({ id }) => id));
   const first = models.find((id) => id !== "base") ?? NONE;
   const wanted = { left: settings.left ?? "base", right: settings.right ?? first };
   for (const place of ["left", "right"]) {
@@ -173,6 +176,9 @@ function drawAnswer(turn, side) {
   const shown = textOf("p", "said", kept ? kept.text : text);
   const made = make("article", model === "base" ? "of-base" : "of-tuned",
     make("h3", "", make("span", "", model),
+      turn.answers[side].alone
+        ? make("small", "", both(["它学的是单个问题，没有读前面的话", "taught single questions: it read this one alone"]))
+        : null,
       kept ? make("small", "kept-word", "✓ ", both(isEdited ? ["已修改并保留", "kept, edited"]
         : ["已保留", "kept"])) : null),
     shown,
@@ -250,6 +256,8 @@ async function ask(question, place = chat.turns.length) {
     question, kept: null,
     answers: sides().map((model) => ({ model, text: "", tokens: 0, seconds: 0 })),
   };
+  const hasBefore = own.system !== "" || place > 0;
+  for (const of of turn.answers) of.alone = hasBefore && alone.has(of.model);
   own.turns.splice(place, 1, turn);
   const made = drawTurn(turn);
   if (find("turns").children[place]) find("turns").children[place].replaceWith(made);
@@ -276,8 +284,8 @@ async function answerOne(own, turn, side, control) {
   if (draws()) article().setAttribute("aria-busy", "true");
   const started = performance.now();
   const since = () => (performance.now() - started) / 1000;
-  const messages = [...messagesBefore(own, own.turns.indexOf(turn), side),
-    { role: "user", content: turn.question }];
+  const before = of.alone ? [] : messagesBefore(own, own.turns.indexOf(turn), side);
+  const messages = [...before, { role: "user", content: turn.question }];
   let pieces = 0;
   try {
     const found = await answer({ model: of.model, messages, ...sampling() }, control.signal,
@@ -296,10 +304,10 @@ async function answerOne(own, turn, side, control) {
     of.finish = found.finish ?? "stop";
     of.tokens = found.usage?.completion_tokens ?? pieces;
   } catch (error) {
-    of.finish = "stopped";
     of.tokens = pieces;
     if (error instanceof Gone) of.error = "gone";
     else if (error.name !== "AbortError") of.error = error.message;
+    of.finish = of.error ? "error" : "stopped";
   }
   of.seconds = since();
   if (!draws()) return;
