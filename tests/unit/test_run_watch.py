@@ -271,7 +271,7 @@ def test_every_condition_has_its_sentence_in_both_languages(state):
 
 def test_it_needs_neither_a_model_nor_torch():
     code = (
-        "import sys; from glmtune.serving import pages, watch, run_plots\n"
+        "import sys; from glmtune.serving import pages, watching\n"
         "print(sorted({'torch', 'transformers', 'peft', 'matplotlib'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

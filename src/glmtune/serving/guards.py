@@ -3,6 +3,7 @@
 import hmac
 import os
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import orjson
 from starlette.requests import cookie_parser
@@ -11,7 +12,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from glmtune.config.serving import KEY_VARIABLE, LOOPBACK, ServeSettings
 from glmtune.errors import UserError
 from glmtune.serving.errors import RequestError
-from glmtune.serving.metrics import Metrics
+
+if TYPE_CHECKING:  # a server that shows a run alone needs no torch
+    from glmtune.serving.metrics import Metrics
 
 PUBLIC = ("/health", "/ready", "/", "/run")
 """Paths that need no key, because probes and browsers cannot send one."""
@@ -56,10 +59,10 @@ class Guards:
     Args:
         app: what is guarded.
         settings: of the server.
-        metrics: that count requests.
+        metrics: that count requests; None where nobody counts.
     """
 
-    def __init__(self, app: ASGIApp, settings: ServeSettings, metrics: Metrics):
+    def __init__(self, app: ASGIApp, settings: ServeSettings, metrics: "Metrics | None" = None):
         self.app, self.settings, self.metrics = app, settings, metrics
         key = key_of(settings)
         self._key = key.encode() if key else None
@@ -77,7 +80,7 @@ class Guards:
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self.metrics.count(scope["path"], message["status"])
+                self._count(scope, message["status"])
                 message["headers"] = [*message["headers"], *cross]
             await send(message)
 
@@ -88,7 +91,7 @@ class Guards:
                 return
             body = await self._read(headers, receive)
         except RequestError as error:
-            self.metrics.count(scope["path"], error.status)
+            self._count(scope, error.status)
             extra = [(k.encode(), v.encode()) for k, v in error.headers.items()]
             await _respond(send, error.status, orjson.dumps(error.body()), [*cross, *extra])
             return
@@ -102,6 +105,10 @@ class Guards:
             return {"type": "http.request", "body": body, "more_body": False}
 
         await self.app(scope, receive_read, send_with_headers)
+
+    def _count(self, scope: Scope, status: int) -> None:
+        if self.metrics is not None:
+            self.metrics.count(scope["path"], status)
 
     def _check(self, scope: Scope, headers: dict[str, bytes], origin: str) -> None:
         host = headers.get("host", b"").decode("latin-1")
