@@ -63,6 +63,7 @@ MISTAKES = {
     "chat": "chat --base ./no",
     "chat of no model": "chat --base tokens",
     "serve": "serve --base ./no",
+    "serve run": "serve --run no",
     "serve adapter": f"serve --adapter mine=./no {TINY}",
     "serve two of one name": f"serve --adapter a=adapter --adapter a=adapter {TINY}",
     "check": f"check ./no {TINY}",
