@@ -23,6 +23,7 @@ FLOORS = [
     {"adapters", "general"},
     {"training", "generation"},
     {"evaluation", "bench", "early", "integrations"},
+    {"export"},
     {"tune"},
     {"demo", "doctor"},
     {"cli"},
