@@ -206,22 +206,31 @@ def test_chatglm_has_the_published_keys_and_settings(shared, tmp_path):
 
 
 def test_chatglm_names_code_only_where_it_is_there(run_of, tmp_path):
-    base, _ = run_of("chatglm3")
+    base, run = run_of("chatglm3")
     with_code = shutil.copytree(base, tmp_path / "code")
     settings = json.loads((with_code / "config.json").read_text())
     settings["auto_map"] = {"AutoConfig": "configuration_chatglm.ChatGLMConfig"}
     (with_code / "config.json").write_text(json.dumps(settings))
+    of_tokenizer = {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]}
+    file = with_code / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": of_tokenizer}))
     found = {}
     for is_there in (False, True):
         if is_there:
             (with_code / "configuration_chatglm.py").write_text("raise SystemExit")
-        target = tmp_path / f"new {is_there}"
-        target.mkdir()
-        found[is_there] = published._code(with_code, target), [p.name for p in target.iterdir()]
-    assert found == {
-        False: ({}, []),
-        True: ({"auto_map": settings["auto_map"]}, ["configuration_chatglm.py"]),
-    }
+            (with_code / "tokenization_chatglm.py").write_text("raise SystemExit")
+        folder, _ = export(with_code, run, "chatglm", "--out", tmp_path / f"new {is_there}")
+        maps = {
+            file.name: json.loads(file.read_text()).get("auto_map")
+            for file in folder.glob("*config.json")
+        }
+        found[is_there] = maps, sorted(file.name for file in folder.glob("*.py"))
+    nothing = dict.fromkeys(found[False][0])
+    assert found[False] == (nothing, [])
+    named = {"config.json": settings["auto_map"], "tokenizer_config.json": of_tokenizer}
+    assert found[True] == (
+        nothing | named, ["configuration_chatglm.py", "tokenization_chatglm.py"]
+    )  # fmt: skip
 
 
 def test_a_scaling_that_the_publisher_cannot_say_is_refused(hf_of, tmp_path, capsys):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from gguf import GGUFReader
 from glm_folders import write_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from toys import randomise_adapter
 
@@ -160,10 +161,10 @@ def test_an_adapter_of_several_ranks_has_its_scales_in_b(shared, tmp_path):
     scales = {
         name.removeprefix("base_model.model."): (module.scaling["default"], module.r["default"])
         for name, module in model.named_modules()
-        if getattr(module, "scaling", None)
+        if isinstance(module, LoraLayer)
     }
     assert len({*scales.values()}) > 1
-    form = gguf_target.GgufForm("chatglm", _name_of, *[None] * 7)
+    form = gguf_target.GgufForm("chatglm", _name_of, *[None] * 8)
     path = tmp_path / "adapter.gguf"
     gguf_file.write_adapter_file(path, "x", form, read_adapter(folder))
     alpha = fields_of(path)["adapter.lora.alpha"]

@@ -1,5 +1,6 @@
 """An adapter in the names and form that another program reads it in."""
 
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -73,7 +74,7 @@ def with_one_rank(adapter: Adapter) -> Adapter:
     config = replace(
         adapter.config,
         r=rank,
-        lora_alpha=round(alpha) if abs(alpha - round(alpha)) < 1e-9 else alpha,
+        lora_alpha=round(alpha) if math.isclose(alpha, round(alpha)) else alpha,  # type: ignore[arg-type]
         rank_pattern={},
         alpha_pattern={},
         use_rslora=False,

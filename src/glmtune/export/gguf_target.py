@@ -144,7 +144,7 @@ def _write_adapter(job: Job, folder: Path) -> Reopened:
     form, path = _form(job), folder / ADAPTER_FILE
     quant = job.source.settings.quant or "f32"
     write_adapter_file(path, job.source.name, form, job.adapter, quant)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-") as place:
         again = Path(place, "adapter")
         adapter = in_names(job.adapter, lambda updates, _: _updates(path, form, updates), None)
         write_adapter(adapter.config, adapter.weights, again, None)
@@ -178,6 +178,7 @@ def _ask_with_adapter(job: Job, form: GgufForm, path: Path, base: Path, found: s
     from glmtune.adapters.lora import load_adapter
     from glmtune.models.loading import load_base_model
 
+    assert job.source.adapter, "of a whole model it is refused"
     plain = load_base_model(job.source.base, dtype=torch.float32)
     write_model(base, "base", form, plain.config, _tensors(plain), "f32")
     model = load_adapter(plain, job.source.adapter)

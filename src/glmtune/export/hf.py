@@ -57,13 +57,13 @@ def write_plain_tokenizer(job: Job, folder: Path) -> None:
         UserError: no plain tokenizer gives the same ids.
     """
     tokenizer, file = job.tokenizer, folder / SETTINGS_FILE
+    assert tokenizer is not None, "the caller looks"
     settings = read_json_object(file) if file.is_file() else {}
     named = settings.get("tokenizer_class")
     is_plain = isinstance(named, str) and hasattr(transformers, named)
     if not (is_plain and "auto_map" not in settings and (folder / TOKENIZER_FILE).is_file()):
         make = job.family.exports.plain_tokenizer
         assert make
-        assert tokenizer is not None
         plain = make(tokenizer)
         _check_ids(plain, tokenizer)
         if not (folder / TOKENIZER_FILE).is_file():
@@ -127,7 +127,8 @@ def _open_plainly(job: Job, folder: Path, expected: Tensor) -> Reopened:
     if tokenizer is None:
         return Reopened(by, True, f"{told['class']}, {found}")
     ours = tokenizer.apply_chat_template([*CHAT], add_generation_prompt=True)["input_ids"]
-    parts, notes = [], []
+    parts: list[str] = []
+    notes: list[str] = []
     for name, is_same in (
         (f"the ids of {len(TEXTS)} texts", told["texts"] == tokenizer.encode_plain([*TEXTS])),
         ("a conversation by the chat template", told["chat"] == list(ours)),

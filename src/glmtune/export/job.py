@@ -64,7 +64,7 @@ class Job:
     @property
     def stop_ids(self) -> list[int]:
         """All ids that end an answer, of the base's files and of its layout; the end first."""
-        found = as_ids(self.config.eos_token_id)
+        found = tuple(as_ids(self.config.eos_token_id))
         if self.tokenizer is not None:
             rule = self.tokenizer.row_rule
             found = (*found, *(end.id for end in rule.end), *rule.stops)
@@ -74,7 +74,8 @@ class Job:
         """Let generation_config.json name every id that ends an answer."""
         settings = model.generation_config
         stops = list(dict.fromkeys([*as_ids(settings.eos_token_id), *self.stop_ids]))
-        settings.eos_token_id = stops if len(stops) > 1 else (stops or [None])[0]
+        if stops:
+            settings.eos_token_id = stops if len(stops) > 1 else stops[0]
         settings._from_model_config = False  # so that nothing is taken from config.json instead
         if settings.pad_token_id is None:
             settings.pad_token_id = self.config.pad_token_id

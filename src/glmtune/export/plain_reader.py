@@ -8,6 +8,7 @@ the ids that end an answer.
 import json
 import os
 import sys
+from typing import Any
 
 
 def main(folder: str, questions: str, answers: str) -> None:
@@ -33,8 +34,10 @@ def main(folder: str, questions: str, answers: str) -> None:
     if asked["texts"]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         told["texts"] = [tokenizer.encode(t, add_special_tokens=False) for t in asked["texts"]]
-        chat = tokenizer.apply_chat_template(asked["chat"], add_generation_prompt=True)
-        told["chat"] = list(chat["input_ids"] if hasattr(chat, "keys") else chat)
+        chat: Any = tokenizer.apply_chat_template(
+            asked["chat"], add_generation_prompt=True, return_dict=True
+        )
+        told["chat"] = list(chat["input_ids"])
     print(json.dumps(told))
 
 

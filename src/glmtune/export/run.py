@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import glmtune
-from glmtune.adapters.formats import read_adapter
 from glmtune.config.settings import ExportSettings
 from glmtune.data.files import new_folder, write_json
 from glmtune.disk import check_room, free_bytes
 from glmtune.errors import note
+from glmtune.evaluation.run_facts import RunFacts
 from glmtune.export.card import LICENCE_FILES, write_card
 from glmtune.export.job import Job
 from glmtune.export.reopening import Reopened
@@ -80,9 +80,11 @@ def bytes_needed(job: Job) -> int:
     """About how many bytes an export takes on disk, from the sizes of the model."""
     source = job.source
     shape = job.family.shape(source.config)
-    if source.settings.to in OF_ADAPTERS or source.settings.adapter_alone:
-        return 2 * sum(tensor.numel() * 4 for tensor in job.adapter.weights.values())
     half, whole = FLOAT16, FLOAT32
+    if source.settings.to in OF_ADAPTERS or source.settings.adapter_alone:
+        of_adapter = 2 * sum(t.numel() * whole.itemsize for t in job.adapter.weights.values())
+        # llama.cpp opens an adapter on a file of the base, which is written for the time being.
+        return of_adapter + source.settings.adapter_alone * shape.weight_bytes(whole)
     if source.settings.to == "gguf":
         sizes = {"f32": whole.itemsize, "f16": half.itemsize, "q8_0": 34 / 32}
         return int(shape.weight_bytes(half) / half.itemsize * sizes[source.quant])
@@ -108,11 +110,8 @@ def _check_disk(job: Job) -> None:
 
 def _tell_of_bits(job: Job) -> None:
     """Say where a run trained on rounded weights and the export has the whole ones."""
-    from glmtune.evaluation.run_facts import RunFacts
-
     if (source := job.source).adapter is None or source.settings.to in OF_ADAPTERS:
         return
-    note(*read_adapter(source.adapter).notices)
     facts = RunFacts.of(source.adapter)
     bits = facts.recipe.quantization_bit if facts and facts.recipe else None
     if bits:

@@ -97,7 +97,8 @@ def _read_by_vllm(adapter: Adapter, folder: Path) -> str:
     updates = updates_of(adapter)
     with tempfile.TemporaryDirectory() as place:
         linears, tensors = Path(place, "linears.json"), Path(place, "tensors.safetensors")
-        write_json(sorted({name.rpartition(".")[2] for name in updates}), str(linears))
+        named = sorted({name.rpartition(".")[2] for name in updates})
+        write_json({"linears": named}, str(linears))
         command = [sys.executable, vllm_reader.__file__, *map(str, (folder, linears, tensors))]
         done = subprocess.run(command, capture_output=True, text=True, cwd=place, check=False)
         if done.returncode:

@@ -17,7 +17,7 @@ def main(folder: str, linears: str, tensors: str) -> None:
     from vllm.lora.peft_helper import PEFTHelper
 
     with open(linears, encoding="utf-8") as file:
-        expected = set(json.load(file))
+        expected = set(json.load(file)["linears"])
     helper = PEFTHelper.from_local_dir(folder, max_position_embeddings=None)
     model = LoRAModel.from_local_checkpoint(
         folder, expected, peft_helper=helper, lora_model_id=1, device="cpu"

@@ -161,7 +161,7 @@ def as_published(config: Any) -> dict[str, Any]:
     Raises:
         UserError: the layout has no words for what it says.
     """
-    rope = config.rope_parameters
+    rope, variant = config.rope_parameters, variant_of(config.to_dict())
     fixes = {
         "rope_type": rope["rope_type"] == "default",
         "partial_rotary_factor": rope.get("partial_rotary_factor", _HALF) == _HALF,
@@ -175,7 +175,7 @@ def as_published(config: Any) -> dict[str, Any]:
     found = {theirs: getattr(config, ours) for theirs, ours in _RENAMED.items()}
     kept = {"eos_token_id", "pad_token_id", "tie_word_embeddings", "use_cache"}
     return {
-        "_name_or_path": _NAMES_IN_FILES[variant_of(config.to_dict())],
+        "_name_or_path": _NAMES_IN_FILES[variant or GLM4],
         "model_type": _PUBLISHED_TYPE,
         "architectures": ["ChatGLMModel"],
         **found,
