@@ -65,9 +65,14 @@ def _form(job: Job) -> GgufForm:
 
 
 def _tensors(model: Any) -> dict[str, Tensor]:
-    """A model's tensors, without a head that is the embedding."""
-    tied = "lm_head.weight" if model.config.tie_word_embeddings else None
-    return {name: tensor for name, tensor in model.state_dict().items() if name != tied}
+    """A model's tensors, each once: a head that is the embedding is left out."""
+    found: dict[str, Tensor] = {}
+    places = set()
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in places:
+            places.add(tensor.data_ptr())
+            found[name] = tensor
+    return found
 
 
 def _read_back(model: Any, path: Path, form: GgufForm, expected: Tensor, quant: str) -> str:
@@ -76,14 +81,14 @@ def _read_back(model: Any, path: Path, form: GgufForm, expected: Tensor, quant: 
     Raises:
         UserError: the file lacks a weight, or they differ by more than the file's rounding.
     """
-    names = {}
+    names, tied = {}, model.state_dict().keys() - _tensors(model).keys()
     for key in _tensors(model):
         module, _, kind = key.rpartition(".")
         names[f"{form.name_of(module)}.{kind}"] = key
     state = {names[name]: torch.from_numpy(values.copy()) for name, values in read_tensors(path)}
     missing, extra = model.load_state_dict(state, strict=False)
     model.tie_weights()
-    if {*missing} - {"lm_head.weight"} or extra or len(state) < len(names):
+    if {*missing} - tied or extra or len(state) < len(names):
         raise UserError(f"--to gguf: {path.name} lacks {[*missing, *extra][:3]}; report this")
     found = probe(model)
     share = float((found - expected).abs().max() / expected.abs().max())
