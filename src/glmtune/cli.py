@@ -128,6 +128,16 @@ def merge(settings: config.MergeSettings) -> None:
     merge_adapter(settings)
 
 
+def export(settings: config.ExportSettings) -> None:
+    """Write a tuned model for transformers, llama.cpp, Ollama, vLLM or old PEFT, and reopen it."""
+    from glmtune.export.source import check_export
+
+    check_export(settings)
+    from glmtune.export.run import export
+
+    export(settings)
+
+
 def convert_adapter(settings: config.ConvertAdapterSettings) -> None:
     """Convert an adapter of any format to PEFT's current one, or to the published names."""
     from glmtune.early import check_conversion
@@ -317,6 +327,7 @@ VERBS: dict[str, Callable[[Any], int | None]] = {
     "check": check,
     "ledger": ledger,
     "merge": merge,
+    "export": export,
     "adapters convert": convert_adapter,
     "adapters dial": dial,
     "new-model": new_model,

@@ -83,7 +83,7 @@ def test_adapters_are_judged_right_six_of_six(seed, tmp_path):
         "good": ("task", {"max_steps": 200}),
         "collapsed": ("collapsed", {"max_steps": 40}),
         "wrong language": ("wrong language", {"max_steps": 60}),
-        "overtaught": ("overtaught", {"max_steps": 150, "learning_rate": 1e-2}),
+        "overtaught": ("overtaught", {"max_steps": 150}),
     }
     adapters = [
         trained(tmp_path, name.replace(" ", "-"), rows[data], base, seed, **settings)

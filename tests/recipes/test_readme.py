@@ -33,6 +33,7 @@ OTHERS = (
     "docs/architecture.md",
     "docs/models.md",
     "docs/published.md",
+    "docs/export.md",
 )
 TRANSLATED = (READMES[0], *GUIDES, *PAGES_OF_TESTS, *OTHERS)
 COMMAND = re.compile(r"^(python \w+\.py|glmtune) .+", re.MULTILINE)

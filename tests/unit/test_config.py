@@ -61,6 +61,7 @@ REQUIRED = {
     "replay": {"bundle": "crash-1"},
     "check": {"adapter": "output"},
     "ledger": {"adapter": "output"},
+    "export": {"adapter": "output", "to": "hf"},
     "adapters dial": {"adapter": "output"},
     "tune": {"data_path": "a.json", "out": "tuned"},
 }

@@ -24,6 +24,7 @@ FLOORS = [
     {"generation"},
     {"training"},
     {"evaluation", "bench", "early", "integrations"},
+    {"export"},
     {"tune", "serving"},
     {"demo", "doctor"},
     {"cli"},

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -51,7 +52,46 @@ def merge_adapter(settings: MergeSettings) -> float:
     refuse_existing(settings.save_path)
     adapter_folder = find_adapter(settings.adapter)
     base = resolve_base(settings.base, settings.adapter)
-    print(f"loading {base} with the adapter of {adapter_folder}")
+    merged = merge_in_memory(base, adapter_folder)
+    num_modules, expected = merged.num_modules, merged.expected
+    base_folder = fetch(base)
+    with new_folder(settings.save_path) as folder:
+        print(f"writing {settings.save_path}")
+        save_lossless(merged.model, merged.base_config, folder)
+        if not copy_tokenizer(base_folder, folder):
+            note(f"{base} has no tokenizer files to copy")
+        write_shim(folder, family_of(merged.base_config))
+        del merged  # one model in memory at a time
+        difference = _largest_difference(folder, expected)
+    print(
+        f"merged {num_modules} modules: the new folder's logits differ from those of base and "
+        f"adapter by {difference:.1e} at most"
+    )
+    return difference
+
+
+class Merged(NamedTuple):
+    """Base and adapter as one model in float32, and what it has to give when it is read again."""
+
+    model: Any
+    expected: Tensor
+    """Logits of `probe` with base and adapter apart."""
+    base_config: Any
+    num_modules: int
+    """Modules that the adapter adapts; 0 without one."""
+
+
+def merge_in_memory(base: str, adapter_folder: Path | None) -> Merged:
+    """Load a base, with an adapter or without, and merge the adapter into it.
+
+    Args:
+        base: as `resolve_base` gives it.
+        adapter_folder: as `find_adapter` gives it; None for the base alone.
+
+    Raises:
+        UserError: base or adapter cannot be loaded or do not fit, or the adapter changes nothing.
+    """
+    print(f"loading {base}" + (f" with the adapter of {adapter_folder}" if adapter_folder else ""))
     base_config = load_config(base)
     # Round dequantised weights as they will be stored, so that the expected logits match them.
     is_quantised = integer_bits_of(base_config) or bits_of(base_config)
@@ -59,30 +99,23 @@ def merge_adapter(settings: MergeSettings) -> float:
     model = dequantise(load_base_model(base, dtype=dtype))
     if bits_of(base_config):
         note(f"they are dequantised to {str(dtype).removeprefix('torch.')} for the merge")
-    peft_model = load_adapter(model.float(), adapter_folder)
+    model = model.float()
+    if adapter_folder is None:
+        return Merged(model, probe(model), base_config, 0)
+    peft_model = load_adapter(model, adapter_folder)
     num_modules = len(peft_model.targeted_module_names)
     expected = probe(peft_model)
     with peft_model.disable_adapter():
         if torch.equal(expected, probe(peft_model)):
             raise UserError(f"{adapter_folder}: this adapter changes no logit; pass a trained one")
+    return Merged(peft_model.merge_and_unload(), expected, base_config, num_modules)
 
-    base_folder = fetch(base)
-    with new_folder(settings.save_path) as folder:
-        print(f"writing {settings.save_path}")
-        model = peft_model.merge_and_unload()
-        stored = base_config.dtype
-        downcast_lossless(model, stored if isinstance(stored, torch.dtype) else torch.float32)
-        model.save_pretrained(folder)
-        del model, peft_model  # one model in memory at a time
-        if not copy_tokenizer(base_folder, folder):
-            note(f"{base} has no tokenizer files to copy")
-        write_shim(folder, family_of(base_config))
-        difference = _largest_difference(folder, expected)
-    print(
-        f"merged {num_modules} modules: the new folder's logits differ from those of base and "
-        f"adapter by {difference:.1e} at most"
-    )
-    return difference
+
+def save_lossless(model: Any, base_config: Any, folder: Path) -> None:
+    """Save a model with each weight in the base's own type where that loses nothing of it."""
+    stored = base_config.dtype
+    downcast_lossless(model, stored if isinstance(stored, torch.dtype) else torch.float32)
+    model.save_pretrained(folder)
 
 
 def probe(model: PreTrainedModel | PeftModel) -> Tensor:
@@ -113,11 +146,18 @@ def copy_tokenizer(source: Path, target: Path) -> list[str]:
 
 def _largest_difference(folder: Path, expected: Tensor) -> float:
     """The difference of a merged folder's logits from the expected ones, which must be small."""
-    merged = probe(load_base_model(str(folder), dtype=torch.float32))
-    difference = (merged - expected).abs().max().item()
-    if not difference <= TOLERANCE * expected.abs().max().item():
+    difference, is_same = compare_logits(
+        probe(load_base_model(str(folder), dtype=torch.float32)), expected
+    )
+    if not is_same:
         raise UserError(
             f"the merged model's logits differ from those of base and adapter by {difference:.1e}: "
             "nothing was written; the adapter may adapt weights that the base uses twice"
         )
     return difference
+
+
+def compare_logits(found: Tensor, expected: Tensor) -> tuple[float, bool]:
+    """The largest difference of a logit, and whether it is no more than rounding."""
+    difference = (found - expected).abs().max().item()
+    return difference, difference <= TOLERANCE * expected.abs().max().item()

@@ -45,7 +45,7 @@ def in_own_names(adapter: Adapter, names: AdapterNames | None, config: Any = Non
     """
     if names is None or not any(map(names.is_foreign, adapter.modules)):
         return adapter
-    return _renamed(adapter, names.to_own, config)
+    return in_names(adapter, names.to_own, config)
 
 
 def in_published_names(adapter: Adapter, family: Family, config: Any = None) -> Adapter:
@@ -70,7 +70,7 @@ def in_published_names(adapter: Adapter, family: Family, config: Any = None) -> 
             f"{adapter.path}: adapts {others[0]}, which the publisher's code has no linear for; "
             "train on linears of the layers, or leave --to out"
         )
-    return _renamed(adapter, names.to_published, config)
+    return in_names(adapter, names.to_published, config)
 
 
 def family_of_adapter(adapter: Adapter) -> Family | None:
@@ -95,14 +95,19 @@ def _has_any(names: AdapterNames | None, modules: list[str]) -> bool:
     return names is not None and any(names.is_own(m) or names.is_foreign(m) for m in modules)
 
 
-def _renamed(
+def in_names(
     adapter: Adapter,
     rename: Callable[[Mapping[str, LowRank], Any], dict[str, LowRank]],
     config: Any,
 ) -> Adapter:
+    """The same update in the names and shapes that a family's function gives.
+
+    Raises:
+        UserError: it is no plain LoRA adapter, or its tensors contradict each other or the base.
+    """
     _check_plain(adapter)
     try:
-        updates = rename(_updates(adapter), config)
+        updates = rename(updates_of(adapter), config)
     except UserError as error:
         raise UserError(f"{adapter.path}: {error}") from error
     weights = {}
@@ -142,7 +147,7 @@ def beyond_plain(adapter: Adapter) -> list[str]:
     return odd + [key for key in adapter.weights if not key.endswith((SUFFIX_A, SUFFIX_B))][:1]
 
 
-def _updates(adapter: Adapter) -> dict[str, LowRank]:
+def updates_of(adapter: Adapter) -> dict[str, LowRank]:
     """What the adapter adds to each module, scaled as PEFT does.
 
     Raises:

@@ -1,18 +1,26 @@
 """The settings of the verbs that look at an adapter after its training, without answering."""
 
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from glmtune.config.groups import (
     ANY_ROWS,
     BaseModelSettings,
     DeviceSettings,
     FormatSettings,
+    Kind,
     PathText,
     QuantisingSettings,
+    conflict,
     spelled_truth,
 )
+
+VersionText = Annotated[str, Field(pattern=r"^\d+\.\d+"), Kind("VERSION", "a version such as 0.31")]
+
+CheckpointText = Annotated[
+    str, Field(pattern=r"^(best|(checkpoint-)?\d+)$"), Kind("STEP|best", "a step, or best")
+]
 
 
 class LedgerSettings(QuantisingSettings, BaseModelSettings, DeviceSettings):
@@ -57,3 +65,64 @@ class DialSettings(FormatSettings, QuantisingSettings, BaseModelSettings, Device
     )
 
     _spell_general_set = field_validator("general_set", mode="before")(spelled_truth)
+
+
+class ExportSettings(BaseModelSettings):
+    """Settings of `glmtune export`."""
+
+    verb = "export"
+    group: ClassVar[str] = "export"
+    bare_words = ("adapter",)
+    reads_and_writes = ("adapter", "out")
+    adapter: PathText = Field(
+        description="run folder, checkpoint, adapter, or whole model such as a merged folder"
+    )
+    to: Literal["hf", "chatglm", "gguf", "vllm-adapter", "peft-old"] = Field(
+        description="hf: a merged folder that transformers opens without glmtune; chatglm: merged, "
+        "in the publisher's layout; gguf: for llama.cpp and Ollama; vllm-adapter: the adapter in "
+        "vLLM's names; peft-old: the adapter with settings that PEFT 0.10 reads",
+    )
+    out: PathText | None = Field(
+        None, description="folder to write (default: beside the run, named for it and the target)"
+    )
+    checkpoint: CheckpointText | None = Field(
+        None, description="a checkpoint of the run, by its step or as best (default: the last)"
+    )
+    quant: Literal["f16", "q8_0", "f32"] | None = Field(
+        None, description="number type of a GGUF file's matrices (default: f16)"
+    )
+    adapter_alone: bool = Field(
+        False, description="write the adapter alone as GGUF, for llama.cpp's --lora on the base"
+    )
+    vllm: VersionText | None = Field(
+        None,
+        description="version of vLLM that is to serve, such as 0.31: linears have other names in "
+        "some (default: the one installed here, else the newest)",
+    )
+    overwrite_output: bool = Field(
+        False, description="replace a folder that an earlier export wrote"
+    )
+
+    @model_validator(mode="after")
+    def keep_to_gguf(self) -> Self:
+        """Refuse settings of GGUF files for another target."""
+        if self.to != "gguf":
+            for name in ("quant", "adapter_alone"):
+                if getattr(self, name):
+                    raise conflict(
+                        f"{name} has an effect with --to gguf alone, not with --to {self.to}: "
+                        "leave it out",
+                        name, "to",
+                    )  # fmt: skip
+        if self.vllm and self.to != "vllm-adapter":
+            raise conflict(
+                f"vllm has an effect with --to vllm-adapter alone, not with --to {self.to}: leave "
+                "it out",
+                "vllm", "to",
+            )  # fmt: skip
+        if self.adapter_alone and self.quant == "q8_0":
+            raise conflict(
+                "adapter_alone is written in f32 or f16, not in q8_0: leave quant out",
+                "adapter_alone", "quant",
+            )  # fmt: skip
+        return self

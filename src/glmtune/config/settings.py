@@ -11,7 +11,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from glmtune.config.after import DialSettings, LedgerSettings
+from glmtune.config.after import DialSettings, ExportSettings, LedgerSettings
 from glmtune.config.benchmarks import (
     BenchDecodeSettings,
     BenchMemorySettings,
@@ -610,6 +610,7 @@ SETTINGS: dict[str, type[Settings]] = {
         MergeSettings,
         ConvertAdapterSettings,
         DialSettings,
+        ExportSettings,
         NewModelSettings,
         DoctorSettings,
         DemoSettings,

@@ -9,7 +9,7 @@ imports what does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -85,6 +85,31 @@ class AdapterNames(NamedTuple):
     may be None; sizes are then read off the tensors."""
     to_published: Callable[[Mapping[str, LowRank], Any], dict[str, LowRank]] | None = None
     """The reverse, into the names of the publisher's own code; None where it has no others."""
+    to_apart: Callable[[Mapping[str, LowRank], Any], dict[str, LowRank]] | None = None
+    """Linears that are one in the model class, and apart in engines that serve it, as those have
+    them; None where there are none."""
+
+
+class Exports(NamedTuple):
+    """What a family's models can be written as for other programs; see `glmtune.export`."""
+
+    refused: Mapping[str, str] = MappingProxyType({})
+    """Target to why the family cannot be written for it and what to do instead: the rest of a
+    sentence that begins with the target."""
+    as_published: Callable[[Mapping[str, Tensor], Any], tuple[dict[str, Any], Iterator]] | None = (
+        None
+    )
+    """``(tensors, config)`` to the config.json and the ``(name, tensor)`` pairs of the publisher's
+    own layout. Raises UserError where that cannot say what the configuration does."""
+    is_published: Callable[[Mapping[str, Any]], bool] = lambda settings: False
+    """Whether a config.json is of that layout, so that an engine has the publisher's names."""
+    plain_tokenizer: Callable[[Any], Any] | None = None
+    """The family's tokenizer as one of the tokenizers library's; None where it has none."""
+    vllm_has_own_names_since: tuple[int, int] | None = None
+    """The version of vLLM that serves transformers' layout by transformers' own class, so that it
+    has the model class's names; earlier ones, or all where None, have linears apart."""
+    gguf: Callable[[Any, Any], Any] | None = None
+    """``(config, tokenizer)`` to a `models.gguf_form.GgufForm`."""
 
 
 class Native(NamedTuple):
@@ -169,6 +194,8 @@ class Family(NamedTuple):
     """Hub id and file name to what the sha256 of a published file may be; empty if not known."""
     special_names: tuple[str, ...] = ()
     """Names of its special tokens that somebody may have typed into a text."""
+    exports: Exports = Exports()
+    """What its models can be written as for other programs."""
     new_model: Callable[[Any], Any] | None = None
     """What `glmtune new-model` does with its settings."""
 

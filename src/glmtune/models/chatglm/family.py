@@ -17,7 +17,7 @@ from glmtune.models.chatglm.settings import (
     has_later_keys,
 )
 from glmtune.models.chatglm.vocabulary import SPECIALS
-from glmtune.models.family import AdapterNames, ChatFormat, Family, Native
+from glmtune.models.family import AdapterNames, ChatFormat, Exports, Family, Native
 from glmtune.models.shape import LinearShape, Shape
 
 _LINEAR = re.compile(
@@ -152,6 +152,15 @@ V1_1 = Family(
     probe_row=probe_row,
     head_dims=(64, 128),
     special_names=SPECIALS,
+    exports=Exports(
+        refused={
+            "chatglm": "is what --to hf writes of this model: its own layout is the published one",
+            "gguf": "llama.cpp and Ollama have no such model; chatglm.cpp "
+            "(github.com/li-plus/chatglm.cpp) runs it in its own format, and --to hf writes a "
+            "folder for transformers",
+            "vllm-adapter": "vLLM has no such model; serve the folder of --to hf with transformers",
+        }
+    ),
     new_model=_new_model,
 )
 V1_0 = V1_1._replace(name="ChatGLM-6B v1.0", owns=lambda settings: _is_of(True, settings))

@@ -111,6 +111,24 @@ def to_published(updates: Mapping[str, LowRank], config: Any = None) -> dict[str
     return found
 
 
+def to_apart(updates: Mapping[str, LowRank], config: Any = None) -> dict[str, LowRank]:
+    """Updates of linears of transformers' classes with gate_proj and up_proj apart, as vLLM reads.
+
+    Both have the A of the whole, and half the rows of its B each.
+    """
+    found: dict[str, LowRank] = {}
+    for module, update in updates.items():
+        place = layer_and_linear(module, OWN_LAYER)
+        if not place or place[1] != GATE_UP:
+            found[module] = update
+            continue
+        for half, b_OR in zip(HALVES, update.b_OR.chunk(2), strict=True):
+            found[f"{OWN_LAYER}{place[0]}.{half}"] = LowRank(
+                update.a_RI.clone(), b_OR.clone(), update.scale
+            )
+    return found
+
+
 def _rows_of_fused(
     module: str, update: LowRank, updates: Mapping[str, LowRank], config: Any
 ) -> tuple[int, int, int]:

@@ -52,7 +52,8 @@ _ROUNDS = """\
         {{- raise_exception(where ~ 'its content has to be a text') }}
     {%- elif message.role == 'user' %}
         {{- '' if loop.first else '\\n\\n' }}
-        {{- '[Round ' ~ (loop.index0 // 2 + 1) ~ ']\\n\\n问：' ~ message.content ~ '\\n\\n答：' }}
+        {%- set number = (loop.index0 / 2 + 1) | int %}
+        {{- '[Round ' ~ number ~ ']\\n\\n问：' ~ message.content ~ '\\n\\n答：' }}
     {%- elif loop.last %}
         {%- generation %}
             {{- 'BLANK' ~ message.content ~ 'END' }}

@@ -1,6 +1,6 @@
 """The younger family as the rest of the project sees it: one entry for each published layout."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -8,9 +8,10 @@ from typing import Any
 from glmtune.data.dataset import RowTokenizer
 from glmtune.data.row_rule import RowRule, as_ids
 from glmtune.errors import UserError
-from glmtune.models.family import AdapterNames, Family, Native
+from glmtune.models.family import AdapterNames, Exports, Family, Native
 from glmtune.models.glm import naming
 from glmtune.models.glm.layouts import LAYOUTS, Layout
+from glmtune.models.glm.mapping import to_published
 from glmtune.models.glm.settings import (
     CHATGLM2,
     CHATGLM3,
@@ -18,6 +19,8 @@ from glmtune.models.glm.settings import (
     GLM4,
     GLM4_0414,
     GlmSettings,
+    as_published,
+    is_published,
     variant_of,
 )
 from glmtune.models.shape import LinearShape, Shape
@@ -146,9 +149,56 @@ def _to_published(updates: Mapping[str, Any], config: Any) -> dict[str, Any]:
     return to_published(updates, config)
 
 
-_ADAPTERS = AdapterNames(naming.is_own, naming.is_foreign, _to_own, _to_published)
+def _to_apart(updates: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    from glmtune.models.glm.adapters import to_apart
+
+    return to_apart(updates, config)
+
+
+_ADAPTERS = AdapterNames(naming.is_own, naming.is_foreign, _to_own, _to_published, _to_apart)
 # The publisher's code of these is transformers'.
-_ADAPTERS_OF_ONE_LAYOUT = AdapterNames(naming.is_own, naming.is_half, _to_own)
+_ADAPTERS_OF_ONE_LAYOUT = AdapterNames(naming.is_own, naming.is_half, _to_own, to_apart=_to_apart)
+
+
+def _as_published(
+    tensors: Mapping[str, Any], config: Any
+) -> tuple[dict[str, Any], Iterator[tuple[str, Any]]]:
+    return as_published(config), to_published(tensors)
+
+
+def _plain_tokenizer(tokenizer: Any) -> Any:
+    from glmtune.models.glm.plain_tokenizer import plain_tokenizer
+
+    return plain_tokenizer(tokenizer)
+
+
+def _gguf(config: Any, tokenizer: Any) -> Any:
+    from glmtune.models.glm.gguf import gguf_form
+
+    return gguf_form(config, tokenizer)
+
+
+_EXPORTS = Exports(
+    as_published=_as_published,
+    is_published=is_published,
+    plain_tokenizer=_plain_tokenizer,
+    vllm_has_own_names_since=(0, 32),  # its models/glm.py is in 0.31.0, and not in 0.32.0
+    gguf=_gguf,
+)
+_OF_ONE_LAYOUT = _EXPORTS._replace(
+    as_published=None,
+    refused={
+        "chatglm": "was published in transformers' layout alone, which other tools read; use "
+        "--to hf"
+    },
+)
+_EXPORTS_OF = {
+    CHATGLM2: _EXPORTS,
+    CHATGLM3: _EXPORTS,
+    GLM4: _EXPORTS,
+    GLM4_0414: _OF_ONE_LAYOUT._replace(vllm_has_own_names_since=None),
+    EDGE: _OF_ONE_LAYOUT,
+}
 
 
 def probe_row(config: Any) -> list[int]:
@@ -242,6 +292,7 @@ def _entry(variant: str, name: str, published: tuple[str, ...]) -> Family:
         chat=layout.chat,
         probe_row=probe_row,
         head_dims=(64, 128),
+        exports=_EXPORTS_OF[variant],
         special_names=layout.special_names,
     )
 

@@ -7,7 +7,8 @@ Shapes: N heads of queries, G of keys and values, D size of a head.
 """
 
 import re
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -65,3 +66,31 @@ def to_glm(tensors: "Mapping[str, Tensor]", config: Any) -> "dict[str, Tensor]":
         else:
             found[f"{place}{MODULES.get(module, module)}.{kind}"] = tensor
     return found
+
+
+def to_published(tensors: "Mapping[str, Tensor]") -> "Iterator[tuple[str, Tensor]]":
+    """The reverse: transformers' tensors under the publisher's names, one after another.
+
+    Queries, keys and values become one tensor, in the widest of their types.
+    """
+    import torch
+
+    top = {ours: theirs for theirs, ours in _TOP.items()}
+    modules = {ours: theirs for theirs, ours in MODULES.items()}
+    parts: dict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        if not name.startswith(OWN_LAYER):
+            begin = next(begin for begin in top if name.startswith(begin))
+            yield top[begin] + name.removeprefix(begin), tensor
+            continue
+        number, _, rest = name.removeprefix(OWN_LAYER).partition(".")
+        module, _, kind = rest.rpartition(".")
+        if module not in QKV:
+            yield f"{PUBLISHED_LAYER}{number}.{modules.get(module, module)}.{kind}", tensor
+            continue
+        fused = parts[number, kind]
+        fused[module] = tensor
+        if len(fused) == len(QKV):
+            widest = max((part.dtype for part in fused.values()), key=lambda one: one.itemsize)
+            joined = torch.cat([fused.pop(part).to(widest) for part in QKV])
+            yield f"{PUBLISHED_LAYER}{number}.{FUSED}.{kind}", joined

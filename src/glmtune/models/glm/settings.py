@@ -19,6 +19,13 @@ CHATGLM2, CHATGLM3, GLM4, GLM4_0414, EDGE = "chatglm2", "chatglm3", "glm4", "glm
 VARIANTS = (CHATGLM2, CHATGLM3, GLM4, GLM4_0414, EDGE)
 
 _PUBLISHED_TYPE = "chatglm"
+# What the publisher's files call the model: by it, other programs tell ChatGLM2-6B from ChatGLM3-6B
+# and find its vocabulary.
+_NAMES_IN_FILES = {
+    CHATGLM2: "THUDM/chatglm2-6b",
+    CHATGLM3: "THUDM/chatglm3-6b",
+    GLM4: "THUDM/glm-4-9b-chat",
+}
 _OF_2022 = "block_position_encoding"  # a key of GLM-10B and its kin, whose model_type is "glm", too
 # Keys that the publisher's layout has since ChatGLM2-6B, and ChatGLM-6B has not.
 _PUBLISHED_KEYS = ("padded_vocab_size", "multi_query_attention", "kv_channels")
@@ -143,6 +150,50 @@ def as_glm(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
     found.setdefault("tie_word_embeddings", False)
     return found | {"model_type": "glm", "published_as": variant_of(settings)}
+
+
+def as_published(config: Any) -> dict[str, Any]:
+    """A config.json of the publisher's layout: the reverse of `as_glm`.
+
+    Args:
+        config: of ChatGLM2-6B, ChatGLM3-6B or GLM-4-9B, under transformers' names.
+
+    Raises:
+        UserError: the layout has no words for what it says.
+    """
+    rope, variant = config.rope_parameters, variant_of(config.to_dict())
+    fixes = {
+        "rope_type": rope["rope_type"] == "default",
+        "partial_rotary_factor": rope.get("partial_rotary_factor", _HALF) == _HALF,
+    }
+    if odd := [name for name, is_sayable in fixes.items() if not is_sayable]:
+        raise UserError(
+            f"config.json: {odd[0]} {rope[odd[0]]!r} cannot be said in the publisher's layout, "
+            "whose code reads rope_ratio alone; use --to hf"
+        )
+    ratio = rope["rope_theta"] / ROPE_BASE
+    found = {theirs: getattr(config, ours) for theirs, ours in _RENAMED.items()}
+    kept = {"eos_token_id", "pad_token_id", "tie_word_embeddings", "use_cache"}
+    return {
+        "_name_or_path": _NAMES_IN_FILES[variant or GLM4],
+        "model_type": _PUBLISHED_TYPE,
+        "architectures": ["ChatGLMModel"],
+        **found,
+        **{name: getattr(config, name) for name in kept},
+        **_FIXED,
+        "vocab_size": config.vocab_size,
+        "multi_query_attention": True,
+        "multi_query_group_num": config.num_key_value_heads,
+        "rope_ratio": int(ratio) if ratio == int(ratio) else ratio,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "apply_query_key_layer_scaling": True,
+        "attention_softmax_in_fp32": True,
+        "bias_dropout_fusion": True,
+        "fp32_residual_connection": False,
+        "pre_seq_len": None,
+        "prefix_projection": False,
+    }
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,1 @@
+"""Write a tuned model for other programs, and open what was written again; see `run.export`."""
