@@ -300,6 +300,16 @@ def dial(settings: config.DialSettings) -> None:
     dial(settings)
 
 
+def distil(settings: config.DistilSettings) -> int:
+    """Train a LoRA adapter that answers as a P-Tuning v2 prefix does."""
+    from glmtune.early import check_distilling
+
+    check_distilling(settings)
+    from glmtune.evaluation.distil import distil
+
+    return 0 if distil(settings).is_nearer else 1
+
+
 def tune(settings: config.TuneSettings) -> int:
     """Train an adapter on a file of alpaca records, and report how good it is."""
     from glmtune.early import check_tuning
@@ -330,6 +340,7 @@ VERBS: dict[str, Callable[[Any], int | None]] = {
     "export": export,
     "adapters convert": convert_adapter,
     "adapters dial": dial,
+    "adapters distil": distil,
     "new-model": new_model,
     "doctor": doctor,
     "demo": demo,

@@ -6,7 +6,13 @@ Each check is the verb's own function; the verb calls it again where it uses the
 from importlib.util import find_spec
 from pathlib import Path
 
-from glmtune.adapters.find import check_held_out, find_adapter, refuse_existing
+from glmtune.adapters.find import (
+    check_held_out,
+    find_adapter,
+    is_prefix,
+    refuse_existing,
+    refuse_prefix,
+)
 from glmtune.config.serving import ServeSettings
 from glmtune.config.settings import (
     BenchDecodeSettings,
@@ -18,6 +24,7 @@ from glmtune.config.settings import (
     CompareSettings,
     ConvertAdapterSettings,
     DialSettings,
+    DistilSettings,
     EvaluateSettings,
     InferSettings,
     InspectSettings,
@@ -43,7 +50,7 @@ from glmtune.run_files import check_bundle, find_run
 AnsweringSettings = (
     InferSettings | CompareSettings | EvaluateSettings | ChatSettings | CheckSettings
 )
-ScoringSettings = LedgerSettings | DialSettings
+ScoringSettings = LedgerSettings | DialSettings | DistilSettings
 
 
 def check_answering(settings: AnsweringSettings) -> None:
@@ -59,6 +66,9 @@ def check_answering(settings: AnsweringSettings) -> None:
     named = settings.adapter
     adapters = [named] if isinstance(named, str) else [*(named or ())]
     found = [find_adapter(adapter) for adapter in adapters]
+    if isinstance(settings, EvaluateSettings | CheckSettings):
+        for folder in found:
+            refuse_prefix(folder)
     if isinstance(settings, JudgingSettings) and not settings.data_path:
         check_held_out(found[0])
     first = adapters[0] if adapters else None
@@ -79,7 +89,7 @@ def check_serving(settings: ServeSettings) -> None:
         return
     folders = list(settings.adapters.values())
     for folder in folders:
-        find_adapter(folder)
+        refuse_prefix(find_adapter(folder))
     first = folders[0] if folders else None
     check_base(settings.base, first)
     leave_out_unused(settings, first)
@@ -119,7 +129,7 @@ def check_training(settings: TrainSettings) -> None:
     check_is_folder(settings.dataset_path)
     check_general_set(settings.general_set)
     if settings.adapter and not settings.resume_from_checkpoint:
-        find_adapter(settings.adapter)
+        refuse_prefix(find_adapter(settings.adapter))
     if settings.base or not settings.resume_from_checkpoint:
         check_base(settings.base, settings.adapter)
         leave_out_unused(settings, settings.adapter)
@@ -182,6 +192,7 @@ def check_scoring(settings: ScoringSettings) -> None:
             not empty.
     """
     adapter = find_adapter(settings.adapter)
+    refuse_prefix(adapter)
     if isinstance(settings, DialSettings):
         check_general_set(settings.general_set)
         if settings.data_path:
@@ -194,6 +205,25 @@ def check_scoring(settings: ScoringSettings) -> None:
     leave_out_unused(settings, settings.adapter)
 
 
+def check_distilling(settings: DistilSettings) -> None:
+    """Check that prompts, prefix and base exist, and that the target folder is free.
+
+    Raises:
+        UserError: one does not exist, the folder is not empty, or the prefix is none.
+    """
+    refuse_existing(settings.output_dir)
+    find_source(settings.data_path).check_readable()
+    if settings.lora_target:
+        check_targets(settings.lora_target, resolve_base(settings.base, settings.adapter))
+    if not is_prefix(adapter := find_adapter(settings.adapter)):
+        raise UserError(
+            f"{adapter}: holds LoRA, which every verb takes as it is; distil makes LoRA of a "
+            "P-Tuning v2 prefix"
+        )
+    check_base(settings.base, settings.adapter)
+    leave_out_unused(settings, settings.adapter)
+
+
 def check_merge(settings: MergeSettings) -> None:
     """Check that adapter and base exist, and that the target folder is free.
 
@@ -201,7 +231,7 @@ def check_merge(settings: MergeSettings) -> None:
         UserError: one does not exist, or the folder is not empty.
     """
     refuse_existing(settings.save_path)
-    find_adapter(settings.adapter)
+    refuse_prefix(find_adapter(settings.adapter))
     check_base(settings.base, settings.adapter)
 
 
@@ -212,7 +242,7 @@ def check_conversion(settings: ConvertAdapterSettings) -> None:
         UserError: one does not exist, or the folder is not empty.
     """
     refuse_existing(settings.new)
-    find_adapter(settings.old)
+    refuse_prefix(find_adapter(settings.old))
     if settings.base:
         check_base(settings.base)
 

@@ -143,8 +143,8 @@ def test_damaged_files_are_named(fused_adapter, todays_adapter):
 
 
 def test_configs_that_are_no_lora_config_are_named(todays_adapter):
-    edit_config(todays_adapter, peft_type="PREFIX_TUNING")
-    with fails("peft_type is 'PREFIX_TUNING'"):
+    edit_config(todays_adapter, peft_type="IA3")
+    with fails("peft_type is 'IA3'"):
         read_adapter(todays_adapter)
     edit_config(todays_adapter, peft_type="LORA", r=0)
     with fails(rf"{CONFIG}: r is 0, not above 0"):
@@ -234,7 +234,7 @@ def test_lora_in_a_file_of_another_name(
         load_file(tmp_path / "new" / WEIGHTS).keys() == load_file(todays_adapter / WEIGHTS).keys()
     )
     shutil.copy(folder / name, folder / "second.pt")
-    with fails("second.pt all hold LoRA weights; leave one"):
+    with fails("second.pt all hold adapters; leave one"):
         read_adapter(folder)
 
 
@@ -242,3 +242,90 @@ def test_a_base_is_no_adapter(tiny_folder, tmp_path, tiny_base):
     torch.save(tiny_base.state_dict(), tmp_path / "pytorch_model.bin")
     with fails("no adapter here, wanted .* found pytorch_model.bin"):
         read_adapter(tmp_path)
+
+
+def test_thirds_of_the_fused_linear_are_read_as_the_whole(tiny_base, tmp_path):
+    """As ChatGLM-finetune-LoRA cut it: thirds of its rows, PEFT's LoRA on each, saved as a .pt."""
+    torch.manual_seed(0)
+    tensors, expected = {}, load_base_model(tiny_base.config._name_or_path, dtype=torch.float32)
+    for number, layer in enumerate(expected.transformer.layers):
+        stem = f"transformer.layers.{number}.attention.query_key_value.model."
+        weight = layer.attention.query_key_value.weight.data
+        for name, third in (("linear_q", weight[:64]), ("linear_v", weight[128:])):
+            lora_a, lora_b = torch.randn(8, 64) / 8, torch.randn(64, 8) / 4
+            tensors[f"{stem}{name}.lora_A.weight"] = lora_a
+            tensors[f"{stem}{name}.lora_B.weight"] = lora_b
+            third += 32 / 8 * lora_b @ lora_a
+    torch.save(tensors, tmp_path / "chatglm-6b_alpaca_5.pt")
+    model = load_adapter(tiny_base, tmp_path)
+    assert {name.rpartition(".")[2] for name in model.targeted_module_names} == {"query_key_value"}
+    torch.testing.assert_close(merge.probe(model), merge.probe(expected))
+    tensors = {key: t for key, t in tensors.items() if "linear_v.lora_B" not in key}
+    torch.save(tensors, tmp_path / "chatglm-6b_alpaca_5.pt")
+    with fails("linear_v.lora_B.weight is missing"):
+        read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("enabled", [[True, False, True], [True] * 3])
+def test_loralib_names_no_weight_and_says_nothing_of_the_parts(enabled, tiny_base, tmp_path):
+    torch.manual_seed(0)
+    num, tensors, whole = sum(enabled), {}, {}
+    for number in range(4):
+        stem = f"transformer.layers.{number}.attention.query_key_value."
+        tensors[f"{stem}lora_A"] = torch.randn(num * 4, 64)
+        tensors[f"{stem}lora_B"] = torch.randn(num * 64, 4)
+        whole[stem] = dense_pair(tensors[f"{stem}lora_A"], tensors[f"{stem}lora_B"], enabled)
+    torch.save(tensors, tmp_path / "finetune_0.pt")
+    adapter = read_adapter(tmp_path)
+    assert (adapter.config.r, adapter.config.lora_alpha) == (4 * num, 32 * num)
+    for stem, (lora_a, lora_b) in whole.items():
+        assert torch.equal(adapter.weights[f"base_model.model.{stem}lora_A.weight"], lora_a)
+        assert torch.equal(adapter.weights[f"base_model.model.{stem}lora_B.weight"], lora_b)
+    assert load_adapter(tiny_base, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "with_config, with_base, kept",
+    [(True, True, 4), (True, False, 4), (False, True, 0), (False, False, 4)],
+)
+def test_trained_biases_in_a_file_of_another_name(
+    tiny_base, todays_adapter, tmp_path, with_config, with_base, kept
+):
+    """Without settings, biases beside their weights are those of the base."""
+    tensors = load_file(todays_adapter / WEIGHTS)
+    of_base = {f"base_model.model.{key}": t for key, t in tiny_base.state_dict().items()}
+    biases = {key: t + 1 for key, t in of_base.items() if key.endswith("query_key_value.bias")}
+    folder = tmp_path / "checkpoint-200"
+    folder.mkdir()
+    torch.save((of_base if with_base else {}) | tensors | biases, folder / "pytorch_model.bin")
+    if with_config:
+        (folder / CONFIG).write_bytes((todays_adapter / CONFIG).read_bytes())
+        edit_config(folder, bias="lora_only")
+    adapter = read_adapter(folder)
+    found = {key: t for key, t in adapter.weights.items() if key.endswith(".bias")}
+    assert len(found) == kept
+    assert adapter.config.bias == ("lora_only" if kept else "none")
+    assert (f"and {kept} biases are used" in adapter.notices[0]) == bool(kept)
+    for key, tensor in found.items():
+        assert torch.equal(tensor, biases[key.replace(".base_layer", "")])
+
+
+def test_an_adapter_of_2023_by_its_hub_id(todays_adapter, tmp_path, monkeypatch):
+    """Files of other names are fetched where today's are not there."""
+    on_hub = tmp_path / "hub"
+    on_hub.mkdir()
+    torch.save(load_file(todays_adapter / WEIGHTS), on_hub / "pytorch_model.bin")
+    asked, here = [], tmp_path / "here"
+    here.mkdir()
+
+    def fetch(name, only):
+        asked.append((name, only))
+        for file in on_hub.iterdir():
+            if any(file.match(pattern) for pattern in only):
+                shutil.copy(file, here)
+        return here
+
+    monkeypatch.setattr("glmtune.adapters.find.fetch", fetch)
+    adapter = read_adapter("somebody/chatglm-lora")
+    assert adapter.weights.keys() == read_adapter(todays_adapter).weights.keys()
+    assert [name for name, _ in asked] == ["somebody/chatglm-lora"] * 2

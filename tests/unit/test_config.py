@@ -63,6 +63,7 @@ REQUIRED = {
     "ledger": {"adapter": "output"},
     "export": {"adapter": "output", "to": "hf"},
     "adapters dial": {"adapter": "output"},
+    "adapters distil": {"adapter": "prefix", "data_path": "a.json", "output_dir": "new"},
     "tune": {"data_path": "a.json", "out": "tuned"},
 }
 
@@ -465,7 +466,7 @@ def test_scalars_are_taken_as_written(recipe):
         ("seed: &a [*a]", "r.yaml:1: seed should be plain text"),
         ("infer:\n  max_new_tokns: 5", "r.yaml:2: max_new_tokns is not a setting of infer; did"),
         ("lora_rnk: 5\ninfer:\n", "r.yaml:1: lora_rnk is not a setting of train; did you mean"),
-        ("infer:\n  lora_rank: 8", "r.yaml:2: lora_rank is a setting of train, not of infer"),
+        ("infer:\n  lora_rank: 8", "r.yaml:2: lora_rank is a setting of train, adapters distil"),
         ("seed: " + "[" * 1500, "r.yaml: nested too deeply"),
         ("seed: \0", "r.yaml: not YAML: "),
         (b"seed: \xff", "r.yaml: not UTF-8 at byte 6"),

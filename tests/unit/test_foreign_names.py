@@ -228,7 +228,11 @@ def test_a_recipe_is_answered_as_flags_are(name, tmp_path, monkeypatch):
         ("tokenize", {"data_path": "a.json"}, "--jsonl_path"),
         ("infer", {"output_dir": "out"}, "--output_path"),
         ("infer", {"dataset_path": "rows"}, "--data_path FILE.json"),
-        ("infer", {"lora_dim": "8"}, "is lora_rank here, a setting of train, not of infer"),
+        (
+            "infer",
+            {"lora_dim": "8"},
+            "is lora_rank here, a setting of train, adapters distil, not of",
+        ),
         ("infer", {"optim": "adamw_torch"}, "concerns train, plan, not infer"),
         ("merge", {"load_in_4bit": "true"}, "is quantization_bit here, a setting of train"),
         ("convert", {"output_dir": "out"}, "--save_path rows.jsonl"),

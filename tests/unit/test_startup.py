@@ -70,6 +70,8 @@ MISTAKES = {
     "ledger": f"ledger ./no {TINY}",
     "adapters dial": f"adapters dial ./no {TINY}",
     "adapters dial of no run": f"adapters dial adapter {TINY}",
+    "adapters distil": f"adapters distil ./no {ROWS} --output_dir new {TINY}",
+    "adapters distil of LoRA": f"adapters distil adapter {ROWS} --output_dir new {TINY}",
     "adapters dial onto something": f"adapters dial adapter {ROWS} --write tokens {TINY}",
     "merge": f"merge --adapter ./no --save_path new {TINY}",
     "merge onto something": f"merge --adapter ./no --save_path tokens {TINY}",

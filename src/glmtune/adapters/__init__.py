@@ -1,5 +1,7 @@
 """LoRA adapters: attach, load, save, convert and merge, in today's PEFT format or those of 2023.
 
+And P-Tuning v2 prefixes, which are read.
+
 Each function is imported, and with it torch and PEFT, when it is first asked for.
 """
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
         save_adapter,
     )
     from glmtune.adapters.merge import merge_adapter
+    from glmtune.adapters.prefix import load_prefix, read_prefix
     from glmtune.adapters.verify import verify_saved
 
 _HOMES = {
@@ -26,8 +29,10 @@ _HOMES = {
     "convert_adapter": "convert",
     "find_adapter": "find",
     "load_adapter": "lora",
+    "load_prefix": "prefix",
     "merge_adapter": "merge",
     "read_adapter": "formats",
+    "read_prefix": "prefix",
     "restore_adapter": "lora",
     "save_adapter": "lora",
     "verify_saved": "verify",
@@ -39,8 +44,10 @@ __all__ = [
     "convert_adapter",
     "find_adapter",
     "load_adapter",
+    "load_prefix",
     "merge_adapter",
     "read_adapter",
+    "read_prefix",
     "restore_adapter",
     "save_adapter",
     "verify_saved",

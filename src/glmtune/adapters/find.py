@@ -1,10 +1,15 @@
-"""Find an adapter by file names alone, so that a wrong path is reported at once."""
+"""Find an adapter by file names alone, so that a wrong path is reported at once.
+
+Where a folder has neither today's name nor that of 2023, its other weight files are looked into:
+scripts of 2023 saved LoRA and P-Tuning v2 prefixes as the Trainer's whole model, or as a `.pt`.
+"""
 
 from pathlib import Path
 
 from glmtune.config.reading import read_config
 from glmtune.config.settings import TrainSettings
-from glmtune.errors import UserError, reason_of
+from glmtune.data.files import read_json_object
+from glmtune.errors import UserError, program, reason_of
 from glmtune.models.folders import fetch
 from glmtune.models.hubs import is_hub_id, open_folder, try_to_load_from_cache
 from glmtune.run_files import (
@@ -17,6 +22,9 @@ from glmtune.run_files import (
 )
 
 _WEIGHTS_FILES = (WEIGHTS_FILE, WEIGHTS_FILE_2023)
+_OTHER_FILES = ("pytorch_model.bin", "model.safetensors")
+PREFIX_ENCODER, PREFIX_OF_PEFT = "prefix_encoder.", "prompt_embeddings"
+"""Parts of the names of a prefix's tensors: of the published scripts, and of PEFT."""
 
 
 def find_adapter(folder: str | Path) -> Path:
@@ -53,7 +61,10 @@ def find_adapter(folder: str | Path) -> Path:
     fault = "no such folder"
     if is_hub_id(name):
         try:
-            return find_adapter(fetch(name, (ADAPTER_CONFIG_FILE, *_WEIGHTS_FILES)))
+            fetched = fetch(name, (ADAPTER_CONFIG_FILE, *_WEIGHTS_FILES))
+            if find_weights(fetched) is None:  # then it may be of 2023, under another name
+                fetched = fetch(name, ("*.json", _OTHER_FILES[0], "*.pt"))
+            return find_adapter(fetched)
         except UserError:
             raise
         except Exception as error:  # hub clients raise many kinds of exceptions
@@ -63,29 +74,66 @@ def find_adapter(folder: str | Path) -> Path:
 
 
 def find_weights(folder: Path) -> Path | None:
-    """The weights file of an adapter folder: today's, that of 2023, or another that holds LoRA.
+    """The weights file of an adapter folder: today's, that of 2023, or another that holds one.
 
     Raises:
-        UserError: several other files hold LoRA.
+        UserError: several other files hold an adapter.
     """
     files = (folder / name for name in _WEIGHTS_FILES)
     if found := next((file for file in files if file.is_file()), None):
         return found
-    others = [folder / "pytorch_model.bin", *sorted(folder.glob("*.pt"))]
-    with_lora = [file for file in others if file.is_file() and _has_lora(file)]
-    if len(with_lora) > 1:
-        names = ", ".join(file.name for file in with_lora)
-        raise UserError(f"{folder}: {names} all hold LoRA weights; leave one of them there")
-    return with_lora[0] if with_lora else None
+    others = [*(folder / name for name in _OTHER_FILES), *sorted(folder.glob("*.pt"))]
+    holding = [file for file in others if file.is_file() and _holds_adapter(_names_in(file))]
+    if len(holding) > 1:
+        names = ", ".join(file.name for file in holding)
+        raise UserError(f"{folder}: {names} all hold adapters; leave one of them there")
+    return holding[0] if holding else None
 
 
-def _has_lora(path: Path) -> bool:
-    from glmtune.models.weights import load_bin  # which imports torch
+def is_prefix(folder: Path) -> bool:
+    """Whether a folder from `find_adapter` holds a P-Tuning v2 prefix, which is no LoRA.
+
+    Raises:
+        UserError: its weights file, or adapter_config.json, is damaged.
+    """
+    path = find_weights(folder)
+    if path is None:
+        return False
+    if path.name in _WEIGHTS_FILES:  # of PEFT, which says the kind beside them
+        config = folder / ADAPTER_CONFIG_FILE
+        if config.is_file() and read_json_object(config).get("peft_type") == "PREFIX_TUNING":
+            return True
+        if path.name == WEIGHTS_FILE or config.is_file():
+            return False
+    return any(map(_is_of_prefix, _names_in(path)))
+
+
+def refuse_prefix(folder: Path) -> None:
+    """Raise a UserError where a folder from `find_adapter` holds a prefix, and LoRA is needed."""
+    if is_prefix(folder):
+        raise UserError(
+            f"{folder}: is a P-Tuning v2 prefix, not LoRA; infer, compare and chat take it, and "
+            f"for everything else `{program()} adapters distil {folder} --data_path FILE "
+            "--output_dir NEW` makes a LoRA adapter of it"
+        )
+
+
+def _names_in(path: Path) -> list[str]:
+    """The names of the tensors in a file; none where it is no file of weights."""
+    from glmtune.models.weights import read_outline  # which imports torch
 
     try:
-        return any(".lora_A." in key for key in load_bin(path, device="meta"))
+        return [*read_outline([path])]
     except UserError:  # an optimiser's state, for example
-        return False
+        return []
+
+
+def _holds_adapter(names: list[str]) -> bool:
+    return any(_is_of_prefix(name) or ".lora_A" in name for name in names)
+
+
+def _is_of_prefix(name: str) -> bool:
+    return PREFIX_ENCODER in name or name == PREFIX_OF_PEFT
 
 
 def refuse_existing(folder: str | Path) -> None:

@@ -1,13 +1,14 @@
 """Adapter folders of every version, read into one form in memory and written in today's format.
 
 Today: `adapter_config.json` beside `adapter_model.safetensors`, as PEFT writes them. In 2023 (PEFT
-0.2 and 0.3-dev) the weights were `adapter_model.bin`, and five things could differ:
+0.2 and 0.3-dev) the weights were `adapter_model.bin`, and six things could differ:
 
 - the fused projection was adapted block by block (`enable_lora`, see `dense_pair`);
 - training checkpoints held the weights alone, with no adapter_config.json;
 - keys could carry the adapter's name (`lora_A.default.weight`) or lack `base_model.model.`;
 - weights could be float16;
-- they could lie in the Trainer's `pytorch_model.bin`, with the base's or without, or in a `.pt`.
+- they could lie in the Trainer's `pytorch_model.bin`, with the base's or without, or in a `.pt`;
+- those of loralib have no `.weight` at the end of a key, and no config.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from glmtune.adapters.biases import bias_setting, name_biases
-from glmtune.adapters.find import find_adapter, find_weights
+from glmtune.adapters.find import find_adapter, find_weights, refuse_prefix
 from glmtune.adapters.settings import (
     enabled_parts,
     lora_config,
@@ -46,6 +47,7 @@ from glmtune.run_files import (
 # What the recipe of 2023 trained with, for folders that hold no adapter_config.json.
 ALPHA_2023 = 32
 ENABLE_LORA_2023 = (True, False, True)
+_WHOLE = (True, True, True)
 
 KEY_PREFIX = "base_model.model."
 SUFFIX_A, SUFFIX_B = ".lora_A.weight", ".lora_B.weight"
@@ -103,13 +105,16 @@ def read_adapter(folder: str | Path) -> Adapter:
     folder = find_adapter(folder)
     path = find_weights(folder)
     assert path, "find_adapter found it"
-    tensors = _read_tensors(path)
+    refuse_prefix(folder)
+    tensors = read_tensors(path)
     settings, notices = read_settings(folder)
     if path.name not in (WEIGHTS_FILE, WEIGHTS_FILE_2023):
         num_all = len(tensors)
-        tensors = {key: tensor for key, tensor in tensors.items() if ".lora_" in key}
+        tensors = _of_adapter(tensors, settings)
+        num_lora = sum(".lora_" in key for key in tensors)
+        biases = f" and {len(tensors) - num_lora} biases" if len(tensors) > num_lora else ""
         others = f", the {num_all - len(tensors)} others are not" if len(tensors) < num_all else ""
-        notices.append(f"{path}: its {len(tensors)} LoRA tensors are used{others}")
+        notices.append(f"{path}: its {num_lora} LoRA tensors{biases} are used{others}")
     weights = name_biases(_canonical_keys(tensors, path))
     enabled = enabled_parts(settings or {}, path)
     if settings is None:
@@ -204,7 +209,7 @@ def dense_pair(lora_a: Tensor, lora_b: Tensor, enabled: Sequence[bool]) -> tuple
     return lora_a, dense
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read names to tensors; no code in a pickle is run."""
     check_inside(path)
     try:
@@ -218,6 +223,28 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def _of_adapter(tensors: dict[str, Tensor], settings: dict | None) -> dict[str, Tensor]:
+    """The tensors of an adapter in a file that may hold its base as well.
+
+    A bias counts as the adapter's where the settings say that it was trained, and, without
+    settings, where the file has no weight beside it: then the base is not in the file.
+    """
+    kind = (settings or {}).get("bias")
+    stems = {key.partition(".lora_")[0] for key in tensors if ".lora_" in key}
+
+    def belongs(key: str) -> bool:
+        if ".lora_" in key:
+            return True
+        stem = key.removesuffix(".bias").removesuffix(".base_layer")
+        if not key.endswith(".bias") or kind == "none":
+            return False
+        if kind is None:
+            return key.removesuffix("bias") + "weight" not in tensors
+        return kind == "all" or stem in stems
+
+    return {key: tensor for key, tensor in tensors.items() if belongs(key)}
+
+
 def _canonical_keys(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """The tensors under today's keys: with PEFT's prefix, without an adapter's name; in float32."""
     weights: dict[str, Tensor] = {}
@@ -226,7 +253,7 @@ def _canonical_keys(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]
             what = f"{list(tensor.shape)} of {tensor.dtype}"
             raise UserError(f"{path}: {key} is {what}, no weights; pass another adapter")
         name = key.removeprefix("module.").removeprefix(KEY_PREFIX)
-        name = re.sub(r"\.(lora_[AB])\.[^.]+\.weight$", r".\1.weight", KEY_PREFIX + name)
+        name = re.sub(r"\.(lora_[AB])(\.([^.]+\.)?weight)?$", r".\1.weight", KEY_PREFIX + name)
         if name in weights:
             raise UserError(f"{path}: holds {name} twice, from two adapters; pass one")
         if not torch.isfinite(tensor).all():
@@ -285,7 +312,8 @@ def _guess_settings(weights: dict[str, Tensor], path: Path) -> tuple[dict, Seque
     pairs = list(_pairs(weights, path))
     ranks = {weights[key_b].shape[1] for _, key_b in pairs}
     blocks = {weights[key_a].shape[0] // weights[key_b].shape[1] for key_a, key_b in pairs}
-    if len(ranks) != 1 or blocks not in ({1}, {sum(ENABLE_LORA_2023)}):
+    enabled = {1: None, sum(ENABLE_LORA_2023): ENABLE_LORA_2023, len(_WHOLE): _WHOLE}
+    if len(ranks) != 1 or len(blocks) != 1 or blocks - enabled.keys():
         raise UserError(
             f"{path}: without {ADAPTER_CONFIG_FILE} its tensors fit no known form (ranks "
             f"{sorted(ranks)}, {sorted(blocks)} blocks in lora_A); add the {ADAPTER_CONFIG_FILE} "
@@ -298,4 +326,4 @@ def _guess_settings(weights: dict[str, Tensor], path: Path) -> tuple[dict, Seque
         "target_modules": sorted(set(modules)),
         "task_type": "CAUSAL_LM",
     }
-    return settings, None if blocks == {1} else ENABLE_LORA_2023
+    return settings, enabled[blocks.pop()]

@@ -6,15 +6,18 @@ from pydantic import Field, field_validator, model_validator
 
 from glmtune.config.groups import (
     ANY_ROWS,
+    BadRowSettings,
     BaseModelSettings,
     DeviceSettings,
     FormatSettings,
     Kind,
     PathText,
     QuantisingSettings,
+    SpecialSettings,
     conflict,
     spelled_truth,
 )
+from glmtune.config.training import LoraSettings
 
 VersionText = Annotated[str, Field(pattern=r"^\d+\.\d+"), Kind("VERSION", "a version such as 0.31")]
 
@@ -126,3 +129,47 @@ class ExportSettings(BaseModelSettings):
                 "adapter_alone", "quant",
             )  # fmt: skip
         return self
+
+
+class DistilSettings(
+    LoraSettings,
+    FormatSettings,
+    BadRowSettings,
+    SpecialSettings,
+    QuantisingSettings,
+    BaseModelSettings,
+    DeviceSettings,
+):
+    """Settings of `glmtune adapters distil`."""
+
+    verb = "adapters distil"
+    group: ClassVar[str] = "distil"
+    bare_words = ("adapter",)
+    reads_and_writes = ("adapter", "output_dir")
+    adapter: PathText = Field(description="folder of a P-Tuning v2 prefix, or its hub id")
+    data_path: PathText = Field(
+        description=f"prompts that the prefixed model answers, {ANY_ROWS}; their own answers are "
+        "not read"
+    )
+    output_dir: PathText = Field(description="folder for the LoRA adapter, new or empty")
+    limit: int | None = Field(None, ge=2, description="take this many of them (default: all)")
+    max_new_tokens: int = Field(150, ge=1, description="longest answer, in tokens")
+    eval_ratio: float = Field(
+        0.1,
+        ge=0,
+        le=0.5,
+        description="share of the prompts that only measure the result; with 0 the prompts that "
+        "were trained on do",
+    )
+    lora_target: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="linears that get an adapter, with commas between (default: every one of a "
+        "layer)",
+    )
+    lora_rank: int | None = Field(None, ge=1, description="rank of the update (default: 8)")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the update")
+    learning_rate: float = Field(1e-3, gt=0, description="learning rate, which falls to 0")
+    num_train_epochs: float = Field(10.0, gt=0, description="times through the prompts")
+    per_device_train_batch_size: int = Field(8, ge=1, description="prompts of a step")
+    seed: int = Field(42, ge=0, lt=2**32, description="seed of LoRA's start and of the order")

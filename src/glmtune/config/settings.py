@@ -11,7 +11,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from glmtune.config.after import DialSettings, ExportSettings, LedgerSettings
+from glmtune.config.after import DialSettings, DistilSettings, ExportSettings, LedgerSettings
 from glmtune.config.benchmarks import (
     BenchDecodeSettings,
     BenchMemorySettings,
@@ -611,6 +611,7 @@ SETTINGS: dict[str, type[Settings]] = {
         ConvertAdapterSettings,
         DialSettings,
         ExportSettings,
+        DistilSettings,
         NewModelSettings,
         DoctorSettings,
         DemoSettings,

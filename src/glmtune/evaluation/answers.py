@@ -15,13 +15,14 @@ from typing import Any, TextIO
 
 import torch
 
-from glmtune.adapters.find import find_adapter, find_weights
+from glmtune.adapters.find import find_adapter, find_weights, is_prefix
 from glmtune.config.serving import ServeSettings
 from glmtune.config.settings import (
     ChatSettings,
     CheckSettings,
     CompareSettings,
     DialSettings,
+    DistilSettings,
     EvaluateSettings,
     InferSettings,
     JudgingSettings,
@@ -41,7 +42,7 @@ from glmtune.models.loading import check_pair, load_base_model, load_config, loa
 from glmtune.models.resolve import base_name, resolve_base
 from glmtune.run_files import CHECKPOINT_PREFIX
 
-RecordSettings = InferSettings | JudgingSettings
+RecordSettings = InferSettings | JudgingSettings | DistilSettings
 
 
 def read_questions(settings: RecordSettings) -> list[Question]:
@@ -141,7 +142,7 @@ class ModelChoice:
         return replace(found, rounds=rounds, allow_special=settings.allow_special)
 
     @classmethod
-    def to_score(cls, settings: LedgerSettings | DialSettings) -> "ModelChoice":
+    def to_score(cls, settings: LedgerSettings | DialSettings | DistilSettings) -> "ModelChoice":
         """The model of a verb that scores rows, with an adapter, and needs no decoder.
 
         Raises:
@@ -216,11 +217,12 @@ class ModelChoice:
         tokenizer.allow_special = self.allow_special
         return tokenizer
 
-    def load(self, computes: bool = False) -> tuple[Any, Any]:
+    def load(self, computes: bool = False, trains: bool = False) -> tuple[Any, Any]:
         """The model in evaluation mode, with its adapter if it has one, and the tokenizer.
 
         A model whose weights the decoder rounds stays in CPU memory, so that a small card holds
-        only the decoder's copy; unless the model itself `computes` as well.
+        only the decoder's copy; unless the model itself `computes` as well. Where a new adapter
+        `trains` on it, weights of a published int8 or int4 folder are dequantised.
 
         Raises:
             UserError: base, tokenizer and adapter cannot be read or do not belong together.
@@ -233,7 +235,7 @@ class ModelChoice:
             self.base,
             dtype=self.dtype,
             device=torch.device("cpu") if in_cpu_memory else self.device,
-            keep_integers=True,
+            keep_integers=not trains,
             bits=self.bits,
             quantize_head=self.quantize_head,
         )
@@ -241,16 +243,17 @@ class ModelChoice:
         return self.attach(model), tokenizer
 
     def attach(self, base: Any) -> Any:
-        """Put the adapter on a loaded base, in place; without one the base is the model.
+        """Put the adapter or prefix on a loaded base; without one the base is the model.
 
         Raises:
             UserError: the adapter cannot be read, or does not fit the base.
         """
         if self.adapter is None:
             return base
-        from glmtune.adapters import load_adapter  # PEFT is imported for nothing else
+        from glmtune.adapters import load_adapter, load_prefix  # PEFT is imported for nothing else
 
-        return load_adapter(base, self.adapter)
+        load = load_prefix if is_prefix(self.adapter) else load_adapter
+        return load(base, self.adapter)
 
 
 class AnswerFile:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from glmtune.adapters.find import is_prefix
 from glmtune.config.groups import AnswerSettings
 from glmtune.config.names import did_you_mean
 from glmtune.config.reading import change_setting
@@ -345,6 +346,8 @@ def taught_format(adapter: Path) -> tuple[str, str]:
         return CHAT, "as its run taught it"
     if template is not None:
         return CHAT, "since its rows had a template of their own, which no record names"
+    if is_prefix(adapter):
+        return CHAT, "as the published scripts ask one with a prefix"
     if is_of_2023(adapter):
         return ALPACA, "as the scripts of 2023 taught, since nothing beside it says how"
     return CHAT, "the model's own, since nothing beside the adapter says how it was taught"

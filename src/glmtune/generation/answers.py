@@ -17,6 +17,8 @@ from glmtune.generation.streaming import before_stop, check_stop_strings, cut_at
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from glmtune.models.prefixed import PrefixedModel
+
 
 def generate_answers(
     model: "PreTrainedModel | PeftModel",
@@ -75,7 +77,7 @@ class TooLongError(UserError):
 
 
 def encode_prompts(
-    model: "PreTrainedModel | PeftModel",
+    model: "PreTrainedModel | PeftModel | PrefixedModel",
     tokenizer: Any,
     prompts: Sequence[Prompt],
     max_new_tokens: int,
@@ -141,6 +143,11 @@ def answer_batch(
     """
     decoder = decoder or Decoder.of(model, settings)
     try:
+        if settings.num_beams > 1 and decoder.prefix is not None:
+            raise UserError(
+                f"num_beams {settings.num_beams}: a prefix is answered with without beams; leave "
+                "num_beams out, or make a LoRA adapter of it with `glmtune adapters distil`"
+            )
         if settings.num_beams > 1:
             rows = generate_ids(model, prompts, settings, decoder.stop_ids)
         else:

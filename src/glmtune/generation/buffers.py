@@ -44,6 +44,7 @@ class Buffers(NamedTuple):
     """All that a step reads and writes. Column k of a slot belongs to the k-th token of its row."""
 
     cache: KeyValueCache
+    """Its first columns are those of a prefix that every row has, where there is one."""
     tokens_BK: Tensor
     angles: Angles
     """Cosines and sines of all columns, ``(B, K, ...)``."""
@@ -65,10 +66,17 @@ class Buffers(NamedTuple):
     scores: Scores
     row_B: Tensor
     column_K: Tensor
+    """The columns of the cache; those of a prefix are negative."""
 
     @classmethod
     def zeros(
-        cls, shape: Shape, num_rows: int, num_columns: int, like: Tensor, angles: Angles
+        cls,
+        shape: Shape,
+        num_rows: int,
+        num_columns: int,
+        like: Tensor,
+        angles: Angles,
+        prefix: KeyValueCache | None = None,
     ) -> "Buffers":
         """Make empty buffers for a model.
 
@@ -78,6 +86,7 @@ class Buffers(NamedTuple):
             num_columns: tokens of the longest row with its answer.
             like: a tensor of the type and device of the cache.
             angles: of any row, for their shapes.
+            prefix: keys and values before those of every row, see `models.prefixed`.
         """
         device, vocab_size = like.device, shape.vocab_size
 
@@ -85,8 +94,12 @@ class Buffers(NamedTuple):
             return torch.zeros(num_rows, *sizes, dtype=dtype, device=device)
 
         listed = num_columns, min(MOST_LISTED, vocab_size)
+        num_before = 0 if prefix is None else prefix.keys.shape[3]
+        cache = KeyValueCache.zeros(shape, num_rows, num_before + num_columns, like)
+        for columns, of_prefix in zip(cache, prefix or (), strict=prefix is not None):
+            columns[:, :, :, :num_before] = of_prefix
         return cls(
-            cache=KeyValueCache.zeros(shape, num_rows, num_columns, like),
+            cache=cache,
             tokens_BK=zeros(num_columns, dtype=torch.long),
             angles=Angles(
                 *(like.new_zeros(num_rows, num_columns, *angle.shape[2:]) for angle in angles)
@@ -105,8 +118,18 @@ class Buffers(NamedTuple):
                 zeros(*listed, dtype=torch.float32),
             ),
             row_B=torch.arange(num_rows, device=device),
-            column_K=torch.arange(num_columns, device=device),
+            column_K=torch.arange(-num_before, num_columns, device=device),
         )
+
+    @property
+    def num_columns(self) -> int:
+        """Columns of tokens."""
+        return self.tokens_BK.shape[1]
+
+    @property
+    def num_before(self) -> int:
+        """Columns of the prefix."""
+        return len(self.column_K) - self.num_columns
 
     def tensors(self) -> Iterator[Tensor]:
         """Each of them."""
@@ -121,14 +144,18 @@ class Buffers(NamedTuple):
     def rows(self, rows: slice | Tensor, num_columns: int | None = None) -> "Buffers":
         """Some rows, the cache of them up to a column: views of a slice, else copies to `put` back.
 
-        The cache of copied rows is empty, as it is for rows that begin.
+        The cache of copied rows is empty but for a prefix, as it is for rows that begin.
         """
+        if num_columns is not None:
+            num_columns += self.num_before
         if isinstance(rows, slice):
             cache = self.cache.part(rows, num_columns)
         else:
             keys = self.cache.keys[:, :1, :, :num_columns]
             sizes = keys.shape[0], len(rows), *keys.shape[2:]
             cache = KeyValueCache(keys.new_zeros(sizes), keys.new_zeros(sizes))
+            for new, old in zip(cache, self.cache, strict=True):
+                new[:, :, :, : self.num_before] = old[:, :1, :, : self.num_before]
         return self._replace(
             cache=cache,
             tokens_BK=self.tokens_BK[rows],

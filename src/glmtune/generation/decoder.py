@@ -23,6 +23,7 @@ from glmtune.models.decoding import (
     run_head_in_few_kernels,
 )
 from glmtune.models.families import family_of
+from glmtune.models.prefixed import prefix_of
 
 TOKENS_PER_LOOK = 8
 """Steps launched on a GPU before the host reads the results, so that neither waits."""
@@ -42,7 +43,7 @@ def find_stop_ids(model: Any) -> list[int]:
 class Decoder:
     """Answers batches of prompts with a model as it is when the decoder is made.
 
-    An adapter that is disabled at that time is not applied even if it is enabled later.
+    An adapter or a prefix that is disabled at that time is not applied even if it is enabled later.
 
     Args:
         model: in evaluation mode, plain or in PEFT's wrapping.
@@ -97,6 +98,9 @@ class Decoder:
                 separate=separate,
                 adapters=adapters,
             )
+        self.prefix = prefix_of(model)
+        """Keys and values before those of every row; see `models.prefixed`."""
+        assert self.prefix is None or not separate, "a server's rows have no place for a prefix"
         self.captures = self.device.type == "cuda" and can_be_captured(self.weights)
         self._most_rows_for_kernels = most_rows_for_kernels(
             self.weights, self.block, self.shape.head_dim, compiled

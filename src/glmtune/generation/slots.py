@@ -148,7 +148,9 @@ class Slots:
 
         ends = [len(p.ids) + s.max_new_tokens for p, s in zip(prompts, settings, strict=True)]
         num_columns = max(width, *ends, 0 if self._buffers is None else self.num_columns)
-        num_columns += -num_columns % COLUMNS_PER_GROWTH
+        prefix = decoder.prefix
+        num_before = 0 if prefix is None else prefix.keys.shape[3]
+        num_columns += -(num_columns + num_before) % COLUMNS_PER_GROWTH
         ids_BK = F.pad(input_ids_BS, (0, num_columns - width))
         layout = decoder.block.layout(ids_BK, decoder.config)
         angles = decoder.block.angles(layout.positions, decoder.config)
@@ -173,13 +175,16 @@ class Slots:
 
         # Padding at the end comes after everything that a token sees.
         valid_BS = torch.ones_like(input_ids_BS, dtype=torch.bool)
+        mask_B1SS = prefix_lm_mask(layout.prefix_end_B, valid_BS)
+        if num_before:
+            mask_B1SS = F.pad(mask_B1SS, (num_before, 0), value=True)
         cache = part.cache if num_rows == count else part.cache.more_rows(num_rows)
         logits_BV = prefill(
             decoder.weights,
             decoder.block,
             input_ids_BS,
             length_B,
-            prefix_lm_mask(layout.prefix_end_B, valid_BS),
+            mask_B1SS,
             Angles(*(angle[:, :width].to(part.angles.cos.dtype) for angle in angles)),
             cache,
         )
@@ -187,7 +192,7 @@ class Slots:
         self._choose(part, logits_BV[:count], all(plain), any(n is not None for n in listed))
         part.live_B1[:] = 1  # last, so that a slot stays empty if memory runs out
         if isinstance(index, Tensor):
-            buffers.put(index, part._replace(cache=cache.part(slice(0, count), width)))
+            buffers.put(index, part._replace(cache=cache.part(slice(0, count), num_before + width)))
         stops = stop_ids or [decoder.stop_ids] * count
         for place, (slot, prompt) in enumerate(zip(slots, prompts, strict=True)):
             column = len(prompt.ids)
@@ -309,7 +314,7 @@ class Slots:
     @property
     def num_columns(self) -> int:
         """Columns of the buffers: tokens of the longest row so far with its answer, or more."""
-        return 0 if self._buffers is None else len(self._buffers.column_K)
+        return 0 if self._buffers is None else self._buffers.num_columns
 
     @property
     def _num_computed(self) -> int:
@@ -323,7 +328,7 @@ class Slots:
         assert self._buffers is not None
         for slot in slots:
             for tensor in self._buffers.cache:
-                tensor[:, slot] = 0
+                tensor[:, slot, :, self._buffers.num_before :] = 0
             self._buffers.fault_B[slot] = 0
             self.faulty.add(slot)
             self.release(slot)
@@ -342,6 +347,7 @@ class Slots:
             num_columns,
             self.decoder.weights.final_norm.weight,
             like,
+            self.decoder.prefix,
         )
         if old is not None:
             new.take_over(old)
@@ -399,15 +405,17 @@ class Slots:
         part = buffers.rows(slice(0, num_rows), num_columns)
         column_B1 = part.column_B1
         run_block, run_head, needs_mask = self.decoder.functions(len(column_B1))
-        mask_B11K = None
+        mask_B11K, num_before = None, buffers.num_before
         if needs_mask:
-            mask_B11K = (buffers.column_K[:num_columns] <= column_B1)[:, None, None]
+            end = None if num_columns is None else num_before + num_columns
+            mask_B11K = (buffers.column_K[:end] <= column_B1)[:, None, None]
+        column_B = column_B1[:, 0]
         if self.decoder.adapters is not None:
             self.decoder.adapters.turn(part.adapter_B1)
         logits_BV = decode(
             self.decoder.weights,
             part.tokens_BK.gather(1, column_B1),
-            Place(part.row_B, column_B1[:, 0]),
+            Place(part.row_B, column_B + num_before if num_before else column_B),
             mask_B11K,
             Angles(*(_at_column(angle, column_B1) for angle in part.angles)),
             part.cache,

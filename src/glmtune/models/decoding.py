@@ -105,8 +105,9 @@ class DecodingBlock(NamedTuple):
     prompt_angles: Callable[[Angles, torch.dtype], Any]
     """Angles as `read_block` takes them, computed once for all layers, in a type of floats."""
     read_block: Callable[..., Tensor]
-    """One layer on whole prompts: ``(hidden (B, S, H), weights, keys (B, M, S, D), values, mask,
-    angles)`` to ``(B, S, H)``. Writes keys and values; the mask is `additive_mask`'s."""
+    """One layer on whole prompts: ``(hidden (B, S, H), weights, keys (B, M, P + S, D), values,
+    mask, angles)`` to ``(B, S, H)``. Writes keys and values of the S columns behind a prefix of P,
+    which is there already; the mask is `additive_mask`'s."""
     run_block: Callable[..., Tensor]
     """One layer on one new token a row: ``(hidden (B, 1, H), weights, keys (B, M, K, D), values,
     place, mask (B, 1, 1, K), angles)`` to ``(B, 1, H)``. Writes its key and value at `place`; the
@@ -131,9 +132,9 @@ def prefill(
         block: decoding block of its family.
         input_ids_BS: prompts, each row padded at its end.
         length_B: tokens of each row without padding.
-        mask_B1SS: from `prefix_lm_mask`.
+        mask_B1SS: from `prefix_lm_mask`; with a prefix ``(B, 1, S, P + S)``.
         angles: angles of these tokens.
-        cache: the cache to write to, of B rows and S columns.
+        cache: the cache to write to, of B rows and S columns, behind those of a prefix.
     """
     hidden_BSH = weights.embed(input_ids_BS)
     mask = additive_mask(mask_B1SS, hidden_BSH.dtype)

@@ -18,6 +18,7 @@ from glmtune.data.token_rows import IGNORED, TokenRows
 from glmtune.models.families import family_of
 from glmtune.models.low_rank import has_lora, split_lora
 from glmtune.models.packed import PackedModel, base_of, move
+from glmtune.models.prefixed import prefix_of
 
 PACK_LENGTH = 4096
 """Tokens of a pass; a longer row is one by itself."""
@@ -41,7 +42,12 @@ class Likelihood(NamedTuple):
 
 
 def packed_layers(model: Any) -> PackedModel | None:
-    """A model as it is now, adapter on or off, on packed rows; None for adapters besides LoRA."""
+    """A model as it is now, adapter on or off, on packed rows; None for adapters besides LoRA.
+
+    A prefix is one, too: packed rows have no place for its columns.
+    """
+    if prefix_of(model) is not None:
+        return None
     modules = (module for module in model.modules() if has_lora(module))
     if any(split_lora(module)[0] is module for module in modules):
         return None

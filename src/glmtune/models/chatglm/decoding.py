@@ -99,8 +99,9 @@ def read_block(
     normed, mixed_BN3SD = _project(hidden_BSH, block, keys_BNSD.shape[-1])
     query_key_BN2SD, value_BNSD = mixed_BN3SD[:, :, :2], mixed_BN3SD[:, :, 2]
     query_BNSD, key_BNSD = rotate_whole(query_key_BN2SD, *angles).unbind(2)
-    keys_BNSD.copy_(key_BNSD)
-    values_BNSD.copy_(value_BNSD)
+    num_before = keys_BNSD.shape[2] - hidden_BSH.shape[1]
+    keys_BNSD[:, :, num_before:].copy_(key_BNSD)
+    values_BNSD[:, :, num_before:].copy_(value_BNSD)
     context = F.scaled_dot_product_attention(query_BNSD, keys_BNSD, values_BNSD, mask_B1SS)
     return _finish(context.transpose(1, 2).flatten(2), normed, block)
 

@@ -1,13 +1,12 @@
 """The `Family` entries of ChatGLM-6B: its two published revisions."""
 
-import re
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 from glmtune.data import templates
 from glmtune.errors import UserError
-from glmtune.models.chatglm import conversation
+from glmtune.models.chatglm import conversation, naming
 from glmtune.models.chatglm.encoder import RowEncoder
 from glmtune.models.chatglm.published import known_sha256
 from glmtune.models.chatglm.rows import row_rule
@@ -20,9 +19,6 @@ from glmtune.models.chatglm.vocabulary import SPECIALS
 from glmtune.models.family import AdapterNames, ChatFormat, Exports, Family, Native
 from glmtune.models.shape import LinearShape, Shape
 
-_LINEAR = re.compile(
-    r"transformer\.layers\.\d+\.(attention\.(query_key_value|dense)|mlp\.dense_(h_to_4h|4h_to_h))"
-)
 _IDS = ("bos_token_id", "eos_token_id", "gmask_token_id", "mask_token_id", "pad_token_id")
 
 
@@ -78,6 +74,12 @@ def probe_row(config: ChatGLMSettings) -> list[int]:
     text = torch.linspace(config.pad_token_id + 1, config.mask_token_id - 1, 18).long().tolist()
     assert config.bos_token_id is not None
     return [*text[::2], config.gmask_token_id, config.bos_token_id, *text[1::2]]
+
+
+def _to_own(updates: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    from glmtune.models.chatglm.adapters import to_own
+
+    return to_own(updates, config)
 
 
 def _new_model(settings: Any) -> Any:
@@ -141,7 +143,7 @@ V1_1 = Family(
     check_pair=check_pair,
     lora_target=("query_key_value",),
     lora_rank=8,
-    adapter_names=AdapterNames(lambda module: _LINEAR.fullmatch(module) is not None),
+    adapter_names=AdapterNames(naming.is_own, naming.is_third, _to_own),
     chat=ChatFormat(
         describe="the model's own, [Round N], 问：, 答：; a question continues the conversation",
         write=templates.after_rounds,

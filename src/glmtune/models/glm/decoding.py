@@ -107,16 +107,19 @@ def read_block(
 ) -> Tensor:
     """One layer on whole prompts, see `DecodingBlock.read_block`.
 
-    Rows are causal and padded at their ends, so the mask says nothing more. Without it torch has a
-    kernel for shared heads, which with it are copied. For a short prompt the host launches kernels
-    more slowly than a GPU runs them, so they are few.
+    Rows are causal and padded at their ends, so without a prefix the mask says nothing more.
+    Without it torch has a kernel for shared heads, which with it are copied. For a short prompt the
+    host launches kernels more slowly than a GPU runs them, so they are few.
     """
     query, key, value = _project(hidden_BSH, block, keys_BGSD.shape[-1])
     query, key = rotate_whole_pairs(query, *angles), rotate_whole_pairs(key, *angles)
-    keys_BGSD.copy_(key)
-    values_BGSD.copy_(value)
+    num_before = keys_BGSD.shape[2] - hidden_BSH.shape[1]
+    keys_BGSD[:, :, num_before:].copy_(key)
+    values_BGSD[:, :, num_before:].copy_(value)
+    # The first row of torch's causal mask would see one column of a prefix, where it sees all.
+    mask = mask_B1SS if num_before else None
     context = F.scaled_dot_product_attention(
-        query, keys_BGSD, values_BGSD, is_causal=True, enable_gqa=True
+        query, keys_BGSD, values_BGSD, mask, is_causal=mask is None, enable_gqa=True
     )
     return _finish(hidden_BSH, context.transpose(1, 2).flatten(2), block)
 
