@@ -310,6 +310,16 @@ def distil(settings: config.DistilSettings) -> int:
     return 0 if distil(settings).is_nearer else 1
 
 
+def push(settings: config.PushSettings) -> None:
+    """Show what of a tuned model would go to a hub, and upload it with --yes true."""
+    from glmtune.early import check_push
+
+    check_push(settings)
+    from glmtune.export.push import push
+
+    push(settings)
+
+
 def tune(settings: config.TuneSettings) -> int:
     """Train an adapter on a file of alpaca records, and report how good it is."""
     from glmtune.early import check_tuning
@@ -341,6 +351,7 @@ VERBS: dict[str, Callable[[Any], int | None]] = {
     "adapters convert": convert_adapter,
     "adapters dial": dial,
     "adapters distil": distil,
+    "push": push,
     "new-model": new_model,
     "doctor": doctor,
     "demo": demo,

@@ -31,6 +31,7 @@ from glmtune.config.settings import (
     JudgingSettings,
     LedgerSettings,
     MergeSettings,
+    PushSettings,
     ReplayRowsSettings,
     ReplaySettings,
     TrainSettings,
@@ -43,9 +44,10 @@ from glmtune.errors import UserError
 from glmtune.general.items import AUTO, find_general
 from glmtune.imports import leave_out
 from glmtune.models.base_files import check_targets, read_settings
+from glmtune.models.hubs import CONFIG_FILE
 from glmtune.models.resolve import resolve_base
 from glmtune.models.shape import bits_of
-from glmtune.run_files import check_bundle, find_run
+from glmtune.run_files import EXPORT_RECORD, check_bundle, find_run
 
 AnsweringSettings = (
     InferSettings | CompareSettings | EvaluateSettings | ChatSettings | CheckSettings
@@ -233,6 +235,17 @@ def check_merge(settings: MergeSettings) -> None:
     refuse_existing(settings.save_path)
     refuse_prefix(find_adapter(settings.adapter))
     check_base(settings.base, settings.adapter)
+
+
+def check_push(settings: PushSettings) -> None:
+    """Check that there is a folder.
+
+    Raises:
+        UserError: there is none, or nothing in it that could be uploaded.
+    """
+    place = Path(settings.folder).expanduser()
+    if not (place / EXPORT_RECORD).is_file() and not (place / CONFIG_FILE).is_file():
+        refuse_prefix(find_adapter(settings.folder))
 
 
 def check_conversion(settings: ConvertAdapterSettings) -> None:

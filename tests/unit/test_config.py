@@ -64,6 +64,7 @@ REQUIRED = {
     "export": {"adapter": "output", "to": "hf"},
     "adapters dial": {"adapter": "output"},
     "adapters distil": {"adapter": "prefix", "data_path": "a.json", "output_dir": "new"},
+    "push": {"folder": "output", "repo_id": "me/mine"},
     "tune": {"data_path": "a.json", "out": "tuned"},
 }
 

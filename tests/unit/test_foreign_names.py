@@ -222,7 +222,7 @@ def test_a_recipe_is_answered_as_flags_are(name, tmp_path, monkeypatch):
         ("train", {"adam_beta3": "0.9"}, "--adam_beta2"),
         ("train", {"device": "cuda:1"}, "CUDA_VISIBLE_DEVICES=1"),
         ("train", {"local_rank": "1"}, "torchrun"),
-        ("train", {"hub_token": "secret", "push_to_hub": "true"}, "hf upload"),
+        ("train", {"hub_token": "secret", "push_to_hub": "true"}, "glmtune push"),
         ("train", {"wandb_project": "glm"}, "--report_to tensorboard"),
         ("tokenize", {"version": "v2"}, "ChatGLM2"),
         ("tokenize", {"data_path": "a.json"}, "--jsonl_path"),

@@ -73,6 +73,7 @@ MISTAKES = {
     "adapters distil": f"adapters distil ./no {ROWS} --output_dir new {TINY}",
     "adapters distil of LoRA": f"adapters distil adapter {ROWS} --output_dir new {TINY}",
     "adapters dial onto something": f"adapters dial adapter {ROWS} --write tokens {TINY}",
+    "push": "push ./no --repo_id me/mine",
     "merge": f"merge --adapter ./no --save_path new {TINY}",
     "merge onto something": f"merge --adapter ./no --save_path tokens {TINY}",
     "adapters convert": "adapters convert ./no new",

@@ -42,6 +42,7 @@ from glmtune.config.groups import (
     split_commas,
 )
 from glmtune.config.serving import ServeSettings
+from glmtune.config.share import PushSettings
 from glmtune.config.training import PlanSettings, TrainSettings, TuneSettings
 
 # --- validate ---
@@ -612,6 +613,7 @@ SETTINGS: dict[str, type[Settings]] = {
         DialSettings,
         ExportSettings,
         DistilSettings,
+        PushSettings,
         NewModelSettings,
         DoctorSettings,
         DemoSettings,

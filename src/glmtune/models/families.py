@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from glmtune.errors import UserError
 from glmtune.models import chatglm, glm
 from glmtune.models.chatglm.family import V1_0, V1_1
-from glmtune.models.family import Family
+from glmtune.models.family import Family, NamingRule
 from glmtune.models.glm.family import ENTRIES
 from glmtune.models.shape import ALL
 
@@ -87,6 +87,19 @@ def family_not_loaded(hub_id: str) -> str | None:
     """What a model is if its name says that it is not loaded here: "ChatGLM3-6B", for example."""
     name = hub_id.lower()
     return next((what for words, what in _NOT_LOADED.items() if re.search(words, name)), None)
+
+
+def naming_rule_of(base: str, family: Family | None) -> NamingRule | None:
+    """What the licence of a base asks of the names of models made of it; None if nothing.
+
+    Args:
+        base: its name on a hub, or that of its folder.
+        family: of its config.json, where that is at hand.
+    """
+    if family is not None:
+        return family.naming_rule
+    rules = (family.naming_rule for family in FAMILIES)
+    return next((rule for rule in rules if rule and re.search(rule.bases, base.lower())), None)
 
 
 def published_names() -> tuple[str, ...]:

@@ -112,6 +112,19 @@ class Exports(NamedTuple):
     """``(config, tokenizer)`` to a `models.gguf_form.GgufForm`."""
 
 
+class NamingRule(NamedTuple):
+    """What a licence asks of the names of models that are made of a base."""
+
+    licence: str
+    """The licence, for messages and cards."""
+    begins: str
+    """What a derived model's name begins with, in any case of letters."""
+    notice: str
+    """A sentence that its page shows."""
+    bases: str
+    """A pattern of the names of bases under this licence, in lower case."""
+
+
 class Native(NamedTuple):
     """The part of a family that needs torch: its classes, and how its layers are computed."""
 
@@ -196,6 +209,8 @@ class Family(NamedTuple):
     """Names of its special tokens that somebody may have typed into a text."""
     exports: Exports = Exports()
     """What its models can be written as for other programs."""
+    naming_rule: NamingRule | None = None
+    """What the licence asks of the names of derived models; None where it asks nothing."""
     new_model: Callable[[Any], Any] | None = None
     """What `glmtune new-model` does with its settings."""
 

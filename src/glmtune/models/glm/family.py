@@ -8,7 +8,7 @@ from typing import Any
 from glmtune.data.dataset import RowTokenizer
 from glmtune.data.row_rule import RowRule, as_ids
 from glmtune.errors import UserError
-from glmtune.models.family import AdapterNames, Exports, Family, Native
+from glmtune.models.family import AdapterNames, Exports, Family, NamingRule, Native
 from glmtune.models.glm import naming
 from glmtune.models.glm.layouts import LAYOUTS, Layout
 from glmtune.models.glm.mapping import to_published
@@ -201,6 +201,15 @@ _EXPORTS_OF = {
 }
 
 
+# Sources: the licences' sections on naming, as the cards of derived models quote them.
+_NAMING_RULES = {
+    GLM4: NamingRule(
+        "glm-4 licence", "glm-4", "Built with glm-4", r"glm-4v?-9b(?!-0414)|codegeex4"
+    ),
+    EDGE: NamingRule("GLM-Edge licence", "GLM-Edge", "Built with GLM-Edge", r"glm-edge"),
+}
+
+
 def probe_row(config: Any) -> list[int]:
     """Twenty ids from all over the vocabulary."""
     return [config.vocab_size * i // 20 for i in range(20)]
@@ -294,6 +303,7 @@ def _entry(variant: str, name: str, published: tuple[str, ...]) -> Family:
         head_dims=(64, 128),
         exports=_EXPORTS_OF[variant],
         special_names=layout.special_names,
+        naming_rule=_NAMING_RULES.get(variant),
     )
 
 
