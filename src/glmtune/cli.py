@@ -271,10 +271,14 @@ def replay(settings: config.ReplaySettings) -> int:
 
 
 def check(settings: config.CheckSettings) -> int:
-    """Check whether an adapter changes nothing, too much, or what it should."""
+    """Check whether an adapter changes what it should, or whether an endpoint serves it."""
     from glmtune.early import check_answering
 
     check_answering(settings)
+    if settings.url:
+        from glmtune.evaluation.endpoint import check_endpoint
+
+        return 0 if check_endpoint(settings).is_sound else 1
     from glmtune.evaluation.checkup import check
 
     return 0 if check(settings).is_fine else 1

@@ -65,7 +65,7 @@ def check_answering(settings: AnsweringSettings) -> None:
         find_source(settings.data_path).check_readable()
     if isinstance(settings, CompareSettings):
         check_general_set(settings.general_set)
-    named = settings.adapter
+    named = settings.subject if isinstance(settings, CheckSettings) else settings.adapter
     adapters = [named] if isinstance(named, str) else [*(named or ())]
     found = [find_adapter(adapter) for adapter in adapters]
     if isinstance(settings, EvaluateSettings | CheckSettings):

@@ -459,7 +459,17 @@ class CheckSettings(
     verb = "check"
     group: ClassVar[str] = "check-up"
     bare_words = ("adapter",)
-    adapter: PathText = Field(description="run folder or adapter to check")
+    adapter: PathText | None = Field(None, description="run folder or adapter to check")
+    url: NameText | None = Field(
+        None,
+        description="check an endpoint instead, by its address such as http://127.0.0.1:8000/v1: "
+        "is it base, tuned or neither, does it stop, is its template right, is its context whole; "
+        "its key is read from the environment's GLMTUNE_API_KEY or OPENAI_API_KEY",
+    )
+    model: NameText | None = Field(None, description="name of the model that is asked there")
+    against: PathText | None = Field(
+        None, description="run folder or adapter that the endpoint should serve"
+    )
     data_path: PathText | None = Field(
         None,
         description="rows to ask, of any format (default: rows that the run held out, else a few "
@@ -468,6 +478,35 @@ class CheckSettings(
     limit: int = Field(16, ge=1, description="ask N at most, and 16 unrelated questions besides")
     max_new_tokens: int = Field(150, ge=1, description="longest answer, in tokens")
     json_path: PathText | None = Field(None, description="JSON file for all measured values")
+
+    @model_validator(mode="after")
+    def one_subject(self) -> Self:
+        """Check an adapter, or an endpoint against one."""
+        of_endpoint = {"url": self.url, "model": self.model, "against": self.against}
+        if not self.url:
+            if name := next((name for name, value in of_endpoint.items() if value), None):
+                raise conflict(f"{name} is of an endpoint: name it with url, or leave {name} out",
+                               name)  # fmt: skip
+            if not self.adapter:
+                raise conflict(
+                    "adapter is needed: the run folder or adapter to check; or an endpoint with "
+                    "url, model and against",
+                    "adapter",
+                )
+        elif self.adapter:
+            raise conflict(
+                "url asks an endpoint, and against names the adapter: leave the other out",
+                "url",
+                "adapter",
+            )
+        elif missing := [name for name, value in of_endpoint.items() if not value]:
+            raise conflict(f"url needs {' and '.join(missing)} as well", "url", *missing)
+        return self
+
+    @property
+    def subject(self) -> str:
+        """The adapter that is checked, or that an endpoint is checked against."""
+        return self.adapter or self.against or ""
 
     @model_validator(mode="after")
     def special_tokens_of_records(self) -> Self:

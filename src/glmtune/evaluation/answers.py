@@ -134,7 +134,7 @@ class ModelChoice:
         Raises:
             UserError: there is no such base or adapter, or the device lacks something.
         """
-        named = settings.adapter
+        named = settings.subject if isinstance(settings, CheckSettings) else settings.adapter
         first = named if isinstance(named, str) else next(iter(named or ()), None)
         found = cls._to_compute(settings, first)
         check_decoding(found.device, settings.decoder_bits, settings.decode_compile)
