@@ -5,19 +5,23 @@ here, with the endpoint's replies beside it.
 """
 
 from collections.abc import Sequence
+from itertools import cycle
 from statistics import median
 from typing import Any
 
 from glmtune.config.settings import CheckSettings
 from glmtune.data.files import write_json
+from glmtune.data.templates import alpaca
 from glmtune.errors import note, visible
 from glmtune.evaluation.answers import ModelChoice
 from glmtune.evaluation.endpoint_client import Endpoint, Reply, endpoint_of
 from glmtune.evaluation.endpoint_probes import (
     Asker,
     EndpointProbe,
+    as_message,
     candidates,
     choose_probes,
+    is_taught_alpaca,
 )
 from glmtune.evaluation.endpoint_verdict import (
     EndpointReport,
@@ -46,9 +50,11 @@ def check_endpoint(settings: CheckSettings) -> EndpointReport:
     assert settings.model is not None, "CheckSettings requires it"
     endpoint = endpoint_of(settings.url, settings.model)
     subject = ModelChoice.of(settings)
-    contents = candidates(settings, subject)
+    bare = is_taught_alpaca(subject) and endpoint.writes_alpaca()
+    contents = candidates(settings, subject, bare)
     model, tokenizer = subject.load(computes=True)
-    asker = Asker(model, tokenizer, settings.max_new_tokens, subject.device)
+    write = alpaca if bare else as_message
+    asker = Asker(model, tokenizer, settings.max_new_tokens, subject.device, write)
     probes = choose_probes(asker, contents)
     print(f"asking {endpoint.url} for {endpoint.model}: {len(probes)} questions")
     replies = [endpoint.ask(probe.content, settings.max_new_tokens) for probe in probes]
@@ -163,24 +169,24 @@ def _fault_of(
 def _long_message(
     asker: Asker, probes: Sequence[EndpointProbe], num_tokens: int
 ) -> tuple[str | None, list[int] | None]:
-    """A message of about as many tokens, of the probes' questions; the last one stands at its end.
+    """A message of at most so many tokens, of the probes' questions by turns; the last stays last.
 
-    What is cut from its beginning then changes the answer, and what is cut from its end as well.
+    Returns:
+        The message and how the model reads it; None where not even one question is short enough.
     """
-    words = [probe.content for probe in reversed(probes)]
-    (row,) = asker.encode(["\n".join(words)])
-    if row is None or len(row) > num_tokens:
-        words = words[-1:]
-        (row,) = asker.encode(words)
-    if row is None:
-        return None, None
-    num = max(1, num_tokens // max(1, len(row)))
-    while num:
-        content = "\n".join(words * num)
+    lines = [probes[0].content]
+    used = len(probes[0].ids)
+    for probe in cycle(probes[1:] or probes):
+        if used + len(probe.ids) > num_tokens:
+            break
+        lines.append(probe.content)
+        used += len(probe.ids)
+    while lines:  # a line break takes a token as well
+        content = "\n".join(reversed(lines))
         (ids,) = asker.encode([content])
         if ids is not None and len(ids) <= num_tokens:
             return content, ids
-        num -= 1
+        lines.pop()
     return None, None
 
 

@@ -92,6 +92,11 @@ class Endpoint:
                 return found[name]
         return None
 
+    def writes_alpaca(self) -> bool:
+        """Whether it puts questions into alpaca's template by itself, as `glmtune serve` does."""
+        status, found = self._send(urllib.request.Request(f"{self.url}/models/{self.model}"))
+        return status == 200 and isinstance(found, dict) and found.get("format") == "alpaca"
+
     def models(self) -> list[str]:
         """The names of its models, as far as it lists them."""
         status, found = self._send(urllib.request.Request(f"{self.url}/models"))

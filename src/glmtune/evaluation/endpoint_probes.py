@@ -1,12 +1,12 @@
 """Questions that tell a base from its adapter by a greedy answer, and what each side answers."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from glmtune.config.settings import CheckSettings
-from glmtune.data.conversations import USER, Example, Turn
+from glmtune.data.conversations import USER, Asked, Example, Turn
 from glmtune.data.flaws import Flaw
 from glmtune.data.questions import read_questions, shown_question
 from glmtune.data.templates import alpaca
@@ -42,6 +42,11 @@ class EndpointProbe(NamedTuple):
     tuned: Answer
 
 
+def as_message(content: str) -> Asked:
+    """A user's message as the family writes one."""
+    return Example((Turn(USER, content),))
+
+
 class Asker:
     """A loaded model with an adapter, asked by messages as an endpoint is.
 
@@ -50,10 +55,18 @@ class Asker:
         tokenizer: of the base.
         max_new_tokens: longest answer.
         device: that answers.
+        write: what the endpoint makes of a message, as rows of training are written.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, max_new_tokens: int, device: Any = None):
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        max_new_tokens: int,
+        device: Any = None,
+        write: Callable[[str], Asked] = as_message,
+    ):
+        self.model, self.tokenizer, self.write = model, tokenizer, write
         self.how = GenerationSettings(max_new_tokens=max_new_tokens)
         self.max_positions = int(model.config.max_position_embeddings)
         self.decoders = {"tuned": Decoder.of(model, self.how, device)}
@@ -64,8 +77,7 @@ class Asker:
 
     def encode(self, contents: Sequence[str]) -> list[list[int] | None]:
         """Messages as the model reads them; None where the family cannot write one."""
-        asked = [Example((Turn(USER, content),)) for content in contents]
-        rows = prompt_ids(self.tokenizer, asked)
+        rows = prompt_ids(self.tokenizer, [self.write(content) for content in contents])
         return [None if isinstance(row, Flaw) else row for row in rows]
 
     def answers(
@@ -132,21 +144,33 @@ def _gaps(asker: Asker, probes: Sequence[EndpointProbe]) -> list[float]:
     return [own - other for other, own in zip(gained[::2], gained[1::2], strict=True)]
 
 
-def candidates(settings: CheckSettings, subject: ModelChoice) -> list[str]:
+def is_taught_alpaca(subject: ModelChoice) -> bool:
+    """Whether an adapter was taught in alpaca's template."""
+    assert subject.adapter is not None
+    return taught_format(subject.adapter)[0] == ALPACA
+
+
+def candidates(settings: CheckSettings, subject: ModelChoice, bare: bool) -> list[str]:
     """Messages to choose from: of a file or the adapter's run, and unrelated questions of ours.
 
     An adapter that was taught in alpaca's template is asked in it.
 
+    Args:
+        settings: of the check.
+        subject: the adapter.
+        bare: the endpoint puts questions into that template by itself.
+
     Raises:
         UserError: the file cannot be read.
     """
-    assert subject.adapter is not None
-    write = alpaca if taught_format(subject.adapter)[0] == ALPACA else str
+    write = alpaca if is_taught_alpaca(subject) and not bare else str
     if settings.data_path:
         rows, _, _ = read_questions(settings.data_path, settings.format, encoding=settings.encoding)
         places = spread(len(rows), settings.limit)
         asked = [
-            row.asked if isinstance(row.asked, str) else shown_question(row.fields)[0]
+            row.asked
+            if isinstance(row.asked, str) and not bare
+            else "\n".join(filter(None, shown_question(row.fields)))
             for row in (rows[i] for i in places)
         ]
     else:

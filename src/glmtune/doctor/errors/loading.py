@@ -85,11 +85,12 @@ LOADING = (
         "AttributeError: 'ChatGLMModel' object has no attribute 'prefix_encoder'",
         r"prefix_encoder|PrefixEncoder",
         "This is P-Tuning v2: its checkpoints hold a prefix and nothing of the model, and load "
-        "only with the base and the same pre_seq_len. glmtune trains LoRA, which needs no such "
-        "setting.",
+        "only with the base and the same pre_seq_len. glmtune reads both off the file; infer, "
+        "compare and chat take its folder as --adapter, and distil makes LoRA of it.",
         "这是 P-Tuning v2：它的检查点只有前缀，没有模型，必须与底座和相同的 pre_seq_len 一起加载。"
-        "glmtune 训练的是 LoRA，不需要这样的设置。",
-        "glmtune train --dataset_path data --output_dir output --lora_rank 8",
+        "glmtune 从文件里读出这些大小：infer、compare 和 chat 可以把它的目录当作 --adapter，"
+        "distil 可以把它变成 LoRA。",
+        "glmtune adapters distil checkpoint-3000 --data_path prompts.json --output_dir lora",
         "zai-org/ChatGLM-6B#358, zai-org/ChatGLM-6B#1045, zai-org/ChatGLM2-6B#76",
     ),
     KnownError(
