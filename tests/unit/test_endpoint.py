@@ -98,7 +98,7 @@ def test_half_the_context(check, cuts):
 def test_answers_of_both(check):
     """As of a router that sends every other request to the base."""
     code, report, _, _ = check(answers=lambda n, text: text if n % 2 else "something else")
-    assert (code, report["verdict"]) == (1, "not to be told")
+    assert (code, report["verdict"]) == (1, "unclear")
 
 
 def test_mistakes_are_one_line(check, taught, capsys):
@@ -169,10 +169,10 @@ def report_of(*sides):
     [
         (["tuned"] * 8, "tuned"),
         (["tuned"] * 6 + ["neither"] * 2, "tuned"),
-        (["tuned"] * 5 + ["base"] * 3, "not to be told"),
+        (["tuned"] * 5 + ["base"] * 3, "unclear"),
         (["base"] * 7 + ["tuned"], "base"),
         (["neither"] * 8, "neither"),
-        ([None] * 8, "not to be told"),
+        ([None] * 8, "unclear"),
         ([None] * 4 + ["tuned"] * 4, "tuned"),
     ],
 )

@@ -43,7 +43,7 @@ def check_endpoint(settings: CheckSettings) -> EndpointReport:
     """Ask an endpoint, print whose answers it gives and what is wrong with it.
 
     Raises:
-        UserError: the adapter cannot be read, base and adapter cannot be told apart, or nobody
+        UserError: the adapter cannot be read, base and adapter are alike, or nobody
             answers at the address.
     """
     assert settings.url is not None, "of another verb"
@@ -169,7 +169,7 @@ def _fault_of(
 def _long_message(
     asker: Asker, probes: Sequence[EndpointProbe], num_tokens: int
 ) -> tuple[str | None, list[int] | None]:
-    """A message of at most so many tokens, of the probes' questions by turns; the last stays last.
+    """A message of at most `num_tokens`, of the probes' questions in turn; the first stays last.
 
     Returns:
         The message and how the model reads it; None where not even one question is short enough.

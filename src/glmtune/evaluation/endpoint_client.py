@@ -25,7 +25,7 @@ class Reply:
     text: str = ""
     finish_reason: str | None = None
     num_prompt_tokens: int | None = None
-    """As the endpoint counts them; None where it does not say."""
+    """Tokens that the endpoint counts; None where it says nothing."""
     refusal: str | None = None
     """What it said in place of an answer."""
 

@@ -128,7 +128,7 @@ def choose_probes(asker: Asker, contents: Iterable[str]) -> list[EndpointProbe]:
 
 
 def _gaps(asker: Asker, probes: Sequence[EndpointProbe]) -> list[float]:
-    """By how many nats each side prefers its own answer, both sides together."""
+    """The nats by which each side prefers its own answer, both sides together."""
     texts = [text for probe in probes for text in (probe.base.text, probe.tuned.text)]
     answers = asker.tokenizer.encode_batch(texts)
     rows = [

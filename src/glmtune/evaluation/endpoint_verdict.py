@@ -12,7 +12,7 @@ from glmtune.evaluation.endpoint_probes import EndpointProbe
 from glmtune.generation import Answer
 
 Side = Literal["tuned", "base", "neither"]
-Verdict = Literal["tuned", "base", "neither", "not to be told"]
+Verdict = Literal["tuned", "base", "neither", "unclear"]
 
 # Two engines round differently, so that an answer may turn off late: what counts is whether it
 # follows one side beyond the place where base and tuned part, and for how much of the answer.
@@ -50,7 +50,7 @@ class EndpointReport:
     drift: str | None = None
     """How it lays out messages differently; None where it does not, or cannot be asked."""
     drift_known_by: str | None = None
-    """By what its layout was compared."""
+    """What its layout was compared by; None where nothing was."""
     lengths: Sequence[LengthResult] = ()
     max_positions: int = 0
     stop_faults: Sequence[str] = field(default_factory=tuple)
@@ -66,12 +66,12 @@ class EndpointReport:
         """Whose answers these are."""
         counts, asked = self.counts, [r for r in self.results if r.side is not None]
         if len(asked) < _LEAST_ANSWERS:
-            return "not to be told"
+            return "unclear"
         sides: tuple[Side, ...] = ("tuned", "base", "neither")
         for side in sides:
             if counts[side] >= _MOST_OF_PROBES * len(asked):
                 return side
-        return "not to be told"
+        return "unclear"
 
     @property
     def faults(self) -> list[str]:
@@ -100,7 +100,7 @@ class EndpointReport:
         counts, num = self.counts, len(self.results)
         answered = num - counts["None"]
         if not answered:
-            return f"not to be told: none of {num} questions was answered ({self._refusal})"
+            return f"unclear: none of {num} questions was answered ({self._refusal})"
         said = (
             f"{counts['tuned']} of {answered} answers are the adapter's, {counts['base']} the "
             f"base's, {counts['neither']} neither's"
@@ -110,7 +110,7 @@ class EndpointReport:
             "base": "base: it answers as the base does, without the adapter; load the adapter, and "
             "look whether its keys matched (vLLM serves the base where none does)",
             "neither": "neither: it is another adapter or base, or reads another template",
-            "not to be told": "not to be told: the answers are mixed, as of a router, or drawn",
+            "unclear": "unclear: the answers are mixed, as of a router, or drawn",
         }
         return f"{ways[self.verdict]} ({said})"
 

@@ -167,7 +167,7 @@ class Parcel:
 
     @property
     def num_bytes(self) -> int:
-        """Of all files."""
+        """Bytes of all files together."""
         return sum(path.stat().st_size for path in self.files.values())
 
     def check(self, private_paths: Sequence[Path]) -> None:

@@ -30,8 +30,8 @@ _ON_TOP = (
 _PLAIN = "the update is LoRA's of 2023, scaled by lora_alpha / lora_rank; leave this out"
 _NO_PREFIX = refused(
     "P-Tuning v2 is not trained here, LoRA is: `glmtune train --dataset_path rows --output_dir "
-    "output --lora_rank 8`; a prefix that is trained already is an --adapter of infer, compare and "
-    "chat; leave this out",
+    "output --lora_rank 8`; infer, compare and chat run a prefix that is trained already; leave "
+    "this out",
     EVERYWHERE,
 )
 _TARGETS = becomes("lora_target", values=names_of_linears)

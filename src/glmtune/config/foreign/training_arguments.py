@@ -255,7 +255,7 @@ TRAINING_ARGUMENTS: tuple[Foreign, ...] = (
     # --- the hub ---
     *_off(
         "push_to_hub hub_always_push",
-        f"{_HUB}; `glmtune push RUN --repo_id NAME` uploads it later; leave this out",
+        f"{_HUB}; `glmtune push RUN --repo_id ME/NAME` uploads it later; leave this out",
     ),
     *_moot(
         "hub_model_id hub_private_repo hub_revision hub_strategy hub_token "
