@@ -603,3 +603,31 @@ def test_a_run_says_it_too_whatever_the_family(toy_run, no_curve, capsys):
     assert re.search(rf"trainable +{reached} of", said)
     assert of_all == f"{most:,}"
     assert line.endswith(f"query_key_value, dense in {model.config.num_layers} layers")
+
+
+@pytest.mark.parametrize("spelled", [".bias", ".base_layer.bias"])
+def test_trained_biases_of_the_fused_linear_are_cut_as_it_is(
+    load, base_folder, copy_of, tmp_path, spelled
+):
+    """`bias: lora_only` on the publisher's names: q_proj, k_proj and v_proj get their parts."""
+    folder = copy_of("chatglm2-6b-tiny/peft_0_4_query_key_value")
+    plain = shutil.copytree(folder, tmp_path / "plain")
+    torch.manual_seed(0)
+    stem = "transformer.encoder.layers.{}.self_attention.query_key_value"
+    biases = [torch.randn(128) / 4 for _ in range(3)]
+    more = {f"base_model.model.{stem.format(n)}{spelled}": b for n, b in enumerate(biases)}
+    edit_weights(folder, lambda tensors: tensors | more)
+    edit_config(folder, bias="lora_only")
+
+    by_hand = load("chatglm2-6b-tiny")
+    for layer, bias in zip(by_hand.model.layers, biases, strict=True):
+        linears = [getattr(layer.self_attn, f"{name}_proj") for name in "qkv"]
+        for linear, part in zip(linears, bias.split((64, 32, 32)), strict=True):
+            linear.bias.data.copy_(part)
+    expected = merge.probe(load_adapter(by_hand, plain))
+    model = load_adapter(load("chatglm2-6b-tiny"), folder)
+    torch.testing.assert_close(merge.probe(model), expected)
+    convert_adapter(folder, tmp_path / "new", base=str(base_folder("chatglm2-6b-tiny")))
+    assert json.loads((tmp_path / "new" / CONFIG).read_text())["bias"] == "lora_only"
+    theirs = PeftModel.from_pretrained(load("chatglm2-6b-tiny"), str(tmp_path / "new"))
+    torch.testing.assert_close(merge.probe(theirs), expected)

@@ -278,6 +278,8 @@ def test_compare_and_chat_take_a_prefix(prefix, rows_file, tmp_path, capsys, mon
         "adapters convert PREFIX new",
         "adapters dial PREFIX --data_path ROWS",
         "ledger PREFIX",
+        "push PREFIX --repo_id me/mine",
+        "serve --port 0 --adapter mine=PREFIX",
         "train --dataset_path TOKENS --adapter PREFIX --output_dir new",
     ],
 )
@@ -286,7 +288,9 @@ def test_other_verbs_name_the_way_out(
 ):
     monkeypatch.chdir(tmp_path)
     paths = {"PREFIX": str(prefix), "ROWS": rows_file, "TOKENS": toy_rows}
-    words = [paths.get(word, word) for word in line.split()]
+    for name, path in paths.items():
+        line = line.replace(name, path)
+    words = line.split()
     base = [] if words[1] == "convert" else ["--base", "glm-tiny"]
     assert cli.main([*words, *base]) == 2
     err = capsys.readouterr().err.strip()

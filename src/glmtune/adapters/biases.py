@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from glmtune.errors import UserError
 
-_BIAS, _BASE_BIAS, _LORA_A = ".bias", ".base_layer.bias", ".lora_A.weight"
+_BIAS, BASE_BIAS, _LORA_A = ".bias", ".base_layer.bias", ".lora_A.weight"
 
 
 def name_biases(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -22,7 +22,7 @@ def name_biases(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     def name(key: str) -> str:
         stem = key.removesuffix(_BIAS)
-        return stem + _BASE_BIAS if key != stem and stem + _LORA_A in weights else key
+        return stem + BASE_BIAS if key != stem and stem + _LORA_A in weights else key
 
     return {name(key): tensor for key, tensor in weights.items()}
 
@@ -30,7 +30,7 @@ def name_biases(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def bias_setting(weights: Mapping[str, Tensor]) -> str:
     """The value of `bias` in adapter_config.json for an adapter with these tensors."""
     biases = [key for key in weights if _is_bias(key)]
-    if all(key.endswith(_BASE_BIAS) for key in biases):
+    if all(key.endswith(BASE_BIAS) for key in biases):
         return "lora_only" if biases else "none"
     return "all"
 
@@ -39,7 +39,7 @@ def biases_in_effect(peft_model: PeftModel) -> dict[str, Tensor]:
     """The biases that belong to the attached adapter according to its settings; not copies."""
     config = peft_model.peft_config["default"]
     assert isinstance(config, LoraConfig)
-    suffix = {"none": (), "lora_only": (_BASE_BIAS,), "all": (_BIAS,)}[config.bias]
+    suffix = {"none": (), "lora_only": (BASE_BIAS,), "all": (_BIAS,)}[config.bias]
     tensors = {**dict(peft_model.named_parameters()), **dict(peft_model.named_buffers())}
     return {
         key: tensor for key, tensor in tensors.items() if _is_bias(key) and key.endswith(suffix)

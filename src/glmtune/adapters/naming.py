@@ -8,12 +8,14 @@ again: plain LoRA with a rank and an alpha for each module.
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import fields, replace
 from typing import Any
 
 from peft import LoraConfig, TaskType
 from peft.utils.other import get_pattern_key
 
+from glmtune.adapters.biases import BASE_BIAS
 from glmtune.adapters.formats import KEY_PREFIX, SUFFIX_A, SUFFIX_B, Adapter
 from glmtune.errors import UserError
 from glmtune.models.families import FAMILIES, Family
@@ -45,7 +47,33 @@ def in_own_names(adapter: Adapter, names: AdapterNames | None, config: Any = Non
     """
     if names is None or not any(map(names.is_foreign, adapter.modules)):
         return adapter
-    return in_names(adapter, names.to_own, config)
+    if adapter.config.bias != "lora_only":
+        return in_names(adapter, names.to_own, config)
+    biases, plain = _biases_apart(adapter)
+    renamed = in_names(plain, names.to_own, config)
+    with_biases = copy(renamed.config)
+    with_biases.bias = "lora_only"
+    parts = {
+        f"{KEY_PREFIX}{module}{BASE_BIAS}": update.b_OR[:, 0]
+        for module, update in names.to_own(biases, config).items()
+    }
+    return replace(renamed, config=with_biases, weights=renamed.weights | parts)
+
+
+def _biases_apart(adapter: Adapter) -> tuple[dict[str, LowRank], Adapter]:
+    """The biases of adapted linears, and the adapter without them.
+
+    A bias is written as a matrix of one column, so that it is renamed and cut as its linear is.
+    """
+    biases, weights = {}, dict(adapter.weights)
+    for module in adapter.modules:
+        bias = weights.pop(f"{KEY_PREFIX}{module}{BASE_BIAS}", None)
+        if bias is not None:
+            a_RI = weights[KEY_PREFIX + module + SUFFIX_A]
+            biases[module] = LowRank(a_RI[:1], bias[:, None], 1.0)
+    config = copy(adapter.config)
+    config.bias = "none"
+    return biases, replace(adapter, config=config, weights=weights)
 
 
 def in_published_names(adapter: Adapter, family: Family, config: Any = None) -> Adapter:
