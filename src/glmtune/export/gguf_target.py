@@ -101,7 +101,7 @@ def _read_back(model: Any, path: Path, form: GgufForm, expected: Tensor, quant: 
 
 
 def _rows(job: Job) -> list[list[int]]:
-    """Ids that both are asked to go on from: a conversation, and a text."""
+    """Ids that both are asked to continue: a conversation, and a text."""
     tokenizer = job.tokenizer
     assert tokenizer is not None
     chat = tokenizer.apply_chat_template([*CHAT], add_generation_prompt=True)["input_ids"]
