@@ -1,14 +1,13 @@
 """Rows of a server's batch: bit for bit what they are alone, each with an adapter of its own."""
 
-import random
-
 import pytest
 import torch
+from separate import alone, questions, together
 from serving import strong_adapters
 
 from glmtune.adapters import attach_lora
 from glmtune.errors import UserError
-from glmtune.generation import Decoder, EncodedPrompt
+from glmtune.generation import Decoder
 from glmtune.generation.linears import multiply_separately
 from glmtune.generation.mixed import MixedAdapters
 from glmtune.generation.sampling import ChoiceSettings
@@ -16,7 +15,7 @@ from glmtune.generation.slots import Slots
 from glmtune.models.loading import load_base_model
 from glmtune.models.resolve import GLM_TINY
 
-STOPS = [2652]
+STOPS, ENDS = [2652], (2648, 2651)
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -28,82 +27,19 @@ def decoder(request):
     return Decoder(model, STOPS, separate=True, adapters=mixed)
 
 
-def questions(count, seed):
-    pick = random.Random(seed)
-    return [
-        (
-            EncodedPrompt([pick.randrange(10, 2600) for _ in range(pick.randrange(1, 150))]
-                          + [2648, 2651], number),
-            ChoiceSettings(
-                max_new_tokens=pick.randrange(1, 30), num_listed=2,
-                **({} if pick.random() < 0.6 else {"do_sample": True, "frequency_penalty": 0.5}),
-            ),
-            pick.randrange(3),
-        )
-        for number in range(count)
-    ]  # fmt: skip
-
-
-def admit(slots, places, asked):
-    prompts, settings, adapters = zip(*asked, strict=True)
-    slots.admit(places, prompts, settings, adapters=adapters)
-
-
-def alone(decoder, question):
-    slots, ids, scores = Slots(decoder, 4), [], []
-    admit(slots, [0], [question])
-    while True:
-        ids += slots.look()[0]
-        scores += slots.scores.get(0, [])
-        if not slots.num_live:
-            return ids, scores
-        slots.step()
-
-
 @pytest.mark.parametrize("overlaps", [False, True])
 def test_rows_are_what_they_are_alone_in_every_bit(decoder, overlaps):
-    """Whatever joins, leaves and stands beside them: tokens and probabilities are equal.
-
-    Where steps overlap, tokens are read after the next step was launched, as on a GPU.
-    """
-    pick, asked = random.Random(3), questions(14, seed=overlaps)
-    slots, todo, where = Slots(decoder, 6), list(range(len(asked))), {}
-    found = {number: ([], []) for number in todo}
-
-    def read(notes):
-        made = slots.read(notes)
-        for slot in notes.rows:
-            if made[slot]:
-                ids, scores = found[where[slot]]
-                ids += made[slot]
-                scores += slots.scores.get(slot, [])
-
-    while todo or slots.num_live:
-        free = [slot for slot, row in enumerate(slots.rows) if row is None]
-        pick.shuffle(free)
-        if todo and free:
-            width = lambda number: decoder.reads(len(asked[number][0].ids), 1)[1]
-            group = [n for n in todo if width(n) == width(todo[0])][: pick.randrange(1, 4)]
-            group = group[: len(free)]
-            todo = [number for number in todo if number not in group]
-            where |= dict(zip(free, group, strict=False))
-            admit(slots, free[: len(group)], [asked[number] for number in group])
-            read(slots.note())
-        if slots.num_live and slots.step():
-            notes = slots.note()
-            if overlaps and slots.num_live and all(r.end - r.column > 2 for r in slots.rows if r):
-                slots.step()
-            read(notes)
-            read(slots.note())
-    for number, question in enumerate(asked):
-        assert found[number] == alone(decoder, question)
+    """Whatever joins, leaves and stands beside them: tokens and probabilities are equal."""
+    asked = questions(14, overlaps, ENDS)
+    for question, found in zip(asked, together(decoder, asked, overlaps), strict=True):
+        assert found == alone(decoder, question)
 
 
 def test_mixed_rows_are_those_of_one_adapter_at_a_time():
     """The plain reference: the adapter on the model, as every other verb has it."""
     model, mixed, plain = load_base_model(GLM_TINY, dtype=torch.float32), MixedAdapters(), []
     asked = [(prompt, ChoiceSettings(max_new_tokens=12, num_listed=1)) for prompt, _, _ in
-             questions(3, seed=9)]  # fmt: skip
+             questions(3, 9, ENDS)]  # fmt: skip
 
     def reference():
         decoder = Decoder(model_now, STOPS)

@@ -1,5 +1,6 @@
 """The settings of the server."""
 
+import os
 import re
 from typing import ClassVar, Self
 
@@ -88,8 +89,8 @@ class ServeSettings(
     adapter: tuple[str, ...] | None = Field(
         None,
         min_length=1,
-        description="adapters to serve beside the base: NAME=FOLDER each, several with commas "
-        "between or as several flags; requests name them as their model",
+        description="adapters to serve beside the base: NAME=FOLDER each, or a folder alone, whose "
+        "name it then has; several with commas between or as several flags",
     )
     run: PathText | None = Field(
         None,
@@ -113,8 +114,8 @@ class ServeSettings(
         """Accept NAME=FOLDER, each name once."""
         names = []
         for word in value or ():
-            name, equals, folder = word.partition("=")
-            if not equals or not folder or not _NAME.fullmatch(name):
+            name, folder = _named(word)
+            if not folder or not _NAME.fullmatch(name):
                 raise conflict(
                     f"adapter {word!r:.80} should be NAME=FOLDER, such as mine=runs/mine, the name "
                     "of letters, digits, dots, dashes and _",
@@ -147,6 +148,10 @@ class ServeSettings(
     @property
     def adapters(self) -> dict[str, str]:
         """Name -> folder."""
-        return {
-            name: folder for name, _, folder in (word.partition("=") for word in self.adapter or ())
-        }
+        return dict(map(_named, self.adapter or ()))
+
+
+def _named(word: str) -> tuple[str, str]:
+    """Name and folder of an adapter, which without a name has its folder's."""
+    name, equals, folder = word.partition("=")
+    return (name, folder) if equals else (os.path.basename(os.path.normpath(word)), word)

@@ -72,7 +72,7 @@ class Server:
                     yield choice["delta"].get("content") or ""
 
     def _connect(self) -> http.client.HTTPConnection:
-        kind = http.client.HTTPConnection
+        kind: type[http.client.HTTPConnection] = http.client.HTTPConnection
         if self._parts.scheme == "https":
             kind = http.client.HTTPSConnection
         assert self._parts.hostname is not None
@@ -98,12 +98,12 @@ class Server:
         if response.status == 200:
             return response
         try:
-            error = dict(json.loads(response.read())["error"])
+            said = dict(json.loads(response.read())["error"])
         except (KeyError, TypeError, ValueError):
-            error = {"message": "no error in OpenAI's form"}
-        if error.get("code") == "context_length_exceeded":
-            raise TooLong(str(error.get("message")))
-        raise UserError(f"the server: {error.get('message')} (HTTP {response.status})")
+            said = {"message": "no error in OpenAI's form"}
+        if said.get("code") == "context_length_exceeded":
+            raise TooLong(str(said.get("message")))
+        raise UserError(f"the server: {said.get('message')} (HTTP {response.status})")
 
 
 class ServerChat(Chat):

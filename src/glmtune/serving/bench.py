@@ -69,7 +69,7 @@ class ServeFigures:
     first_token_ms_p50: float
     first_token_ms_p99: float
     decoder_tokens_per_second: float
-    """Of the decoder without a server, with as many rows, prefill included; as `bench decode`."""
+    """The rate of the decoder without a server, for as many rows, prefill included."""
     share_of_decoder: float
     memory_mib_half: float
     """Memory of the server's process in the middle of the time, without that of a GPU."""
