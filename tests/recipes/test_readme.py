@@ -34,6 +34,8 @@ OTHERS = (
     "docs/models.md",
     "docs/published.md",
     "docs/export.md",
+    "docs/serving.md",
+    "docs/share.md",
 )
 TRANSLATED = (READMES[0], *GUIDES, *PAGES_OF_TESTS, *OTHERS)
 COMMAND = re.compile(r"^(python \w+\.py|glmtune) .+", re.MULTILINE)

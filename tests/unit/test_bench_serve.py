@@ -7,6 +7,7 @@ import pytest
 from glmtune.cli import main
 
 
+@pytest.mark.slow  # a server and its clients are processes of their own
 def test_clients_are_answered_without_errors(tmp_path, capsys):
     line = "bench serve --shape small --clients 4 --slots 3 --seconds 1 --prompts 2 --adapters 2 "
     line += "--prompt_length 9 --max_new_tokens 6 --use_cpu --json_path"

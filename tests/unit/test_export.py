@@ -275,7 +275,7 @@ def test_vllm_has_the_halves_of_glm4_apart(run_of, tmp_path):
 def test_vllm_has_other_names_for_glm_before_a_version(shared, tmp_path, version, apart, capsys):
     """vLLM 0.32 serves Glm by transformers' class, earlier ones by their own."""
     models = shared / "golden/glm"
-    flags = ["--vllm", version] if version else []
+    flags = ["--vllm_version", version] if version else []
     folder, _ = export(
         models / "models/glm-tiny", models / "adapters/glm-tiny/lora-all", "vllm-adapter",
         "--out", tmp_path / "new", *flags,
@@ -285,16 +285,18 @@ def test_vllm_has_other_names_for_glm_before_a_version(shared, tmp_path, version
     assert (whole["A"] is None) == apart
     told = capsys.readouterr().err
     assert (
-        "before 0.32" if apart else "vLLM 0.32 and later; for earlier ones: --vllm 0.31"
+        "before 0.32" if apart else "vLLM 0.32 and later; for earlier ones: --vllm_version 0.31"
     ) in told
 
 
 def test_vllm_has_the_publishers_names_for_a_published_base(run_of, tmp_path, capsys):
     base, run = run_of("chatglm3")
-    folder, _ = export(base, run, "vllm-adapter", "--out", tmp_path / "new", "--vllm", "0.31")
+    folder, _ = export(
+        base, run, "vllm-adapter", "--out", tmp_path / "new", "--vllm_version", "0.31"
+    )
     linears = {name.rpartition(".")[2] for name in read_adapter(folder).modules}
     assert linears == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
-    assert "--vllm changes nothing here" in capsys.readouterr().err
+    assert "--vllm_version changes nothing here" in capsys.readouterr().err
 
 
 def test_vllm_gets_one_rank_and_one_scale(shared, tmp_path):
@@ -424,8 +426,10 @@ REFUSALS = {
     "a base of a model": ("{base} --base {base} --to hf", "which has no base"),
     "a number type for hf": ("{run} --to hf --quant f16", "with --to gguf alone"),
     "an adapter alone for hf": ("{run} --to hf --adapter_alone true", "with --to gguf alone"),
-    "a version for hf": ("{run} --to hf --vllm 0.31", "with --to vllm-adapter alone"),
-    "a version that is none": ("{run} --to vllm-adapter --vllm new", "a version such as 0.31"),
+    "a version for hf": ("{run} --to hf --vllm_version 0.31", "with --to vllm-adapter alone"),
+    "a version that is none": (
+        "{run} --to vllm-adapter --vllm_version new", "a version such as 0.31",
+    ),
     "an unknown target": ("{run} --to onnx", "hf, chatglm, gguf, vllm-adapter"),
     "v1 for gguf": ("{tiny} --base glm-tiny --to gguf", "chatglm.cpp (github.com/li-plus"),
     "v1 for vLLM": ("{tiny} --base glm-tiny --to vllm-adapter", "vLLM has no such model"),

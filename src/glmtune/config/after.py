@@ -97,7 +97,7 @@ class ExportSettings(BaseModelSettings):
     adapter_alone: bool = Field(
         False, description="write the adapter alone as GGUF, for llama.cpp's --lora on the base"
     )
-    vllm: VersionText | None = Field(
+    vllm_version: VersionText | None = Field(
         None,
         description="version of vLLM that is to serve, such as 0.31: linears have other names in "
         "some (default: the one installed here, else the newest)",
@@ -117,11 +117,11 @@ class ExportSettings(BaseModelSettings):
                         "leave it out",
                         name, "to",
                     )  # fmt: skip
-        if self.vllm and self.to != "vllm-adapter":
+        if self.vllm_version and self.to != "vllm-adapter":
             raise conflict(
-                f"vllm has an effect with --to vllm-adapter alone, not with --to {self.to}: leave "
-                "it out",
-                "vllm", "to",
+                "vllm_version has an effect with --to vllm-adapter alone, not with --to "
+                f"{self.to}: leave it out",
+                "vllm_version", "to",
             )  # fmt: skip
         if self.adapter_alone and self.quant == "q8_0":
             raise conflict(

@@ -26,7 +26,7 @@ ADAPTER_FILE = "adapter.gguf"
 MOST_POSITIONS = 8192
 """What a Modelfile asks for of a longer context, whose memory Ollama would take at once."""
 _ROUNDING = {"f32": 1e-3, "f16": 2e-2, "q8_0": 2e-1}
-"""By number type, the share of the largest logit that rounding the weights may move one by."""
+"""Number type -> the share of the largest logit that rounding the weights may move one by."""
 _NO_LLAMA_CPP = "llama.cpp is not installed here (pip install xllamacpp), so it did not read it"
 
 

@@ -19,7 +19,7 @@ from glmtune.export.reopening import same_tokens
 NUM_TOKENS = 32
 _SPARE = 16
 TIES = {"f32": 1e-4, "f16": 1e-2, "q8_0": 5e-2}
-"""By number type of the weights: how far below the largest logit, as a share of the largest
+"""Number type of the weights -> how far below the largest logit, as a share of the largest
 magnitude, llama.cpp's token may be. In f16 and q8_0 it rounds activations as well."""
 
 

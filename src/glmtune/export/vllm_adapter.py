@@ -39,7 +39,7 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 def write(job: Job, folder: Path) -> Reopened:
     """Write the adapter for vLLM, and open it with vLLM's loader where that is installed."""
     check_plain(job.adapter, "vllm-adapter")
-    version = vllm_version(job.source.settings.vllm)
+    version = vllm_version(job.source.settings.vllm_version)
     adapter = with_one_rank(in_names_of_engine(job, version))
     if adapter.config.r > RANKS[-1]:
         raise UserError(
@@ -73,13 +73,16 @@ def _which_versions(job: Job, version: tuple[int, ...] | None) -> str:
     """Which versions of vLLM read the adapter, where not all do."""
     since = job.family.exports.vllm_has_own_names_since
     if since is None or has_published_base(job):
-        if job.source.settings.vllm is None:
+        if job.source.settings.vllm_version is None:
             return ""
-        return "--vllm changes nothing here: every version has the same names for this base"
+        return "--vllm_version changes nothing here: every version has the same names for this base"
     named = ".".join(map(str, since))
     if version is None or version >= since:
         earlier = f"{since[0]}.{since[1] - 1}"
-        return f"its names are those of vLLM {named} and later; for earlier ones: --vllm {earlier}"
+        return (
+            f"its names are those of vLLM {named} and later; for earlier ones: "
+            f"--vllm_version {earlier}"
+        )
     return f"its names are those of vLLM before {named}; later ones refuse them"
 
 

@@ -43,7 +43,7 @@ class GgufForm(NamedTuple):
     special: Mapping[str, int]
     """eos, eot, eom, pad, unk and bos, as far as there are any: the first three end an answer."""
     chat_template: str
-    """Of jinja, in the tokens' names there."""
+    """A jinja template, which writes the tokens' names there."""
     ollama_template: str
     """The same in Go's templates, for a Modelfile."""
     stops: Sequence[str]
