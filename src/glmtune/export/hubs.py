@@ -13,7 +13,7 @@ from huggingface_hub import constants
 
 from glmtune.data.files import sha256_of
 from glmtune.errors import UserError, reason_of
-from glmtune.export.parcel import CARD_FILE
+from glmtune.export.card_parts import CARD_FILE
 from glmtune.models.hubs import check_endpoint
 
 _AGAIN = "run the same command again, which sends only what is not there yet"

@@ -18,6 +18,7 @@ from glmtune.adapters.merge import TOKENIZER_FILES
 from glmtune.config.reading import shared_setting
 from glmtune.data.files import read_json_object
 from glmtune.errors import UserError
+from glmtune.export.card_parts import CARD_FILE, LICENCE_FILES
 from glmtune.models.families import find_family, naming_rule_of
 from glmtune.models.family import Family, NamingRule
 from glmtune.models.hubs import CONFIG_FILE
@@ -31,8 +32,6 @@ from glmtune.run_files import (
     find_around,
 )
 
-CARD_FILE = "README.md"
-LICENCE_FILES = ("LICENSE*", "LICENCE*", "MODEL_LICENSE*")
 _OF_MODELS = (
     "config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json",
     "pytorch_model*.bin", "pytorch_model.bin.index.json", "*.gguf", "Modelfile", *TOKENIZER_FILES,

@@ -5,8 +5,9 @@ from tempfile import TemporaryDirectory
 
 from glmtune.config.share import PushSettings
 from glmtune.errors import note, visible
+from glmtune.export.card_parts import CARD_FILE
 from glmtune.export.hubs import check_modelscope, upload_to_huggingface, upload_to_modelscope
-from glmtune.export.parcel import CARD_FILE, Parcel, Source
+from glmtune.export.parcel import Parcel, Source
 from glmtune.export.push_card import card_of
 
 _MOST_LEFT_OUT = 12

@@ -12,13 +12,15 @@ from glmtune.data.files import new_folder, write_json
 from glmtune.disk import check_room, free_bytes
 from glmtune.errors import note
 from glmtune.evaluation.run_facts import RunFacts
-from glmtune.export.card import LICENCE_FILES, write_card
+from glmtune.export.card import write_card
+from glmtune.export.card_parts import LICENCE_FILES
 from glmtune.export.job import Job
 from glmtune.export.reopening import Reopened
-from glmtune.export.source import OF_ADAPTERS, RECORD_FILE, check_export
+from glmtune.export.source import OF_ADAPTERS, check_export
 from glmtune.export.usage import usage_of
 from glmtune.hardware import FLOAT16, FLOAT32
 from glmtune.models.resolve import base_name
+from glmtune.run_files import EXPORT_RECORD
 
 _MODULES = {
     "hf": "hf",
@@ -69,7 +71,7 @@ def export(settings: ExportSettings) -> Exported:
             "by_the_targets_own_reader": reopened.is_targets,
             "found": reopened.found,
         }
-        write_json(record, str(folder / RECORD_FILE))
+        write_json(record, str(folder / EXPORT_RECORD))
     print(reopened.line)
     note(*reopened.notes)
     print(f"written: {source.out}")

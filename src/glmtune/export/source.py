@@ -18,14 +18,13 @@ from glmtune.models.shape import bits_of
 from glmtune.run_files import (
     BEST_NAME,
     CHECKPOINT_PREFIX,
+    EXPORT_RECORD,
     checkpoint_name,
     run_folder_of,
     saved_steps,
     step_in,
 )
 
-RECORD_FILE = "export.json"
-"""In each folder that is written: what it holds, and how it was opened again."""
 OF_ADAPTERS = ("vllm-adapter", "peft-old")
 """Targets that are an adapter, for which no base is merged."""
 
@@ -144,9 +143,9 @@ def check_out(source: Source) -> None:
             f"{out}: is there already and not empty; name another with --out, or replace it with "
             "--overwrite_output true"
         )
-    if not (out / RECORD_FILE).is_file():
+    if not (out / EXPORT_RECORD).is_file():
         raise UserError(
-            f"{out}: has no {RECORD_FILE}, so it is no export of ours, and is not replaced; name "
+            f"{out}: has no {EXPORT_RECORD}, so it is no export of ours, and is not replaced; name "
             "another with --out"
         )
 
