@@ -157,10 +157,10 @@ V1_1 = Family(
     exports=Exports(
         refused={
             "chatglm": "is what --to hf writes of this model: its own layout is the published one",
-            "gguf": "llama.cpp and Ollama have no such model; chatglm.cpp "
+            "gguf": "is not run by llama.cpp and Ollama; chatglm.cpp "
             "(github.com/li-plus/chatglm.cpp) runs it in its own format, and --to hf writes a "
             "folder for transformers",
-            "vllm-adapter": "vLLM has no such model; serve the folder of --to hf with transformers",
+            "vllm-adapter": "is not served by vLLM; glmtune serve serves the adapter as it is",
         }
     ),
     new_model=_new_model,
