@@ -74,7 +74,7 @@ def test_adapters_are_judged_right_six_of_six(seed, tmp_path):
     rows = {
         name: tokenized(tmp_path, name, records) for name, records in planted_records(seed).items()
     }
-    half = trained(tmp_path, "half", rows["task"], GLM_TINY, seed, max_steps=60)
+    half = trained(tmp_path, "half", rows["task"], GLM_TINY, seed, max_steps=30)
     base = tmp_path / "base"
     run("merge", "--base", GLM_TINY, "--adapter", half, "--output_dir", base)
     how = {
