@@ -432,7 +432,7 @@ REFUSALS = {
     ),
     "an unknown target": ("{run} --to onnx", "hf, chatglm, gguf, vllm-adapter"),
     "v1 for gguf": ("{tiny} --base glm-tiny --to gguf", "chatglm.cpp (github.com/li-plus"),
-    "v1 for vLLM": ("{tiny} --base glm-tiny --to vllm-adapter", "is not served by vLLM; glmtune serve"),
+    "v1 for vLLM": ("{tiny} --base glm-tiny --to vllm-adapter", "is not served by vLLM"),
     "the run itself": ("{run} --to hf --out {run}", "would overwrite"),
 }  # fmt: skip
 
