@@ -50,9 +50,9 @@ def compare(settings: CompareSettings) -> Comparison:
     gate = Gate.of(settings.gate, metrics)
     subject = ModelChoice.of(settings)
     general = find_general(settings.general_set, subject.base)
-    without = None
+    identity, without = subject.identity(), None
     if settings.without_replay and general:
-        without = find_run_without(settings, subject, general)
+        without = find_run_without(settings, subject, identity, general)
     asked = Asked.of(settings, subject)
     records = asked.first(settings.limit)
     if gate:
@@ -60,7 +60,7 @@ def compare(settings: CompareSettings) -> Comparison:
     assert subject.adapter is not None, "CompareSettings requires one"
     strange = Asked.strange(subject.tokenizer, find_template(subject.adapter))
     folder = Path(settings.output_dir or Path(settings.adapter, COMPARE_FOLDER))
-    answers_depend_on = {"verb": "compare"} | subject.identity() | settings.in_effect()
+    answers_depend_on = {"verb": "compare"} | identity | settings.in_effect()
     file, strange_file = (
         AnswerFile(
             folder / name,
@@ -74,7 +74,7 @@ def compare(settings: CompareSettings) -> Comparison:
     general_file = None
     if general:
         anew = settings.overwrite_output
-        general_file = GeneralFile(folder, general, subject.identity(), overwrite=anew)
+        general_file = GeneralFile(folder, general, identity, overwrite=anew)
     files = [(strange, strange_file, None), (asked, file, settings.limit)]
     cost = _answer(settings, subject, files, general_file)
 

@@ -1,5 +1,6 @@
 """What replay saved: general questions after a run with it, and after a run without."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,18 @@ class Saved:
 
 
 def find_run_without(
-    settings: CompareSettings, subject: ModelChoice, general: GeneralSet
+    settings: CompareSettings,
+    subject: ModelChoice,
+    identity: Mapping[str, Any],
+    general: GeneralSet,
 ) -> tuple[str, BothScores]:
     """The name of the run without replay, and its scores from the comparison beside it.
+
+    Args:
+        settings: which name that run.
+        subject: the model that is compared.
+        identity: what distinguishes it, see `ModelChoice.identity`.
+        general: the questions.
 
     Raises:
         UserError: it cannot be read, is the same adapter or of another base, has not been compared
@@ -76,8 +86,8 @@ def find_run_without(
             f"{where}: is of the base {other.base}, and adapter {settings.adapter} of "
             f"{subject.base}; name a run of the same base"
         )
-    identity = other.identity()
-    if identity["adapter_sha256"] == subject.identity()["adapter_sha256"]:
+    of_other = other.identity()
+    if of_other["adapter_sha256"] == identity["adapter_sha256"]:
         raise UserError(f"{where}: is the adapter that is compared; name the run without replay")
     has_replay = {path: _has_replay(path) for path in (other.adapter, subject.adapter)}
     if has_replay[other.adapter]:
@@ -88,7 +98,7 @@ def find_run_without(
             "saved by it; leave without_replay out"
         )
     folder = Path(name, "compare")
-    scores = GeneralFile(folder, general, identity, overwrite=False).scores
+    scores = GeneralFile(folder, general, of_other, overwrite=False).scores
     if scores is None:
         raise UserError(
             f"{where}: has no scores of these {len(general.items):,} general questions in "
