@@ -7,10 +7,13 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from toys import randomise_adapter
 
+from glmtune.adapters import attach_lora, save_adapter
 from glmtune.models.glm.byte_pair_encoder import tokenizer_of_tiktoken
 from glmtune.models.glm.encoder import of_folder
 from glmtune.models.glm.layouts import LAYOUTS
+from glmtune.models.loading import load_base_model
 
 PUBLISHED = {"model_type": "chatglm", "multi_query_attention": True}
 CONFIGS = {
@@ -153,3 +156,12 @@ def as_published(model) -> dict[str, torch.Tensor]:
         ):
             found[f"{theirs}{b}.weight"] = weights[f"{ours}{a}.weight"]
     return found
+
+
+def write_run(base: Path, folder: Path) -> Path:
+    """Write a run's folder whose adapter, on all linears of a base, has an effect."""
+    torch.manual_seed(1)
+    model = attach_lora(load_base_model(str(base), dtype=torch.float32), targets="all", rank=4)
+    randomise_adapter(model, std=0.2)
+    save_adapter(model, folder, str(base))
+    return folder

@@ -10,13 +10,12 @@ import pytest
 import torch
 import transformers
 import yaml
-from glm_folders import write_model
+from glm_folders import write_model, write_run
 from peft import PeftModel
 from safetensors.torch import load_file
-from toys import randomise_adapter
 
 from glmtune import cli
-from glmtune.adapters import attach_lora, load_adapter, merge, read_adapter, save_adapter
+from glmtune.adapters import load_adapter, merge, read_adapter
 from glmtune.adapters.merge import copy_tokenizer
 from glmtune.config.settings import ExportSettings
 from glmtune.export import hf, peft_old, plain_reader, published
@@ -49,13 +48,7 @@ def run_of(shared, tmp_path_factory):
             base = write_model(
                 place / "base", family, shared / "golden" / vocabulary, published=is_published
             )
-            torch.manual_seed(1)
-            model = attach_lora(
-                load_base_model(str(base), dtype=torch.float32), targets="all", rank=4
-            )
-            randomise_adapter(model, std=0.2)
-            save_adapter(model, place / "run", str(base))
-            made[kind] = base, place / "run"
+            made[kind] = base, write_run(base, place / "run")
         return made[kind]
 
     return make

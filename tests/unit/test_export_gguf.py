@@ -7,13 +7,12 @@ import glm_folders
 import pytest
 import torch
 from gguf import GGUFReader
-from glm_folders import write_model
+from glm_folders import write_model, write_run
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from toys import randomise_adapter
 
 from glmtune import cli
-from glmtune.adapters import attach_lora, load_adapter, read_adapter, save_adapter
+from glmtune.adapters import load_adapter, read_adapter
 from glmtune.adapters.merge import merge_in_memory
 from glmtune.errors import UserError
 from glmtune.export import gguf_file, gguf_target, llama_cpp
@@ -61,13 +60,7 @@ def run_of(shared, tmp_path_factory):
                 config |= {"rms_norm_eps": EPS, "max_position_embeddings": POSITIONS}
                 config["rope_parameters"]["rope_theta"] = 10_000 * ROPE_RATIO
             (base / "config.json").write_text(json.dumps(config))
-            torch.manual_seed(1)
-            model = attach_lora(
-                load_base_model(str(base), dtype=torch.float32), targets="all", rank=4
-            )
-            randomise_adapter(model, std=0.2)
-            save_adapter(model, place / "run", str(base))
-            made[kind] = base, place / "run"
+            made[kind] = base, write_run(base, place / "run")
         return made[kind]
 
     return make

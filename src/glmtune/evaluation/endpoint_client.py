@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from glmtune.config.serving import KEY_VARIABLE
 from glmtune.errors import UserError
 
-KEY_VARIABLES = ("GLMTUNE_API_KEY", "OPENAI_API_KEY")
+KEY_VARIABLES = (KEY_VARIABLE, "OPENAI_API_KEY")
 """Where a key is read from: in the environment, since a flag stays in the shell's history."""
 SECONDS = 600.0
 """Longest time for an answer."""

@@ -189,10 +189,32 @@ class GroupQuantised:
 
 
 @dataclass(frozen=True)
-class Adapted:
-    """A linear with low-rank updates beside it, computed in the updates' own type, as in PEFT."""
+class _Updated:
+    """A linear whose outputs get an update: how kernels take it, for one token a row."""
 
     base: Projection
+
+    def input_dtype(self, num_rows: int, dtype: torch.dtype) -> torch.dtype:
+        """The input type in which `fused` is fastest, for some rows and the model's type."""
+        return self.base.input_dtype(num_rows, dtype)
+
+    def fused(self, x: Tensor, **more: Any) -> Tensor:
+        """The same for one token a row, fused with what else the base's `fused` takes."""
+        return self.base.fused(x, update=self._update(x), **more)
+
+    def factor(self, x: Tensor) -> Any:
+        """The linear as `ops.decoding_kernels.project_three` takes it, for some inputs."""
+        return self.base.factor(x)._replace(update=self._update(x))
+
+    def _update(self, x: Tensor) -> Any:
+        """The factors of the update and its scale, as kernels take them."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Adapted(_Updated):
+    """A linear with low-rank updates beside it, computed in the updates' own type, as in PEFT."""
+
     updates: tuple[LowRank, ...]
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -202,18 +224,6 @@ class Adapted:
         for a_RI, b_OR, scale in self.updates:
             total = total + F.linear(F.linear(x.to(a_RI.dtype), a_RI), b_OR) * scale
         return total.to(y.dtype)
-
-    def input_dtype(self, num_rows: int, dtype: torch.dtype) -> torch.dtype:
-        """The input type in which `fused` is fastest, for some rows and the model's type."""
-        return self.base.input_dtype(num_rows, dtype)
-
-    def fused(self, x: Tensor, **more: Any) -> Tensor:
-        """The same for a batch and one update, fused with what else the base's `fused` takes."""
-        return self.base.fused(x, update=self._update(x), **more)
-
-    def factor(self, x: Tensor) -> Any:
-        """The linear as `ops.decoding_kernels.project_three` takes it, for some inputs."""
-        return self.base.factor(x)._replace(update=self._update(x))
 
     def _update(self, x: Tensor) -> Any:
         ((a_RI, b_OR, scale),) = self.updates
@@ -225,14 +235,13 @@ class Adapted:
 
 
 @dataclass(frozen=True)
-class AdaptedByRow:
+class AdaptedByRow(_Updated):
     """A linear with the updates of several adapters beside it, of which each row takes one.
 
     All are computed as one product, in which the ranks of other adapters are set to zero: a row
     costs the same whichever adapter its neighbours have, and a step is the same kernels.
     """
 
-    base: Projection
     a_RI: Tensor
     """The adapters' A, one under another."""
     b_OR: Tensor
@@ -246,18 +255,6 @@ class AdaptedByRow:
         y = self.base(x)
         low = multiply_separately(x.to(self.a_RI.dtype), self.a_RI) * self.is_taken()[:, None]
         return (y + multiply_separately(low, self.b_OR)).to(y.dtype)
-
-    def input_dtype(self, num_rows: int, dtype: torch.dtype) -> torch.dtype:
-        """The input type in which `fused` is fastest, for some rows and the model's type."""
-        return self.base.input_dtype(num_rows, dtype)
-
-    def fused(self, x: Tensor, **more: Any) -> Tensor:
-        """The same for one token a row, fused with what else the base's `fused` takes."""
-        return self.base.fused(x, update=self._update(x), **more)
-
-    def factor(self, x: Tensor) -> Any:
-        """The linear as `ops.decoding_kernels.project_three` takes it, for some inputs."""
-        return self.base.factor(x)._replace(update=self._update(x))
 
     def _update(self, x: Tensor) -> Any:
         low = F.linear(x.to(self.a_RI.dtype), self.a_RI).flatten(0, -2)
