@@ -107,3 +107,17 @@ def test_a_run_without_replay_has_nothing_that_was_saved(folder, tmp_path, capsy
     shutil.copy(folder / "with" / weights.name, weights)
     told = refused(folder, capsys, "without", "--without_replay", other)
     assert "its rows have no replay among them, so nothing was saved by it" in told
+
+
+def test_a_run_of_another_base_is_refused(folder, tmp_path, capsys):
+    base, other = tmp_path / "base", tmp_path / "other"
+    shutil.copytree(GLM_TINY, base)
+    shutil.copytree(folder / "without", other)
+    for name in ("adapter_config.json", "recipe.yaml"):
+        text = (other / name).read_text(encoding="utf-8")
+        (other / name).write_text(text.replace(str(GLM_TINY), str(base)), encoding="utf-8")
+    capsys.readouterr()
+    flags = ["--adapter", folder / "with", "--data_path", folder / "asked.json"]
+    flags += ["--without_replay", other, "--use_cpu", "true"]
+    assert main(["compare", *map(str, flags)]) == 2
+    assert f"is of the base {base}, and adapter {folder / 'with'} of" in capsys.readouterr().err
