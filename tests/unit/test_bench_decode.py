@@ -101,7 +101,7 @@ def test_no_memory_is_told_with_the_batch_size(run, monkeypatch):
     def no_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(room, "_time_decoder", no_memory)
+    monkeypatch.setattr(room, "time_decoder", no_memory)
     with pytest.raises(UserError, match="batch_size 3: no memory"):
         run(batch_size=3)
 
