@@ -16,7 +16,8 @@ from toys import child_environment
 from glmtune.cli import main
 from glmtune.models.loading import load_base_model
 from glmtune.models.resolve import GLM_TINY
-from glmtune.training import loop, passes, prepare
+from glmtune.training import passes, prepare
+from glmtune.training.gradients import GradientSums
 from glmtune.training.saving import checkpoints
 
 
@@ -71,7 +72,7 @@ def be_stopped(moment, rows, folder, out, err):
     if moment == "loading":
         prepare.load_base_model = slow(load_base_model, 40)
     elif moment == "stepping":
-        loop.sum_gradients = slow(loop.sum_gradients, 2, FromCall(3))
+        GradientSums.receive = slow(GradientSums.receive, 2, FromCall(3))
     elif moment == "evaluating":  # 20 s for its four rows
         passes.PaddedPass.row_losses = slow(passes.PaddedPass.row_losses, 5)
     elif moment == "saving":

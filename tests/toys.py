@@ -2,9 +2,8 @@
 
 import json
 import os
+import shutil
 import signal
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -145,20 +144,6 @@ def child_environment():
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def in_two_processes(script, *arguments):
-    """Launch a test file as two processes of one group, which run its `__main__`."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*launch, script, *map(str, arguments)],
-        env=child_environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
-
-
 def history(run):
     """All records of a run: of what `train` returned, or of the log in its folder."""
     if isinstance(run, Path):
@@ -184,6 +169,15 @@ def losses(run, key="loss"):
 def saved(folder):
     """Names of the checkpoints in a run's folder."""
     return sorted(path.name for path in Path(folder).glob("checkpoint-*"))
+
+
+def keep_only(run, step, target):
+    """The folder of a killed run, with checkpoint `step` as the newest."""
+    shutil.copytree(run, target)
+    for checkpoint in target.glob("checkpoint-*"):
+        if int(checkpoint.name.partition("-")[2]) > step:
+            shutil.rmtree(checkpoint)
+    return str(target)
 
 
 def adapter_weights(folder):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import glmtune
 from glmtune.errors import UserError
 from glmtune.imports import prepare_imports
+from glmtune.launched import is_first_to_say
 
 if TYPE_CHECKING:
     from glmtune.config import settings as config
@@ -394,7 +395,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if is_first_to_say(str(error)):  # several processes find the same
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

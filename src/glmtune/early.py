@@ -132,7 +132,7 @@ def check_training(settings: TrainSettings) -> None:
     check_general_set(settings.general_set)
     if settings.adapter and not settings.resume_from_checkpoint:
         refuse_prefix(find_adapter(settings.adapter))
-    if settings.base or not settings.resume_from_checkpoint:
+    if settings.base or settings.resume_from_checkpoint in (None, "auto"):
         check_base(settings.base, settings.adapter)
         leave_out_unused(settings, settings.adapter)
 

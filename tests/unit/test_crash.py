@@ -4,19 +4,18 @@ import json
 import math
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from together import in_processes, output
 from toys import (
     EXACT,
     PACKED,
     ToyTokenizer,
     adapter_weights,
     draw_rows,
-    in_two_processes,
     losses,
     save_rows,
     short_run,
@@ -227,7 +226,8 @@ def test_a_full_disk_leaves_no_half_bundle(crash_run, tmp_path, broken_base, mon
 
 def test_two_processes_stop_at_the_same_step(numbered_rows, tiny_folder, tmp_path):
     """The fault is in the second one; both stop, and the first leaves the bundle."""
-    in_two_processes(__file__, tmp_path / "run", numbered_rows, tiny_folder)
+    given = tmp_path / "run", numbered_rows, str(tiny_folder)
+    assert in_processes(2, stop_in_one_of_two, *given, folder=tmp_path) == [0, 0], output(tmp_path)
     said = [(tmp_path / f"run.{rank}").read_text() for rank in (0, 1)]
     assert all(text.startswith("step 2: the loss is nan") for text in said)
     bundle = read_bundle(tmp_path / "run" / "crash-2")
@@ -244,7 +244,3 @@ def stop_in_one_of_two(folder, dataset_path, base):
         with pytest.raises(UserError) as error:
             loop.train(short_run(dataset_path, folder, base=base, **settings))
     Path(f"{folder}.{os.environ['RANK']}").write_text(str(error.value))
-
-
-if __name__ == "__main__":
-    stop_in_one_of_two(*sys.argv[1:])

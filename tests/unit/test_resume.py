@@ -5,14 +5,14 @@ import json
 import os
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toys import EXACT, PACKED, adapter_weights, in_two_processes, records, short_run
+from together import in_processes, output
+from toys import EXACT, PACKED, adapter_weights, keep_only, records, short_run
 from transformers import TrainerState
 
 from glmtune import runlog
@@ -46,15 +46,6 @@ def outcome(folder):
     state = TrainerState.load_from_json(Path(folder, "trainer_state.json"))
     bits = {name: weight.numpy().tobytes() for name, weight in adapter_weights(folder).items()}
     return bits, records(state, "step"), state.num_input_tokens_seen
-
-
-def keep_only(run, step, target):
-    """The folder of a killed run, with checkpoint `step` as the newest."""
-    shutil.copytree(run, target)
-    for checkpoint in target.glob("checkpoint-*"):
-        if int(checkpoint.name.partition("-")[2]) > step:
-            shutil.rmtree(checkpoint)
-    return str(target)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -97,7 +88,7 @@ class TestWorkers:
     @pytest.fixture(scope="class")
     def folder(self, toy_rows, tmp_path_factory):
         folder = tmp_path_factory.mktemp("workers")
-        in_two_processes(__file__, folder, toy_rows)
+        assert in_processes(2, work, folder, toy_rows, folder=folder) == [0, 0], output(folder)
         return folder
 
     @pytest.mark.parametrize("layout", LAYOUTS)
@@ -372,7 +363,3 @@ class TestFallingBack:
         torch.save(content, checkpoint / file)
         with pytest.raises(UserError, match="is not this run's state"):
             loop.train(toy_run(resume_from_checkpoint="true", **settings | {"max_steps": 3}))
-
-
-if __name__ == "__main__":
-    work(*sys.argv[1:])

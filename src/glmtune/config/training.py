@@ -19,6 +19,7 @@ from glmtune.config.groups import (
     spelled_truth,
     split_commas,
 )
+from glmtune.errors import UserError
 
 
 class LayoutSettings(Settings):
@@ -58,7 +59,16 @@ class StepSettings(Settings):
     """How much is trained on, in which order, and what is held out of it."""
 
     group: ClassVar[str] = "data"
-    gradient_accumulation_steps: int = Field(1, ge=1, description="passes per optimiser step")
+    gradient_accumulation_steps: int = Field(
+        1, ge=1, description="passes per optimiser step, of each process"
+    )
+    passes_per_step: int | None = Field(
+        None,
+        ge=1,
+        description="passes per optimiser step of all processes together, which take equal parts: "
+        "with it a run has the same steps on any number of GPUs (default: what "
+        "gradient_accumulation_steps gives each)",
+    )
     max_steps: int = Field(
         -1, ge=-1, description="optimiser steps; when above 0, num_train_epochs does not count"
     )
@@ -86,6 +96,40 @@ class StepSettings(Settings):
     )
 
     _spell_general_set = field_validator("general_set", mode="before")(spelled_truth)
+
+    @model_validator(mode="after")
+    def passes_are_counted_once(self) -> Self:
+        """Passes are given for each process or for all."""
+        if self.passes_per_step and self.gradient_accumulation_steps > 1:
+            raise conflict(
+                "passes_per_step counts the passes of all processes, gradient_accumulation_steps "
+                "those of each: leave one of them out",
+                "passes_per_step",
+                "gradient_accumulation_steps",
+            )
+        return self
+
+    def passes_of_all(self, num_processes: int) -> int:
+        """Passes of an optimiser step, of a number of processes together.
+
+        Raises:
+            UserError: they cannot have equal parts of `passes_per_step`.
+        """
+        passes = self.passes_per_step
+        if passes is None:
+            return num_processes * self.gradient_accumulation_steps
+        if passes % num_processes:
+            raise UserError(
+                f"passes_per_step: {num_processes} processes cannot have equal parts of {passes} "
+                f"passes: start {divisors(passes)} of them"
+            )
+        return passes
+
+
+def divisors(number: int) -> str:
+    """The numbers that divide a number, in words: `1, 2 or 4`."""
+    *most, last = [str(n) for n in range(1, number + 1) if number % n == 0]
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 class TrainingDataSettings(StepSettings):
@@ -218,9 +262,10 @@ class RunFolderSettings(RunRecordSettings):
     output_dir: PathText = Field(
         description="folder for checkpoints, metrics and the recipe as run"
     )
-    resume_from_checkpoint: Literal["true"] | PathText | None = Field(
+    resume_from_checkpoint: Literal["true", "auto"] | PathText | None = Field(
         None,
-        description="resume from this checkpoint; true: from the newest in output_dir",
+        description="resume from this checkpoint; true: from the newest in output_dir; auto: the "
+        "same where there is one, else start, for jobs that are started again",
     )
     save_strategy: Literal["steps", "epoch"] = Field(
         "steps",
@@ -239,9 +284,9 @@ class RunFolderSettings(RunRecordSettings):
     @field_validator("resume_from_checkpoint", mode="before")
     @classmethod
     def spell_bool(cls, value: object) -> object:
-        """`true` is kept as a keyword, and `false` means unset."""
+        """`true` and `auto` are kept as keywords, and `false` means unset."""
         word = str(value).lower()
-        return {"true": "true", "false": None}.get(word, value)
+        return {"true": "true", "auto": "auto", "false": None}.get(word, value)
 
 
 class TrainingDeviceSettings(DeviceSettings, QuantisingSettings):

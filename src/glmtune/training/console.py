@@ -67,6 +67,7 @@ def print_banner(run: Run, state: TrainingState) -> None:
             "steps": f"{run.max_steps:,}, which is {run.plan.epoch(run.max_steps):.4g} epoch(s) of "
             f"{run.plan.steps_in(0):,}{done}",
             **describe_step(run),
+            **_describe_gradients(run, state),
             "trainable": f"{trainable:,} of {total:,} parameters ({trainable / total:.3%})",
             "device": f"{device_name(device)}, {total_memory_gib(device):.0f} GiB, "
             f"{run.identity['dtype']}{special}",
@@ -93,11 +94,25 @@ def _describe_split(run: Run) -> dict[str, str]:
     return {"held out": "; ".join(told)} if told else {}
 
 
+def _describe_gradients(run: Run, state: TrainingState) -> dict[str, str]:
+    """What processes send each other; empty for one alone."""
+    sums = state.gradients
+    if not sums.num_buckets:
+        return {}
+    early = sums.num_buckets > 1 and not run.forecast.setup.captured
+    when = ", all but the last while its last pass still computes" if early else ""
+    return {
+        "gradients": f"the adapter's alone cross between processes: {sums.num_bytes / 1e6:,.2f} MB "
+        f"a step of each, in {sums.num_buckets} message(s){when}"
+    }
+
+
 def describe_step(run: Run) -> dict[str, str]:
     """What a step is made of."""
     settings, plan = run.settings, run.plan
     num_processes = run.accelerator.num_processes
-    passes = f"{settings.gradient_accumulation_steps} pass(es) x {num_processes} process(es)"
+    passes_of_each = settings.passes_of_all(num_processes) // num_processes
+    passes = f"{passes_of_each} pass(es) x {num_processes} process(es)"
     if isinstance(plan, PackPlan):
         rows = len(plan.row_ids) / plan.steps_in(0)
         return {

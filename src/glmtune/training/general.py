@@ -14,6 +14,7 @@ from glmtune.general.scores import GeneralRows, GeneralScores
 from glmtune.models.likelihood import PACK_LENGTH, packed_layers
 from glmtune.runlog import RunLog
 from glmtune.training.interrupt import CutShort, undone_when_cut_short
+from glmtune.training.processes import memory_of_all
 from glmtune.training.run import Run
 from glmtune.training.state import TrainingState
 
@@ -81,7 +82,7 @@ def log_general(
     """
     assert run.general is not None, "it is due"
     started = time.monotonic()
-    with undone_when_cut_short(state, run.accelerator):
+    with undone_when_cut_short(state):
         scores = score(run, state, wants_stop)
     record: dict[str, float | str] = {KEY: float(scores.accuracy_N.mean())}
     for language in LANGUAGES:
@@ -115,10 +116,11 @@ def score(
     sums_NC = np.zeros((len(general.general.items), NUM_CHOICES))
     is_cut = False
     parts = general.parts(min(PACK_LENGTH, heaviest))
-    for part_N in parts[accelerator.process_index :: accelerator.num_processes]:
-        if is_cut := wants_stop():
-            break
-        sums_NC[part_N] = general.sums(packed, part_N)
+    with memory_of_all(accelerator):
+        for part_N in parts[accelerator.process_index :: accelerator.num_processes]:
+            if is_cut := wants_stop():
+                break
+            sums_NC[part_N] = general.sums(packed, part_N)
     flat = torch.tensor([*sums_NC.ravel(), float(is_cut)], dtype=torch.float64)
     *sums, num_cut = accelerator.reduce(flat.to(accelerator.device), reduction="sum").tolist()
     if num_cut:

@@ -14,6 +14,7 @@ from glmtune.training.general import is_general_due, log_general
 from glmtune.training.interrupt import CutShort, StopRequest, undone_when_cut_short
 from glmtune.training.passes import Pass
 from glmtune.training.plan import evaluation_parts
+from glmtune.training.processes import memory_of_all
 from glmtune.training.run import Run
 from glmtune.training.state import TrainingState
 
@@ -75,7 +76,7 @@ def _log_losses(
     rows, eval_rows = run.rows, run.eval_rows
     size = run.settings.per_device_eval_batch_size
     parts = evaluation_parts(rows.lengths_R, eval_rows, run.forecast.pack_length, size)
-    with undone_when_cut_short(state, run.accelerator):
+    with undone_when_cut_short(state):
         losses_R = row_losses(step_pass, parts, len(rows), run.accelerator, stop.is_wanted)
     nums_R = rows.num_labels_R
     own = eval_rows[eval_rows < rows.num_own]
@@ -110,13 +111,15 @@ def row_losses(
 
     Raises:
         CutShort: a process was asked to stop before the end; then all raise it.
+        torch.OutOfMemoryError: a process has too little memory; then all raise it.
     """
     losses_R1 = torch.zeros(num_rows + 1, dtype=torch.float64, device=accelerator.device)
-    for part in parts[accelerator.process_index :: accelerator.num_processes]:
-        if wants_stop():
-            losses_R1[-1] = 1
-            break
-        losses_R1[torch.from_numpy(part).to(accelerator.device)] = step_pass.row_losses(part)
+    with memory_of_all(accelerator):
+        for part in parts[accelerator.process_index :: accelerator.num_processes]:
+            if wants_stop():
+                losses_R1[-1] = 1
+                break
+            losses_R1[torch.from_numpy(part).to(accelerator.device)] = step_pass.row_losses(part)
     *losses, num_cut = accelerator.reduce(losses_R1, reduction="sum").tolist()
     if num_cut:
         raise CutShort

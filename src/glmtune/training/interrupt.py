@@ -102,17 +102,12 @@ class CutShort(Exception):
 
 
 @contextmanager
-def undone_when_cut_short(state: TrainingState, accelerator: Accelerator) -> Iterator[None]:
+def undone_when_cut_short(state: TrainingState) -> Iterator[None]:
     """Roll back gradients, random numbers and running loss if a step is cut short.
-
-    With several processes, where the others would wait for this one, it does nothing.
 
     Raises:
         CutShort: if the block raises it, or instead of torch.OutOfMemoryError.
     """
-    if accelerator.num_processes > 1:
-        yield
-        return
     before = own_state(state)
     try:
         yield

@@ -7,32 +7,35 @@ number of label tokens, however the rows are divided among passes and processes.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from glmtune.config.settings import TrainSettings
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError, note
 from glmtune.hardware import memory_gib
+from glmtune.run_files import METRICS_FILE
 from glmtune.runlog import RunLog
 from glmtune.training.console import Pace, memory_advice, print_banner, print_summary
-from glmtune.training.faults.crash import bundle_on_fault
+from glmtune.training.faults.crash import bundle_on_fault, versions
 from glmtune.training.faults.loss_watch import check_course
 from glmtune.training.first_step import check_first_step
 from glmtune.training.general import of_this_set
 from glmtune.training.held_out import answer_samples, evaluate_if_due, is_evaluation_due
 from glmtune.training.interrupt import CutShort, StopRequest, undone_when_cut_short
 from glmtune.training.passes import Pass
+from glmtune.training.peers import Peers
 from glmtune.training.plan import pass_seed
 from glmtune.training.prepare import prepare
-from glmtune.training.processes import on_main
+from glmtune.training.processes import memory_of_all, on_main
 from glmtune.training.run import Run, build_pass, build_state, start_accelerator
 from glmtune.training.saving import checkpoints, run_folder
 from glmtune.training.saving.run_folder import evaluations_at
@@ -72,15 +75,20 @@ def train(settings: TrainSettings, at_end: AtEnd | None = None) -> TrainResult:
             memory or the disk is too small, or the loss is no longer finite.
         KeyboardInterrupt: a signal came before the first step.
     """
-    accelerator, dtype = start_accelerator(settings)
-    with StopRequest(accelerator, settings.max_hours) as stop:
-        ready = prepare(settings, accelerator, dtype)
-        run, model = ready.run, ready.model
-        on_main(accelerator, lambda: run_folder.claim_output_dir(ready.recipe, ready.resume))
-        try:
-            result = fit(run, model, stop, ready.resume)
-        except torch.OutOfMemoryError as error:
-            raise UserError(f"{memory_advice(run)}; checkpoints are as they were") from error
+    peers = Peers.of_launch(settings.dataset_path, str(Path(settings.output_dir, METRICS_FILE)))
+    with peers.watched():
+        peers.tell_restart()
+        peers.compare("packages", versions())
+        accelerator, dtype = start_accelerator(settings)
+        with StopRequest(accelerator, settings.max_hours) as stop:
+            ready = prepare(settings, accelerator, dtype)
+            run, model = replace(ready.run, peers=peers), ready.model
+            peers.compare("run", run.shared_facts())
+            on_main(accelerator, lambda: run_folder.claim_output_dir(ready.recipe, ready.resume))
+            try:
+                result = fit(run, model, stop, ready.resume)
+            except torch.OutOfMemoryError as error:
+                raise UserError(f"{memory_advice(run)}; checkpoints are as they were") from error
     if at_end is not None and accelerator.is_main_process and result.is_done:
         at_end(model, ready.tokenizer, run.rows, run.eval_rows)
     return result
@@ -117,6 +125,7 @@ def fit(run: Run, model: PeftModel, stop: StopRequest, resume: Path | None = Non
         open_log(run, state, history) as log,
     ):
         stop.begin()
+        run.peers.begin(partial(run_folder.what_is_kept, run, state))
         since_start = Pace(state)
         try:
             take_steps(run, state, step_pass, log, stop)
@@ -125,9 +134,10 @@ def fit(run: Run, model: PeftModel, stop: StopRequest, resume: Path | None = Non
             if cut.out_of_memory:
                 evaluating = is_evaluation_due(run, state.global_step, log.history)
                 kept = run_folder.what_is_kept(run, state)
+                advice = on_main(accelerator, lambda: memory_advice(run, evaluating))
                 raise UserError(
-                    f"{memory_advice(run, evaluating)}; {kept}, with --resume_anyway true where "
-                    "packs, layout or bits are to be others"
+                    f"{advice}; {kept}, with --resume_anyway true where packs, layout or bits are "
+                    "to be others"
                 ) from cut
         has_ended = state.global_step >= run.max_steps or ends_early(run, state)
         is_done = bool(has_ended) and not is_evaluation_due(run, state.global_step, log.history)
@@ -229,27 +239,34 @@ def train_step(
         The norm of the gradient before clipping, on the device.
 
     Raises:
-        CutShort: a request to stop came between two passes, or memory is too small; nothing has
-            changed. One of several processes, for which the others would wait, completes the step
-            instead, or ends with torch.OutOfMemoryError.
+        CutShort: memory is too small, here or in another process, or a request to stop came between
+            two passes of the only process; nothing has changed.
         NotFiniteError: this step, or one shortly before it, was not applied; see `watch`.
     """
     settings, accelerator = run.settings, run.accelerator
     parts = run.plan.parts(state.global_step, accelerator.num_processes)
     row_ids = np.concatenate(parts)
     num_labels = int(run.rows.num_labels_R[row_ids].sum())
+    numbers = range(accelerator.process_index, len(parts), accelerator.num_processes)
+    mine = [number for number in numbers if len(parts[number])]
     largest_weight = state.watch.begin(state.global_step)
     loss = torch.zeros_like(state.loss_sum)
-    with undone_when_cut_short(state, accelerator):
-        for number, part in enumerate(parts):
+    sums = state.gradients
+    sums.begin()
+
+    def send() -> None:
+        sums.send(torch.stack([loss, largest_weight]))
+
+    with undone_when_cut_short(state), memory_of_all(accelerator, send):
+        for number in mine:
             if number and accelerator.num_processes == 1 and wants_stop():
                 raise CutShort
-            if number % accelerator.num_processes == accelerator.process_index and len(part):
-                seed = pass_seed(settings.seed, state.global_step, number)
-                loss += step_pass.run(part, num_labels, seed)
+            run.peers.beat(state.global_step, parts[number])
+            seed = pass_seed(settings.seed, state.global_step, number)
+            with sums.during_last_pass() if number == mine[-1] else nullcontext():
+                loss += step_pass.run(parts[number], num_labels, seed)
     state.loss_sum += loss
-    sums = sum_gradients(state.weights, torch.stack([loss, largest_weight]), accelerator)
-    state.watch.see_loss(*sums)
+    state.watch.see_loss(*sums.receive())
     grad_norm = accelerator.clip_grad_norm_(state.weights, settings.max_grad_norm or math.inf)
     state.watch.see_gradient(grad_norm)
     state.optimizer.step()
@@ -260,23 +277,6 @@ def train_step(
     state.num_loss_steps += 1
     state.num_tokens += int(run.rows.lengths_R[row_ids].sum())
     return grad_norm
-
-
-def sum_gradients(weights: list[nn.Parameter], numbers: Tensor, accelerator: Accelerator) -> Tensor:
-    """Give every process the sum of all processes' gradients: the loss is a sum over all rows.
-
-    Returns:
-        The sums of the given extra numbers, from the same communication.
-    """
-    if accelerator.num_processes == 1:
-        return numbers
-    grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
-    parts = [*(grad.flatten() for grad in grads), numbers]
-    flat = accelerator.reduce(torch.cat(parts), reduction="sum")
-    *summed, numbers = flat.split([part.numel() for part in parts])
-    for weight, grad in zip(weights, summed, strict=True):
-        weight.grad = grad.view_as(weight)
-    return numbers
 
 
 def take_loss(run: Run, state: TrainingState) -> float:

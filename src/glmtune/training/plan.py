@@ -252,12 +252,15 @@ def make_plan(
         rows: every row, held-out ones included.
         pack_length: tokens of a pack; None where passes have a fixed number of rows.
         num_processes: processes that share a step.
+
+    Raises:
+        UserError: they cannot have equal parts of `passes_per_step`.
     """
     lengths_R = rows.lengths_R
     train_rows, _ = rows.split(settings.eval_ratio, settings.seed)
     seed = settings.seed if settings.data_seed is None else settings.data_seed
     shuffle = settings.train_sampling_strategy == "random"
-    passes = num_processes * settings.gradient_accumulation_steps
+    passes = settings.passes_of_all(num_processes)
     if pack_length:
         return PackPlan(train_rows, seed, shuffle, lengths_R, pack_length, passes)
     batch_size = settings.per_device_train_batch_size

@@ -62,6 +62,8 @@ def prepare(settings: TrainSettings, accelerator: Accelerator, dtype: torch.dtyp
     if settings.base_dtype == "fp8":
         check_fp8(accelerator.device)
     resume, notes = on_main(accelerator, lambda: run_folder.resume_point(settings))
+    if resume:
+        settings = run_folder.same_step(settings, accelerator.num_processes, resume)
     base = resolve_base(settings.base, str(resume) if resume else settings.adapter)
     tokenizer = load_tokenizer(base)
     config = load_config(base)

@@ -4,7 +4,7 @@ import hashlib
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +26,13 @@ from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError, note
 from glmtune.general.scores import GeneralRows
 from glmtune.hardware import device_name, pick_device, pick_dtype
+from glmtune.launched import local_number
 from glmtune.models.families import family_of
 from glmtune.models.packed import PackedModel, base_of, to_fp8
 from glmtune.models.shape import bits_of
+from glmtune.training.gradients import GradientSums
 from glmtune.training.passes import CapturedPass, PackedPass, PaddedPass, Pass
+from glmtune.training.peers import Peers
 from glmtune.training.plan import PackPlan, Plan, count_steps, is_saved, make_plan
 from glmtune.training.planning.forecast import Forecast, Forecaster, make_forecaster
 from glmtune.training.planning.memory import Layout
@@ -74,6 +77,8 @@ class Run:
     """Fingerprints of the rows and the base, by which a resumed run recognises them."""
     general: GeneralRows | None = None
     """The general set that is scored at every evaluation."""
+    peers: Peers = field(default_factory=lambda: Peers(0, 1))
+    """The other processes."""
     samples: "Samples | None" = None
     """Held-out questions that are answered at every evaluation, before the first step too."""
 
@@ -182,6 +187,13 @@ class Run:
             **{name: getattr(self.settings, name) for name in _NUMERIC_SETTINGS},
         }
 
+    def shared_facts(self) -> dict[str, Any]:
+        """What all processes must have alike: settings, rows and base; paths may differ."""
+        own = {"base", "dataset_path", "eval_dataset_path", "output_dir", "adapter", "general_set"}
+        own |= {"resume_from_checkpoint", "report_to", "disable_tqdm"}
+        settings = self.settings.model_dump(mode="json", exclude=own)
+        return settings | {"device": self.accelerator.device.type} | self.identity
+
     def is_saved(self, step: int) -> bool:
         """Whether there is a checkpoint of a step that has been taken."""
         return step > 0 and (is_saved(self.settings, self.plan, step) or step == self.max_steps)
@@ -218,6 +230,11 @@ def start_accelerator(settings: TrainSettings) -> tuple[Accelerator, torch.dtype
         UserError: a number format or a kind of distribution that is not available.
     """
     device = pick_device(settings.use_cpu)
+    if device.type == "cuda" and local_number() >= (num_cards := torch.cuda.device_count()):
+        raise UserError(
+            f"process {local_number()} of this machine has no card: it has {num_cards}, and a "
+            f"process needs one of its own: torchrun --nproc_per_node {num_cards}"
+        )
     dtype, caution = pick_dtype(device, settings.bf16, settings.fp16)
     accelerator = Accelerator(
         cpu=device.type == "cpu", mixed_precision="fp16" if dtype == torch.float16 else "no"
@@ -335,4 +352,5 @@ def build_state(run: Run, model: PeftModel) -> TrainingState:
         scaler=scaler,
         loss_sum=torch.zeros((), device=device),
         watch=Watch(weights, optimizer, scaler, device, accelerator.num_processes),
+        gradients=GradientSums(weights, accelerator),
     )

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from glmtune.training.best import Best, Evaluations
+from glmtune.training.gradients import GradientSums
 from glmtune.training.watch import RandomState, Watch
 
 
@@ -26,6 +27,8 @@ class TrainingState:
     """This process's share of the losses since the last record, summed over steps."""
     watch: Watch
     """Checks each step before it is applied."""
+    gradients: GradientSums
+    """Sums the gradients of all processes."""
     scaler: Any = None
     """The gradient scaler of float16, or None."""
     global_step: int = 0

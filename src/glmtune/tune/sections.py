@@ -90,7 +90,7 @@ class Sections:
     def train(self, num_rows: int) -> TrainSettings:
         """Settings of `train` on a data set of `num_rows` rows."""
         given = self.given
-        batch = given.per_device_train_batch_size * given.gradient_accumulation_steps
+        batch = given.per_device_train_batch_size * given.passes_of_all(1)
         num_steps = given.max_steps
         if num_steps <= 0:  # packs have fewer
             num_steps = math.ceil(num_rows * given.num_train_epochs / batch)

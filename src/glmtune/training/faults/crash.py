@@ -147,6 +147,13 @@ def surroundings(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     return {
         "device": device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}",
         "dtype": str(dtype).removeprefix("torch."),
+        **versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of glmtune and of the libraries that compute."""
+    return {
         "python": platform.python_version(),
         "glmtune": __version__,
         **{name: version(name) for name in _LIBRARIES},

@@ -72,14 +72,12 @@ def _smaller_steps(settings: TrainSettings, forecaster: Forecaster) -> list[dict
     if now.pack_length:
         lengths = [*PACK_SPEEDS, 512, 256, 128, PACK_MULTIPLE]
         return [{"tokens_per_step": length} for length in lengths if length < now.pack_length]
-    size, passes = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
+    size = settings.per_device_train_batch_size
+    counted = "passes_per_step" if settings.passes_per_step else "gradient_accumulation_steps"
+    passes = getattr(settings, counted)
     sizes = [fewer for fewer in range(size - 1, 0, -1) if size % fewer == 0]
     return [
-        {
-            "per_device_train_batch_size": fewer,
-            "gradient_accumulation_steps": passes * size // fewer,
-        }
-        for fewer in sizes
+        {"per_device_train_batch_size": fewer, counted: passes * size // fewer} for fewer in sizes
     ]
 
 

@@ -52,7 +52,7 @@ class EqualRows(NamedTuple):
     @classmethod
     def of(cls, settings: TrainSettings, length: int) -> "EqualRows":
         """Make enough rows for two steps, all of one length."""
-        num_rows = 2 * settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+        num_rows = 2 * settings.per_device_train_batch_size * settings.passes_of_all(1)
         return cls(np.full(num_rows, length))
 
     @property

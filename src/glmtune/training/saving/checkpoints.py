@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
@@ -22,6 +23,7 @@ from glmtune.errors import UserError, note, value_words
 from glmtune.models.torch_files import read_torch_file, write_torch_file
 from glmtune.run_files import (
     OPTIMIZER_FILE,
+    RANDOM_FILES,
     RECIPE_FILE,
     SCALER_FILE,
     SCHEDULER_FILE,
@@ -47,7 +49,8 @@ from glmtune.training.saving.restore import (
     restore_optimizer,
     restore_schedule,
 )
-from glmtune.training.state import TrainingState, own_state, restore_own_state
+from glmtune.training.state import TrainingState, own_state
+from glmtune.training.watch import RandomState
 
 
 def save_checkpoint(
@@ -174,18 +177,32 @@ def load_checkpoint(
         restore(state.scaler, folder / SCALER_FILE)
     state.global_step = trainer_state["global_step"]
     state.num_tokens = trainer_state["num_input_tokens_seen"]
-    rank = accelerator.process_index
-    own = folder / random_file(rank)
-    if own.is_file():
-        content = read_torch_file(own)
-        try:
-            restore_own_state(content, state)
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise foreign_state(own, error) from error
-    else:
-        note(f"{own} is not there: process {rank} draws its dropout anew", of_each_process=True)
+    _restore_own(folder, state, accelerator)
     state.last_good = folder
     return trainer_state["log_history"]
+
+
+def _restore_own(folder: Path, state: TrainingState, accelerator: Accelerator) -> None:
+    """Restore what each process has of its own, whether they were as many before or not."""
+    rank, num_now = accelerator.process_index, accelerator.num_processes
+    num_before = len(list(folder.glob(RANDOM_FILES)))
+    if not num_before:
+        note(f"{folder} has no random states: torch's generators start anew")
+        return
+    # Dropout has a seed for each pass; the generators' states serve whatever else may draw.
+    loss_sum = torch.zeros_like(state.loss_sum)
+    for number in [rank, *range(rank + num_now, num_before, num_now)]:
+        own = folder / random_file(number if number < num_before else 0)
+        content = read_torch_file(own)
+        try:
+            if number < num_before:
+                loss_sum += content["loss_sum"].to(loss_sum.device)
+            if number == rank < num_before:
+                RandomState(content["cpu"], content["cuda"]).restore(loss_sum.device)
+            state.num_loss_steps = content["num_loss_steps"]
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise foreign_state(own, error) from error
+    state.loss_sum.copy_(loss_sum)
 
 
 def describe(

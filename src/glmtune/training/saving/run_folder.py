@@ -8,9 +8,11 @@ from typing import Any
 
 from glmtune.config.reading import write_recipe
 from glmtune.config.settings import TrainSettings
+from glmtune.config.training import divisors
 from glmtune.disk import MEGABYTE, check_room
 from glmtune.drafts import clear_drafts, remove_folder
-from glmtune.errors import UserError
+from glmtune.errors import UserError, note
+from glmtune.launched import num_restarts
 from glmtune.models.torch_files import read_torch_file
 from glmtune.run_files import (
     ADAPTER_CONFIG_FILE,
@@ -31,7 +33,12 @@ from glmtune.training.plan import Plan, count_saves
 from glmtune.training.planning.memory import Setup
 from glmtune.training.run import Run
 from glmtune.training.saving.checkpoint_size import last_checkpoint_bytes, most_new_checkpoints
-from glmtune.training.saving.manifest import TORCH_FILES, find_fault, read_trainer_state
+from glmtune.training.saving.manifest import (
+    TORCH_FILES,
+    find_fault,
+    read_identity,
+    read_trainer_state,
+)
 from glmtune.training.state import TrainingState
 
 
@@ -49,9 +56,20 @@ def resume_point(settings: TrainSettings) -> tuple[Path | None, list[str]]:
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"output_dir: {output_dir} is a file; name a folder")
     checkpoint, notes = None, list[str]()
-    if wanted is not None:
-        checkpoint, notes = find_checkpoint(output_dir if wanted == "true" else Path(wanted))
     found = _find_run(output_dir)
+    if wanted is None and num_restarts():
+        wanted = "auto"
+    if wanted == "auto":
+        wanted = "true" if saved_steps(output_dir) else None
+        if wanted is None and not (output_dir / WEIGHTS_FILE).exists():
+            found = []  # of a run that had saved nothing yet
+        if num_restarts() or wanted:
+            notes.append(
+                f"{output_dir}: {'resumed' if wanted else 'nothing was saved: begun anew'}"
+            )
+    if wanted is not None:
+        checkpoint, passed_over = find_checkpoint(output_dir if wanted == "true" else Path(wanted))
+        notes += passed_over
     if found and not settings.overwrite_output_dir and not _is_inside(checkpoint, output_dir):
         raise UserError(
             f"output_dir: {output_dir} holds a run already ({found[0].name}); resume it "
@@ -59,6 +77,39 @@ def resume_point(settings: TrainSettings) -> tuple[Path | None, list[str]]:
             "name another folder"
         )
     return checkpoint, notes
+
+
+def same_step(settings: TrainSettings, num_processes: int, checkpoint: Path) -> TrainSettings:
+    """Settings with which a run that other numbers of processes began has the same steps.
+
+    Args:
+        settings: the run's settings.
+        num_processes: processes that share a step now.
+        checkpoint: the one to resume from.
+
+    Raises:
+        UserError: the processes cannot have equal parts of its steps.
+    """
+    identity = read_identity(checkpoint)
+    num_before = len(list(checkpoint.glob(RANDOM_FILES)))
+    if num_before in (0, num_processes) or settings.passes_per_step:
+        return settings
+    size, pass_size = identity.get("rows per step"), settings.per_device_train_batch_size
+    if size is None:
+        size, pass_size = identity["tokens per step"], identity["pack length"]
+    passes, rest = divmod(size, pass_size)
+    if rest:
+        return settings  # another recipe, as `check_same_run` says
+    if passes % num_processes:
+        raise UserError(
+            f"{checkpoint}: a step of this run is {passes} passes, of which {num_processes} "
+            f"processes cannot have equal parts: start {divisors(passes)} of them"
+        )
+    note(
+        f"{checkpoint} is of {num_before} process(es): each of {num_processes} now has "
+        f"{passes // num_processes} pass(es) of a step, which stays the same"
+    )
+    return settings.model_copy(update={"gradient_accumulation_steps": passes // num_processes})
 
 
 def check_unfinished(run: Run, checkpoint: Path) -> list[str]:
