@@ -15,7 +15,7 @@ import glmtune
 
 PACKAGE = Path(glmtune.__file__).parent
 FLOORS = [
-    {"errors", "cards", "locks"},
+    {"errors", "cards", "launched", "locks"},
     {"disk", "drafts", "imports", "run_files", "signals"},
     {"config", "hardware", "runlog"},
     {"data", "ops"},

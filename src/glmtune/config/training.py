@@ -127,7 +127,7 @@ class StepSettings(Settings):
 
 
 def divisors(number: int) -> str:
-    """The numbers that divide a number, in words: `1, 2 or 4`."""
+    """The numbers that divide a number, as text: `1, 2 or 4`."""
     *most, last = [str(n) for n in range(1, number + 1) if number % n == 0]
     return f"{', '.join(most)} or {last}" if most else last
 

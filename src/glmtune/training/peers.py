@@ -189,9 +189,9 @@ class Peers:
         return f"process {self._number} of {self._size} on {self._now.host}"
 
     def _tell(self, line: str) -> str:
-        """Tell the others why this process ends; return what was told first.
+        """Tell the others why this process ends; return the first such line.
 
-        A mistake that all find is told by process 0; what only another finds, with its name.
+        Process 0 reports a mistake that all find; another reports its own with its name.
         """
         if self._number:
             if first := self._words_within(2 * POLL_SECONDS):
@@ -200,7 +200,7 @@ class Peers:
         return self._put_words(self._store, line)
 
     def _words_within(self, seconds: float) -> str:
-        """What a process told before it ended, or who fell silent; empty if that is nobody."""
+        """The line of a process that ended, or about one that fell silent; empty if there is none."""
         until = time.monotonic() + seconds
         while not (line := self._words(self._store)) and time.monotonic() < until:
             time.sleep(0.1)
@@ -233,7 +233,7 @@ class Peers:
                 break
         else:
             return
-        if self._ended.wait(POLL_SECONDS):  # it was this process that told it
+        if self._ended.wait(POLL_SECONDS):  # the line was its own
             return
         if is_first_to_say(line):
             print(f"error: {line}", file=sys.stderr, flush=True)
