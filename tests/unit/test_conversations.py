@@ -167,6 +167,20 @@ def test_tools_are_refused_by_a_layout_that_knows_none(tmp_path):
     assert isinstance(found[1], EncodedExample)
 
 
+def test_the_published_template_of_glm_edge_writes_no_tools(shared, tmp_path):
+    """A system message with tools would lose them there; a template that names them is followed."""
+    published = json.loads((shared / "golden" / "glm" / "chat_layouts.json").read_text())[
+        "families"
+    ]
+    tools = ({"name": "find"},)
+    for template, is_refused in (("glm_edge", True), ("glm4_0414", False)):
+        folder, text = tmp_path / template, published[template]["template"]
+        write_folder(folder, "glm-edge", toy_tiktoken(), template=text, vocab_size=70_000)
+        (found,) = of_folder(folder).encode_examples([Example(ASKED, tools).supervise("each")])
+        assert isinstance(found, Flaw) == is_refused
+        assert not is_refused or str(found).startswith("tools, which neither glm-edge nor the")
+
+
 def without_observations(ids, labels, encoder):
     """Labels in which no result of a tool is supervised, nor the role that follows it."""
     roles = {encoder.ids[f"<|{role}|>"] for role in (SYSTEM, USER, ASSISTANT, OBSERVATION)}

@@ -122,6 +122,14 @@ def test_overlong_rows_are_dropped_only_when_asked(capsys):
     assert "2 dropped, longer than 5 tokens: rows 2-3" in capsys.readouterr().out
 
 
+def test_one_length_is_not_advised_twice(capsys):
+    """Of three rows, 95 % are all."""
+    run([("a", "b"), ("a", "b" * 50), ("a", "b" * 50)], max_seq_length=8)
+    told = capsys.readouterr().out
+    assert told.count("--max_seq_length") == 1
+    assert "1 of 3 rows are whole; --max_seq_length" in told
+
+
 @pytest.mark.parametrize("skip", [False, True])
 def test_the_advised_length_keeps_what_it_says(capsys, skip):
     """95 % of the rows, or all of them, uncut and not dropped."""

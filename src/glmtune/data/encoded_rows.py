@@ -117,10 +117,10 @@ class RowCounts:
         num_whole = int(np.sum(np.asarray(self.limits) <= limit))
         if num_whole == len(self.limits):
             return None
-        share, most = SHARE_TO_KEEP, self.keeping(SHARE_TO_KEEP)
+        share, most, all_ = SHARE_TO_KEEP, self.keeping(SHARE_TO_KEEP), self.keeping(1)
         whole = f"{num_whole:,} of {len(self.limits):,} rows are whole; "
-        for_all = f"--max_seq_length {self.keeping(1)} keeps all of them"
-        return whole + (f"--max_seq_length {most} keeps {share:.0%}, " * (most > limit)) + for_all
+        for_most = f"--max_seq_length {most} keeps {share:.0%}, " if limit < most < all_ else ""
+        return f"{whole}{for_most}--max_seq_length {all_} keeps all of them"
 
 
 _LISTS_OF_ROWS = (

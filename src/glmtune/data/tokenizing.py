@@ -319,7 +319,8 @@ def encode_rows(rows: Sequence[Row], tokenizer: RowTokenizer, settings: RowSetti
     for row, context, target in zip(rows, contexts, targets, strict=True):
         length = len(context) + rule.num_prompt_specials
         # After earlier rounds comes the question that the answer is about: keep the end.
-        prompt = rule.prompt(context, limit, cut="start" if has_rounds(row.context) else "end")
+        cuts_start = length > limit and has_rounds(row.context)
+        prompt = rule.prompt(context, limit, cut="start" if cuts_start else "end")
         answer = rule.answer(target)
         num_lost = len(answer) - limit if len(target) > limit else 0
         input_ids = prompt + answer[: len(answer) - num_lost]
@@ -333,7 +334,7 @@ def encode_rows(rows: Sequence[Row], tokenizer: RowTokenizer, settings: RowSetti
             out.overlength.append(row.row)
             out.lengths_out.append(out.limits[-1])
         else:
-            out.input_ids.extend(input_ids)
+            out.input_ids.fromlist(input_ids)
             out.lengths.append(len(input_ids))
             out.seq_len.append(len(prompt))
             out.num_targets += len(input_ids) - len(prompt)
