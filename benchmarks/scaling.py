@@ -1,8 +1,9 @@
 """How many times faster are 2 and 4 processes of one machine than one, and what does the plan say?
 
-Trains glm-tiny on a CPU with one thread a process, as torchrun starts them, over gloo, in rounds
-of 1, 2 and 4 processes by turns. The plan is given the speed of one process and the time of a sum
-between two, both of the same rounds, and predicts the rest.
+Trains glm-tiny on a CPU with one thread a process, as torchrun starts them, over gloo. Three groups
+of 1, 2 and 4 processes are started once and take turns, while the others sleep. The plan is given
+the speed of one process and the time of a sum between two, both of the same rounds, and predicts
+the rest.
 
     OMP_NUM_THREADS=1 python benchmarks/scaling.py FOLDER --rounds 3
 """
@@ -13,6 +14,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,6 +31,7 @@ from glmtune.hardware import FLOAT32, Card, num_cores
 from glmtune.models.base_files import read_settings
 from glmtune.models.resolve import GLM_TINY
 from glmtune.training.loop import train
+from glmtune.training.passes import PaddedPass
 from glmtune.training.plan import make_plan
 from glmtune.training.planning.forecast import forecast
 from glmtune.training.planning.ranks import Link, World
@@ -39,6 +43,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "small": {"lora_rank": 8},
     "large": {"lora_rank": 64, "lora_target": "all"},
 }
+Turn = dict[str, Any]
+"""What a group of processes measured in its turn."""
 MESSAGES = (8, 4_000_000)
 """Bytes of the sums that are timed."""
 
@@ -62,14 +68,33 @@ def settings_of(folder: Path, adapter: str, num_processes: int, name: str) -> Tr
     )
 
 
-def work(folder: Path, name: str) -> None:
-    """What each launched process does: train with each adapter, then time sums."""
-    rank, num_processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    speeds = {}
+def work(folder: Path, num_processes: int) -> None:
+    """What each launched process does, turn after turn: train with each adapter, then time sums."""
+    done, turn = "", ""
+    while (turn := (folder / "turn").read_text()) != "end":
+        if turn == done or not turn.startswith(f"{num_processes}-"):
+            time.sleep(0.05)
+            continue
+        result = measure_turn(folder, num_processes, turn)
+        if os.environ["RANK"] == "0":
+            (folder / f"{turn}.draft").write_text(json.dumps(result))
+            (folder / f"{turn}.draft").rename(folder / f"{turn}.json")
+        done = turn
+
+
+def measure_turn(folder: Path, num_processes: int, turn: str) -> Turn:
+    """With each adapter, the speed of the second epoch and of passes alone; the seconds of sums."""
+    speeds, passes = {}, {}
     for adapter in ADAPTERS:
-        run = train(settings_of(folder, adapter, num_processes, f"{name}-{adapter}"))
-        told = [record for record in run.log_history if "tokens_per_second" in record]
-        speeds[adapter] = told[-1]["tokens_per_second"]  # of the second epoch
+        with timed_passes() as (tokens, seconds):
+            run = train(settings_of(folder, adapter, num_processes, f"{turn}-{adapter}"))
+        logged = [record for record in run.log_history if "tokens_per_second" in record]
+        speeds[adapter] = logged[-1]["tokens_per_second"]
+        half = len(seconds) // 2  # the second epoch
+        work = torch.tensor([sum(tokens[half:]), sum(seconds[half:])])
+        if num_processes > 1:
+            dist.all_reduce(work)
+        passes[adapter] = float(work[0] / work[1])
     sums = {}
     for size in MESSAGES if num_processes > 1 else ():
         array, seconds = torch.ones(size // 4), []
@@ -78,22 +103,51 @@ def work(folder: Path, name: str) -> None:
             started = time.perf_counter()
             dist.all_reduce(array)
             seconds.append(time.perf_counter() - started)
-        sums[size] = median(seconds[5:])
-    if rank == 0:
-        (folder / f"{name}.json").write_text(json.dumps({"sums": sums, "speeds": speeds}))
+        sums[str(size)] = median(seconds[5:])
+    return {"sums": sums, "speeds": speeds, "passes": passes}
 
 
-def launch(folder: Path, num_processes: int, number: int) -> dict[str, Any]:
-    """Start so many processes; gives their speeds and the times of their sums."""
-    name = f"{num_processes}-{number}"
+@contextmanager
+def timed_passes() -> Iterator[tuple[list[int], list[float]]]:
+    """The tokens and the seconds of each pass that this process makes meanwhile."""
+    tokens: list[int] = []
+    seconds: list[float] = []
+    plain = PaddedPass.run
+
+    def timed(self: PaddedPass, row_ids: Any, *how: Any) -> Any:
+        started = time.perf_counter()
+        result = plain(self, row_ids, *how)
+        seconds.append(time.perf_counter() - started)
+        tokens.append(len(row_ids) * int(self.rows.lengths_R[row_ids].max()))
+        return result
+
+    PaddedPass.run = timed  # type: ignore[method-assign]
+    try:
+        yield tokens, seconds
+    finally:
+        PaddedPass.run = plain  # type: ignore[method-assign]
+
+
+def launch(folder: Path, num_processes: int) -> "subprocess.Popen[bytes]":
+    """Start a group of processes, which wait for their turn."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={num_processes}", __file__, str(folder), "--work", name]
+    command += [f"--nproc_per_node={num_processes}", __file__, str(folder)]
+    command += ["--work", str(num_processes)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-6000:]
-    result = json.loads((folder / f"{name}.json").read_text())
+    with (folder / f"{num_processes}.log").open("wb") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+
+
+def take_turn(folder: Path, turn: str, group: "subprocess.Popen[bytes]") -> Turn:
+    """Let a group have its turn; gives its speeds and the seconds of its sums."""
+    (folder / "draft").write_text(turn)
+    (folder / "draft").rename(folder / "turn")
+    while not (folder / f"{turn}.json").exists():
+        assert group.poll() is None, f"a process ended: see {folder}/*.log"
+        time.sleep(0.1)
+    result = json.loads((folder / f"{turn}.json").read_text())
     result["sums"] = {int(size): seconds for size, seconds in result["sums"].items()}
-    return result | {"load": os.getloadavg()[0]}
+    return result | {"load": os.getloadavg()[0], "processes": int(turn.partition("-")[0])}
 
 
 def link_of_two(sums: dict[int, float]) -> Link:
@@ -122,43 +176,54 @@ def measure(folder: Path, num_rounds: int) -> list[dict[str, Any]]:
         for row in range(len(rows))
     ]
     datasets.Dataset.from_list(listed).save_to_disk(str(folder / "rows"))
-    found: dict[int, list[dict[str, Any]]] = {count: [] for count in PROCESSES}
-    for number in range(num_rounds):
+    found: dict[int, list[Turn]] = {count: [] for count in PROCESSES}
+    (folder / "turn").write_text("")
+    groups = {count: launch(folder, count) for count in PROCESSES}
+    for number in range(num_rounds + 1):
         for count in PROCESSES if number % 2 == 0 else reversed(PROCESSES):
-            found[count].append(launch(folder, count, number))
-    sums = {
-        count: {size: median(one["sums"][size] for one in found[count]) for size in MESSAGES}
-        for count in PROCESSES[1:]
-    }
-    link, cores = link_of_two(sums[2]), num_cores()
+            result = take_turn(folder, f"{count}-{number}", groups[count])
+            print(count, json.dumps(result), file=sys.stderr, flush=True)
+            if number:  # the first turn warms up
+                found[count].append(result)
+    (folder / "turn").write_text("end")
+    for group in groups.values():
+        group.wait()
     records = []
     for adapter in ADAPTERS:
-        one = median(round_["speeds"][adapter] for round_ in found[1])
         for count in PROCESSES[1:]:
-            world = World(count, 1, link, link, cores)
-            time_ = predict(folder, adapter, rows, one, world)
-            ratios = [
-                many["speeds"][adapter] / alone["speeds"][adapter]
-                for many, alone in zip(found[count], found[1], strict=True)
+            rounds = [
+                compare(folder, adapter, rows, *turns)
+                for turns in zip(found[1], found[2], found[count], strict=True)
             ]
-            records.append(
-                machine(torch.device("cpu"))
-                | {
-                    "adapter": adapter,
-                    "processes": count,
-                    "cores": cores,
-                    "load": [round(one["load"], 1) for one in found[count]],
-                    "one": one,
-                    "measured": median(ratios),
-                    "ratios": ratios,
-                    "predicted": time_.speedup,
-                    "off": time_.speedup / median(ratios) - 1,
-                    "step": time_.step._asdict(),
-                    "sums": sums[count],
-                    "link": [link.bytes_per_second, link.latency],
-                }
-            )
+            middle = {name: median(one[name] for one in rounds) for name in rounds[0]}
+            loads = [round(turn["load"], 1) for turn in found[count]]
+            facts = {"adapter": adapter, "processes": count, "cores": num_cores(), "load": loads}
+            record = machine(torch.device("cpu")) | facts | middle
+            records.append(record | {"ratios": [one["measured"] for one in rounds]})
     return records
+
+
+def compare(
+    folder: Path, adapter: str, rows: TokenRows, alone: Turn, two: Turn, many: Turn
+) -> dict[str, float]:
+    """Speedups of one round: measured, and predicted with the cores counted and as measured.
+
+    Other programs take part of the cores, and which part depends on how many processes ask. So the
+    slowdown of a pass is also measured, from the passes of the same turns.
+    """
+    link, count = link_of_two(two["sums"]), many["processes"]
+    measured = many["speeds"][adapter] / alone["speeds"][adapter]
+    slowdown = max(1.0, alone["passes"][adapter] / many["passes"][adapter])
+    found = {"measured": measured, "slowdown": slowdown, "sum": many["sums"][MESSAGES[1]]}
+    for name, cores in (("counted", num_cores()), ("as measured", count / slowdown)):
+        world = World(count, 1, link, link, cores)
+        time_ = predict(folder, adapter, rows, alone["speeds"][adapter], world)
+        found |= {
+            f"predicted, cores {name}": time_.speedup,
+            f"off, cores {name}": time_.speedup / measured - 1,
+            f"sum, cores {name}": world.sum_seconds(MESSAGES[1]),
+        }
+    return found
 
 
 def main() -> None:
@@ -166,7 +231,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--work")
+    parser.add_argument("--work", type=int)
     given = parser.parse_args()
     if given.work:
         work(given.folder, given.work)

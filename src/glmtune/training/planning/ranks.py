@@ -44,8 +44,8 @@ class World:
     """Between two processes of a node."""
     between: Link
     """Between two nodes."""
-    cores: int | None = None
-    """Cores of a node where its processes compute on them, one each; None for cards."""
+    cores: float | None = None
+    """Cores of a node that its processes compute on, one each; None for cards."""
 
     @property
     def num_ranks(self) -> int:
@@ -135,7 +135,7 @@ class StepTime(NamedTuple):
     """The parts of a mean step, in seconds."""
 
     passes: float
-    """Of the heaviest process."""
+    """What the heaviest process takes for its passes."""
     waiting: float
     """How much of that the mean process waits for the heaviest."""
     summing: float
