@@ -142,6 +142,15 @@ class TestParts:
             capsys.readouterr().err
         )
 
+    def test_evaluations_of_a_billion_rows_are_of_their_share(self, plan):
+        """10 of the 100,000 rows that are planned are held out, and 64 cards share 100,000."""
+        flags = "--card H200 --gpus 8 --nodes 8 --row_length 66 --num_train_epochs 1"
+        record = plan(f"{flags} --num_rows {10**9} --eval_ratio 0.0001")
+        time = record["time"]
+        assert record["held_out"]["rows"] == 100_000
+        each = time["evaluation_hours"] / time["num_evaluations"]
+        assert each == pytest.approx(time["hours"] * 1e-4 / 2, rel=0.1)
+
     def test_rows_of_other_folders_are_evaluated_on_as_in_a_run(self, plan, tmp_path):
         config = ChatGLMConfig()
         rows = save_rows(draw_rows([(7, 11)] * 400, config), tmp_path / "rows")

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from glmtune.cards import CARDS, link_of
 from glmtune.config.settings import PlanSettings, TrainSettings
 from glmtune.errors import UserError
@@ -206,7 +208,12 @@ def run_time(
     every = epoch.num_steps if settings.save_strategy == "epoch" else settings.save_steps
     num_saves = -(-num_steps // every)
     saved = num_saves * last_checkpoint_bytes(settings, forecast.setup, num_steps, world.num_ranks)
-    seconds = scale * _evaluation_seconds(forecast, rows, settings, world, cost)
+    eval_rows = rows.split(settings.eval_ratio, settings.seed)[1]
+    if scale == 1:
+        seconds = _heaviest_evaluation(forecast, rows, eval_rows, settings, world, cost)
+    else:  # too few of them are in the plan to fill the passes of each process
+        seconds = epoch.mean * len(eval_rows) / len(lengths_R)
+    seconds *= world.sharing * forward_share(forecast.setup, forecast.recompute)
     num_evaluations = -(-num_steps // (settings.eval_steps or every)) if seconds else 0
     parts = {
         "hours": num_steps * step.all / 3600,
@@ -231,19 +238,19 @@ def run_time(
     )
 
 
-def _evaluation_seconds(
-    forecast: Forecast, rows: Lengths, settings: TrainSettings, world: World, cost: PassCost
+def _heaviest_evaluation(
+    forecast: Forecast,
+    rows: Lengths,
+    eval_rows: np.ndarray,
+    settings: TrainSettings,
+    world: World,
+    cost: PassCost,
 ) -> float:
-    """Seconds of one evaluation, whose passes are dealt out: those of the heaviest process."""
-    eval_rows = rows.split(settings.eval_ratio, settings.seed)[1]
-    if not len(eval_rows):
-        return 0.0
+    """Seconds that the heaviest process would train on its share of the passes of an evaluation."""
     size, tokens_of = settings.per_device_eval_batch_size, tokens_of_pass(forecast, rows.lengths_R)
     parts = evaluation_parts(rows.lengths_R, eval_rows, forecast.pack_length, size)
-    num_ranks = world.num_ranks
-    of_ranks = (parts[rank::num_ranks] for rank in range(num_ranks))
-    heaviest = max(sum(cost.seconds(tokens_of(part)) for part in own) for own in of_ranks)
-    return heaviest * forward_share(forecast.setup, forecast.recompute) * world.sharing
+    of_ranks = (parts[rank :: world.num_ranks] for rank in range(world.num_ranks))
+    return max(sum(cost.seconds(tokens_of(part)) for part in own) for own in of_ranks)
 
 
 def why_no_time(forecast: Forecast, measured_speed: float | None = None) -> str | None:
