@@ -104,7 +104,7 @@ def measure_turn(folder: Path, num_processes: int, turn: str) -> Turn:
             dist.all_reduce(array)
             seconds.append(time.perf_counter() - started)
         sums[str(size)] = median(seconds[5:])
-    return {"sums": sums, "speeds": speeds, "passes": passes}
+    return {"sums": sums, "speeds": speeds, "passes": passes, "load": os.getloadavg()[0]}
 
 
 @contextmanager
@@ -138,16 +138,13 @@ def launch(folder: Path, num_processes: int) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
 
-def take_turn(folder: Path, turn: str, group: "subprocess.Popen[bytes]") -> Turn:
-    """Let a group have its turn; gives its speeds and the seconds of its sums."""
+def take_turn(folder: Path, turn: str, group: "subprocess.Popen[bytes]") -> None:
+    """Let a group have its turn, and wait for its file."""
     (folder / "draft").write_text(turn)
     (folder / "draft").rename(folder / "turn")
     while not (folder / f"{turn}.json").exists():
         assert group.poll() is None, f"a process ended: see {folder}/*.log"
         time.sleep(0.1)
-    result = json.loads((folder / f"{turn}.json").read_text())
-    result["sums"] = {int(size): seconds for size, seconds in result["sums"].items()}
-    return result | {"load": os.getloadavg()[0], "processes": int(turn.partition("-")[0])}
 
 
 def link_of_two(sums: dict[int, float]) -> Link:
@@ -166,28 +163,42 @@ def predict(folder: Path, adapter: str, rows: TokenRows, speed: float, world: Wo
     return run_time(now, plans, rows, settings, world, measured_speed=speed)
 
 
-def measure(folder: Path, num_rounds: int) -> list[dict[str, Any]]:
-    """A record for each adapter and number of processes: measured and predicted speed."""
+def rows_of() -> TokenRows:
+    """The rows to train on."""
+    return random_rows(read_settings(GLM_TINY), NUM_ROWS)
+
+
+def measure(folder: Path, num_rounds: int) -> None:
+    """Let the groups take their turns, round after round; each turn writes a file."""
     import datasets
 
-    rows = random_rows(read_settings(GLM_TINY), NUM_ROWS)
+    rows = rows_of()
     listed = [
         {"input_ids": rows[row].tolist(), "seq_len": int(rows.prompt_lengths_R[row])}
         for row in range(len(rows))
     ]
     datasets.Dataset.from_list(listed).save_to_disk(str(folder / "rows"))
-    found: dict[int, list[Turn]] = {count: [] for count in PROCESSES}
     (folder / "turn").write_text("")
     groups = {count: launch(folder, count) for count in PROCESSES}
-    for number in range(num_rounds + 1):
+    for number in range(num_rounds + 1):  # the first round warms up
         for count in PROCESSES if number % 2 == 0 else reversed(PROCESSES):
-            result = take_turn(folder, f"{count}-{number}", groups[count])
-            print(count, json.dumps(result), file=sys.stderr, flush=True)
-            if number:  # the first turn warms up
-                found[count].append(result)
+            take_turn(folder, f"{count}-{number}", groups[count])
     (folder / "turn").write_text("end")
     for group in groups.values():
         group.wait()
+
+
+def read_turn(folder: Path, num_processes: int, number: int) -> Turn:
+    """What a group measured in a round."""
+    turn = json.loads((folder / f"{num_processes}-{number}.json").read_text())
+    turn["sums"] = {int(size): seconds for size, seconds in turn["sums"].items()}
+    return turn | {"processes": num_processes}
+
+
+def compare_rounds(folder: Path, num_rounds: int) -> list[dict[str, Any]]:
+    """A record for each adapter and number of processes: medians, and the error of each round."""
+    rows, rounds_ = rows_of(), range(1, num_rounds + 1)
+    found = {count: [read_turn(folder, count, n) for n in rounds_] for count in PROCESSES}
     records = []
     for adapter in ADAPTERS:
         for count in PROCESSES[1:]:
@@ -199,7 +210,9 @@ def measure(folder: Path, num_rounds: int) -> list[dict[str, Any]]:
             loads = [round(turn["load"], 1) for turn in found[count]]
             facts = {"adapter": adapter, "processes": count, "cores": num_cores(), "load": loads}
             record = machine(torch.device("cpu")) | facts | middle
-            records.append(record | {"ratios": [one["measured"] for one in rounds]})
+            each = [round(one["off, cores as measured"], 3) for one in rounds]
+            ratios = [round(one["measured"], 2) for one in rounds]
+            records.append(record | {"of each round": ratios, "off, of each round": each})
     return records
 
 
@@ -213,14 +226,20 @@ def compare(
     """
     link, count = link_of_two(two["sums"]), many["processes"]
     measured = many["speeds"][adapter] / alone["speeds"][adapter]
-    slowdown = max(1.0, alone["passes"][adapter] / many["passes"][adapter])
+    slowdown = alone["passes"][adapter] / many["passes"][adapter]
     found = {"measured": measured, "slowdown": slowdown, "sum": many["sums"][MESSAGES[1]]}
-    for name, cores in (("counted", num_cores()), ("as measured", count / slowdown)):
+    # Where other programs left the one process less than each of several, it was slower than they.
+    given = alone["speeds"][adapter] / min(1.0, slowdown)
+    for name, cores, speed in (
+        ("counted", num_cores(), alone["speeds"][adapter]),
+        ("as measured", count / max(1.0, slowdown), given),
+    ):
         world = World(count, 1, link, link, cores)
-        time_ = predict(folder, adapter, rows, alone["speeds"][adapter], world)
+        time_ = predict(folder, adapter, rows, speed, world)
+        predicted = time_.tokens_per_second / alone["speeds"][adapter]
         found |= {
-            f"predicted, cores {name}": time_.speedup,
-            f"off, cores {name}": time_.speedup / measured - 1,
+            f"predicted, cores {name}": predicted,
+            f"off, cores {name}": predicted / measured - 1,
             f"sum, cores {name}": world.sum_seconds(MESSAGES[1]),
         }
     return found
@@ -232,12 +251,15 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--work", type=int)
+    parser.add_argument("--read", action="store_true", help="compare rounds of an earlier call")
     given = parser.parse_args()
     if given.work:
         work(given.folder, given.work)
         return
-    given.folder.mkdir(parents=True)
-    for record in measure(given.folder, given.rounds):
+    if not given.read:
+        given.folder.mkdir(parents=True)
+        measure(given.folder, given.rounds)
+    for record in compare_rounds(given.folder, given.rounds):
         print(json.dumps(record), flush=True)
 
 

@@ -87,6 +87,18 @@ class TestAccelerate:
         # A number format of the launcher would be one that the run does not know of.
         assert str(getattr(config.mixed_precision, "value", config.mixed_precision)) == "no"
 
+    @pytest.mark.parametrize("path", LAUNCHERS, ids=of_name)
+    def test_its_launcher_knows_every_key_of_a_part(self, path):
+        """Accelerate's loader reads any key of `fsdp_config` and `deepspeed_config`."""
+        from accelerate.commands.launch import launch_command_parser
+
+        known = vars(launch_command_parser().parse_args(["script.py"]))
+        content = yaml.safe_load(path.read_text())
+        parts = [content.get(name, {}) for name in ("fsdp_config", "deepspeed_config")]
+        assert any(parts) == (path.name != "ddp.yaml")
+        for part in parts:
+            assert set(part) <= set(known)
+
     def test_a_key_that_it_does_not_know_is_refused(self, tmp_path):
         from accelerate.commands.config.config_args import load_config_from_file
 

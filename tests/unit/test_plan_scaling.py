@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 from toys import draw_rows, save_rows
@@ -11,6 +12,7 @@ from glmtune.cards import CARDS, NVLINK, link_of
 from glmtune.cli import main
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 
+ROOT = Path(__file__).parents[2]
 BASE = ("--base", "zai-org/chatglm-6b")
 
 
@@ -37,7 +39,7 @@ class TestSettings:
         assert eight["steps_of_one"] == 1500
         out = capsys.readouterr().out
         assert "1 node of 8 x H200" in out
-        assert "8 times that of one card, which would take 1,500 steps where these take 189" in out
+        assert "8 times that of one card: 189 steps where that takes 1,500" in out
 
     def test_nodes_multiply_them_and_sum_over_the_network(self, plan, capsys):
         here, there = (plan(f"--card H200 --gpus {k} --nodes {n}") for k, n in ((8, 1), (4, 2)))
@@ -249,3 +251,23 @@ class TestLinks:
         fast, slow = (plan(f"--card '{card}' --gpus 8")["time"]["step"]["summing"]
                       for card in ("H100", "H100 PCIe"))  # fmt: skip
         assert slow > 3 * fast
+
+
+class TestPage:
+    """The examples of docs/scaling.md are what the code prints."""
+
+    @staticmethod
+    def examples(page):
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        found = re.findall(r"```bash\n(.*?)\n```\n\n```text\n(.*?)\n```", text, re.DOTALL)
+        return [(command.replace("\\\n", " "), output) for command, output in found]
+
+    def test_both_languages_have_the_same(self):
+        assert self.examples("scaling.md") == self.examples("scaling.zh.md")
+
+    def test_each_is_printed(self, capsys):
+        examples = self.examples("scaling.md")
+        assert len(examples) == 4
+        for command, output in examples:
+            assert main(shlex.split(command)[1:]) == 0
+            assert output in capsys.readouterr().out, command

@@ -1,5 +1,11 @@
 """The model of several processes against numbers worked out by hand."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -107,3 +113,24 @@ class TestSteps:
         shared = World(4, 1, FAST, SLOW, 2)
         for there, here in zip(*(step_time(epoch, w, 1000) for w in (alone, shared)), strict=True):
             assert here == pytest.approx(2 * there)
+
+
+@pytest.mark.slow
+def test_measured_processes_are_met_within_15_percent(tmp_path):
+    """1, 2 and 4 processes on this machine, by turns: benchmarks/scaling.py.
+
+    With the cores that other programs left them; with the cores counted only where none run.
+    """
+    script = Path(__file__).parents[2] / "benchmarks" / "scaling.py"
+    was_idle = os.getloadavg()[0] < 0.5
+    command = [sys.executable, str(script), str(tmp_path / "out"), "--rounds", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert {(record["adapter"], record["processes"]) for record in found} == {
+        ("small", 2), ("small", 4), ("large", 2), ("large", 4)
+    }  # fmt: skip
+    for record in found:
+        assert abs(record["off, cores as measured"]) < 0.15, record
+        if was_idle:
+            assert abs(record["off, cores counted"]) < 0.15, record

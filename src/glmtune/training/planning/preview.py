@@ -91,6 +91,7 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
     check_shared_out(plans[0], training, world, scale)
     print_forecast(now, training, base_name(base))
     record = now.as_record() | {"base": base_name(base)}
+    record |= {"gpus": settings.gpus, "nodes": settings.nodes}
     if not now.cannot_fit:
         record["time"] = tell_time(now, plans, rows, training, settings, world, scale)
     held_out = rows.split(training.eval_ratio, training.seed)[1]

@@ -41,7 +41,7 @@ LINK_SHARES = {"NVLink": 0.5, "PCIe": 0.3, "given": 1.0}
 NETWORK_SHARE = 0.7
 LATENCY_INSIDE, LATENCY_BETWEEN = 10e-6, 30e-6
 # Between two processes of one machine through gloo: benchmarks/2026-11-30-scaling.md.
-GLOO = Link(1.0e9, 200e-6)
+GLOO = Link(1.0e9, 100e-6)
 START_SECONDS = 60.0
 """Loading and compiling: about a minute on an H200 (docs/cards.md)."""
 DISK_BYTES_PER_SECOND = 5e8

@@ -3,7 +3,7 @@
 from glmtune.config.settings import PlanSettings
 from glmtune.hardware import GIB, Card
 from glmtune.training.planning.forecast import Forecast
-from glmtune.training.planning.ranks import World, gradient_bytes
+from glmtune.training.planning.ranks import Link, World, gradient_bytes
 from glmtune.training.planning.scaling import (
     DISK_BYTES_PER_SECOND,
     NETWORK_SHARE,
@@ -42,13 +42,13 @@ def describe_world(
     size = gradient_bytes(forecast.setup.parameters()) / 1e6
     base = forecast.estimate.weights / GIB
     pairs = {
-        "step": f"{_spell_seconds(step.all)}: passes of the heaviest card "
-        f"{_spell_seconds(step.passes)} (the mean card waits {_spell_seconds(step.waiting)}), then "
-        f"the sum of {size:,.1f} MB of gradients a card {_spell_seconds(step.summing)}",
+        "step": f"{_spell_seconds(step.all)}: {_spell_seconds(step.passes)} the heaviest card's "
+        f"passes (the mean card waits {_spell_seconds(step.waiting)}), "
+        f"{_spell_seconds(step.summing)} the sum of {size:,.1f} MB a card",
         "speedup": f"{time.speedup:.1f} times one card, {100 * time.speedup / num_ranks:.0f} % of "
         f"{num_ranks:,} times",
-        "batch": f"{num_ranks:,} times that of one card, which would take {time.steps_of_one:,} "
-        f"steps where these take {time.num_steps:,}",
+        "batch": f"{num_ranks:,} times that of one card: {time.num_steps:,} steps where that takes "
+        f"{time.steps_of_one:,}",
         "each card": f"holds and reads the whole base, {base:.1f} GiB, {world.gpus * base:.1f} a "
         "node, and all rows",
     }
@@ -62,34 +62,30 @@ def describe_world(
         "process, for which the others wait"
     )
     pairs["in all"] = f"{spell_hours(time.whole_hours)} with {START_SECONDS:.0f} s to start"
-    pairs["assumed"] = "; ".join(assumptions(world, settings))
+    pairs["links"] = ", ".join(_links(world, settings))
+    pairs["assumed"] = "; ".join(_assumptions(world))
     return pairs
 
 
-def assumptions(world: World, settings: PlanSettings) -> list[str]:
-    """What a plan takes for granted of the links, of the cores and of the disk."""
-    told = []
+def _links(world: World, settings: PlanSettings) -> list[str]:
+    """What joins the processes."""
+    links = []
     if world.gpus > 1:
-        told.append(
-            f"{world.inside.bytes_per_second / 1e9:.1f} GB/s and "
-            f"{1e6 * world.inside.latency:.0f} us a message within a node"
-        )
+        links.append(f"{_spell_link(world.inside)} within a node")
     if world.nodes > 1:
-        told.append(
-            f"{world.between.bytes_per_second / 1e9:.1f} GB/s ({NETWORK_SHARE:.0%} of "
-            f"--network_gbit {settings.network_gbit:g}) and {1e6 * world.between.latency:.0f} us "
-            "between nodes"
-        )
+        share = f"{NETWORK_SHARE:.0%} of --network_gbit {settings.network_gbit:g}"
+        links.append(f"{_spell_link(world.between)} between nodes ({share})")
+    return links
+
+
+def _assumptions(world: World) -> list[str]:
+    """What a plan takes for granted beside the links."""
+    assumed = ["the links; sums in a ring, after the last pass of a step"]
     if world.cores:
-        shared = f"{world.gpus} processes on {world.cores} core(s), one thread each"
+        shared = f"{world.gpus} processes on {world.cores:g} core(s), one thread each"
         more = f", so each pass takes {world.sharing:g} times as long" if world.sharing > 1 else ""
-        told.append(shared + more)
-    told += [
-        "a ring, after the last pass of a step",
-        f"checkpoints at {DISK_BYTES_PER_SECOND / 1e9:g} GB/s",
-        "docs/scaling.md",
-    ]
-    return told
+        assumed.append(shared + more)
+    return [*assumed, f"checkpoints at {DISK_BYTES_PER_SECOND / 1e9:g} GB/s; docs/scaling.md"]
 
 
 def describe_price(time: RunTime, world: World, price_per_hour: float) -> str:
@@ -97,10 +93,12 @@ def describe_price(time: RunTime, world: World, price_per_hour: float) -> str:
     total = time.whole_hours * world.num_ranks * price_per_hour
     return (
         f"{total:,.2f} = {time.whole_hours:,.3f} hours x {world.num_ranks:,} card(s) x "
-        f"{price_per_hour:g}, with {START_SECONDS:.0f} s to start, "
-        f"{spell_hours(time.evaluation_hours)} of evaluation and "
-        f"{spell_hours(time.saving_hours)} of checkpoints"
+        f"{price_per_hour:g} (with {START_SECONDS:.0f} s to start, evaluations and checkpoints)"
     )
+
+
+def _spell_link(link: Link) -> str:
+    return f"{link.bytes_per_second / 1e9:.1f} GB/s and {1e6 * link.latency:.0f} us a message"
 
 
 def _spell_seconds(seconds: float) -> str:
