@@ -1,6 +1,7 @@
 """GPUs by name: memory, compute capability and rated speed, for plans without the card."""
 
 import re
+from difflib import get_close_matches
 
 # For each card: GiB as torch reports them (measured on H100 and H200; for others the rated size
 # less some percent for drivers and error correction), compute capability, and dense TFLOP/s of its
@@ -68,13 +69,42 @@ CARDS: dict[str, tuple[float, tuple[int, int], float | None]] = {
     "Quadro RTX 5000": (15.7, (7, 5), 89.2), "Quadro RTX 6000": (23.6, (7, 5), 130.5),
     "Quadro RTX 8000": (47.4, (7, 5), 130.5),
 }  # fmt: skip
+# NVLink between all cards of a node: GB/s in each direction, half of the total bandwidth of data
+# sheets. Bridges that join two cards only (RTX 3090, A40, H100 NVL, cards with PCIe) are left out.
+# Of an A100 or A800 it is the SXM form, which a node of eight has.
+NVLINK = {
+    "B200": 900, "H200": 450, "H100": 450, "H20": 450, "H800": 200, "A100 40GB": 300,
+    "A100 80GB": 300, "A800 40GB": 200, "A800 80GB": 200, "V100 16GB": 150, "V100 32GB": 150,
+}  # fmt: skip
+# PCIe with 16 lanes, GB/s in each direction, from which generation of GPUs on.
+_PCIE = {(9, 0): 63.0, (8, 0): 31.5, (0, 0): 15.8}
 # What vendors and drivers add to a card's own name.
 _AROUND = {
     "NVIDIA", "GEFORCE", "TESLA", "RTX", "GTX", "GPU", "PCIE", "SXM", "SXM2", "SXM3", "SXM4",
     "SXM5", "HBM2", "HBM2E", "HBM3", "HBM3E", "GENERATION", "EDITION", "WORKSTATION", "SERVER",
 }  # fmt: skip
+# What is listed for a name that is near to none.
+_COMMON = ("RTX 3090", "RTX 4090", "RTX 5090", "L40S", "A100 80GB", "H100", "H200", "B200")
 # Advertised gigabytes are at most this many times the GiB that torch reports.
 _RATED = 1.11
+
+
+def link_of(name: str, capability: tuple[int, int]) -> tuple[str, float]:
+    """The kind of link between the cards of a node, and its GB/s in each direction.
+
+    NVLink by a card's name, otherwise PCIe with 16 lanes by its generation. Some cards use eight
+    (RTX 4060 Ti), and some are made for an older one than others of their generation (A2).
+    """
+    if name in NVLINK:
+        return "NVLink", NVLINK[name]
+    return "PCIe", next(rate for oldest, rate in _PCIE.items() if capability >= oldest)
+
+
+def near_cards(name: str, most: int = 5) -> list[str]:
+    """Names in `CARDS` that come nearest to a name that means none of them."""
+    by_key = {card.upper().removeprefix("RTX ").removeprefix("GTX "): card for card in CARDS}
+    found = get_close_matches(name.upper(), by_key, n=most, cutoff=0.5)
+    return [by_key[key] for key in found] or list(_COMMON)
 
 
 def find_cards(name: str) -> list[str]:

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
-from glmtune.cards import CARDS, card_words, find_cards
+from glmtune.cards import CARDS, card_words, find_cards, near_cards
 from glmtune.errors import UserError
 
 if TYPE_CHECKING:
@@ -92,8 +92,9 @@ class Card:
         found = find_cards(name)
         if not found:
             raise UserError(
-                f"card {name!r} is not known here; plan by its memory instead, such as "
-                f"--memory_gib {card_words(name)[1] or 24}"
+                f"card {name!r} is not known here; there are {', '.join(near_cards(name))} and "
+                f"others ({len(CARDS)} in all); or plan by its memory, such as --memory_gib "
+                f"{card_words(name)[1] or 24}"
             )
         if len(found) > 1:
             raise UserError(
@@ -334,6 +335,14 @@ def machine_memory_gib() -> float:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     except (AttributeError, ValueError, OSError):  # Windows
         return 0.0
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS and Windows
+        return os.cpu_count() or 1
 
 
 def free_memory() -> None:

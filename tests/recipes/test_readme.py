@@ -36,6 +36,7 @@ OTHERS = (
     "docs/export.md",
     "docs/serving.md",
     "docs/share.md",
+    "docs/scaling.md",
 )
 TRANSLATED = (READMES[0], *GUIDES, *PAGES_OF_TESTS, *OTHERS)
 COMMAND = re.compile(r"^(python \w+\.py|glmtune) .+", re.MULTILINE)

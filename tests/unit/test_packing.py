@@ -54,7 +54,7 @@ class TestPlan:
     def test_a_row_that_is_too_long_is_named(self, make_rows):
         rows = make_rows([(3, 4), (30, 40), (20, 60)])
         check_lengths(rows, np.arange(3), 82, "data/zh")
-        with pytest.raises(UserError, match=r"data/zh: row 2 has 72 tokens; 2 row\(s\) .* 82 or"):
+        with pytest.raises(UserError, match=r"data/zh: row 2 has 72 tokens; 2 row\(s\) .* 128 or"):
             check_lengths(rows, np.arange(3), 64, "data/zh")
         check_lengths(rows, np.array([0]), 64, "data/zh")
 

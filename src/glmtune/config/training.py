@@ -362,6 +362,30 @@ class PlanSettings(TrainSettings):
         200, ge=4, description="tokens of every row, as long as dataset_path is not there yet"
     )
     num_rows: int = Field(20_000, ge=1, description="number of those rows")
+    gpus: int = Field(
+        1, ge=1, le=1024, description="cards of a node, or processes where there is no GPU"
+    )
+    nodes: int = Field(1, ge=1, le=10_000, description="machines with as many cards each")
+    link_gbit: float | None = Field(
+        None,
+        gt=0,
+        description="Gbit/s between the cards of a node, in each direction (default: of NVLink or "
+        "PCIe, by the card)",
+    )
+    network_gbit: float = Field(
+        25, gt=0, description="Gbit/s of a node's network to the other nodes, in each direction"
+    )
+    tokens_per_second: float | None = Field(
+        None,
+        gt=0,
+        description="speed of one card as measured in a run of these settings, which its log has "
+        "under this name (default: computed, see docs/cards.md)",
+    )
+    price_per_hour: float | None = Field(
+        None,
+        gt=0,
+        description="price of one card for an hour, in any currency, for what a run costs",
+    )
     json_path: PathText | None = Field(None, description="JSON lines file to add the plan to")
     dataset_path: PathText = Field(
         default_factory=lambda: "no rows yet",

@@ -10,6 +10,7 @@ tokens, X streams of positions.
 
 from bisect import bisect_right
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -18,6 +19,8 @@ from glmtune.errors import UserError
 
 # How many of the next rows are searched for one that fills the rest of a pack.
 _LOOK_AHEAD = 512
+# What a setting of tokens_per_step is a multiple of.
+_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,15 @@ def plan_packs(lengths_R: np.ndarray, order: np.ndarray, pack_length: int) -> li
     return packs
 
 
-def check_lengths(rows: TokenRows, row_ids: np.ndarray, pack_length: int, path: str) -> None:
+class HasLengths(Protocol):
+    """Rows of which no more than the lengths may be known."""
+
+    @property
+    def lengths_R(self) -> np.ndarray:
+        """Tokens of each row."""
+
+
+def check_lengths(rows: HasLengths, row_ids: np.ndarray, pack_length: int, path: str) -> None:
     """Make sure that rows fit into a pack, before the first step.
 
     Args:
@@ -96,10 +107,11 @@ def check_lengths(rows: TokenRows, row_ids: np.ndarray, pack_length: int, path: 
     too_long = row_ids[rows.lengths_R[row_ids] > pack_length]
     if len(too_long):
         number, length = int(too_long[0] - row_ids[0]) + 1, int(rows.lengths_R[too_long[0]])
+        enough = _MULTIPLE * -(-int(rows.lengths_R[row_ids].max()) // _MULTIPLE)
         raise UserError(
             f"{path}: row {number} has {length:,} tokens; {len(too_long):,} row(s) "
             f"do not fit into tokens_per_step {pack_length:,}; raise it to "
-            f"{int(rows.lengths_R[row_ids].max()):,} or more, or tokenize with a smaller "
+            f"{enough} or more, or tokenize with a smaller "
             "max_seq_length"
         )
 

@@ -6,10 +6,13 @@ matrix products reach `EFFICIENCY` of the card's rated TFLOP/s. Shapes: R rows.
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from glmtune.cards import find_cards
 from glmtune.training.plan import Plan
 from glmtune.training.planning.forecast import Forecast
 from glmtune.training.planning.memory import Setup
+from glmtune.training.planning.ranks import PassCost, TokensOf
 
 # Fitted to steps of ChatGLM-6B with rank 8 on query_key_value; tests/unit/test_run_speed.py
 # compares them with the records in benchmarks/.
@@ -58,22 +61,51 @@ def run_speed(forecast: Forecast, plan: Plan) -> RunSpeed:
 
     Args:
         forecast: forecast of the run.
-            plan: which rows make up which step.
+        plan: which rows make up which step.
     """
-    setup, lengths_R = forecast.setup, plan.lengths_R[plan.row_ids]
+    lengths_R = plan.lengths_R[plan.row_ids]
     num_rows, num_tokens, num_passes = len(lengths_R), int(lengths_R.sum()), plan.passes_in(0)
     tokens = num_passes * (forecast.pack_length or num_tokens / num_passes)
-    assert forecast.card.rated_tflops is not None
-    flops_per_second = EFFICIENCY * 1e12 * forecast.card.rated_tflops
-    flops_per_second *= FP8_SPEEDUP if setup.is_fp8 else 1
-    tokens += num_passes * FIXED_TOKENS[setup.bits]
-    seconds = tokens * flops_per_token(setup, forecast.recompute) / flops_per_second
+    cost = pass_cost(forecast)
+    seconds = (tokens + num_passes * cost.fixed_tokens) * cost.seconds_per_token
     return RunSpeed(
         rows_per_second=num_rows / seconds,
         tokens_per_second=num_tokens / seconds,
         hours_per_step=seconds / 3600 / plan.steps_in(0),
-        measured=_is_measured(forecast),
+        measured=is_measured(forecast),
     )
+
+
+def pass_cost(forecast: Forecast) -> PassCost:
+    """How long a pass takes on the forecast's card; `no_speed` must have returned None."""
+    setup = forecast.setup
+    assert forecast.card.rated_tflops is not None
+    flops_per_second = EFFICIENCY * 1e12 * forecast.card.rated_tflops
+    flops_per_second *= FP8_SPEEDUP if setup.is_fp8 else 1
+    flops = flops_per_token(setup, forecast.recompute)
+    return PassCost(flops / flops_per_second, FIXED_TOKENS[setup.bits])
+
+
+def tokens_of_pass(forecast: Forecast, lengths_R: np.ndarray) -> TokensOf:
+    """What a pass over some rows computes: compiled packs are filled up, padded rows padded."""
+    setup = forecast.setup
+
+    def count(row_ids: np.ndarray) -> float:
+        lengths_B = lengths_R[row_ids]
+        if not len(lengths_B):
+            return 0.0
+        if setup.layout == "padded":
+            return float(len(lengths_B) * lengths_B.max())
+        if setup.compiled and forecast.pack_length:
+            return float(forecast.pack_length)
+        return float(lengths_B.sum())
+
+    return count
+
+
+def forward_share(setup: Setup, recompute: int) -> float:
+    """Share of a step's matrix products that belong to the forward pass, all an evaluation does."""
+    return 2 * setup.shape.matmul_parameters() / flops_per_token(setup, recompute)
 
 
 def flops_per_token(setup: Setup, recompute: int) -> int:
@@ -86,7 +118,8 @@ def flops_per_token(setup: Setup, recompute: int) -> int:
     return 4 * shape.matmul_parameters() + 2 * recompute * shape.layer_parameters()
 
 
-def _is_measured(forecast: Forecast) -> bool:
+def is_measured(forecast: Forecast) -> bool:
+    """Whether passes like these were measured on this card."""
     card, setup = forecast.card, forecast.setup
     key = (*find_cards(card.name)[:1], setup.layout, setup.bits, setup.is_fp8)
     return (
