@@ -36,6 +36,10 @@ _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
 }
+# What both sides of HTTP/2, which Ray speaks, begin with (RFC 9113, 3.4): asked of a port, a Ray
+# answers at once, where Ray's own client tries for minutes.
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+_SETTINGS, _FRAME_TYPE = b"\0\0\0\x04\0\0\0\0\0", 3
 _SAME_HASHES = {"PYTHONHASHSEED": "0"}
 """Hashes of texts that one worker makes are compared with those of others."""
 _RESULT, _MISTAKE = "result", "mistake"
@@ -72,21 +76,22 @@ def _check_cluster(address: str, told: str) -> None:
     fix = "start one with `ray start --head`, or leave it out for a Ray of this machine"
     host, _, port = address.rpartition(":")
     if address == "auto" or not (host and port.isdecimal()):
-        raise UserError(f"{told}: is no address of a Ray cluster; write HOST:PORT, port 6379 mostly")
+        raise UserError(
+            f"{told}: is no address of a Ray cluster; write HOST:PORT, port 6379 mostly"
+        )
     if "//" in host:
         raise UserError(f"{told}: is of Ray's client; run this on a machine of the cluster, with "
                         "its address as HOST:PORT")  # fmt: skip
     try:
-        socket.create_connection((host, int(port)), SECONDS_TO_ANSWER).close()
+        with socket.create_connection((host, int(port)), SECONDS_TO_ANSWER) as connection:
+            connection.settimeout(SECONDS_TO_ANSWER)
+            connection.sendall(_PREFACE + _SETTINGS)
+            answer = connection.recv(len(_SETTINGS))
     except OSError as error:
-        raise UserError(f"{told}: no Ray cluster answers there ({reason_of(error)}); {fix}") from error
-    from ray._raylet import check_health
-
-    try:
-        answers = check_health(address, timeout=SECONDS_TO_ANSWER, skip_version_check=True)
-    except Exception as error:  # a port of something else
-        raise UserError(f"{told}: no Ray cluster answers there ({reason_of(error)}); {fix}") from error
-    if not answers:
+        raise UserError(
+            f"{told}: no Ray cluster answers there ({reason_of(error)}); {fix}"
+        ) from error
+    if answer[_FRAME_TYPE : _FRAME_TYPE + 1] != _SETTINGS[_FRAME_TYPE : _FRAME_TYPE + 1]:
         raise UserError(f"{told}: something else than a Ray cluster answers there; {fix}")
 
 
@@ -130,8 +135,15 @@ def running_ray(address: str | None) -> Iterator[None]:
             "_system_config": {"idle_worker_killing_time_threshold_ms": 600_000},
         }
     try:
-        with _environment(_SAME_HASHES):
-            ray.init(**options)
+        try:
+            with _environment(_SAME_HASHES):
+                ray.init(**options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            told = place[1] if place else "engine ray"
+            raise UserError(
+                f"{told}: Ray does not start ({reason_of(error)}); run `ray status` to see whether "
+                "a Ray runs on this machine, or leave engine out"
+            ) from error
         yield
     finally:
         ray.shutdown()
@@ -151,9 +163,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def over(
-    work: Callable[[Item], Iterable[Result]], items: Sequence[Item]
-) -> Iterator[Result]:
+def over(work: Callable[[Item], Iterable[Result]], items: Sequence[Item]) -> Iterator[Result]:
     """The results of all items, in the order of the items.
 
     Args:

@@ -24,7 +24,6 @@ _LOOK_BYTES = 1 << 20
 _MOST_ENDS = 16
 _END_OF_LINE = rb"\n"
 _BETWEEN_OBJECTS = rb"\}[ \t\r\n]*,[ \t\r\n]*(?=\{[ \t\r\n]*%b)"
-_READERS = {"lines": Lines, "list": List}
 
 
 class Part(NamedTuple):
@@ -45,13 +44,21 @@ class Part(NamedTuple):
 class PartRead(Protocol):
     """What was found in a part; rows and lines are numbered as if nothing stood before it."""
 
-    ended_at: int | None
-    """Where it ended; None for the end of its file."""
-    num_rows: int
-    num_lines: int
-    """Lines before the row that follows it."""
-    error: str | None
-    """Why it could not be read to its end, as a UserError's line."""
+    @property
+    def ended_at(self) -> int | None:
+        """Where it ended; None for the end of its file."""
+
+    @property
+    def num_rows(self) -> int:
+        """Its rows, good or bad."""
+
+    @property
+    def num_lines(self) -> int:
+        """Lines before the row that follows it."""
+
+    @property
+    def error(self) -> str | None:
+        """Why it could not be read to its end, as a UserError's line."""
 
 
 Read = TypeVar("Read", bound=PartRead)
@@ -106,7 +113,8 @@ class PartReader:
             if part.kind is None:
                 reader, buffer = find_rows(path, file)
             else:
-                reader, buffer = _READERS[part.kind](self._line), bytearray()
+                reader = List(self._line) if part.kind == "list" else Lines(self._line)
+                buffer = bytearray()
                 reader.expects = "row"
                 file.seek(part.start)
             start = file.tell() - len(buffer)
@@ -141,7 +149,8 @@ def _cut_file(source: Source, number: int, encoding: str | None) -> list[Part]:
             reader, buffer = find_rows(file, opened)
         except UserError:
             return [whole]  # whoever reads it says what is wrong
-        kind, pattern = "lines", re.compile(_END_OF_LINE)
+        kind: Literal["lines", "list"] = "lines"
+        pattern = re.compile(_END_OF_LINE)
         if isinstance(reader, List):
             name = FIRST_NAME.match(buffer)
             found = re.escape(bytes(name[1])) if name else b""
@@ -151,7 +160,9 @@ def _cut_file(source: Source, number: int, encoding: str | None) -> list[Part]:
         while place + PART_BYTES < size:
             opened.seek(place)
             if (match := pattern.search(opened.read(_LOOK_BYTES))) is not None:
-                starts.append(place + match.end())
+                start = place + match.end()
+                if not starts or start > starts[-1]:
+                    starts.append(start)
             place += PART_BYTES
     parts = [whole._replace(ends=tuple(starts[:_MOST_ENDS]))]
     for index, start in enumerate(starts, start=1):
@@ -160,9 +171,7 @@ def _cut_file(source: Source, number: int, encoding: str | None) -> list[Part]:
     return parts
 
 
-def in_order(
-    parts: Iterable[Part], found: Iterable[Read]
-) -> Iterator[tuple[Part, Read, int, int]]:
+def in_order(parts: Iterable[Part], found: Iterable[Read]) -> Iterator[tuple[Part, Read, int, int]]:
     """What was found in the parts that are none of them void, in their order.
 
     Args:
@@ -173,7 +182,9 @@ def in_order(
         A part, what was found in it, and the rows of the source and the lines of the file before
         it.
     """
-    file, at, rows, lines = -1, None, 0, 0
+    file: int | None = -1
+    at: int | None = None
+    rows = lines = 0
     for part, read in zip(parts, found, strict=True):
         if part.file != file:
             file, at, lines = part.file, 0, 0

@@ -30,10 +30,15 @@ from glmtune.data.records import (
     format_in_effect,
     rows_in,
 )
-from glmtune.data.row_files import AnyRow, RowFile
+from glmtune.data.row_files import RowFile
 from glmtune.data.row_sets import RowSet
 from glmtune.data.sources import find_source
-from glmtune.data.tokenizing import CHARACTERS_PER_BATCH, encode_batches, no_collection, rows_per_batch
+from glmtune.data.tokenizing import (
+    CHARACTERS_PER_BATCH,
+    encode_batches,
+    no_collection,
+    rows_per_batch,
+)
 from glmtune.errors import UserError
 from glmtune.spread import over
 
@@ -135,7 +140,8 @@ def _look_at(
     file.places.append(Place(0, 0, part.file, part.kind, part.start))
     try:
         for of_file, batch in reader:
-            if (began := reader.began_at) and began[0] - file.places[-1].start > BYTES_BETWEEN_PLACES:
+            began = reader.began_at
+            if began and began[0] - file.places[-1].start > BYTES_BETWEEN_PLACES:
                 place = Place(file.num_good, file.num_rows, part.file, reader.kind, *began)
                 file.places.append(place)
             rows = [*rows_in([(of_file, batch)], file.read, file.num_rows)]
@@ -174,9 +180,7 @@ def _join(file: SpreadFile, part: Part, found: SpreadFile, row: int, line: int) 
         for bad in found.bad_rows
     ]
     file.places += [
-        place._replace(
-            good=place.good + file.num_good, row=place.row + row, line=place.line + line
-        )
+        place._replace(good=place.good + file.num_good, row=place.row + row, line=place.line + line)
         for place in found.places
     ]
     file.num_good += found.num_good
@@ -278,10 +282,11 @@ def _encode_stretch(
     with no_collection():
         good = form.used(_rows_from(stretch.place, form))
         rows = chain.from_iterable(
-            repeat(row, num) for row, num in zip(good, stretch.uses)  # noqa: B905
+            repeat(row, num)
+            for row, num in zip(good, stretch.uses)  # noqa: B905
         )
         for size in stretch.batches:
-            batch: list[AnyRow] = [*islice(rows, size)]
+            batch = [*islice(rows, size)]
             if len(batch) < size:
                 raise UserError(
                     f"{form.path}: has fewer rows than when it was looked through; make sure that "

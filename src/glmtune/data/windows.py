@@ -50,8 +50,8 @@ class Batch:
     """Consecutive rows: `lines[i]` is the line, from 1, on which `values[i]` starts.
 
     A value is what json makes of the row, or a Flaw instead. `between` has what is wrong outside of
-    rows: how many of them stand before it, its line and its Flaw. The batch took `num_bytes` of the file. Rows of a table have the
-    names of its `columns`, and lines 0 where it has no lines.
+    rows: how many of them stand before it, its line and its Flaw. The batch took `num_bytes` of the
+    file. Rows of a table have the names of its `columns`, and lines 0 where it has no lines.
     """
 
     lines: Sequence[int]

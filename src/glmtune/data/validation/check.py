@@ -112,6 +112,10 @@ class FileCheck:
         self._found: list[tuple[float, Problem]] = []
         """The problems of a batch, each with its place among the rows."""
 
+    def __getstate__(self) -> dict[str, object]:
+        """What another process gets: nothing is told there any more."""
+        return self.__dict__ | {"_tell": None}
+
     def take(self, batch: Batch) -> None:
         """Check the next rows, and tell their problems in the order of the rows."""
         self._take(batch)

@@ -121,7 +121,8 @@ class Fingerprints:
             row: the number of the row before them.
             line: the line before them.
         """
-        self.earlier_row.frombytes((np.array(others.earlier_row) + np.uint32(len(self.rows))).tobytes())
+        earlier = np.array(others.earlier_row) + np.uint32(len(self.rows))
+        self.earlier_row.frombytes(earlier.tobytes())
         self.earlier_number += others.earlier_number
         self.last.extend(others.last)
         self.earlier.extend(others.earlier)

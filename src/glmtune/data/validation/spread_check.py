@@ -4,8 +4,8 @@ The parts are checked by what the local engine calls. Where a list is broken, wh
 depends on all that stands before: then the file is checked once more, by one worker as a whole.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 from glmtune.data.parts import Part, PartReader, cut, in_order
@@ -66,26 +66,28 @@ def check_source(
         formats = _formats(path, parts, format, encoding)
     except UserError as error:
         return checks, str(error)
-    check = partial(_check, formats=formats, encoding=encoding, special_names=special_names)
+    check = partial(_check, formats=formats, encoding=encoding, names=tuple(special_names))
     hashes: set[int] = set()
-    num_told: dict[int | None, int] = {}
-    redone: int | None = -1
+    done: int | None = -1
+    num_told = 0
     for part, found, _, line in in_order(parts, over(check, parts)):
         hashes.add(found.hash)
         assert len(hashes) == 1, "workers hash texts alike"
-        if part.file == redone:
+        if part.start == 0:
+            num_told = 0
+        elif part.file == done:
             continue
-        is_whole = part.start == 0 and not part.ends
-        if not is_whole and (found.is_broken or _is_alone(part, found)):
-            redone = part.file
+        is_inside = part.start > 0 or bool(part.ends)
+        if is_inside and (found.is_broken or _is_alone(part, found)):
+            done, line = part.file, 0
             (found,) = over(check, [Part(path, part.file)])
+            del found.problems[:num_told]
             for name in found.files:
                 checks.pop(name, None)
-            line, found.problems = 0, found.problems[num_told.get(part.file, 0) :]
-        first = {name: checks[name].file.num_rows if name in checks else 0 for name in found.files}
         for problem in found.problems:
-            tell(_moved(problem, first[problem.file], line if is_whole or part.file != redone else 0))
-        num_told[part.file] = num_told.get(part.file, 0) + len(found.problems)
+            file = checks.get(problem.file)
+            tell(_moved(problem, file.file.num_rows if file else 0, line))
+        num_told += len(found.problems)
         for name, of_part in found.files.items():
             if name not in checks:
                 checks[name] = FileCheck(name, tell, of_part.file.format, special_names)
@@ -95,6 +97,44 @@ def check_source(
     return checks, None
 
 
+def _formats(
+    path: str, parts: Sequence[Part], format: str | None, encoding: str | None
+) -> dict[int | None, str | None]:
+    """The format of each file, by its number; None where whoever reads its first row sees it."""
+    source = find_source(path)
+    found: dict[int | None, str | None] = {part.file: format or source.format for part in parts}
+    for part in parts:
+        if part.start == 0 and part.ends and found[part.file] is None:
+            first = FileCheck(path, lambda problem: None)
+            for _, batch in PartReader(part, encoding):
+                first.take(batch)
+                if first.file.format:
+                    break
+            found[part.file] = first.file.format
+    return found
+
+
+def _check(
+    part: Part,
+    *,
+    formats: Mapping[int | None, str | None],
+    encoding: str | None,
+    names: Collection[str],
+) -> Iterator[Checked]:
+    """Check a part, as if nothing stood before it."""
+    files: dict[str, FileCheck] = {}
+    problems: list[Problem] = []
+    reader, error = PartReader(part, encoding), None
+    try:
+        for file, batch in reader:
+            if file not in files:
+                files[file] = FileCheck(file, problems.append, formats[part.file], names)
+            files[file].take(batch)
+    except UserError as mistake:
+        error = str(mistake)
+    yield Checked(files, problems, reader.ended_at, reader.num_lines, error, hash("glmtune"))
+
+
 def _is_alone(part: Part, found: Checked) -> bool:
     """Whether a part is all of its file, with one row: that may be no list of rows."""
     return part.start == 0 and found.ended_at is None and found.num_rows <= 1
@@ -102,8 +142,6 @@ def _is_alone(part: Part, found: Checked) -> bool:
 
 def _moved(problem: Problem, row: int, line: int) -> Problem:
     """A problem with its row and line as they are in the file."""
-    from dataclasses import replace
-
     return replace(
         problem,
         row=problem.row + row if problem.row else problem.row,
