@@ -5,10 +5,10 @@ What workers do is done here one after another; tests/recipes/test_ray.py has a 
 
 import json
 import pickle
-import random
 from pathlib import Path
 
 import pytest
+from spread_files import dumps, records, report, tokens_of
 
 from glmtune.cli import main, run
 from glmtune.data import parts, spread_rows, tokenizing
@@ -41,16 +41,6 @@ def spread(monkeypatch):
     return num_parts
 
 
-def records(num=3000):
-    draw = random.Random(0)
-    for number in range(num):
-        yield {
-            "instruction": f"问题 {number}: " + "说" * draw.randrange(20),
-            "input": "" if number % 3 else "}, {\"instruction\": 1}, {" * draw.randrange(3),
-            "output": "" if number % 97 == 5 else "答案 <eop> " * draw.randrange(1, 12),
-        }  # fmt: skip
-
-
 def talks(num=1500):
     for number in range(num):
         turns = [
@@ -58,10 +48,6 @@ def talks(num=1500):
             for turn in range(2 * (1 + number % 3))
         ]
         yield {"messages": turns}
-
-
-def dumps(row):
-    return json.dumps(row, ensure_ascii=False)
 
 
 FILES = {
@@ -91,18 +77,6 @@ FILES = {
 }
 
 
-def written(folder):
-    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
-
-
-def tokens_of(capsys, folder, *flags):
-    command = ["tokenize", "--save_path", folder, "--base", "glm-tiny", *flags]
-    code = main(command)
-    told = capsys.readouterr()
-    lines = [line for line in told.err.splitlines() if line.startswith(("error", "note"))]
-    return code, told.out.replace(folder, "FOLDER"), lines, written(folder) if not code else None
-
-
 @pytest.mark.parametrize("name", FILES)
 def test_tokens_are_those_of_the_local_engine(name, spread, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -125,29 +99,21 @@ def test_problems_are_those_of_the_local_engine(name, spread, tmp_path, monkeypa
     capsys.readouterr()
 
 
-def report(*arguments):
-    code = main(["validate", *arguments, "--json_path", "report.json"])
-    told = json.loads(Path("report.json").read_text(encoding="utf-8"))
-    return code, told["problems"], told["files"], told["counts"]
-
-
 BROKEN = {
-    "comma.json": lambda text: text.replace('}, {"instruction": "问题 2500', '} {"instruction": "问题 2500'),
-    "row.json": lambda text: text.replace('"instruction": "问题 2500', '"instruction" "问题 2500'),
-    "cut.json": lambda text: text[:-70],
-    "first.json": lambda text: text.replace('"instruction": "问题 7:', '"instruction" "问题 7:'),
+    "comma.json": ('}, {"instruction": "问题 2500', '} {"instruction": "问题 2500'),
+    "row.json": ('"instruction": "问题 2500', '"instruction" "问题 2500'),
+    "cut.json": ('"}]', ""),
+    "first.json": ('"instruction": "问题 7:', '"instruction" "问题 7:'),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_list_is_told_as_by_the_local_engine(
-    name, spread, tmp_path, monkeypatch, capsys
-):
+def test_a_broken_list_is_told_as_by_the_local_engine(name, spread, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     lines = [dumps(r) for r in records()]
     lines[1200] = '{"instruction": "问题"}'
     text = "[" + ",\n".join(lines) + "]" if name == "row.json" else "[" + ", ".join(lines) + "]"
-    broken = BROKEN[name](text)
+    broken = text.replace(*BROKEN[name])
     assert broken != text
     Path(name).write_text(broken, encoding="utf-8")
     assert report(name) == report(name, "--engine", "ray")
@@ -226,7 +192,8 @@ def test_a_cut_inside_of_a_text_makes_parts_void(tmp_path, monkeypatch):
     path.write_text(json.dumps(rows), encoding="utf-8")
     pieces = cut(str(path), None)
     first = PartReader(pieces[0], None)
-    assert [value for _, batch in first for value in batch.values] == rows[:1]
+    values = [value for _, batch in first for value in batch.values]
+    assert values == rows[: len(values)]
     assert pieces[1].start < first.ended_at
     assert first.ended_at in [piece.start for piece in pieces]
 

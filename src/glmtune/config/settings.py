@@ -249,7 +249,7 @@ class AnsweringSettings(
         return self
 
 
-class InferSettings(AnsweringSettings):
+class InferSettings(AnsweringSettings, EngineSettings):
     """Settings of `glmtune infer`."""
 
     verb = "infer"
@@ -367,7 +367,7 @@ class CompareSettings(JudgingSettings):
         return value
 
 
-class EvaluateSettings(JudgingSettings):
+class EvaluateSettings(JudgingSettings, EngineSettings):
     """Settings of `glmtune evaluate`."""
 
     verb = "evaluate"
