@@ -234,14 +234,22 @@ def _results(items: Sequence[Any], work: Any, **options: Any) -> Iterator[Any]:
 def _packed(work: Callable[..., Any]) -> bytes:
     from ray import cloudpickle
 
-    return cloudpickle.dumps(work)
+    return cloudpickle.dumps((os.getcwd(), work))
 
 
 @lru_cache(1)
 def _unpacked(work: bytes) -> Callable[..., Any]:
-    """What was packed, once for all items: a tokenizer is read in a tenth of a second."""
+    """What was packed, once for all items, in the folder that paths are relative to."""
     prepare_imports()  # a worker is the command's own process, as the one that started it
-    return pickle.loads(work)
+    folder, unpacked = pickle.loads(work)
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: is not on each machine of the Ray cluster ({reason_of(error)}); run the "
+            "command in a folder that all of them share"
+        ) from error
+    return unpacked
 
 
 def _do(work: bytes, item: "pa.Table") -> Iterator["pa.Table"]:
