@@ -86,7 +86,8 @@ def ledger(settings: LedgerSettings) -> dict[str, Any]:
     subject = ModelChoice.to_score(settings)
     assert subject.adapter is not None, "LedgerSettings requires one"
     spreads = settings.engine == "ray"
-    model, tokenizer = (None, subject.tokenizer) if spreads else subject.load(computes=True)
+    tokenizer = subject.tokenizer
+    model: Any = None if spreads else subject.load(computes=True)[0]
     run = read_rows(subject.adapter, tokenizer)
     if run is None:
         raise UserError(
