@@ -16,7 +16,7 @@ from functools import lru_cache, partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from glmtune.errors import UserError, reason_of
+from glmtune.errors import UserError, note, reason_of
 from glmtune.imports import prepare_imports
 
 if TYPE_CHECKING:
@@ -116,6 +116,10 @@ def running_ray(address: str | None) -> Iterator[None]:
         return
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    from ray._private import worker
+
+    # Ray has no setting for what it prints on stdout, such as that a worker has died.
+    setattr(worker, "print_to_stdstream", _tell)  # noqa: B010
     options: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": logging.ERROR,
@@ -149,6 +153,11 @@ def running_ray(address: str | None) -> Iterator[None]:
         ray.shutdown()
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _tell(message: dict[str, Any], **_: Any) -> None:
+    """Print what Ray has to say as a note, on stderr."""
+    note(*(f"Ray: {line.splitlines()[0]}" for line in message["lines"] if line.strip()))
 
 
 @contextmanager
