@@ -13,6 +13,7 @@ from glmtune.adapters.find import (
     refuse_existing,
     refuse_prefix,
 )
+from glmtune.config.engines import EngineSettings
 from glmtune.config.serving import ServeSettings
 from glmtune.config.settings import (
     BenchDecodeSettings,
@@ -48,6 +49,7 @@ from glmtune.models.hubs import CONFIG_FILE
 from glmtune.models.resolve import resolve_base
 from glmtune.models.shape import bits_of
 from glmtune.run_files import EXPORT_RECORD, check_bundle, find_run
+from glmtune.spread import check_ray
 
 AnsweringSettings = (
     InferSettings | CompareSettings | EvaluateSettings | ChatSettings | CheckSettings
@@ -63,6 +65,8 @@ def check_answering(settings: AnsweringSettings) -> None:
     """
     if not isinstance(settings, ChatSettings) and settings.data_path:
         find_source(settings.data_path).check_readable()
+    if isinstance(settings, InferSettings | EvaluateSettings):
+        check_engine(settings)
     if isinstance(settings, CompareSettings):
         check_general_set(settings.general_set)
     named = settings.subject if isinstance(settings, CheckSettings) else settings.adapter
@@ -76,6 +80,16 @@ def check_answering(settings: AnsweringSettings) -> None:
     first = adapters[0] if adapters else None
     check_base(settings.base, first)
     leave_out_unused(settings, first)
+
+
+def check_engine(settings: EngineSettings) -> None:
+    """Check that an engine beside this process is there.
+
+    Raises:
+        UserError: it is not installed, or its cluster does not answer.
+    """
+    if settings.engine == "ray":
+        check_ray(settings.ray_address)
 
 
 def check_serving(settings: ServeSettings) -> None:
@@ -195,6 +209,8 @@ def check_scoring(settings: ScoringSettings) -> None:
     """
     adapter = find_adapter(settings.adapter)
     refuse_prefix(adapter)
+    if isinstance(settings, LedgerSettings):
+        check_engine(settings)
     if isinstance(settings, DialSettings):
         check_general_set(settings.general_set)
         if settings.data_path:

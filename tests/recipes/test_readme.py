@@ -28,6 +28,7 @@ GUIDES = (
 PAGES_OF_TESTS = ("docs/reliability.md", "docs/peers.md")
 # Each has a Chinese page beside it.
 OTHERS = (
+    "docs/many.md",
     "docs/tune.md",
     "docs/memory.md",
     "docs/architecture.md",

@@ -124,7 +124,7 @@ def read(path: str) -> tuple[list[tuple], list[tuple], str]:
     try:
         for batch in containers.read_batches(path):
             rows += zip(batch.lines, map(plain, batch.values), strict=True)
-            between += [(line, str(fault)) for line, fault in batch.between]
+            between += [(line, str(fault)) for _, line, fault in batch.between]
     except UserError as error:
         return rows, between, str(error)
     return rows, between, ""

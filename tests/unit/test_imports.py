@@ -17,6 +17,7 @@ PACKAGE = Path(glmtune.__file__).parent
 FLOORS = [
     {"errors", "cards", "launched", "locks"},
     {"disk", "drafts", "imports", "run_files", "signals"},
+    {"spread"},
     {"config", "hardware", "runlog"},
     {"data", "ops"},
     {"models"},

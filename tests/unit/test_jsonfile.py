@@ -22,7 +22,7 @@ def read(tmp_path):
         for batch in containers.read_batches(str(path)):
             values = [v.kind if isinstance(v, Flaw) else v for v in batch.values]
             rows += zip(batch.lines, values, strict=True)
-            between += [(line, fault.what) for line, fault in batch.between]
+            between += [(line, fault.what) for _, line, fault in batch.between]
         return rows, between
 
     return read

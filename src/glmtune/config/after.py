@@ -4,6 +4,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from glmtune.config.engines import EngineSettings
 from glmtune.config.groups import (
     ANY_ROWS,
     BadRowSettings,
@@ -26,7 +27,7 @@ CheckpointText = Annotated[
 ]
 
 
-class LedgerSettings(QuantisingSettings, BaseModelSettings, DeviceSettings):
+class LedgerSettings(QuantisingSettings, BaseModelSettings, DeviceSettings, EngineSettings):
     """Settings of `glmtune ledger`."""
 
     verb = "ledger"

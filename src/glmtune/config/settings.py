@@ -21,6 +21,7 @@ from glmtune.config.benchmarks import (
     ReproduceSettings,
 )
 from glmtune.config.data_sets import MixSettings
+from glmtune.config.engines import EngineSettings
 from glmtune.config.groups import (
     ANY_ROWS,
     OF_THE_DRAW,
@@ -48,7 +49,7 @@ from glmtune.config.training import PlanSettings, TrainSettings, TuneSettings
 # --- validate ---
 
 
-class ValidateSettings(FormatSettings):
+class ValidateSettings(FormatSettings, EngineSettings):
     """Settings of `glmtune validate`."""
 
     verb = "validate"
@@ -158,7 +159,7 @@ class RowSettings(FormatSettings, BadRowSettings, SpecialSettings, BaseModelSett
         return self
 
 
-class TokenizeSettings(MixSettings, RowSettings):
+class TokenizeSettings(MixSettings, RowSettings, EngineSettings):
     """Settings of `glmtune tokenize`."""
 
     verb = "tokenize"
@@ -168,6 +169,18 @@ class TokenizeSettings(MixSettings, RowSettings):
     resume: bool = Field(
         False, description="go on where a command that was killed or interrupted had got to"
     )
+
+    @model_validator(mode="after")
+    def threads_of_this_process(self) -> Self:
+        """Refuse a number of threads where each worker of Ray has one."""
+        if self.num_threads and self.engine == "ray":
+            raise conflict(
+                "num_threads has no effect with engine ray, whose workers encode with a thread "
+                "each: leave it out",
+                "num_threads",
+                "engine",
+            )
+        return self
 
 
 class InspectSettings(RowSettings):
@@ -236,7 +249,7 @@ class AnsweringSettings(
         return self
 
 
-class InferSettings(AnsweringSettings):
+class InferSettings(AnsweringSettings, EngineSettings):
     """Settings of `glmtune infer`."""
 
     verb = "infer"
@@ -354,7 +367,7 @@ class CompareSettings(JudgingSettings):
         return value
 
 
-class EvaluateSettings(JudgingSettings):
+class EvaluateSettings(JudgingSettings, EngineSettings):
     """Settings of `glmtune evaluate`."""
 
     verb = "evaluate"

@@ -84,6 +84,23 @@ def read_batches(path: str, encoding: str | None = None) -> Iterator[Batch]:
             yield from read_json(path, file)
 
 
+def is_plain_json(path: str, file: BinaryIO) -> bool:
+    """Whether a file is read as JSON, and is not packed.
+
+    Args:
+        path: the file.
+        file: stands at its start, and stays there.
+
+    Raises:
+        UserError: it is known to be something else than rows.
+    """
+    start = _peek(file)
+    if start.startswith((_GZIP, _ZSTD, *_BINARY)):
+        return False
+    _refuse_others(path, start)
+    return delimiter_of(path, start) is None
+
+
 def _unpacked(path: str, file: BinaryIO, start: bytes) -> BinaryIO:
     """A reader of what a packed file holds, which names the file where that is damaged."""
     if start.startswith(_GZIP):

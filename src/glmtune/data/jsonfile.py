@@ -3,7 +3,7 @@
 Only a window of the file is in memory, however long the file is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,8 +26,8 @@ def read_json(path: str, file: BinaryIO) -> Iterator[Batch]:
     see files.refuse_other_formats; a web page; a single object.
     """
     num_rows, first = 0, None
-    reader, buffer = _find_rows(path, file)
-    for batch in _batches(file, buffer, reader):
+    reader, buffer = find_rows(path, file)
+    for batch in Windows(file, buffer, reader):
         if batch.values and not num_rows:
             first = batch.values[0]
         num_rows += len(batch.values)
@@ -41,8 +41,12 @@ def read_json(path: str, file: BinaryIO) -> Iterator[Batch]:
         )
 
 
-def _find_rows(path: str, file: BinaryIO) -> tuple[Lines | List, bytearray]:
-    """Return a reader positioned where the rows start, and the bytes of them read so far."""
+def find_rows(path: str, file: BinaryIO) -> tuple[Lines | List, bytearray]:
+    """Return a reader positioned where the rows start, and the bytes of them read so far.
+
+    Raises:
+        UserError: as `read_json`, for what the first bytes show.
+    """
     head = file.read(HEAD_BYTES)
     refuse_other_formats(path, head)
     content = head.removeprefix(_BYTE_ORDER_MARK)
@@ -57,21 +61,63 @@ def _find_rows(path: str, file: BinaryIO) -> tuple[Lines | List, bytearray]:
     return List(line) if is_list else Lines(line), bytearray(rows[is_list:])
 
 
-def _batches(file: BinaryIO, buffer: bytearray, reader: Lines | List) -> Iterator[Batch]:
-    """Read a file to its end, window by window; `buffer` holds the start of the next row.
+class Windows:
+    """The batches of a file from a place on, window by window.
 
-    Where a row does not fit into the window, the window is doubled.
+    Where a row does not fit into the window, the window is doubled. The reader stops before the end
+    of the file at the first of `ends` where a row has ended and the next may begin.
+
+    Args:
+        file: stands behind what `buffer` holds.
+        buffer: the bytes from the place on that have been read.
+        reader: expects what stands there.
+        place: the place, in bytes from the start of the file.
+        ends: places behind it, ascending and before the end of the file.
     """
-    size = windows.WINDOW_BYTES
-    while True:
-        buffer += file.read(max(0, size - len(buffer)))
-        is_last = len(buffer) < size
-        batch = reader.read(bytes(buffer[:size]), at_end=is_last)
-        yield batch
-        del buffer[: batch.num_bytes]
-        if is_last and not buffer:
-            return
-        size = windows.WINDOW_BYTES if batch.num_bytes else 2 * size
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        buffer: bytearray,
+        reader: Lines | List,
+        place: int = 0,
+        ends: Sequence[int] = (),
+    ) -> None:
+        self.reader = reader
+        self.place = place
+        """How far it has read, in bytes from the start of the file."""
+        self.began_at: tuple[int, int] | None = None
+        """Where the newest batch begins, in bytes and as a line; None inside of something."""
+        self.ended_at: int | None = None
+        """Where it stopped; None at the end of the file, and before."""
+        self._file, self._buffer, self._ends = file, buffer, list(ends)
+
+    def __iter__(self) -> Iterator[Batch]:
+        size, buffer, ends = windows.WINDOW_BYTES, self._buffer, self._ends
+        while True:
+            room = ends[0] - self.place if ends else None
+            if room == 0 and self.reader.expects == "row":
+                self.ended_at = self.place
+                return
+            if room == 0:  # what stands there is no row's beginning, so read on
+                del ends[0]
+                continue
+            is_cut = room is not None and size >= room
+            wanted = room if is_cut and room is not None else size
+            buffer += self._file.read(max(0, wanted - len(buffer)))
+            is_last = len(buffer) < wanted
+            is_between = self.reader.expects == "row"
+            self.began_at = (self.place, self.reader.line) if is_between else None
+            batch = self.reader.read(bytes(buffer[:wanted]), at_end=is_last)
+            del buffer[: batch.num_bytes]
+            self.place += batch.num_bytes
+            yield batch
+            if is_last and not buffer:
+                return
+            if is_cut and not batch.num_bytes:
+                del ends[0]  # a row begins before it and goes on behind it
+            elif not is_cut:
+                size = windows.WINDOW_BYTES if batch.num_bytes else 2 * size
 
 
 def _is_json(text: bytes) -> bool:

@@ -26,6 +26,7 @@ from glmtune.data.flaws import Flaw, kind_of, show
 from glmtune.data.formats import FORMATS, read_example, recognise
 from glmtune.data.sources import find_source
 from glmtune.data.templates import context_of, question_of
+from glmtune.data.windows import Batch
 from glmtune.errors import UserError
 
 OnBadRow = Literal["fail", "skip"]
@@ -328,8 +329,22 @@ def each_row(
     Raises:
         UserError: the file as a whole cannot be read, or is a list but not valid JSON.
     """
-    row = 0
-    for file, batch in find_source(path).batches(encoding):
+    yield from rows_in(find_source(path).batches(encoding), check)
+
+
+def rows_in(
+    batches: Iterable[tuple[str, Batch]],
+    check: Callable[[dict, str, int, int], Placed],
+    row: int = 0,
+) -> Iterator[Placed | BadRow]:
+    """Yield each row of batches; see `each_row`.
+
+    Args:
+        batches: each with its file.
+        check: see `each_row`.
+        row: the number of the row before the first.
+    """
+    for file, batch in batches:
         for line, value in zip(batch.lines, batch.values, strict=True):
             row += 1
             try:
@@ -340,7 +355,7 @@ def each_row(
                 yield BadRow(file, row, line, str(flaw))
             else:
                 yield good
-        for line, fault in batch.between:
+        for _, line, fault in batch.between:
             _refuse_broken_list(file, line, fault)
 
 

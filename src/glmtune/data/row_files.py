@@ -1,6 +1,6 @@
 """A file of rows of any format, looked through once and then read as a stream."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from tqdm import tqdm
@@ -57,6 +57,8 @@ class RowFile:
     rounds has none."""
     languages: bytearray | None = None
     """The language of each good row, as of `mixing.language_of`, if that is wanted."""
+    has_earlier_rounds: bool = False
+    """Whether a record has a system text or earlier rounds."""
 
     @property
     def is_text(self) -> bool:
@@ -75,29 +77,37 @@ class RowFile:
             UserError: it has changed since it was looked through, or cannot be read any more.
         """
         number = 0
-        rows = self._kept or each_row(self.path, self.encoding, self._read)
-        for row in rows:
-            if isinstance(row, Record):
-                number += 1
-                yield as_conversation(row) if self.has_turns else as_context(row)
-            elif not isinstance(row, BadRow):
-                number += 1
-                yield _talk_of(row) if self.has_turns and isinstance(row, Row) else row
+        for row in self.used(self._kept or each_row(self.path, self.encoding, self.read)):
+            number += 1
+            yield row
         if number != self.num_good:
             raise UserError(
                 f"{self.path}: had {self.num_good:,} good rows and then {number:,}; make sure that "
                 "nothing else writes it, and do it again"
             )
 
-    def _read(self, fields: dict, path: str, row: int, line: int) -> AnyRow:
+    def used(self, rows: Iterable[AnyRow | BadRow]) -> Iterator[Row | Conversation | TextRow]:
+        """The good ones among rows, as all of the file are read."""
+        for row in rows:
+            if isinstance(row, Record):
+                yield as_conversation(row) if self.has_turns else as_context(row)
+            elif not isinstance(row, BadRow):
+                yield _talk_of(row) if self.has_turns and isinstance(row, Row) else row
+
+    def read(self, fields: dict, path: str, row: int, line: int) -> AnyRow:
+        """Read a row in the file's format, which the first one decides; raises Flaw."""
         self.format = self.format or format_of(fields)
         return read_row(self.format, fields, path, row, line)
 
     def _look_through(self) -> None:
-        earlier_rounds, num_characters = False, 0
-        for row in tqdm(
-            each_row(self.path, self.encoding, self._read), desc="read", unit="row", delay=1
-        ):
+        rows = each_row(self.path, self.encoding, self.read)
+        self.count(tqdm(rows, desc="read", unit="row", delay=1))
+        self.end()
+
+    def count(self, rows: Iterable[AnyRow | BadRow]) -> None:
+        """Take what follows into account."""
+        num_characters = 0
+        for row in rows:
             self.row_is_line = self.row_is_line and row.row == row.line
             if isinstance(row, BadRow):
                 self.bad_rows.append(row)
@@ -113,14 +123,17 @@ class RowFile:
                 self.languages.append(language_of([text.text for text in texts_of(row).texts]))
             if isinstance(row, Record):
                 self.template = "alpaca"
-                earlier_rounds = earlier_rounds or bool(row.history or row.system)
+                self.has_earlier_rounds |= bool(row.history or row.system)
             elif isinstance(row, Conversation):
                 self.has_turns = True
             elif isinstance(row, TextRow):
                 self.template = TEXT
             elif self.template != "custom" and not has_rounds(row.context):
                 self.template = "alpaca" if is_alpaca(row.context) else "custom"
-        if earlier_rounds:
+
+    def end(self) -> None:
+        """Conclude what only all rows together show."""
+        if self.has_earlier_rounds:
             self.has_turns = True
             self.fields.num_with_history = 0  # they are turns like any others
 

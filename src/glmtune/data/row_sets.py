@@ -1,6 +1,6 @@
 """Several files of rows as one data set: which rows of each are taken, and what is said of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import compress, repeat
 
@@ -66,9 +66,15 @@ class RowSet:
         )
 
 
-def look_through_sets(settings: TokenizeSettings) -> list[RowSet]:
+def look_through_sets(
+    settings: TokenizeSettings, look: Callable[..., RowFile] = look_through
+) -> list[RowSet]:
     """Look through all files, and choose rows: first each file's own, then by language, then the
     general rows beside them.
+
+    Args:
+        settings: which files.
+        look: `row_files.look_through`, or what does the same.
 
     Raises:
         UserError: as `look_through`; or there are too few rows for what is wanted.
@@ -77,7 +83,7 @@ def look_through_sets(settings: TokenizeSettings) -> list[RowSet]:
     for number, (name, one) in enumerate(settings.named_sets):
         is_replay = name == "replay"
         is_own = is_replay and settings.has_own_rows
-        file = look_through(
+        file = look(
             one.file,
             one.format or (None if is_own else settings.format),
             settings.on_bad_row,

@@ -3,7 +3,7 @@
 import gc
 import sys
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -42,7 +42,9 @@ CHARACTERS_PER_BATCH = 1 << 22
 """Characters from which on a batch is full, so that long rows do not fill the memory."""
 MIN_LENGTH = 4
 """Tokens that a row has at least: the settings allow no shorter limit."""
-_WITHOUT_EFFECT = {"base", "jsonl_path", "save_path", "num_threads", "resume"}
+_WITHOUT_EFFECT = {
+    "base", "jsonl_path", "save_path", "num_threads", "resume", "engine", "ray_address",
+}  # fmt: skip
 """Settings that rows do not depend on; files and vocabularies are known by their sha256."""
 
 
@@ -57,14 +59,22 @@ def tokenize(
     cannot be resumed.
     """
     check_replaceable(settings.save_path)
-    with _no_collection():
-        summary = _tokenize(settings, tokenizer, base_name)
+    if settings.engine == "ray":
+        from glmtune.data import spread_rows
+        from glmtune.spread import running_ray
+
+        with running_ray(settings.ray_address):
+            look, encode = spread_rows.look_through, spread_rows.encode
+            summary = _tokenize(settings, tokenizer, base_name, look, encode)
+    else:
+        with no_collection():
+            summary = _tokenize(settings, tokenizer, base_name)
     print(visible(str(summary)))
     return summary
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     """Let Python not look for cycles among millions of objects: rows have none."""
     was_enabled = gc.isenabled()
     gc.disable()
@@ -76,9 +86,14 @@ def _no_collection() -> Iterator[None]:
 
 
 def _tokenize(
-    settings: TokenizeSettings, tokenizer: RowTokenizer, base_name: str
+    settings: TokenizeSettings,
+    tokenizer: RowTokenizer,
+    base_name: str,
+    look: Callable[..., RowFile] = look_through,
+    encode: Callable[..., Iterator[EncodedRows]] | None = None,
 ) -> TokenizeSummary:
-    sets = look_through_sets(settings)
+    encode = encode or _encode_taken
+    sets = look_through_sets(settings, look)
     settings = _in_effect(settings, sets[0].file)
     for one in sets[1:]:
         _in_effect(settings, one.file)
@@ -88,8 +103,7 @@ def _tokenize(
         try:
             for number, one in enumerate(sets):
                 num_done = files.begin(number)
-                rows = islice(one.rows(), num_done, None)
-                for batch in _encode(one, rows, tokenizer, settings_of(settings, one), num_done):
+                for batch in encode(one, tokenizer, settings_of(settings, one), num_done):
                     files.add(batch)
             files.flush()
         except KeyboardInterrupt:
@@ -173,14 +187,11 @@ def encode_file(
     return file, rows, encoded
 
 
-def _encode(
-    one: RowSet,
-    rows: Iterable[AnyRow],
-    tokenizer: RowTokenizer,
-    settings: RowSettings,
-    num_done: int = 0,
+def _encode_taken(
+    one: RowSet, tokenizer: RowTokenizer, settings: RowSettings, num_done: int = 0
 ) -> Iterator[EncodedRows]:
-    """Encode rows of a file, and show the progress."""
+    """Encode the rows of a file that are taken behind those that are done; show the progress."""
+    rows = islice(one.rows(), num_done, None)
     with tqdm(
         total=one.num_taken, initial=num_done, desc="tokenize", unit="row", delay=1
     ) as progress:
@@ -193,15 +204,18 @@ def encode_batches(
     rows: Iterable[AnyRow], tokenizer: RowTokenizer, settings: RowSettings, file: RowFile
 ) -> Iterator[EncodedRows]:
     """Encode rows of a file one batch after another, all of them of one kind."""
-    if file.is_text:
-        for texts in _batches(rows, CONVERSATIONS_PER_BATCH):
-            yield encode_texts(cast(list[TextRow], texts), tokenizer, settings)
-    elif file.has_turns:
-        for talks in _batches(rows, CONVERSATIONS_PER_BATCH):
-            yield encode_conversations(cast(list[Conversation], talks), tokenizer, settings)
-    else:
-        for pairs in _batches(rows, ROWS_PER_BATCH):
-            yield encode_rows(cast(list[Row], pairs), tokenizer, settings)
+    for batch in _batches(rows, rows_per_batch(file)):
+        if file.is_text:
+            yield encode_texts(cast(list[TextRow], batch), tokenizer, settings)
+        elif file.has_turns:
+            yield encode_conversations(cast(list[Conversation], batch), tokenizer, settings)
+        else:
+            yield encode_rows(cast(list[Row], batch), tokenizer, settings)
+
+
+def rows_per_batch(file: RowFile) -> int:
+    """Rows of a batch at most, of short rows."""
+    return CONVERSATIONS_PER_BATCH if file.is_text or file.has_turns else ROWS_PER_BATCH
 
 
 def _batches(rows: Iterable[AnyRow], most_rows: int) -> Iterator[list[AnyRow]]:
@@ -293,7 +307,7 @@ def fit_length(settings: TokenizeSettings, tokenizer: RowTokenizer) -> TokenizeS
         return settings.model_copy(update={"max_seq_length": length})
     uncut = settings.model_copy(update={"max_seq_length": sys.maxsize})
     counts = RowCounts()
-    for batch in _encode(one, one.rows(), tokenizer, uncut):
+    for batch in _encode_taken(one, tokenizer, uncut):
         counts.add(batch)
     length = counts.keeping(SHARE_TO_KEEP) if counts.limits else MIN_LENGTH
     length = min(max(MIN_LENGTH, length), settings.max_seq_length)

@@ -33,7 +33,7 @@ MAX_ROW_BYTES = 1 << 25
 # The limit of json depends on how much of the stack is left; this one is always lower.
 MAX_DEPTH = 256
 BLANK = b" \t\r\n"
-_FIRST_NAME = re.compile(rb'[ \t\r\n]*\{[ \t\r\n]*("[^"\\]*")')
+FIRST_NAME = re.compile(rb'[ \t\r\n]*\{[ \t\r\n]*("[^"\\]*")')
 _BETWEEN_ROWS = re.compile(rb"\}([ \t\r\n]*,[ \t\r\n]*)\{")
 
 _STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
@@ -49,15 +49,15 @@ _LONGEST_WORD = len("-Infinity")
 class Batch:
     """Consecutive rows: `lines[i]` is the line, from 1, on which `values[i]` starts.
 
-    A value is what json makes of the row, or a Flaw instead. `between` has the lines and Flaws of
-    what is wrong outside of rows. The batch took `num_bytes` of the file. Rows of a table have the
-    names of its `columns`, and lines 0 where it has no lines.
+    A value is what json makes of the row, or a Flaw instead. `between` has what is wrong outside of
+    rows: how many of them stand before it, its line and its Flaw. The batch took `num_bytes` of the
+    file. Rows of a table have the names of its `columns`, and lines 0 where it has no lines.
     """
 
     lines: Sequence[int]
     values: list[object]
     num_bytes: int
-    between: list[tuple[int, Flaw]] = field(default_factory=list)
+    between: list[tuple[int, int, Flaw]] = field(default_factory=list)
     columns: Sequence[str] | None = None
 
 
@@ -139,7 +139,7 @@ class List:
 
     def _split_at_name(self, window: bytes) -> Batch | None:
         """Read rows that hold objects themselves, told apart by the name of their first field."""
-        name = _FIRST_NAME.match(window)
+        name = FIRST_NAME.match(window)
         if name is None:
             return None
         pattern = rb"%b(?=[ \t\r\n]*%b)" % (_BETWEEN_ROWS.pattern, re.escape(name[1]))
@@ -180,7 +180,7 @@ class List:
                 break
             mark = text[at]
             if what := self._complain(text, at):
-                batch.between.append((self.line, broken_list(what)))
+                batch.between.append((len(batch.values), self.line, broken_list(what)))
             if mark in ",]" or (what and mark == "["):
                 self.expects = "end" if mark == "]" else "row"
                 at += 1
@@ -196,7 +196,7 @@ class List:
             batch.values.append(value)
             at = end
         if at_end and at == len(text) and self.expects != "end":
-            batch.between.append((self.line, cut_off()))
+            batch.between.append((len(batch.values), self.line, cut_off()))
         batch.num_bytes = len(text[:at].encode("utf-8", "surrogateescape"))
         return batch
 

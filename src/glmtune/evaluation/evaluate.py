@@ -186,6 +186,15 @@ def _answer(
     longest = max(todo.values(), key=len)
     asked.check_positions(longest, settings, subjects[BASE].base)
     scores = any(record.expected.strip() for record in longest)
+    if settings.engine == "ray":
+        from glmtune.evaluation.spread_answers import answer_side
+
+        return add_costs(
+            [
+                answer_side(subjects[name], files[name], records, asked, settings, scores)
+                for name, records in todo.items()
+            ]
+        )
     base, tokenizer = subjects[BASE].load(computes=scores)
     costs = []
     for name, records in todo.items():

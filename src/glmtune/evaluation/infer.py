@@ -75,9 +75,14 @@ def infer(settings: InferSettings) -> InferSummary:
     if todo:
         if settings.on_bad_row == "fail":
             fit_positions(todo, settings, subject.base)
-        model, tokenizer = subject.load()
         prompts = [prompt_of(record) for record in todo]
-        stream = generate_answers(model, tokenizer, prompts, settings, size, subject.device)
+        if settings.engine == "ray":
+            from glmtune.evaluation.spread_answers import answers_of
+
+            stream = answers_of(subject, prompts, settings, size)
+        else:
+            model, tokenizer = subject.load()
+            stream = generate_answers(model, tokenizer, prompts, settings, size, subject.device)
         start = time.perf_counter()
         form = labelled if settings.print_form == "labels" else as_in_2023
         num_printed = len(todo) if settings.print_limit is None else settings.print_limit

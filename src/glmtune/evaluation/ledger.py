@@ -1,6 +1,6 @@
 """`glmtune ledger`: the loss of every training row before and after, and which rows stand out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from glmtune.evaluation.collapse import question_of
 from glmtune.evaluation.source_run import RunRows, read_rows
 from glmtune.models.families import family_of
 from glmtune.models.likelihood import packed_layers, packed_sums, padded_sums
+from glmtune.models.loading import load_config
 from glmtune.models.packed import base_of
 from glmtune.models.resolve import base_name
 from glmtune.run_files import LEDGER_FILE, RECIPE_FILE
@@ -84,16 +85,25 @@ def ledger(settings: LedgerSettings) -> dict[str, Any]:
     """
     subject = ModelChoice.to_score(settings)
     assert subject.adapter is not None, "LedgerSettings requires one"
-    model, tokenizer = subject.load(computes=True)
+    spreads = settings.engine == "ray"
+    tokenizer = subject.tokenizer
+    model: Any = None if spreads else subject.load(computes=True)[0]
     run = read_rows(subject.adapter, tokenizer)
     if run is None:
         raise UserError(
             f"{subject.adapter}: no {RECIPE_FILE} says which rows it was trained on; name a run "
             "folder, or one of its checkpoints"
         )
-    rule = family_of(base_of(model).config).row_rule(model.config)
-    run = run._replace(rows=replace(run.rows, rule=rule))
-    losses = score_rows(model, run.rows)
+    if spreads:
+        from glmtune.evaluation.spread_answers import losses_of
+
+        parts = scorable(run.rows, load_config(subject.base).max_position_embeddings)
+        found = losses_of(subject, run.rows, parts, settings.ray_address, score_part)
+        losses = joined(run.rows, parts, found)
+    else:
+        rule = family_of(base_of(model).config).row_rule(model.config)
+        run = run._replace(rows=replace(run.rows, rule=rule))
+        losses = score_rows(model, run.rows)
     levels = Levels.of(losses, run)
     texts = Texts(run.rows, tokenizer)
     places = dict(find_rows_of(losses, levels, run.trained_on, texts))
@@ -138,26 +148,51 @@ def score_rows(model: PeftModel, rows: TokenRows) -> Losses:
     out, and a note says how many.
     """
     limit = model.config.max_position_embeddings
-    fits_R = (rows.lengths_R <= limit) & (rows.num_labels_R > 0)
-    if num_out := int((~fits_R).sum()):
+    parts = scorable(rows, limit)
+    return joined(rows, parts, (score_part(model, rows, part) for part in parts))
+
+
+def scorable(rows: TokenRows, limit: int) -> list[np.ndarray]:
+    """The numbers of rows of at most `limit` tokens with a supervised one, some at a time."""
+    asked = np.flatnonzero((rows.lengths_R <= limit) & (rows.num_labels_R > 0))
+    if num_out := len(rows) - len(asked):
         note(f"{num_out:,} of {len(rows):,} rows cannot be scored: too long, or nothing supervised")
-    asked = np.flatnonzero(fits_R)
-    progress = Progress(2 * len(asked), 0, "rows scored")
-    sides, num_done = [], 0
+    starts = range(0, len(asked), _ROWS_AT_A_TIME)
+    return [asked[start : start + _ROWS_AT_A_TIME] for start in starts]
+
+
+def score_part(
+    model: PeftModel, rows: TokenRows, part: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The losses of some rows, adapter off and on."""
+    sides = []
     for is_tuned in (False, True):
-        losses_R = np.full(len(rows), np.nan)
         with nullcontext() if is_tuned else model.disable_adapter():
             packed = packed_layers(model)
-            for first in range(0, len(asked), _ROWS_AT_A_TIME):
-                part = asked[first : first + _ROWS_AT_A_TIME]
-                sums_R = (
-                    packed_sums(packed, rows, part) if packed else padded_sums(model, rows, part)
-                )
-                losses_R[part] = -sums_R[part] / rows.num_labels_R[part]
-                num_done += len(part)
-                progress.tell(num_done)
-        sides.append(losses_R)
-    return Losses(*sides)
+            sums_R = packed_sums(packed, rows, part) if packed else padded_sums(model, rows, part)
+        sides.append(-sums_R[part] / rows.num_labels_R[part])
+    return sides[0], sides[1]
+
+
+def joined(
+    rows: TokenRows, parts: Sequence[np.ndarray], found: Iterable[tuple[np.ndarray, np.ndarray]]
+) -> Losses:
+    """The losses of all rows.
+
+    Args:
+        rows: all rows.
+        parts: numbers of those that are scored.
+        found: their losses, part by part.
+    """
+    losses = Losses(np.full(len(rows), np.nan), np.full(len(rows), np.nan))
+    progress = Progress(2 * sum(map(len, parts)), 0, "rows scored")
+    num_done = 0
+    for part, sides in zip(parts, found, strict=True):
+        for losses_R, of_part in zip(losses, sides, strict=True):
+            losses_R[part] = of_part
+        num_done += 2 * len(part)
+        progress.tell(num_done)
+    return losses
 
 
 class Texts:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,7 +13,7 @@ from glmtune.data.questions import Question
 from glmtune.evaluation.answers import AnswerFile
 from glmtune.evaluation.asked import Asked
 from glmtune.evaluation.references import References
-from glmtune.generation import Decoder, answer_batch
+from glmtune.generation import Decoder, EncodedPrompt, answer_batch
 from glmtune.generation.streaming import check_stop_strings
 from glmtune.hardware import memory_gib
 from glmtune.runlog import Progress
@@ -54,17 +54,90 @@ def answer_sides(
         UserError: a prompt cannot be encoded, a stop string cannot occur, or the file cannot be
             written.
     """
-    encoded = asked.prompts(model, tokenizer, todo, settings.max_new_tokens)
-    check_stop_strings(settings.stop_strings or (), tokenizer)
-    # Before the decoders, see `References`.
     num_all = len(file.lines) + len(todo)
-    references = References(model, asked.references(tokenizer, num_all), sides)
-    decoders: dict[str, Decoder] = {}
-    for name, enter in sides.items():
-        with enter():
-            first = next(iter(decoders.values()), None)
-            decoders[name] = Decoder.of(model, settings, device, beside=first)
-    size, started, num_tokens = settings.per_device_eval_batch_size, time.monotonic(), 0
+    answering = Answering(model, tokenizer, sides, num_all, asked, settings, device)
+    batches = answering.lines(answering.prompts(todo), len(file.lines))
+    names = [*sides]
+    return write_lines(batches, names, file, todo, settings, device, shows_progress)
+
+
+class Answering:
+    """One loaded model that answers records on each side, and scores their references.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: of the model.
+        sides: at least one.
+        num_all: how many of all records are answered, those with a line included.
+        asked: all records.
+        settings: how they are answered.
+        device: that answers.
+
+    Raises:
+        UserError: a stop string cannot occur.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        sides: ModelSides,
+        num_all: int,
+        asked: Asked,
+        settings: JudgingSettings,
+        device: Any,
+    ) -> None:
+        check_stop_strings(settings.stop_strings or (), tokenizer)
+        self._model, self._tokenizer, self._sides = model, tokenizer, sides
+        self._asked, self._settings = asked, settings
+        # Before the decoders, see `References`.
+        self._references = References(model, asked.references(tokenizer, num_all), sides)
+        self._decoders: dict[str, Decoder] = {}
+        for name, enter in sides.items():
+            with enter():
+                first = next(iter(self._decoders.values()), None)
+                self._decoders[name] = Decoder.of(model, settings, device, beside=first)
+
+    def prompts(self, records: Sequence[Question]) -> list[EncodedPrompt]:
+        """The ids that records are asked with; raises UserError where one cannot be encoded."""
+        longest = self._settings.max_new_tokens
+        return self._asked.prompts(self._model, self._tokenizer, records, longest)
+
+    def lines(self, encoded: Sequence[EncodedPrompt], first: int) -> Iterator[list[dict[str, Any]]]:
+        """What the file of answers says of each record, batch by batch.
+
+        Args:
+            encoded: the prompts of records that follow each other.
+            first: the place of the first among all records.
+        """
+        size = self._settings.per_device_eval_batch_size
+        for start in range(0, len(encoded), size):
+            batch, answers = encoded[start : start + size], {}
+            for name, enter in self._sides.items():
+                with enter():
+                    answers[name] = answer_batch(
+                        self._model, self._tokenizer, batch, self._settings, self._decoders[name]
+                    )
+            lines = []
+            for place in range(len(batch)):
+                line: dict[str, Any] = {side: of[place]._asdict() for side, of in answers.items()}
+                if scored := self._references.of(first + start + place):
+                    line["reference"] = scored
+                lines.append(line)
+            yield lines
+
+
+def write_lines(
+    batches: Iterable[list[dict[str, Any]]],
+    names: Sequence[str],
+    file: AnswerFile,
+    todo: Sequence[Question],
+    settings: JudgingSettings,
+    device: Any,
+    shows_progress: bool = True,
+) -> dict[str, float]:
+    """Write lines as batches of them arrive; what it took, see `answer_sides`."""
+    started, num_tokens, num_all = time.monotonic(), 0, len(file.lines) + len(todo)
     bar = tqdm(
         total=num_all,
         initial=len(file.lines),
@@ -72,21 +145,14 @@ def answer_sides(
         unit="record",
         disable=not (shows_progress and sys.stderr.isatty()),
     )
-    times = {1: "", 2: " twice"}.get(len(sides), f" {len(sides)} times")
+    times = {1: "", 2: " twice"}.get(len(names), f" {len(names)} times")
     lines = Progress(num_all, len(file.lines), f"records answered{times}")
+    records = iter(todo)
     with file, bar:
-        for start in range(0, len(todo), size):
-            batch = encoded[start : start + size]
-            answers = {}
-            for name, enter in sides.items():
-                with enter():
-                    answers[name] = answer_batch(model, tokenizer, batch, settings, decoders[name])
-            for place, record in enumerate(todo[start : start + size]):
-                line: dict[str, Any] = {side: of[place]._asdict() for side, of in answers.items()}
-                if scored := references.of(len(file.lines)):
-                    line["reference"] = scored
-                file.append(record, line)
-                num_tokens += sum(of[place].num_tokens for of in answers.values())
+        for batch in batches:
+            for line in batch:
+                file.append(next(records), line)
+                num_tokens += sum(line[name]["num_tokens"] for name in names)
             bar.update(len(batch))
             if bar.disable and shows_progress:
                 lines.tell(len(file.lines))

@@ -106,10 +106,40 @@ class FileCheck:
     ) -> None:
         self.file = CheckedFile(path, format, spelled=Spelled(special_names))
         self.fingerprints = Fingerprints(path)
+        self.is_broken = False
+        """Whether something is wrong outside of rows, or with the list that they are in."""
         self._tell = tell
+        self._found: list[tuple[float, Problem]] = []
+        """The problems of a batch, each with its place among the rows."""
+
+    def __getstate__(self) -> dict[str, object]:
+        """What another process gets: nothing is told there any more."""
+        return self.__dict__ | {"_tell": None}
 
     def take(self, batch: Batch) -> None:
-        """Check the next rows."""
+        """Check the next rows, and tell their problems in the order of the rows."""
+        self._take(batch)
+        for _, problem in sorted(self._found, key=itemgetter(0)):
+            self._tell(problem)
+        self._found.clear()
+
+    def add(self, part: "FileCheck", line: int) -> None:
+        """Take over what was found in the rows that follow; their problems are told already.
+
+        Args:
+            part: numbers rows and lines as if nothing stood before it.
+            line: the line before it.
+        """
+        file, others, row = self.file, part.file, self.file.num_rows
+        file.format = file.format or others.format
+        for name in ("num_bytes", "num_rows", "num_unusable"):
+            setattr(file, name, getattr(file, name) + getattr(others, name))
+        file.letters += others.letters
+        file.fields.add(others.fields)
+        file.spelled.extend(others.spelled)
+        self.fingerprints.extend(part.fingerprints, row, line)
+
+    def _take(self, batch: Batch) -> None:
         first = self.file.num_rows + 1
         self.file.num_rows += len(batch.values)
         self.file.num_bytes += batch.num_bytes
@@ -126,8 +156,9 @@ class FileCheck:
         else:
             rows, lines, texts, answers = self._texts_by_row(batch, rows)
             found = survey(END_OF_ROW.join(texts).encode())
-        for line, fault in batch.between:
-            self._tell_flaw(fault, None, line)
+        for num_before, line, fault in batch.between:
+            self._note(first + num_before - 0.5, _problem_of(fault, self.file.path, None, line))
+            self.is_broken = True
         if texts:
             if batch.num_bytes > LONG_TEXT or _has_empty_part(found.bare):
                 self._warn_of_sizes(texts, rows, lines)
@@ -181,7 +212,8 @@ class FileCheck:
                 if self.file.format and isinstance(value, dict):
                     flaws = every_flaw(self.file.format, value, flaw)
                 for each in flaws:
-                    self._tell_flaw(each, row, line)
+                    self._note(row, _problem_of(each, self.file.path, row, line))
+                    self.is_broken |= each.breaks_list
                 continue
             self.file.fields.count(read)
             good_rows.append(row)
@@ -236,12 +268,14 @@ class FileCheck:
     def _warn(
         self, kind: str, row: int, line: int, what: str, fix: str, name: str | None = None
     ) -> None:
-        self._tell(Problem(kind, self.file.path, line, row, what, fix, name))
+        self._note(row, Problem(kind, self.file.path, line, row, what, fix, name))
 
-    def _tell_flaw(self, flaw: Flaw, row: int | None, line: int) -> None:
-        what, fix = flaw.what, flaw.fix
-        problem = Problem(flaw.kind, self.file.path, line, row, what, fix, flaw.field, True)
-        self._tell(problem)
+    def _note(self, place: float, problem: Problem) -> None:
+        self._found.append((place, problem))
+
+
+def _problem_of(flaw: Flaw, path: str, row: int | None, line: int) -> Problem:
+    return Problem(flaw.kind, path, line, row, flaw.what, flaw.fix, flaw.field, unusable=True)
 
 
 def _format_of(fields: Mapping[str, object]) -> str:

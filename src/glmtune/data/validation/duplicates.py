@@ -53,6 +53,15 @@ class Answered:
         if len(self.asked) <= MOST_COMPARED:
             self.pieces.add(questions, before)
 
+    def extend(self, others: "Answered") -> None:
+        """Keep what others have kept."""
+        self.asked += others.asked
+        self.answered += others.answered
+        if len(self.asked) <= MOST_COMPARED:
+            self.pieces.extend(others.pieces)
+        else:  # equal questions alone are looked for
+            self.pieces = Pieces()
+
 
 class Fingerprints:
     """What is kept of the rows of a file: their last answers, earlier ones, 32 hash bits of all of
@@ -103,6 +112,23 @@ class Fingerprints:
         self.exact.frombytes(exact.astype(np.uint32).tobytes())
         self.rows.frombytes(_numbers(rows, np.uint32).tobytes())
         self.lines.frombytes(_numbers(lines, np.uint64).tobytes())
+
+    def extend(self, others: "Fingerprints", row: int, line: int) -> None:
+        """Keep what was kept of the rows that follow.
+
+        Args:
+            others: number rows and lines from 1.
+            row: the number of the row before them.
+            line: the line before them.
+        """
+        earlier = np.array(others.earlier_row) + np.uint32(len(self.rows))
+        self.earlier_row.frombytes(earlier.tobytes())
+        self.earlier_number += others.earlier_number
+        self.last.extend(others.last)
+        self.earlier.extend(others.earlier)
+        self.exact += others.exact
+        self.rows.frombytes((np.array(others.rows) + np.uint32(row)).tobytes())
+        self.lines.frombytes((np.array(others.lines) + np.uint64(line)).tobytes())
 
     def place(self, index: int) -> Place:
         """Where the row with the index-th hashes stands."""

@@ -4,7 +4,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -85,6 +85,10 @@ def validate(settings: ValidateSettings, special_names: Collection[str] = ()) ->
     with ExitStack() as stack:
         report = stack.enter_context(new_file(settings.json_path)) if settings.json_path else None
         problems = Problems(report)
+        if settings.engine == "ray":
+            from glmtune.spread import running_ray
+
+            stack.enter_context(running_ray(settings.ray_address))
         paths = [*settings.files, *held_out]
         checked = [_check_source(path, problems, settings, special_names) for path in paths]
         num_files = sum(map(len, checked[: len(settings.files)]))
@@ -113,31 +117,47 @@ def _check_source(
     path: str, problems: Problems, settings: ValidateSettings, special_names: Collection[str]
 ) -> list[tuple[CheckedFile, Fingerprints, Reread]]:
     """Read a path's files to their end; what is wrong, with a row or a file, is in `problems`."""
+    if settings.engine == "ray":
+        from glmtune.data.validation import spread_check
+
+        checks, error = spread_check.check_source(
+            path, settings.format, settings.encoding, special_names, problems.add
+        )
+    else:
+        checks, error = _check_here(path, settings, special_names, problems.add)
+    at = path
+    if error:
+        at = next((file for file in reversed([path, *checks]) if error.startswith(file)), path)
+        problems.add(_problem_of_file(at, error))
+    if error or not checks:
+        checks.setdefault(at, FileCheck(at, problems.add, settings.format, special_names))
+    return [
+        (check.file, check.fingerprints, Reread(path, file, check.file.format, settings.encoding))
+        for file, check in checks.items()
+    ]
+
+
+def _check_here(
+    path: str,
+    settings: ValidateSettings,
+    special_names: Collection[str],
+    tell: Callable[[Problem], None],
+) -> tuple[dict[str, FileCheck], str | None]:
+    """What each file of a source holds, and why the rest could not be read, if it could not."""
     checks: dict[str, FileCheck] = {}
-
-    def check_of(file: str, format: str | None) -> FileCheck:
-        if file not in checks:
-            format = settings.format or format
-            checks[file] = FileCheck(file, problems.add, format, special_names)
-        return checks[file]
-
     size = os.path.getsize(path) if os.path.isfile(path) else None
     with tqdm(total=size, desc=path, unit="B", unit_scale=True, delay=1) as progress:
         try:
             source = find_source(path)
             for file, batch in source.batches(settings.encoding):
-                check_of(file, source.format).take(batch)
+                if file not in checks:
+                    format = settings.format or source.format
+                    checks[file] = FileCheck(file, tell, format, special_names)
+                checks[file].take(batch)
                 progress.update(batch.num_bytes)
         except UserError as error:
-            at = next((f for f in reversed([path, *checks]) if str(error).startswith(f)), path)
-            check_of(at, None)
-            problems.add(_problem_of_file(at, str(error)))
-    if not checks:
-        check_of(path, None)
-    return [
-        (check.file, check.fingerprints, Reread(path, file, check.file.format, settings.encoding))
-        for file, check in checks.items()
-    ]
+            return checks, str(error)
+    return checks, None
 
 
 def _problem_of_file(path: str, text: str) -> Problem:
