@@ -34,19 +34,14 @@ def plain_lines(path):
 
 
 def commands(path):
-    """The arguments of each `glmtune train` in a file, and those of its lists named `how`."""
+    """The arguments of each `glmtune train` in a file."""
     if path.name == "trainjob.yaml":
         trainer = yaml.safe_load(path.read_text())["spec"]["trainer"]
         words = [*trainer["command"], *trainer["args"]]
         return [words[words.index("train") + 1 :]]
     lines = plain_lines(path)
     found = [line.split("glmtune train ", 1)[1] for line in lines if "glmtune train " in line]
-    lists = [match[1] for line in lines if (match := re.search(r"how=\((.*)\)", line))]
-    return [
-        [*(word for word in shlex.split(text) if word != "${how[@]}"), *shlex.split(how)]
-        for text in found
-        for how in lists or [""]
-    ]
+    return [shlex.split(text) for text in found]
 
 
 def read(arguments):
@@ -68,9 +63,8 @@ def test_the_command_is_one_that_train_reads(path):
 
 def test_a_job_that_comes_back_resumes_or_begins_anew():
     for path in (FOLDER / "slurm" / "requeue.sh", FOLDER / "kubernetes" / "job.yaml"):
-        new, again = map(read, commands(path))
-        assert (new.overwrite_output_dir, new.resume_from_checkpoint) == (True, None)
-        assert (again.overwrite_output_dir, again.resume_from_checkpoint) == (False, "true")
+        (job,) = map(read, commands(path))
+        assert (job.overwrite_output_dir, job.resume_from_checkpoint) == (False, "auto")
 
 
 class TestAccelerate:
@@ -186,20 +180,17 @@ class TestSlurm:
         meet = "--nnodes 2 --nproc_per_node 8 --rdzv_id 7 --rdzv_backend c10d --rdzv_endpoint"
         assert f"torchrun {meet} one:29500 -m glmtune train --base" in several.stdout
 
-    def test_a_run_that_was_interrupted_is_put_back_into_the_queue(self, run_script, tmp_path):
+    def test_a_run_that_was_interrupted_is_put_back_into_the_queue(self, run_script):
         script = str(FOLDER / "slurm" / "requeue.sh")
         first = run_script(script, CODE="130")
         assert first.returncode == 130
         start, other, requeue = first.stdout.splitlines()
         assert start.startswith("rank 0 0 of 2 at one:29500: train --base models/chatglm-6b")
-        assert start.endswith("--overwrite_output_dir true")
+        assert start.endswith("--resume_from_checkpoint auto")
         assert other.startswith("rank 1 1 of 2")
         assert requeue == "scontrol requeue 7"
-        (tmp_path / "output_zh" / "checkpoint-200").mkdir(parents=True)
         again = run_script(script, CODE="0")
         assert again.returncode == 0
-        assert "--resume_from_checkpoint true" in again.stdout
-        assert "overwrite" not in again.stdout
         assert "scontrol" not in again.stdout
 
     def test_a_run_that_failed_is_not(self, run_script):
@@ -405,17 +396,14 @@ class TestKubernetes:
         mounted = {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
         assert mounted == {volume["name"] for volume in pod["volumes"]}
 
-    def test_a_pod_that_comes_back_resumes(self, run_script, tmp_path):
+    def test_a_pod_that_comes_back_resumes(self, run_script):
         job = yaml.safe_load((FOLDER / "kubernetes" / "job.yaml").read_text())
         container = job["spec"]["template"]["spec"]["containers"][0]
         assert container["command"] == ["bash", "-c"]
         first = run_script("-c", *container["args"])
         assert first.returncode == 0, first.stderr
         assert first.stdout.startswith("torchrun --standalone --nproc_per_node 8 -m glmtune train")
-        assert first.stdout.rstrip().endswith("--overwrite_output_dir true")
-        (tmp_path / "output_zh" / "checkpoint-200").mkdir(parents=True)
-        again = run_script("-c", *container["args"])
-        assert again.stdout.rstrip().endswith("--resume_from_checkpoint true")
+        assert first.stdout.rstrip().endswith("--resume_from_checkpoint auto")
 
 
 def test_the_image_is_built_from_files_that_are_there():

@@ -50,7 +50,9 @@ class TestCompare:
     def test_other_facts_are_named(self, store, facts):
         first, second = group(store)
         first.compare("packages", {"torch": "2.13.0"})
-        with pytest.raises(UserError, match=r"process 1 on .* differs from process 0 .*packages: "):
+        with pytest.raises(
+            UserError, match=r"process 1 of 2 on .* differs from process 0 on .* in its packages: "
+        ):
             second.compare("packages", facts)
 
     def test_one_process_alone_compares_nothing(self):

@@ -25,12 +25,6 @@ output=output_zh
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=29500 WORLD_SIZE=$SLURM_NTASKS OMP_NUM_THREADS=1
 
-# A folder without a checkpoint is of a run that was ended before its first: it starts anew.
-how=(--overwrite_output_dir true)
-if compgen -G "$output/checkpoint-*" > /dev/null; then
-  how=(--resume_from_checkpoint true)
-fi
-
 srun bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec "$@"' start \
   glmtune train \
   --base models/chatglm-6b \
@@ -39,7 +33,7 @@ srun bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec "$@"' start \
   --save_steps 200 \
   --save_total_limit 2 \
   --disable_tqdm true \
-  "${how[@]}"
+  --resume_from_checkpoint auto
 code=$?
 
 if [ "$code" -eq 130 ]; then

@@ -146,8 +146,8 @@ class Peers:
             return
         told = ", ".join(f"{name} {mine.get(name)} (there {theirs.get(name)})" for name in names)
         raise UserError(
-            f"process {self._number} on {self._now.host} differs from process 0 on {host} in its "
-            f"{what}: {told}; give every machine the same"
+            f"{self._name} differs from process 0 on {host} in its {what}: {told}; give every "
+            "machine the same"
         )
 
     @contextmanager
@@ -167,7 +167,8 @@ class Peers:
         watcher.start()
         try:
             yield
-            self._store.set(f"{_DONE} {self._number}", "")
+            with suppress(RuntimeError, OSError):  # process 0 may have ended, and its store with it
+                self._store.set(f"{_DONE} {self._number}", "")
         except UserError as error:
             raise UserError(self._tell(str(error))) from error
         except KeyboardInterrupt:
@@ -200,7 +201,7 @@ class Peers:
         return self._put_words(self._store, line)
 
     def _words_within(self, seconds: float) -> str:
-        """The line of a process that ended, or about one that fell silent; empty if there is none."""
+        """The line of a process that ended, or about a silent one; empty if there is none."""
         until = time.monotonic() + seconds
         while not (line := self._words(self._store)) and time.monotonic() < until:
             time.sleep(0.1)
@@ -210,7 +211,7 @@ class Peers:
         try:
             return store.get(_WORDS).decode() if store.check([_WORDS]) else ""
         except (RuntimeError, OSError):
-            return f"the launcher is gone; {self._what_is_kept()}"
+            return f"process 0, or the launcher, is gone; {self._what_is_kept()}"
 
     def _put_words(self, store: Any, line: str) -> str:
         """Put the line where all read it, unless another was first; return the first."""
