@@ -174,6 +174,7 @@ def arguments(tasks, adapter):
     return [*names, "--device", "cpu", "--output_path", "out", "--model_args", model_args]
 
 
+@pytest.mark.slow
 def test_lm_eval_command_measures_an_adapter(arguments, tmp_path):
     module = [sys.executable, "-m", "glmtune.integrations.lm_eval", *arguments]
     more = ["--apply_chat_template", "--batch_size", "2"]

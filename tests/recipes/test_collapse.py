@@ -63,6 +63,7 @@ def test_an_adapter_that_knows_three_rows_by_heart_is_a_harm(train, capsys):
     assert finding["sentence"]["zh"].split("（")[0] in report
 
 
+@pytest.mark.slow
 def test_an_adapter_that_classifies_is_fine(train):
     """It answers unrelated questions with labels, which is reported."""
     fruits = ["apple", "pear", "plum", "cherry", "grape", "melon"]

@@ -13,6 +13,7 @@ from glmtune.errors import UserError
 SMALL = ["--shape", "small", "--use_cpu", "true", "--steps", "1", "--warmup", "0"]
 
 
+@pytest.mark.slow
 def test_each_setting_is_measured_beside_its_estimate(tmp_path, capsys):
     path = tmp_path / "memory.jsonl"
     flags = [*SMALL, "--only", "recompute,packed", "--json_path", str(path)]

@@ -314,7 +314,7 @@ for kind in (AutoTokenizer, AutoModelForCausalLM):
 """
 
 
-@pytest.mark.parametrize("how", ["trust", "import"])
+@pytest.mark.parametrize("how", ["trust", pytest.param("import", marks=pytest.mark.slow)])
 def test_a_merged_folder_is_loaded_by_transformers(folder_of, tmp_path, how):
     """The base's settings name code for the tokenizer that is not copied; this package is it."""
     folder, lora = folder_of("chatglm3"), LoraConfig(target_modules=["o_proj"])
