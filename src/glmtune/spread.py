@@ -35,11 +35,15 @@ _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_raylet_start_wait_time_s": "300",  # a busy machine needs more than Ray's 30
 }
 # What both sides of HTTP/2, which Ray speaks, begin with (RFC 9113, 3.4): asked of a port, a Ray
 # answers at once, where Ray's own client tries for minutes.
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _SETTINGS, _FRAME_TYPE = b"\0\0\0\x04\0\0\0\0\0", 3
+_ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""Without clusters Ray stays on the loopback address, as it does on Windows and macOS by itself; an
+address that is given it replaces by one that other machines reach."""
 _SAME_HASHES = {"PYTHONHASHSEED": "0"}
 """Hashes of texts that one worker makes are compared with those of others."""
 _RESULT, _MISTAKE = "result", "mistake"
@@ -108,7 +112,9 @@ def running_ray(address: str | None) -> Iterator[None]:
         UserError: see `check_ray`.
     """
     check_ray(address)
-    os.environ.update({name: os.environ.get(name, value) for name, value in _QUIET.items()})
+    place = _address(address)
+    wishes = _QUIET if place else _QUIET | _ALONE
+    os.environ.update({name: os.environ.get(name, value) for name, value in wishes.items()})
     import ray
 
     if ray.is_initialized():
@@ -126,7 +132,7 @@ def running_ray(address: str | None) -> Iterator[None]:
         "configure_logging": True,
     }
     folder = None
-    if place := _address(address):
+    if place:
         options |= {"address": place[0], "runtime_env": {"env_vars": _SAME_HASHES}}
     else:
         folder = tempfile.mkdtemp(prefix="glmtune-ray-")
@@ -142,7 +148,7 @@ def running_ray(address: str | None) -> Iterator[None]:
         try:
             with _environment(_SAME_HASHES):
                 ray.init(**options)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except Exception as error:  # Ray raises many kinds, plain ones among them
             told = place[1] if place else "engine ray"
             raise UserError(
                 f"{told}: Ray does not start ({reason_of(error)}); run `ray status` to see whether "

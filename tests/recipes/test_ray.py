@@ -50,6 +50,21 @@ def kill_workers():
     return killed
 
 
+def test_nothing_is_reachable_from_elsewhere():
+    assert [*over(waits, [1])] == [2]
+    own = psutil.Process()
+    places = [
+        connection.laddr.ip
+        for one in [own, *own.children(recursive=True)]
+        for connection in one.net_connections(kind="inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert places
+    assert {
+        place for place in places if not place.startswith(("127.", "::1", "::ffff:127."))
+    } == set()
+
+
 def waits(item):
     """Work that is not done before the test has looked for it."""
     for _ in range(3):

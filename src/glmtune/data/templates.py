@@ -1,6 +1,7 @@
 """The text around a record: pure functions of strings, without a tokenizer."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 _START, _INPUT, _END = "Instruction: ", "\nInput: ", "\nAnswer: "
 
@@ -33,6 +34,16 @@ class Context(str):
         made = super().__new__(cls, text)
         made.history, made.question, made.is_alpaca = tuple(history), question, is_alpaca
         return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How another process gets it: all that it knows, not its text alone."""
+        return _made_again, (str(self), self.question, self.history, self.is_alpaca)
+
+
+def _made_again(
+    text: str, question: str, history: tuple[tuple[str, str], ...], is_alpaca: bool
+) -> Context:
+    return Context(text, question, history, is_alpaca=is_alpaca)
 
 
 def alpaca(instruction: str, input: str = "") -> Context:
