@@ -259,7 +259,7 @@ class TestPage:
     @staticmethod
     def examples(page):
         text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-        found = re.findall(r"```bash\n(.*?)\n```\n\n```text\n(.*?)\n```", text, re.DOTALL)
+        found = re.findall(r"```bash\n([^`]*)\n```\n\n```text\n([^`]*)\n```", text)
         return [(command.replace("\\\n", " "), output) for command, output in found]
 
     def test_both_languages_have_the_same(self):

@@ -15,7 +15,7 @@
 
 set -euo pipefail
 
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 # Base and tokenizer come from a folder that all nodes share: 64 processes would ask a hub at once.
 export HF_HUB_OFFLINE=1
 

@@ -139,7 +139,7 @@ class StepTime(NamedTuple):
     waiting: float
     """How much of that the mean process waits for the heaviest."""
     summing: float
-    """Of gradients, and of requests to stop."""
+    """What the sums take: of gradients, and of requests to stop."""
 
     @property
     def all(self) -> float:
