@@ -38,6 +38,9 @@ _QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
+# Workers are kept from one pass to the next, and give way to other programs no more than the command
+# does: Ray's are of niceness 15, and crawl on a machine with work of its own.
+_SYSTEM = {"idle_worker_killing_time_threshold_ms": 600_000, "worker_niceness": 0}
 # What both sides of HTTP/2, which Ray speaks, begin with (RFC 9113, 3.4): asked of a port, a Ray
 # answers at once, where Ray's own client tries for minutes.
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -146,7 +149,7 @@ def running_ray(address: str | None) -> Iterator[None]:
             "object_store_memory": STORE_BYTES,
             "_node_ip_address": _LOOPBACK,
             "_temp_dir": folder,
-            "_system_config": {"idle_worker_killing_time_threshold_ms": 600_000},
+            "_system_config": _SYSTEM,
         }
     try:
         try:
