@@ -9,6 +9,7 @@ import logging
 import os
 import pickle
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,8 +36,11 @@ _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_raylet_start_wait_time_s": "300",  # a busy machine needs more than Ray's 30
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
+# Workers are kept from one pass to the next, and give way to other programs no more than the command
+# does: Ray's are of niceness 15, and crawl on a machine with work of its own.
+_SYSTEM = {"idle_worker_killing_time_threshold_ms": 600_000, "worker_niceness": 0}
 # What both sides of HTTP/2, which Ray speaks, begin with (RFC 9113, 3.4): asked of a port, a Ray
 # answers at once, where Ray's own client tries for minutes.
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -115,14 +119,17 @@ def running_ray(address: str | None) -> Iterator[None]:
     place = _address(address)
     wishes = _QUIET if place else _QUIET | _ALONE
     os.environ.update({name: os.environ.get(name, value) for name, value in wishes.items()})
-    import ray
-
+    with _silent_stderr():
+        import ray
     if ray.is_initialized():
         yield
         return
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    from ray._private import worker
+    from ray._private import ray_constants, worker
+
+    if not place:  # it may have been imported before the environment said so
+        setattr(ray_constants, "ENABLE_RAY_CLUSTER", False)  # noqa: B010
 
     # Ray has no setting for what it prints on stdout, such as that a worker has died.
     setattr(worker, "print_to_stdstream", _tell)  # noqa: B010
@@ -142,11 +149,11 @@ def running_ray(address: str | None) -> Iterator[None]:
             "object_store_memory": STORE_BYTES,
             "_node_ip_address": _LOOPBACK,
             "_temp_dir": folder,
-            "_system_config": {"idle_worker_killing_time_threshold_ms": 600_000},
+            "_system_config": _SYSTEM,
         }
     try:
         try:
-            with _environment(_SAME_HASHES):
+            with _environment(_SAME_HASHES), _silent_stderr():
                 ray.init(**options)
         except Exception as error:  # Ray raises many kinds, plain ones among them
             told = place[1] if place else "engine ray"
@@ -164,6 +171,21 @@ def running_ray(address: str | None) -> Iterator[None]:
 def _tell(message: dict[str, Any], **_: Any) -> None:
     """Print what Ray has to say as a note, on stderr."""
     note(*(f"Ray: {line.splitlines()[0]}" for line in message["lines"] if line.strip()))
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Let Ray's own code, which does not know of sys.stderr, print nothing there meanwhile."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 @contextmanager
@@ -217,8 +239,7 @@ def over_models(
     )
     workers = ray.data.ActorPoolStrategy(min_size=1, max_size=min(most, len(items)))
     yield from _results(
-        items, _Worker, fn_constructor_args=(_packed(make),), compute=workers, max_restarts=-1,
-        max_task_retries=-1, **share,
+        items, _Worker, fn_constructor_args=(_packed(make),), compute=workers, **share,
     )  # fmt: skip
 
 

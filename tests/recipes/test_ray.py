@@ -121,12 +121,27 @@ def test_answers_are_those_of_the_local_engine_and_resumed(capsys):
     assert len(Path("ray.jsonl").read_text("utf-8").splitlines()) == 20
 
 
+@pytest.mark.slow
 def test_evaluate_scores_as_the_local_engine_does(capsys):
     Path("asked.jsonl").write_text("\n".join(map(dumps, records(9))), "utf-8")
     command = ["evaluate", "--data_path", "asked.jsonl", *ANSWERING.split(), "--output_dir"]
     assert main([*command, "local"]) == 0
     assert main([*command, "ray", "--engine", "ray"]) == 0
     assert Path("ray/base.jsonl").read_bytes() == Path("local/base.jsonl").read_bytes()
+    capsys.readouterr()
+
+
+@pytest.mark.slow
+def test_the_ledger_is_that_of_the_local_engine(capsys):
+    Path("few.jsonl").write_text("\n".join(map(dumps, records(60))), "utf-8")
+    common = ["--base", "glm-tiny"]
+    assert main(["tokenize", "--jsonl_path", "few.jsonl", "--save_path", "tokens", *common]) == 0
+    train = ["train", "--dataset_path", "tokens", "--output_dir", "run", "--max_steps", "2"]
+    assert main([*train, "--use_cpu", "true", *common]) == 0
+    command = ["ledger", "run", "--use_cpu", "true", *common, "--json_path"]
+    assert main([*command, "local.json"]) == 0
+    assert main([*command, "ray.json", "--engine", "ray"]) == 0
+    assert Path("ray.json").read_bytes() == Path("local.json").read_bytes()
     capsys.readouterr()
 
 
