@@ -15,6 +15,7 @@ from glmtune.cli import main
 from glmtune.data import parts, spread_rows
 from glmtune.spread import over, running_ray
 
+pytestmark = pytest.mark.slow  # Ray's processes need both cores of a small machine for themselves
 pytest.importorskip("ray")
 psutil = pytest.importorskip("psutil")
 
