@@ -38,7 +38,7 @@ _QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
-# Workers are kept from one pass to the next, and give way to other programs no more than the command
+# Workers are kept from one pass to the next, and give way to other programs as the command itself
 # does: Ray's are of niceness 15, and crawl on a machine with work of its own.
 _SYSTEM = {"idle_worker_killing_time_threshold_ms": 600_000, "worker_niceness": 0}
 # What both sides of HTTP/2, which Ray speaks, begin with (RFC 9113, 3.4): asked of a port, a Ray

@@ -113,7 +113,7 @@ class FileCheck:
         """The problems of a batch, each with its place among the rows."""
 
     def __getstate__(self) -> dict[str, object]:
-        """What another process gets: nothing is told there any more."""
+        """What another process gets: it reports nothing any more."""
         return self.__dict__ | {"_tell": None}
 
     def take(self, batch: Batch) -> None:
@@ -124,7 +124,7 @@ class FileCheck:
         self._found.clear()
 
     def add(self, part: "FileCheck", line: int) -> None:
-        """Take over what was found in the rows that follow; their problems are told already.
+        """Take over what was found in the rows that follow; their problems have been reported.
 
         Args:
             part: numbers rows and lines as if nothing stood before it.

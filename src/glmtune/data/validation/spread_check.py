@@ -21,14 +21,14 @@ class Checked:
     """What checking a part has found; see `parts.PartRead`."""
 
     files: dict[str, FileCheck]
-    """Of each file of it that has rows; rows and lines are numbered from 1."""
+    """A check of each file that has rows in it; rows and lines are numbered from 1."""
     problems: list[Problem]
-    """Of its rows, in their order."""
+    """What is wrong with its rows, in their order."""
     ended_at: int | None
     num_lines: int
     error: str | None
     hash: int
-    """Of a text known to all workers, whose hashes have to be comparable."""
+    """The hash of one text: workers whose hashes are compared have to give it alike."""
 
     @property
     def num_rows(self) -> int:
@@ -37,7 +37,7 @@ class Checked:
 
     @property
     def is_broken(self) -> bool:
-        """Whether the rows behind it cannot be told apart from it."""
+        """Whether the rows behind it may be read as part of it."""
         return self.error is not None or any(check.is_broken for check in self.files.values())
 
 
