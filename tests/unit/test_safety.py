@@ -115,12 +115,15 @@ def test_every_pickle_is_read_by_weights_only():
 
 
 def test_nothing_evaluates_or_unpickles():
+    """But spread.py, what its own workers send it: Ray itself unpickles that."""
     banned = {"eval", "exec", "compile", "pickle.load", "pickle.loads", "yaml.load", "os.system"}
     banned |= {"yaml.unsafe_load", "yaml.full_load", "torch.hub.load", "np.load", "joblib.load"}
-    assert [(path, name) for path, name, _ in calls() if name in banned] == []
+    found = {(path, name) for path, name, _ in calls() if name in banned}
+    assert found == {("spread.py", "pickle.loads")}
     imported = {
         name.name.partition(".")[0]
         for path in SOURCES
+        if path.name != "spread.py"
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Import)
         for name in node.names
