@@ -685,7 +685,7 @@ def test_help_shows_type_choices_default_and_group(monkeypatch):
         ("doctor", "--explain TEXT"),
         ("infer", "--encoding NAME"),
         ("train", "--output_dir PATH"),
-        ("train", "--resume_from_checkpoint true|PATH"),
+        ("train", "--resume_from_checkpoint true|auto|PATH"),
         ("validate", "--files PATH"),
     ],
 )
