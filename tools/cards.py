@@ -15,9 +15,10 @@ from glmtune.config.settings import TrainSettings
 from glmtune.data.token_rows import TokenRows
 from glmtune.hardware import Card
 from glmtune.models.chatglm.configuration import ChatGLMConfig
-from glmtune.training.plan import count_steps, make_plan
+from glmtune.training.plan import make_plan
 from glmtune.training.planning.forecast import Forecast, forecast
-from glmtune.training.planning.speed import run_speed
+from glmtune.training.planning.ranks import ALONE
+from glmtune.training.planning.scaling import run_time
 
 NUM_ROWS, NUM_EPOCHS = 20_000, 3.0
 CARDS = {
@@ -69,13 +70,12 @@ def table(header: str, basis: dict[bool, str]) -> str:
         for name in names:
             flags, settings, found = fitting(Card.named(name))
             plan = make_plan(settings, _rows(), found.pack_length, num_processes=1)
-            speed = run_speed(found, plan)
-            hours = count_steps(settings, plan) * speed.hours_per_step
+            time = run_time(found, (plan, plan), _rows(), settings, ALONE)
             written = " ".join(f"--{flag} {value}" for flag, value in flags.items())
             cells = (
                 size, name, f"`{written}`" if written else "", f"{found.needed_gib:.1f}",
-                found.recompute, f"{speed.rows_per_second:.3g}", f"{hours:.2g}",
-                basis[speed.measured],
+                found.recompute, f"{time.rows_per_second:.3g}", f"{time.hours:.2g}",
+                basis[time.measured],
             )  # fmt: skip
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"

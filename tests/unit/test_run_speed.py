@@ -16,7 +16,9 @@ from glmtune.hardware import Card
 from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.training.plan import make_plan
 from glmtune.training.planning.forecast import PACK_SPEEDS, forecast
-from glmtune.training.planning.speed import flops_per_token, no_speed, run_speed
+from glmtune.training.planning.ranks import ALONE
+from glmtune.training.planning.scaling import run_time
+from glmtune.training.planning.speed import flops_per_token, no_speed
 
 ROOT = Path(__file__).parents[2]
 CHATGLM_6B = ChatGLMConfig()
@@ -31,9 +33,10 @@ def forecast_of(card, dtype=torch.bfloat16, config=CHATGLM_6B, **settings):
 
 
 def speed_on(card, **settings):
-    """The speed of such a run."""
+    """The speed of such a run, on one card."""
     found, settings = forecast_of(card, **settings)
-    return run_speed(found, make_plan(settings, ROWS, found.pack_length, 1))
+    plan = make_plan(settings, ROWS, found.pack_length, 1)
+    return run_time(found, (plan, plan), ROWS, settings, ALONE)
 
 
 def records():
@@ -105,8 +108,7 @@ class TestComputed:
          {"config": ChatGLMConfig(num_layers=27)}],
     )  # fmt: skip
     def test_what_was_not_measured_is_computed_even_on_an_h200(self, other):
-        found, settings = forecast_of("H200", **other)
-        assert not run_speed(found, make_plan(settings, ROWS, 8192, 1)).measured
+        assert not speed_on("H200", **other).measured
 
     @pytest.mark.parametrize("layout", ["packed", "exact"])
     def test_passes_accumulated_take_as_long_as_steps(self, layout):

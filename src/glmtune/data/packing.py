@@ -19,8 +19,8 @@ from glmtune.errors import UserError
 
 # How many of the next rows are searched for one that fills the rest of a pack.
 _LOOK_AHEAD = 512
-# What a setting of tokens_per_step is a multiple of.
-_MULTIPLE = 64
+PACK_MULTIPLE = 64
+"""The length of a pack is a multiple of it."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,11 @@ def plan_packs(lengths_R: np.ndarray, order: np.ndarray, pack_length: int) -> li
     return packs
 
 
+def full_length(lengths_R: np.ndarray) -> int:
+    """The shortest pack that holds the longest of some rows."""
+    return PACK_MULTIPLE * -(-int(lengths_R.max()) // PACK_MULTIPLE)
+
+
 class HasLengths(Protocol):
     """Rows of which no more than the lengths may be known."""
 
@@ -107,7 +112,7 @@ def check_lengths(rows: HasLengths, row_ids: np.ndarray, pack_length: int, path:
     too_long = row_ids[rows.lengths_R[row_ids] > pack_length]
     if len(too_long):
         number, length = int(too_long[0] - row_ids[0]) + 1, int(rows.lengths_R[too_long[0]])
-        enough = _MULTIPLE * -(-int(rows.lengths_R[row_ids].max()) // _MULTIPLE)
+        enough = full_length(rows.lengths_R[row_ids])
         raise UserError(
             f"{path}: row {number} has {length:,} tokens; {len(too_long):,} row(s) "
             f"do not fit into tokens_per_step {pack_length:,}; raise it to "

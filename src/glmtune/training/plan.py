@@ -13,7 +13,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 
 from glmtune.config.settings import TrainSettings
-from glmtune.data.packing import plan_packs
+from glmtune.data.packing import HasLengths, plan_packs
 
 _STREAM_ORDER = 0
 """A random stream that must differ from that of `data.split`."""
@@ -227,12 +227,8 @@ class PackPlan(Plan):
         return max(packs, key=lambda rows: self.lengths_R[rows].sum())
 
 
-class Lengths(Protocol):
+class Lengths(HasLengths, Protocol):
     """What plans and forecasts need to know about rows; `TokenRows` has it."""
-
-    @property
-    def lengths_R(self) -> np.ndarray:
-        """Tokens of each row."""
 
     @property
     def num_labels_R(self) -> np.ndarray:

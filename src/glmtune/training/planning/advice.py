@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from glmtune.config.settings import TrainSettings
+from glmtune.data.packing import PACK_MULTIPLE
 from glmtune.errors import UserError
 from glmtune.hardware import GIB
 from glmtune.runlog import print_pairs
-from glmtune.training.planning.forecast import PACK_MULTIPLE, PACK_SPEEDS, Forecast, Forecaster
+from glmtune.training.planning.forecast import PACK_SPEEDS, Forecast, Forecaster
 from glmtune.training.planning.memory import Setup
 
 

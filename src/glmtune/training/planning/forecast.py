@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from glmtune.config.settings import TrainSettings
+from glmtune.data.packing import full_length
 from glmtune.data.split import split_rows
 from glmtune.hardware import GIB, Card, NumberFormat, can_compile
 from glmtune.models.families import family_of
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 # Lengths of packs to choose from, and their relative speed on an H200 without recomputed layers
 # (2,048 is interpolated). Packs longer than the first would not be faster.
 PACK_SPEEDS = {8192: 1.0, 4096: 0.98, 2048: 0.93, 1024: 0.87}
-PACK_LENGTH_ON_CPU, PACK_MULTIPLE = 2048, 64
+PACK_LENGTH_ON_CPU = 2048
 # Packs up to this length are captured as a CUDA graph if the base is in 8 or 4 bits and memory
 # allows it. Of a model of 9B in 4 bits, kernels take 157 ms a step of 2,048 tokens on an H200, and
 # launching them took 360.
@@ -247,7 +248,7 @@ def _packs(settings: TrainSettings, card: Card, rows: Lengths) -> list[Batch]:
     def pack(length: int) -> Batch:
         return Batch(length, max(1, round(share * length)))
 
-    longest = PACK_MULTIPLE * -(-int(rows.lengths_R.max()) // PACK_MULTIPLE)
+    longest = full_length(rows.lengths_R)
     if settings.tokens_per_step or not card.on_gpu:
         return [pack(settings.tokens_per_step or max(PACK_LENGTH_ON_CPU, longest))]
     return [pack(max(length, longest)) for length in PACK_SPEEDS]

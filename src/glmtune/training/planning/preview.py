@@ -143,8 +143,8 @@ def tell_time(
         print_pairs(name_world(now.card, world), describe_world(time, now, world, settings))
     record = time.as_record()
     if settings.price_per_hour:
-        record["price"] = time.whole_hours * world.num_ranks * settings.price_per_hour
-        print(f"Price: {describe_price(time, world, settings.price_per_hour)}")
+        record["price"] = price = time.whole_hours * world.num_ranks * settings.price_per_hour
+        print(f"Price: {describe_price(price, time, world, settings.price_per_hour)}")
     return record
 
 

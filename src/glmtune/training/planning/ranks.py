@@ -1,12 +1,13 @@
 """How long the steps of a run take in several processes, one on each card: a model.
 
-A step lasts as long as the passes of its heaviest process; then all of them sum their gradients,
-while nothing is computed. docs/scaling.md states the assumptions one by one, and compares the model
-with measured processes.
+A step lasts as long as the passes of its heaviest process; then all of them sum their gradients, as
+if none of these were sent during the last pass. docs/scaling.md states the assumptions one by one,
+and compares the model with measured processes.
 
 Shapes: B rows of a pass, P processes.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,7 +16,7 @@ import numpy as np
 
 from glmtune.training.plan import Plan
 
-MOST_STEPS = 500
+MOST_STEPS = 5_000
 """Steps of an epoch that are looked at, beside its last one, which may have fewer passes."""
 REQUEST_BYTES = 8
 """What processes sum once more in each step: whether one of them has been asked to stop."""
@@ -74,6 +75,11 @@ class World:
         latency = max(link.latency for link in links)
         turns = 2 * (self.num_ranks - 1)
         return turns * (num_bytes / self.num_ranks / rate + latency) * self.sharing
+
+
+_NOTHING = Link(math.inf, 0.0)
+ALONE = World(1, 1, _NOTHING, _NOTHING)
+"""One process."""
 
 
 @dataclass(frozen=True)

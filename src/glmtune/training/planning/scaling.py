@@ -10,11 +10,12 @@ import numpy as np
 
 from glmtune.cards import CARDS, link_of
 from glmtune.config.settings import PlanSettings, TrainSettings
+from glmtune.data.packing import PACK_MULTIPLE
 from glmtune.errors import UserError
 from glmtune.hardware import Card, num_cores
 from glmtune.training.plan import Lengths, Plan, count_steps, evaluation_parts
 from glmtune.training.planning.advice import find_remedies, verdict
-from glmtune.training.planning.forecast import PACK_MULTIPLE, Forecast
+from glmtune.training.planning.forecast import Forecast
 from glmtune.training.planning.ranks import (
     EpochTime,
     Link,
@@ -171,7 +172,11 @@ def _shorter_passes(plan: Plan, num_ranks: int, scale: float) -> list[str]:
         rows = int(len(lengths_R) * scale) // num_ranks
         return [f"--per_device_train_batch_size {rows}"] if rows else []
     length = int(lengths_R.sum() * scale / num_ranks) // PACK_MULTIPLE * PACK_MULTIPLE
-    return [f"--tokens_per_step {length}"] if length >= max(64, int(lengths_R.max())) else []
+    return (
+        [f"--tokens_per_step {length}"]
+        if length >= max(PACK_MULTIPLE, int(lengths_R.max()))
+        else []
+    )
 
 
 def run_time(

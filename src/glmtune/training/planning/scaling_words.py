@@ -88,11 +88,10 @@ def _assumptions(world: World) -> list[str]:
     return [*assumed, f"checkpoints at {DISK_BYTES_PER_SECOND / 1e9:g} GB/s; docs/scaling.md"]
 
 
-def describe_price(time: RunTime, world: World, price_per_hour: float) -> str:
+def describe_price(price: float, time: RunTime, world: World, price_per_hour: float) -> str:
     """What a run costs, and how that is computed."""
-    total = time.whole_hours * world.num_ranks * price_per_hour
     return (
-        f"{total:,.2f} = {time.whole_hours:,.3f} hours x {world.num_ranks:,} card(s) x "
+        f"{price:,.2f} = {time.whole_hours:,.3f} hours x {world.num_ranks:,} card(s) x "
         f"{price_per_hour:g} (with {START_SECONDS:.0f} s to start, evaluations and checkpoints)"
     )
 

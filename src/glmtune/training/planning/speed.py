@@ -4,12 +4,9 @@ A pass of n tokens takes as long as n + `FIXED_TOKENS` tokens of an infinitely l
 matrix products reach `EFFICIENCY` of the card's rated TFLOP/s. Shapes: R rows.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from glmtune.cards import find_cards
-from glmtune.training.plan import Plan
 from glmtune.training.planning.forecast import Forecast
 from glmtune.training.planning.memory import Setup
 from glmtune.training.planning.ranks import PassCost, TokensOf
@@ -32,18 +29,6 @@ _MEASURED = {
 _MEASURED_PARAMETERS = 6_171_787_264  # ChatGLM-6B's
 
 
-@dataclass(frozen=True)
-class RunSpeed:
-    """The speed of a run's steps; loading, compiling, evaluating and saving come on top."""
-
-    rows_per_second: float
-    tokens_per_second: float
-    """Tokens of the rows a second, filler not included."""
-    hours_per_step: float
-    measured: bool
-    """Whether such a run was measured on this card; otherwise the figures are only computed."""
-
-
 def no_speed(forecast: Forecast) -> str | None:
     """Why the time of a run cannot be computed, or None where it can."""
     card, setup = forecast.card, forecast.setup
@@ -54,26 +39,6 @@ def no_speed(forecast: Forecast) -> str | None:
     if not setup.compiled:
         return "not computed: padded rows, and cards before Ampere, have no measured speed"
     return None
-
-
-def run_speed(forecast: Forecast, plan: Plan) -> RunSpeed:
-    """The speed of one process; `no_speed` must have returned None.
-
-    Args:
-        forecast: forecast of the run.
-        plan: which rows make up which step.
-    """
-    lengths_R = plan.lengths_R[plan.row_ids]
-    num_rows, num_tokens, num_passes = len(lengths_R), int(lengths_R.sum()), plan.passes_in(0)
-    tokens = num_passes * (forecast.pack_length or num_tokens / num_passes)
-    cost = pass_cost(forecast)
-    seconds = (tokens + num_passes * cost.fixed_tokens) * cost.seconds_per_token
-    return RunSpeed(
-        rows_per_second=num_rows / seconds,
-        tokens_per_second=num_tokens / seconds,
-        hours_per_step=seconds / 3600 / plan.steps_in(0),
-        measured=is_measured(forecast),
-    )
 
 
 def pass_cost(forecast: Forecast) -> PassCost:
