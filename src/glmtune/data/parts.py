@@ -15,15 +15,14 @@ from glmtune.data.containers import is_plain_json, read_batches
 from glmtune.data.files import open_bytes
 from glmtune.data.jsonfile import Windows, find_rows
 from glmtune.data.sources import Source, find_source
-from glmtune.data.windows import FIRST_NAME, Batch, Lines, List
+from glmtune.data.windows import BETWEEN_ROWS, Batch, Lines, List, between_named_rows
 from glmtune.errors import UserError
 
 PART_BYTES = 4 << 20
 _LOOK_BYTES = 1 << 20
 """Bytes in which the next row has to begin for a part to begin with it."""
 _MOST_ENDS = 16
-_END_OF_LINE = rb"\n"
-_BETWEEN_OBJECTS = rb"\}[ \t\r\n]*,[ \t\r\n]*(?=\{[ \t\r\n]*%b)"
+_END_OF_LINE = re.compile(rb"\n")
 
 
 class Part(NamedTuple):
@@ -150,17 +149,16 @@ def _cut_file(source: Source, number: int, encoding: str | None) -> list[Part]:
         except UserError:
             return [whole]  # whoever reads it says what is wrong
         kind: Literal["lines", "list"] = "lines"
-        pattern = re.compile(_END_OF_LINE)
+        pattern, num_of_next = _END_OF_LINE, 0
         if isinstance(reader, List):
-            name = FIRST_NAME.match(buffer)
-            found = re.escape(bytes(name[1])) if name else b""
-            kind, pattern = "list", re.compile(_BETWEEN_OBJECTS % found)
+            kind, pattern = "list", between_named_rows(buffer) or BETWEEN_ROWS
+            num_of_next = len("{")
         starts: list[int] = []
         place = PART_BYTES
         while place + PART_BYTES < size:
             opened.seek(place)
             if (match := pattern.search(opened.read(_LOOK_BYTES))) is not None:
-                start = place + match.end()
+                start = place + match.end() - num_of_next
                 if not starts or start > starts[-1]:
                     starts.append(start)
             place += PART_BYTES

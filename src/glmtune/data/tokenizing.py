@@ -68,7 +68,7 @@ def tokenize(
             summary = _tokenize(settings, tokenizer, base_name, look, encode)
     else:
         with no_collection():
-            summary = _tokenize(settings, tokenizer, base_name)
+            summary = _tokenize(settings, tokenizer, base_name, look_through, _encode_taken)
     print(visible(str(summary)))
     return summary
 
@@ -89,10 +89,9 @@ def _tokenize(
     settings: TokenizeSettings,
     tokenizer: RowTokenizer,
     base_name: str,
-    look: Callable[..., RowFile] = look_through,
-    encode: Callable[..., Iterator[EncodedRows]] | None = None,
+    look: Callable[..., RowFile],
+    encode: Callable[..., Iterator[EncodedRows]],
 ) -> TokenizeSummary:
-    encode = encode or _encode_taken
     sets = look_through_sets(settings, look)
     settings = _in_effect(settings, sets[0].file)
     for one in sets[1:]:

@@ -33,8 +33,9 @@ MAX_ROW_BYTES = 1 << 25
 # The limit of json depends on how much of the stack is left; this one is always lower.
 MAX_DEPTH = 256
 BLANK = b" \t\r\n"
-FIRST_NAME = re.compile(rb'[ \t\r\n]*\{[ \t\r\n]*("[^"\\]*")')
-_BETWEEN_ROWS = re.compile(rb"\}([ \t\r\n]*,[ \t\r\n]*)\{")
+_FIRST_NAME = re.compile(rb'[ \t\r\n]*\{[ \t\r\n]*("[^"\\]*")')
+BETWEEN_ROWS = re.compile(rb"\}([ \t\r\n]*,[ \t\r\n]*)\{")
+"""From the end of one object of a list to the start of the next, both included."""
 
 _STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 _BLANKS = re.compile(r"[ \t\r\n]*")
@@ -110,6 +111,21 @@ class Lines:
         return value
 
 
+def between_named_rows(rows: bytes | bytearray) -> re.Pattern[bytes] | None:
+    """What `BETWEEN_ROWS` matches, but only before rows whose first field is that of the first.
+
+    Args:
+        rows: begin with a row of a list.
+
+    Returns:
+        None where that is no object with a first field.
+    """
+    name = _FIRST_NAME.match(rows)
+    if name is None:
+        return None
+    return re.compile(rb"%b(?=[ \t\r\n]*%b)" % (BETWEEN_ROWS.pattern, re.escape(name[1])))
+
+
 class List:
     """A reader of a JSON list, from after its opening bracket.
 
@@ -135,15 +151,12 @@ class List:
         """
         if self.expects not in ("first", "row"):
             return None
-        return self._split_at_once(window, _BETWEEN_ROWS) or self._split_at_name(window)
+        return self._split_at_once(window, BETWEEN_ROWS) or self._split_at_name(window)
 
     def _split_at_name(self, window: bytes) -> Batch | None:
         """Read rows that hold objects themselves, told apart by the name of their first field."""
-        name = FIRST_NAME.match(window)
-        if name is None:
-            return None
-        pattern = rb"%b(?=[ \t\r\n]*%b)" % (_BETWEEN_ROWS.pattern, re.escape(name[1]))
-        return self._split_at_once(window, re.compile(pattern))
+        pattern = between_named_rows(window)
+        return self._split_at_once(window, pattern) if pattern else None
 
     def _split_at_once(self, window: bytes, between_rows: re.Pattern[bytes]) -> Batch | None:
         first, *pieces = between_rows.split(window)
