@@ -1,8 +1,9 @@
 """One-line messages to the user: a mistake, which ends the command, or a note beside results."""
 
-import os
 import re
 import sys
+
+from glmtune.launched import process_number
 
 _LONGEST = 4000
 _WIDE_BLANK = "\u3000"
@@ -41,7 +42,7 @@ def note(*lines: str, of_each_process: bool = False) -> None:
     Of several processes that a launcher started, only the first prints it, unless the note differs
     from process to process.
     """
-    if not of_each_process and os.environ.get("RANK", "0") != "0":
+    if process_number() and not of_each_process:
         return
     for line in lines:
         print(f"note: {_presentable(line)}", file=sys.stderr, flush=True)

@@ -4,9 +4,7 @@ It speaks through the environment. The store is a table of keys and values that 
 every machine reaches; torchrun's outlives them.
 """
 
-import hashlib
 import os
-from datetime import timedelta
 from typing import Any
 
 _OWN: list[Any] = []
@@ -49,6 +47,8 @@ def connect(name: str, seconds: float = 60, restart: int | None = None) -> Any:
     """
     if num_processes() == 1:
         return None
+    from datetime import timedelta
+
     from torch.distributed import PrefixStore, TCPStore
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -70,6 +70,8 @@ def is_first_to_say(line: str) -> bool:
     """Whether no other process has said a line: all find the same mistake, and one reports it."""
     if num_processes() == 1 or not (_has_launchers_store() or _OWN):
         return True
+    import hashlib
+
     try:
         return connect("lines").add(hashlib.sha256(line.encode()).hexdigest(), 1) == 1
     except (RuntimeError, OSError, ValueError, KeyError):  # the launcher is gone

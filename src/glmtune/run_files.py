@@ -64,6 +64,11 @@ def random_file(rank: int) -> str:
     return RANDOM_FILES.replace("*", str(rank))
 
 
+def num_random_files(checkpoint: Path) -> int:
+    """How many processes have saved a checkpoint."""
+    return len(list(checkpoint.glob(RANDOM_FILES)))
+
+
 def checkpoint_name(step: int) -> str:
     """The name of the folder that holds the checkpoint of a step."""
     return f"{CHECKPOINT_PREFIX}{step}"

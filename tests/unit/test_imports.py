@@ -15,7 +15,8 @@ import glmtune
 
 PACKAGE = Path(glmtune.__file__).parent
 FLOORS = [
-    {"errors", "cards", "launched", "locks"},
+    {"cards", "launched", "locks"},
+    {"errors"},
     {"disk", "drafts", "imports", "run_files", "signals"},
     {"spread"},
     {"config", "hardware", "runlog"},

@@ -5,8 +5,9 @@ layers are ready first: they are sent, bucket by bucket, while the backward pass
 layers.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -37,10 +38,10 @@ class GradientSums:
         self._numbers: Tensor | None = None
         if self._is_alone:
             return
-        for group in _grouped(weights, BUCKET_BYTES):
-            self._buckets.append(bucket := _Bucket(group))
+        for number, group in enumerate(_grouped(weights, BUCKET_BYTES)):
+            self._buckets.append(_Bucket(group))
             for weight in group:
-                weight.register_post_accumulate_grad_hook(self._note_of(bucket))
+                weight.register_post_accumulate_grad_hook(partial(self._note, number))
 
     @property
     def num_bytes(self) -> int:
@@ -88,24 +89,22 @@ class GradientSums:
         assert self._numbers is not None, "send comes first"
         return self._numbers
 
-    def _note_of(self, bucket: "_Bucket") -> Callable[[Tensor], None]:
-        def note(_: Tensor) -> None:
-            if not self._is_last_pass:
-                return
-            if bucket in self._buckets[: self._num_sent]:
-                raise RuntimeError("a gradient came after its bucket was sent")
-            bucket.num_ready += 1
-            ready = self._num_sent
-            while ready < len(self._buckets) and self._buckets[ready].is_ready:
-                ready += 1
-            self._send_until(ready)
-
-        return note
+    def _note(self, number: int, _: Tensor) -> None:
+        """Note that one more gradient of a bucket is ready."""
+        if not self._is_last_pass:
+            return
+        if number < self._num_sent:
+            raise RuntimeError("a gradient came after its bucket was sent")
+        self._buckets[number].num_ready += 1
+        ready = self._num_sent
+        while ready < len(self._buckets) and self._buckets[ready].is_ready:
+            ready += 1
+        self._send_until(ready)
 
     def _send_until(self, number: int) -> None:
         for bucket in self._buckets[self._num_sent : number]:
             self._works.append(bucket.send())
-        self._num_sent = max(self._num_sent, number)
+        self._num_sent = number
 
 
 class _Bucket:

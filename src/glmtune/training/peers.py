@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -58,6 +58,8 @@ class _Beat:
     rows: tuple[int, ...] = ()
     """The first row numbers of its newest pass."""
     num_rows: int = 0
+    at: float = 0.0
+    """When it said so, in seconds since 1970: no two are the same."""
 
 
 class Peers:
@@ -118,7 +120,7 @@ class Peers:
         if self._store is None:
             return
         first = tuple(int(row) + 1 for row in rows[:_MOST_ROWS])
-        self._now = _Beat(self._now.host, self._now.pid, self._now.log, step, first, len(rows))
+        self._now = replace(self._now, step=step, rows=first, num_rows=len(rows))
 
     def begin(self, what_is_kept: Callable[[], str]) -> None:
         """From here on a silent process is missed soon.
@@ -225,9 +227,8 @@ class Peers:
         while not self._ended.wait(POLL_SECONDS):
             line = self._words(store)
             with suppress(RuntimeError, OSError):  # then the next look finds that the store is gone
-                store.set(
-                    f"{_BEAT} {self._number}", json.dumps(asdict(self._now) | {"at": time.time()})
-                )
+                now = replace(self._now, at=time.time())
+                store.set(f"{_BEAT} {self._number}", json.dumps(asdict(now)))
                 if not line and (silent := self._silent(store)):
                     line = self._put_words(store, silent)
             if line:
@@ -261,9 +262,7 @@ class Peers:
     def _describe(self, number: int, content: bytes) -> str:
         if not content:
             return f"process {number} of {self._size} has not begun"
-        told = json.loads(content)
-        told.pop("at")
-        beat = _Beat(**told)
+        beat = _Beat(**json.loads(content))
         return (
             f"process {number} of {self._size} (pid {beat.pid} on {beat.host}), last heard of "
             f"{self._place(beat)}; log: {beat.log or self._log}"

@@ -23,12 +23,12 @@ from glmtune.errors import UserError, note, value_words
 from glmtune.models.torch_files import read_torch_file, write_torch_file
 from glmtune.run_files import (
     OPTIMIZER_FILE,
-    RANDOM_FILES,
     RECIPE_FILE,
     SCALER_FILE,
     SCHEDULER_FILE,
     STATE_FILE,
     checkpoint_name,
+    num_random_files,
     random_file,
     saved_steps,
 )
@@ -185,7 +185,7 @@ def load_checkpoint(
 def _restore_own(folder: Path, state: TrainingState, accelerator: Accelerator) -> None:
     """Restore what each process has of its own, whether they were as many before or not."""
     rank, num_now = accelerator.process_index, accelerator.num_processes
-    num_before = len(list(folder.glob(RANDOM_FILES)))
+    num_before = num_random_files(folder)
     if not num_before:
         note(f"{folder} has no random states: torch's generators start anew")
         return

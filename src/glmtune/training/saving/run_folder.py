@@ -23,6 +23,7 @@ from glmtune.run_files import (
     TENSORBOARD_FOLDER,
     WEIGHTS_FILE,
     checkpoint_name,
+    num_random_files,
     run_folder_of,
     saved_steps,
     step_in,
@@ -91,7 +92,7 @@ def same_step(settings: TrainSettings, num_processes: int, checkpoint: Path) -> 
         UserError: the processes cannot have equal parts of its steps.
     """
     identity = read_identity(checkpoint)
-    num_before = len(list(checkpoint.glob(RANDOM_FILES)))
+    num_before = num_random_files(checkpoint)
     if num_before in (0, num_processes) or settings.passes_per_step:
         return settings
     size, pass_size = identity.get("rows per step"), settings.per_device_train_batch_size
