@@ -270,6 +270,30 @@ class TestOutputDir:
         with pytest.raises(UserError, match="holds a run already"):
             resume_point(settings(tmp_path / "other", resume=wanted))
 
+    def test_auto_resumes_where_there_is_a_checkpoint_and_else_begins(self, run, tmp_path):
+        assert resume_point(settings(tmp_path / "new", resume="auto")) == (None, [])
+        checkpoint, notes = resume_point(settings(run, resume="auto"))
+        assert checkpoint.name == "checkpoint-1000"
+        assert notes == [f"{run}: resumed"]
+
+    def test_auto_begins_anew_over_a_run_that_had_saved_nothing(self, tmp_path):
+        (tmp_path / "metrics.jsonl").write_text("")
+        assert resume_point(settings(tmp_path, resume="auto")) == (None, [])
+        (tmp_path / "adapter_model.safetensors").write_text("an adapter whose checkpoints are gone")
+        with pytest.raises(UserError, match="holds a run already"):
+            resume_point(settings(tmp_path, resume="auto"))
+
+    def test_a_restart_of_torchrun_resumes_unasked(self, run, tmp_path, monkeypatch):
+        with pytest.raises(UserError, match="holds a run already"):
+            resume_point(settings(run))
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        assert resume_point(settings(run))[0].name == "checkpoint-1000"
+        nothing = tmp_path / "nothing"
+        nothing.mkdir()
+        (nothing / "metrics.jsonl").write_text("")
+        told = f"{nothing}: nothing was saved, begun anew"
+        assert resume_point(settings(nothing)) == (None, [told])
+
     def test_resuming_keeps_the_run_and_clears_drafts_of_ours(self, run):
         for ours in (".checkpoint-2000.77.tmp", ".checkpoint-900.8.old", ".files.77.tmp"):
             (run / ours).mkdir()

@@ -61,13 +61,13 @@ def resume_point(settings: TrainSettings) -> tuple[Path | None, list[str]]:
     if wanted is None and num_restarts():
         wanted = "auto"
     if wanted == "auto":
-        wanted = "true" if saved_steps(output_dir) else None
-        if wanted is None and not (output_dir / WEIGHTS_FILE).exists():
+        names = [entry.name for entry in found]
+        wanted = "true" if any(step_in(name) is not None for name in names) else None
+        if wanted is None and WEIGHTS_FILE not in names:
             found = []  # of a run that had saved nothing yet
         if num_restarts() or wanted:
-            notes.append(
-                f"{output_dir}: {'resumed' if wanted else 'nothing was saved: begun anew'}"
-            )
+            outcome = "resumed" if wanted else "nothing was saved, begun anew"
+            notes.append(f"{output_dir}: {outcome}")
     if wanted is not None:
         checkpoint, passed_over = find_checkpoint(output_dir if wanted == "true" else Path(wanted))
         notes += passed_over
