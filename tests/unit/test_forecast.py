@@ -124,6 +124,14 @@ class TestAdvice:
             remedy.settings
         )
 
+    def test_advice_counts_passes_as_the_settings_do(self):
+        config = make_config(gradient_checkpointing=False, **SIX_ROWS, layout="exact")
+        config = config.model_copy(update={"per_device_train_batch_size": 12, "passes_per_step": 4})
+        on_card = make_forecaster(Card.sized(17))
+        first = find_remedies(config, on_card)[0].settings
+        assert set(first) == {"per_device_train_batch_size", "passes_per_step"}
+        assert np.prod(list(first.values())) == 12 * 4
+
     def test_a_card_beyond_help(self):
         on_card = make_forecaster(Card.sized(2))
         assert advise(make_config(), on_card).startswith("no setting makes it fit")

@@ -101,6 +101,28 @@ class TestFailure:
         assert capsys.readouterr().err.count("the disk is full") == 1
 
 
+class TestRestart:
+    def test_the_last_signs_of_life_are_noted_by_the_first(self, store, quick, monkeypatch, capsys):
+        first, second = group(store)
+        second.beat(4, np.arange(2))
+        for peers in (second, first):
+            with peers.watched():
+                until(lambda peers=peers: store.check([f"beat {peers._number}"]))
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+        for peers in group(store):
+            peers.tell_restart()
+        told = capsys.readouterr().err.splitlines()
+        assert told[0] == "note: torchrun has started all processes again (restart 2)"
+        assert told[1].startswith("note: before: process 1 of 2 (pid ")
+        assert "last heard of in step 5, at rows 1, 2 of rows" in told[1]
+        assert "process 0 of 2" in told[2]
+        assert len(told) == 3
+
+    def test_a_first_start_notes_nothing(self, store, capsys):
+        group(store)[0].tell_restart()
+        assert capsys.readouterr().err == ""
+
+
 class TestSilence:
     def test_the_silent_process_its_step_rows_and_what_is_kept_are_named(
         self, store, quick, capsys
