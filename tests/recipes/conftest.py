@@ -2,7 +2,7 @@
 
 import pytest
 
-WHOLE = ("test_collapse", "test_planted_adapters")
+WHOLE = ("test_collapse", "test_planted_adapters", "test_serve_page")
 """Tests of what such answers show."""
 
 

@@ -32,6 +32,7 @@ from glmtune.models.chatglm.configuration import ChatGLMConfig
 from glmtune.models.chatglm.random_init import write_random_model
 from glmtune.models.loading import check_pair, load_base_model, load_tokenizer
 from glmtune.models.resolve import resolve_base
+from glmtune.training.gradients import GradientSums
 from glmtune.training.saving import checkpoints
 from glmtune.training.saving.manifest import MANIFEST_FILE
 from glmtune.training.saving.run_folder import find_checkpoint
@@ -218,6 +219,7 @@ def checkpoint(tiny_folder, tmp_path_factory):
             get_scheduler("linear", optimizer, num_warmup_steps=1, num_training_steps=9),
             loss_sum=torch.zeros(()),
             watch=Watch(weights, optimizer, None, torch.device("cpu")),
+            gradients=GradientSums(weights, accelerator),
         )
 
     def step(state):

@@ -18,7 +18,10 @@ from glmtune.models.resolve import GLM_TINY
 STOPS, ENDS = [2652], (2648, 2651)
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(scope="module", params=DTYPES, ids=str)
 def decoder(request):
     """With two adapters, of which one adapts more linears than the other."""
     model, mixed = load_base_model(GLM_TINY, dtype=request.param), MixedAdapters()
@@ -69,7 +72,7 @@ def test_mixed_rows_are_those_of_one_adapter_at_a_time():
     assert plain[0] != plain[1] != plain[2]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_product_of_a_row_is_the_same_among_any_others(dtype):
     x, weight, bias = torch.randn(130, 96), torch.randn(40, 96), torch.randn(40)
     x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)

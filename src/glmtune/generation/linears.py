@@ -60,8 +60,7 @@ class DenseLinear:
 class SeparateLinear(DenseLinear):
     """A linear in whose results no row depends on the others, nor on how many there are.
 
-    On a GPU that is so of batches of one size alone. On a CPU it is so of oneDNN's products of two
-    rows or more (MKL's depend on how many there are); `tests/unit/test_separate_rows.py` holds it.
+    On a GPU that is so of batches of one size alone; see `multiply_separately` for a CPU.
     """
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -69,20 +68,37 @@ class SeparateLinear(DenseLinear):
         return multiply_separately(x, self.weight_OI, self.bias_O)
 
 
+# Of 16 bits, what a processor with tile registers sums in which order depends on how many rows there
+# are (docs/log.md): a product has this many, which are one tile, or what a prompt's columns are
+# padded to.
+_ROWS_OF_STEP, _ROWS_OF_PROMPT = 16, 64
+
+
 def multiply_separately(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias``; see `SeparateLinear`."""
+    """``x @ weight.T + bias``, in which no row depends on the others; see `SeparateLinear`.
+
+    On a CPU that is so of oneDNN's products of two rows of float32 or more (MKL's depend on how
+    many there are), and of products of one size; `tests/unit/test_separate_rows.py` holds both.
+
+    Args:
+        x: ``(B, S, I)``, or ``(T, I)``: new tokens, or with more than one column whole prompts.
+        weight_OI: the linear's weight.
+        bias_O: its bias.
+    """
     if x.device.type != "cpu":
         return F.linear(x, weight_OI, bias_O)
     rows = x.flatten(0, -2)
-    is_alone = len(rows) == 1
-    if is_alone:  # a kernel for vectors would sum in another order
-        rows = rows.expand(2, -1)
     if rows.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        rows = rows.contiguous()
-        y = torch.ops.mkldnn._linear_pointwise(rows, weight_OI, bias_O, "none", [], "")
+        if len(rows) == 1:  # a kernel for vectors would sum in another order
+            rows = rows.expand(2, -1)
+        y = torch.ops.mkldnn._linear_pointwise(
+            rows.contiguous(), weight_OI, bias_O, "none", [], ""
+        )
     else:
-        y = F.linear(rows, weight_OI, bias_O)
-    return (y[:1] if is_alone else y).unflatten(0, x.shape[:-1])
+        size = _ROWS_OF_PROMPT if x.dim() > 2 and x.shape[1] > 1 else _ROWS_OF_STEP
+        blocks = F.pad(rows, (0, 0, 0, -len(rows) % size)).split(size)
+        y = torch.cat([F.linear(block, weight_OI, bias_O) for block in blocks])
+    return y[: x[..., 0].numel()].unflatten(0, x.shape[:-1])
 
 
 # torch's product with int8 weights is faster than one with them as floats up to 64 rows, and reads

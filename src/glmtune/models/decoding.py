@@ -206,20 +206,24 @@ def attend(query_BN1D: Tensor, keys_BMKD: Tensor, values_BMKD: Tensor, mask_B11K
     query torch's fused kernels start one thread block a head and are slow; these are two
     matrix-vector products that a compiler turns into reductions. On a CPU they are taken of 128
     columns at a time: what a row attends to is then summed in the same order however many columns
-    its neighbours need.
+    its neighbours need. They are taken in float32 there: libraries' products of 16 bits sum by how
+    columns lie in memory on some processors.
     """
     query_BMGD = query_BN1D.squeeze(2).unflatten(1, (keys_BMKD.shape[1], -1))
-    size = COLUMNS_A_PRODUCT if query_BN1D.device.type == "cpu" else keys_BMKD.shape[2]
-    products = [query_BMGD @ keys.transpose(-1, -2) for keys in keys_BMKD.split(size, 2)]
+    on_cpu = query_BN1D.device.type == "cpu"
+    size = COLUMNS_A_PRODUCT if on_cpu else keys_BMKD.shape[2]
+    dtype = torch.float32 if on_cpu else values_BMKD.dtype
+    query_BMGD = query_BMGD.to(dtype)
+    products = [query_BMGD @ keys.to(dtype).transpose(-1, -2) for keys in keys_BMKD.split(size, 2)]
     scores = _joined(products).float() * keys_BMKD.shape[-1] ** -0.5
-    seen = scores.masked_fill(~mask_B11K, -torch.inf).softmax(-1).to(values_BMKD.dtype)
+    seen = scores.masked_fill(~mask_B11K, -torch.inf).softmax(-1).to(dtype)
     total, *more = (
-        part @ values
+        part @ values.to(dtype)
         for part, values in zip(seen.split(size, -1), values_BMKD.split(size, 2), strict=True)
     )
     for summand in more:
         total = total + summand
-    return total.flatten(1)[:, None]
+    return total.to(values_BMKD.dtype).flatten(1)[:, None]
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
