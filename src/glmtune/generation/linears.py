@@ -68,9 +68,8 @@ class SeparateLinear(DenseLinear):
         return multiply_separately(x, self.weight_OI, self.bias_O)
 
 
-# Of 16 bits, what a processor with tile registers sums in which order depends on how many rows there
-# are (docs/log.md): a product has this many, which are one tile, or what a prompt's columns are
-# padded to.
+# On some processors the order in which products of 16 bits sum depends on how many rows they have
+# (docs/log.md): so all have this many; of prompts, what their columns are padded to.
 _ROWS_OF_STEP, _ROWS_OF_PROMPT = 16, 64
 
 
@@ -91,9 +90,7 @@ def multiply_separately(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = No
     if rows.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         if len(rows) == 1:  # a kernel for vectors would sum in another order
             rows = rows.expand(2, -1)
-        y = torch.ops.mkldnn._linear_pointwise(
-            rows.contiguous(), weight_OI, bias_O, "none", [], ""
-        )
+        y = torch.ops.mkldnn._linear_pointwise(rows.contiguous(), weight_OI, bias_O, "none", [], "")
     else:
         size = _ROWS_OF_PROMPT if x.dim() > 2 and x.shape[1] > 1 else _ROWS_OF_STEP
         blocks = F.pad(rows, (0, 0, 0, -len(rows) % size)).split(size)
