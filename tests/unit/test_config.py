@@ -626,8 +626,34 @@ def test_a_switch_leaves_the_recipe_alone():
     }
 
 
-def test_the_last_of_two_flags_counts():
-    assert split_arguments("train", ["--seed", "1", "--seed", "2"]) == (None, {"seed": "2"})
+def test_the_last_of_two_flags_counts_and_a_note_says_so(capsys):
+    line = ["--seed", "1", "--seed", "2", "--lora_rank", "8", "--lora_rank=8"]
+    assert split_arguments("train", line) == (None, {"seed": "2", "lora_rank": "8"})
+    told = "note: --seed is given as 1 and as 2: the last counts, 2\n"
+    assert capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize(
+    "verb, name",
+    [
+        ("evaluate", "adapter"),
+        ("serve", "adapter"),
+        ("evaluate", "metric"),
+        ("train", "eval_dataset_path"),
+        ("train", "lora_target"),
+        ("tokenize", "datasets"),
+        ("infer", "stop_strings"),
+    ],
+)
+def test_a_list_given_twice_grows(verb, name, capsys):
+    flags = split_arguments(verb, [f"--{name}", "a", f"--{name}", "b,c"])[1]
+    assert flags == {name: "a,b,c"}
+    assert not capsys.readouterr().err
+
+
+def test_a_setting_in_its_place_and_as_a_flag_is_refused():
+    with pytest.raises(UserError, match="a and --adapter b say the same setting; give one"):
+        split_arguments("check", ["a", "--adapter", "b"])
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from glmtune.config.groups import Kind, PathText
 from glmtune.config.names import check_name, read_as_settings, setting_named
 from glmtune.config.settings import SETTINGS, Settings
-from glmtune.errors import UserError
+from glmtune.errors import UserError, note
 
 _TYPES: dict[Any, Kind] = {
     int: Kind("INT", "a whole number"),
@@ -61,7 +61,7 @@ def _options(annotation: Any) -> Iterator[Any]:
     origin = get_origin(annotation)
     if origin is Annotated:
         yield from (mark for mark in get_args(annotation) if isinstance(mark, Kind))
-    elif origin in (Union, UnionType):
+    elif _is_union(annotation):
         for member in get_args(annotation):
             yield from _options(member)
     elif annotation is not NoneType:
@@ -91,9 +91,9 @@ def split_arguments(
     If the last of the verb's positional settings takes several texts, it takes all remaining words.
     A recipe may stand before or in place of the positional settings of any verb that has some.
 
-    `--name value`, `--name=value` and `--dash-name value` are read, and `--switch` as true. A flag
-    given twice keeps its last value, so that a script's flags can be overridden at its end; those
-    of `Settings.adds_up` are lists that grow.
+    `--name value`, `--name=value` and `--dash-name value` are read, and `--switch` as true. A list
+    given twice grows; of another flag the last value counts, so that a script's flags can be
+    overridden at its end, and a note says so.
 
     Raises:
         UserError: a flag that the verb does not have, one that lacks its value, a stray word.
@@ -119,8 +119,12 @@ def split_arguments(
                 value = "true"
             else:
                 raise UserError(f"--{name} lacks its value, which should be {kind_of(field).words}")
-        adds_up = setting in SETTINGS[verb].adds_up and name in flags
-        flags[name] = f"{flags[name]},{value}" if adds_up else value
+        former = flags.get(name, value)
+        if field is not None and name in flags and _is_list(field):
+            value = f"{former},{value}"
+        elif value != former:
+            note(f"--{name} is given as {former} and as {value}: the last counts, {value}")
+        flags[name] = value
 
     places = SETTINGS[verb].bare_words
     if words and _is_recipe(words[0]) and places and not {"recipe", "recipe_path"} & {*places}:
@@ -133,6 +137,11 @@ def split_arguments(
         raise UserError(f"unexpected {stray[0]!r}; settings are given as --name value")
     recipe = words[0] if "recipe" in placed else None
     placed.pop("recipe", None)
+    for name in flags:
+        if (setting := setting_named(verb, name)) in placed:
+            raise UserError(
+                f"{placed[setting]} and --{name} {flags[name]} say the same setting; give one"
+            )
     if recipe is not None and not _is_recipe(recipe):
         raise UserError(
             f"unexpected {recipe!r}; a recipe ends in .yaml, settings are given as --name value"
@@ -143,7 +152,16 @@ def split_arguments(
 def takes_several(verb: str, names: Sequence[str]) -> bool:
     """Whether any of these settings of a verb is a list."""
     fields = SETTINGS[verb].model_fields
-    return any(get_origin(fields[name].annotation) is tuple for name in names if name in fields)
+    return any(_is_list(fields[name]) for name in names if name in fields)
+
+
+def _is_list(field: FieldInfo) -> bool:
+    options = get_args(field.annotation) if _is_union(field.annotation) else (field.annotation,)
+    return any(get_origin(option) is tuple for option in options)
+
+
+def _is_union(annotation: Any) -> bool:
+    return get_origin(annotation) in (Union, UnionType)
 
 
 def _is_recipe(word: str) -> bool:

@@ -59,8 +59,7 @@ class Settings(BaseModel):
     of its fields in `--help`. `bare_words` names the positional settings of a command line,
     `reads_and_writes` the two path settings that must differ, and `reads_section_of` the verb whose
     section of a recipe is read as well. `of_section_alone` names settings that this verb takes from
-    its own section of a recipe: beside the sections they are meant for other verbs. `adds_up` names
-    lists of which a flag may give one member, and the next flag another.
+    its own section of a recipe: beside the sections they are meant for other verbs.
     """
 
     model_config = ConfigDict(
@@ -72,7 +71,6 @@ class Settings(BaseModel):
     reads_and_writes: ClassVar[tuple[str, str] | None] = None
     reads_section_of: ClassVar[str | None] = None
     of_section_alone: ClassVar[tuple[str, ...]] = ()
-    adds_up: ClassVar[tuple[str, ...]] = ()
 
     @model_validator(mode="after")
     def keep_source(self) -> Self:

@@ -85,7 +85,6 @@ class ServeSettings(
 
     verb = "serve"
     group: ClassVar[str] = "server"
-    adds_up = ("adapter",)
     adapter: tuple[str, ...] | None = Field(
         None,
         min_length=1,
