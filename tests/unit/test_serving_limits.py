@@ -208,6 +208,41 @@ def test_without_memory_one_request_is_refused_and_others_go_on(plain, monkeypat
     until(lambda: not plain.open)
 
 
+@pytest.mark.parametrize(
+    "ids, words",
+    [
+        ([5, 6], "prompt: row 0 has no <sop>; encode prompts with this model's own tokenizer"),
+        ([5, 2651], "prompt: row 0 has no [gMASK] before <sop>"),
+        ([2651, 2648], "prompt: row 0 has no [gMASK] before <sop>"),
+        ([], "prompt holds 0 texts"),
+        ([3008], "prompt: ids have to be 0 to 3007"),
+        ([-1], "prompt: ids have to be 0 to 3007"),
+    ],
+)
+def test_ids_that_are_no_prompt_of_the_model_are_refused(plain, ids, words):
+    def ask(prompt):
+        body = {"model": "base", "prompt": prompt, "max_tokens": 2}
+        return httpx.post(f"{plain.url}/v1/completions", json=body)
+
+    assert error_of(ask(ids))[0] == 400
+    assert words in ask(ids).json()["error"]["message"]
+    assert ask([5, 6, 2648, 2651]).status_code == 200
+
+
+def test_what_no_request_should_bring_about_ends_that_request_alone(plain, monkeypatch, capfd):
+    admit = plain.scheduler.slots.admit
+
+    def fails(slots, prompts, *more):
+        if max(len(prompt.ids) for prompt in prompts) > 60:
+            raise KeyError("a mistake of ours")
+        admit(slots, prompts, *more)
+
+    monkeypatch.setattr(plain.scheduler.slots, "admit", fails)
+    assert error_of(post(plain, {"messages": question("a b c d e " * 30)})) == (500, "server_error")
+    assert post(plain, {"max_tokens": 2}).status_code == 200
+    assert "a mistake of ours" in capfd.readouterr().err
+
+
 def test_a_row_that_is_not_finite_ends_alone(plain):
     """Its neighbour goes on, and the slot answers again."""
     expected = post(plain, {"max_tokens": 8, "temperature": 0}).json()["choices"]

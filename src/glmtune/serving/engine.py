@@ -8,6 +8,8 @@ from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from glmtune.config.serving import ServeSettings
 from glmtune.data.conversations import Asked, Example, PlainText
 from glmtune.data.flaws import Flaw
@@ -230,12 +232,22 @@ class Engine:
             if isinstance(each, str):
                 encoded.append(self._encode(PlainText(_characters(each, "prompt")), "prompt"))
                 continue
-            limit = self.loaded.decoder.shape.vocab_size
-            if not each or not all(0 <= id_ < limit for id_ in each):
-                message = f"prompt: ids have to be 0 to {limit - 1}, at least one of them"
-                raise RequestError(400, message, param="prompt")
+            self._check_ids(each)
             encoded.append(list(each))
         return encoded
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        """Refuse a prompt of ids that the model's layout of rows does not know."""
+        decoder = self.loaded.decoder
+        limit = decoder.shape.vocab_size
+        if not ids or not all(0 <= id_ < limit for id_ in ids):
+            message = f"prompt: ids have to be 0 to {limit - 1}, at least one of them"
+            raise RequestError(400, message, param="prompt")
+        try:
+            decoder.block.layout(torch.tensor([ids]), decoder.config)
+        except ValueError as error:
+            message = f"prompt: {str(error).partition(': ')[2]}"
+            raise RequestError(400, message, param="prompt") from None
 
     def _begin(
         self,

@@ -6,6 +6,7 @@ as many at a time as one pass holds, and after each step hands out each row's ne
 
 import threading
 import time
+import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -271,7 +272,11 @@ class Scheduler:
         return group
 
     def _admit(self, group: Sequence[Work]) -> None:
-        """Read the prompts of works into their slots; without memory for all, one by one."""
+        """Read the prompts of works into their slots; where that fails, one by one.
+
+        What no request should bring about is printed, and ends the one that did. A device that
+        fails, a RuntimeError of torch, would fail the next one too: it ends the server.
+        """
         try:
             self.slots.admit(
                 [work.slot for work in group if work.slot is not None],
@@ -281,8 +286,9 @@ class Scheduler:
                 [work.adapter for work in group],
             )
             self.num_prompt_tokens += sum(len(work.prompt.ids) for work in group)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
+        except Exception as error:
+            is_short = isinstance(error, RuntimeError) and is_out_of_memory(error)
+            if isinstance(error, RuntimeError) and not is_short:
                 raise
             if self.decoder.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -294,8 +300,14 @@ class Scheduler:
             assert work.slot is not None
             self.running.pop(work.slot, None)
             length = len(work.prompt.ids) + work.settings.max_new_tokens
-            message = f"there is no memory for {length} tokens of prompt and answer; ask for less"
-            self._tell(work, Update([], [], error=failed(message, "out_of_memory")))
+            refusal = failed(
+                f"there is no memory for {length} tokens of prompt and answer; ask for less",
+                "out_of_memory",
+            )
+            if not is_short:
+                traceback.print_exception(error)
+                refusal = failed("the server could not read this prompt")
+            self._tell(work, Update([], [], error=refusal))
 
     def _read(self, notes: Notes) -> None:
         """Hand out the tokens that were noted."""
