@@ -47,6 +47,37 @@ class TestSettings:
         assert there["time"]["step"]["summing"] > 10 * here["time"]["step"]["summing"]
         assert "2 nodes of 4 x H200" in capsys.readouterr().out
 
+    @pytest.mark.parametrize(
+        "flags, told",
+        [
+            ("--card H200 --link_gbit 8", ["link_gbit has no effect of one card in each node"]),
+            ("--card H200 --gpus 2 --network_gbit 8", ["network_gbit has no effect of one node"]),
+            ("--card H200 --gpus 2 --nodes 2 --network_gbit 8 --link_gbit 8", []),
+            (
+                "--card T4 --gpus 2 --nodes 2 --network_gbit 8 --link_gbit 8 --price_per_hour 1",
+                [
+                    f"{name} has no effect where no time is computed"
+                    for name in ("link_gbit", "network_gbit", "price_per_hour")
+                ],
+            ),
+            ("--card H200 --price_per_hour 1 --num_rows 400 --row_length 90", []),
+            (
+                "--card H200 --num_rows 400 --row_length 90 --dataset_path {rows}",
+                [
+                    f"{name} has no effect beside dataset_path {{rows}}, whose rows have their own"
+                    for name in ("row_length", "num_rows")
+                ],
+            ),
+        ],
+    )
+    def test_what_changes_nothing_is_told(self, plan, flags, told, tmp_path, capsys):
+        rows = save_rows(draw_rows([(20, 20)] * 60, ChatGLMConfig()), tmp_path / "rows")
+        plan(flags.format(rows=rows))
+        notes = [line for line in capsys.readouterr().err.splitlines() if "no effect" in line]
+        assert len(notes) == len(told)
+        for line, words in zip(notes, told, strict=True):
+            assert line.startswith(f"note: {words.format(rows=rows)}")
+
     def test_the_memory_of_a_card_does_not_depend_on_how_many_there_are(self, plan):
         one, many = plan("--card 4090"), plan("--card 4090 --gpus 8 --nodes 8")
         assert one["needed_gib"] == many["needed_gib"]

@@ -94,6 +94,7 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
     record |= {"gpus": settings.gpus, "nodes": settings.nodes}
     if not now.cannot_fit:
         record["time"] = tell_time(now, plans, rows, training, settings, world, scale)
+    note(*_without_effect(settings, isinstance(rows, EqualRows), bool(record.get("time"))))
     held_out = rows.split(training.eval_ratio, training.seed)[1]
     num_held_out = round(len(held_out) * scale)
     print(f"Verdict: {describe_power(num_held_out)}")
@@ -146,6 +147,29 @@ def tell_time(
         record["price"] = price = time.whole_hours * world.num_ranks * settings.price_per_hour
         print(f"Price: {describe_price(price, time, world, settings.price_per_hour)}")
     return record
+
+
+def _without_effect(settings: PlanSettings, are_equal: bool, has_time: bool) -> list[str]:
+    """A line for each setting that was given and changes nothing in this plan.
+
+    Args:
+        settings: the plan's.
+        are_equal: whether the rows are made up, by `row_length` and `num_rows`.
+        has_time: whether the time of the run is known.
+    """
+    reasons = {}
+    if settings.gpus == 1:
+        reasons["link_gbit"] = "of one card in each node (--gpus)"
+    if settings.nodes == 1:
+        reasons["network_gbit"] = "of one node (--nodes)"
+    if not has_time:
+        told = "where no time is computed"
+        reasons |= dict.fromkeys(("link_gbit", "network_gbit", "price_per_hour"), told)
+    if not are_equal:
+        told = f"beside dataset_path {settings.dataset_path}, whose rows have their own"
+        reasons |= dict.fromkeys(("row_length", "num_rows"), told)
+    given = settings.model_fields_set
+    return [f"{name} has no effect {why}" for name, why in reasons.items() if name in given]
 
 
 def train_settings(settings: PlanSettings) -> TrainSettings:
