@@ -38,6 +38,28 @@ class TestCautions:
         loop.train(tiny_run(warmup_steps=0.03, **settings))
         assert "warmup_steps" not in capsys.readouterr().err
 
+    @pytest.mark.parametrize(
+        "idle, useful, told",
+        [
+            (
+                {"max_steps": 2, "num_train_epochs": 5},
+                {"max_steps": -1, "num_train_epochs": 5},
+                "num_train_epochs 5 has no effect: the run has max_steps 2",
+            ),
+            (
+                {"max_steps": 2, "eval_steps": 1, "general_set": False},
+                {"max_steps": 2, "eval_steps": 1, "general_set": False, "eval_ratio": 0.1},
+                "eval_steps 1 has no effect: no rows are held out",
+            ),
+        ],
+    )
+    def test_what_changes_nothing_is_told(self, tiny_run, capsys, monkeypatch, idle, useful, told):
+        monkeypatch.setattr(loop, "fit", lambda run, *_: SimpleNamespace(global_step=0))
+        loop.train(tiny_run(overwrite_output_dir=True, **idle))
+        assert told in capsys.readouterr().err
+        loop.train(tiny_run(overwrite_output_dir=True, **useful))
+        assert "no effect" not in capsys.readouterr().err
+
     @pytest.mark.parametrize("number", [1, 2])
     def test_accelerate_that_launches_one_process_is_warned_of(
         self, number, monkeypatch, capsys, tiny_run

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 MANY_EPOCHS = 50
 SAVE_STEPS = TrainSettings.model_fields["save_steps"].default
+NUM_EPOCHS = TrainSettings.model_fields["num_train_epochs"].default
 
 # Settings that change a run's numbers by themselves; `Run.identity` adds the derived ones.
 _NUMERIC_SETTINGS = (
@@ -144,6 +145,16 @@ class Run:
             told.append(
                 f"save_steps {self.settings.save_steps} has no effect: checkpoints come after each "
                 "epoch (--save_strategy steps: every save_steps)"
+            )
+        if self.settings.max_steps > 0 and self.settings.num_train_epochs != NUM_EPOCHS:
+            told.append(
+                f"num_train_epochs {self.settings.num_train_epochs:g} has no effect: the run has "
+                f"max_steps {self.settings.max_steps} (--max_steps -1: as many as the epochs take)"
+            )
+        if self.settings.eval_steps and not len(self.eval_rows) and self.general is None:
+            told.append(
+                f"eval_steps {self.settings.eval_steps} has no effect: no rows are held out, and "
+                "no general questions asked (--eval_ratio 0.05, --general_set true)"
             )
         return told
 
