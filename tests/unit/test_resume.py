@@ -263,6 +263,17 @@ class TestNothingLeftToDo:
         assert last["num_input_tokens_seen"] > first["num_input_tokens_seen"]
         assert "Done: all" in capsys.readouterr().out
 
+    def test_a_job_that_is_started_again_at_its_end_ends_well(self, toy_run, tmp_path, capsys):
+        """A queue cannot tell a run that has ended from one that was cut."""
+        words = ["train", *self.words(toy_run(max_steps=2)), "--resume_from_checkpoint", "auto"]
+        assert main(words) == 0
+        before = outcome(tmp_path / "run")
+        capsys.readouterr()
+        assert main(words) == 0
+        assert outcome(tmp_path / "run") == before
+        line = "checkpoint-2: nothing is left to train (all 2 steps are done)"
+        assert line in capsys.readouterr().err
+
     def test_a_finished_run_made_shorter_or_moved_is_refused(self, toy_run, tmp_path):
         loop.train(toy_run(lr_scheduler_type="constant"))
         shorter = toy_run(lr_scheduler_type="constant", max_steps=2, resume_from_checkpoint="true")

@@ -58,9 +58,7 @@ def resume_point(settings: TrainSettings) -> tuple[Path | None, list[str]]:
         raise UserError(f"output_dir: {output_dir} is a file; name a folder")
     checkpoint, notes = None, list[str]()
     found = _find_run(output_dir)
-    if wanted is None and num_restarts():
-        wanted = "auto"
-    if wanted == "auto":
+    if _is_by_itself(settings):
         names = [entry.name for entry in found]
         wanted = "true" if any(step_in(name) is not None for name in names) else None
         if wanted is None and WEIGHTS_FILE not in names:
@@ -78,6 +76,12 @@ def resume_point(settings: TrainSettings) -> tuple[Path | None, list[str]]:
             "name another folder"
         )
     return checkpoint, notes
+
+
+def _is_by_itself(settings: TrainSettings) -> bool:
+    """Whether whatever starts the command again leaves to it where to begin."""
+    wanted = settings.resume_from_checkpoint
+    return wanted == "auto" or (wanted is None and num_restarts() > 0)
 
 
 def same_step(settings: TrainSettings, num_processes: int, checkpoint: Path) -> TrainSettings:
@@ -117,7 +121,7 @@ def check_unfinished(run: Run, checkpoint: Path) -> list[str]:
     """Make sure that a resumed run has something left to do.
 
     That may be an evaluation, or files beside the checkpoint that are missing because the earlier
-    run was killed.
+    run was killed. With `auto` a run may be at its end: a queue starts a job again that has ended.
 
     Returns:
         Notes for the user, a line each.
@@ -138,6 +142,10 @@ def check_unfinished(run: Run, checkpoint: Path) -> list[str]:
     for file in (*TORCH_FILES, *(path.name for path in checkpoint.glob(RANDOM_FILES))):
         read_torch_file(checkpoint / file)  # report an unreadable checkpoint as such
     settings = run.settings
+    if _is_by_itself(settings):
+        return [
+            f"{checkpoint}: nothing is left to train ({early or f'all {step:,} steps are done'})"
+        ]
     go_on = f"for new rows or a new schedule, --adapter {checkpoint} --output_dir NEW"
     if early:
         raise UserError(
