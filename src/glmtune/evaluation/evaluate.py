@@ -104,11 +104,12 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     subjects = {BASE: replace(base, adapter=None)} | {
         name: replace(base, adapter=path) for name, path in adapters.items()
     }
+    shaping = settings.in_effect() | settings.own_answers()
     files = {
         name: AnswerFile(
             folder / f"{name.replace('/', '-')}.jsonl",
             asked.records,
-            {"verb": "evaluate"} | subject.identity() | settings.in_effect(),
+            {"verb": "evaluate"} | subject.identity() | shaping,
             overwrite=settings.overwrite_output,
             elsewhere="--output_dir",
         )
@@ -123,7 +124,7 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     found = Evaluation(
         base=files[BASE].settings["base"],
         dtype=files[BASE].settings["dtype"],
-        settings=settings.in_effect(),
+        settings=shaping,
         date=max(file.date for file in files.values()),
         num_rows=len(records),
         sides=sides,
@@ -178,7 +179,8 @@ def _answer(
     size = settings.per_device_eval_batch_size
     todo: dict[str, Sequence[Question]] = {}
     for name, file in files.items():
-        batch_size = size if subjects[name].is_batch_sensitive else None
+        fills = subjects[name].is_batch_sensitive and settings.engine != "vllm"
+        batch_size = size if fills else None
         todo[name] = file.to_answer(settings.limit, batch_size)
     todo = {name: records for name, records in todo.items() if records}
     if not todo:
@@ -195,6 +197,10 @@ def _answer(
                 for name, records in todo.items()
             ]
         )
+    if settings.engine == "vllm":
+        from glmtune.evaluation import vllm_answers
+
+        return add_costs(vllm_answers.answer_sides(subjects, files, todo, asked, settings, scores))
     base, tokenizer = subjects[BASE].load(computes=scores)
     costs = []
     for name, records in todo.items():

@@ -64,12 +64,13 @@ def infer(settings: InferSettings) -> InferSummary:
     file = AnswerFile(
         Path(settings.output_path or Path(settings.adapter or "", "answers.jsonl")),
         records,
-        {"verb": "infer"} | subject.identity() | settings.in_effect(),
+        {"verb": "infer"} | subject.identity() | settings.in_effect() | settings.own_answers(),
         overwrite=settings.overwrite_output,
         elsewhere="--output_path",
     )
     size = settings.per_device_eval_batch_size
-    todo = file.to_answer(settings.limit, size if subject.is_batch_sensitive else None)
+    fills = subject.is_batch_sensitive and settings.engine != "vllm"
+    todo = file.to_answer(settings.limit, size if fills else None)
     answers: list[Answer] = []
     start = time.perf_counter()
     if todo:
@@ -80,6 +81,10 @@ def infer(settings: InferSettings) -> InferSummary:
             from glmtune.evaluation.spread_answers import answers_of
 
             stream = answers_of(subject, prompts, settings, size)
+        elif settings.engine == "vllm":
+            from glmtune.evaluation import vllm_answers
+
+            stream = vllm_answers.answers_of(subject, prompts, settings)
         else:
             model, tokenizer = subject.load()
             stream = generate_answers(model, tokenizer, prompts, settings, size, subject.device)

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glmtune.adapters.for_vllm import check_plain
 from glmtune.adapters.formats import write_adapter
 from glmtune.adapters.merge import probe
 from glmtune.adapters.naming import in_names
 from glmtune.data.files import new_file
 from glmtune.errors import UserError
 from glmtune.export import llama_cpp
-from glmtune.export.adapter_names import check_plain
+from glmtune.export.adapter_names import USE_HF
 from glmtune.export.gguf_file import read_tensors, write_adapter_file, write_model
 from glmtune.export.job import Job
 from glmtune.export.reopening import CHAT, OURS, TEXTS, Reopened, reopen_adapter
@@ -145,7 +146,7 @@ def _write_modelfile(job: Job, folder: Path, file: str, form: GgufForm) -> None:
 
 
 def _write_adapter(job: Job, folder: Path) -> Reopened:
-    check_plain(job.adapter, "gguf --adapter_alone")
+    check_plain(job.adapter, "--to gguf --adapter_alone", USE_HF)
     form, path = _form(job), folder / ADAPTER_FILE
     quant = job.source.settings.quant or "f32"
     write_adapter_file(path, job.source.name, form, job.adapter, quant)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import peft
 
+from glmtune.adapters.for_vllm import check_plain
 from glmtune.adapters.formats import write_adapter
 from glmtune.data.files import read_json_object
 from glmtune.errors import UserError
-from glmtune.export.adapter_names import check_plain, in_names_of_base
+from glmtune.export.adapter_names import USE_HF, in_names_of_base
 from glmtune.export.job import Job
 from glmtune.export.reopening import OURS, Reopened, reopen_adapter
 from glmtune.models.resolve import base_name
@@ -30,7 +31,7 @@ KNOWN = frozenset((
 
 def write(job: Job, folder: Path) -> Reopened:
     """Write the adapter with settings that old versions know, and open it with today's PEFT."""
-    check_plain(job.adapter, "peft-old")
+    check_plain(job.adapter, "--to peft-old", USE_HF)
     adapter = in_names_of_base(job)
     write_adapter(adapter.config, adapter.weights, folder, base_name(job.source.base))
     settings = read_json_object(folder / ADAPTER_CONFIG_FILE)

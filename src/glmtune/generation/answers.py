@@ -158,7 +158,7 @@ def answer_batch(
             f"per_device_eval_batch_size {len(prompts)}: no memory for a batch of that many "
             f"prompts of up to {longest} tokens and {settings.max_new_tokens} new ones; lower it"
         ) from error
-    return [_read_answer(row, decoder.stop_ids, settings, tokenizer) for row in rows]
+    return [read_answer(row, decoder.stop_ids, settings, tokenizer) for row in rows]
 
 
 def _decode(
@@ -173,27 +173,28 @@ def _decode(
     for more in decoder.stream(prompts, settings):
         for row, ids in zip(rows, more, strict=True):
             row += ids
-        for i in [i for i in going_on if _stops(rows[i], settings, tokenizer)]:
+        for i in [i for i in going_on if stops(rows[i], settings, tokenizer)]:
             going_on.remove(i)
             decoder.finish(i)
     return rows
 
 
-def _stops(ids: Sequence[int], settings: GenerationSettings, tokenizer: Any) -> bool:
+def stops(ids: Sequence[int], settings: GenerationSettings, tokenizer: Any) -> bool:
+    """Whether the text of ids holds a stop string."""
     text = tokenizer.decode(ids, skip_special_tokens=True)
     return cut_at_stop(text, settings.stop_strings or ()) is not None
 
 
-def _read_answer(
+def read_answer(
     ids: list[int], stop_ids: Sequence[int], settings: GenerationSettings, tokenizer: Any
 ) -> Answer:
     """The answer that ids stand for, up to the first stop id or stop string."""
     kept = before_stop(ids, stop_ids)
     stopped = len(kept) < len(ids)
-    if settings.stop_strings and _stops(kept, settings, tokenizer):
+    if settings.stop_strings and stops(kept, settings, tokenizer):
         # Tokens count up to the one that completes the stop string.
         lengths = range(1, len(kept) + 1)
-        kept = next(kept[:n] for n in lengths if _stops(kept[:n], settings, tokenizer))
+        kept = next(kept[:n] for n in lengths if stops(kept[:n], settings, tokenizer))
         stopped = True
     text = tokenizer.decode(kept, skip_special_tokens=True)
     cut = cut_at_stop(text, settings.stop_strings or ())

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from glmtune.data.files import read_json_object
 from glmtune.data.row_rule import as_ids
@@ -136,6 +137,21 @@ def load_base_model(
     if quantize_head and not has_integer_tables(config):
         quantise_head(model)
     return model.eval()
+
+
+def load_outline(base: str) -> Any:
+    """The base model without its weights: its configuration, and where its answers end.
+
+    Raises:
+        UserError: no model there, or one of another family.
+    """
+    folder = fetch_base(base, ["*.json"])
+    family, config = _read_config(base, folder)
+    with torch.device("meta"):
+        model: Any = family.native().model_class(config)
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = built(folder, lambda: GenerationConfig.from_pretrained(folder))
+    return model
 
 
 def _quantised_already(wish: str, base: str, bits: int) -> UserError:
