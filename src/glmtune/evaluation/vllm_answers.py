@@ -97,6 +97,14 @@ class VllmEngine:
         write_adapter(found.config, found.weights, place, base_name(base))
         return place, largest_rank(found.config.r)
 
+    def _step(self) -> list[Any]:
+        try:
+            return self._engine.step()
+        except Exception as error:  # see above
+            raise UserError(
+                f"engine vllm: vLLM does not go on ({reason_of(error)[:300]}); {_INSTEAD}"
+            ) from error
+
     def answers(self, prompts: Sequence[EncodedPrompt], adapter: Path | None) -> Iterator[Answer]:
         """Answer prompts, and deliver the answers in order, each once those before it have ended.
 
@@ -121,7 +129,7 @@ class VllmEngine:
                     lora_request=lora,
                 )
                 num_asked += 1
-            for output in engine.step():
+            for output in self._step():
                 (answer,) = output.outputs
                 ids = list(answer.token_ids)
                 if not math.isfinite(answer.cumulative_logprob):
