@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
-from glm_folders import write_folder, write_model
+from glm_folders import write_folder, write_model, write_run
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from glmtune import early
 from glmtune.cli import main
@@ -107,13 +109,35 @@ def test_verbs_without_answers_do_not_offer_it(words, capsys):
     assert "local or ray" in line
 
 
-def test_answers_of_the_local_engine_are_not_gone_on_with(monkeypatch, capsys):
+@pytest.fixture
+def edge(monkeypatch):
+    """A model whose family vLLM serves, in a machine that seems to have vLLM."""
     family = next(family for family in FAMILIES if family.name == "GLM-Edge")
-    write_model(Path("edge"), family, None)
+    monkeypatch.setattr(early, "find_spec", lambda name: object())
+    return write_model(Path("edge"), family, None)
+
+
+def test_an_adapter_that_vllm_would_take_otherwise_is_refused(edge, capsys):
+    """It is seen before vLLM is opened."""
+    asking = ["infer", "--data_path", "rows.jsonl", "--base", edge, *BY_VLLM, "--adapter"]
+    run = write_run(edge, Path("run"))
+    weights = load_file(run / "adapter_model.safetensors")
+    more = {key.replace("layers.0.", "layers.9."): t.clone() for key, t in weights.items()}
+    save_file(weights | more, run / "adapter_model.safetensors")
+    assert "that this base has no place for" in refused(capsys, *asking, run)
+
+    config = LoraConfig(r=4, target_modules=["q_proj"], use_dora=True, init_lora_weights=False)
+    get_peft_model(load_base_model(str(edge)), config).save_pretrained("dora")
+    line = refused(capsys, *asking, "dora")
+    assert line.startswith("error: engine vllm: dora/adapter_model.safetensors has use_dora")
+    assert line.endswith("and only plain LoRA on linears can be written so; leave engine out")
+
+
+@pytest.mark.usefixtures("edge")
+def test_answers_of_the_local_engine_are_not_gone_on_with(capsys):
     words = ["infer", "--data_path", "rows.jsonl", "--base", "edge", "--output_path", "a.jsonl"]
     assert main([*words, "--max_new_tokens", "2"]) == 0
     capsys.readouterr()
-    monkeypatch.setattr(early, "find_spec", lambda name: object())
     line = refused(capsys, *words, "--max_new_tokens", "2", *BY_VLLM)
     assert line.startswith("error: a.jsonl: its answers were made with engine ")
 

@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy
 
 from glmtune.adapters.for_vllm import for_vllm, installed_vllm, largest_rank
 from glmtune.adapters.formats import read_adapter, write_adapter
+from glmtune.adapters.lora import load_adapter
 from glmtune.config.groups import GenerationSettings
 from glmtune.config.settings import EvaluateSettings, InferSettings
 from glmtune.data.questions import Question
@@ -74,7 +76,7 @@ class VllmEngine:
         self._settings, self._tokenizer = settings, subject.tokenizer
         self._stop_ids = find_stop_ids(outline)
         self._folder = tempfile.TemporaryDirectory(prefix="glmtune-vllm-")
-        written = {adapter: self._write(adapter, subject.base) for adapter in adapters}
+        written = {adapter: self._write(adapter, subject.base, outline) for adapter in adapters}
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         leave_out_nothing()
@@ -88,10 +90,12 @@ class VllmEngine:
                 f"({reason_of(error)[:300]}); {_INSTEAD}"
             ) from error
 
-    def _write(self, adapter: Path, base: str) -> tuple[Path, int]:
+    def _write(self, adapter: Path, base: str, outline: Any) -> tuple[Path, int]:
         """Write an adapter in vLLM's names; returns where, and the rank to make room for."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of tensors whose numbers an outline does not take
+            load_adapter(outline, adapter).unload()  # for its checks: vLLM has others
         read = read_adapter(adapter)
-        read.check_effect()
         found = for_vllm(read, base, installed_vllm(), "engine vllm", _INSTEAD)
         place = Path(tempfile.mkdtemp(dir=self._folder.name), "adapter")
         write_adapter(found.config, found.weights, place, base_name(base))
