@@ -156,13 +156,21 @@ def test_each_setting_of_sampling_reaches_vllm(made):
     assert infer(base, *draws, "--top_p", "1e-9") == greedy
 
 
-def test_evaluate_scores_as_the_local_engine_does(made):
+def test_evaluate_scores_as_the_local_engine_does(made, tmp_path):
     base, run = made("glm4-0414")
-    words = ["evaluate", "--data_path", "rows.jsonl", "--base", base, "--adapter", run]
-    words += ["--max_new_tokens", "12", "--output_dir"]
+    doubled = tmp_path / "doubled"
+    shutil.copytree(run, doubled)
+    weights = load_file(run / "adapter_model.safetensors")
+    twice = {key: t * (1 + ("lora_B" in key)) for key, t in weights.items()}
+    save_file(twice, doubled / "adapter_model.safetensors")
+    words = ["evaluate", "--data_path", "rows.jsonl", "--base", base, "--max_new_tokens", "12"]
+    words += ["--adapter", f"{run},{doubled}", "--output_dir"]
     run_verb(*words, "by-us")
     run_verb(*words, "by-vllm", *BY_VLLM)
-    for name in ("base.jsonl", "run.jsonl"):
+    files = ("base.jsonl", "run.jsonl", "doubled.jsonl")
+    answers = {Path("by-us", name).read_bytes() for name in files}
+    assert len(answers) == len(files)
+    for name in files:
         assert Path("by-vllm", name).read_bytes() == Path("by-us", name).read_bytes()
     assert '"reference"' in Path("by-vllm/run.jsonl").read_text("utf-8")
     settings = json.loads(Path("by-vllm/evaluate.json").read_text("utf-8"))["settings"]

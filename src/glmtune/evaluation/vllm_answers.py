@@ -10,7 +10,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +81,8 @@ class VllmEngine:
             os.environ.setdefault(name, value)
         leave_out_nothing()
         print(f"vLLM opens {base_name(subject.base)}", file=sys.stderr)
-        try:
-            with silent_stderr():
-                self._engine, self._loras = _open(subject, settings, outline, longest, written)
-        except Exception as error:  # vLLM raises many kinds, plain ones among them
-            raise UserError(
-                f"engine vllm: vLLM does not open {base_name(subject.base)} "
-                f"({reason_of(error)[:300]}); {_INSTEAD}"
-            ) from error
+        with _in_one_line(f"does not open {base_name(subject.base)}"), silent_stderr():
+            self._engine, self._loras = _open(subject, settings, outline, longest, written)
 
     def _write(self, adapter: Path, base: str, outline: Any) -> tuple[Path, int]:
         """Write an adapter in vLLM's names; returns where, and the rank to make room for."""
@@ -101,14 +95,6 @@ class VllmEngine:
         write_adapter(found.config, found.weights, place, base_name(base))
         return place, largest_rank(found.config.r)
 
-    def _step(self) -> list[Any]:
-        try:
-            return self._engine.step()
-        except Exception as error:  # see above
-            raise UserError(
-                f"engine vllm: vLLM does not go on ({reason_of(error)[:300]}); {_INSTEAD}"
-            ) from error
-
     def answers(self, prompts: Sequence[EncodedPrompt], adapter: Path | None) -> Iterator[Answer]:
         """Answer prompts, and deliver the answers in order, each once those before it have ended.
 
@@ -117,23 +103,25 @@ class VllmEngine:
             adapter: one of those that were given; None for the base alone.
 
         Raises:
-            UserError: the model's logits are not finite.
+            UserError: the model's logits are not finite, or vLLM fails.
         """
         engine, lora = self._engine, self._loras[adapter] if adapter else None
         found: dict[int, Answer] = {}
         most = 2 * self._settings.per_device_eval_batch_size  # so that none has to be waited for
         num_asked = num_given = 0
         while num_given < len(prompts):
-            while num_asked < len(prompts) and num_asked - num_given - len(found) < most:
-                prompt = prompts[num_asked]
-                engine.add_request(
-                    str(num_asked),
-                    {"prompt_token_ids": prompt.ids},
-                    sampling_of(self._settings, self._stop_ids, prompt.number),
-                    lora_request=lora,
-                )
-                num_asked += 1
-            for output in self._step():
+            with _in_one_line("does not go on"):
+                while num_asked < len(prompts) and num_asked - num_given - len(found) < most:
+                    prompt = prompts[num_asked]
+                    engine.add_request(
+                        str(num_asked),
+                        {"prompt_token_ids": prompt.ids},
+                        sampling_of(self._settings, self._stop_ids, prompt.number),
+                        lora_request=lora,
+                    )
+                    num_asked += 1
+                outputs = engine.step()
+            for output in outputs:
                 (answer,) = output.outputs
                 ids = list(answer.token_ids)
                 if not math.isfinite(answer.cumulative_logprob):
@@ -153,6 +141,17 @@ class VllmEngine:
             while num_given in found:
                 yield found.pop(num_given)
                 num_given += 1
+
+
+@contextmanager
+def _in_one_line(what: str) -> Iterator[None]:
+    """Say in one line what vLLM did not do; it raises many kinds of exceptions."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(
+            f"engine vllm: vLLM {what} ({reason_of(error)[:300]}); {_INSTEAD}"
+        ) from error
 
 
 def _open(
