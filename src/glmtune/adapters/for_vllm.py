@@ -16,7 +16,7 @@ import torch
 
 from glmtune.adapters.formats import KEY_PREFIX, SUFFIX_A, SUFFIX_B, Adapter
 from glmtune.adapters.naming import (
-    beyond_plain,
+    check_plain,
     in_names,
     in_own_names,
     in_published_names,
@@ -48,24 +48,6 @@ def version_numbers(version: str) -> tuple[int, ...]:
 def largest_rank(rank: int) -> int:
     """The value of vLLM's --max-lora-rank that an adapter needs."""
     return next(size for size in RANKS if size >= rank)
-
-
-def check_plain(adapter: Adapter, told: str, instead: str) -> None:
-    """Refuse what is more than a product of two matrices for each linear.
-
-    Args:
-        adapter: the adapter.
-        told: the setting that asks for it, for the message.
-        instead: what to do, for the message.
-
-    Raises:
-        UserError: it is, such as DoRA, biases and modules trained whole.
-    """
-    if odd := beyond_plain(adapter):
-        raise UserError(
-            f"{told}: {adapter.path} has {', '.join(odd[:3])}, and only plain LoRA on linears can "
-            f"be written so; {instead}"
-        )
 
 
 def for_vllm(

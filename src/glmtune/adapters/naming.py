@@ -175,6 +175,24 @@ def beyond_plain(adapter: Adapter) -> list[str]:
     return odd + [key for key in adapter.weights if not key.endswith((SUFFIX_A, SUFFIX_B))][:1]
 
 
+def check_plain(adapter: Adapter, told: str, instead: str) -> None:
+    """Refuse what is more than a product of two matrices for each linear.
+
+    Args:
+        adapter: the adapter.
+        told: the setting that asks for it, for the message.
+        instead: what to do, for the message.
+
+    Raises:
+        UserError: it is, such as DoRA, biases and modules trained whole.
+    """
+    if odd := beyond_plain(adapter):
+        raise UserError(
+            f"{told}: {adapter.path} has {', '.join(odd[:3])}, and only plain LoRA on linears can "
+            f"be written so; {instead}"
+        )
+
+
 def updates_of(adapter: Adapter) -> dict[str, LowRank]:
     """What the adapter adds to each module, scaled as PEFT does.
 

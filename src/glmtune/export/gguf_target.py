@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glmtune.adapters.for_vllm import check_plain
 from glmtune.adapters.formats import write_adapter
 from glmtune.adapters.merge import probe
-from glmtune.adapters.naming import in_names
+from glmtune.adapters.naming import check_plain, in_names
 from glmtune.data.files import new_file
 from glmtune.errors import UserError
 from glmtune.export import llama_cpp

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import peft
 
-from glmtune.adapters.for_vllm import check_plain
 from glmtune.adapters.formats import write_adapter
+from glmtune.adapters.naming import check_plain
 from glmtune.data.files import read_json_object
 from glmtune.errors import UserError
 from glmtune.export.adapter_names import USE_HF, in_names_of_base
