@@ -322,3 +322,22 @@ def test_files_that_datasets_writes_are_read(tmp_path):
     datasets.Dataset.from_list(RECORDS).save_to_disk(str(tmp_path / "saved"))
     (file,) = (tmp_path / "saved").glob("*.arrow")
     assert values(file) == RECORDS
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("name", ["a.arrow", "a.parquet"])
+def test_threads_of_pyarrow_never_need_python(tmp_path, monkeypatch, name, is_packed):
+    """Else a command that a bad row ends aborts now and then, with 134 instead of 2."""
+    opened = []
+    for owner, function in ((pa.ipc, "open_file"), (parquet, "ParquetFile")):
+        original = getattr(owner, function)
+
+        def spy(source, *args, original=original):
+            opened.append(type(source))
+            return original(source, *args)
+
+        monkeypatch.setattr(owner, function, spy)
+    data = (as_arrow if name == "a.arrow" else as_parquet)(RECORDS)
+    (tmp_path / name).write_bytes(gzip.compress(data) if is_packed else data)
+    assert values(tmp_path / name) == RECORDS
+    assert opened == [pa.OSFile]

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import BinaryIO, cast
 
 from glmtune.data.files import InUtf8, open_bytes, refuse_other_formats
@@ -69,8 +69,9 @@ def read_batches(path: str, encoding: str | None = None) -> Iterator[Batch]:
                     raise UserError(
                         f"{path}: is {name}, whose text is UTF-8 always; leave encoding out"
                     )
-                if seeks and is_packed:
-                    file = stack.enter_context(_on_disk(file))
+                if seeks:
+                    place = stack.enter_context(_on_disk(file)) if is_packed else path
+                    file = stack.enter_context(_native(place))
                 yield from read(path, file)
                 return
         _refuse_others(path, start)
@@ -136,12 +137,23 @@ def _refuse_others(path: str, start: bytes) -> None:
 
 
 @contextmanager
-def _on_disk(file: BinaryIO) -> Iterator[BinaryIO]:
-    """The rest of a file, unpacked into one without a name, for readers that have to seek."""
-    with tempfile.TemporaryFile() as whole:
+def _on_disk(file: BinaryIO) -> Iterator[str]:
+    """The path of the rest of a file, unpacked, for readers that have to seek."""
+    with tempfile.NamedTemporaryFile() as whole:
         shutil.copyfileobj(file, whole)
-        whole.seek(0)
-        yield cast(BinaryIO, whole)
+        whole.flush()
+        yield whole.name
+
+
+def _native(path: str) -> AbstractContextManager[BinaryIO]:
+    """A file as pyarrow opens it.
+
+    Its readers use threads. One that still needed Python, for a file that Python has opened, would
+    abort the process where a bad row ends it early.
+    """
+    import pyarrow as pa
+
+    return cast(AbstractContextManager[BinaryIO], pa.OSFile(path))
 
 
 def _peek(file: BinaryIO) -> bytes:
