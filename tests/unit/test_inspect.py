@@ -156,7 +156,7 @@ def test_figures_of_all_rows(capsys):
     assert "turns       2 in 1 rows, 4 in 1 rows of the file" in told
     assert "answers     1 in 3 rows" in told
     assert "tools       in 0 rows of the file" in told
-    assert "1 answers begin with <think>, which is text to this base" in told
+    assert "1 answers begin with a thought, which is text to this base" in told
     assert main(["tokenize", path, "--save_path", "rows", *TINY]) == 0
     capsys.readouterr()
     assert main(["inspect", "rows", "--stats", "true", "--json_path", "b.json", *TINY]) == 0

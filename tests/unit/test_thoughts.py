@@ -137,7 +137,7 @@ def test_a_base_that_does_not_leaves_fields_out_and_text_in(plain, capsys, forma
     assert taught == "\na<|user|>\n<think>u</think>\nb<|user|>"
     out = capsys.readouterr().out
     assert "1 answers had a thought before them, left out" in out
-    assert "1 answers begin with <think>, which is text to this base" in out
+    assert "1 answers begin with a thought, which is text to this base" in out
     ((_, taught),) = run(plain, row, thoughts="drop")
     assert taught == "\na<|user|>\nb<|user|>"
     assert "2 answers had a thought before them, left out" in capsys.readouterr().out
@@ -244,3 +244,78 @@ def test_each_part_of_a_split_conversation_is_taught_its_thought(thinker, capsys
     assert second == f"[gMASK]<sop><|user|>\nr<|assistant|>\n{B}<|user|>"
     assert taught == f"\n{B}<|user|>"
     assert "2 thoughts kept\n" in capsys.readouterr().out
+
+
+def test_a_thought_that_only_ends_is_one(thinker, plain, capsys):
+    """Servers whose prompts end with <think> write answers that begin behind it."""
+    row = {"messages": [*talk("q")["messages"], {"role": "assistant", "content": "t</think>\n\na"}]}
+    assert run(thinker, row) == [(f"{HEAD}{A}<|user|>", f"\n{A}<|user|>")]
+    assert "1 thoughts kept" in capsys.readouterr().out
+    assert run(plain, row, thoughts="drop")[0][1] == "\na<|user|>"
+    assert run(plain, row)[0][1] == "\nt</think>\n\na<|user|>"
+    assert "1 answers begin with a thought, which is text to this base" in capsys.readouterr().out
+    for text in ("the tag is </think>", "see <think>y</think> z"):
+        assert run(thinker, talk("q", (None, text)))[0][1] == f"\n{text}<|user|>"
+    call = {"function": {"name": "f", "arguments": '{"x": "</think> y"}'}}
+    called = {"role": "assistant", "content": None, "tool_calls": [call]}
+    row = {"messages": [*talk("q")["messages"], called]}
+    assert "x" in run(thinker, row)[0][1]
+
+
+@pytest.mark.parametrize(
+    ("answer", "what"),
+    [
+        ({"content": "<think>half"}, "begins with <think>, and no </think> ends that thought"),
+        ({"content": "<think>t</think>\n"}, "is a thought, and nothing is answered behind it"),
+        (
+            {"content": "<think>t</think>a", "reasoning_content": "u"},
+            "has a thought in a field, and another one in its text",
+        ),
+    ],
+)
+@pytest.mark.parametrize("base", ["thinker", "plain"])
+def test_a_thought_that_is_cut_alone_or_double_is_refused(base, request, answer, what):
+    row = {"messages": [*talk("q")["messages"], {"role": "assistant"} | answer]}
+    with pytest.raises(UserError, match=f'turn 2 of "messages" {what}'):
+        run(request.getfixturevalue(base), row)
+    if len(answer) == 1:
+        record = {"instruction": "q", "output": answer["content"]}
+        for row in (record, {"context": "q", "target": answer["content"]}):
+            with pytest.raises(UserError, match=what):
+                run(request.getfixturevalue(base), row)
+
+
+@pytest.mark.parametrize("field", ["t", ""])
+def test_a_thought_in_a_field_that_its_text_has_as_well_is_one(thinker, plain, field):
+    row = talk("q", ("t", "a", True))
+    row["messages"][1]["reasoning_content"] = field
+    assert run(thinker, row) == [(f"{HEAD}{A}<|user|>", f"\n{A}<|user|>")]
+    assert run(plain, row, thoughts="drop")[0][1] == "\na<|user|>"
+
+
+def test_dropping_a_written_thought_before_a_call_leaves_no_empty_turn(plain):
+    call = {"function": {"name": "f", "arguments": {}}}
+    asks = {"role": "assistant", "content": "<think>t</think>", "tool_calls": [call]}
+    row = {"messages": [*talk("q")["messages"], asks]}
+    assert run(plain, row, thoughts="drop")[0][1] == "f \n{}<|observation|>"
+
+
+@pytest.mark.parametrize("names", [("instruction", "output"), ("context", "target")])
+def test_records_with_thoughts_are_conversations_to_a_base_that_thinks(
+    thinker, plain, capsys, names
+):
+    """An empty thought is not supervised there either; elsewhere a thought is text."""
+    rows = [
+        dict(zip(names, ("q", text), strict=True))
+        for text in ("<think>t</think>a", "<think>\n\n</think>\n\na", "a")
+    ]
+    assert run(thinker, *rows) == [
+        (f"{HEAD}{A}<|user|>", f"\n{A}<|user|>"),
+        (f"{HEAD}<think>\n\n</think>\n\na<|user|>", "a<|user|>"),
+        (f"{HEAD}a<|user|>", "\na<|user|>"),
+    ]
+    assert "1 thoughts kept, 1 empty ones not supervised" in capsys.readouterr().out
+    Path("a.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    tokenize(TokenizeSettings(jsonl_path="a.jsonl", save_path="rows"), plain, "base")
+    assert "labels" not in load_dataset("rows")[0].column_names
+    assert "2 answers begin with a thought, which is text to this" in capsys.readouterr().out

@@ -26,6 +26,7 @@ from glmtune.data.flaws import Flaw, kind_of, show
 from glmtune.data.formats import FORMATS, read_example, recognise
 from glmtune.data.sources import find_source
 from glmtune.data.templates import context_of, question_of
+from glmtune.data.thoughts import check_answer
 from glmtune.data.windows import Batch
 from glmtune.errors import UserError
 
@@ -430,15 +431,20 @@ def alpaca_record(
         system = text_of(fields, SYSTEM)
     used = (instruction, input or "", HISTORY, *([SYSTEM] if system else []), output)
     has_output = needs_output or fields.get(output) is not None
+    question = text_of(fields, instruction)
+    more = text_of(fields, input) if input and fields.get(input) is not None else ""
+    answer, history = text_of(fields, output) if has_output else "", history_of(fields)
+    for where, text in [(HISTORY, earlier) for _, earlier in history] + [(output, answer)]:
+        check_answer(f'an answer in field "{where}"', text)
     return Record(
-        instruction=text_of(fields, instruction),
-        input=text_of(fields, input) if input and fields.get(input) is not None else "",
-        output=text_of(fields, output) if has_output else "",
+        instruction=question,
+        input=more,
+        output=answer,
         path=path,
         row=row,
         line=line,
         unused=unused_fields(fields, used),
-        history=history_of(fields),
+        history=history,
         names=names,
         system=system,
     )
@@ -454,9 +460,12 @@ def context_and_target(
             "an alpaca record, not a context/target row",
             "keep rows of one kind in a file; `glmtune convert` writes records as such rows",
         )
+    context = text_of(fields, "context")
+    target = text_of(fields, "target") if needs_target or "target" in fields else ""
+    check_answer('field "target"', target)
     return Row(
-        context=text_of(fields, "context"),
-        target=text_of(fields, "target") if needs_target or "target" in fields else "",
+        context=context,
+        target=target,
         path=path,
         row=row,
         line=line,

@@ -27,6 +27,7 @@ from glmtune.data.records import (
 )
 from glmtune.data.row_texts import texts_of
 from glmtune.data.templates import conversation_of, has_rounds, is_alpaca
+from glmtune.data.thoughts import begins_with_thought
 from glmtune.errors import UserError
 
 KEPT_CHARACTERS = 1 << 23
@@ -59,6 +60,8 @@ class RowFile:
     """The language of each good row, as of `mixing.language_of`, if that is wanted."""
     has_earlier_rounds: bool = False
     """Whether a record has a system text or earlier rounds."""
+    has_thoughts: bool = False
+    """Whether an answer of a record, or of a context, begins with a thought."""
 
     @property
     def is_text(self) -> bool:
@@ -69,6 +72,12 @@ class RowFile:
     def num_rows(self) -> int:
         """Number of its rows, good or bad."""
         return self.num_good + len(self.bad_rows)
+
+    def talks(self, opens_thoughts: bool) -> bool:
+        """Whether its rows are read as conversations for a base that begins answers with a thought,
+        or for one that does not. Thoughts inside answers are text in contexts and targets.
+        """
+        return self.has_turns or (opens_thoughts and self.has_thoughts)
 
     def rows(self) -> Iterator[Row | Conversation | TextRow]:
         """Read the good rows, in their order.
@@ -121,6 +130,9 @@ class RowFile:
                 self._kept.append(row)
             if self.languages is not None:
                 self.languages.append(language_of([text.text for text in texts_of(row).texts]))
+            if isinstance(row, Record | Row) and not self.has_thoughts:
+                answer = row.output if isinstance(row, Record) else row.target
+                self.has_thoughts = begins_with_thought(answer)
             if isinstance(row, Record):
                 self.template = "alpaca"
                 self.has_earlier_rounds |= bool(row.history or row.system)

@@ -67,7 +67,9 @@ class RowSet:
 
 
 def look_through_sets(
-    settings: TokenizeSettings, look: Callable[..., RowFile] = look_through
+    settings: TokenizeSettings,
+    look: Callable[..., RowFile] = look_through,
+    opens_thoughts: bool = False,
 ) -> list[RowSet]:
     """Look through all files, and choose rows: first each file's own, then by language, then the
     general rows beside them.
@@ -75,6 +77,7 @@ def look_through_sets(
     Args:
         settings: which files.
         look: `row_files.look_through`, or what does the same.
+        opens_thoughts: whether the base begins answers with a thought, see `RowFile.talks`.
 
     Raises:
         UserError: as `look_through`; or there are too few rows for what is wanted.
@@ -106,7 +109,7 @@ def look_through_sets(
     if settings.zh_share is not None and not sets[-1].is_replay:
         _share_languages(sets, settings)
     # Rows with labels and rows without do not go together.
-    has_labels = any(one.file.has_turns or one.file.is_text for one in sets)
+    has_labels = any(one.file.talks(opens_thoughts) or one.file.is_text for one in sets)
     for one_set in sets:
         one_set.file.has_turns = has_labels and not one_set.file.is_text
     return sets

@@ -187,6 +187,7 @@ def _join(file: SpreadFile, part: Part, found: SpreadFile, row: int, line: int) 
     file.fields.add(found.fields)
     file.has_turns |= found.has_turns
     file.has_earlier_rounds |= found.has_earlier_rounds
+    file.has_thoughts |= found.has_thoughts
     if file.template != "custom":
         file.template = found.template or file.template
     if file.languages is not None:

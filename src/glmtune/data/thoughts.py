@@ -1,19 +1,19 @@
 """Thoughts before answers: which of them a row has, and which it leaves out.
 
 A thought is a field of a turn, or stands between ``<think>`` and ``</think>`` where an answer
-begins.
+begins. Servers whose prompts end with ``<think>`` write answers that begin behind it.
 """
 
-import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Literal
 
-from glmtune.data.conversations import USER, Example, Turn
+from glmtune.data.conversations import ASSISTANT, USER, Example, Turn
+from glmtune.data.flaws import Flaw
 from glmtune.errors import UserError
 
 Wish = Literal["keep", "drop"]
 OPEN, CLOSE = "<think>", "</think>"
-_WRITTEN = re.compile(rf"\s*{OPEN}(.*?){CLOSE}\s*", re.DOTALL)
 
 KEPT, EMPTY, DROPPED, AS_TEXT, HIDDEN = "kept", "empty", "dropped", "as text", "hidden"
 """What became of a thought. HIDDEN ones stand before answers that are not supervised for it."""
@@ -36,6 +36,43 @@ def check_wish(wish: Wish | None, opens_thoughts: bool, base: str) -> None:
             "which leaves thoughts in a field of their own out and those inside an answer's text "
             "as text, or set thoughts drop"
         )
+
+
+def check_thoughts(turns: Sequence[tuple[str, Turn]]) -> None:
+    """Make sure that thoughts inside answers are whole, and that something is answered behind them.
+
+    Args:
+        turns: each with the words for its place in the row.
+
+    Raises:
+        Flaw: of the first answer that is not so, or that has another thought in a field.
+    """
+    for (where, turn), following in zip(turns, [*turns[1:], None], strict=True):
+        if not turn.is_answer or turn.metadata:
+            continue
+        parts = _parts_of(turn)
+        if parts is None:
+            if turn.text.lstrip().startswith(OPEN):
+                what = f"{where} begins with {OPEN}, and no {CLOSE} ends that thought"
+                raise Flaw("thought", what, "write the rest of it, or remove the row")
+            continue
+        if turn.thought and turn.thought.strip() and parts[0] not in ("", turn.thought.strip()):
+            what = f"{where} has a thought in a field, and another one in its text"
+            raise Flaw("thought", what, "keep one of them")
+        if not parts[1] and not (following and following[1].metadata):
+            what = f"{where} is a thought, and nothing is answered behind it"
+            raise Flaw("empty turn", what, "write the answer, or remove the row")
+
+
+def check_answer(where: str, text: str) -> None:
+    """The same of an answer of a record. Raises Flaw."""
+    if OPEN in text:
+        check_thoughts([(where, Turn(ASSISTANT, text))])
+
+
+def begins_with_thought(text: str) -> bool:
+    """Whether an answer does."""
+    return CLOSE in text and _parts_of(Turn(ASSISTANT, text)) is not None
 
 
 def arrange(
@@ -82,8 +119,9 @@ def arrange(
             is_hidden = opens_thoughts and wish is None and bool(bare.supervised)
             fates[HIDDEN if is_hidden else DROPPED] += 1
             bare = bare._replace(supervised=bool(bare.supervised) and not is_hidden)
-        if bare.text or turn.text:  # else there was a thought and nothing else, before a call
-            turns.append(bare)
+        following = example.turns[place + 1 : place + 2]
+        if bare.text or not (following and following[0].metadata):
+            turns.append(bare)  # else there was a thought and nothing else, before a call
     return example._replace(turns=tuple(turns)), fates
 
 
@@ -102,22 +140,30 @@ def describe(fates: Counter[str]) -> list[str]:
         )
     if fates[AS_TEXT]:
         lines.append(
-            f"{fates[AS_TEXT]:,} answers begin with {OPEN}, which is text to this base and taught "
-            "as such; --thoughts drop leaves it out"
+            f"{fates[AS_TEXT]:,} answers begin with a thought, which is text to this base and "
+            "taught as such; of conversations --thoughts drop leaves it out"
         )
     return lines
 
 
 def _thinks(turn: Turn) -> bool:
-    if turn.thought is not None:
-        return True
-    return turn.is_answer and OPEN in turn.text and _WRITTEN.match(turn.text) is not None
+    return turn.thought is not None or (CLOSE in turn.text and _parts_of(turn) is not None)
 
 
 def _split(turn: Turn) -> Turn:
     """The turn with its thought beside its text; an empty one is an empty string."""
-    if turn.thought is not None:
-        return turn._replace(thought=turn.thought.strip())
-    found = _WRITTEN.match(turn.text)
-    assert found is not None
-    return turn._replace(thought=found[1].strip(), text=turn.text[found.end() :])
+    thought, text = _parts_of(turn) or ("", turn.text)
+    return turn._replace(thought=(turn.thought or "").strip() or thought, text=text)
+
+
+def _parts_of(turn: Turn) -> tuple[str, str] | None:
+    """The thought inside an answer's text, and what follows it; None without one.
+
+    Without `OPEN` it is one only if it has no field of its own, and an answer follows.
+    """
+    before, close, text = turn.text.partition(CLOSE)
+    if not close or not turn.is_answer or turn.metadata:
+        return None
+    start, opened, inside = before.partition(OPEN)
+    is_one = not start.strip() if opened else turn.thought is None and bool(text.strip())
+    return ((inside if opened else before).strip(), text.lstrip()) if is_one else None

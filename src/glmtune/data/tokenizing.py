@@ -28,6 +28,7 @@ from glmtune.data.row_sets import RowSet, joined, look_through_sets, name_of, se
 from glmtune.data.spelled import Spelled
 from glmtune.data.templates import has_rounds
 from glmtune.data.text_rows import check_settings_of_texts, check_texts, encode_texts
+from glmtune.data.thoughts import AS_TEXT, begins_with_thought
 from glmtune.data.token_files import TokenFiles, has_whole_file, stays
 from glmtune.data.token_rows import why_refused
 from glmtune.data.token_summary import TokenizeSummary, make_card, summarise
@@ -92,7 +93,7 @@ def _tokenize(
     look: Callable[..., RowFile],
     encode: Callable[..., Iterator[EncodedRows]],
 ) -> TokenizeSummary:
-    sets = look_through_sets(settings, look)
+    sets = look_through_sets(settings, look, tokenizer.opens_thoughts)
     settings = _in_effect(settings, sets[0].file)
     for one in sets[1:]:
         _in_effect(settings, one.file)
@@ -177,6 +178,7 @@ def encode_file(
     file = look_through(
         settings.jsonl_path, settings.format, settings.on_bad_row, settings.encoding
     )
+    file.has_turns = file.talks(tokenizer.opens_thoughts)
     settings = _in_effect(settings, file)
     rows = list(islice(file.rows(), limit))
     encoded = EncodedRows(labels=array("i") if file.has_turns or file.is_text else None)
@@ -300,7 +302,7 @@ def fit_length(settings: TokenizeSettings, tokenizer: RowTokenizer) -> TokenizeS
     It is theirs at most; texts, which are split, take the default. The rows are encoded for it.
     Raises UserError for what look_through refuses.
     """
-    (one,) = look_through_sets(settings)
+    (one,) = look_through_sets(settings, opens_thoughts=tokenizer.opens_thoughts)
     if one.file.is_text:
         length = min(MAX_LENGTH, settings.max_seq_length)
         return settings.model_copy(update={"max_seq_length": length})
@@ -353,6 +355,7 @@ def encode_rows(rows: Sequence[Row], tokenizer: RowTokenizer, settings: RowSetti
             out.num_targets += len(input_ids) - len(prompt)
             out.num_ends += not num_lost
             out.spelled.count((row.context, row.target))
+            out.thoughts[AS_TEXT] += begins_with_thought(row.target)
             if length > limit:
                 out.cut_contexts.append(row.row)
             if num_lost:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from glmtune.data.conversations import Example, check_turns
 from glmtune.data.formats import messages, sharegpt
 from glmtune.data.formats.draft import Draft
+from glmtune.data.thoughts import check_thoughts
 
 
 class Format(NamedTuple):
@@ -67,4 +68,5 @@ def read_example(
     if not needs_answer and last and last.is_answer and not (last.text.strip() or last.metadata):
         draft.turns.pop()
     check_turns(draft.turns, needs_answer)
+    check_thoughts(draft.turns)
     return draft.example, draft.unused
