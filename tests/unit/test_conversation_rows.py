@@ -347,3 +347,15 @@ def test_a_split_tells_of_the_rounds_that_are_too_long_by_themselves(toy):
     assert [taught(toy, row) for row in rows] == ["b|", "f|"]
     assert summary.card.rows_cut == {"turns": [1], "split": [1]}
     assert summary.card.num_targets_lost == 3
+
+
+def test_where_the_base_can_write_no_row_it_says_why(tmp_path, monkeypatch, capsys):
+    """keep_empty would change nothing."""
+    monkeypatch.chdir(tmp_path)
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    Path("a.jsonl").write_text(json.dumps(row | {"tools": [{"name": "f"}]}), encoding="utf-8")
+    command = ["tokenize", "a.jsonl", "--save_path", "rows", "--base", str(GLM_TINY)]
+    assert main([*command, "--on_bad_row", "skip"]) == 2
+    told = capsys.readouterr().err
+    assert "1 cannot be written, 0 are longer than max_seq_length 2048; tools, which" in told
+    assert "keep_empty" not in told

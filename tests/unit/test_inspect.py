@@ -299,3 +299,48 @@ def test_each_row_of_a_conversation_that_became_several_is_shown(capsys):
     assert main(["tokenize", path, "--save_path", "rows", *TINY]) == 0
     trained = [row["input_ids"] for row in load_dataset("rows")[0].to_pylist()]
     assert [row["input_ids"] for row in report["rows"] if not row["left_out"]] == trained
+
+
+def test_what_is_cut_or_left_out_is_told(capsys):
+    """With each row that is shown, and of all rows as tokenize tells it."""
+    rows = [talk("q", "a", "r", "b " * 40), talk("q " * 60, "a"), talk("q", "a")]
+    rows[2]["messages"][0]["role"] = "nobody"
+    path = write(*rows)
+    flags = ["--max_seq_length", "30", "--on_bad_row", "skip", "--html_path", "p.html"]
+    assert main(["inspect", path, *flags, *TINY]) == 0
+    told = capsys.readouterr().out
+    assert "a.jsonl:1 (row 1), turns cut\n" in told
+    assert "a.jsonl:2 (row 2): dropped, too long" in told
+    lines = ("1 dropped, longer than 30 tokens: row 2", "1 bad, skipped: row 3")
+    for line in (*lines, "1 kept, last turns cut to be within 30 tokens: row 1"):
+        assert f"  {line}\n" in told
+        assert line in Path("p.html").read_text("utf-8")
+    path = write({"instruction": "q", "output": "a " * 40})
+    assert main(["inspect", path, "--max_seq_length", "30", "--stats", "true", *TINY]) == 0
+    told = capsys.readouterr().out
+    assert "a.jsonl:1 (row 1), target cut\n" in told
+    assert "1 kept, target cut to 30 tokens: row 1" in told
+
+
+def test_a_file_of_which_no_row_is_kept_is_refused(capsys):
+    path = write(talk("q", "a", loss=False))
+    assert main(["inspect", path, "--stats", "true", *TINY]) == 0
+    told = capsys.readouterr().out
+    assert "1 dropped, nothing is supervised: row 1" in told
+    assert "refused     by tokenize and train: a.jsonl: no row is left: 0 have an empty" in told
+    assert main(["tokenize", path, "--save_path", "rows", *TINY]) == 2
+    assert capsys.readouterr().err.strip().removeprefix("error: ") in told
+
+
+def test_the_advice_for_rows_with_long_questions_is_of_use(capsys):
+    """A smaller max_seq_length cuts the question of a record, and drops a conversation."""
+    path = write({"instruction": "q " * 900, "output": "a"})
+    command = ["tokenize", path, "--save_path", "rows", *TINY]
+    assert main([*command, "--max_seq_length", "1024"]) == 2
+    assert "cut what stands before them with a smaller --max_seq_length" in capsys.readouterr().err
+    assert main([*command, "--max_seq_length", "64"]) == 0
+    write(talk("q " * 900, "a"))
+    assert main(command) == 2
+    told = capsys.readouterr().err
+    assert "--learn each, or shorten what stands before them, and" in told
+    assert "max_seq_length" not in told

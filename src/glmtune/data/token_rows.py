@@ -151,7 +151,8 @@ class TokenRows:
     def why_refused(self) -> str | None:
         """Why training on the rows would teach hardly anything, and the fix; None if it would."""
         num_ends, num_supervised = int(self.teaches_end_R.sum()), int(self.num_labels_R.sum())
-        return why_refused(num_ends, num_supervised, len(self.ids_T))
+        has_labels = self.labels_T is not None
+        return why_refused(num_ends, num_supervised, len(self.ids_T), has_labels)
 
     def check_taught(self, path: str) -> None:
         """Make sure that training on the rows would teach something, and where to stop.
@@ -186,13 +187,17 @@ class TokenRows:
         self.rule.check(self.ids_T, self.starts_R1, self.prompt_lengths_R, vocab_size, path)
 
 
-def why_refused(num_ends: int, num_supervised: int, num_tokens: int) -> str | None:
+def why_refused(
+    num_ends: int, num_supervised: int, num_tokens: int, has_labels: bool
+) -> str | None:
     """Why training on rows would teach hardly anything, and the fix; None if it would.
 
     Args:
         num_ends: rows in which the end of an answer is supervised.
         num_supervised: supervised tokens.
         num_tokens: all tokens.
+        has_labels: whether a row has a label for each token; else it is one prompt, which a smaller
+            max_seq_length cuts, and one answer.
     """
     if not num_ends:
         return (
@@ -201,10 +206,12 @@ def why_refused(num_ends: int, num_supervised: int, num_tokens: int) -> str | No
             "it cut all answers, and tokenize again"
         )
     if num_supervised < LEAST_SHARE * num_tokens:
+        fix = "cut what stands before them with a smaller --max_seq_length"
+        if has_labels:
+            fix = "supervise more answers with --learn each, or shorten what stands before them"
         return (
             f"only {num_supervised:,} of {num_tokens:,} tokens "
             f"({num_supervised / num_tokens:.2%}) are supervised, so a run would teach little; "
-            "supervise more answers with --learn each, or cut what stands before them with a "
-            "smaller --max_seq_length, and tokenize again"
+            f"{fix}, and tokenize again"
         )
     return None

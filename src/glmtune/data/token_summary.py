@@ -1,6 +1,6 @@
 """What `glmtune tokenize` reports of a file: its data card, and the lines that it prints."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,18 +49,7 @@ class TokenizeSummary:
             f"{card.num_read - num_kept:,} dropped",
             *(f"  {line}" for line in self.of_sets),
         ]
-        for what, rows in [
-            ("dropped, empty target", card.rows_out["empty"]),
-            ("dropped, nothing is supervised", card.rows_out.get("unsupervised")),
-            (f"dropped, longer than {limit} tokens", card.rows_out["overlength"]),
-            (f"kept, context cut to {limit} tokens", card.rows_cut.get("context")),
-            (f"kept, target cut to {limit} tokens", card.rows_cut.get("target")),
-            (f"kept, last turns cut to be within {limit} tokens", card.rows_cut.get("turns")),
-            (f"kept, text cut to {limit} tokens", card.rows_cut.get("text")),
-            (f"split into rows of at most {limit} tokens", card.rows_cut.get("split")),
-        ]:
-            if rows:
-                lines.append(f"    {len(rows):,} {what}: {name_rows(rows, limit=12)}")
+        lines += [f"    {line}" for line in describe_rows(card.rows_out, card.rows_cut, limit)]
         if self.bad_rows:
             lines.append(f"    {len(self.bad_rows):,} bad, skipped:")
             lines += [f"      {line}" for line in list_bad_rows(self.bad_rows)]
@@ -80,6 +69,30 @@ class TokenizeSummary:
             f"  beside it   {CARD_FILE} (with all these row numbers), {HISTOGRAM_FILE}",
         ]
         return "\n".join(lines)
+
+
+def describe_rows(
+    out: Mapping[str, Sequence[int]], cut: Mapping[str, Sequence[int]], limit: object
+) -> Iterator[str]:
+    """A line for each reason for which rows are left out, cut or split; bad ones aside.
+
+    Args:
+        out: the rows that are left out, by why.
+        cut: those that are cut or split, by what is.
+        limit: the tokens that a row may have.
+    """
+    for what, rows in [
+        ("dropped, empty target", out["empty"]),
+        ("dropped, nothing is supervised", out.get("unsupervised")),
+        (f"dropped, longer than {limit} tokens", out["overlength"]),
+        (f"kept, context cut to {limit} tokens", cut.get("context")),
+        (f"kept, target cut to {limit} tokens", cut.get("target")),
+        (f"kept, last turns cut to be within {limit} tokens", cut.get("turns")),
+        (f"kept, text cut to {limit} tokens", cut.get("text")),
+        (f"split into rows of at most {limit} tokens", cut.get("split")),
+    ]:
+        if rows:
+            yield f"{len(rows):,} {what}: {name_rows(rows, limit=12)}"
 
 
 def summarise(
@@ -129,13 +142,8 @@ def make_card(
         num_tokens=counts.num_tokens,
         num_target_tokens=counts.num_targets,
         lengths=LengthStats.of(counts.lengths),
-        rows_out={
-            "bad": [bad.row for bad in _all_bad(file, counts)],
-            "empty": counts.empty,
-            "overlength": counts.overlength,
-            **({"unsupervised": counts.unsupervised} if file.has_turns else {}),
-        },
-        rows_cut=_rows_cut(counts, file),
+        rows_out=rows_out(counts, file),
+        rows_cut=rows_cut(counts, file),
         rows_several={str(row): count for row, count in counts.several.items()},
         num_targets_lost=counts.num_targets_lost,
         row_is_line=file.row_is_line,
@@ -145,7 +153,17 @@ def make_card(
     )
 
 
-def _rows_cut(counts: RowCounts, file: RowFile) -> dict[str, list[int]]:
+def rows_out(counts: RowCounts, file: RowFile) -> dict[str, list[int]]:
+    """The rows of the source that are left out, by why."""
+    return {
+        "bad": [bad.row for bad in _all_bad(file, counts)],
+        "empty": counts.empty,
+        "overlength": counts.overlength,
+        **({"unsupervised": counts.unsupervised} if file.has_turns else {}),
+    }
+
+
+def rows_cut(counts: RowCounts, file: RowFile) -> dict[str, list[int]]:
     """The rows of the source that were cut or split, by what was."""
     if not (file.has_turns or file.is_text):
         return {"context": counts.cut_contexts, "target": counts.cut_targets}

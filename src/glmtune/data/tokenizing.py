@@ -94,9 +94,9 @@ def _tokenize(
     encode: Callable[..., Iterator[EncodedRows]],
 ) -> TokenizeSummary:
     sets = look_through_sets(settings, look, tokenizer.opens_thoughts)
-    settings = _in_effect(settings, sets[0].file)
+    settings = in_effect(settings, sets[0].file)
     for one in sets[1:]:
-        _in_effect(settings, one.file)
+        in_effect(settings, one.file)
     made_from = _made_from(settings, tokenizer, sets)
     with resumable_folder(settings.save_path, stays) as folder:
         files = _begin(folder, settings, made_from, len(sets))
@@ -115,10 +115,11 @@ def _tokenize(
             check_lengths(one.file, of_set, settings_of(settings, one))
         file, counts = joined(sets)
         if not counts.lengths:
-            raise _no_row_left(name_of(sets), settings, file.has_turns, counts)
+            raise no_row_left(name_of(sets), settings, file.has_turns, counts)
         if file.is_text:
             check_texts(counts, name_of(sets))
-        reason = why_refused(counts.num_ends, counts.num_targets, counts.num_tokens)
+        has_labels = file.has_turns or file.is_text
+        reason = why_refused(counts.num_ends, counts.num_targets, counts.num_tokens, has_labels)
         if reason:
             raise UserError(f"{name_of(sets)}: {reason}")
         card = make_card(settings, tokenizer, base_name, sets)
@@ -179,7 +180,7 @@ def encode_file(
         settings.jsonl_path, settings.format, settings.on_bad_row, settings.encoding
     )
     file.has_turns = file.talks(tokenizer.opens_thoughts)
-    settings = _in_effect(settings, file)
+    settings = in_effect(settings, file)
     rows = list(islice(file.rows(), limit))
     encoded = EncodedRows(labels=array("i") if file.has_turns or file.is_text else None)
     for batch in encode_batches(rows, tokenizer, settings, file):
@@ -232,7 +233,7 @@ def _batches(rows: Iterable[AnyRow], most_rows: int) -> Iterator[list[AnyRow]]:
         yield batch
 
 
-def _in_effect(settings: Rows, file: RowFile) -> Rows:
+def in_effect(settings: Rows, file: RowFile) -> Rows:
     """The settings for the rows of a file: those with labels have another default length.
 
     Raises:
@@ -278,9 +279,15 @@ def _check_settings_of_contexts(settings: RowSettings) -> None:
         )
 
 
-def _no_row_left(
-    name: str, settings: TokenizeSettings, has_turns: bool, counts: RowCounts
-) -> UserError:
+def no_row_left(name: str, settings: RowSettings, has_turns: bool, counts: RowCounts) -> UserError:
+    """The error of rows of which none is kept: why, and the fix.
+
+    Args:
+        name: what the message calls them.
+        settings: those they were encoded with.
+        has_turns: whether they are conversations.
+        counts: what became of them.
+    """
     advice = counts.advice(settings.max_seq_length) if counts.limits else None
     fix = f"raise max_seq_length ({advice})" if advice else "set keep_empty true"
     unsupervised = ""
@@ -288,10 +295,15 @@ def _no_row_left(
         unsupervised = f"{len(counts.unsupervised):,} have no supervised answer, "
         if counts.unsupervised and not advice:
             fix = "set learn each, and loss true or nothing in the row"
+    refused = ""
+    if counts.refused:
+        refused = f"{len(counts.refused):,} cannot be written, "
+        if not (advice or counts.empty or counts.unsupervised):
+            fix = counts.refused[0].reason
     what = "answer" if unsupervised else "target"
     return UserError(
         f"{name}: no row is left: {len(counts.empty):,} have an empty {what}, "
-        f"{unsupervised}{len(counts.overlength):,} are longer than max_seq_length "
+        f"{unsupervised}{refused}{len(counts.overlength):,} are longer than max_seq_length "
         f"{settings.max_seq_length}; {fix}"
     )
 

@@ -13,11 +13,11 @@ from glmtune.data.conversations import Example
 from glmtune.data.dataset import check_data_card, load_dataset
 from glmtune.data.files import new_file
 from glmtune.data.flaws import show
-from glmtune.data.records import Conversation
+from glmtune.data.records import Conversation, name_rows
 from glmtune.data.row_stats import RowStats
 from glmtune.data.token_rows import TokenRows
-from glmtune.data.token_summary import describe_texts
-from glmtune.data.tokenizing import encode_file, row_fates
+from glmtune.data.token_summary import describe_rows, describe_texts, rows_cut, rows_out
+from glmtune.data.tokenizing import encode_file, in_effect, no_row_left, row_fates
 from glmtune.errors import visible
 from glmtune.evaluation.inspect_page import page_of_rows
 from glmtune.evaluation.row_view import ShownRow, view_rows
@@ -25,6 +25,8 @@ from glmtune.models.loading import load_tokenizer
 from glmtune.models.resolve import base_name, resolve_base
 
 SUPERVISED, IN_PREFIX = "*", "="
+_CUT = ("context", "target", "turns", "text")
+"""What may be cut of a row that is shown, as in `rows_cut`."""
 _GREEN, _CYAN, _DIM, _BOLD, _END = "\x1b[32m", "\x1b[36m", "\x1b[2m", "\x1b[1m", "\x1b[0m"
 
 
@@ -79,8 +81,9 @@ def inspect(settings: InspectSettings) -> Inspection:
     print("\n".join(map(visible, _legend())))
     for row in found.shown:
         print("\n".join(_lines(row, _has_colour())))
-    if found.stats:
-        print("\n".join(f"  {line}" for line in (*found.stats.lines(), *map(visible, found.notes))))
+    figures = found.stats.lines() if found.stats else []
+    for line in (*figures, *map(visible, found.notes)):
+        print(f"  {line}")
     if found.refusal:
         print(visible(f"  refused     by tokenize and train: {found.refusal}"))
     for path, write in (
@@ -97,13 +100,15 @@ def inspect(settings: InspectSettings) -> Inspection:
 def _of_file(settings: InspectSettings, tokenizer: Any, base: str) -> Inspection:
     counts = settings.stats or bool(settings.html_path or settings.json_path)
     file, read, encoded = encode_file(settings, tokenizer, None if counts else settings.limit)
-    fates = row_fates(encoded)
+    settings = in_effect(settings, file)
+    fates, cut = row_fates(encoded), rows_cut(encoded, file)
     placed: list[tuple[str, str | None]] = []
     for row in read[: settings.limit]:
         fate = fates.get(row.row)
         count = 1 if fate else encoded.several.get(row.row, 1)
         parts = [f", part {part + 1} of {count}" if count > 1 else "" for part in range(count)]
-        placed += [(f"{row.where}{part}", fate) for part in parts]
+        is_cut = [f", {what} cut" for what in _CUT if not fate and row.row in cut.get(what, ())]
+        placed += [(f"{row.where}{part}{''.join(is_cut)}", fate) for part in parts]
     rows = encoded.as_token_rows(tokenizer.row_rule) if encoded.seq_len else None
     shown = view_rows(placed, rows, tokenizer)
     stats = None
@@ -111,8 +116,16 @@ def _of_file(settings: InspectSettings, tokenizer: Any, base: str) -> Inspection
         kept = [row for row in read if row.row not in fates]
         decode = partial(tokenizer.decode, skip_special_tokens=True)
         stats = RowStats.of(rows, decode, _examples(kept))
-    notes = describe_texts(encoded, tokenizer, file.is_text) if counts else ()
+    notes: list[str] = []
     refusal = rows.why_refused() if counts and rows is not None else None
+    if counts:
+        out = rows_out(encoded, file)
+        notes += describe_rows(out, cut, settings.max_seq_length)
+        if out["bad"]:
+            notes.append(f"{len(out['bad']):,} bad, skipped: {name_rows(out['bad'], limit=12)}")
+        notes += describe_texts(encoded, tokenizer, file.is_text)
+    if counts and rows is None:
+        refusal = str(no_row_left(settings.jsonl_path, settings, file.has_turns, encoded))
     return Inspection(settings.jsonl_path, base, shown, stats, notes, refusal)
 
 

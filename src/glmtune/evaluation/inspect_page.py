@@ -48,11 +48,11 @@ NAMES_OF_LANGUAGES = {
 def page_of_rows(found: Inspection) -> str:
     """Build the page; all texts are escaped."""
     stats = found.stats
-    if found.refusal:
+    if stats is None:
+        verdict = Text("没有样本留下。", "No row is kept.")
+    elif found.refusal:
         # The reason is the one line that the commands print, which is English.
         verdict = Text(*(f"{text}: {escape(found.refusal)}" for text in REFUSED))
-    elif stats is None:
-        verdict = Text("没有样本留下。", "No row is kept.")
     else:
         verdict = Text(
             f"{stats.num_rows:,} 条样本，{stats.share:.1%} 的词元参与损失。",
