@@ -105,7 +105,7 @@ def test_a_row_that_is_too_long_loses_turns_and_ends_with_a_whole_answer(toy, ca
     assert len(rows[1]["input_ids"]) == len(rows[1]["labels"]) <= 30
     assert summary.card.rows_cut == {"turns": [2]}
     told = capsys.readouterr().out
-    assert "1 kept, last turns cut to be within 30 tokens: row 2" in told
+    assert "1 kept, turns cut or left out to be within 30 tokens: row 2" in told
     assert "42 supervised tokens" in told  # 40 of the text, the newline and the end
     assert "--max_seq_length 60 keeps all of them" in told
     assert summary.card.source_rows().tolist() == [1, 2, 3]

@@ -312,7 +312,7 @@ def test_what_is_cut_or_left_out_is_told(capsys):
     assert "a.jsonl:1 (row 1), turns cut\n" in told
     assert "a.jsonl:2 (row 2): dropped, too long" in told
     lines = ("1 dropped, longer than 30 tokens: row 2", "1 bad, skipped: row 3")
-    for line in (*lines, "1 kept, last turns cut to be within 30 tokens: row 1"):
+    for line in (*lines, "1 kept, turns cut or left out to be within 30 tokens: row 1"):
         assert f"  {line}\n" in told
         assert line in Path("p.html").read_text("utf-8")
     path = write({"instruction": "q", "output": "a " * 40})

@@ -177,6 +177,11 @@ CHINESE = '[\n{"instruction": "一二三四", "output": "一种说明。"}]'
             "likely CP1252;",
         ),
         (CHINESE.encode()[:-7], "a.json:2: the list ends early", "cut off"),
+        (
+            '[{"instruction": "a \ud83d\ude00"}]'.encode("utf-8", "surrogatepass"),
+            "at byte 19 of the row,",
+            "a few bytes are damaged or cut off; download it again or fix that place",
+        ),
         (bytes(range(256)), "not UTF-8 at byte 0,", "binary data"),
     ],
 )

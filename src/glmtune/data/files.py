@@ -172,6 +172,10 @@ def _likely_encoding(data: bytes) -> str | None:
         # same side.
         encoding = "UTF-16BE" if data[::2].count(0) > data[1::2].count(0) else "UTF-16LE"
         return encoding if '"' in data.decode(encoding, "ignore")[:1000] else None
+    with contextlib.suppress(UnicodeDecodeError):
+        # Halves of characters, written one by one, are no other encoding; the end may be cut off.
+        codecs.getincrementaldecoder("utf-8")("surrogatepass").decode(data)
+        return "UTF-8"
     mended = data.decode("utf-8", "replace")
     num_damaged = mended.count("\ufffd")
     if sum(character > "\x7f" for character in mended) > 3 * num_damaged:

@@ -87,7 +87,7 @@ def describe_rows(
         (f"dropped, longer than {limit} tokens", out["overlength"]),
         (f"kept, context cut to {limit} tokens", cut.get("context")),
         (f"kept, target cut to {limit} tokens", cut.get("target")),
-        (f"kept, last turns cut to be within {limit} tokens", cut.get("turns")),
+        (f"kept, turns cut or left out to be within {limit} tokens", cut.get("turns")),
         (f"kept, text cut to {limit} tokens", cut.get("text")),
         (f"split into rows of at most {limit} tokens", cut.get("split")),
     ]:
