@@ -51,6 +51,7 @@ def test_a_metric_may_import_what_the_command_leaves_out(tmp_path, monkeypatch):
         ("no_such_module:f", "cannot be imported (ModuleNotFoundError"),
         ("json:no_such", "json has no function no_such"),
         ("json:chrf", "chrf is a score of glmtune"),
+        ("json:dumps", "too many positional arguments"),
     ],
 )
 def test_what_is_no_metric_is_refused(spec, told):

@@ -1,6 +1,7 @@
 """The user's own metrics: `--metric module:function`."""
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -59,7 +60,8 @@ def load_metric(spec: str) -> Metric:
     """Import a metric, from the current folder or from what is installed.
 
     Raises:
-        UserError: it cannot be imported, is no function, or has the name of a score of ours.
+        UserError: it cannot be imported, is no function of three arguments, or has the name of a
+            score of ours.
     """
     module_name, colon, name = spec.partition(":")
     form = "give module:function, such as my_metrics:is_polite of my_metrics.py in this folder"
@@ -79,4 +81,13 @@ def load_metric(spec: str) -> Metric:
         ) from error
     if not callable(function):
         raise UserError(f"metric {spec}: {module_name} has no function {name}; {form}")
+    try:
+        inspect.signature(function).bind("", "", {})
+    except TypeError as error:
+        raise UserError(
+            f"metric {spec}: {name} is called with answer, reference and record ({error}); write "
+            f"def {name}(answer, reference, record)"
+        ) from error
+    except ValueError:  # one of another language's, which does not say what it takes
+        pass
     return Metric(spec, function)
