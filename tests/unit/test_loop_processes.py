@@ -195,6 +195,34 @@ def run_out_of_memory(folder, settings):
     loop.train(settings("memory", resume_from_checkpoint="auto", **given))
 
 
+def test_a_loss_that_is_not_finite_in_one_process_ends_both(tiny_rows, tiny_folder, tmp_path):
+    given = tmp_path, tiny_rows, str(tiny_folder)
+    in_processes(2, run_into_nan, *given, folder=tmp_path)
+    for rank in (0, 1):
+        assert "the loss is nan" in (tmp_path / f"told {rank}").read_text()
+
+
+def run_into_nan(folder, dataset_path, base):
+    """The second pass of the second process has a loss of NaN, and gradients as they should be."""
+    prepare.load_tokenizer = lambda base: ToyTokenizer()
+    run, numbers = passes.PaddedPass.run, []
+
+    def one_is_nan(self, *args):
+        loss = run(self, *args)
+        numbers.append(len(numbers))
+        return loss * torch.nan if os.environ["RANK"] == "1" and len(numbers) == 3 else loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(passes.PaddedPass, "run", one_is_nan)
+        with pytest.raises(UserError) as error:
+            loop.train(
+                short_run(
+                    dataset_path=dataset_path, output_dir=f"{folder}/run", base=base, max_steps=6
+                )
+            )
+    Path(folder, f"told {os.environ['RANK']}").write_text(str(error.value))
+
+
 class TestOtherNumbers:
     """A run that one number of processes began and another goes on with; four processes."""
 
