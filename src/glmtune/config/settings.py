@@ -442,7 +442,7 @@ class ChatSettings(
         if self.server and local:
             raise conflict(
                 f"{local[0]} is for a model that is loaded here, and server {self.server} has its "
-                "own: leave one of them out",
+                "own: leave one of them out (/model in the chat chooses among the server's)",
                 local[0],
                 "server",
             )
