@@ -412,13 +412,18 @@ def test_what_the_published_naming_has_no_place_for_is_refused(ours, tmp_path, c
     assert not (tmp_path / "theirs").exists()
 
 
+@pytest.mark.parametrize("is_named", [False, True])
 @pytest.mark.parametrize(
     "model, name", [("glm4-tiny", "GLM-4-0414"), ("glm-edge-tiny", "GLM-Edge")]
 )
-def test_models_with_one_naming_have_no_other(ours, base_folder, tmp_path, model, name):
-    folder = ours(model, "q_proj,v_proj")
+def test_models_with_one_naming_have_no_other(ours, base_folder, tmp_path, model, name, is_named):
+    """Whether the base is given, or a run's recipe names it."""
+    folder, base = ours(model, "q_proj,v_proj"), str(base_folder(model))
+    if is_named:
+        (folder / "recipe.yaml").write_text(f"base: {base}\n")
     with fails(f"is of {name}, whose published code has no names but these"):
-        convert_adapter(folder, tmp_path / "theirs", "chatglm", str(base_folder(model)))
+        convert_adapter(folder, tmp_path / "theirs", "chatglm", None if is_named else base)
+    assert not (tmp_path / "theirs").exists()
 
 
 def test_v1_and_strangers_are_refused_where_another_naming_is_asked_for(

@@ -9,7 +9,8 @@ from glmtune.adapters.naming import family_of_adapter, in_own_names, in_publishe
 from glmtune.errors import UserError, note
 from glmtune.models.base_files import read_settings
 from glmtune.models.families import family_of
-from glmtune.models.resolve import resolve_base
+from glmtune.models.hubs import CONFIG_FILE
+from glmtune.models.resolve import base_of_run, resolve_base
 
 
 def convert_adapter(
@@ -25,8 +26,8 @@ def convert_adapter(
         new: the folder to write.
         to: "peft" for the names of the classes that this project and transformers load the base
             with; "chatglm" for those of the publisher's own code.
-        base: folder or hub id of the base model, whose sizes are then known; only adapters that
-            do not say them need it.
+        base: folder or hub id of the base model, whose sizes are then known; by default that of
+            the run's recipe, if it is here. Only adapters that do not say sizes need it.
 
     Returns:
         The folder that was read: `old` or its newest checkpoint.
@@ -39,7 +40,7 @@ def convert_adapter(
     adapter = read_adapter(old)
     adapter.check_effect()
     note(*adapter.notices)
-    config = read_settings(resolve_base(base)) if base else None
+    config = read_settings(resolve_base(base)) if base else _settings_of_run(str(old))
     family = family_of(config) if config else family_of_adapter(adapter)
     if family:
         adapter = in_own_names(adapter, family.adapter_names, config)
@@ -54,6 +55,15 @@ def convert_adapter(
     source = adapter.path.parent
     print(f"{source} -> {new}: {len(adapter.modules)} modules, {_ranks(adapter)}")
     return source
+
+
+def _settings_of_run(folder: str) -> Any:
+    """The settings of the base that a run's recipe names, if that is a folder here; else None.
+
+    Its adapter's linears alone do not tell a family: GLM-4-0414 has those of ChatGLM3-6B.
+    """
+    base = base_of_run(folder)
+    return read_settings(base) if base and Path(base, CONFIG_FILE).is_file() else None
 
 
 def _ranks(adapter: Adapter) -> str:

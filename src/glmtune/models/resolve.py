@@ -54,7 +54,7 @@ def resolve_base(
     for value, source in (
         (named, "--base"),
         (os.environ.get(ENVIRONMENT_VARIABLE), ENVIRONMENT_VARIABLE),
-        (_recipe_base(run_folder), f"base in {run_folder}/{RECIPE_FILE}"),
+        (base_of_run(run_folder), f"base in {run_folder}/{RECIPE_FILE}"),
     ):
         if value:
             return _folder_or_hub_id(value, source)
@@ -78,7 +78,8 @@ def _tell_of_glm_tiny() -> None:
     )
 
 
-def _recipe_base(run_folder: str | None) -> str | None:
+def base_of_run(run_folder: str | None) -> str | None:
+    """The base that the recipe of a run names, beside its adapter; None without a recipe."""
     recipes = find_around(Path(run_folder), RECIPE_FILE) if run_folder else []
     return shared_setting(str(recipes[0]), "base") if recipes else None
 
