@@ -10,6 +10,7 @@ import torch
 from toys import randomise_adapter
 
 from glmtune.adapters import attach_lora, save_adapter
+from glmtune.models.families import FAMILIES
 from glmtune.models.glm.byte_pair_encoder import tokenizer_of_tiktoken
 from glmtune.models.glm.encoder import of_folder
 from glmtune.models.glm.layouts import LAYOUTS
@@ -165,3 +166,25 @@ def write_run(base: Path, folder: Path) -> Path:
     randomise_adapter(model, std=0.2)
     save_adapter(model, folder, str(base))
     return folder
+
+
+def bases_and_runs(shared, tmp_path_factory, kinds):
+    """A function from a kind to the folders of a base and of a run on it, made when first asked.
+
+    Args:
+        shared: the folder of vectors.
+        tmp_path_factory: pytest's.
+        kinds: by kind, the name of the entry, its vocabulary, and whether its folder is in the
+            publisher's layout.
+    """
+
+    @cache
+    def make(kind):
+        name, vocabulary, is_published = kinds[kind]
+        family = next(family for family in FAMILIES if family.name == name)
+        place = tmp_path_factory.mktemp(kind)
+        file = shared / "golden" / vocabulary
+        base = write_model(place / "base", family, file, published=is_published)
+        return base, write_run(base, place / "run")
+
+    return make

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import glm_folders
 import pytest
-from glm_folders import write_model, write_run
+from glm_folders import bases_and_runs
 from safetensors.torch import load_file, save_file
 from spread_files import dumps
 
 from glmtune.cli import main
-from glmtune.models.families import FAMILIES
 from glmtune.models.loading import load_tokenizer
 
 pytestmark = pytest.mark.slow  # vLLM takes half a minute to open even a tiny model
@@ -49,19 +48,7 @@ def made(shared, tmp_path_factory):
     sizes |= {"original_rope": True, "tie_word_embeddings": False}
     for name, value in sizes.items():
         patch.setitem(glm_folders.PUBLISHED_SIZES, name, value)
-    folders = {}
-
-    def make(kind):
-        if kind not in folders:
-            name, vocabulary, is_published = KINDS[kind]
-            family = next(family for family in FAMILIES if family.name == name)
-            place = tmp_path_factory.mktemp(kind)
-            base = place / "base"
-            write_model(base, family, shared / "golden" / vocabulary, published=is_published)
-            folders[kind] = base, write_run(base, place / "run")
-        return folders[kind]
-
-    yield make
+    yield bases_and_runs(shared, tmp_path_factory, KINDS)
     patch.undo()
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from glm_folders import write_model, write_run
+from glm_folders import bases_and_runs
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -38,20 +38,7 @@ STOPS = {"chatglm3": [2, 64795, 64797], "glm4-0414": [151329, 151336, 151338]}
 @pytest.fixture(scope="module")
 def run_of(shared, tmp_path_factory):
     """By kind: the folders of a base and of a run with an adapter on all linears."""
-    made = {}
-
-    def make(kind):
-        if kind not in made:
-            name, vocabulary, is_published = KINDS[kind]
-            family = next(family for family in FAMILIES if family.name == name)
-            place = tmp_path_factory.mktemp(kind)
-            base = write_model(
-                place / "base", family, shared / "golden" / vocabulary, published=is_published
-            )
-            made[kind] = base, write_run(base, place / "run")
-        return made[kind]
-
-    return make
+    return bases_and_runs(shared, tmp_path_factory, KINDS)
 
 
 @pytest.fixture(scope="module")

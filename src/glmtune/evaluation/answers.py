@@ -175,10 +175,13 @@ class ModelChoice:
             note(caution)
         return cls(base, adapter, device, dtype, False, settings.bits, settings.quantize_head)
 
-    @property
-    def is_batch_sensitive(self) -> bool:
-        """Whether an answer depends on its batch through rounding; see `generate_answers`."""
-        return self.dtype != torch.float32 or self.rounds or self.bits is not None
+    def batch_to_fill(self, size: int) -> int | None:
+        """The batch size, if an answer depends on its batch through rounding; else None.
+
+        See `generate_answers` and `AnswerFile.to_answer`.
+        """
+        is_sensitive = self.dtype != torch.float32 or self.rounds or self.bits is not None
+        return size if is_sensitive else None
 
     @property
     def adapter_name(self) -> str | None:

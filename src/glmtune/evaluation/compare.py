@@ -133,7 +133,7 @@ def _answer(
     Returns:
         What answering took; None where there was nothing to answer.
     """
-    size = settings.per_device_eval_batch_size if subject.is_batch_sensitive else None
+    size = subject.batch_to_fill(settings.per_device_eval_batch_size)
     todo = [(asked, file, file.to_answer(limit, size)) for asked, file, limit in files]
     todo = [(asked, file, records) for asked, file, records in todo if records]
     is_priced = general is None or general.scores is not None

@@ -179,8 +179,7 @@ def _answer(
     size = settings.per_device_eval_batch_size
     todo: dict[str, Sequence[Question]] = {}
     for name, file in files.items():
-        fills = subjects[name].is_batch_sensitive and settings.engine != "vllm"
-        batch_size = size if fills else None
+        batch_size = None if settings.engine == "vllm" else subjects[name].batch_to_fill(size)
         todo[name] = file.to_answer(settings.limit, batch_size)
     todo = {name: records for name, records in todo.items() if records}
     if not todo:

@@ -69,8 +69,8 @@ def infer(settings: InferSettings) -> InferSummary:
         elsewhere="--output_path",
     )
     size = settings.per_device_eval_batch_size
-    fills = subject.is_batch_sensitive and settings.engine != "vllm"
-    todo = file.to_answer(settings.limit, size if fills else None)
+    batch_size = None if settings.engine == "vllm" else subject.batch_to_fill(size)
+    todo = file.to_answer(settings.limit, batch_size)
     answers: list[Answer] = []
     start = time.perf_counter()
     if todo:

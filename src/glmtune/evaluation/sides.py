@@ -13,7 +13,7 @@ from glmtune.data.questions import Question
 from glmtune.evaluation.answers import AnswerFile
 from glmtune.evaluation.asked import Asked
 from glmtune.evaluation.references import References
-from glmtune.generation import Decoder, EncodedPrompt, answer_batch
+from glmtune.generation import Answer, Decoder, EncodedPrompt, answer_batch
 from glmtune.generation.streaming import check_stop_strings
 from glmtune.hardware import memory_gib
 from glmtune.runlog import Progress
@@ -118,13 +118,24 @@ class Answering:
                     answers[name] = answer_batch(
                         self._model, self._tokenizer, batch, self._settings, self._decoders[name]
                     )
-            lines = []
-            for place in range(len(batch)):
-                line: dict[str, Any] = {side: of[place]._asdict() for side, of in answers.items()}
-                if scored := self._references.of(first + start + place):
-                    line["reference"] = scored
-                lines.append(line)
-            yield lines
+            yield [
+                line_of(
+                    {side: of[place] for side, of in answers.items()},
+                    self._references.of(first + start + place),
+                )
+                for place in range(len(batch))
+            ]
+
+
+def line_of(answers: Mapping[str, Answer], scored: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the file of answers says of a record.
+
+    Args:
+        answers: by side.
+        scored: what its reference is scored with; None without one.
+    """
+    line: dict[str, Any] = {side: answer._asdict() for side, answer in answers.items()}
+    return line | {"reference": scored} if scored else line
 
 
 def write_lines(

@@ -9,8 +9,9 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from glmtune.errors import UserError, reason_of
 from glmtune.evaluation.answers import AnswerFile, ModelChoice
 from glmtune.evaluation.asked import Asked
 from glmtune.evaluation.references import References
-from glmtune.evaluation.sides import write_lines
+from glmtune.evaluation.sides import line_of, write_lines
 from glmtune.generation import Answer, EncodedPrompt, Prompt, encode_prompts, find_stop_ids
 from glmtune.generation.answers import read_answer, stops
 from glmtune.generation.reference import NOT_FINITE
@@ -276,7 +277,8 @@ def answer_sides(
     costs = []
     for name, records in todo.items():
         answers = engine.answers(prompts[name], subjects[name].adapter)
-        lines = _lines(answers, scored.get(name))
+        of_side = scored.get(name) or repeat(None)
+        lines = ([line_of({"answer": a}, of)] for a, of in zip(answers, of_side, strict=False))
         costs.append(write_lines(lines, ["answer"], files[name], records, settings, subject.device))
     return costs
 
@@ -299,17 +301,6 @@ def _score(
         if subjects[name].adapter is not None:
             model.unload()
     return found
-
-
-def _lines(
-    answers: Iterable[Answer], scored: Sequence[dict[str, float | int] | None] | None
-) -> Iterator[list[dict[str, Any]]]:
-    """What the file of answers says of each record, one at a time."""
-    for place, answer in enumerate(answers):
-        line: dict[str, Any] = {"answer": answer._asdict()}
-        if scored and scored[place]:
-            line["reference"] = scored[place]
-        yield [line]
 
 
 def _outline(subject: ModelChoice, settings: GenerationSettings) -> Any:
