@@ -14,8 +14,9 @@ from glmtune.data.token_rows import TokenRows
 from glmtune.models.chatglm.rows import row_rule
 from glmtune.models.loading import load_base_model
 from glmtune.training.interrupt import StopRequest
+from glmtune.training.launch import start_accelerator
 from glmtune.training.loop import fit
-from glmtune.training.run import Run, start_accelerator
+from glmtune.training.run import Run
 
 
 @pytest.fixture(scope="module")

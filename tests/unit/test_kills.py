@@ -59,7 +59,8 @@ class Server:
         import torch
 
         from glmtune.config.settings import TrainSettings
-        from glmtune.training.run import Run, adapt, build_state, start_accelerator
+        from glmtune.training.launch import start_accelerator
+        from glmtune.training.run import Run, adapt, build_state
 
         torch.set_num_threads(1)
         self.folder = Path(folder)

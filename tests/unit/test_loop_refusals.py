@@ -11,7 +11,7 @@ from toys import ToyTokenizer, adapter_weights, draw_uneven_rows, save_rows
 
 from glmtune.errors import UserError
 from glmtune.training import loop, passes, prepare
-from glmtune.training.run import start_accelerator
+from glmtune.training.launch import start_accelerator
 from glmtune.training.saving import checkpoints
 
 

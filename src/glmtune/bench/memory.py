@@ -30,7 +30,8 @@ from glmtune.models.families import family_of
 from glmtune.models.loading import load_base_model
 from glmtune.runlog import print_pairs
 from glmtune.training.first_step import check_first_step
-from glmtune.training.run import Run, adapt, build_pass, build_state, start_accelerator
+from glmtune.training.launch import start_accelerator
+from glmtune.training.run import Run, adapt, build_pass, build_state
 
 _SIX_ROWS: dict[str, Any] = {"layout": "exact", "per_device_train_batch_size": 6}
 CASES: dict[str, dict[str, Any]] = {

@@ -24,10 +24,11 @@ from glmtune.hardware import free_memory, memory_gib, rated_tflops
 from glmtune.models.families import family_of
 from glmtune.models.shape import Shape
 from glmtune.runlog import print_pairs
+from glmtune.training.launch import start_accelerator
 from glmtune.training.loop import train_step
 from glmtune.training.passes import PaddedPass, Pass
 from glmtune.training.plan import RowPlan
-from glmtune.training.run import Run, adapt, build_pass, build_state, check_fp8, start_accelerator
+from glmtune.training.run import Run, adapt, build_pass, build_state, check_fp8
 from glmtune.training.state import TrainingState
 
 _NUM_ROWS = 20_000

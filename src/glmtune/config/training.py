@@ -316,6 +316,33 @@ class TrainingDeviceSettings(DeviceSettings, QuantisingSettings):
         return self
 
 
+class ProcessSettings(TrainingDeviceSettings):
+    """What each of several processes holds."""
+
+    shard_base: bool = Field(
+        False,
+        description="of several processes, each holds a share of the base's weights, and a layer "
+        "is gathered when it is computed (FSDP2): for a base that does not fit on one GPU",
+    )
+
+    @model_validator(mode="after")
+    def shard_what_can_be_gathered(self) -> Self:
+        """Weights in float8 and in 8 bits, and tables in 8, are no parameters that can be cut."""
+        others = {
+            "base_dtype fp8": self.base_dtype == "fp8",
+            "quantization_bit 8": self.bits == 8,
+            "quantize_head true": self.quantize_head,
+        }
+        if self.shard_base and (found := [name for name, is_set in others.items() if is_set]):
+            raise conflict(
+                f"shard_base shares out a base in 16 or 32 bits, or with quantization_bit 4, and "
+                f"not with {found[0]}: leave one of them out",
+                "shard_base",
+                found[0].split()[0],
+            )
+        return self
+
+
 class TrainSettings(
     TrainingDataSettings,
     LayoutSettings,
@@ -324,7 +351,7 @@ class TrainSettings(
     OptimiserSettings,
     RunFolderSettings,
     BaseModelSettings,
-    TrainingDeviceSettings,
+    ProcessSettings,
 ):
     """Settings of `glmtune train`."""
 

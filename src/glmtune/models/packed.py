@@ -22,6 +22,7 @@ from glmtune.data.packing import Pack
 from glmtune.models.family import PackedBlock, layers_of
 from glmtune.models.low_rank import has_lora, split_lora
 from glmtune.models.quantised import frozen_of
+from glmtune.models.sharded import Gathered, comes_and_goes, gathered
 from glmtune.ops.attention import PaddedRows
 from glmtune.ops.linear import Dense, Fp8, Fp8Linear, Frozen, joined, lay_together
 from glmtune.ops.lora import Dropout, LowRank, lora_linear
@@ -123,10 +124,15 @@ class PackedModel:
         self.config, self.dtype, self.device = base.config, base.dtype, base.device
         self.family_block = family_block
         self.embedding = base.get_input_embeddings()
-        head = frozen_of(base.get_output_embeddings())
+        self.output = base.get_output_embeddings()
+        with gathered(self.output):
+            head = frozen_of(self.output)
         assert isinstance(head, Dense | Quantised)
         self.head = head.weight_NK if isinstance(head, Dense) else head
-        self.blocks = [family_block.weights_of(layer) for layer in layers_of(base)]
+        self.layers, self.blocks = Gathered(layers_of(base)), []
+        for layer in layers_of(base):
+            with gathered(layer):
+                self.blocks.append(family_block.weights_of(layer))
         self.final_norm = family_block.final_norm(base)
         assert 0 <= recompute < len(self.blocks)
         self.recompute = recompute
@@ -202,12 +208,15 @@ class PackedModel:
             dropouts: None for none. At rate 0 they have no effect, and need no new compilation.
         """
         hidden_LH = self._hidden(pack, dropouts)
-        return head_loss(hidden_LH, self.head, pack.targets_L, self.softmax_loss)
+        with gathered(self.output):  # the loss's gradient is computed along with it
+            return head_loss(hidden_LH, self.head, pack.targets_L, self.softmax_loss)
 
     @torch.no_grad()
     def log_probs(self, pack: PackTensors, dropouts: Dropouts | None = None) -> Tensor:
         """Log-probability of each of a pack's supervised tokens, ``(L,)`` float32; filler has 0."""
-        return head_log_probs(self._hidden(pack, dropouts), self.head, pack.targets_L)
+        hidden_LH = self._hidden(pack, dropouts)
+        with gathered(self.output):
+            return head_log_probs(hidden_LH, self.head, pack.targets_L)
 
     def _hidden(self, pack: PackTensors, dropouts: Dropouts | None = None) -> Tensor:
         """The final norm's outputs where the next token is supervised, ``(L, H)``."""
@@ -220,6 +229,7 @@ class PackedModel:
             if self.any_length:
                 _let_vary(hidden_TH, cos, sin, *pack.attention)
             drop = dropouts.of(layer) if dropouts else None
+            hidden_TH = self.layers.enter(layer, hidden_TH)
             arguments = hidden_TH, self.blocks[layer], pack.attention, cos, sin, drop
             if layer < self.recompute and torch.is_grad_enabled():
                 # Dropout is a function of its seed: there is no random state to save, nor to read
@@ -229,12 +239,14 @@ class PackedModel:
                 )
             else:
                 hidden_TH = self.block(*arguments)
+            hidden_TH = self.layers.leave(layer, hidden_TH)
         if self.any_length:
             _let_vary(hidden_TH, cos, sin, *pack.attention)
         drop = dropouts.of(last) if dropouts else None
+        hidden_TH = self.layers.enter(last, hidden_TH)
         arguments = hidden_TH, self.blocks[last], pack.attention, cos, sin, drop
         hidden_LH = self.last_block(*arguments, pack.supervised_at_L)
-        return self.final_norm(hidden_LH)
+        return self.final_norm(self.layers.leave(last, hidden_LH))
 
 
 def _let_vary(*tensors_T: Tensor) -> None:
@@ -270,6 +282,8 @@ def frozen_together(modules: Sequence[nn.Module]) -> tuple[Frozen, ...]:
     """The frozen parts of linears of one input: as one where that takes no memory, else each."""
     linears = [split_lora(module)[0] for module in modules]
     frozen = tuple(map(frozen_of, linears))
+    if any(map(comes_and_goes, linears)):
+        return frozen
     plain = [linear for linear in linears if type(linear) is nn.Linear]
     if len(plain) == len(linears):
         biased = {linear.bias is not None for linear in plain}

@@ -194,7 +194,7 @@ def _int8_parts(linear: Any) -> tuple[Tensor, Tensor]:
 
 
 def _frozen_4bit(linear: Any) -> Quantised:
-    state = linear.weight.quant_state
+    state = getattr(linear.weight, "quant_state", linear.quant_state)  # of the layer, if sharded
     parts: tuple[Tensor, ...] = linear.weight.data, state.absmax
     if state.nested:
         parts += state.state2.absmax, state.state2.code, state.offset

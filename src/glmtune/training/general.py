@@ -14,7 +14,7 @@ from glmtune.general.scores import GeneralRows, GeneralScores
 from glmtune.models.likelihood import PACK_LENGTH, packed_layers
 from glmtune.runlog import RunLog
 from glmtune.training.interrupt import CutShort, undone_when_cut_short
-from glmtune.training.processes import memory_of_all
+from glmtune.training.processes import deal, memory_of_all
 from glmtune.training.run import Run
 from glmtune.training.state import TrainingState
 
@@ -116,11 +116,13 @@ def score(
     sums_NC = np.zeros((len(general.general.items), NUM_CHOICES))
     is_cut = False
     parts = general.parts(min(PACK_LENGTH, heaviest))
-    with memory_of_all(accelerator):
-        for part_N in parts[accelerator.process_index :: accelerator.num_processes]:
-            if is_cut := wants_stop():
+    with memory_of_all(accelerator, in_step=run.is_sharded):
+        for number, counts in deal(parts, accelerator, run.is_sharded):
+            if is_cut := not run.is_sharded and wants_stop():
                 break
-            sums_NC[part_N] = general.sums(packed, part_N)
+            found = general.sums(packed, parts[number])
+            if counts:
+                sums_NC[parts[number]] = found
     flat = torch.tensor([*sums_NC.ravel(), float(is_cut)], dtype=torch.float64)
     *sums, num_cut = accelerator.reduce(flat.to(accelerator.device), reduction="sum").tolist()
     if num_cut:

@@ -14,7 +14,7 @@ from glmtune.training.general import is_general_due, log_general
 from glmtune.training.interrupt import CutShort, StopRequest, undone_when_cut_short
 from glmtune.training.passes import Pass
 from glmtune.training.plan import evaluation_parts
-from glmtune.training.processes import memory_of_all
+from glmtune.training.processes import deal, memory_of_all
 from glmtune.training.run import Run
 from glmtune.training.state import TrainingState
 
@@ -77,7 +77,8 @@ def _log_losses(
     size = run.settings.per_device_eval_batch_size
     parts = evaluation_parts(rows.lengths_R, eval_rows, run.forecast.pack_length, size)
     with undone_when_cut_short(state):
-        losses_R = row_losses(step_pass, parts, len(rows), run.accelerator, stop.is_wanted)
+        stopped = (lambda: False) if run.is_sharded else stop.is_wanted  # all go on, or none
+        losses_R = row_losses(step_pass, parts, len(rows), run.accelerator, stopped, run.is_sharded)
     nums_R = rows.num_labels_R
     own = eval_rows[eval_rows < rows.num_own]
     sets = ({HELD_OUT: own} if len(own) else {}) | dict(rows.eval_sets)
@@ -96,6 +97,7 @@ def row_losses(
     num_rows: int,
     accelerator: Accelerator,
     wants_stop: Callable[[], bool] = lambda: False,
+    in_step: bool = False,
 ) -> np.ndarray:
     """Summed loss over the labels of some rows, which are divided among the processes.
 
@@ -105,6 +107,7 @@ def row_losses(
         num_rows: rows of the data set.
         accelerator: knows the device and the other processes.
         wants_stop: called before each pass.
+        in_step: whether all compute as many passes, see `deal`; then none may stop.
 
     Returns:
         ``(num_rows,)`` float64, in nats; 0 for a row of no part.
@@ -112,14 +115,17 @@ def row_losses(
     Raises:
         CutShort: a process was asked to stop before the end; then all raise it.
         torch.OutOfMemoryError: a process has too little memory; then all raise it.
+        MemoryOfOneError: this one has, and the others are waiting for it.
     """
     losses_R1 = torch.zeros(num_rows + 1, dtype=torch.float64, device=accelerator.device)
-    with memory_of_all(accelerator):
-        for part in parts[accelerator.process_index :: accelerator.num_processes]:
+    with memory_of_all(accelerator, in_step=in_step):
+        for number, counts in deal(parts, accelerator, in_step):
             if wants_stop():
                 losses_R1[-1] = 1
                 break
-            losses_R1[torch.from_numpy(part).to(accelerator.device)] = step_pass.row_losses(part)
+            found = step_pass.row_losses(parts[number])
+            if counts:
+                losses_R1[torch.from_numpy(parts[number]).to(accelerator.device)] = found
     *losses, num_cut = accelerator.reduce(losses_R1, reduction="sum").tolist()
     if num_cut:
         raise CutShort

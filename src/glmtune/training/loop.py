@@ -31,12 +31,13 @@ from glmtune.training.first_step import check_first_step
 from glmtune.training.general import of_this_set
 from glmtune.training.held_out import answer_samples, evaluate_if_due, is_evaluation_due
 from glmtune.training.interrupt import CutShort, StopRequest, undone_when_cut_short
+from glmtune.training.launch import asks_for_fsdp, start_accelerator
 from glmtune.training.passes import Pass
 from glmtune.training.peers import Peers
 from glmtune.training.plan import pass_seed
 from glmtune.training.prepare import prepare
-from glmtune.training.processes import memory_of_all, on_main
-from glmtune.training.run import Run, build_pass, build_state, start_accelerator
+from glmtune.training.processes import MemoryOfOneError, deal, memory_of_all, on_main
+from glmtune.training.run import Run, build_pass, build_state
 from glmtune.training.saving import checkpoints, run_folder
 from glmtune.training.saving.run_folder import evaluations_at
 from glmtune.training.saving.save import open_log, save
@@ -75,6 +76,8 @@ def train(settings: TrainSettings, at_end: AtEnd | None = None) -> TrainResult:
             memory or the disk is too small, or the loss is no longer finite.
         KeyboardInterrupt: a signal came before the first step.
     """
+    if asks_for_fsdp():
+        settings = settings.model_copy(update={"shard_base": True})
     peers = Peers.of_launch(settings.dataset_path, str(Path(settings.output_dir, METRICS_FILE)))
     with peers.watched():
         peers.tell_restart()
@@ -89,6 +92,8 @@ def train(settings: TrainSettings, at_end: AtEnd | None = None) -> TrainResult:
                 result = fit(run, model, stop, ready.resume)
             except torch.OutOfMemoryError as error:
                 raise UserError(f"{memory_advice(run)}; checkpoints are as they were") from error
+            except MemoryOfOneError as error:
+                raise UserError(f"{memory_advice(run)}; {peers.what_is_kept()}") from error
     if at_end is not None and accelerator.is_main_process and result.is_done:
         at_end(model, ready.tokenizer, run.rows, run.eval_rows)
     return result
@@ -247,8 +252,7 @@ def train_step(
     parts = run.plan.parts(state.global_step, accelerator.num_processes)
     row_ids = np.concatenate(parts)
     num_labels = int(run.rows.num_labels_R[row_ids].sum())
-    numbers = range(accelerator.process_index, len(parts), accelerator.num_processes)
-    mine = [number for number in numbers if len(parts[number])]
+    mine = deal(parts, accelerator, run.is_sharded)
     largest_weight = state.watch.begin(state.global_step)
     loss = torch.zeros_like(state.loss_sum)
     sums = state.gradients
@@ -257,14 +261,15 @@ def train_step(
     def send() -> None:
         sums.send(torch.stack([loss, largest_weight]))
 
-    with undone_when_cut_short(state), memory_of_all(accelerator, send):
-        for number in mine:
+    with undone_when_cut_short(state), memory_of_all(accelerator, send, run.is_sharded):
+        for place, (number, counts) in enumerate(mine, start=1):
             if number and accelerator.num_processes == 1 and wants_stop():
                 raise CutShort
             run.peers.beat(state.global_step, parts[number])
             seed = pass_seed(settings.seed, state.global_step, number)
-            with sums.during_last_pass() if number == mine[-1] else nullcontext():
-                loss += step_pass.run(parts[number], num_labels, seed)
+            with sums.during_last_pass() if place == len(mine) else nullcontext():
+                # What does not count is divided by infinity: it adds 0 to loss and gradients.
+                loss += step_pass.run(parts[number], num_labels if counts else math.inf, seed)
     state.loss_sum += loss
     state.watch.see_loss(*sums.receive())
     grad_norm = accelerator.clip_grad_norm_(state.weights, settings.max_grad_norm or math.inf)

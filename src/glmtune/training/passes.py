@@ -33,12 +33,13 @@ class Pass(ABC):
     """The interface of a pass, as the training loop uses it."""
 
     @abstractmethod
-    def run(self, row_ids: np.ndarray, num_labels: int, seed: int) -> Tensor:
+    def run(self, row_ids: np.ndarray, num_labels: float, seed: int) -> Tensor:
         """Forward and backward; adds to `grad` of the weights.
 
         Args:
             row_ids: rows of this pass; at least one.
-            num_labels: label tokens of the whole step, by which the summed loss is divided.
+            num_labels: label tokens of the whole step, by which the summed loss is divided;
+                infinity for a pass that does not count.
             seed: seed of this pass's dropout.
 
         Returns:
@@ -67,7 +68,7 @@ class PaddedPass(Pass):
     def __post_init__(self) -> None:
         enable_recompute(base_of(self.model), self.recompute)
 
-    def run(self, row_ids: np.ndarray, num_labels: int, seed: int) -> Tensor:
+    def run(self, row_ids: np.ndarray, num_labels: float, seed: int) -> Tensor:
         """See `Pass`; dropout is a function of the seed, whichever process runs the pass."""
         self.model.train()
         device = self.accelerator.device
@@ -102,7 +103,7 @@ class PaddedPass(Pass):
         loss = self._forward(row_ids, 1)
         return loss.detach(), torch.autograd.grad(loss, weights)
 
-    def _forward(self, row_ids: np.ndarray, num_labels: int) -> Tensor:
+    def _forward(self, row_ids: np.ndarray, num_labels: float) -> Tensor:
         batch = collate(self.rows, row_ids)
         batch = {name: move(tensor, self.accelerator.device) for name, tensor in batch.items()}
         with self.accelerator.autocast():
@@ -132,7 +133,7 @@ class PackedPass(Pass):
     pack_length: int | None
     """T of every pack; None for packs as short as their rows allow."""
 
-    def run(self, row_ids: np.ndarray, num_labels: int, seed: int) -> Tensor:
+    def run(self, row_ids: np.ndarray, num_labels: float, seed: int) -> Tensor:
         """See `Pass`; dropout is a function of the seed alone."""
         dropouts = self.dropouts(self.dropout_rate, seed)
         loss = self.model.loss(self.model.to_tensors(self.pack(row_ids)), dropouts) / num_labels
@@ -189,7 +190,7 @@ class CapturedPass(PackedPass):
     _captures: dict[tuple[int, int], _Capture] = field(default_factory=dict)
     _grads: list[Tensor] = field(default_factory=list)
 
-    def run(self, row_ids: np.ndarray, num_labels: int, seed: int) -> Tensor:
+    def run(self, row_ids: np.ndarray, num_labels: float, seed: int) -> Tensor:
         """See `Pass`."""
         pack = self.pack(row_ids)
         length = len(pack.input_ids_T)

@@ -130,6 +130,10 @@ class Peers:
         """
         self._silence, self._what_is_kept = SILENCE_SECONDS, what_is_kept
 
+    def what_is_kept(self) -> str:
+        """What the run has saved, and how to resume it."""
+        return self._what_is_kept()
+
     def compare(self, what: str, facts: Mapping[str, Any]) -> None:
         """Make sure that all processes have the same facts. Called by all, once for each `what`.
 

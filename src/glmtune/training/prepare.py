@@ -14,14 +14,17 @@ from glmtune.data.eval_sets import load_eval_sets, tell_overlap, with_eval_sets
 from glmtune.data.row_rule import RowRule
 from glmtune.data.split import GROUPS
 from glmtune.data.token_rows import TokenRows
-from glmtune.errors import note
+from glmtune.errors import UserError, note
 from glmtune.models.families import family_of
 from glmtune.models.fingerprint import fingerprint
 from glmtune.models.loading import check_pair, load_base_model, load_config, load_tokenizer
 from glmtune.models.resolve import base_name, resolve_base
+from glmtune.models.shape import bits_of
+from glmtune.models.sharded import shard_base
 from glmtune.training.beginning import begin_with, check_kind
 from glmtune.training.best import check_patience
 from glmtune.training.general import general_rows
+from glmtune.training.launch import shards_base
 from glmtune.training.planning.advice import check_fit, print_forecast
 from glmtune.training.planning.forecast import make_forecaster
 from glmtune.training.processes import on_main
@@ -67,6 +70,12 @@ def prepare(settings: TrainSettings, accelerator: Accelerator, dtype: torch.dtyp
     base = resolve_base(settings.base, str(resume) if resume else settings.adapter)
     tokenizer = load_tokenizer(base)
     config = load_config(base)
+    shares = shards_base(settings, accelerator)
+    if shares and bits_of(config) == 8:
+        raise UserError(
+            f"shard_base: {base_name(base)} is in 8 bits, which cannot be shared out; pass it in "
+            "float16 or bfloat16, or leave shard_base out"
+        )
     settings, beginning = begin_with(settings, config, resume)
     family = family_of(config)
     rule = family.row_rule(config)
@@ -81,7 +90,9 @@ def prepare(settings: TrainSettings, accelerator: Accelerator, dtype: torch.dtyp
     model = load_base_model(
         base,
         dtype=dtype,
-        device=accelerator.device,
+        # Of a base that is shared out, a layer at a time comes to the device, where bitsandbytes
+        # has to round it.
+        device="cpu" if shares and not settings.bits else accelerator.device,
         bits=settings.bits,
         quantize_head=settings.quantize_head,
     )
@@ -113,6 +124,8 @@ def prepare(settings: TrainSettings, accelerator: Accelerator, dtype: torch.dtyp
     check_patience(settings.early_stopping, len(run.eval_rows))
     sizes = forecast.setup, run.plan, run.max_steps, accelerator.num_processes
     on_main(accelerator, lambda: run_folder.check_disk(settings, *sizes, resume))
+    if shares:
+        shard_base(adapted, model, accelerator.device)
     as_run = {
         "base": base,
         "resume_from_checkpoint": None,

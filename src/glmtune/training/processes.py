@@ -2,7 +2,7 @@
 
 import atexit
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeVar
@@ -15,6 +15,10 @@ from accelerate.utils import broadcast_object_list
 from glmtune.errors import UserError
 
 Result = TypeVar("Result")
+
+
+class MemoryOfOneError(Exception):
+    """This process has too little memory, and the others wait for its share of the base."""
 
 
 def on_main(accelerator: Accelerator, task: Callable[[], Result]) -> Result:
@@ -39,7 +43,9 @@ def on_main(accelerator: Accelerator, task: Callable[[], Result]) -> Result:
 
 @contextmanager
 def memory_of_all(
-    accelerator: Accelerator, send: Callable[[], object] = lambda: None
+    accelerator: Accelerator,
+    send: Callable[[], object] = lambda: None,
+    in_step: bool = False,
 ) -> Iterator[None]:
     """Where memory is too small for the block in one process, end it so in all. Called by all.
 
@@ -49,9 +55,11 @@ def memory_of_all(
         accelerator: knows the other processes.
         send: called after the block in any case, before the processes tell each other: what it
             sends is what the others wait for. Not called if the block raises anything else.
+        in_step: whether the processes wait for each other within the block, see `deal`.
 
     Raises:
         torch.OutOfMemoryError: memory was too small, here or elsewhere.
+        MemoryOfOneError: it was too small here, and the others are still within the block.
     """
     fault = None
     try:
@@ -59,6 +67,8 @@ def memory_of_all(
     except torch.OutOfMemoryError as error:
         if accelerator.num_processes == 1:
             raise
+        if in_step:
+            raise MemoryOfOneError from error
         traceback.clear_frames(error.__traceback__)  # they hold the activations
         fault = error
     send()
@@ -68,6 +78,31 @@ def memory_of_all(
     dist.all_reduce(is_short, group=_host_group(dist.group.WORLD))
     if is_short:
         raise fault or torch.OutOfMemoryError("another process has too little memory")
+
+
+def deal(
+    parts: Sequence[Sized], accelerator: Accelerator, in_step: bool = False
+) -> list[tuple[int, bool]]:
+    """The passes that this process computes, of those that all share: by turns.
+
+    Args:
+        parts: rows of each pass; one without rows is nobody's.
+        accelerator: knows the other processes.
+        in_step: let every process compute as many passes as the one that has most, since they
+            gather the base's layers together.
+
+    Returns:
+        The number of each, and whether it counts: those that fill up repeat some pass.
+    """
+    count = accelerator.num_processes
+    of_each = [
+        [number for number in range(rank, len(parts), count) if len(parts[number])]
+        for rank in range(count)
+    ]
+    own = [(number, True) for number in of_each[accelerator.process_index]]
+    missing = max(map(len, of_each)) - len(own) if in_step else 0
+    some = next((number for number, part in enumerate(parts) if len(part)), 0)
+    return own + [(some, False)] * missing
 
 
 @cache

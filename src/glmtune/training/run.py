@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import nn
 from torch.optim import AdamW
@@ -23,20 +21,19 @@ from glmtune.config.settings import TrainSettings
 from glmtune.data.packing import check_lengths
 from glmtune.data.split import GROUPS
 from glmtune.data.token_rows import TokenRows
-from glmtune.errors import UserError, note
+from glmtune.errors import UserError
 from glmtune.general.scores import GeneralRows
-from glmtune.hardware import device_name, pick_device, pick_dtype
-from glmtune.launched import local_number
+from glmtune.hardware import device_name
 from glmtune.models.families import family_of
 from glmtune.models.packed import PackedModel, base_of, to_fp8
 from glmtune.models.shape import bits_of
 from glmtune.training.gradients import GradientSums
+from glmtune.training.launch import shards_base
 from glmtune.training.passes import CapturedPass, PackedPass, PaddedPass, Pass
 from glmtune.training.peers import Peers
 from glmtune.training.plan import PackPlan, Plan, count_steps, is_saved, make_plan
 from glmtune.training.planning.forecast import Forecast, Forecaster, make_forecaster
 from glmtune.training.planning.memory import Layout
-from glmtune.training.processes import leave_at_exit
 from glmtune.training.state import TrainingState
 from glmtune.training.watch import Watch
 
@@ -163,6 +160,11 @@ class Run:
         """The layout of the rows in a pass."""
         return self.forecast.layout
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a share of the base, so that all compute in step."""
+        return shards_base(self.settings, self.accelerator)
+
     def heaviest_part(self) -> np.ndarray:
         """Row numbers of the pass that needs most memory."""
         return self.plan.heaviest(
@@ -229,46 +231,6 @@ class Run:
 
 def _digest(groups_R: np.ndarray) -> str:
     return hashlib.sha256(groups_R.astype("<i8").tobytes()).hexdigest()[:16]
-
-
-def start_accelerator(settings: TrainSettings) -> tuple[Accelerator, torch.dtype]:
-    """The device or devices that a run trains on, and the compute type of its base model.
-
-    bfloat16 and float32 run without autocast: the base is in that type, the adapter in float32.
-    float16 uses Accelerate's autocast and gradient scaler, and prints a warning.
-
-    Raises:
-        UserError: a number format or a kind of distribution that is not available.
-    """
-    device = pick_device(settings.use_cpu)
-    if device.type == "cuda" and local_number() >= (num_cards := torch.cuda.device_count()):
-        raise UserError(
-            f"process {local_number()} of this machine has no card: it has {num_cards}, and a "
-            f"process needs one of its own: torchrun --nproc_per_node {num_cards}"
-        )
-    dtype, caution = pick_dtype(device, settings.bf16, settings.fp16)
-    accelerator = Accelerator(
-        cpu=device.type == "cpu", mixed_precision="fp16" if dtype == torch.float16 else "no"
-    )
-    # The loop counts its passes itself; the launcher's environment must not divide the loss again.
-    accelerator.gradient_accumulation_steps = 1
-    kind = accelerator.distributed_type
-    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise UserError(
-            f"accelerate launch: {kind.value} is not offered; each process holds the whole frozen "
-            "base: launch with --multi_gpu, or without a launcher"
-        )
-    leave_at_exit(accelerator)
-    # A launcher asked for several CPU processes then starts one, with an address but no world size.
-    launched_alone = "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ
-    if accelerator.num_processes == 1 and launched_alone and "WORLD_SIZE" not in os.environ:
-        note(
-            "accelerate launch has started one process: on CPUs it starts no more, whatever "
-            "--num_processes says; for N of them: torchrun --nproc_per_node N -m glmtune train ..."
-        )
-    if caution:
-        note(caution)
-    return accelerator, dtype
 
 
 def adapt(

@@ -49,6 +49,9 @@ class Samples:
         if run.settings.base_dtype == "fp8":
             _say(run, "eval_answers: none are made, as frozen linears in float8 do not answer")
             return None
+        if run.is_sharded:
+            _say(run, "eval_answers: none are made, as one process alone cannot gather the base")
+            return None
         limit = model.config.max_position_embeddings - MOST_TOKENS
         asked = [row for row in run.eval_rows if _is_question(run.rows, row, limit)]
         if not asked:

@@ -42,8 +42,8 @@ _HUB = "nothing is pushed to a hub"
 _LOG_LEVEL = "there are no levels of logging"
 _EVALUATION = "eval_ratio above 0 holds rows out and evaluates, every eval_steps"
 NO_SHARDS = (
-    f"each process holds the whole base: several GPUs by {TORCHRUN}, less memory by "
-    "--quantization_bit 4 or --gradient_checkpointing true"
+    f"several GPUs by {TORCHRUN}, each with the whole base, or a share of it with --shard_base "
+    "true; less memory by --quantization_bit 4 or --gradient_checkpointing true"
 )
 
 

@@ -12,6 +12,7 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,39 @@ def bundle_on_fault(run: Run, state: TrainingState) -> Iterator[None]:
     except NotFiniteError as error:
         fault = error.fault
         random_states = gather_object([fault.random_state])
-        told = on_main(run.accelerator, lambda: _leave_bundle(run, state, fault, random_states))
+        again = partial(_again, run, state, fault, random_states)
+        outcome = again() if run.is_sharded else None  # which no process could do alone
+        told = on_main(
+            run.accelerator,
+            lambda: _leave_bundle(run, state, fault, random_states, outcome or again()),
+        )
         raise UserError(f"step {fault.step + 1}: {fault.words}{told}") from error
+
+
+def _passes_of(run: Run, step: int) -> list[PassOfStep]:
+    num_processes = run.accelerator.num_processes
+    return [
+        PassOfStep(number % num_processes, pass_seed(run.settings.seed, step, number), part)
+        for number, part in enumerate(run.plan.parts(step, num_processes))
+        if len(part)
+    ]
+
+
+def _num_labels(run: Run, passes: Sequence[PassOfStep]) -> int:
+    return int(run.rows.num_labels_R[np.concatenate([one.row_ids for one in passes])].sum())
+
+
+def _again(
+    run: Run, state: TrainingState, fault: Fault, random_states: Sequence[RandomState]
+) -> Outcome:
+    """Compute the step once more, looking for the first number that is not finite."""
+    if run.accelerator.is_main_process:
+        told = f"step {fault.step + 1}: {fault.words}; looking for where it comes from"
+        print(f"\n{told}", flush=True)
+    plain = PaddedPass(run.accelerator, state.model, run.rows, run.forecast.recompute)
+    passes = _passes_of(run, fault.step)
+    num_labels, at_once = _num_labels(run, passes), run.layout == "padded"
+    return compute_again(plain, state.weights, passes, num_labels, random_states, at_once)
 
 
 def _leave_bundle(
@@ -88,22 +120,11 @@ def _leave_bundle(
     state: TrainingState,
     fault: Fault,
     random_states: Sequence[RandomState],
+    outcome: Outcome,
 ) -> str:
     """Write the bundle; return the rest of the message about the fault."""
-    output_dir, num_processes = Path(run.settings.output_dir), run.accelerator.num_processes
-    parts = run.plan.parts(fault.step, num_processes)
-    passes = [
-        PassOfStep(number % num_processes, pass_seed(run.settings.seed, fault.step, number), part)
-        for number, part in enumerate(parts)
-        if len(part)
-    ]
-    num_labels = int(run.rows.num_labels_R[np.concatenate(parts)].sum())
-    print(f"\nstep {fault.step + 1}: {fault.words}; looking for where it comes from", flush=True)
-    plain = PaddedPass(run.accelerator, state.model, run.rows, run.forecast.recompute)
-    outcome = compute_again(
-        plain, state.weights, passes, num_labels, random_states, run.layout == "padded"
-    )
-    folder = output_dir / f"crash-{fault.step + 1}"
+    passes = _passes_of(run, fault.step)
+    folder = Path(run.settings.output_dir, f"crash-{fault.step + 1}")
     base = base_of(state.model)
     told = {
         "step": fault.step + 1,
@@ -116,7 +137,7 @@ def _leave_bundle(
             "grad_norm": str(outcome.grad_norm),
             "culprit": asdict(outcome.culprit) if outcome.culprit else None,
         },
-        "num_labels": num_labels,
+        "num_labels": _num_labels(run, passes),
         "scale": None if state.scaler is None else state.scaler.get_scale(),
         "layout": run.layout,
         "base": run.base_name,

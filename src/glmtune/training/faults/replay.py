@@ -18,8 +18,9 @@ from glmtune.models.resolve import resolve_base
 from glmtune.run_files import RECIPE_FILE, WEIGHTS_FILE
 from glmtune.training.faults.crash import Bundle, read_bundle, surroundings
 from glmtune.training.faults.first_nonfinite import Outcome, compute_again
+from glmtune.training.launch import start_accelerator
 from glmtune.training.passes import PaddedPass
-from glmtune.training.run import adapt, start_accelerator
+from glmtune.training.run import adapt
 
 
 def replay(settings: ReplaySettings) -> bool:

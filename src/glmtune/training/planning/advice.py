@@ -44,21 +44,27 @@ def find_remedies(settings: TrainSettings, forecaster: Forecaster) -> list[Remed
         {"quantization_bit": "4"},
         {"quantization_bit": "4", "quantize_head": True},
     ]
+    if settings.shard_base:  # which goes with 4 bits alone
+        bits = bits[1:2]
     if settings.base_dtype == "auto":
         singles += bits
-    remedies = [remedy for change in singles if (remedy := _try(settings, change, forecaster))]
+    tried = [try_change(settings, change, forecaster) for change in singles]
+    remedies = [remedy for remedy in tried if remedy]
     if remedies:
         return _without_repeats(remedies)
     together: dict[str, Any] = {"gradient_checkpointing": True}
     if settings.base_dtype == "auto":
         together |= bits[-1]
     for step in ({}, *smaller):
-        if remedy := _try(settings, together | step, forecaster):
+        if remedy := try_change(settings, together | step, forecaster):
             return [remedy]
     return []
 
 
-def _try(settings: TrainSettings, change: dict[str, Any], forecaster: Forecaster) -> Remedy | None:
+def try_change(
+    settings: TrainSettings, change: dict[str, Any], forecaster: Forecaster
+) -> Remedy | None:
+    """A change of settings as a remedy; None where it changes nothing, or is not enough."""
     if all(getattr(settings, name) == value for name, value in change.items()):
         return None
     changed = forecaster(settings.model_copy(update=change))
@@ -121,6 +127,8 @@ def describe(forecast: Forecast) -> dict[str, str]:
     dtype = str(setup.dtype).removeprefix("torch.")
     held = f"{setup.bits} bits" if setup.bits else "float8" if setup.is_fp8 else dtype
     held += ", embedding and head in 8 bits" if setup.quantize_head else ""
+    if setup.num_shares > 1:
+        held += f", one of {setup.num_shares} shares"
     pairs = {
         "at least": f"{forecast.least.needed_gib:7.2f} GiB  in all, {passes_words(forecast.least)}",
         "weights": _size(parts.weights, held),
@@ -135,7 +143,8 @@ def describe(forecast: Forecast) -> dict[str, str]:
         )
     if parts.buffers:
         weight = ", one weight as floats" if setup.bits else ""
-        pairs["buffers"] = _size(parts.buffers, f"workspaces of the libraries{weight}")
+        layers = ", weights that are gathered" if setup.num_shares > 1 else ""
+        pairs["buffers"] = _size(parts.buffers, f"workspaces of the libraries{weight}{layers}")
     pairs["at most"] = _size(parts.allocated, "allocated")
     if forecast.frugal:
         more = parts.needed - forecast.frugal.estimate.needed

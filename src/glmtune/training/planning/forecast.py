@@ -178,6 +178,7 @@ def forecast(
         rank=settings.lora_rank or family.lora_rank,
         targets=family.targets(settings.lora_target, shape),
         has_dropout=settings.lora_dropout > 0,
+        num_shares=num_processes if settings.shard_base else 1,
     )
     wish = settings.gradient_checkpointing
     if layout == "packed":

@@ -44,10 +44,14 @@ class Setup:
     has_dropout: bool = True
     captures_packs: bool = False
     """Whether short packs are captured, too, see `captured`."""
+    num_shares: int = 1
+    """Processes that share the base; layers are then gathered, and passes are not captured."""
 
     @property
     def captured(self) -> bool:
         """Whether each length of a pass is captured as a CUDA graph, as pays off for a few rows."""
+        if self.num_shares > 1:
+            return False
         return self.compiled and (self.layout == "exact" or self.captures_packs)
 
     @property
@@ -79,7 +83,7 @@ class Estimate:
     """Bytes at the peak of training, part by part."""
 
     weights: float
-    """The base's weights."""
+    """The base's weights, or a process's share of them."""
     adapter: float
     """Its weights and gradients, in float32."""
     optimiser: float
@@ -91,7 +95,8 @@ class Estimate:
     way_back: float
     """How much higher memory peaks inside a layer than at the logits."""
     buffers: float
-    """The libraries' workspaces, and a quantised weight as floats, one at a time."""
+    """The libraries' workspaces, a quantised weight as floats, one at a time, and layers that are
+    gathered."""
     outside: float
     """Not counted by the allocator: CUDA itself, what is reserved and not in use."""
 
@@ -134,7 +139,7 @@ def estimate(setup: Setup, batch: Batch, recompute: int = 0) -> Estimate:
     # A captured pass writes its gradients beside those that it adds them to.
     copies = 3 if setup.captured else 2
     return Estimate(
-        weights=base_bytes(setup),
+        weights=share_bytes(setup),
         adapter=4 * copies * parameters,
         optimiser=8 * parameters,
         activations=activations,
@@ -250,9 +255,36 @@ def base_bytes(setup: Setup) -> int:
     return size
 
 
+def share_bytes(setup: Setup) -> float:
+    """What a process holds of the base: all of it, or its share."""
+    return base_bytes(setup) / setup.num_shares
+
+
+def gathered_bytes(setup: Setup) -> float:
+    """Weights of a base that is shared out, while they are whole: two layers, or the head.
+
+    While a layer is computed, the next one comes; what comes is copied once from the message. The
+    scales of 4-bit weights are always whole, and so are those weights while they are loaded.
+    """
+    if setup.num_shares == 1:
+        return 0.0
+    whole, table = base_bytes(setup), table_bytes(setup)
+    layer = (whole - table * (1 if setup.shape.tied_head else 2)) / setup.shape.num_layers
+    most = max(3 * layer, 2 * table)
+    return max(most, whole - share_bytes(setup)) if setup.bits else most
+
+
+def table_bytes(setup: Setup) -> float:
+    """The embedding, or the head."""
+    return setup.shape.vocab_size * setup.shape.hidden_size * setup.dtype.itemsize
+
+
 def buffer_bytes(setup: Setup) -> float:
-    """Workspaces of each stream, of which captured passes have two; and one weight as floats."""
-    size = 0.0
+    """Workspaces of each stream, of which captured passes have two; and one weight as floats.
+
+    Of a base that is shared out, also what is gathered of it.
+    """
+    size = gathered_bytes(setup)
     if setup.on_gpu:
         streams = 2 if setup.captured else 1
         workspace = _HOPPER_WORKSPACE if setup.is_hopper else _WORKSPACE

@@ -68,12 +68,21 @@ class World:
         Args:
             num_bytes: of one process's array.
         """
+        return 2 * self.gather_seconds(num_bytes)
+
+    def gather_seconds(self, num_bytes: float, num_messages: int = 1) -> float:
+        """Seconds in which all processes get an array of which each holds a P-th: half of a sum.
+
+        Args:
+            num_bytes: of the whole array.
+            num_messages: parts in which it comes, one after another.
+        """
         links = [self.inside] * (self.gpus > 1) + [self.between] * (self.nodes > 1)
         if not links:
             return 0.0
         rate = min(link.bytes_per_second for link in links)
-        latency = max(link.latency for link in links)
-        turns = 2 * (self.num_ranks - 1)
+        latency = num_messages * max(link.latency for link in links)
+        turns = self.num_ranks - 1
         return turns * (num_bytes / self.num_ranks / rate + latency) * self.sharing
 
 
@@ -89,10 +98,13 @@ class PassCost:
     seconds_per_token: float
     fixed_tokens: float = 0.0
     """The fixed part, as tokens."""
+    gathering: float = 0.0
+    """Seconds in which the weights of a base that is shared out come, while it computes."""
 
     def seconds(self, num_tokens: float) -> float:
         """Seconds of a pass; none for a pass without rows, which is left out."""
-        return (num_tokens + self.fixed_tokens) * self.seconds_per_token if num_tokens else 0.0
+        computing = (num_tokens + self.fixed_tokens) * self.seconds_per_token
+        return max(computing, self.gathering) if num_tokens else 0.0
 
 
 TokensOf = Callable[[np.ndarray], float]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,8 +14,9 @@ from glmtune.data.packing import PACK_MULTIPLE
 from glmtune.errors import UserError
 from glmtune.hardware import Card, num_cores
 from glmtune.training.plan import Lengths, Plan, count_steps, evaluation_parts
-from glmtune.training.planning.advice import find_remedies, verdict
+from glmtune.training.planning.advice import find_remedies, try_change, verdict
 from glmtune.training.planning.forecast import Forecast
+from glmtune.training.planning.memory import base_bytes
 from glmtune.training.planning.ranks import (
     EpochTime,
     Link,
@@ -102,7 +103,7 @@ def check_fits_each(
     forecast_on: Callable[..., Forecast],
     world: World,
 ) -> None:
-    """Refuse a base that does not fit on one card: each of them holds all of it.
+    """Refuse a base that does not fit on one card, where each of them holds all of it.
 
     Args:
         forecast: of one process.
@@ -115,13 +116,19 @@ def check_fits_each(
     """
     if not forecast.cannot_fit:
         return
-    remedies = find_remedies(settings, partial(forecast_on, card=forecast.card))
+    forecaster = partial(forecast_on, card=forecast.card)
+    remedies = find_remedies(settings, forecaster)
+    held = "the whole base, so more of them do not help"
+    if settings.shard_base:
+        held = f"one of {world.num_ranks:,} shares of the base"
+    elif shared := try_change(settings, {"shard_base": True}, forecaster):
+        remedies.insert(0, shared)
     advice = [str(remedy) for remedy in remedies[:3]]
     if card := _card_that_fits(settings, forecast_on, forecast.card.gib):
         advice.append(f"--card '{card.name}' has {card.gib:.0f} GiB")
     raise UserError(
-        f"memory: {verdict(forecast)}, and each of {world.num_ranks:,} cards holds the whole base, "
-        f"so more of them do not help; {'; or '.join(advice) or 'take a smaller base model'}"
+        f"memory: {verdict(forecast)}, and each of {world.num_ranks:,} cards holds {held}; "
+        f"{'; or '.join(advice) or 'take a smaller base model'}"
     )
 
 
@@ -202,7 +209,8 @@ def run_time(
     plan, plan_of_one = plans
     cost = _cost(forecast, plan_of_one, measured_speed)
     tokens_of = tokens_of_pass(forecast, rows.lengths_R)
-    epoch = epoch_time(plan, world.num_ranks, cost, tokens_of, scale)
+    shared = replace(cost, gathering=gathering_seconds(forecast, world))
+    epoch = epoch_time(plan, world.num_ranks, shared, tokens_of, scale)
     one = epoch_time(plan_of_one, 1, cost, tokens_of, scale)
     step = step_time(epoch, world, forecast.setup.parameters())
     num_steps = _count_steps(settings, plan, epoch, scale)
@@ -241,6 +249,14 @@ def run_time(
         **parts,
         whole_hours=START_SECONDS / 3600 + sum(parts.values()),
     )
+
+
+def gathering_seconds(forecast: Forecast, world: World) -> float:
+    """Seconds in which the weights of a base that is shared out come, forward and backward."""
+    setup = forecast.setup
+    if setup.num_shares == 1:
+        return 0.0
+    return 2 * world.gather_seconds(base_bytes(setup), setup.shape.num_layers)
 
 
 def _heaviest_evaluation(

@@ -9,6 +9,7 @@ from glmtune.training.planning.scaling import (
     NETWORK_SHARE,
     START_SECONDS,
     RunTime,
+    gathering_seconds,
     spell_hours,
 )
 
@@ -40,7 +41,9 @@ def describe_world(
     """What several processes gain and lose, and what is assumed of them, for `print_pairs`."""
     num_ranks, step = world.num_ranks, time.step
     size = gradient_bytes(forecast.setup.parameters()) / 1e6
-    base = forecast.estimate.weights / GIB
+    base, held = forecast.estimate.weights / GIB, "holds and reads the whole base"
+    if forecast.setup.num_shares > 1:
+        held = "reads the whole base, and holds a share of it"
     pairs = {
         "step": f"{_spell_seconds(step.all)}: {_spell_seconds(step.passes)} the heaviest card's "
         f"passes (the mean card waits {_spell_seconds(step.waiting)}), "
@@ -49,9 +52,13 @@ def describe_world(
         f"{num_ranks:,} times",
         "batch": f"{num_ranks:,} times that of one card: {time.num_steps:,} steps where that takes "
         f"{time.steps_of_one:,}",
-        "each card": f"holds and reads the whole base, {base:.1f} GiB, {world.gpus * base:.1f} a "
-        "node, and all rows",
+        "each card": f"{held}, {base:.1f} GiB, {world.gpus * base:.1f} a node, and all rows",
     }
+    if gathering := gathering_seconds(forecast, world):
+        pairs["gathering"] = (
+            f"{_spell_seconds(gathering)} a pass, in which the other shares come twice, each layer "
+            "while the one before it is computed: a pass takes at least that"
+        )
     if time.num_evaluations:
         pairs["evaluating"] = (
             f"{spell_hours(time.evaluation_hours)} in all, {time.num_evaluations:,} time(s), "

@@ -90,6 +90,7 @@ def is_measured(forecast: Forecast) -> bool:
     return (
         key in _MEASURED
         and not forecast.recompute
+        and setup.num_shares == 1
         and str(setup.dtype).endswith("bfloat16")
         and setup.shape.matmul_parameters() == _MEASURED_PARAMETERS
     )
