@@ -10,7 +10,7 @@ from toys import short_run
 from glmtune import launched
 from glmtune.cli import main
 from glmtune.errors import UserError, note
-from glmtune.training import run
+from glmtune.training import launch
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_only_the_first_process_prints_notes(as_process, port, capsys):
 
 def test_a_process_without_a_card_is_refused(as_process, port, monkeypatch):
     as_process(2, port)
-    monkeypatch.setattr(run, "pick_device", lambda use_cpu: torch.device("cuda"))
+    monkeypatch.setattr(launch, "pick_device", lambda use_cpu: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="process 2 of this machine has no card: it has 2, and"):
-        run.start_accelerator(short_run("rows", "out"))
+        launch.start_accelerator(short_run("rows", "out"))

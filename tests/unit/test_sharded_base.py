@@ -26,7 +26,7 @@ from glmtune.errors import UserError
 from glmtune.models.families import FAMILIES
 from glmtune.models.packed import PackedModel
 from glmtune.models.resolve import GLM_TINY
-from glmtune.models.sharded import shard_base
+from glmtune.models.sharded import is_sharded, shard_base
 from glmtune.training import loop, passes, peers, prepare
 from glmtune.training.launch import asks_for_fsdp
 from glmtune.training.processes import deal
@@ -130,7 +130,8 @@ def test_a_step_that_is_not_finite_is_looked_into_by_both(folder):
     assert output(folder).count("looking for where it comes from") == 1
 
 
-def test_samples_are_not_made_and_that_is_said(folder):
+def test_what_one_process_does_alone_is_left_out_and_that_is_said(folder):
+    assert "no check-up (one process alone cannot gather the base)" in output(folder)
     assert "eval_answers: none are made, as one process alone cannot gather" in output(folder)
     assert not (folder / "packs" / "samples.jsonl").exists()
     assert (folder / "general, whole" / "samples.jsonl").exists()
@@ -157,7 +158,7 @@ def run_in_two_processes(folder, tiny_rows, toy_rows, base):
         given = {"shard_base": True} | SETTINGS | changes
         with pytest.MonkeyPatch.context() as patch:
             weigh(patch, Path(folder, f"{name} {rank}.json"))
-            return loop.train(short_run(rows, Path(folder, name), base=base, **given))
+            return loop.train(short_run(rows, Path(folder, name), base=base, **given), no_check_up)
 
     general = {"rows": toy_rows, "base": GLM_TINY, "general_set": True, "max_steps": 4} | PACKED
     general["eval_steps"] = 2
@@ -175,6 +176,11 @@ def run_in_two_processes(folder, tiny_rows, toy_rows, base):
         with pytest.raises(UserError) as error:
             train("spoilt", **PACKED)
     Path(folder, f"spoilt {rank}").write_text(str(error.value))
+
+
+def no_check_up(model, *given):
+    """At the end of a run, for the first process alone, which cannot compute with a share."""
+    assert not is_sharded(model)
 
 
 def weigh(patch, file):

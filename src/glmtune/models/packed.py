@@ -220,7 +220,8 @@ class PackedModel:
 
     def _hidden(self, pack: PackTensors, dropouts: Dropouts | None = None) -> Tensor:
         """The final norm's outputs where the next token is supervised, ``(L, H)``."""
-        hidden_TH = self.embedding(pack.input_ids_T).to(self.dtype)
+        with gathered(self.embedding):  # by `forward` alone, FSDP2's hooks have no part in it
+            hidden_TH = self.embedding.forward(pack.input_ids_T).to(self.dtype)
         cos, sin = self.family_block.angles(pack.position_ids_XT, self.config)
         if self.compiled:
             torch._dynamo.mark_dynamic(pack.supervised_at_L, 0)

@@ -95,7 +95,10 @@ def train(settings: TrainSettings, at_end: AtEnd | None = None) -> TrainResult:
             except MemoryOfOneError as error:
                 raise UserError(f"{memory_advice(run)}; {peers.what_is_kept()}") from error
     if at_end is not None and accelerator.is_main_process and result.is_done:
-        at_end(model, ready.tokenizer, run.rows, run.eval_rows)
+        if run.is_sharded:
+            note("no check-up (one process alone cannot gather the base); `glmtune check` makes it")
+        else:
+            at_end(model, ready.tokenizer, run.rows, run.eval_rows)
     return result
 
 
