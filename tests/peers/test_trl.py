@@ -159,7 +159,9 @@ def our_first_loss(folder):
 
 def test_conversations_of_the_first_family_train_from_disk(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first, second, third = (sum(messages_of(*pair), []) for pair in TAUGHT)
+    first, second, third = (
+        [turn for part in messages_of(*pair) for turn in part] for pair in TAUGHT
+    )
     talks = [first + second, second + third, third]
     Path("a.jsonl").write_text("\n".join(json.dumps({"messages": talk}) for talk in talks))
     line = ["tokenize", "a.jsonl", "--save_path", "rows", "--base", str(GLM_TINY)]
