@@ -90,6 +90,7 @@ FOLDERS = {
     "chatglm3-6b": ("ChatGLM3-6B", True, "glm3_tokenizer.model"),
     "chatglm2-6b": ("ChatGLM2-6B", True, "glm3_tokenizer.model"),
     "glm-4-9b": ("GLM-4-9B", False, "glm/glm4_tokenizer.model"),
+    "glm-4-0414": ("GLM-4-0414", False, "glm/glm4_tokenizer.model"),
     "glm-edge": ("GLM-Edge", False, None),
 }
 
@@ -144,8 +145,48 @@ def test_our_rows_our_losses_and_theirs(folder, tmp_path, monkeypatch):
     last = losses_of(folder, load_from_disk("last"), "out")
     assert losses_of(folder, Dataset.from_list(split), "out") == last
 
+    assert our_first_loss(folder) == pytest.approx(from_disk[0], rel=1e-4)
+
+
+def our_first_loss(folder):
+    """The loss of the first step of `glmtune train` on the rows in the folder `rows`."""
     line = "train --dataset_path rows --output_dir run --max_steps 1 --layout padded --eval_ratio 0"
     line += " --per_device_train_batch_size 3 --use_cpu true --report_to none --logging_steps 1"
-    assert main([*line.split(), *base]) == 0
-    (ours, *_) = (json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines())
-    assert ours["loss"] == pytest.approx(from_disk[0], rel=1e-4)
+    assert main([*line.split(), "--base", str(folder)]) == 0
+    (first, *_) = Path("run/metrics.jsonl").read_text().splitlines()
+    return json.loads(first)["loss"]
+
+
+def test_conversations_of_the_first_family_train_from_disk(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second, third = (
+        [turn for part in messages_of(*pair) for turn in part] for pair in TAUGHT
+    )
+    talks = [first + second, second + third, third]
+    Path("a.jsonl").write_text("\n".join(json.dumps({"messages": talk}) for talk in talks))
+    line = ["tokenize", "a.jsonl", "--save_path", "rows", "--base", str(GLM_TINY)]
+    assert main([*line, "--learn", "last"]) == 0
+    rows = load_from_disk("rows")
+    assert our_first_loss(GLM_TINY) == pytest.approx(losses_of(GLM_TINY, rows, "out")[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("place", [GLM_TINY, None], ids=["chatglm-6b", "glm-edge"])
+def test_records_need_the_labels_that_the_page_gives_them(place, tmp_path, monkeypatch):
+    """Rows of one prompt and one answer have no labels, and TRL would train on the prompt too."""
+    monkeypatch.chdir(tmp_path)
+    glm_edge = next(family for family in FAMILIES if family.name == "GLM-Edge")
+    folder = place or write_model(tmp_path / "base", glm_edge, None)
+    records = [{"instruction": asked, "output": answered} for asked, answered in TAUGHT]
+    Path("a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    assert main(["tokenize", "a.jsonl", "--save_path", "rows", "--base", str(folder)]) == 0
+    rows = load_from_disk("rows")
+    assert rows.column_names == ["input_ids", "seq_len"]
+    ours = our_first_loss(folder)
+    assert losses_of(folder, rows, "out")[0] != pytest.approx(ours, rel=1e-3)
+    first = -1 if place else 0  # ChatGLM-6B learns <sop> as well
+
+    def with_labels(row):
+        start = row["seq_len"] + first
+        return {"labels": [-100] * start + row["input_ids"][start:]}
+
+    assert losses_of(folder, rows.map(with_labels), "out")[0] == pytest.approx(ours, rel=1e-4)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from glm_folders import write_model
+from glm_folders import toy_tiktoken, write_folder, write_model
 
 from glmtune.cli import main
 from glmtune.models.families import FAMILIES
@@ -130,7 +130,9 @@ def test_compare_and_check_take_conversations_and_texts(base, adapter, capsys):
         assert f"1 records of {name}" in capsys.readouterr().out
 
 
-def test_what_convert_writes_becomes_the_same_rows(base):
+def test_what_convert_writes_becomes_the_same_rows():
+    folder = write_folder(Path("base"), "glm4", toy_tiktoken(), padded_vocab_size=70_000)
+    base = str(folder)  # which knows tools
     call = {"role": "assistant", "content": "", "tool_calls": [
         {"function": {"name": "find", "arguments": '{"a": 1}'}}]}  # fmt: skip
     marked = [*TALK[:2], TALK[2] | {"loss": False}, *TALK[3:]]

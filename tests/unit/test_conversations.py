@@ -167,6 +167,21 @@ def test_tools_are_refused_by_a_layout_that_knows_none(tmp_path):
     assert isinstance(found[1], EncodedExample)
 
 
+@pytest.mark.parametrize("template", [None, "glm_edge", "glm4_0414"])
+def test_a_call_without_tools_is_refused_as_tools_are(template, shared, tmp_path):
+    """GLM-Edge's template leaves a result out, so a call would be taught that is never answered."""
+    file = shared / "golden" / "glm" / "chat_layouts.json"
+    text = template and json.loads(file.read_text())["families"][template]["template"]
+    write_folder(tmp_path, "glm-edge", toy_tiktoken(), template=text, vocab_size=70_000)
+    turns = (Turn(USER, "q"), Turn(ASSISTANT, "{}", "find"), Turn(OBSERVATION, "42"))
+    for example in (Example((*turns, Turn(ASSISTANT, "a"))), Example(turns[:2])):
+        (found,) = of_folder(tmp_path).encode_examples([example.supervise("each")])
+        if template == "glm4_0414":
+            assert isinstance(found, EncodedExample)
+        else:
+            assert str(found).startswith("a call of a tool, which neither glm-edge nor the")
+
+
 def test_the_published_template_of_glm_edge_writes_no_tools(shared, tmp_path):
     """A system message with tools would lose them there; a template that names them is followed."""
     published = json.loads((shared / "golden" / "glm" / "chat_layouts.json").read_text())[

@@ -98,6 +98,20 @@ def test_a_number_of_rows_of_a_single_file():
     assert len(make("  jsonl_path: zh.jsonl#10\n")[0]) == 30  # a file of that very name
 
 
+def test_rows_that_become_several_are_counted_as_often_as_they_are_taken():
+    """`kept as` was less than `kept`, and rows were `dropped` that had been written twice."""
+    said = [{"from": "human", "value": "who"}, {"from": "gpt", "value": "me"}]
+    write("two.jsonl", [{"conversations": said * 2}] * 4)
+    texts, told = make("  datasets: [{path: two.jsonl, weight: 1.5}, zh.jsonl]\n", learn="each")
+    assert len(texts) == 6 * 2 + 30
+    assert "rows        36 taken, 36 kept as 42, 0 dropped" in told
+    write("empty.jsonl", [{"conversations": said}, {"conversations": said[:1]}])
+    recipe = "  datasets: [{path: empty.jsonl, weight: 2}, zh.jsonl]\n"
+    told = make(recipe, on_bad_row="skip")[1]
+    assert "rows        32 taken, 32 kept, 0 dropped" in told
+    assert "1 bad, skipped:" in told
+
+
 def test_a_share_of_chinese_and_of_general_rows():
     texts, told = make(BOTH + "  zh_share: 0.3\n  replay: general.jsonl\n  replay_share: 0.1\n")
     nums = [sum(text.startswith(start) for text in texts) for start in ("这", "is", "general")]
@@ -182,6 +196,8 @@ def test_messages_name_all_files():
     "recipe, message",
     [
         ("  datasets: [zh.jsonl#0]", "zh.jsonl#0 takes no row"),
+        ("  datasets: [zh.jsonl#-5]", "zh.jsonl#-5: -5 behind # is no number of rows; tokenize"),
+        ("  datasets: ['zh.jsonl#']", "nothing behind # is no number of rows.* as zh.jsonl#500"),
         ("  datasets: [zh.jsonl#31]", "zh.jsonl: has 30 rows, and 31 are to be taken"),
         ("  datasets: [zh.jsonl, ./zh.jsonl]", "zh.jsonl is named twice"),
         ("  datasets: [zh.jsonl]\n  replay: zh.jsonl", "zh.jsonl is named twice"),

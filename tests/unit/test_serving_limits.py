@@ -142,6 +142,10 @@ def test_bodies_that_cannot_be_read(plain, body):
 
 def test_paths_and_methods_that_are_not_there(plain):
     assert error_of(httpx.get(f"{plain.url}/v1/embeddings"))[0] == 404
+    for found in (httpx.get(f"{plain.url}/models"), httpx.post(f"{plain.url}/chat/completions")):
+        assert found.status_code == 404
+        assert f"but /v1{found.url.path}; let the client" in found.json()["error"]["message"]
+    assert "see /openapi.json" in httpx.get(f"{plain.url}/props").json()["error"]["message"]
     assert error_of(httpx.get(f"{plain.url}/v1/chat/completions"))[0] == 405
     assert error_of(httpx.get(f"{plain.url}/v1/models/nobody")) == (404, "model_not_found")
 

@@ -121,6 +121,7 @@ def _take(out: EncodedRows, number: int, whole: _Piece, made: _Made, ends: froze
         return
     if len(kept) > 1:
         out.several[number] = len(kept)
+        out.num_added += len(kept) - 1
     if made.is_split:
         out.split.append(number)
     elif len(kept) > 1:

@@ -55,6 +55,11 @@ class Example(NamedTuple):
         """Places of the turns that the model writes."""
         return [place for place, turn in enumerate(self.turns) if turn.is_answer]
 
+    @property
+    def calls_tools(self) -> bool:
+        """Whether a tool is called, or the result of a call given."""
+        return any(turn.metadata or turn.role == OBSERVATION for turn in self.turns)
+
     def supervise(self, learn: Learn) -> "Example":
         """The same, in which each turn says whether it is supervised.
 
@@ -177,7 +182,7 @@ def rounds_of(example: Example) -> tuple[list[tuple[str, str]], str, str]:
     Raises:
         Flaw: there are tools, or turns that are no question and answer.
     """
-    if example.tools or any(turn.metadata or turn.role == OBSERVATION for turn in example.turns):
+    if example.tools or example.calls_tools:
         what, fix = "tools, which this base knows none of", "leave such rows out, or name a base"
         raise Flaw("tools", what, f"{fix} that calls tools", "tools")
     turns = list(example.turns)

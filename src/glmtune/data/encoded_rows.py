@@ -53,6 +53,8 @@ class RowCounts:
     """Names of special tokens that texts of kept rows hold."""
     several: dict[int, int] = field(default_factory=dict)
     """Rows of the source that became several, and how many."""
+    num_added: int = 0
+    """Kept rows beyond the first of each that became several, however often that one is taken."""
     split: list[int] = field(default_factory=list)
     """Those that did because they are too long."""
     cut_texts: list[int] = field(default_factory=list)

@@ -76,13 +76,20 @@ def find_source(path: str) -> Source:
 
     Raises:
         UserError: it is a list of data sets and names none of them, or one that is not there or
-            whose rows are not in files beside it; or it is a folder without files.
+            whose rows are not in files beside it; it is a folder without files; or what stands
+            behind a file's name is no number of rows.
     """
     if named := None if os.path.exists(path) else _NAMED.fullmatch(path):
         return _listed(path, named[1], named[2])
     if Path(path).name == LIST_NAME and (names := _lists(path)):
         raise UserError(
             f"{path}: lists the data sets {', '.join(names)}; name one of them as {path}#{names[0]}"
+        )
+    file, mark, num = path.rpartition("#")
+    if mark and not num.isdecimal() and os.path.isfile(file) and not os.path.exists(path):
+        raise UserError(
+            f"{path}: {num or 'nothing'} behind # is no number of rows; tokenize takes 500 of them "
+            f"as {file}#500"
         )
     return Source(path, _files_of(path))
 

@@ -49,6 +49,7 @@ def encode_texts(
                 out.split.append(row.row)
             if len(parts) > 1:
                 out.several[row.row] = len(parts)
+                out.num_added += len(parts) - 1
         num_lost = len(whole) - sum(map(len, parts))
         out.num_targets_lost += num_lost
         out.num_ends += not num_lost

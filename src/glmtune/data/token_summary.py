@@ -29,6 +29,10 @@ class TokenizeSummary:
     jsonl_path: str
     save_path: str
     card: DataCard
+    num_rows: int
+    """Rows of the file, or taken of several; one that is taken twice counts twice."""
+    num_kept: int
+    """Those of them that were kept, whole or in part."""
     bad_rows: list[BadRow]
     fields: FieldUse
     advice: str | None
@@ -40,13 +44,11 @@ class TokenizeSummary:
 
     def __str__(self) -> str:
         card, limit = self.card, self.card.flags["max_seq_length"]
-        assert card.num_read is not None
-        num_kept = card.num_kept - sum(card.rows_several.values()) + len(card.rows_several)
-        written = f" as {card.num_kept:,}" if card.num_kept > num_kept else ""
+        written = f" as {card.num_kept:,}" if card.num_kept > self.num_kept else ""
         lines = [
             f"{self.jsonl_path} -> {self.save_path}",
-            f"  rows        {card.num_read:,} read, {num_kept:,} kept{written}, "
-            f"{card.num_read - num_kept:,} dropped",
+            f"  rows        {self.num_rows:,} {'taken' if self.of_sets else 'read'}, "
+            f"{self.num_kept:,} kept{written}, {self.num_rows - self.num_kept:,} dropped",
             *(f"  {line}" for line in self.of_sets),
         ]
         lines += [f"    {line}" for line in describe_rows(card.rows_out, card.rows_cut, limit)]
@@ -100,15 +102,18 @@ def summarise(
 ) -> TokenizeSummary:
     """The summary of files whose rows have all been encoded."""
     file, counts = joined(sets)
+    of_sets = tuple(describe(sets))
     return TokenizeSummary(
         name_of(sets),
         settings.save_path,
         card,
+        file.num_good if of_sets else file.num_rows,
+        len(counts.lengths) - counts.num_added,
         _all_bad(file, counts),
         file.fields,
         counts.advice(settings.max_seq_length),
         describe_texts(counts, tokenizer, file.is_text),
-        tuple(describe(sets)),
+        of_sets,
     )
 
 

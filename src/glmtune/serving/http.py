@@ -232,19 +232,19 @@ def _answer_errors(app: FastAPI) -> None:
     def said(error: RequestError) -> Response:
         return Json(error.body(), error.status, headers=error.headers)
 
-    def handler(make: Callable[[Any], RequestError]) -> Any:
-        async def handle(_: Request, error: Exception) -> Response:
-            return said(make(error))
+    def handler(make: Callable[[Any, Request], RequestError]) -> Any:
+        async def handle(request: Request, error: Exception) -> Response:
+            return said(make(error, request))
 
         return handle
 
-    app.add_exception_handler(RequestError, handler(lambda error: error))
+    app.add_exception_handler(RequestError, handler(lambda error, _: error))
     app.add_exception_handler(RequestValidationError, handler(_of_validation))
     app.add_exception_handler(HTTPException, handler(_of_http))
-    app.add_exception_handler(Exception, handler(lambda _: failed("something went wrong here")))
+    app.add_exception_handler(Exception, handler(lambda *_: failed("something went wrong here")))
 
 
-def _of_validation(error: RequestValidationError) -> RequestError:
+def _of_validation(error: RequestValidationError, _: Request) -> RequestError:
     """The first mistake of a body, by the name of its field."""
     first = error.errors()[0]
     if first["type"] == "json_invalid" or first["loc"] == ("body",):
@@ -258,9 +258,13 @@ def _of_validation(error: RequestValidationError) -> RequestError:
     return RequestError(400, f"{where}: {first['msg']}", param=param)
 
 
-def _of_http(error: HTTPException) -> RequestError:
+def _of_http(error: HTTPException, request: Request) -> RequestError:
+    meant = f"/v1{request.url.path}"
+    is_known = any(getattr(route, "path", None) == meant for route in request.app.routes)
     words = {
-        404: "there is no such path; see /openapi.json",
+        404: f"there is no such path, but {meant}; let the client's base_url end in /v1"
+        if is_known
+        else "there is no such path; see /openapi.json",
         405: "this path does not take that method",
     }
     message = words.get(error.status_code, "the request cannot be read")

@@ -42,6 +42,8 @@ from glmtune.models.special_names import MARK, beginning_of, encode_around, patt
 CONFIG_FILE = "config.json"
 # Rows of a published embedding that no token has: fewer than these.
 SPARE_ROWS = 400
+# What a chat template is asked with, whether it knows tools.
+_ANY_TOOL = ({"name": "tool"},)
 
 
 class ConversationEncoder:
@@ -298,7 +300,8 @@ class ConversationEncoder:
         """The turns of a conversation in the layout's order and words, its tools the first of them.
 
         Raises:
-            Flaw: the layout cannot write its tools, or a role has no token.
+            Flaw: the layout knows no tools, and there are some or a call of one; or a role has no
+                token.
         """
         layout, turns = self.layout, list(example.turns)
         for turn in turns:
@@ -314,16 +317,18 @@ class ConversationEncoder:
             ]
         if layout.hoists_system:
             turns.sort(key=lambda turn: turn.role != SYSTEM)
-        if not example.tools:
+        # A layout that describes no tools has no place for a call either, unless the template has.
+        if not (example.tools or (example.calls_tools and layout.write_tools is None)):
             return turns
-        described = tools_of_template(self, example.tools)
+        described = tools_of_template(self, example.tools or _ANY_TOOL)
         if described is None and layout.write_tools is not None:
             described = layout.write_tools(example.tools)
         if described is None:
-            what = f"tools, which neither {layout.name} nor the folder's chat template knows"
+            what = "tools" if example.tools else "a call of a tool"
+            what += f", which neither {layout.name} nor the folder's chat template knows"
             fix = "leave such rows out, or name a base that calls tools"
             raise Flaw("tools", what, fix, "tools")
-        return [Turn(SYSTEM, described), *turns]
+        return [Turn(SYSTEM, described), *turns] if example.tools else turns
 
     def _texts_of(self, turn: Turn) -> list[str]:
         """What is encoded of a turn, piece by piece; a newline alone has ids that are known.
