@@ -40,8 +40,7 @@ def shard_base(model: nn.Module, base: PreTrainedModel, device: torch.device) ->
     is_tied = len({getattr(table, "weight", table) for table in tables}) < len(tables)
     # A table that embedding and head have in common is gathered for both at once.
     units: list[Any] = [*layers_of(base), *([list(tables)] if is_tied else tables)]
-    within = {p for unit in units for module in _modules(unit) for p in module.parameters()}
-    whole = {p for p in model.parameters() if p.requires_grad or p not in within}
+    whole = _kept_whole(model, units)
     for parameter in whole:
         parameter.data = parameter.data.to(device)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
@@ -54,6 +53,16 @@ def shard_base(model: nn.Module, base: PreTrainedModel, device: torch.device) ->
     ids = family_of(base.config).probe_row(base.config)
     with torch.no_grad():
         model(input_ids=torch.tensor([ids], device=device), use_cache=False)
+
+
+def _kept_whole(model: nn.Module, units: Sequence[Any]) -> set[nn.Parameter]:
+    """What trains, and what is in no unit.
+
+    Nothing else may be kept: a parameter that is shared out would stay whole on the device as long
+    as somebody refers to it.
+    """
+    within = {p for unit in units for module in _modules(unit) for p in module.parameters()}
+    return {p for p in model.parameters() if p.requires_grad or p not in within}
 
 
 def _modules(unit: nn.Module | Sequence[nn.Module]) -> Sequence[nn.Module]:
