@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from separate import alone, questions, together
+from separate import NUM_SLOTS, admit, alone, questions, together
 from serving import strong_adapters
 
 from glmtune.adapters import attach_lora
@@ -70,6 +70,49 @@ def test_mixed_rows_are_those_of_one_adapter_at_a_time():
                 torch.tensor([score.chosen for score in its]), torch.tensor(scores), atol=1e-3
             )
     assert plain[0] != plain[1] != plain[2]
+
+
+@torch.inference_mode()
+def test_a_prompt_is_written_to_its_own_columns_alone(decoder):
+    """Whole rows of the cache take a GPU as long as a quarter of the pass itself."""
+    slots, (first, second) = Slots(decoder, NUM_SLOTS), long_questions()
+    admit(slots, [3], [first])
+    before, num_columns = 2.0**13, slots.num_columns
+    for tensor in slots._buffers.cache:
+        tensor.fill_(before)
+    admit(slots, [1], [second])
+    width = decoder.reads(len(second[0].ids), 1)[1]
+    assert slots.num_columns == num_columns > width
+    for tensor in slots._buffers.cache:
+        assert (tensor[:, 1, :, :width] != before).all()
+        tensor[:, 1, :, :width] = before
+        assert (tensor == before).all()
+
+
+@torch.inference_mode()
+def test_a_slot_whose_row_left_before_its_fault_was_read_is_clean_for_the_next(decoder):
+    slots, (first, second) = Slots(decoder, NUM_SLOTS), long_questions()
+    slots.admit([2], [first[0]], [first[1]], [()])
+    slots.look()
+    slots._buffers.cache.values[0, 2] = torch.nan
+    assert slots.step() == 1
+    notes = slots.note()
+    slots.release(2)
+    assert slots.read(notes) == [[]] * NUM_SLOTS
+    admit(slots, [2], [second])
+    found = slots.look()[2]
+    while slots.num_live:
+        slots.step()
+        found += slots.look()[2]
+    assert found == alone(decoder, second)[0]
+
+
+def long_questions():
+    """Two questions whose answers take several steps."""
+    return [
+        (prompt, settings.model_copy(update={"max_new_tokens": 200}), adapter)
+        for prompt, settings, adapter in questions(2, 4, ENDS)
+    ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
