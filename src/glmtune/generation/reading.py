@@ -3,8 +3,9 @@
 Shapes: B rows of a pass, S columns of the longest prompt, K columns of the buffers, V vocabulary.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -126,3 +127,42 @@ def read_prompts(
         cache,
         row_B,
     )
+
+
+class CapturedPass(NamedTuple):
+    """A pass of one size as a CUDA graph, which the host launches at once."""
+
+    given: PromptPass
+    """What the graph reads, always in the same place."""
+    replay: Callable[[], None]
+    logits_BV: Tensor
+    """What the graph writes beside the cache."""
+
+    @classmethod
+    def of(
+        cls,
+        graph: Callable[[Callable[[], Tensor], int], Any],
+        decoder: "Decoder",
+        given: PromptPass,
+        cache: KeyValueCache,
+    ) -> "CapturedPass":
+        """Capture a pass; the slots that it is given are written meanwhile.
+
+        Args:
+            graph: captures work after running it a number of times; see `Slots`.
+            decoder: with separate rows.
+            given: the first pass of this size.
+            cache: of all slots.
+        """
+        table_BX, angles = given
+        kept = PromptPass(table_BX.clone(), Angles(*(angle.clone() for angle in angles)))
+        work = partial(read_prompts, decoder, kept, cache, kept.slot_B)
+        return cls(kept, *graph(work, 1))
+
+    def read(self, given: PromptPass) -> Tensor:
+        """Read the prompts of another pass; logits ``(B, V)`` that the next one overwrites."""
+        self.given.table_BX.copy_(given.table_BX)
+        for kept, new in zip(self.given.angles_BS, given.angles_BS, strict=True):
+            kept.copy_(new)
+        self.replay()
+        return self.logits_BV

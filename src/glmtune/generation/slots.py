@@ -13,7 +13,7 @@ K columns of the buffers, V vocabulary.
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from glmtune.config.groups import AnswerSettings
 from glmtune.errors import UserError
 from glmtune.generation.buffers import Buffers
 from glmtune.generation.prompts import EncodedPrompt
-from glmtune.generation.reading import Placed, PromptPass, read_prompts
+from glmtune.generation.reading import CapturedPass, Placed, PromptPass, read_prompts
 from glmtune.generation.reference import NOT_FINITE
 from glmtune.generation.sampling import (
     Sampling,
@@ -41,10 +41,15 @@ from glmtune.models.packed import move
 if TYPE_CHECKING:
     from glmtune.generation.decoder import Decoder
 
+T = TypeVar("T")
+
 COLUMNS_PER_GROWTH = 128
 """Buffers have a multiple of this many columns: few sizes, so that few steps are captured."""
 WARM_UP_STEPS = 3
 """Steps run before a capture, so that what libraries set up at first use is not captured."""
+MOST_COLUMNS_CAPTURED = 1024
+"""Wider passes of prompts keep a GPU busy for longer than the host needs to launch them, and so few
+sizes are captured (of `Decoder.reads`, 16)."""
 
 
 @dataclass
@@ -100,7 +105,10 @@ class Slots:
         self._buffers: Buffers | None = None
         self._replays: dict[tuple[bool, bool], Callable[[], None]] = {}
         """Captured steps: whether all rows take the likeliest token, and whether any has scores."""
+        self._passes: dict[torch.Size, CapturedPass | None] = {}
+        """Captured passes that read prompts; None for a size that found no memory."""
         self._pool: Any = None
+        """Memory of all captured work, which never runs at the same time."""
 
     @property
     def num_live(self) -> int:
@@ -164,7 +172,7 @@ class Slots:
             part = part.with_scores()
         index: slice | Tensor = read.slot_B[:count]
         if decoder.separate:
-            logits_BV = read_prompts(decoder, read, buffers.cache, read.slot_B)
+            logits_BV = self._read_prompts(buffers, read)
         else:
             index = slice(slots[0], slots[-1] + 1)
             assert list(slots) == list(range(len(self.rows))[index]), "slots are not neighbours"
@@ -322,7 +330,7 @@ class Slots:
         old = self._buffers
         if old is not None and self.num_columns >= num_columns:
             return old
-        self._replays, self._pool = {}, None
+        self._replays, self._passes, self._pool = {}, {}, None
         if not self.num_live:
             old = self._buffers = None  # frees the memory first
         new = Buffers.zeros(
@@ -364,13 +372,36 @@ class Slots:
         moved = buffers.live_B1, buffers.tokens_BK, buffers.seen_BV, buffers.count_BV
         before = [tensor.clone() for tensor in moved]
         buffers.live_B1.zero_()
-        step = partial(self._step, buffers, plain, scored)
-        with torch.cuda.device(self.decoder.device):
-            graph, _ = capture_graph(step, WARM_UP_STEPS, step, pool=self._pool)
-        self._pool = graph.pool()
+        replay, _ = self._graph(partial(self._step, buffers, plain, scored), WARM_UP_STEPS)
         for tensor, kept in zip(moved, before, strict=True):
             tensor.copy_(kept)
-        return graph.replay
+        return replay
+
+    def _graph(self, work: Callable[[], T], warm_up: int) -> tuple[Callable[[], None], T]:
+        """Capture work on the decoder's GPU: what does it again, and where it leaves its result."""
+        with torch.cuda.device(self.decoder.device):
+            graph, made = capture_graph(work, warm_up, work, pool=self._pool)
+        self._pool = graph.pool()
+        return graph.replay, made
+
+    def _read_prompts(self, buffers: Buffers, given: PromptPass) -> Tensor:
+        """Read prompts into their slots; a pass that the host launches slowly is captured first.
+
+        Returns:
+            Logits ``(B, V)``, which the next pass may overwrite.
+        """
+        size = given.table_BX.shape
+        captures = self.decoder.captures and given.ids_BS.shape[1] <= MOST_COLUMNS_CAPTURED
+        if captures and size not in self._passes:
+            try:
+                self._passes[size] = CapturedPass.of(
+                    self._graph, self.decoder, given, buffers.cache
+                )
+            except torch.OutOfMemoryError:
+                self._passes[size] = None
+        if captures and (captured := self._passes[size]) is not None:
+            return captured.read(given)
+        return read_prompts(self.decoder, given, buffers.cache, given.slot_B)
 
     def _step(
         self,
