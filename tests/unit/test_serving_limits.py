@@ -1,11 +1,13 @@
 """What a server refuses, limits and survives: keys, pages, sizes, queues, memory, signals."""
 
+import asyncio
 import json
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 
 import httpx
 import openai
@@ -17,10 +19,13 @@ from glmtune.config.serving import ServeSettings
 from glmtune.errors import UserError
 from glmtune.generation import EncodedPrompt
 from glmtune.generation.sampling import ChoiceSettings
+from glmtune.generation.slots import Slots
+from glmtune.serving.engine import Engine
 from glmtune.serving.guards import check_address
 from glmtune.serving.load import load
 from glmtune.serving.run import bind
 from glmtune.serving.scheduler import Scheduler, Work
+from glmtune.serving.schema import ChatRequest
 
 ENDLESS = {"max_tokens": 1500, "temperature": 0, "ignore_eos": True}
 
@@ -186,6 +191,71 @@ def test_clients_have_equal_shares(loaded):
         scheduler.running.clear()
     assert order[:2] == ["greedy", "late"]
     assert "later" in order[:4]
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_prompts_are_read_before_the_last_ones_tokens_are_waited_for(loaded, monkeypatch, overlaps):
+    """On a GPU; each answer is the same, also one of a single token."""
+    asked = [work(f"client {n}", length=3 + n, tokens=1 + (n + 2) % 4) for n in range(6)]
+    told, order = {each: [] for each in asked}, []
+
+    def deliver(news):
+        for each, update in news:
+            told[each] += update.ids
+
+    scheduler = Scheduler(loaded.decoder, 6, 99, deliver)
+    scheduler.overlaps, slots = overlaps, scheduler.slots
+    admit, read = slots.admit, slots.read
+    slots.admit = lambda *given: (order.append("admit"), admit(*given))[1]
+    slots.read = lambda notes: (order.append("read"), read(notes))[1]
+    monkeypatch.setattr(loaded.decoder, "most_prompts", lambda _: 2)
+    scheduler.submit(asked)
+    scheduler.start()
+    until(lambda: not scheduler.num_open)
+    scheduler.close()
+    beginning = ["admit", "admit", "read", "admit", "read"] if overlaps else ["admit", "read"] * 3
+    assert order[: len(beginning)] == beginning
+    for each in asked:
+        slots = Slots(loaded.decoder, 1)
+        slots.admit([0], [each.prompt], [each.settings], [()])
+        expected = slots.look()[0]
+        while slots.num_live:
+            slots.step()
+            expected += slots.look()[0]
+        assert told[each] == expected
+        assert len(expected) == each.settings.max_new_tokens
+
+
+def test_requests_that_arrive_together_are_read_together(loaded, monkeypatch):
+    """Those that the event loop has in its hands; a pass of them does not begin with the first."""
+    groups = []
+    admit = Scheduler._admit
+    monkeypatch.setattr(
+        Scheduler, "_admit", lambda self, group: (groups.append(len(group)), admit(self, group))[1]
+    )
+    body = {"model": "base", "messages": question("hi"), "max_tokens": 1}
+
+    async def ask(engine):
+        engine.start()
+        for number in range(5):
+            if number:
+                time.sleep(0.05)  # what reading a request takes, and the scheduler is idle
+            opened = engine.chat(ChatRequest(**body), "somebody")
+        assert not groups
+        async for _ in opened.pieces():
+            pass
+        lone = engine.chat(ChatRequest(**body), "somebody")
+        async for _ in lone.pieces():
+            pass
+        full = -(-512 // 64)
+        for _ in range(full):
+            opened = engine.chat(ChatRequest(**body), "somebody")
+        until(lambda: sum(groups) == 6 + full)  # the event loop stands still meanwhile
+
+    engine = Engine(loaded, ServeSettings(base="glm-tiny", use_cpu=True))
+    asyncio.run(ask(engine))
+    engine.close()
+    assert groups == [5, 1, 8]
 
 
 def test_without_memory_one_request_is_refused_and_others_go_on(plain, monkeypatch):

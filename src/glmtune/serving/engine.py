@@ -293,7 +293,10 @@ class Engine:
         found = Open(self, request, choices, sum(len(ids) for _, ids in prompts))
         for choice in choices:
             choice.work.news = found, choice
-        self.scheduler.submit([choice.work for choice in choices])
+        # Requests that have arrived together are read together: those whose turn in the event loop
+        # comes before that of `no_more_come`.
+        self.scheduler.submit([choice.work for choice in choices], more_may_come=True)
+        asyncio.get_running_loop().call_soon(self.scheduler.no_more_come)
         self.open.add(found)
         return found
 
