@@ -21,7 +21,9 @@ from glmtune.generation import EncodedPrompt
 from glmtune.generation.sampling import ChoiceSettings
 from glmtune.generation.slots import Slots
 from glmtune.serving.engine import Engine
+from glmtune.serving.forms import ChatForm
 from glmtune.serving.guards import check_address
+from glmtune.serving.http import EventStream
 from glmtune.serving.load import load
 from glmtune.serving.run import bind
 from glmtune.serving.scheduler import Scheduler, Work
@@ -258,6 +260,35 @@ def test_requests_that_arrive_together_are_read_together(loaded, monkeypatch):
     assert groups == [5, 1, 8]
 
 
+def test_events_that_are_known_together_are_sent_together(loaded):
+    """Each send is a call of the system; an answer of one token is one."""
+    body = {"model": "base", "messages": question("hi"), "stream": True, "temperature": 0}
+
+    async def bodies(engine, num_tokens):
+        opened = engine.chat(ChatRequest(**body, max_tokens=num_tokens, ignore_eos=True), "")
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        never = asyncio.Event()
+        await EventStream(opened, {"id": "a"}, ChatForm(engine.texts))({}, never.wait, send)
+        assert [message["type"] for message in sent[:1]] == ["http.response.start"]
+        assert [message["more_body"] for message in sent[1:]] == [True] * (len(sent) - 2) + [False]
+        return [message["body"].count(b"data: ") for message in sent[1:]]
+
+    async def ask():
+        engine.start()
+        assert await bodies(engine, 1) == [3]  # the role, the token, [DONE]
+        first, *between, last = await bodies(engine, 40)
+        assert (first, last) == (2, 2)
+        assert set(between) == {1}
+
+    engine = Engine(loaded, ServeSettings(base="glm-tiny", use_cpu=True))
+    asyncio.run(ask())
+    engine.close()
+
+
 def test_without_memory_one_request_is_refused_and_others_go_on(plain, monkeypatch):
     streams = hold(plain)
     admit = plain.scheduler.slots.admit
@@ -297,6 +328,28 @@ def test_ids_that_are_no_prompt_of_the_model_are_refused(plain, ids, words):
     assert error_of(ask(ids))[0] == 400
     assert words in ask(ids).json()["error"]["message"]
     assert ask([5, 6, 2648, 2651]).status_code == 200
+
+
+def test_ids_that_end_as_the_familys_prompts_do_are_checked_without_torch(plain, monkeypatch):
+    """As long as the event loop computes with torch, the thread that answers may hold it up."""
+    asked, check = [], plain.loaded.decoder.block.layout
+
+    def layout(ids_BK, config):
+        asked.append(threading.current_thread().name)
+        return check(ids_BK, config)
+
+    block = plain.loaded.decoder.block._replace(layout=layout)
+    monkeypatch.setattr(plain.loaded.decoder, "block", block)
+    for prompt, threads in (
+        ([5, 6, 2648, 2651], {"scheduler"}),
+        ([5, 2651, 6, 2648, 2651], {"other"}),  # would be read as [5], without [gMASK]
+        ([5, 2648, 2651, 6], {"scheduler", "other"}),
+    ):
+        body = {"model": "base", "prompt": prompt, "max_tokens": 2}
+        response = httpx.post(f"{plain.url}/v1/completions", json=body)
+        assert response.status_code == (200 if "scheduler" in threads else 400)
+        assert {name if name == "scheduler" else "other" for name in asked} == threads
+        asked.clear()
 
 
 def test_what_no_request_should_bring_about_ends_that_request_alone(plain, monkeypatch, capfd):
