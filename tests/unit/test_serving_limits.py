@@ -228,6 +228,21 @@ def test_prompts_are_read_before_the_last_ones_tokens_are_waited_for(loaded, mon
         assert len(expected) == each.settings.max_new_tokens
 
 
+def test_answers_that_run_wait_for_fewer_passes_than_those_that_begin(loaded, monkeypatch):
+    scheduler, order = Scheduler(loaded.decoder, 14, 99, lambda news: None), []
+    slots = scheduler.slots
+    admit, step = slots.admit, slots.step
+    slots.admit = lambda *given: (order.append("pass"), admit(*given))[1]
+    slots.step = lambda times: (order.append("step"), step(times))[1]
+    monkeypatch.setattr(loaded.decoder, "most_prompts", lambda _: 1)
+    scheduler.submit([work("one", tokens=9) for _ in range(14)])
+    scheduler.start()
+    until(lambda: not scheduler.num_open)
+    scheduler.close()
+    turns = "".join(each[0] for each in order).split("s")
+    assert turns[:4] == ["p" * 8, "p" * 4, "p" * 2, ""]
+
+
 def test_requests_that_arrive_together_are_read_together(loaded, monkeypatch):
     """Those that the event loop has in its hands; a pass of them does not begin with the first."""
     groups = []

@@ -254,8 +254,8 @@ class Engine:
         if not ids or not all(0 <= id_ < limit for id_ in ids):
             message = f"prompt: ids have to be 0 to {limit - 1}, at least one of them"
             raise RequestError(400, message, param="prompt")
-        # torch lets go of the interpreter in each of its functions, and waits for it again: it is not
-        # asked in the event loop of a prompt that ends as those of the family do.
+        # Each function of torch lets go of the interpreter and waits for it again, so in the event
+        # loop it is not asked of a prompt that ends as those of the family do.
         ends = self._ends
         if ends and list(ids[-len(ends) :]) == ends and all(ids.count(end) == 1 for end in ends):
             return

@@ -21,6 +21,8 @@ from glmtune.serving.errors import RequestError, failed, overloaded, unavailable
 
 MOST_PASSES_BETWEEN_STEPS = 4
 """Prompts are read that many passes long before running answers get their next token."""
+MOST_PASSES_AT_FIRST = 8
+"""That many where no answer was running before: all that wait then have their first token."""
 STOP, LENGTH = "stop", "length"
 
 
@@ -185,7 +187,7 @@ class Scheduler:
                     return
                 self._drop_cancelled()
             self._expire()
-            for _ in range(MOST_PASSES_BETWEEN_STEPS):
+            for _ in range(MOST_PASSES_BETWEEN_STEPS if self.running else MOST_PASSES_AT_FIRST):
                 if not (group := self._next_group()):
                     break
                 pending = self._begin(group, pending)
