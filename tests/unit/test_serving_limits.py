@@ -228,6 +228,35 @@ def test_prompts_are_read_before_the_last_ones_tokens_are_waited_for(loaded, mon
         assert len(expected) == each.settings.max_new_tokens
 
 
+def test_who_follows_in_a_slot_does_not_get_the_last_ones_end(loaded):
+    """On a GPU one more step is under way when an answer ends, and is noted for its slot too."""
+    first, second = work("first", tokens=20), work("second", length=9, tokens=7)
+    told = {first: [], second: []}
+
+    def deliver(news):
+        for each, update in news:
+            told[each].append(update)
+
+    slots = Slots(loaded.decoder, 1)
+    slots.admit([0], [first.prompt], [first.settings], [()])
+    made = slots.look()[0]
+    while len(set(made)) < 2:
+        slots.step()
+        made += slots.look()[0]
+    first.stop_ids = made[-1:]
+    scheduler = Scheduler(loaded.decoder, 1, 99, deliver)
+    scheduler.overlaps = True
+    scheduler.submit([first, second])
+    scheduler.start()
+    until(lambda: not scheduler.num_open)
+    scheduler.close()
+    ids = {each: [id_ for update in news for id_ in update.ids] for each, news in told.items()}
+    ends = [[update.finish for update in news if update.is_last] for news in told.values()]
+    assert ids[first] == made
+    assert len(ids[second]) == 7
+    assert ends == [["stop"], ["length"]]
+
+
 def test_answers_that_run_wait_for_fewer_passes_than_those_that_begin(loaded, monkeypatch):
     scheduler, order = Scheduler(loaded.decoder, 14, 99, lambda news: None), []
     slots = scheduler.slots

@@ -16,7 +16,7 @@ import torch
 
 from glmtune.generation import Decoder, EncodedPrompt
 from glmtune.generation.sampling import ChoiceSettings
-from glmtune.generation.slots import Notes, Slots, TokenScore
+from glmtune.generation.slots import Notes, Row, Slots, TokenScore
 from glmtune.serving.errors import RequestError, failed, overloaded, unavailable
 
 MOST_PASSES_BETWEEN_STEPS = 4
@@ -60,6 +60,8 @@ class Work:
     client: str
     deadline: float
     slot: int | None = None
+    row: Row | None = None
+    """What its slot holds, once its prompt has been read."""
     is_cancelled: bool = False
     submitted: float = field(default_factory=time.monotonic)
     news: Any = None
@@ -322,6 +324,8 @@ class Scheduler:
                 [work.stop_ids for work in group],
                 [work.adapter for work in group],
             )
+            for work in group:
+                work.row = None if work.slot is None else self.slots.rows[work.slot]
             self.num_prompt_tokens += sum(len(work.prompt.ids) for work in group)
         except Exception as error:
             is_short = isinstance(error, RuntimeError) and is_out_of_memory(error)
@@ -351,8 +355,8 @@ class Scheduler:
         made = self.slots.read(notes)
         for slot in notes.rows:
             work = self.running.get(slot)
-            if work is None:
-                continue
+            if work is None or work.row is not notes.rows[slot][0]:
+                continue  # what was noted is of one before it, who has ended
             if slot in self.slots.faulty:
                 del self.running[slot]
                 message = "the model's scores were not finite; bfloat16 or float32 may help"
