@@ -1,10 +1,15 @@
 """`bench serve`: its figures agree, and every answer is that of its prompt alone."""
 
+import asyncio
 import json
+from statistics import mean
+from types import SimpleNamespace
 
 import pytest
 
 from glmtune.cli import main
+from glmtune.serving import clients
+from glmtune.serving.clients import Asking, Question
 
 
 @pytest.mark.slow  # a server and its clients are processes of their own
@@ -20,4 +25,44 @@ def test_clients_are_answered_without_errors(tmp_path, capsys):
         share = figures["tokens_per_second"] / figures["decoder_tokens_per_second"]
         assert figures["share_of_decoder"] == pytest.approx(share)
         assert 0 < figures["first_token_ms_p50"] <= figures["first_token_ms_p99"]
-    assert "mixing" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "mixing" in printed
+    assert "4 that ask together" in printed
+
+
+@pytest.mark.parametrize("pause", [0.0, 2.0])
+def test_clients_that_pause_do_not_ask_together(monkeypatch, pause):
+    """In a time of the test's own, in which an answer takes a second."""
+    now, waits = [0.0], []
+
+    async def ask(asking, question):
+        now[0] += 1
+        return question
+
+    async def sleep(wait):
+        waits.append(wait)
+        now[0] += wait
+
+    monkeypatch.setattr(clients, "ask", ask)
+    monkeypatch.setattr(clients, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(clients, "asyncio", SimpleNamespace(sleep=sleep))
+    questions = [Question("base", 0), Question("base", 1)]
+    answering = clients._one_after_another(Asking(0, [[]], 1, 600.0, pause), questions)
+    answered = asyncio.run(answering)
+    assert answered[:3] == [*questions, questions[0]]
+    if not pause:
+        assert not waits
+        assert len(answered) == 600
+    else:
+        assert len(set(waits)) == len(waits) == len(answered)
+        assert mean(waits) == pytest.approx(pause, rel=0.2)
+        assert now[0] <= 601
+
+
+@pytest.mark.slow
+def test_a_pause_is_printed_and_kept(tmp_path, capsys):
+    line = "bench serve --shape small --clients 2 --seconds 1 --prompts 2 --pause 0.25 "
+    line += "--prompt_length 9 --max_new_tokens 6 --use_cpu --json_path"
+    assert main([*line.split(), str(tmp_path / "figures.jsonl")]) == 0
+    assert json.loads((tmp_path / "figures.jsonl").read_text())["pause"] == 0.25
+    assert "2 that each wait 0.25 s on average" in capsys.readouterr().out

@@ -268,7 +268,7 @@ def test_no_memory_is_told_and_the_chat_goes_on(talk, monkeypatch):
     def no_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("glmtune.generation.slots.prefill", no_memory)
+    monkeypatch.setattr("glmtune.generation.reading.prefill", no_memory)
     printed, _ = talk(QUESTION, "/help")
     assert printed[0].startswith("error: no memory for a conversation of ")
     assert printed[1] == "commands"

@@ -168,7 +168,7 @@ def test_no_memory_is_told_with_the_batch_size(answer, monkeypatch):
     def no_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("glmtune.generation.slots.prefill", no_memory)
+    monkeypatch.setattr("glmtune.generation.reading.prefill", no_memory)
     with pytest.raises(UserError, match="per_device_eval_batch_size 2: no memory"):
         answer([[5, 6], [7]])
 

@@ -1,11 +1,13 @@
 """What a server refuses, limits and survives: keys, pages, sizes, queues, memory, signals."""
 
+import asyncio
 import json
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 
 import httpx
 import openai
@@ -17,10 +19,15 @@ from glmtune.config.serving import ServeSettings
 from glmtune.errors import UserError
 from glmtune.generation import EncodedPrompt
 from glmtune.generation.sampling import ChoiceSettings
+from glmtune.generation.slots import Slots
+from glmtune.serving.engine import Engine
+from glmtune.serving.forms import ChatForm
 from glmtune.serving.guards import check_address
+from glmtune.serving.http import EventStream
 from glmtune.serving.load import load
 from glmtune.serving.run import bind
 from glmtune.serving.scheduler import Scheduler, Work
+from glmtune.serving.schema import ChatRequest
 
 ENDLESS = {"max_tokens": 1500, "temperature": 0, "ignore_eos": True}
 
@@ -192,6 +199,144 @@ def test_clients_have_equal_shares(loaded):
     assert "later" in order[:4]
 
 
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_prompts_are_read_before_the_last_ones_tokens_are_waited_for(loaded, monkeypatch, overlaps):
+    """On a GPU; each answer is the same, also one of a single token."""
+    asked = [work(f"client {n}", length=3 + n, tokens=1 + (n + 2) % 4) for n in range(6)]
+    told, order = {each: [] for each in asked}, []
+
+    def deliver(news):
+        for each, update in news:
+            told[each] += update.ids
+
+    scheduler = Scheduler(loaded.decoder, 6, 99, deliver)
+    scheduler.overlaps, slots = overlaps, scheduler.slots
+    admit, read = slots.admit, slots.read
+    slots.admit = lambda *given: (order.append("admit"), admit(*given))[1]
+    slots.read = lambda notes: (order.append("read"), read(notes))[1]
+    monkeypatch.setattr(loaded.decoder, "most_prompts", lambda _: 2)
+    scheduler.submit(asked)
+    scheduler.start()
+    until(lambda: not scheduler.num_open)
+    scheduler.close()
+    beginning = ["admit", "admit", "read", "admit", "read"] if overlaps else ["admit", "read"] * 3
+    assert order[: len(beginning)] == beginning
+    for each in asked:
+        slots = Slots(loaded.decoder, 1)
+        slots.admit([0], [each.prompt], [each.settings], [()])
+        expected = slots.look()[0]
+        while slots.num_live:
+            slots.step()
+            expected += slots.look()[0]
+        assert told[each] == expected
+        assert len(expected) == each.settings.max_new_tokens
+
+
+def test_who_follows_in_a_slot_does_not_get_the_last_ones_end(loaded):
+    """On a GPU one more step is under way when an answer ends, and is noted for its slot too."""
+    first, second = work("first", tokens=20), work("second", length=9, tokens=7)
+    told = {first: [], second: []}
+
+    def deliver(news):
+        for each, update in news:
+            told[each].append(update)
+
+    slots = Slots(loaded.decoder, 1)
+    slots.admit([0], [first.prompt], [first.settings], [()])
+    made = slots.look()[0]
+    while len(set(made)) < 2:
+        slots.step()
+        made += slots.look()[0]
+    first.stop_ids = made[-1:]
+    scheduler = Scheduler(loaded.decoder, 1, 99, deliver)
+    scheduler.overlaps = True
+    scheduler.submit([first, second])
+    scheduler.start()
+    until(lambda: not scheduler.num_open)
+    scheduler.close()
+    ids = {each: [id_ for update in news for id_ in update.ids] for each, news in told.items()}
+    ends = [[update.finish for update in news if update.is_last] for news in told.values()]
+    assert ids[first] == made
+    assert len(ids[second]) == 7
+    assert ends == [["stop"], ["length"]]
+
+
+def test_answers_that_run_wait_for_fewer_passes_than_those_that_begin(loaded, monkeypatch):
+    scheduler, order = Scheduler(loaded.decoder, 14, 99, lambda news: None), []
+    slots = scheduler.slots
+    admit, step = slots.admit, slots.step
+    slots.admit = lambda *given: (order.append("pass"), admit(*given))[1]
+    slots.step = lambda times: (order.append("step"), step(times))[1]
+    monkeypatch.setattr(loaded.decoder, "most_prompts", lambda _: 1)
+    scheduler.submit([work("one", tokens=9) for _ in range(14)])
+    scheduler.start()
+    until(lambda: not scheduler.num_open)
+    scheduler.close()
+    turns = "".join(each[0] for each in order).split("s")
+    assert turns[:4] == ["p" * 8, "p" * 4, "p" * 2, ""]
+
+
+def test_requests_that_arrive_together_are_read_together(loaded, monkeypatch):
+    """Those that the event loop has in its hands; a pass of them does not begin with the first."""
+    groups = []
+    admit = Scheduler._admit
+    monkeypatch.setattr(
+        Scheduler, "_admit", lambda self, group: (groups.append(len(group)), admit(self, group))[1]
+    )
+    body = {"model": "base", "messages": question("hi"), "max_tokens": 1}
+
+    async def ask(engine):
+        engine.start()
+        for number in range(5):
+            if number:
+                time.sleep(0.05)  # what reading a request takes, and the scheduler is idle
+            opened = engine.chat(ChatRequest(**body), "somebody")
+        assert not groups
+        async for _ in opened.pieces():
+            pass
+        lone = engine.chat(ChatRequest(**body), "somebody")
+        async for _ in lone.pieces():
+            pass
+        full = -(-512 // 64)
+        for _ in range(full):
+            opened = engine.chat(ChatRequest(**body), "somebody")
+        until(lambda: sum(groups) == 6 + full)  # the event loop stands still meanwhile
+
+    engine = Engine(loaded, ServeSettings(base="glm-tiny", use_cpu=True))
+    asyncio.run(ask(engine))
+    engine.close()
+    assert groups == [5, 1, 8]
+
+
+def test_events_that_are_known_together_are_sent_together(loaded):
+    """Each send is a call of the system; an answer of one token is one."""
+    body = {"model": "base", "messages": question("hi"), "stream": True, "temperature": 0}
+
+    async def bodies(engine, num_tokens):
+        opened = engine.chat(ChatRequest(**body, max_tokens=num_tokens, ignore_eos=True), "")
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        never = asyncio.Event()
+        await EventStream(opened, {"id": "a"}, ChatForm(engine.texts))({}, never.wait, send)
+        assert [message["type"] for message in sent[:1]] == ["http.response.start"]
+        assert [message["more_body"] for message in sent[1:]] == [True] * (len(sent) - 2) + [False]
+        return [message["body"].count(b"data: ") for message in sent[1:]]
+
+    async def ask():
+        engine.start()
+        assert await bodies(engine, 1) == [3]  # the role, the token, [DONE]
+        first, *between, last = await bodies(engine, 40)
+        assert (first, last) == (2, 2)
+        assert set(between) == {1}
+
+    engine = Engine(loaded, ServeSettings(base="glm-tiny", use_cpu=True))
+    asyncio.run(ask())
+    engine.close()
+
+
 def test_without_memory_one_request_is_refused_and_others_go_on(plain, monkeypatch):
     streams = hold(plain)
     admit = plain.scheduler.slots.admit
@@ -231,6 +376,28 @@ def test_ids_that_are_no_prompt_of_the_model_are_refused(plain, ids, words):
     assert error_of(ask(ids))[0] == 400
     assert words in ask(ids).json()["error"]["message"]
     assert ask([5, 6, 2648, 2651]).status_code == 200
+
+
+def test_ids_that_end_as_the_familys_prompts_do_are_checked_without_torch(plain, monkeypatch):
+    """As long as the event loop computes with torch, the thread that answers may hold it up."""
+    asked, check = [], plain.loaded.decoder.block.layout
+
+    def layout(ids_BK, config):
+        asked.append(threading.current_thread().name)
+        return check(ids_BK, config)
+
+    block = plain.loaded.decoder.block._replace(layout=layout)
+    monkeypatch.setattr(plain.loaded.decoder, "block", block)
+    for prompt, threads in (
+        ([5, 6, 2648, 2651], {"scheduler"}),
+        ([5, 2651, 6, 2648, 2651], {"other"}),  # would be read as [5], without [gMASK]
+        ([5, 2648, 2651, 6], {"scheduler", "other"}),
+    ):
+        body = {"model": "base", "prompt": prompt, "max_tokens": 2}
+        response = httpx.post(f"{plain.url}/v1/completions", json=body)
+        assert response.status_code == (200 if "scheduler" in threads else 400)
+        assert {name if name == "scheduler" else "other" for name in asked} == threads
+        asked.clear()
 
 
 def test_what_no_request_should_bring_about_ends_that_request_alone(plain, monkeypatch, capfd):

@@ -71,6 +71,13 @@ class BenchServeSettings(BenchSettings, DecodingSettings, DeviceSettings):
     )
     clients: int = Field(64, ge=1, description="clients that ask, each one request after another")
     seconds: float = Field(20, gt=0, description="time to measure, after a first request of each")
+    pause: float = Field(
+        0,
+        ge=0,
+        le=600,
+        description="mean seconds that a client waits before each request, drawn at random; 0: all "
+        "ask together",
+    )
     prompt_length: int = Field(64, ge=3, description="tokens of each prompt")
     max_new_tokens: int = Field(256, ge=2, description="tokens of each answer")
     prompts: int = Field(

@@ -141,23 +141,12 @@ class Buffers(NamedTuple):
         for source, target in zip(old.tensors(), self.tensors(), strict=True):
             target[tuple(map(slice, source.shape))].copy_(source)
 
-    def rows(self, rows: slice | Tensor, num_columns: int | None = None) -> "Buffers":
-        """Some rows, the cache of them up to a column: views of a slice, else copies to `put` back.
-
-        The cache of copied rows is empty but for a prefix, as it is for rows that begin.
-        """
+    def rows(self, rows: slice, num_columns: int | None = None) -> "Buffers":
+        """Some rows, the cache of them up to a column: views."""
         if num_columns is not None:
             num_columns += self.num_before
-        if isinstance(rows, slice):
-            cache = self.cache.part(rows, num_columns)
-        else:
-            keys = self.cache.keys[:, :1, :, :num_columns]
-            sizes = keys.shape[0], len(rows), *keys.shape[2:]
-            cache = KeyValueCache(keys.new_zeros(sizes), keys.new_zeros(sizes))
-            for new, old in zip(cache, self.cache, strict=True):
-                new[:, :, :, : self.num_before] = old[:, :1, :, : self.num_before]
         return self._replace(
-            cache=cache,
+            cache=self.cache.part(rows, num_columns),
             tokens_BK=self.tokens_BK[rows],
             angles=Angles(*(angle[rows] for angle in self.angles)),
             column_B1=self.column_B1[rows],
@@ -172,15 +161,43 @@ class Buffers(NamedTuple):
             row_B=self.row_B[: len(self.column_B1[rows])],
         )
 
-    def put(self, rows: Tensor, part: "Buffers") -> None:
-        """Write rows back that `rows` has copied; the rest of their cache becomes empty."""
-        num_columns = part.cache.keys.shape[3]
-        for kept, new in zip(self.cache, part.cache, strict=True):
-            kept[:, rows, :, :num_columns] = new
-            kept[:, rows, :, num_columns:] = 0
-        unlike = {"cache", "row_B", "column_K"}
-        for name in [field for field in self._fields if field not in unlike]:
+    def beginning(
+        self, tokens_BK: Tensor, angles: Angles, length_B1: Tensor, adapter_B1: Tensor
+    ) -> "Buffers":
+        """Rows whose prompts have been read, not live yet, for `put`; their cache is not among it.
+
+        Nor are what drawing and scores need: `with_choices` and `with_scores` add them.
+        """
+        return self._replace(
+            tokens_BK=tokens_BK,
+            angles=angles,
+            column_B1=length_B1.clone(),
+            live_B1=torch.zeros_like(length_B1),
+            fault_B=self.fault_B.new_zeros(len(length_B1)),
+            adapter_B1=adapter_B1,
+        )
+
+    def with_choices(self, sampling: Sampling, seen_BV: Tensor, numbers_BK: Tensor) -> "Buffers":
+        """Rows that begin, with what it takes to draw their tokens."""
+        count_BV = torch.zeros_like(seen_BV, dtype=self.count_BV.dtype)
+        return self._replace(
+            sampling=sampling, seen_BV=seen_BV, count_BV=count_BV, numbers_BK=numbers_BK
+        )
+
+    def with_scores(self) -> "Buffers":
+        """Rows that begin, with room for their tokens' scores."""
+        sizes = [(len(self.tokens_BK), *tensor.shape[1:]) for tensor in self.scores]
+        pairs = zip(self.scores, sizes, strict=True)
+        return self._replace(scores=Scores(*(tensor.new_zeros(size) for tensor, size in pairs)))
+
+    def put(self, rows: slice | Tensor, part: "Buffers") -> None:
+        """Make rows that begin those of some slots; their cache is written already."""
+        part.live_B1.fill_(1)
+        # What makes a slot live comes last, so that it stays empty if memory runs out.
+        names = {*self._fields} - {"cache", "row_B", "column_K"}
+        for name in sorted(names, key="live_B1".__eq__):
             old, new = getattr(self, name), getattr(part, name)
             pairs = [(old, new)] if isinstance(old, Tensor) else zip(old, new, strict=True)
             for kept, value in pairs:
-                kept[rows] = value
+                if value is not kept:
+                    kept[rows] = value

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from glmtune.config.groups import AnswerSettings
 from glmtune.generation.prompts import EncodedPrompt
+from glmtune.models.packed import move
 
 
 class ChoiceSettings(AnswerSettings):
@@ -57,12 +58,9 @@ class Sampling(NamedTuple):
             for row in settings
         ]
         kinds = torch.bool, torch.float32, torch.float32, torch.int64, *[torch.float32] * 3
-        return cls(
-            *(
-                torch.tensor(column, dtype=kind, device=device)[:, None]
-                for column, kind in zip(zip(*rows, strict=True), kinds, strict=True)
-            )
-        )
+        table_BX = move(torch.tensor(rows, dtype=torch.float64), device)
+        columns_B1 = table_BX.split(1, 1)
+        return cls(*(column.to(kind) for column, kind in zip(columns_B1, kinds, strict=True)))
 
     def reset(self, row: int) -> None:
         """Let a row take the likeliest token, without any penalty."""

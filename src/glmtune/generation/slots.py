@@ -13,7 +13,7 @@ K columns of the buffers, V vocabulary.
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from glmtune.config.groups import AnswerSettings
 from glmtune.errors import UserError
 from glmtune.generation.buffers import Buffers
 from glmtune.generation.prompts import EncodedPrompt
+from glmtune.generation.reading import CapturedPass, Placed, PromptPass, read_prompts
 from glmtune.generation.reference import NOT_FINITE
 from glmtune.generation.sampling import (
     Sampling,
@@ -34,16 +35,21 @@ from glmtune.generation.sampling import (
 )
 from glmtune.generation.streaming import before_stop
 from glmtune.hardware import capture_graph
-from glmtune.models.decoding import Angles, Place, decode, prefill
-from glmtune.ops.attention import prefix_lm_mask
+from glmtune.models.decoding import Angles, Place, decode
+from glmtune.models.packed import move
 
 if TYPE_CHECKING:
     from glmtune.generation.decoder import Decoder
+
+T = TypeVar("T")
 
 COLUMNS_PER_GROWTH = 128
 """Buffers have a multiple of this many columns: few sizes, so that few steps are captured."""
 WARM_UP_STEPS = 3
 """Steps run before a capture, so that what libraries set up at first use is not captured."""
+MOST_COLUMNS_CAPTURED = 1024
+"""Wider passes of prompts keep a GPU busy for longer than the host needs to launch them, and so few
+sizes are captured (of `Decoder.reads`, 16)."""
 
 
 @dataclass
@@ -99,7 +105,10 @@ class Slots:
         self._buffers: Buffers | None = None
         self._replays: dict[tuple[bool, bool], Callable[[], None]] = {}
         """Captured steps: whether all rows take the likeliest token, and whether any has scores."""
+        self._passes: dict[torch.Size, CapturedPass | None] = {}
+        """Captured passes that read prompts; None for a size that found no memory."""
         self._pool: Any = None
+        """Memory of all captured work, which never runs at the same time."""
 
     @property
     def num_live(self) -> int:
@@ -132,67 +141,45 @@ class Slots:
         Raises:
             torch.OutOfMemoryError: the slots stay empty, and other rows are as they were.
         """
-        if isinstance(slots, int):
-            slots = range(slots, slots + len(prompts))
+        slots = range(slots, slots + len(prompts)) if isinstance(slots, int) else slots
         assert [self.rows[slot] for slot in slots] == [None] * len(prompts), (
             "a slot is taken, or there is none"
         )
-        decoder = self.decoder
-        num_rows, width = decoder.reads(max(len(prompt.ids) for prompt in prompts), len(prompts))
-        # Rows that fill the pass repeat the last prompt, and are dropped.
-        filled = [*prompts, *[prompts[-1]] * (num_rows - len(prompts))]
-        # Padding repeats the last id, so that no other token counts as seen.
-        given = [[*p.ids, *p.ids[-1:] * (width - len(p.ids)), len(p.ids)] for p in filled]
-        given_BS = torch.tensor(given, device=decoder.device)
-        input_ids_BS, length_B = given_BS[:, :-1], given_BS[:, -1]
-
+        decoder, count = self.decoder, len(prompts)
+        num_rows, width = decoder.reads(max(len(prompt.ids) for prompt in prompts), count)
         ends = [len(p.ids) + s.max_new_tokens for p, s in zip(prompts, settings, strict=True)]
         num_columns = max(width, *ends, 0 if self._buffers is None else self.num_columns)
-        prefix = decoder.prefix
-        num_before = 0 if prefix is None else prefix.keys.shape[3]
+        num_before = 0 if decoder.prefix is None else decoder.prefix.keys.shape[3]
         num_columns += -(num_columns + num_before) % COLUMNS_PER_GROWTH
-        ids_BK = F.pad(input_ids_BS, (0, num_columns - width))
-        layout = decoder.block.layout(ids_BK, decoder.config)
-        angles = decoder.block.angles(layout.positions, decoder.config)
+        given = [
+            Placed(prompt.ids, slot, adapter)
+            for prompt, slot, adapter in zip(prompts, slots, adapters or [0] * count, strict=True)
+        ]
+        read, angles = PromptPass.of(decoder, given, num_rows, width, num_columns)
         buffers = self._with_room(num_columns, angles)
-        are_views = not decoder.separate and list(slots) == list(range(slots[0], slots[-1] + 1))
-        index = slice(slots[0], slots[-1] + 1) if are_views else _index(slots, decoder.device)
-        part = buffers.rows(index, width)
-        count = len(prompts)
-        for kept, angle in zip(part.angles, angles, strict=True):
-            kept.copy_(angle[:count])
-        part.tokens_BK.copy_(ids_BK[:count])
-        part.column_B1[:, 0] = length_B[:count]
-        part.fault_B.zero_()
-        chosen = [0] * count if adapters is None else list(adapters)
-        part.adapter_B1[:, 0] = torch.tensor(chosen, device=decoder.device)
-        plain = [is_plain(each) for each in settings]
-        if not all(plain):
-            self._set_sampling(part, prompts, settings, input_ids_BS[:count])
-        if decoder.adapters is not None:
-            filling = part.adapter_B1[-1:].expand(num_rows - count, 1)
-            decoder.adapters.turn(torch.cat((part.adapter_B1, filling)))
-
-        # Padding at the end comes after everything that a token sees.
-        valid_BS = torch.ones_like(input_ids_BS, dtype=torch.bool)
-        mask_B1SS = prefix_lm_mask(layout.prefix_end_B, valid_BS)
-        if num_before:
-            mask_B1SS = F.pad(mask_B1SS, (num_before, 0), value=True)
-        cache = part.cache if num_rows == count else part.cache.more_rows(num_rows)
-        logits_BV = prefill(
-            decoder.weights,
-            decoder.block,
-            input_ids_BS,
-            length_B,
-            mask_B1SS,
-            Angles(*(angle[:, :width].to(part.angles.cos.dtype) for angle in angles)),
-            cache,
+        part = buffers.beginning(
+            F.pad(read.ids_BS[:count], (0, num_columns - width)),
+            Angles(*(angle[:count] for angle in angles)),
+            read.length_B[:count, None],
+            read.adapter_B1[:count],
         )
+        plain = [is_plain(each) for each in settings]
         listed = [num_listed(each) for each in settings]
-        self._choose(part, logits_BV[:count], all(plain), any(n is not None for n in listed))
-        part.live_B1[:] = 1  # last, so that a slot stays empty if memory runs out
-        if isinstance(index, Tensor):
-            buffers.put(index, part._replace(cache=cache.part(slice(0, count), num_before + width)))
+        scored = any(number is not None for number in listed)
+        if not all(plain):
+            part = self._with_choices(part, prompts, settings, read.ids_BS[:count])
+        if scored:
+            part = part.with_scores()
+        index: slice | Tensor = read.slot_B[:count]
+        if decoder.separate:
+            logits_BV = self._read_prompts(buffers, read)
+        else:
+            index = slice(slots[0], slots[-1] + 1)
+            assert list(slots) == list(range(len(self.rows))[index]), "slots are not neighbours"
+            cache = buffers.cache.part(index, num_before + width)
+            logits_BV = read_prompts(decoder, read, cache, None)
+        self._choose(part, logits_BV[:count], all(plain), scored)
+        buffers.put(index, part)
         stops = stop_ids or [decoder.stop_ids] * count
         for place, (slot, prompt) in enumerate(zip(slots, prompts, strict=True)):
             column = len(prompt.ids)
@@ -283,9 +270,7 @@ class Slots:
             if not self.decoder.separate:
                 self.rows, self._buffers = [None] * len(self.rows), None  # the cache holds NaN
                 raise UserError(NOT_FINITE)
-            found = fault_B.isnan().nonzero()[:, 0].tolist()
-            same = [s for s in found if s in notes.rows and self.rows[s] is notes.rows[s][0]]
-            self._end_faulty(same)
+            self._end_faulty(notes, fault_B.isnan().nonzero()[:, 0].tolist())
         table = tokens_BK.tolist()
         for slot, (row, start, end, is_whole) in notes.rows.items():
             if self.rows[slot] is not row:
@@ -323,22 +308,29 @@ class Slots:
             return len(self.rows)
         return 1 + max(slot for slot, row in enumerate(self.rows) if row is not None)
 
-    def _end_faulty(self, slots: Sequence[int]) -> None:
-        """End rows whose scores were not finite, and clean what other rows read as masked."""
+    def _end_faulty(self, notes: "Notes", slots: Sequence[int]) -> None:
+        """End rows whose scores were not finite, and clean what other rows read as masked.
+
+        A slot whose row has left since is cleaned too: its next row writes its first columns alone.
+        """
         assert self._buffers is not None
         for slot in slots:
+            row, noted = self.rows[slot], notes.rows.get(slot)
+            if row is not None and (noted is None or noted[0] is not row):
+                continue
             for tensor in self._buffers.cache:
                 tensor[:, slot, :, self._buffers.num_before :] = 0
             self._buffers.fault_B[slot] = 0
-            self.faulty.add(slot)
-            self.release(slot)
+            if row is not None:
+                self.faulty.add(slot)
+                self.release(slot)
 
     def _with_room(self, num_columns: int, like: Angles) -> Buffers:
         """The buffers; if they have too few columns, larger ones with the same content."""
         old = self._buffers
         if old is not None and self.num_columns >= num_columns:
             return old
-        self._replays, self._pool = {}, None
+        self._replays, self._passes, self._pool = {}, {}, None
         if not self.num_live:
             old = self._buffers = None  # frees the memory first
         new = Buffers.zeros(
@@ -354,24 +346,22 @@ class Slots:
         self._buffers = new
         return new
 
-    def _set_sampling(
+    def _with_choices(
         self,
         part: Buffers,
         prompts: Sequence[EncodedPrompt],
         settings: Sequence[AnswerSettings],
         input_ids_BS: Tensor,
-    ) -> None:
+    ) -> Buffers:
         device, vocab_size = self.decoder.device, self.decoder.shape.vocab_size
-        new = Sampling.of(settings, vocab_size, device)
-        for kept, numbers in zip(part.sampling, new, strict=True):
-            kept.copy_(numbers)
-        part.seen_BV.zero_().scatter_(1, input_ids_BS, True)
-        part.count_BV.zero_()
-        numbers_BK = torch.zeros(part.numbers_BK.shape, dtype=torch.float64)
+        seen_BV = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
+        seen_BV.scatter_(1, input_ids_BS, True)
+        numbers_BK = torch.zeros(part.tokens_BK.shape, dtype=torch.float64)
         for row, drawn in enumerate(random_numbers(settings, prompts)):
             start = len(prompts[row].ids)
             numbers_BK[row, start : start + len(drawn)] = torch.from_numpy(drawn)
-        part.numbers_BK.copy_(numbers_BK)
+        sampling = Sampling.of(settings, vocab_size, device)
+        return part.with_choices(sampling, seen_BV, move(numbers_BK, device))
 
     def _capture(self, buffers: Buffers, plain: bool, scored: bool) -> Callable[[], None]:
         """Capture a step over all columns as a CUDA graph.
@@ -382,13 +372,36 @@ class Slots:
         moved = buffers.live_B1, buffers.tokens_BK, buffers.seen_BV, buffers.count_BV
         before = [tensor.clone() for tensor in moved]
         buffers.live_B1.zero_()
-        step = partial(self._step, buffers, plain, scored)
-        with torch.cuda.device(self.decoder.device):
-            graph, _ = capture_graph(step, WARM_UP_STEPS, step, pool=self._pool)
-        self._pool = graph.pool()
+        replay, _ = self._graph(partial(self._step, buffers, plain, scored), WARM_UP_STEPS)
         for tensor, kept in zip(moved, before, strict=True):
             tensor.copy_(kept)
-        return graph.replay
+        return replay
+
+    def _graph(self, work: Callable[[], T], warm_up: int) -> tuple[Callable[[], None], T]:
+        """Capture work on the decoder's GPU: what does it again, and where it leaves its result."""
+        with torch.cuda.device(self.decoder.device):
+            graph, made = capture_graph(work, warm_up, work, pool=self._pool)
+        self._pool = graph.pool()
+        return graph.replay, made
+
+    def _read_prompts(self, buffers: Buffers, given: PromptPass) -> Tensor:
+        """Read prompts into their slots; a pass that the host launches slowly is captured first.
+
+        Returns:
+            Logits ``(B, V)``, which the next pass may overwrite.
+        """
+        size = given.table_BX.shape
+        captures = self.decoder.captures and given.ids_BS.shape[1] <= MOST_COLUMNS_CAPTURED
+        if captures and size not in self._passes:
+            try:
+                self._passes[size] = CapturedPass.of(
+                    self._graph, self.decoder, given, buffers.cache
+                )
+            except torch.OutOfMemoryError:
+                self._passes[size] = None
+        if captures and (captured := self._passes[size]) is not None:
+            return captured.read(given)
+        return read_prompts(self.decoder, given, buffers.cache, given.slot_B)
 
     def _step(
         self,
@@ -448,10 +461,6 @@ def _listed(of_row: Sequence[Tensor], num_listed: int) -> list[TokenScore]:
         TokenScore(score, list(zip(ids_T[:num_listed], listed_T[:num_listed], strict=True)))
         for score, ids_T, listed_T in zip(chosen, ids, listed, strict=True)
     ]
-
-
-def _index(slots: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor(list(slots), device=device)
 
 
 def _at_column(angle_BKX: Tensor, column_B1: Tensor) -> Tensor:

@@ -57,11 +57,6 @@ class KeyValueCache(NamedTuple):
         """Some rows of the cache, up to a column; not a copy."""
         return KeyValueCache(*(tensor[:, rows, :, :num_columns] for tensor in self))
 
-    def more_rows(self, num_rows: int) -> "KeyValueCache":
-        """Another, empty cache of as many columns for that many rows."""
-        layers, _, *sizes = self.keys.shape
-        return KeyValueCache(*(tensor.new_zeros(layers, num_rows, *sizes) for tensor in self))
-
 
 class Angles(NamedTuple):
     """Cosines and sines of some tokens' positions, ``(B, S, ...)``; the rest is the family's."""
@@ -124,6 +119,7 @@ def prefill(
     mask_B1SS: Tensor,
     angles: Angles,
     cache: KeyValueCache,
+    row_B: Tensor | None = None,
 ) -> Tensor:
     """Read whole prompts into a cache; return the next-token logits ``(B, V)``.
 
@@ -135,15 +131,25 @@ def prefill(
         mask_B1SS: from `prefix_lm_mask`; with a prefix ``(B, 1, S, P + S)``.
         angles: angles of these tokens.
         cache: the cache to write to, of B rows and S columns, behind those of a prefix.
+        row_B: where the rows are in the cache, if it has others too; S columns of them are written,
+            and there is no prefix. Rows that are in one place must be equal.
     """
     hidden_BSH = weights.embed(input_ids_BS)
     mask = additive_mask(mask_B1SS, hidden_BSH.dtype)
     ready = block.prompt_angles(angles, hidden_BSH.dtype)
+    num_rows, width = input_ids_BS.shape
+    # One layer's at a time, so that a pass needs little memory of its own.
+    sizes = num_rows, cache.keys.shape[2], width, cache.keys.shape[4]
+    own = None if row_B is None else [tensor.new_empty(sizes) for tensor in cache]
     with right_kernels():
-        for layer, keys, values in zip(weights.blocks, *cache, strict=True):
-            hidden_BSH = block.read_block(hidden_BSH, layer, keys, values, mask, ready)
-    row_B = torch.arange(len(length_B), device=length_B.device)
-    return run_head(hidden_BSH[row_B, length_B - 1, None], weights.final_norm, weights.head)
+        for layer, *kept in zip(weights.blocks, *cache, strict=True):
+            written = own or kept
+            hidden_BSH = block.read_block(hidden_BSH, layer, *written, mask, ready)
+            if row_B is not None:
+                for old, new in zip(kept, written, strict=True):
+                    old[:, :, :width].index_copy_(0, row_B, new)
+    last_B1H = hidden_BSH[torch.arange(num_rows, device=length_B.device), length_B - 1, None]
+    return run_head(last_B1H, weights.final_norm, weights.head)
 
 
 def decode(

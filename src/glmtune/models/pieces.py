@@ -54,6 +54,8 @@ def encode_pieces(
     sp: SentencePieceProcessor, texts: list[str], num_threads: int | None = None
 ) -> list[list[int]]:
     """The ids of texts, encoded in sentencepiece's own threads where there are many."""
+    if len(texts) == 1:  # a list would start a thread even so
+        return [sp.encode(texts[0])]
     threads = num_threads or (-1 if len(texts) >= MIN_TEXTS_PER_THREAD else 1)
     return sp.encode(texts, num_threads=threads)
 

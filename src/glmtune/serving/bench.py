@@ -55,6 +55,8 @@ class ServeFigures:
     slots: int
     clients: int
     seconds: float
+    pause: float
+    """Mean seconds that a client waits before each request; 0: all ask together."""
     prompt_length: int
     max_new_tokens: int
     adapters: int
@@ -250,6 +252,7 @@ def _measure(settings: BenchServeSettings, adapters: int, dtype: str) -> ServeFi
         slots=settings.slots or settings.clients,
         clients=settings.clients,
         seconds=end.moment - begin.moment,
+        pause=settings.pause,
         prompt_length=settings.prompt_length,
         max_new_tokens=settings.max_new_tokens,
         adapters=adapters,
@@ -296,7 +299,7 @@ def _ask(
             one for some in pool.map(ask_all, *_shared(first, questions, count)) for one in some
         ]
         begin = _told(pipe)
-        asking = first._replace(until=begin.moment + settings.seconds)
+        asking = first._replace(until=begin.moment + settings.seconds, pause=settings.pause)
         work = [
             pool.submit(ask_all, *each)
             for each in zip(*_shared(asking, questions, count), strict=True)
@@ -345,9 +348,10 @@ def _compare_alone(
 
 def _print(figures: ServeFigures, device: torch.device, base: ServeFigures) -> None:
     bits = "" if figures.decode_bits == "16" else f", {figures.decode_bits} bits"
+    how = f"each wait {figures.pause:g} s on average" if figures.pause else "ask together"
     pairs = {
         "model": f"{figures.model}, {figures.dtype}{bits}, {figures.adapters or 'no'} adapters",
-        "clients": f"{figures.clients}, {figures.slots} answers at a time, prompts of "
+        "clients": f"{figures.clients} that {how}, {figures.slots} answers at a time, prompts of "
         f"{figures.prompt_length} tokens, answers of {figures.max_new_tokens}",
         "requests": f"{figures.requests:,}, {figures.errors} errors; {figures.other_answers} "
         f"answers unlike the same prompt's alone ({figures.prompts} prompts)",

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Sequence
+from random import Random
 from typing import NamedTuple
 
 import orjson
@@ -34,7 +35,10 @@ class Asking(NamedTuple):
     prompts: Sequence[Sequence[int]]
     max_new_tokens: int
     until: float
-    """No request begins after this moment, by `time.monotonic`, but each client asks once."""
+    """No request begins after this moment, by `time.monotonic`; but each client that does not pause
+    asks once."""
+    pause: float = 0.0
+    """Mean seconds that a client waits before each request, so that they do not ask together."""
 
 
 async def ask(asking: Asking, question: Question) -> Answered:
@@ -85,10 +89,16 @@ async def ask(asking: Asking, question: Question) -> Answered:
 
 
 async def _one_after_another(asking: Asking, questions: Sequence[Question]) -> list[Answered]:
-    answered = [await ask(asking, questions[0])]
-    while time.monotonic() < asking.until:
+    """Ask questions in turn until time is up; pauses are the same in every run."""
+    draw = Random(repr(questions))
+    answered: list[Answered] = []
+    while True:
+        wait = draw.expovariate(1 / asking.pause) if asking.pause else 0.0
+        if (answered or wait) and time.monotonic() + wait >= asking.until:
+            return answered
+        if wait:
+            await asyncio.sleep(wait)
         answered.append(await ask(asking, questions[len(answered) % len(questions)]))
-    return answered
 
 
 def ask_all(asking: Asking, of_clients: Sequence[Sequence[Question]]) -> list[Answered]:

@@ -68,6 +68,11 @@ class Open:
             "total_tokens": self.num_prompt_tokens + made,
         }
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether all answers have ended."""
+        return all(choice.finish is not None for choice in self.choices)
+
     async def pieces(self) -> AsyncIterator[tuple[Choice, Piece]]:
         """Each new piece of an answer with its choice, until all have ended.
 
@@ -136,6 +141,12 @@ class Engine:
     def texts(self) -> TokenTexts:
         """The texts of single tokens."""
         return TokenTexts(self.tokenizer)
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """The ids with which a prompt ends."""
+        rule = self.family.row_rule(self.loaded.decoder.config)
+        return [special.id for special in rule.after_prompt]
 
     def start(self) -> None:
         """Begin to answer; called in the event loop."""
@@ -243,6 +254,11 @@ class Engine:
         if not ids or not all(0 <= id_ < limit for id_ in ids):
             message = f"prompt: ids have to be 0 to {limit - 1}, at least one of them"
             raise RequestError(400, message, param="prompt")
+        # Each function of torch lets go of the interpreter and waits for it again, so in the event
+        # loop it is not asked of a prompt that ends as those of the family do.
+        ends = self._ends
+        if ends and list(ids[-len(ends) :]) == ends and all(ids.count(end) == 1 for end in ends):
+            return
         try:
             decoder.block.layout(torch.tensor([ids]), decoder.config)
         except ValueError as error:
@@ -293,7 +309,10 @@ class Engine:
         found = Open(self, request, choices, sum(len(ids) for _, ids in prompts))
         for choice in choices:
             choice.work.news = found, choice
-        self.scheduler.submit([choice.work for choice in choices])
+        # Requests that have arrived together are read together: those whose turn in the event loop
+        # comes before that of `no_more_come`.
+        self.scheduler.submit([choice.work for choice in choices], more_may_come=True)
+        asyncio.get_running_loop().call_soon(self.scheduler.no_more_come)
         self.open.add(found)
         return found
 

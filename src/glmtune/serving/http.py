@@ -201,29 +201,37 @@ class EventStream(Response):
                 sending.cancel()
                 return
             sending.result()
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             self.found.close()
 
     async def _send(self, send: Send) -> None:
-        async def event(content: bytes) -> None:
-            body = b"data: " + content + b"\n\n"
-            await send({"type": "http.response.body", "body": body, "more_body": True})
-
+        """Send the events; those that are known together in one piece, of which each costs time."""
         usage = {"usage": None} if self.found.request.wants_usage else {}
+        ready: list[bytes] = []
+
+        def add(content: bytes) -> None:
+            ready.append(b"data: " + content + b"\n\n")
+
+        async def send_ready(more: bool) -> None:
+            body = b"".join(ready)
+            ready.clear()
+            await send({"type": "http.response.body", "body": body, "more_body": more})
+
         try:
             for choice in self.found.choices:
                 if (first := self.form.first(choice)) is not None:
-                    await event(orjson.dumps({**self.head, "choices": [first], **usage}))
+                    add(orjson.dumps({**self.head, "choices": [first], **usage}))
             async for choice, piece in self.found.pieces():
                 if (part := self.form.piece(choice, piece)) is not None:
-                    await event(orjson.dumps({**self.head, "choices": [part], **usage}))
+                    add(orjson.dumps({**self.head, "choices": [part], **usage}))
+                    if not self.found.has_ended:
+                        await send_ready(more=True)
             if usage:
-                last = {**self.head, "choices": [], "usage": self.found.usage}
-                await event(orjson.dumps(last))
-            await event(b"[DONE]")
+                add(orjson.dumps({**self.head, "choices": [], "usage": self.found.usage}))
+            add(b"[DONE]")
         except RequestError as error:
-            await event(orjson.dumps(error.body()))
+            add(orjson.dumps(error.body()))
+        await send_ready(more=False)
 
 
 def _answer_errors(app: FastAPI) -> None:

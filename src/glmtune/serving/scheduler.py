@@ -16,11 +16,13 @@ import torch
 
 from glmtune.generation import Decoder, EncodedPrompt
 from glmtune.generation.sampling import ChoiceSettings
-from glmtune.generation.slots import Notes, Slots, TokenScore
+from glmtune.generation.slots import Notes, Row, Slots, TokenScore
 from glmtune.serving.errors import RequestError, failed, overloaded, unavailable
 
 MOST_PASSES_BETWEEN_STEPS = 4
 """Prompts are read that many passes long before running answers get their next token."""
+MOST_PASSES_AT_FIRST = 8
+"""That many where no answer was running before: all that wait then have their first token."""
 STOP, LENGTH = "stop", "length"
 
 
@@ -58,6 +60,8 @@ class Work:
     client: str
     deadline: float
     slot: int | None = None
+    row: Row | None = None
+    """What its slot holds, once its prompt has been read."""
     is_cancelled: bool = False
     submitted: float = field(default_factory=time.monotonic)
     news: Any = None
@@ -81,11 +85,12 @@ class Scheduler:
         self.decoder, self.max_waiting, self._deliver = decoder, max_waiting, deliver
         self.slots = Slots(decoder, num_slots)
         self.overlaps = decoder.device.type == "cuda"
-        """Whether the next step is launched before the tokens of the last one are read."""
+        """Whether the next step or pass is launched before the tokens of the last are read."""
         self.running: dict[int, Work] = {}
         self.num_tokens = self.num_prompt_tokens = self.num_steps = 0
         self._waiting: dict[str, deque[Work]] = {}
         self._num_waiting = 0
+        self._more_may_come = False
         self._cancelled: list[Work] = []
         self._news: list[tuple[Work, Update]] = []
         self._changed = threading.Condition()
@@ -120,8 +125,12 @@ class Scheduler:
         """Works that have not ended."""
         return self._num_waiting + len(self.running)
 
-    def submit(self, works: Sequence[Work]) -> None:
+    def submit(self, works: Sequence[Work], *, more_may_come: bool = False) -> None:
         """Let works wait for slots; from any thread.
+
+        Args:
+            works: that wait.
+            more_may_come: they fill a pass by themselves, or wait until `no_more_come`.
 
         Raises:
             RequestError: too many wait already, or the thread has ended. None of them waits then.
@@ -139,6 +148,13 @@ class Scheduler:
             for work in works:
                 self._waiting.setdefault(work.client, deque()).append(work)
             self._num_waiting += len(works)
+            self._more_may_come = more_may_come
+            self._changed.notify()
+
+    def no_more_come(self) -> None:
+        """Let works begin that do not fill a pass; from any thread."""
+        with self._changed:
+            self._more_may_come = False
             self._changed.notify()
 
     def cancel(self, work: Work) -> None:
@@ -167,21 +183,33 @@ class Scheduler:
         pending: Notes | None = None  # the tokens of the last step, where steps overlap
         while True:
             with self._changed:
-                while not (self._is_closed or self._num_waiting or self._cancelled or self.running):
+                while not (self._is_closed or self._may_begin or self._cancelled or self.running):
                     self._changed.wait()
                 if self._is_closed:
                     return
                 self._drop_cancelled()
             self._expire()
-            for _ in range(MOST_PASSES_BETWEEN_STEPS):
+            for _ in range(MOST_PASSES_BETWEEN_STEPS if self.running else MOST_PASSES_AT_FIRST):
                 if not (group := self._next_group()):
                     break
-                if pending is not None:
-                    self._read(pending)
-                    pending = None
-                self._admit(group)
-                self._read(self.slots.note())
-            pending = self._step(pending) if self.slots.num_live else None
+                pending = self._begin(group, pending)
+            if self.slots.num_live:
+                pending = self._step(pending)
+            elif pending is not None:
+                self._read(pending)
+                pending = None
+
+    def _begin(self, group: Sequence[Work], pending: Notes | None) -> Notes | None:
+        """Read the prompts of works; the notes that are still to be read.
+
+        Where steps overlap, the host prepares a pass while the device runs the last one. But a slot
+        is given again only when all that was noted of it is read, or its fault would be missed.
+        """
+        if pending is not None and any(work.slot in pending.rows for work in group):
+            self._read(pending)
+            pending = None
+        self._admit(group)
+        return self._read_all_but_last(pending)
 
     def _step(self, pending: Notes | None) -> Notes | None:
         """One more token for each row; the notes that are still to be read."""
@@ -190,13 +218,14 @@ class Scheduler:
             self._read(pending)
             return None
         self.num_steps += 1
+        return self._read_all_but_last(pending)
+
+    def _read_all_but_last(self, pending: Notes | None) -> Notes | None:
+        """Note what was launched last, and read what was noted before; the notes that are left."""
         notes = self.slots.note()
-        if not self.overlaps:
-            self._read(notes)
-            return None
-        if pending is not None:
-            self._read(pending)
-        return notes
+        for each in filter(None, (pending, None if self.overlaps else notes)):
+            self._read(each)
+        return notes if self.overlaps else None
 
     def _drop_cancelled(self) -> None:
         """Free the slots of works that nobody waits for any more."""
@@ -208,6 +237,14 @@ class Scheduler:
                 queue.remove(work)
                 self._num_waiting -= 1
         self._cancelled.clear()
+
+    @property
+    def _may_begin(self) -> bool:
+        """Whether works wait, and either fill a pass or are not followed by others at once."""
+        if not self._num_waiting or not self._more_may_come:
+            return self._num_waiting > 0
+        first = min(self._all_waiting(), key=lambda work: work.submitted)
+        return self._num_waiting >= self.decoder.most_prompts(len(first.prompt.ids))
 
     def _all_waiting(self) -> list[Work]:
         return [work for queue in self._waiting.values() for work in queue]
@@ -238,6 +275,8 @@ class Scheduler:
         has waited longest.
         """
         with self._changed:
+            if not self._may_begin:
+                return []
             num_free = len(self.slots.rows) - self.slots.num_live
             running = Counter(work.client for work in self.running.values())
             group: list[Work] = []
@@ -285,6 +324,8 @@ class Scheduler:
                 [work.stop_ids for work in group],
                 [work.adapter for work in group],
             )
+            for work in group:
+                work.row = None if work.slot is None else self.slots.rows[work.slot]
             self.num_prompt_tokens += sum(len(work.prompt.ids) for work in group)
         except Exception as error:
             is_short = isinstance(error, RuntimeError) and is_out_of_memory(error)
@@ -314,8 +355,8 @@ class Scheduler:
         made = self.slots.read(notes)
         for slot in notes.rows:
             work = self.running.get(slot)
-            if work is None:
-                continue
+            if work is None or work.row is not notes.rows[slot][0]:
+                continue  # what was noted is of one before it, who has ended
             if slot in self.slots.faulty:
                 del self.running[slot]
                 message = "the model's scores were not finite; bfloat16 or float32 may help"

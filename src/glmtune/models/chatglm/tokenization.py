@@ -61,6 +61,8 @@ class ChatGLMTokenizer(Encoder, PreTrainedTokenizer):
         self, vocab_file: str | None = None, num_image_tokens: int | None = None, **kwargs
     ):
         self.open_vocabulary(vocab_file, num_image_tokens)
+        self._names: dict[int, str | None] = {}
+        """Of the vocabulary's ids that were decoded: streams decode the same ones often."""
         for key, name in NAMED_TOKENS.items():
             if not self.is_new(kwargs.get(key) or name):
                 kwargs[key] = name
@@ -261,7 +263,7 @@ class ChatGLMTokenizer(Encoder, PreTrainedTokenizer):
         """The text of some pieces, with the names of special ones among it."""
         return join_runs(
             tokens,
-            [self._name_of(token) for token in tokens],
+            [self._name_of_piece(token) for token in tokens],
             lambda run: restore_blanks(self.sp.decode_pieces(run)),
         )
 
@@ -290,9 +292,9 @@ class ChatGLMTokenizer(Encoder, PreTrainedTokenizer):
     ) -> str:
         # Rows that pad the embedding beyond the last piece have no text, neither have image ids.
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
-        first = self.num_image_tokens
-        ids = [i for i in ids if first <= i < self.vocab_size or i in self._added_tokens_decoder]
-        names = [self._name_of(token) for token in self.convert_ids_to_tokens(ids)]
+        first, end = self.num_image_tokens, self.vocab_size
+        ids = [i for i in ids if first <= i < end or i in self._added_tokens_decoder]
+        names = [self._name_of(i) for i in ids]
         if skip_special_tokens:
             shown = [name is None or not self._is_special(name) for name in names]
             ids, names = list(compress(ids, shown)), list(compress(names, shown))
@@ -309,8 +311,15 @@ class ChatGLMTokenizer(Encoder, PreTrainedTokenizer):
         token = self._added_tokens_decoder.get(self._added_tokens_encoder.get(name, -1))
         return not self.is_new(name) or token is None or token.special
 
-    def _name_of(self, piece: str) -> str | None:
+    def _name_of(self, id_: int) -> str | None:
         """The name of a special or an added token; None for the pieces of ordinary text."""
+        if (added := self._added_tokens_decoder.get(id_)) is not None:
+            return self._name_of_piece(str(added))
+        if id_ not in self._names:
+            self._names[id_] = self._name_of_piece(self._convert_id_to_token(id_))
+        return self._names[id_]
+
+    def _name_of_piece(self, piece: str) -> str | None:
         is_named = self.is_new(piece) and piece in self._added_tokens_encoder
         return piece if is_named or self.sp.is_control(self.sp[piece]) else None
 
