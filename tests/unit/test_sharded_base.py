@@ -1,7 +1,10 @@
 """A base that processes share: the run is that of processes that hold all of it."""
 
+import gc
 import json
 import os
+import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -24,9 +27,10 @@ from glmtune.adapters import attach_lora
 from glmtune.bench.rows import random_rows
 from glmtune.errors import UserError
 from glmtune.models.families import FAMILIES
+from glmtune.models.family import layers_of
 from glmtune.models.packed import PackedModel
 from glmtune.models.resolve import GLM_TINY
-from glmtune.models.sharded import is_sharded, shard_base
+from glmtune.models.sharded import begin_gathering, is_sharded, shard_base
 from glmtune.training import loop, passes, peers, prepare
 from glmtune.training.launch import asks_for_fsdp
 from glmtune.training.processes import deal
@@ -150,6 +154,14 @@ def test_weights_that_cannot_be_cut_are_refused(given, name):
         short_run("rows", "out", shard_base=True, **given)
 
 
+def test_the_processes_of_a_machine_load_the_base_in_turns(folder):
+    """Until it has been shared out, it is whole in the memory of a process."""
+    (_, end), (begin, _) = (json.loads((folder / f"loaded {rank}").read_text()) for rank in (0, 1))
+    assert end <= begin
+    told = json.loads((folder / "kept 0").read_text())
+    assert told == 0, f"{told} whole weights were kept while others were shared out"
+
+
 def run_in_two_processes(folder, tiny_rows, toy_rows, base):
     """What each of two launched processes does."""
     load, rank = prepare.load_tokenizer, os.environ["RANK"]
@@ -165,8 +177,11 @@ def run_in_two_processes(folder, tiny_rows, toy_rows, base):
     train("general", **general)
     train("general, whole", shard_base=False, **general)
     prepare.load_tokenizer = lambda base: ToyTokenizer() if base != GLM_TINY else load(base)
-    for name, changes in RUNS.items():
-        train(name, **changes)
+    with pytest.MonkeyPatch.context() as patch:
+        observe_loading(patch, Path(folder), rank)
+        train("packs", **RUNS["packs"])
+    for name in [name for name in RUNS if name != "packs"]:
+        train(name, **RUNS[name])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_FSDP", "true")
         patch.setenv("FSDP_VERSION", "2")
@@ -176,6 +191,35 @@ def run_in_two_processes(folder, tiny_rows, toy_rows, base):
         with pytest.raises(UserError) as error:
             train("spoilt", **PACKED)
     Path(folder, f"spoilt {rank}").write_text(str(error.value))
+
+
+def observe_loading(patch, folder, rank):
+    """Write when the base was loaded and shared out, and how many whole weights there were last."""
+    from torch.distributed import fsdp
+
+    load, shard, cut = prepare.load_base_model, prepare.shard_base, fsdp.fully_shard
+    moments, weights = [], []
+
+    def loaded(*given, **more):
+        moments.append(time.monotonic())
+        model = load(*given, **more)
+        weights.extend(weakref.ref(weight) for weight in layers_of(model).parameters())
+        return model
+
+    def shared(*given):
+        shard(*given)
+        moments.append(time.monotonic())
+        (folder / f"loaded {rank}").write_text(json.dumps(moments))
+
+    def cut_and_count(*given, **more):
+        cut(*given, **more)
+        gc.collect()
+        kept = sum(weight() is not None for weight in weights)
+        (folder / f"kept {rank}").write_text(json.dumps(kept))
+
+    patch.setattr(fsdp, "fully_shard", cut_and_count)
+    patch.setattr(prepare, "load_base_model", loaded)
+    patch.setattr(prepare, "shard_base", shared)
 
 
 def no_check_up(model, *given):
@@ -270,6 +314,7 @@ def passes_of(accelerator, family, shares):
     rows = random_rows(model.config, 6)
     if shares:
         shard_base(adapted, model, torch.device("cpu"))
+        begin_gathering(adapted, model, torch.device("cpu"))
     weights = [weight for weight in adapted.parameters() if weight.requires_grad]
     found = []
     for recompute in (0, 1):

@@ -27,9 +27,12 @@ _MARK = "_glmtune_comes_and_goes"
 def shard_base(model: nn.Module, base: PreTrainedModel, device: torch.device) -> None:
     """Share out the frozen weights of a base among the processes, in place.
 
+    Called by all processes, with the same weights; none waits for another. `begin_gathering` comes
+    next.
+
     Args:
         model: the base in PEFT's wrapping, in the CPU's memory or on the device; what is to be
-            trained is moved to the device whole. Called by all processes, with the same weights.
+            trained is moved to the device whole.
         base: the base in it.
         device: of this process; a layer at a time is whole there.
     """
@@ -49,7 +52,13 @@ def shard_base(model: nn.Module, base: PreTrainedModel, device: torch.device) ->
             _make_ready(module, device)
         fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     fully_shard(model, mesh=mesh, ignored_params=whole)
-    # The first forward has to be that of the whole: it tells FSDP2 what belongs together.
+
+
+def begin_gathering(model: nn.Module, base: PreTrainedModel, device: torch.device) -> None:
+    """Compute once, all processes together: the first forward has to be that of the whole.
+
+    It tells FSDP2 what belongs together.
+    """
     ids = family_of(base.config).probe_row(base.config)
     with torch.no_grad():
         model(input_ids=torch.tensor([ids], device=device), use_cache=False)

@@ -20,14 +20,14 @@ from glmtune.models.fingerprint import fingerprint
 from glmtune.models.loading import check_pair, load_base_model, load_config, load_tokenizer
 from glmtune.models.resolve import base_name, resolve_base
 from glmtune.models.shape import bits_of
-from glmtune.models.sharded import shard_base
+from glmtune.models.sharded import begin_gathering, shard_base
 from glmtune.training.beginning import begin_with, check_kind
 from glmtune.training.best import check_patience
 from glmtune.training.general import general_rows
 from glmtune.training.launch import shards_base
 from glmtune.training.planning.advice import check_fit, print_forecast
 from glmtune.training.planning.forecast import make_forecaster
-from glmtune.training.processes import on_main
+from glmtune.training.processes import on_main, one_at_a_time
 from glmtune.training.run import Run, adapt, check_fp8, layout_as_run
 from glmtune.training.samples import Samples
 from glmtune.training.saving import checkpoints, run_folder
@@ -87,28 +87,31 @@ def prepare(settings: TrainSettings, accelerator: Accelerator, dtype: torch.dtyp
         print_forecast(forecast, settings, base_name(base))
     check_fit(forecast, settings, forecaster)
 
-    model = load_base_model(
-        base,
-        dtype=dtype,
-        # Of a base that is shared out, a layer at a time comes to the device, where bitsandbytes
-        # has to round it.
-        device="cpu" if shares and not settings.bits else accelerator.device,
-        bits=settings.bits,
-        quantize_head=settings.quantize_head,
-    )
-    check_pair(model, tokenizer)
-    rows = replace(rows, rule=family.row_rule(model.config))  # the weights may say more
-    rows.check(model.config.vocab_size, settings.dataset_path)
-    sources = {
-        "base weights": fingerprint(model)[:16],
-        "tokenizer sha256": tokenizer.vocab_hash[:16],
-        "template": card.template,
-    }
-    torch.manual_seed(settings.seed)
-    adapted = adapt(model, settings, beginning.adapter if beginning else None)
-    if beginning:
-        check_kind(adapted, forecast.layout, str(settings.adapter))
-        sources |= beginning.identity()
+    # Until it has been shared out, a base is whole in the memory of its process.
+    with one_at_a_time(accelerator, shares):
+        model = load_base_model(
+            base,
+            dtype=dtype,
+            # A layer at a time then comes to the device; but bitsandbytes has to round it there.
+            device="cpu" if shares and not settings.bits else accelerator.device,
+            bits=settings.bits,
+            quantize_head=settings.quantize_head,
+        )
+        check_pair(model, tokenizer)
+        rows = replace(rows, rule=family.row_rule(model.config))  # the weights may say more
+        rows.check(model.config.vocab_size, settings.dataset_path)
+        sources = {
+            "base weights": fingerprint(model)[:16],
+            "tokenizer sha256": tokenizer.vocab_hash[:16],
+            "template": card.template,
+        }
+        torch.manual_seed(settings.seed)
+        adapted = adapt(model, settings, beginning.adapter if beginning else None)
+        if beginning:
+            check_kind(adapted, forecast.layout, str(settings.adapter))
+            sources |= beginning.identity()
+        if shares:
+            shard_base(adapted, model, accelerator.device)
     run = Run.of(settings, accelerator, rows, adapted, base_name(base), sources, forecaster)
     limit = model.config.max_position_embeddings
     run = replace(
@@ -125,7 +128,7 @@ def prepare(settings: TrainSettings, accelerator: Accelerator, dtype: torch.dtyp
     sizes = forecast.setup, run.plan, run.max_steps, accelerator.num_processes
     on_main(accelerator, lambda: run_folder.check_disk(settings, *sizes, resume))
     if shares:
-        shard_base(adapted, model, accelerator.device)
+        begin_gathering(adapted, model, accelerator.device)
     as_run = {
         "base": base,
         "resume_from_checkpoint": None,

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from glmtune.errors import UserError
 
@@ -78,6 +78,26 @@ def memory_of_all(
     dist.all_reduce(is_short, group=_host_group(dist.group.WORLD))
     if is_short:
         raise fault or torch.OutOfMemoryError("another process has too little memory")
+
+
+@contextmanager
+def one_at_a_time(accelerator: Accelerator, is_wanted: bool) -> Iterator[None]:
+    """Let the processes of a machine go through the block one after another. Called by all.
+
+    Args:
+        accelerator: knows the other processes.
+        is_wanted: else they go through it together.
+    """
+    if not is_wanted:
+        yield
+        return
+    number = accelerator.local_process_index
+    last = max(gather_object([number]))
+    for _ in range(number):
+        accelerator.wait_for_everyone()
+    yield
+    for _ in range(last - number):
+        accelerator.wait_for_everyone()
 
 
 def deal(

@@ -99,12 +99,13 @@ class PassCost:
     fixed_tokens: float = 0.0
     """The fixed part, as tokens."""
     gathering: float = 0.0
-    """Seconds in which the weights of a base that is shared out come, while it computes."""
+    """Seconds in which the weights of a base that is shared out come. Each layer does while the
+    one before it is computed, and yet they were as much longer on two H200 (docs/scaling.md)."""
 
     def seconds(self, num_tokens: float) -> float:
         """Seconds of a pass; none for a pass without rows, which is left out."""
         computing = (num_tokens + self.fixed_tokens) * self.seconds_per_token
-        return max(computing, self.gathering) if num_tokens else 0.0
+        return computing + self.gathering if num_tokens else 0.0
 
 
 TokensOf = Callable[[np.ndarray], float]

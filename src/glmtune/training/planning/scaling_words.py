@@ -56,8 +56,7 @@ def describe_world(
     }
     if gathering := gathering_seconds(forecast, world):
         pairs["gathering"] = (
-            f"{_spell_seconds(gathering)} a pass, in which the other shares come twice, each layer "
-            "while the one before it is computed: a pass takes at least that"
+            f"{_spell_seconds(gathering)} of each pass, in which the other shares come twice"
         )
     if time.num_evaluations:
         pairs["evaluating"] = (
