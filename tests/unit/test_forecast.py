@@ -337,7 +337,7 @@ class TestPlanVerb:
             (["--memory_gib", "0"], "--memory_gib '0' should be a number, above 0"),
             (["--memory_gib", "8", "--card", "T4"], "memory_gib and card both name a card"),
             (["--memori_gib", "8"], "did you mean --memory_gib"),
-            (["--deepspeed", "x"], "each process holds the whole base"),
+            (["--deepspeed", "x"], "or a share of it with --shard_base true"),
             (["--json_path", "no/such/folder.jsonl"], "cannot be written"),
         ],
     )

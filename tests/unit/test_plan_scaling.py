@@ -52,6 +52,8 @@ class TestSettings:
         [
             ("--card H200 --link_gbit 8", ["link_gbit has no effect of one card in each node"]),
             ("--card H200 --gpus 2 --network_gbit 8", ["network_gbit has no effect of one node"]),
+            ("--card H200 --shard_base true", ["shard_base has no effect of one card"]),
+            ("--card H200 --gpus 2 --shard_base true", []),
             ("--card H200 --gpus 2 --nodes 2 --network_gbit 8 --link_gbit 8", []),
             (
                 "--card T4 --gpus 2 --nodes 2 --network_gbit 8 --link_gbit 8 --price_per_hour 1",
@@ -81,6 +83,18 @@ class TestSettings:
     def test_the_memory_of_a_card_does_not_depend_on_how_many_there_are(self, plan):
         one, many = plan("--card 4090"), plan("--card 4090 --gpus 8 --nodes 8")
         assert one["needed_gib"] == many["needed_gib"]
+
+    def test_a_shared_base_takes_its_share_of_memory_and_the_time_to_gather_it(self, plan, capsys):
+        flags = "--card H200 --gpus 4 --gradient_checkpointing false"
+        whole, shared = (plan(f"{flags} --shard_base {word}") for word in ("false", "true"))
+        assert shared["weights_gib"] == pytest.approx(whole["weights_gib"] / 4)
+        assert shared["buffers_gib"] > whole["buffers_gib"] + 1.9  # the head, and its message
+        added = shared["time"]["step"]["passes"] - whole["time"]["step"]["passes"]
+        gathered = 2 * 3 / 4 * whole["weights_gib"] * 2**30 / 225e9
+        assert added == pytest.approx(gathered, rel=0.05)
+        out = capsys.readouterr().out
+        assert "reads the whole base, and holds a share of it, 2.9 GiB, 11.5 a node" in out
+        assert "of each pass, in which the other shares come twice" in out
 
     def test_the_network_counts_between_nodes_alone(self, plan, capsys):
         def summing(flags):
@@ -242,6 +256,11 @@ class TestRefusals:
             more = shlex.split(setting.removesuffix(" at most"))
             assert main(["plan", *BASE, *shlex.split(flags), *more]) == 0, setting
 
+    def test_a_share_that_does_not_fit(self, capsys):
+        line = self.refused("--memory_gib 3 --gpus 8 --shard_base true", capsys)
+        assert "each of 8 cards holds one of 8 shares of the base" in line
+        assert "quantization_bit 8" not in line
+
     def test_one_node_more_than_advised_is_refused(self, capsys):
         line = self.refused("--card H200 --gpus 8 --nodes 100", capsys)
         most = int(re.search(r"--nodes (\d+) at most", line)[1])
@@ -252,9 +271,9 @@ class TestRefusals:
         assert "12.9 GiB of 7.8 (RTX 4060): does not fit" in line
         assert "each of 8 cards holds the whole base" in line
         flags = [*BASE, "--gpus", "8", "--card"]
-        bits = ["4060", "--quantization_bit", "4"]
-        assert "quantization_bit 4 would take" in line
-        assert main(["plan", *flags, *bits]) == 0
+        for name, value in (("shard_base", "true"), ("quantization_bit", "4")):
+            assert f"{name} {value} would take" in line
+            assert main(["plan", *flags, "4060", f"--{name}", value]) == 0
         larger = re.search(r"--card '(.+?)' has (\d+) GiB", line)
         assert CARDS[larger[1]][0] == pytest.approx(int(larger[2]), abs=0.5)
         assert main(["plan", *flags, larger[1]]) == 0
@@ -298,7 +317,7 @@ class TestPage:
 
     def test_each_is_printed(self, capsys):
         examples = self.examples("scaling.md")
-        assert len(examples) == 4
+        assert len(examples) == 5
         for command, output in examples:
             assert main(shlex.split(command)[1:]) == 0
             assert output in capsys.readouterr().out, command

@@ -33,7 +33,7 @@ class PromptPass(NamedTuple):
     table_BX: Tensor
     """Ids, padded with the last one, then what the properties name."""
     angles_BS: Angles
-    """Of the prompts' columns, in the type of the weights."""
+    """The angles of the prompts' columns, in the type of the weights."""
 
     @classmethod
     def of(

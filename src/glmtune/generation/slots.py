@@ -48,8 +48,8 @@ COLUMNS_PER_GROWTH = 128
 WARM_UP_STEPS = 3
 """Steps run before a capture, so that what libraries set up at first use is not captured."""
 MOST_COLUMNS_CAPTURED = 1024
-"""Wider passes of prompts keep a GPU busy for longer than the host needs to launch them, and so few
-sizes are captured (of `Decoder.reads`, 16)."""
+"""Wider passes of prompts keep a GPU busy for longer than the host needs to launch them; at most 16
+sizes are captured, see `Decoder.reads`."""
 
 
 @dataclass

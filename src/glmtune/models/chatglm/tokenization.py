@@ -62,7 +62,7 @@ class ChatGLMTokenizer(Encoder, PreTrainedTokenizer):
     ):
         self.open_vocabulary(vocab_file, num_image_tokens)
         self._names: dict[int, str | None] = {}
-        """Of the vocabulary's ids that were decoded: streams decode the same ones often."""
+        """Names of ids of the vocabulary that were decoded: streams decode the same ones often."""
         for key, name in NAMED_TOKENS.items():
             if not self.is_new(kwargs.get(key) or name):
                 kwargs[key] = name

@@ -46,9 +46,11 @@ def find_remedies(settings: TrainSettings, forecaster: Forecaster) -> list[Remed
     ]
     if settings.shard_base:  # which goes with 4 bits alone
         bits = bits[1:2]
+    elif settings.base_dtype == "auto" and settings.bits != 8 and not settings.quantize_head:
+        singles.insert(0, {"shard_base": True})  # helps several processes
     if settings.base_dtype == "auto":
         singles += bits
-    tried = [try_change(settings, change, forecaster) for change in singles]
+    tried = [_try(settings, change, forecaster) for change in singles]
     remedies = [remedy for remedy in tried if remedy]
     if remedies:
         return _without_repeats(remedies)
@@ -56,15 +58,12 @@ def find_remedies(settings: TrainSettings, forecaster: Forecaster) -> list[Remed
     if settings.base_dtype == "auto":
         together |= bits[-1]
     for step in ({}, *smaller):
-        if remedy := try_change(settings, together | step, forecaster):
+        if remedy := _try(settings, together | step, forecaster):
             return [remedy]
     return []
 
 
-def try_change(
-    settings: TrainSettings, change: dict[str, Any], forecaster: Forecaster
-) -> Remedy | None:
-    """A change of settings as a remedy; None where it changes nothing, or is not enough."""
+def _try(settings: TrainSettings, change: dict[str, Any], forecaster: Forecaster) -> Remedy | None:
     if all(getattr(settings, name) == value for name, value in change.items()):
         return None
     changed = forecaster(settings.model_copy(update=change))

@@ -158,6 +158,8 @@ def _without_effect(settings: PlanSettings, are_equal: bool, has_time: bool) -> 
         has_time: whether the time of the run is known.
     """
     reasons = {}
+    if settings.gpus * settings.nodes == 1:
+        reasons["shard_base"] = "of one card, which holds the whole base (--gpus)"
     if settings.gpus == 1:
         reasons["link_gbit"] = "of one card in each node (--gpus)"
     if settings.nodes == 1:

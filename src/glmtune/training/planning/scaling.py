@@ -14,7 +14,7 @@ from glmtune.data.packing import PACK_MULTIPLE
 from glmtune.errors import UserError
 from glmtune.hardware import Card, num_cores
 from glmtune.training.plan import Lengths, Plan, count_steps, evaluation_parts
-from glmtune.training.planning.advice import find_remedies, try_change, verdict
+from glmtune.training.planning.advice import find_remedies, verdict
 from glmtune.training.planning.forecast import Forecast
 from glmtune.training.planning.memory import base_bytes
 from glmtune.training.planning.ranks import (
@@ -121,8 +121,6 @@ def check_fits_each(
     held = "the whole base, so more of them do not help"
     if settings.shard_base:
         held = f"one of {world.num_ranks:,} shares of the base"
-    elif shared := try_change(settings, {"shard_base": True}, forecaster):
-        remedies.insert(0, shared)
     advice = [str(remedy) for remedy in remedies[:3]]
     if card := _card_that_fits(settings, forecast_on, forecast.card.gib):
         advice.append(f"--card '{card.name}' has {card.gib:.0f} GiB")
