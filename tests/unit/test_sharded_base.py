@@ -25,6 +25,7 @@ from toys import (
 
 from glmtune.adapters import attach_lora
 from glmtune.bench.rows import random_rows
+from glmtune.cli import main
 from glmtune.errors import UserError
 from glmtune.models.families import FAMILIES
 from glmtune.models.family import layers_of
@@ -125,6 +126,13 @@ def test_what_accelerates_fsdp_does_otherwise_is_refused(monkeypatch, name, valu
         monkeypatch.setenv(key, word)
     with pytest.raises(UserError, match=told):
         asks_for_fsdp()
+
+
+@pytest.mark.parametrize("name", ["DeepSpeed", "Megatron-LM"])
+def test_what_is_none_of_torchs_is_refused(monkeypatch, name, capsys):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper().replace('-', '_')}", "true")
+    assert main(["train", "--dataset_path", str(GLM_TINY), "--output_dir", "out"]) == 2
+    assert f"error: accelerate launch: {name} is not offered" in capsys.readouterr().err
 
 
 def test_a_step_that_is_not_finite_is_looked_into_by_both(folder):

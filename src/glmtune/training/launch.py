@@ -22,6 +22,7 @@ _NOT_OF_FSDP = {
 }
 """Options of Accelerate's FSDP, by what it tells its processes, and why they are refused."""
 _USES_FSDP = "ACCELERATE_USE_FSDP"
+_OTHERS = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
 
 
 def asks_for_fsdp() -> bool:
@@ -31,15 +32,29 @@ def asks_for_fsdp() -> bool:
     weights only.
 
     Raises:
-        UserError: an option of it that is not offered.
+        UserError: an option of it that is not offered, or what is none of torch's.
     """
-    if os.environ.get(_USES_FSDP, "false").lower() != "true":
+    for name, words in _OTHERS.items():
+        if _is_set(name):
+            raise _not_offered(words)
+    if not _is_set(_USES_FSDP):
         return False
     for (name, value), words in _NOT_OF_FSDP.items():
         if os.environ.get(name, "1" if name == "FSDP_VERSION" else "") == value:
             raise UserError(f"accelerate launch: {words}")
     os.environ[_USES_FSDP] = "false"
     return True
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "false").lower() == "true"
+
+
+def _not_offered(name: str) -> UserError:
+    return UserError(
+        f"accelerate launch: {name} is not offered: launch with --multi_gpu, where each process "
+        "holds the whole frozen base, or a share of it with --shard_base true"
+    )
 
 
 def shards_base(settings: TrainSettings, accelerator: Accelerator) -> bool:
@@ -70,10 +85,7 @@ def start_accelerator(settings: TrainSettings) -> tuple[Accelerator, torch.dtype
     accelerator.gradient_accumulation_steps = 1
     kind = accelerator.distributed_type
     if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise UserError(
-            f"accelerate launch: {kind.value} is not offered: launch with --multi_gpu, where each "
-            "process holds the whole frozen base, or a share of it with --shard_base true"
-        )
+        raise _not_offered(kind.value)
     leave_at_exit(accelerator)
     # A launcher asked for several CPU processes then starts one, with an address but no world size.
     launched_alone = "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ

@@ -93,7 +93,9 @@ def prepare(settings: TrainSettings, accelerator: Accelerator, dtype: torch.dtyp
             base,
             dtype=dtype,
             # A layer at a time then comes to the device; but bitsandbytes has to round it there.
-            device="cpu" if shares and not settings.bits else accelerator.device,
+            device="cpu"
+            if shares and not (settings.bits or bits_of(config))
+            else accelerator.device,
             bits=settings.bits,
             quantize_head=settings.quantize_head,
         )
