@@ -260,7 +260,10 @@ class ConversationEncoder:
             for _, of_turn in turns
             for text in of_turn
         ]
-        encoded = iter(self.encode_texts(texts, num_threads))
+        # A text that stands in several of them, such as a system's, is encoded once.
+        different = list(dict.fromkeys(texts))
+        ids_of = dict(zip(different, self.encode_texts(different, num_threads), strict=True))
+        encoded = map(ids_of.__getitem__, texts)
         prefix = [self.ids[name] for name in self.layout.prefix]
         return [
             turns if isinstance(turns, Flaw) else self._encode_example(turns, encoded, prefix)
