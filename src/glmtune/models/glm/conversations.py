@@ -348,25 +348,29 @@ class ConversationEncoder:
         prefix: list[int],
     ) -> EncodedExample:
         """Lay out the ids of turns, the texts of which are the next of `encoded`."""
-        ids, labels = list(prefix), [IGNORED] * len(prefix)
+        ids, labels = list(prefix), []  # labels grow where something is supervised
         prompt_length, num_answers, follows_answer = 0, 0, False
         for turn, texts in turns:
             role = self.ids[ROLES[turn.role]]
             ids.append(role)
-            labels.append(role if follows_answer else IGNORED)
-            if turn.is_answer:
-                prompt_length = len(ids)
-            if not self.joins_newline and self._head(turn) == "\n":
+            if follows_answer:
+                labels.append(role)
+            start = len(ids)
+            if turn.role == ASSISTANT:
+                prompt_length = start
+            if not (self.joins_newline or turn.metadata):
                 ids += self.newline_ids
             for _ in texts[:-1]:
                 ids += next(encoded)
-            # An empty thought is no more than what a prompt without one ends with.
-            start = len(ids) if self.opens_thoughts and turn.thought == "" else len(labels)
+            if turn.thought == "" and self.opens_thoughts:
+                start = len(ids)  # an empty thought is what a prompt without one ends with
             ids += next(encoded)
-            labels += [IGNORED] * (start - len(labels))
             follows_answer = bool(turn.supervised)
-            num_answers += follows_answer
-            labels += ids[start:] if follows_answer else [IGNORED] * (len(ids) - start)
+            if follows_answer:
+                num_answers += 1
+                labels += [IGNORED] * (start - len(labels))
+                labels += ids[start:]
+        labels += [IGNORED] * (len(ids) - len(labels))
         last = turns[-1][0] if turns else None
         calls = last is not None and last.is_answer and bool(last.metadata)
         end = self.ids[ROLES[OBSERVATION] if calls else self.layout.end]
