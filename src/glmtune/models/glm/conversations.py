@@ -216,7 +216,7 @@ class ConversationEncoder:
         for turn in (turn for turns in conversations for turn in turns):
             head = self._head(turn)
             texts += [head + turn.text] if self.joins_newline else [head, turn.text]
-        encoded = iter(self.encode_texts(texts, num_threads))
+        encoded = self._encode_once(texts, num_threads)
         rows = []
         for turns in conversations:
             row: list[int] = []
@@ -225,6 +225,12 @@ class ConversationEncoder:
                 row += [] if self.joins_newline else next(encoded)
             rows.append(row)
         return rows
+
+    def _encode_once(self, texts: list[str], num_threads: int | None) -> Iterator[list[int]]:
+        """The ids of each text, not to be changed: one that comes again is not encoded again."""
+        different = list(dict.fromkeys(texts))
+        ids_of = dict(zip(different, self.encode_texts(different, num_threads), strict=True))
+        return map(ids_of.__getitem__, texts)
 
     def _head(self, turn: Turn) -> str:
         """What stands between a role and its text."""
@@ -260,10 +266,7 @@ class ConversationEncoder:
             for _, of_turn in turns
             for text in of_turn
         ]
-        # A text that stands in several of them, such as a system's, is encoded once.
-        different = list(dict.fromkeys(texts))
-        ids_of = dict(zip(different, self.encode_texts(different, num_threads), strict=True))
-        encoded = map(ids_of.__getitem__, texts)
+        encoded = self._encode_once(texts, num_threads)
         prefix = [self.ids[name] for name in self.layout.prefix]
         return [
             turns if isinstance(turns, Flaw) else self._encode_example(turns, encoded, prefix)
