@@ -6,6 +6,7 @@ import pytest
 from glm_folders import encoder_of, toy_tiktoken, write_folder
 
 from glmtune.data import templates
+from glmtune.data.conversations import Example
 from glmtune.errors import UserError
 from glmtune.models.glm.conversations import Turn
 from glmtune.models.glm.encoder import of_folder
@@ -230,3 +231,20 @@ def test_system_messages_come_first_in_one_layout_alone(tmp_path):
         ]  # fmt: skip
     assert written["glm4"] == ["<|user|>", "<|system|>", "<|assistant|>"]
     assert written["glm4-0414"] == ["<|system|>", "<|user|>", "<|assistant|>"]
+
+
+def test_a_text_of_several_conversations_is_encoded_once(tmp_path, monkeypatch):
+    encoder = of_folder(write_folder(tmp_path, "glm4", toy_tiktoken(), padded_vocab_size=70_000))
+    talk = Example((Turn("system", "Be short."), Turn("user", "Hi"), Turn("assistant", "Hello")))
+    other = talk._replace(turns=(*talk.turns, Turn("user", "Hi"), Turn("assistant", "Again")))
+    examples = [talk.supervise("each"), other.supervise("each"), talk.supervise("last")]
+    alone = [encoder.encode_examples([example])[0] for example in examples]
+    given, encode = [], encoder.encode_plain
+
+    def record(texts, num_threads=None):
+        given.extend(texts)
+        return encode(texts, num_threads)
+
+    monkeypatch.setattr(encoder, "encode_plain", record)
+    assert encoder.encode_examples(examples) == alone
+    assert sorted(given) == ["Again", "Be short.", "Hello", "Hi"]

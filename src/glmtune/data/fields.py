@@ -205,7 +205,8 @@ class FieldUse:
 
     def count(self, row: _Read) -> None:
         """Count a row."""
-        self.unused.update(row.unused)
+        if row.unused:
+            self.unused.update(row.unused)
         if row.names != ALPACA:
             self.renamed[row.names] += 1
         self.num_with_history += bool(row.history)

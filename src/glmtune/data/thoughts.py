@@ -14,6 +14,7 @@ from glmtune.errors import UserError
 
 Wish = Literal["keep", "drop"]
 OPEN, CLOSE = "<think>", "</think>"
+_END_OF_BOTH = "think>"
 
 KEPT, EMPTY, DROPPED, AS_TEXT, HIDDEN = "kept", "empty", "dropped", "as text", "hidden"
 """What became of a thought. HIDDEN ones stand before answers that are not supervised for it."""
@@ -47,6 +48,8 @@ def check_thoughts(turns: Sequence[tuple[str, Turn]]) -> None:
     Raises:
         Flaw: of the first answer that is not so, or that has another thought in a field.
     """
+    if not any(_END_OF_BOTH in turn.text for _, turn in turns):
+        return
     for (where, turn), following in zip(turns, [*turns[1:], None], strict=True):
         if not turn.is_answer or turn.metadata:
             continue

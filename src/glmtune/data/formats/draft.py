@@ -26,7 +26,8 @@ class Draft:
 
     def add(self, where: str, *turns: Turn) -> None:
         """Add the turns that a message makes."""
-        self.turns += [(where, turn) for turn in turns]
+        for turn in turns:
+            self.turns.append((where, turn))
 
     def begin_with(self, fields: Mapping[str, object], name: str = SYSTEM) -> None:
         """Put the text of a field, if there is one, before all turns."""
@@ -180,9 +181,9 @@ def unused_of(
 
     A text that is one of the turns once more adds nothing.
     """
-    texts = {turn.text.strip() for _, turn in draft.turns}
     used = tuple(used)
     unused = tuple(name for name in fields if name not in used)
+    texts = {turn.text.strip() for _, turn in draft.turns} if unused else set()
     for name in unused:
         value = fields[name]
         is_known = isinstance(value, str) and value.strip() in texts

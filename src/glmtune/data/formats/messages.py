@@ -35,7 +35,7 @@ _USED = {
     "role", "content", "name", "loss", "weight", "metadata", "tools", "tool_calls",
     "function_call", "tool_call_id", *THOUGHTS,
 }  # fmt: skip
-_PLAIN, _ROLES_OF_TEXT = {"role", "content"}, (SYSTEM, USER, ASSISTANT)
+_ROLES_OF_TEXT = (SYSTEM, USER, ASSISTANT)
 _CALL_AND_RESULT = {"role", "name", "parameters", "observation", "loss"}
 
 
@@ -53,7 +53,8 @@ def read(fields: Mapping[str, object]) -> Draft:
     turns = turns_in(fields, key)
     waiting: list[tuple[str | None, str, Turn]] = []  # calls of one turn, in want of their results
     for where, turn in turns:
-        if not waiting and turn.keys() == _PLAIN and turn["role"] in _ROLES_OF_TEXT:
+        is_plain = len(turn) == 2 and "role" in turn and "content" in turn
+        if is_plain and not waiting and turn["role"] in _ROLES_OF_TEXT:
             draft.add(where, Turn(turn["role"], _content(turn, where)))
             continue
         role = role_in(turn, "role", ROLES, where)

@@ -218,7 +218,7 @@ class ConversationEncoder:
         for turn in (turn for turns in conversations for turn in turns):
             head = self._head(turn)
             texts += [head + turn.text] if self.joins_newline else [head, turn.text]
-        encoded = iter(self.encode_texts(texts, num_threads))
+        encoded = self._encode_once(texts, num_threads)
         rows = []
         for turns in conversations:
             row: list[int] = []
@@ -227,6 +227,12 @@ class ConversationEncoder:
                 row += [] if self.joins_newline else next(encoded)
             rows.append(row)
         return rows
+
+    def _encode_once(self, texts: list[str], num_threads: int | None) -> Iterator[list[int]]:
+        """The ids of each text, not to be changed: one that comes again is not encoded again."""
+        different = list(dict.fromkeys(texts))
+        ids_of = dict(zip(different, self.encode_texts(different, num_threads), strict=True))
+        return map(ids_of.__getitem__, texts)
 
     def _head(self, turn: Turn) -> str:
         """What stands between a role and its text."""
@@ -262,7 +268,7 @@ class ConversationEncoder:
             for _, of_turn in turns
             for text in of_turn
         ]
-        encoded = iter(self.encode_texts(texts, num_threads))
+        encoded = self._encode_once(texts, num_threads)
         prefix = [self.ids[name] for name in self.layout.prefix]
         return [
             turns if isinstance(turns, Flaw) else self._encode_example(turns, encoded, prefix)
@@ -350,25 +356,29 @@ class ConversationEncoder:
         prefix: list[int],
     ) -> EncodedExample:
         """Lay out the ids of turns, the texts of which are the next of `encoded`."""
-        ids, labels = list(prefix), [IGNORED] * len(prefix)
+        ids, labels = list(prefix), []  # labels grow where something is supervised
         prompt_length, num_answers, follows_answer = 0, 0, False
         for turn, texts in turns:
             role = self.ids[ROLES[turn.role]]
             ids.append(role)
-            labels.append(role if follows_answer else IGNORED)
-            if turn.is_answer:
-                prompt_length = len(ids)
-            if not self.joins_newline and self._head(turn) == "\n":
+            if follows_answer:
+                labels.append(role)
+            start = len(ids)
+            if turn.role == ASSISTANT:
+                prompt_length = start
+            if not (self.joins_newline or turn.metadata):
                 ids += self.newline_ids
             for _ in texts[:-1]:
                 ids += next(encoded)
-            # An empty thought is no more than what a prompt without one ends with.
-            start = len(ids) if self.opens_thoughts and turn.thought == "" else len(labels)
+            if turn.thought == "" and self.opens_thoughts:
+                start = len(ids)  # an empty thought is what a prompt without one ends with
             ids += next(encoded)
-            labels += [IGNORED] * (start - len(labels))
             follows_answer = bool(turn.supervised)
-            num_answers += follows_answer
-            labels += ids[start:] if follows_answer else [IGNORED] * (len(ids) - start)
+            if follows_answer:
+                num_answers += 1
+                labels += [IGNORED] * (start - len(labels))
+                labels += ids[start:]
+        labels += [IGNORED] * (len(ids) - len(labels))
         last = turns[-1][0] if turns else None
         calls = last is not None and last.is_answer and bool(last.metadata)
         end = self.ids[ROLES[OBSERVATION] if calls else self.layout.end]
