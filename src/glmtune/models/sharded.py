@@ -139,14 +139,14 @@ class Gathered:
         if not self._is_sharded:
             return hidden
         self.gather(number, number + 1)
-        return _Enter.apply(hidden, self, number)
+        return _Then.apply(hidden, partial(self.free, number))
 
     def leave(self, number: int, hidden: Tensor) -> Tensor:
         """Free a layer, after its forward; its backward pass gathers it before this output."""
         if not self._is_sharded:
             return hidden
         self.free(number)
-        return _Leave.apply(hidden, self, number)
+        return _Then.apply(hidden, partial(self._gather_again, number))
 
     def gather(self, number: int, following: int) -> None:
         """Wait for a layer's weights, and begin to gather those of the one that follows."""
@@ -158,30 +158,24 @@ class Gathered:
         """Free a layer's weights."""
         self._layers[number].reshard()
 
-
-class _Enter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, layers, number):
-        ctx.layers, ctx.number = layers, number
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    def backward(ctx, grad):
-        ctx.layers.free(ctx.number)
-        return grad, None, None
-
-
-class _Leave(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, layers, number):
-        ctx.layers, ctx.number = layers, number
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    def backward(ctx, grad):
-        ctx.layers.gather(ctx.number, ctx.number - 1)
-        if ctx.number == 0:
-            # Its input, the embedding, has no gradient: `_Enter` is not called.
+    def _gather_again(self, number: int) -> None:
+        """Gather a layer for its backward pass."""
+        self.gather(number, number - 1)
+        if number == 0:
+            # Its input, the embedding, has no gradient with which it would be freed.
             engine: Any = torch.autograd.Variable._execution_engine
-            engine.queue_callback(partial(ctx.layers.free, 0))
-        return grad, None, None
+            engine.queue_callback(partial(self.free, 0))
+
+
+class _Then(torch.autograd.Function):
+    """Gives its input, and calls a function when the gradient of it has come."""
+
+    @staticmethod
+    def forward(ctx, hidden, call):
+        ctx.call = call
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.call()
+        return grad, None
