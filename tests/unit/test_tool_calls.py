@@ -75,9 +75,10 @@ def scripted(engine, monkeypatch):
         ids = engine.tokenizer.encode_batch([text])[0]
         script[:] = [*ids, engine.tokenizer.ids["<|observation|>"]]
 
-    def admitted(slots, places, given, *more):
+    def admitted(slots, places, given, settings, stop_ids, adapters):
         prompts.extend(prompt.ids for prompt in given)
-        admit(slots, places, given, *more)
+        # What the model would say, at random, ends nothing.
+        admit(slots, places, given, settings, [()] * len(given), adapters)
 
     def scripted_read(slots, notes):
         made = read(slots, notes)
