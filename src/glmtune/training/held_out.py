@@ -77,8 +77,9 @@ def _log_losses(
     size = run.settings.per_device_eval_batch_size
     parts = evaluation_parts(rows.lengths_R, eval_rows, run.forecast.pack_length, size)
     with undone_when_cut_short(state):
-        stopped = (lambda: False) if run.is_sharded else stop.is_wanted  # all go on, or none
-        losses_R = row_losses(step_pass, parts, len(rows), run.accelerator, stopped, run.is_sharded)
+        losses_R = row_losses(
+            step_pass, parts, len(rows), run.accelerator, stop.is_wanted, run.is_sharded
+        )
     nums_R = rows.num_labels_R
     own = eval_rows[eval_rows < rows.num_own]
     sets = ({HELD_OUT: own} if len(own) else {}) | dict(rows.eval_sets)
@@ -107,7 +108,7 @@ def row_losses(
         num_rows: rows of the data set.
         accelerator: knows the device and the other processes.
         wants_stop: called before each pass.
-        in_step: whether all compute as many passes, see `deal`; then none may stop.
+        in_step: whether all compute as many passes, see `deal`; then none stops before the end.
 
     Returns:
         ``(num_rows,)`` float64, in nats; 0 for a row of no part.
@@ -120,7 +121,7 @@ def row_losses(
     losses_R1 = torch.zeros(num_rows + 1, dtype=torch.float64, device=accelerator.device)
     with memory_of_all(accelerator, in_step=in_step):
         for number, counts in deal(parts, accelerator, in_step):
-            if wants_stop():
+            if not in_step and wants_stop():
                 losses_R1[-1] = 1
                 break
             found = step_pass.row_losses(parts[number])

@@ -80,11 +80,12 @@ def bundle_on_fault(run: Run, state: TrainingState) -> Iterator[None]:
     except NotFiniteError as error:
         fault = error.fault
         random_states = gather_object([fault.random_state])
-        again = partial(_again, run, state, fault, random_states)
+        passes = _passes_of(run, fault.step)
+        again = partial(_again, run, state, fault, passes, random_states)
         outcome = again() if run.is_sharded else None  # which no process could do alone
         told = on_main(
             run.accelerator,
-            lambda: _leave_bundle(run, state, fault, random_states, outcome or again()),
+            lambda: _leave_bundle(run, state, fault, passes, random_states, outcome or again()),
         )
         raise UserError(f"step {fault.step + 1}: {fault.words}{told}") from error
 
@@ -103,14 +104,17 @@ def _num_labels(run: Run, passes: Sequence[PassOfStep]) -> int:
 
 
 def _again(
-    run: Run, state: TrainingState, fault: Fault, random_states: Sequence[RandomState]
+    run: Run,
+    state: TrainingState,
+    fault: Fault,
+    passes: Sequence[PassOfStep],
+    random_states: Sequence[RandomState],
 ) -> Outcome:
     """Compute the step once more, looking for the first number that is not finite."""
     if run.accelerator.is_main_process:
         told = f"step {fault.step + 1}: {fault.words}; looking for where it comes from"
         print(f"\n{told}", flush=True)
     plain = PaddedPass(run.accelerator, state.model, run.rows, run.forecast.recompute)
-    passes = _passes_of(run, fault.step)
     num_labels, at_once = _num_labels(run, passes), run.layout == "padded"
     return compute_again(plain, state.weights, passes, num_labels, random_states, at_once)
 
@@ -119,11 +123,11 @@ def _leave_bundle(
     run: Run,
     state: TrainingState,
     fault: Fault,
+    passes: Sequence[PassOfStep],
     random_states: Sequence[RandomState],
     outcome: Outcome,
 ) -> str:
     """Write the bundle; return the rest of the message about the fault."""
-    passes = _passes_of(run, fault.step)
     folder = Path(run.settings.output_dir, f"crash-{fault.step + 1}")
     base = base_of(state.model)
     told = {
