@@ -35,7 +35,7 @@ def test_clients_that_pause_do_not_ask_together(monkeypatch, pause):
     """In a time of the test's own, in which an answer takes a second."""
     now, waits = [0.0], []
 
-    async def ask(asking, question):
+    async def ask(client, asking, question):
         now[0] += 1
         return question
 
@@ -43,7 +43,7 @@ def test_clients_that_pause_do_not_ask_together(monkeypatch, pause):
         waits.append(wait)
         now[0] += wait
 
-    monkeypatch.setattr(clients, "ask", ask)
+    monkeypatch.setattr(clients.Client, "ask", ask)
     monkeypatch.setattr(clients, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(clients, "asyncio", SimpleNamespace(sleep=sleep))
     questions = [Question("base", 0), Question("base", 1)]
@@ -57,6 +57,43 @@ def test_clients_that_pause_do_not_ask_together(monkeypatch, pause):
         assert len(set(waits)) == len(waits) == len(answered)
         assert mean(waits) == pytest.approx(pause, rel=0.2)
         assert now[0] <= 601
+
+
+EVENTS = b"".join(
+    b"data: " + json.dumps(event).encode() + b"\n\n"
+    for event in (
+        {"choices": [{"text": "a"}]},
+        {"choices": [], "usage": {"completion_tokens": 1}},
+    )
+)
+
+
+@pytest.mark.parametrize("answers_of_a_connection", [1, 2, 99])
+def test_a_client_keeps_its_connection_as_long_as_the_server_does(answers_of_a_connection):
+    connections = []
+
+    async def answer(reader, writer):
+        connections.append(1)
+        for _ in range(answers_of_a_connection):
+            head = await reader.readuntil(b"\r\n\r\n")
+            await reader.readexactly(int(head.split(b"Content-Length: ")[1].split()[0]))
+            body = EVENTS + b"data: [DONE]\n\n"
+            writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+            writer.write(f"{len(body):x}\r\n".encode() + body + b"\r\n0\r\n\r\n")
+        writer.close()
+
+    async def ask():
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            asking = Asking(server.sockets[0].getsockname()[1], [[5]], 1, 0.0)
+            client = clients.Client()
+            for _ in range(4):
+                answered = await client.ask(asking, Question("base", 0))
+                assert (answered.error, answered.text, answered.num_tokens) == (None, "a", 1)
+                await asyncio.sleep(0.01)  # in which the server may hang up
+            client.close()
+
+    asyncio.run(ask())
+    assert len(connections) == -(-4 // answers_of_a_connection)
 
 
 @pytest.mark.slow

@@ -261,6 +261,39 @@ def test_who_follows_in_a_slot_does_not_get_the_last_ones_end(loaded):
     assert ends == [["stop"], ["length"]]
 
 
+@pytest.mark.parametrize("waits", [True, False])
+def test_who_submits_waits_while_a_pass_is_launched(loaded, monkeypatch, waits):
+    """On a GPU, and not for longer than a launch takes: a pass may have to be captured first."""
+    monkeypatch.setattr("glmtune.serving.scheduler._SECONDS_OF_A_LAUNCH", 600 if waits else 0)
+    scheduler, order = Scheduler(loaded.decoder, 4, 99, lambda news: None), []
+    scheduler.overlaps, admit = True, scheduler.slots.admit
+
+    def submit_second():
+        order.append("begins")
+        scheduler.submit([work("second", tokens=2)])
+        order.append("submitted")
+
+    second = threading.Thread(target=submit_second)
+
+    def launch(*given):
+        if not second.ident:
+            second.start()
+            until(lambda: order)
+            if not waits:
+                second.join()
+            else:
+                time.sleep(0.1)
+            order.append("launched")
+        admit(*given)
+
+    scheduler.slots.admit = launch
+    scheduler.submit([work("first", tokens=2)])
+    scheduler.start()
+    until(lambda: second.ident and not second.is_alive() and not scheduler.num_open)
+    scheduler.close()
+    assert order == ["begins", *(["launched", "submitted"] if waits else ["submitted", "launched"])]
+
+
 def test_answers_that_run_wait_for_fewer_passes_than_those_that_begin(loaded, monkeypatch):
     scheduler, order = Scheduler(loaded.decoder, 14, 99, lambda news: None), []
     slots = scheduler.slots

@@ -163,6 +163,12 @@ class Decoder:
         columns = longest + -longest % _COLUMNS_OF_PASS
         return max(1, -(-_TOKENS_OF_PASS // columns))
 
+    @property
+    def reads_in_few_kernels(self) -> bool:
+        """Whether prompts of slots are read by the family's `read_block_in_few_kernels`."""
+        few_kernels = self.block.read_block_in_few_kernels
+        return few_kernels is not None and self._most_rows_for_kernels > 0
+
     def functions(self, num_rows: int) -> tuple[Callable[..., Tensor], Callable[..., Tensor], bool]:
         """The functions for a token a row: a layer, the head; and whether they need a mask."""
         few_kernels = self.block.run_block_in_few_kernels

@@ -270,8 +270,8 @@ class AdaptedByRow(_Updated):
         return (y + multiply_separately(low, self.b_OR)).to(y.dtype)
 
     def _update(self, x: Tensor) -> Any:
-        low = F.linear(x.to(self.a_RI.dtype), self.a_RI).flatten(0, -2)
-        return low * self.is_taken(), self.b_OR, 1.0
+        low = F.linear(x.to(self.a_RI.dtype), self.a_RI) * self.is_taken()[:, None]
+        return low.flatten(0, -2), self.b_OR, 1.0
 
 
 def can_be_fused(linear: Projection) -> bool:

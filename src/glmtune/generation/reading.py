@@ -126,6 +126,7 @@ def read_prompts(
         given.angles_BS,
         cache,
         row_B,
+        row_B is not None and decoder.reads_in_few_kernels,
     )
 
 

@@ -109,6 +109,10 @@ class DecodingBlock(NamedTuple):
     mask is true for visible columns."""
     run_block_in_few_kernels: Callable[..., Tensor] | None = None
     """`run_block` by `ops.decoding_kernels`, on a GPU; it ignores the mask."""
+    read_block_in_few_kernels: Callable[..., Tensor] | None = None
+    """`read_block` on a GPU, by `ops.prompt_attention`: ``(hidden (B, S, H), weights, keys (slots,
+    M, K, D), values, row_B, mask, angles)`` to ``(B, S, H)``. Writes the first S columns of the
+    slots in `row_B`; the angles are those of `angles`, contiguous."""
 
 
 def prefill(
@@ -120,6 +124,7 @@ def prefill(
     angles: Angles,
     cache: KeyValueCache,
     row_B: Tensor | None = None,
+    in_few_kernels: bool = False,
 ) -> Tensor:
     """Read whole prompts into a cache; return the next-token logits ``(B, V)``.
 
@@ -133,23 +138,46 @@ def prefill(
         cache: the cache to write to, of B rows and S columns, behind those of a prefix.
         row_B: where the rows are in the cache, if it has others too; S columns of them are written,
             and there is no prefix. Rows that are in one place must be equal.
+        in_few_kernels: use the family's `read_block_in_few_kernels`; `row_B` is given then.
     """
     hidden_BSH = weights.embed(input_ids_BS)
     mask = additive_mask(mask_B1SS, hidden_BSH.dtype)
-    ready = block.prompt_angles(angles, hidden_BSH.dtype)
-    num_rows, width = input_ids_BS.shape
+    num_rows = len(input_ids_BS)
+    with right_kernels():
+        if in_few_kernels:
+            assert block.read_block_in_few_kernels is not None, "the family has none"
+            assert row_B is not None, "the rows have no slots"
+            given = row_B.contiguous(), mask, Angles(*(angle.contiguous() for angle in angles))
+            for layer, *kept in zip(weights.blocks, *cache, strict=True):
+                hidden_BSH = block.read_block_in_few_kernels(hidden_BSH, layer, *kept, *given)
+        else:
+            ready = block.prompt_angles(angles, hidden_BSH.dtype)
+            hidden_BSH = _read_blocks(hidden_BSH, weights, block, mask, ready, cache, row_B)
+    last_B1H = hidden_BSH[torch.arange(num_rows, device=length_B.device), length_B - 1, None]
+    return run_head(last_B1H, weights.final_norm, weights.head)
+
+
+def _read_blocks(
+    hidden_BSH: Tensor,
+    weights: Weights,
+    block: DecodingBlock,
+    mask: Tensor,
+    angles: Any,
+    cache: KeyValueCache,
+    row_B: Tensor | None,
+) -> Tensor:
+    """All layers on whole prompts, by the family's `read_block`."""
+    num_rows, width = hidden_BSH.shape[:2]
     # One layer's at a time, so that a pass needs little memory of its own.
     sizes = num_rows, cache.keys.shape[2], width, cache.keys.shape[4]
     own = None if row_B is None else [tensor.new_empty(sizes) for tensor in cache]
-    with right_kernels():
-        for layer, *kept in zip(weights.blocks, *cache, strict=True):
-            written = own or kept
-            hidden_BSH = block.read_block(hidden_BSH, layer, *written, mask, ready)
-            if row_B is not None:
-                for old, new in zip(kept, written, strict=True):
-                    old[:, :, :width].index_copy_(0, row_B, new)
-    last_B1H = hidden_BSH[torch.arange(num_rows, device=length_B.device), length_B - 1, None]
-    return run_head(last_B1H, weights.final_norm, weights.head)
+    for layer, *kept in zip(weights.blocks, *cache, strict=True):
+        written = own or kept
+        hidden_BSH = block.read_block(hidden_BSH, layer, *written, mask, angles)
+        if row_B is not None:
+            for old, new in zip(kept, written, strict=True):
+                old[:, :, :width].index_copy_(0, row_B, new)
+    return hidden_BSH
 
 
 def decode(

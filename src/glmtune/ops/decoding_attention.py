@@ -23,7 +23,7 @@ _MOST_BLOCKS = {False: 1024, True: 256}
 
 
 @triton.jit
-def _turn(cos, sin, row, d, D: tl.constexpr, PAIRS: tl.constexpr):
+def turn(cos, sin, row, d, D: tl.constexpr, PAIRS: tl.constexpr):
     """How elements of a head are rotated: with which others, and the factors of both.
 
     Element d is rotated together with its neighbour, or else, within a half, with the one a quarter
@@ -69,7 +69,7 @@ def _attend(
     value_block = tl.load(at_value + first_k[:, None] * stride_k, (first_k < end)[:, None], 0.0)
 
     at_query, at_new = query + row * query_b + head * query_n, row * key_b + head // GROUP * key_m
-    partner, c, s = _turn(cos, sin, row, d, D, PAIRS)
+    partner, c, s = turn(cos, sin, row, d, D, PAIRS)
     await_last(EARLY)
     turned = tl.load(at_query + d).to(tl.float32) * c
     turned += tl.load(at_query + partner).to(tl.float32) * s
@@ -134,7 +134,7 @@ def _attend_together(
     cache = row.to(tl.int64) * stride_b + head.to(tl.int64) * stride_m
     at_key, at_value = keys + cache + d[None, :], values + cache + d[None, :]
 
-    partner, c, s = _turn(cos, sin, row, d, D, PAIRS)
+    partner, c, s = turn(cos, sin, row, d, D, PAIRS)
     await_last(EARLY)
     in_group = (g < GROUP)[:, None]
     at_query = query + row * query_b + (head * GROUP + g)[:, None] * query_n

@@ -34,7 +34,7 @@ from glmtune.models.families import family_of
 from glmtune.models.loading import load_base_model, load_tokenizer
 from glmtune.models.resolve import resolve_base
 from glmtune.runlog import print_pairs
-from glmtune.serving.clients import Answered, Asking, Question, ask, ask_all
+from glmtune.serving.clients import Answered, Asking, Client, Question, ask_all
 from glmtune.serving.engine import Engine
 from glmtune.serving.http import create_app
 from glmtune.serving.listening import bind
@@ -341,7 +341,7 @@ def _compare_alone(
     asking = Asking(port, prompts, settings.max_new_tokens, 0.0)
     different = 0
     for question, found in texts.items():
-        alone = asyncio.run(ask(asking, question)).text
+        alone = asyncio.run(Client().ask(asking, question)).text
         different += sum(text != alone for text in found)
     return different
 
@@ -363,7 +363,7 @@ def _print(figures: ServeFigures, device: torch.device, base: ServeFigures) -> N
         f"{figures.memory_growth:+.1%} in the second half; "
         f"{figures.peak_memory_gib:,.2f} GiB at most on the device",
     }
-    if figures is not base:
+    if figures is not base and base.tokens_per_second:
         cost = 1 - figures.tokens_per_second / base.tokens_per_second
         pairs["mixing"] = f"costs {cost:.1%} of the tokens/s without adapters"
     if figures.first_error:

@@ -8,7 +8,8 @@ import threading
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,6 +24,8 @@ MOST_PASSES_BETWEEN_STEPS = 4
 """Prompts are read that many passes long before running answers get their next token."""
 MOST_PASSES_AT_FIRST = 8
 """That many where no answer was running before: all that wait then have their first token."""
+_SECONDS_OF_A_LAUNCH = 0.005
+"""Who submits works waits that long at most: a pass of a new size is captured first."""
 STOP, LENGTH = "stop", "length"
 
 
@@ -93,6 +96,7 @@ class Scheduler:
         self._more_may_come = False
         self._cancelled: list[Work] = []
         self._news: list[tuple[Work, Update]] = []
+        self._is_launching = False
         self._changed = threading.Condition()
         self._is_closed = False
         self.failure: BaseException | None = None
@@ -106,7 +110,7 @@ class Scheduler:
         """End the thread; works that have not ended get an error."""
         with self._changed:
             self._is_closed = True
-            self._changed.notify()
+            self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join()
 
@@ -136,6 +140,7 @@ class Scheduler:
             RequestError: too many wait already, or the thread has ended. None of them waits then.
         """
         with self._changed:
+            self._changed.wait_for(lambda: not self._is_launching, _SECONDS_OF_A_LAUNCH)
             if self._is_closed or self.failure is not None:
                 raise unavailable("the server is not answering any more")
             free = len(self.slots.rows) - len(self.running)
@@ -149,20 +154,20 @@ class Scheduler:
                 self._waiting.setdefault(work.client, deque()).append(work)
             self._num_waiting += len(works)
             self._more_may_come = more_may_come
-            self._changed.notify()
+            self._changed.notify_all()
 
     def no_more_come(self) -> None:
         """Let works begin that do not fill a pass; from any thread."""
         with self._changed:
             self._more_may_come = False
-            self._changed.notify()
+            self._changed.notify_all()
 
     def cancel(self, work: Work) -> None:
         """Give a work up, from any thread: its slot is free before the next step."""
         with self._changed:
             work.is_cancelled = True
             self._cancelled.append(work)
-            self._changed.notify()
+            self._changed.notify_all()
 
     def _run(self) -> None:
         try:
@@ -208,8 +213,24 @@ class Scheduler:
         if pending is not None and any(work.slot in pending.rows for work in group):
             self._read(pending)
             pending = None
-        self._admit(group)
+        with self._launching():
+            self._admit(group)
         return self._read_all_but_last(pending)
+
+    @contextmanager
+    def _launching(self) -> Iterator[None]:
+        """Let whoever submits works wait while the host launches kernels.
+
+        Each of torch's functions lets go of the interpreter and waits for it again: beside a thread
+        that reads requests, a pass took ten times as long to launch, and the GPU stood still.
+        """
+        self._is_launching = self.overlaps
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._is_launching = False
+                self._changed.notify_all()
 
     def _step(self, pending: Notes | None) -> Notes | None:
         """One more token for each row; the notes that are still to be read."""

@@ -151,18 +151,45 @@ def run_block_in_few_kernels(
     angles: Angles,
 ) -> Tensor:
     """`run_block` on one new token a row, whose linears have kernels."""
-    from glmtune.ops import decoding_attention
+    from glmtune.ops.decoding_attention import attend
+
+    def attend_to_all(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, key, value = (x_B1ND.squeeze(1) for x_B1ND in (query, key, value))
+        return attend(query, key, value, keys_BNKD, values_BNKD, place.column_B, *angles)
+
+    return _in_few_kernels(hidden_B1H, block, keys_BNKD.shape[-1], attend_to_all)
+
+
+def read_block_in_few_kernels(
+    hidden_BSH: Tensor,
+    block: Block,
+    keys_BNKD: Tensor,
+    values_BNKD: Tensor,
+    row_B: Tensor,
+    mask_B1SS: Tensor,
+    angles: Angles,
+) -> Tensor:
+    """`read_block` for slots, whose linears have kernels."""
+    from glmtune.ops.prompt_attention import attend
+
+    def attend_to_prompt(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attend(query, key, value, keys_BNKD, values_BNKD, row_B, *angles, mask_B1SS)
+
+    return _in_few_kernels(hidden_BSH, block, keys_BNKD.shape[-1], attend_to_prompt)
+
+
+def _in_few_kernels(
+    hidden_BSH: Tensor, block: Block, head_dim: int, attend: Callable[..., Tensor]
+) -> Tensor:
+    """One layer around its attention, which takes queries, keys and values ``(B, S, N, D)``."""
     from glmtune.ops.decoding_norms import normalise
 
     # Of all that lies between the kernels.
-    dtype = block.query_key_value.input_dtype(len(hidden_B1H), block.input_norm.weight.dtype)
-    normed = normalise(hidden_B1H, block.input_norm, dtype)
-    mixed_B1H = block.query_key_value.fused(normed)
-    heads_BN3D = mixed_B1H.squeeze(1).unflatten(-1, (-1, 3, keys_BNKD.shape[-1]))
-    query, key, value = heads_BN3D.unbind(2)
-    context = decoding_attention.attend(
-        query, key, value, keys_BNKD, values_BNKD, place.column_B, *angles
-    )
+    num_tokens = hidden_BSH[..., 0].numel()
+    dtype = block.query_key_value.input_dtype(num_tokens, block.input_norm.weight.dtype)
+    normed = normalise(hidden_BSH, block.input_norm, dtype)
+    heads_BSN3D = block.query_key_value.fused(normed).unflatten(-1, (-1, 3, head_dim))
+    context = attend(*heads_BSN3D.unbind(3))
     hidden = block.dense.fused(context, residual=normed, alpha=RESIDUAL_SCALE)
     normed = normalise(hidden, block.post_attention_norm, dtype)
     inner = block.dense_h_to_4h.fused(normed, gelu=True)
@@ -178,4 +205,5 @@ DECODING = DecodingBlock(
     read_block=read_block,
     run_block=run_block,
     run_block_in_few_kernels=run_block_in_few_kernels,
+    read_block_in_few_kernels=read_block_in_few_kernels,
 )

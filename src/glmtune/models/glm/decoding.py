@@ -21,7 +21,10 @@ from glmtune.models.decoding import (
     attend,
     put,
 )
-from glmtune.models.glm.decoding_kernels import run_block_in_few_kernels
+from glmtune.models.glm.decoding_kernels import (
+    read_block_in_few_kernels,
+    run_block_in_few_kernels,
+)
 from glmtune.models.glm.rotary import pair_angles
 from glmtune.models.low_rank import split_lora
 from glmtune.ops.linear import lay_together
@@ -173,4 +176,5 @@ DECODING = DecodingBlock(
     read_block=read_block,
     run_block=run_block,
     run_block_in_few_kernels=run_block_in_few_kernels,
+    read_block_in_few_kernels=read_block_in_few_kernels,
 )
