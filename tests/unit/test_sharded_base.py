@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import time
 import weakref
 from pathlib import Path
@@ -33,7 +34,7 @@ from glmtune.models.packed import PackedModel
 from glmtune.models.resolve import GLM_TINY
 from glmtune.models.sharded import begin_gathering, is_sharded, shard_base
 from glmtune.training import loop, passes, peers, prepare
-from glmtune.training.launch import asks_for_fsdp
+from glmtune.training.launch_options import asks_for_shares
 from glmtune.training.processes import deal
 
 SETTINGS = {
@@ -82,6 +83,7 @@ def test_each_process_holds_half_of_the_base(folder, name, rank):
     """Between steps too: what was gathered has been freed."""
     held = json.loads((folder / f"{name} {rank}.json").read_text())
     assert held["own"] <= 0.52 * held["all"]
+    assert not held["no floats"]  # which FSDP2 of torch 2.11 cannot share out
 
 
 def test_the_general_set_is_scored_as_by_processes_that_hold_all(folder):
@@ -117,22 +119,93 @@ def test_fsdp_of_accelerates_launcher_is_this(folder):
     ],
 )
 def test_what_accelerates_fsdp_does_otherwise_is_refused(monkeypatch, name, value, told):
-    assert not asks_for_fsdp()
+    assert not asks_for_shares()
     given = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     for key, word in given.items():
         monkeypatch.setenv(key, word)
-    assert asks_for_fsdp()
+    assert asks_for_shares()
     for key, word in (given | {name: value}).items():
         monkeypatch.setenv(key, word)
     with pytest.raises(UserError, match=told):
-        asks_for_fsdp()
+        asks_for_shares()
 
 
-@pytest.mark.parametrize("name", ["DeepSpeed", "Megatron-LM"])
-def test_what_is_none_of_torchs_is_refused(monkeypatch, name, capsys):
-    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper().replace('-', '_')}", "true")
+def test_what_is_none_of_torchs_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_USE_MEGATRON_LM", "true")
     assert main(["train", "--dataset_path", str(GLM_TINY), "--output_dir", "out"]) == 2
-    assert f"error: accelerate launch: {name} is not offered" in capsys.readouterr().err
+    assert "error: accelerate launch: Megatron-LM is not offered" in capsys.readouterr().err
+
+
+def launched_by_deepspeed(monkeypatch, options):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    for name, value in options.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+
+
+@pytest.mark.parametrize(
+    ("options", "shares", "told"),
+    [
+        ({}, False, "ZeRO-2 by torch, not by DeepSpeed: each process holds the whole base"),
+        ({"DEEPSPEED_ZERO_STAGE": "3"}, True, "ZeRO-3 by torch, not by DeepSpeed: the processes"),
+        (
+            {"DEEPSPEED_ZERO_STAGE": "3", "GRADIENT_CLIPPING": "0.5"},
+            True,
+            "without effect: gradient_clipping (--max_grad_norm sets it)\n",
+        ),
+        (
+            {"GRADIENT_ACCUMULATION_STEPS": "4", "GRADIENT_CLIPPING": "none"},
+            False,
+            "without effect: gradient_accumulation_steps (--gradient_accumulation_steps sets it)\n",
+        ),
+    ],
+)
+def test_zero_of_accelerates_launcher_is_this(monkeypatch, capsys, options, shares, told):
+    launched_by_deepspeed(monkeypatch, options)
+    assert asks_for_shares() == shares
+    assert told in capsys.readouterr().err
+    assert os.environ["ACCELERATE_USE_DEEPSPEED"] == "false"
+
+
+def test_a_configuration_of_deepspeed_is_read(monkeypatch, tmp_path, capsys):
+    path = tmp_path / "zero.json"
+    path.write_text(
+        json.dumps(
+            {
+                "zero_optimization": {"stage": 3, "offload_param": {"device": "none"}},
+                "bf16": {"enabled": True},
+                "fp16": {"enabled": "auto"},
+                "train_batch_size": "auto",
+                "optimizer": {"type": "AdamW"},
+                "wall_clock_breakdown": False,
+            }
+        )
+    )
+    launched_by_deepspeed(monkeypatch, {"DEEPSPEED_CONFIG_FILE": str(path)})
+    assert asks_for_shares()
+    assert capsys.readouterr().err.endswith("without effect: bf16 (--bf16 sets it), optimizer\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "content", "told"),
+    [
+        ({"DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}, None, "offload_param to cpu is not offered"),
+        ({"DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme"}, None, "offload_optimizer to nvme"),
+        ({}, {"zero_optimization": {"offload_param": {"device": "cpu"}}}, "offload_param to cpu"),
+        ({}, {"zero_optimization": {"stage": "auto"}}, "ZeRO's stage 'auto': give 0, 1, 2 or 3"),
+        ({}, [], "is no configuration of DeepSpeed"),
+        ({}, {"zero_optimization": 3}, "is no configuration of DeepSpeed"),
+        ({}, "{", "cannot be read (it is no JSON)"),
+        ({"DEEPSPEED_CONFIG_FILE": "none/such.json"}, None, "cannot be read (No such file"),
+    ],
+)
+def test_what_deepspeed_does_otherwise_is_refused(monkeypatch, tmp_path, options, content, told):
+    if content is not None:
+        path = tmp_path / "zero.json"
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        options = {"DEEPSPEED_CONFIG_FILE": str(path)}
+    launched_by_deepspeed(monkeypatch, options)
+    with pytest.raises(UserError, match=re.escape(told)):
+        asks_for_shares()
 
 
 def test_a_step_that_is_not_finite_is_looked_into_by_both(folder):
@@ -140,6 +213,13 @@ def test_a_step_that_is_not_finite_is_looked_into_by_both(folder):
     assert "the loss is nan" in told
     assert (folder / "spoilt 1").read_text() == told
     assert output(folder).count("looking for where it comes from") == 1
+
+
+def test_bytes_that_change_as_they_are_shared_out_are_found_by_both(folder):
+    told = (folder / "changed 0").read_text()
+    assert told.startswith("shard_base: gathering changes the 4-bit weight of ")
+    assert (folder / "changed 1").read_text() == told
+    assert not (folder / "changed").exists()
 
 
 def test_what_one_process_does_alone_is_left_out_and_that_is_said(folder):
@@ -199,6 +279,26 @@ def run_in_two_processes(folder, tiny_rows, toy_rows, base):
         with pytest.raises(UserError) as error:
             train("spoilt", **PACKED)
     Path(folder, f"spoilt {rank}").write_text(str(error.value))
+    with pytest.MonkeyPatch.context() as patch:
+        share_out_through_one_nan(patch)
+        with pytest.raises(UserError) as error:
+            train("changed", **RUNS["packs in 4 bits"])
+    Path(folder, f"changed {rank}").write_text(str(error.value))
+
+
+def share_out_through_one_nan(patch):
+    """As FSDP2 copies floats of 16 bits on a GPU: what is not a number becomes always the same."""
+    from torch.distributed import fsdp
+
+    cut = fsdp.fully_shard
+
+    def cut_changed(unit, **more):
+        for weight in getattr(unit, "parameters", lambda: [])():
+            if not weight.requires_grad and not hasattr(weight, "to_local"):
+                weight.data[weight.isnan()] = torch.nan
+        return cut(unit, **more)
+
+    patch.setattr(fsdp, "fully_shard", cut_changed)
 
 
 def observe_loading(patch, folder, rank):
@@ -243,7 +343,9 @@ def weigh(patch, file):
         result = fit(run, model, *given)
         frozen = [weight for weight in model.parameters() if not weight.requires_grad]
         own = sum(getattr(w, "to_local", lambda w=w: w)().nbytes for w in frozen)
-        file.write_text(json.dumps({"own": own, "all": sum(w.nbytes for w in frozen)}))
+        kinds = sorted({str(weight.dtype) for weight in frozen if not weight.is_floating_point()})
+        held = {"own": own, "all": sum(w.nbytes for w in frozen), "no floats": kinds}
+        file.write_text(json.dumps(held))
         return result
 
     patch.setattr(loop, "fit", weighed)

@@ -194,8 +194,9 @@ def _int8_parts(linear: Any) -> tuple[Tensor, Tensor]:
 
 
 def _frozen_4bit(linear: Any) -> Quantised:
-    state = getattr(linear.weight, "quant_state", linear.quant_state)  # of the layer, if sharded
-    parts: tuple[Tensor, ...] = linear.weight.data, state.absmax
+    # If sharded, the weight has its layer's state, and its bytes are called floats.
+    state = getattr(linear.weight, "quant_state", linear.quant_state)
+    parts: tuple[Tensor, ...] = linear.weight.data.view(torch.uint8).view(-1, 1), state.absmax
     if state.nested:
         parts += state.state2.absmax, state.state2.code, state.offset
     return Quantised(parts, state.quant_type, state.blocksize, linear.in_features, linear.bias)

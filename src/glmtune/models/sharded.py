@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from glmtune.errors import UserError
 from glmtune.models.families import family_of
 from glmtune.models.family import layers_of
 
-_MARK = "_glmtune_comes_and_goes"
+_MARK, _SUM = "_glmtune_comes_and_goes", "_glmtune_sum_of_bytes"
 
 
 def shard_base(model: nn.Module, base: PreTrainedModel, device: torch.device) -> None:
@@ -57,11 +58,28 @@ def shard_base(model: nn.Module, base: PreTrainedModel, device: torch.device) ->
 def begin_gathering(model: nn.Module, base: PreTrainedModel, device: torch.device) -> None:
     """Compute once, all processes together: the first forward has to be that of the whole.
 
-    It tells FSDP2 what belongs together.
+    It tells FSDP2 what belongs together. Then weights whose bytes are called floats are compared
+    with what they were.
+
+    Raises:
+        UserError: they are others.
     """
     ids = family_of(base.config).probe_row(base.config)
     with torch.no_grad():
         model(input_ids=torch.tensor([ids], device=device), use_cache=False)
+    for layer in layers_of(base):
+        with gathered(layer):
+            for name, linear in layer.named_modules():
+                if hasattr(linear, _SUM) and _sum_of_bytes(linear) != getattr(linear, _SUM):
+                    raise UserError(
+                        f"shard_base: gathering changes the 4-bit weight of {name}, by torch "
+                        f"{torch.__version__}; leave shard_base or quantization_bit out"
+                    )
+
+
+def _sum_of_bytes(linear: Any) -> int:
+    """A sum that nearly every change of a weight's bytes changes."""
+    return int(linear.weight.data.view(torch.uint8).sum(dtype=torch.int64))
 
 
 def _kept_whole(model: nn.Module, units: Sequence[Any]) -> set[nn.Parameter]:
@@ -86,7 +104,10 @@ def comes_and_goes(linear: nn.Module) -> bool:
 def _make_ready(module: nn.Module, device: torch.device) -> None:
     """Mark linears; make bitsandbytes' 4-bit weights plain tensors, whose scales stay whole.
 
-    In its forward, bitsandbytes gives such a weight the scales of `quant_state` again.
+    In its forward, bitsandbytes gives such a weight the scales of `quant_state` again, and takes
+    its bytes in any type. FSDP2 before torch 2.13 shares out floats alone, and on a GPU copies
+    those of 16 bits through float32, which makes all that are not numbers the same one. So the
+    bytes are called float32.
     """
     bitsandbytes = sys.modules.get("bitsandbytes")
     for linear in module.modules():
@@ -96,7 +117,9 @@ def _make_ready(module: nn.Module, device: torch.device) -> None:
             state = linear.weight.quant_state
             state.to(device)
             linear.quant_state = state
-            linear.weight = nn.Parameter(linear.weight.data, requires_grad=False)
+            floats = linear.weight.data.flatten().view(torch.float32)[:, None]
+            linear.weight = nn.Parameter(floats, requires_grad=False)
+            setattr(linear, _SUM, _sum_of_bytes(linear))
 
 
 def is_sharded(module: nn.Module) -> bool:

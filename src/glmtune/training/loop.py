@@ -31,7 +31,8 @@ from glmtune.training.first_step import check_first_step
 from glmtune.training.general import of_this_set
 from glmtune.training.held_out import answer_samples, evaluate_if_due, is_evaluation_due
 from glmtune.training.interrupt import CutShort, StopRequest, undone_when_cut_short
-from glmtune.training.launch import asks_for_fsdp, start_accelerator
+from glmtune.training.launch import start_accelerator
+from glmtune.training.launch_options import asks_for_shares
 from glmtune.training.passes import Pass
 from glmtune.training.peers import Peers
 from glmtune.training.plan import pass_seed
@@ -76,7 +77,7 @@ def train(settings: TrainSettings, at_end: AtEnd | None = None) -> TrainResult:
             memory or the disk is too small, or the loss is no longer finite.
         KeyboardInterrupt: a signal came before the first step.
     """
-    if asks_for_fsdp():
+    if asks_for_shares():
         settings = settings.model_copy(update={"shard_base": True})
     peers = Peers.of_launch(settings.dataset_path, str(Path(settings.output_dir, METRICS_FILE)))
     with peers.watched():
