@@ -5,7 +5,9 @@ VENV ?= .venv
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 BIN = $(VENV)/bin
-# Python compiles what is imported; pip would compile all, which takes as long as the rest.
+# Python compiles what is imported; pip would compile all, which takes as long as the rest. Where
+# Python may not keep what it compiles, every process that imports torch compiles it again: 8 s.
+unexport PYTHONDONTWRITEBYTECODE
 PIP = $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c $(CONSTRAINTS)
 READY = $(VENV)/ready-$(notdir $(CONSTRAINTS))
 PYTEST_FLAGS ?= -n auto --dist worksteal

@@ -27,6 +27,15 @@ from glmtune.models.loading import load_base_model, load_tokenizer
 from glmtune.models.resolve import GLM_TINY
 
 
+@pytest.fixture(autouse=True, scope="module")
+def brief_checkup(request):
+    """The check-up after training asks for four tokens: answering took most of a short run."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.stem != "test_checkup":
+            patch.setattr("glmtune.evaluation.checkup.SHORT_ANSWER", 4)
+        yield
+
+
 @pytest.fixture(scope="session")
 def word_tokenizer():
     return ToyTokenizer()

@@ -76,6 +76,15 @@ def test_an_old_python_is_told_in_the_first_line(copy):
     assert not (copy / ".venv").exists(), "nothing was begun"
 
 
+def test_processes_of_make_keep_what_python_compiles(root):
+    """Where they do not, each that imports torch compiles it again."""
+    name = "PYTHONDONTWRITEBYTECODE"
+    make = ("make", "--eval", "told: ; @env", "told")
+    done = run(*make, cwd=root, env=os.environ | {name: "1", "TOLD": "1"})
+    assert "TOLD=1" in done.stdout
+    assert name not in done.stdout
+
+
 def test_the_check_can_be_read_by_an_old_python(root):
     for path in (*(root / name for name in SCRIPTS), Path(checkout.__file__)):
         ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 8))

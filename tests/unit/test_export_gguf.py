@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import glm_folders
+import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
@@ -87,7 +88,8 @@ def export(base, run, out, *more):
 
 
 def fields_of(path):
-    return {name: field.contents() for name, field in GGUFReader(str(path)).fields.items()}
+    fields = gguf_file.Reader(str(path)).fields
+    return {name: field.contents() for name, field in fields.items()}
 
 
 @pytest.mark.parametrize(
@@ -132,6 +134,19 @@ def test_llama_cpp_answers_as_we_do(run_of, gguf_of, kind):
     assert f"FROM ./{path.name}\n" in modelfile
     assert modelfile.count("PARAMETER stop ") == len(stops)
     assert family.exports.gguf
+
+
+def test_a_file_as_an_array_holds_what_the_packages_reader_finds(gguf_of):
+    (path,) = gguf_of("glm-edge")[0].glob("*.gguf")
+    ours, theirs = (reader(str(path)) for reader in (gguf_file.Reader, GGUFReader))
+    assert type(ours.data) is np.ndarray
+    assert [*ours.fields] == [*theirs.fields]
+    for name, field in theirs.fields.items():
+        assert ours.fields[name].contents() == field.contents()
+    assert len(ours.tensors) == len(theirs.tensors) > 0
+    for one, other in zip(ours.tensors, theirs.tensors, strict=True):
+        assert (one.name, one.tensor_type) == (other.name, other.tensor_type)
+        np.testing.assert_array_equal(one.data, other.data)
 
 
 @pytest.mark.parametrize("kind", ["chatglm3", "glm4-0414", "glm-edge"])

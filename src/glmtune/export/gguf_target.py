@@ -15,7 +15,7 @@ from glmtune.data.files import new_file
 from glmtune.errors import UserError
 from glmtune.export import llama_cpp
 from glmtune.export.adapter_names import USE_HF
-from glmtune.export.gguf_file import read_tensors, write_adapter_file, write_model
+from glmtune.export.gguf_file import Reader, read_tensors, write_adapter_file, write_model
 from glmtune.export.job import Job
 from glmtune.export.reopening import CHAT, OURS, TEXTS, Reopened, reopen_adapter
 from glmtune.models.gguf_form import GgufForm
@@ -172,10 +172,7 @@ def _updates(path: Path, form: GgufForm, modules: Mapping[str, LowRank]) -> dict
 
 
 def _alpha(path: Path) -> float:
-    from gguf import GGUFReader
-
-    field = GGUFReader(str(path)).fields["adapter.lora.alpha"]
-    return float(field.contents())
+    return float(Reader(str(path)).fields["adapter.lora.alpha"].contents())
 
 
 def _ask_with_adapter(job: Job, form: GgufForm, path: Path, base: Path, found: str) -> Reopened:
