@@ -111,10 +111,10 @@ def running_ray(address: str | None) -> Iterator[None]:
     Raises:
         UserError: see `check_ray`.
     """
+    check_ray(address)
     if _running:
         yield
         return
-    check_ray(address)
     ray = _Ray(_address(address))
     _running.append(ray)
     try:

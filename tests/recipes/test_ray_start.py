@@ -57,8 +57,8 @@ def started(folder):
 
 
 def is_clean(folder):
-    """Whether nothing is left; killed processes may need a moment."""
-    for _ in range(300):
+    """Whether nothing is left. Killed processes need a moment; workers that Ray ends, seconds."""
+    for _ in range(20):
         if not started(folder):
             break
         time.sleep(0.1)
