@@ -1,6 +1,6 @@
 """Run a command without and with `--engine ray`, by turns, each in a process of its own.
 
-    python benchmarks/spread_rows.py 4 tokenize --jsonl_path ten.jsonl --save_path new --base glm-tiny
+    python benchmarks/spread_rows.py 4 tokenize --jsonl_path ten.jsonl --save_path new
 
 Prints the seconds on the clock of each pair, start and end of Ray included, those of CPU time of
 the command itself, and the medians.

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
@@ -28,6 +29,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 SECONDS_TO_ANSWER = 5
+SECONDS_WORTH_IT = 5.0
+"""What this process would still work at for so long goes to workers: it takes a while to begin."""
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -221,7 +224,8 @@ def _packed(work: Callable[..., Any]) -> bytes:
 def over(work: Callable[[Item], Iterable[Result]], items: Sequence[Item]) -> Iterator[Result]:
     """The results of all items, in the order of the items.
 
-    Until Ray's workers are there, this process works itself; from then on it collects.
+    Until Ray's workers are there, this process works itself; from then on it collects, unless it
+    has nearly done.
 
     Args:
         work: yields the results of an item, the same ones in each process; one item keeps a core
@@ -232,8 +236,11 @@ def over(work: Callable[[Item], Iterable[Result]], items: Sequence[Item]) -> Ite
         UserError: `work` did, in the order of the items; or Ray does not start.
     """
     (ray,) = _running
+    start = time.monotonic()
     for place, item in enumerate(items):
-        if place + 1 < len(items) and ray.is_ready(work):
+        num_left = len(items) - place
+        is_long = (time.monotonic() - start) * num_left >= place * SECONDS_WORTH_IT
+        if num_left > 1 and ray.is_ready(work) and is_long:
             rest = [pickle.dumps(one) for one in items[place:]]
             yield from ray.results(driver.OVER, work, rest)
             return

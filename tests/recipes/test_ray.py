@@ -102,6 +102,7 @@ def share(request, monkeypatch):
         return num >= most
 
     monkeypatch.setattr(spread._Ray, "is_ready", is_ready)
+    monkeypatch.setattr(spread, "SECONDS_WORTH_IT", 0)
     return most
 
 
