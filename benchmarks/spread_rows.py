@@ -1,47 +1,45 @@
-"""Run a command with `--engine ray` twice and without it twice, by turns in one process.
+"""Run a command without and with `--engine ray`, by turns, each in a process of its own.
 
-    python benchmarks/spread_rows.py tokenize --jsonl_path ten.jsonl --save_path new --base glm-tiny
+    python benchmarks/spread_rows.py 4 tokenize --jsonl_path ten.jsonl --save_path new
 
-Prints the seconds on the clock and of CPU time of all processes: Ray's start, the first command,
-in which its workers import what they need, and a second one.
+Prints the seconds on the clock of each pair, start and end of Ray included, those of CPU time of
+the command itself, and the medians.
 """
 
-import contextlib
-import io
+import os
+import shutil
+import subprocess
 import sys
 import time
-
-import psutil
-
-from glmtune.cli import run
-from glmtune.spread import running_ray
+from statistics import median
 
 
-def cpu_seconds() -> float:
-    """CPU time of this process and of all that it has started and that still run."""
-    own = psutil.Process()
-    return sum(sum(one.cpu_times()[:2]) for one in (own, *own.children(recursive=True)))
+def measured(arguments: list[str]) -> tuple[float, float]:
+    """Run a command, and return its seconds on the clock and of its own CPU time."""
+    if "--save_path" in arguments:
+        shutil.rmtree(arguments[arguments.index("--save_path") + 1], ignore_errors=True)
+    start, before = time.perf_counter(), os.times()
+    command = [sys.executable, "-m", "glmtune", *arguments]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert done.returncode in (0, 2)
+    seconds, after = time.perf_counter() - start, os.times()
+    own = sum(getattr(after, f"children_{kind}") - getattr(before, f"children_{kind}")
+              for kind in ("user", "system"))  # fmt: skip
+    return seconds, own
 
 
-def measured(what: str, arguments: list[str]) -> None:
-    """Run a command without its output, and print what it took."""
-    start, cpu = time.perf_counter(), cpu_seconds()
-    with contextlib.redirect_stdout(io.StringIO()):
-        run(arguments)
-    seconds, cpu = time.perf_counter() - start, cpu_seconds() - cpu
-    print(f"{what}: {seconds:.1f} s, {cpu:.1f} s of CPU time", flush=True)
-
-
-def main(arguments: list[str]) -> None:
-    """Measure each engine twice."""
-    start, cpu = time.perf_counter(), cpu_seconds()
-    with running_ray(None):
-        seconds, cpu = time.perf_counter() - start, cpu_seconds() - cpu
-        print(f"start of Ray: {seconds:.1f} s, {cpu:.1f} s of CPU time", flush=True)
-        for name in ("ray, first", "local", "ray, second", "local"):
-            engine = ["--engine", "ray"] if name.startswith("ray") else []
-            measured(name, [*arguments, *engine])
+def main(num: str, *arguments: str) -> None:
+    """Measure some pairs."""
+    pairs = []
+    for _ in range(int(num)):
+        load = os.getloadavg()[0]
+        local, ray = measured([*arguments]), measured([*arguments, "--engine", "ray"])
+        pairs.append((*local, *ray, local[0] / ray[0]))
+        told = "local {:.1f} s, {:.1f} s of CPU time; ray {:.1f} s, {:.1f} s; ratio {:.2f}"
+        print(told.format(*pairs[-1]), f"(load {load:.1f})", flush=True)
+    told = "medians: local {:.1f} s, {:.1f} s of CPU time; ray {:.1f} s, {:.1f} s; ratio {:.2f}"
+    print(told.format(*map(median, zip(*pairs, strict=True))))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(*sys.argv[1:])

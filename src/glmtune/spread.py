@@ -3,44 +3,40 @@
 Ray keeps what workers return in memory that all processes of a machine share, starts work again
 whose worker has died, and holds work back where results are not taken. Without an address it is
 started on this machine alone, reachable from nowhere else, and ends with the command.
+
+Ray takes seconds to start, and its workers to import. So it is used from a process of its own
+(`ray_driver`), and the command works itself until it is there.
 """
 
-import logging
 import os
 import pickle
 import shutil
+import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import lru_cache, partial
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, TypeVar
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
+from glmtune import ray_driver as driver
 from glmtune.errors import UserError, note, reason_of
-from glmtune.imports import prepare_imports
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-STORE_BYTES = 1 << 29
-"""Shared memory of a Ray of this machine, for results that have not been taken yet."""
 SECONDS_TO_ANSWER = 5
-_BLOCK_BYTES = 1 << 24
-"""Results of a worker that are handed over together."""
-_LOOPBACK = "127.0.0.1"
+SECONDS_WORTH_IT = 5.0
+"""What this process would still work at for so long goes to workers: it takes a while to begin."""
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
-# Workers are kept from one pass to the next, and give way to other programs as the command itself
-# does: Ray's are of niceness 15, and crawl on a machine with work of its own.
-_SYSTEM = {"idle_worker_killing_time_threshold_ms": 600_000, "worker_niceness": 0}
 # What both sides of HTTP/2, which Ray speaks, begin with (RFC 9113, 3.4): asked of a port, a Ray
 # answers at once, where Ray's own client tries for minutes.
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -48,9 +44,8 @@ _SETTINGS, _FRAME_TYPE = b"\0\0\0\x04\0\0\0\0\0", 3
 _ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Without clusters Ray stays on the loopback address, as it does on Windows and macOS by itself; an
 address that is given it replaces by one that other machines reach."""
-_SAME_HASHES = {"PYTHONHASHSEED": "0"}
-"""Hashes of texts that one worker makes are compared with those of others."""
-_RESULT, _MISTAKE = "result", "mistake"
+_running: "list[_Ray]" = []
+"""The Ray that works for this process; none, or one."""
 
 
 def check_ray(address: str | None) -> None:
@@ -72,6 +67,9 @@ def check_ray(address: str | None) -> None:
 
 def _address(address: str | None) -> tuple[str, str] | None:
     """The address of a cluster and what names it; None for a Ray of this machine."""
+    ray = sys.modules.get("ray")
+    if ray and ray.is_initialized():
+        return ray.get_runtime_context().gcs_address, "the Ray of this process"
     if address:
         return address, f"ray_address {address}"
     given = os.environ.get("RAY_ADDRESS")
@@ -107,7 +105,8 @@ def _check_cluster(address: str, told: str) -> None:
 def running_ray(address: str | None) -> Iterator[None]:
     """Have a Ray that `over` works with: that of a cluster, or one of this machine.
 
-    Where this process is connected already, that connection is used, and stays.
+    It starts while this goes on. One that works for this process already is used, and stays; where
+    the process itself is connected to a cluster, it is that one.
 
     Args:
         address: see `check_ray`.
@@ -116,101 +115,136 @@ def running_ray(address: str | None) -> Iterator[None]:
         UserError: see `check_ray`.
     """
     check_ray(address)
-    place = _address(address)
-    wishes = _QUIET if place else _QUIET | _ALONE
-    os.environ.update({name: os.environ.get(name, value) for name, value in wishes.items()})
-    with silent_stderr():
-        import ray
-    if ray.is_initialized():
+    if _running:
         yield
         return
-    for name in ("ray", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    from ray._private import ray_constants, worker
-
-    if not place:  # it may have been imported before the environment said so
-        setattr(ray_constants, "ENABLE_RAY_CLUSTER", False)  # noqa: B010
-
-    # Ray has no setting for what it prints on stdout, such as that a worker has died.
-    setattr(worker, "print_to_stdstream", _tell)  # noqa: B010
-    options: dict[str, Any] = {
-        "log_to_driver": False,
-        "logging_level": logging.ERROR,
-        "configure_logging": True,
-    }
-    folder = None
-    if place:
-        options |= {"address": place[0], "runtime_env": {"env_vars": _SAME_HASHES}}
-    else:
-        folder = tempfile.mkdtemp(prefix="glmtune-ray-")
-        options |= {
-            "address": "local",
-            "include_dashboard": False,
-            "object_store_memory": STORE_BYTES,
-            "_node_ip_address": _LOOPBACK,
-            "_temp_dir": folder,
-            "_system_config": _SYSTEM,
-        }
+    ray = _Ray(_address(address))
+    _running.append(ray)
     try:
-        try:
-            with _environment(_SAME_HASHES), silent_stderr():
-                ray.init(**options)
-        except Exception as error:  # Ray raises many kinds, plain ones among them
-            told = place[1] if place else "engine ray"
+        yield
+    finally:
+        _running.clear()
+        ray.end()
+
+
+class _Ray:
+    """A Ray, and the process that it works for, which is asked for one result after another.
+
+    Args:
+        place: see `_address`.
+    """
+
+    def __init__(self, place: tuple[str, str] | None) -> None:
+        address, self._told = place or (None, "engine ray")
+        self._is_asked = self._is_ready = False
+        self._answers: SimpleQueue[tuple[str, Any]] = SimpleQueue()
+        self._folder = tempfile.mkdtemp(prefix="glmtune-ray-")
+        wishes = _QUIET if address else _QUIET | _ALONE
+        search = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        # In a session of its own, Ctrl+C is for the command alone, which then ends all of it.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-c", f"from {driver.__name__} import main; main()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=wishes | os.environ | search,
+            start_new_session=True,
+        )
+        threading.Thread(target=self._listen, daemon=True).start()
+        self._ask(driver.START, address, self._folder)
+
+    def is_ready(self, work: Callable[..., Any]) -> bool:
+        """Whether a worker has imported what some work needs.
+
+        Raises:
+            UserError: Ray does not start.
+        """
+        if not self._is_asked:
+            self._ask(driver.WARM, _packed(work))
+            self._is_asked = True
+        while not self._answers.empty():
+            self._take()
+        return self._is_ready
+
+    def results(self, kind: str, work: Callable[..., Any], *given: Any) -> Iterator[Any]:
+        """The results of work, see `over` and `over_models`; one at a time is under way."""
+        self._ask(kind, _packed(work), *given)
+        while True:
+            self._ask(driver.NEXT)
+            while (answer := self._take()) is None:
+                pass
+            answered, value = answer
+            if answered == driver.END:
+                return
+            if answered == driver.MISTAKE:
+                raise UserError(pickle.loads(value))
+            yield pickle.loads(value)
+
+    def end(self) -> None:
+        """End Ray, at whatever it is."""
+        with suppress(ProcessLookupError, PermissionError):  # it has ended
+            driver.end_group(self._process.pid)
+        self._process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _ask(self, *request: Any) -> None:
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # what is answered says so
+            pickle.dump(request, self._process.stdin)
+            self._process.stdin.flush()
+
+    def _listen(self) -> None:
+        """Take answers, so that `is_ready` need not wait for them."""
+        assert self._process.stdout is not None
+        with suppress(EOFError, pickle.UnpicklingError):
+            while True:
+                self._answers.put(pickle.load(self._process.stdout))
+        self._answers.put((driver.FAILED, "its process has ended"))
+
+    def _take(self) -> tuple[str, Any] | None:
+        """The next answer, waited for; None if it was not to what was asked last."""
+        kind, value = self._answers.get()
+        if kind == driver.FAILED:
             raise UserError(
-                f"{told}: Ray does not start ({reason_of(error)}); run `ray status` to see whether "
-                "a Ray runs on this machine, or leave engine out"
-            ) from error
-        yield
-    finally:
-        ray.shutdown()
-        if folder:
-            shutil.rmtree(folder, ignore_errors=True)
+                f"{self._told}: Ray does not start, or has died ({value}); run `ray status` to see "
+                "whether a Ray runs on this machine, or leave engine out"
+            )
+        if kind == driver.ERROR:
+            raise RuntimeError(f"a worker of Ray failed:\n{value}")
+        if kind == driver.NOTE:
+            note(value)
+        self._is_ready |= kind == driver.READY
+        return None if kind in (driver.NOTE, driver.READY) else (kind, value)
 
 
-def _tell(message: dict[str, Any], **_: Any) -> None:
-    """Print what Ray has to say as a note, on stderr."""
-    note(*(f"Ray: {line.splitlines()[0]}" for line in message["lines"] if line.strip()))
-
-
-@contextmanager
-def silent_stderr() -> Iterator[None]:
-    """Let code of Ray or vLLM, which does not know of sys.stderr, print nothing there meanwhile."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-
-
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Set variables of the environment that processes started meanwhile inherit."""
-    former = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in former.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+def _packed(work: Callable[..., Any]) -> bytes:
+    return pickle.dumps((os.getcwd(), pickle.dumps(work)))
 
 
 def over(work: Callable[[Item], Iterable[Result]], items: Sequence[Item]) -> Iterator[Result]:
     """The results of all items, in the order of the items.
 
+    Until Ray's workers are there, this process works itself; from then on it collects, unless it
+    has nearly done.
+
     Args:
-        work: yields the results of an item, the same ones each time; one item keeps a core busy.
+        work: yields the results of an item, the same ones in each process; one item keeps a core
+            busy.
         items: are copied to the workers, as `work` is.
 
     Raises:
-        UserError: `work` did, in the order of the items.
+        UserError: `work` did, in the order of the items; or Ray does not start.
     """
-    yield from _results(items, partial(_do, _packed(work)), num_cpus=1)
+    (ray,) = _running
+    start = time.monotonic()
+    for place, item in enumerate(items):
+        num_left = len(items) - place
+        is_long = (time.monotonic() - start) * num_left >= place * SECONDS_WORTH_IT
+        if num_left > 1 and ray.is_ready(work) and is_long:
+            rest = [pickle.dumps(one) for one in items[place:]]
+            yield from ray.results(driver.OVER, work, rest)
+            return
+        yield from work(item)
 
 
 def over_models(
@@ -218,106 +252,17 @@ def over_models(
 ) -> Iterator[Result]:
     """The same where work needs a model: each worker makes its own, once, and has a card for it.
 
+    This process only collects.
+
     Args:
         make: loads the model and returns the work.
         items: see `over`.
         on_gpu: whether a worker has a GPU; else it has all cores of its machine.
 
     Raises:
-        UserError: `make` or the work did.
+        UserError: `make` or the work did, or Ray does not start.
     """
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    key = "GPU" if on_gpu else "CPU"
-    nums = [int(node.get(key, 0)) for node in nodes]
-    most = sum(nums) if on_gpu else sum(num > 0 for num in nums)
-    if not most:
-        raise UserError("engine ray: the Ray cluster has no GPU; set use_cpu true")
-    share: dict[str, Any] = (
-        {"num_gpus": 1} if on_gpu else {"num_cpus": min(num for num in nums if num)}
-    )
-    workers = ray.data.ActorPoolStrategy(min_size=1, max_size=min(most, len(items)))
-    yield from _results(
-        items, _Worker, fn_constructor_args=(_packed(make),), compute=workers, **share,
-    )  # fmt: skip
-
-
-def _results(items: Sequence[Any], work: Any, **options: Any) -> Iterator[Any]:
-    import pyarrow as pa
-    import ray.data
-
-    if not items:
-        return
-    for name in ("ray", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = True
-    context.target_max_block_size = _BLOCK_BYTES
-    column = pa.array([pickle.dumps(item) for item in items], pa.large_binary())
-    tables = [pa.table({"data": column[place : place + 1]}) for place in range(len(items))]
-    data = ray.data.from_arrow(tables).map_batches(
-        work, batch_size=1, batch_format="pyarrow", **options
-    )
-    for row in data.iter_rows():
-        kind, value = pickle.loads(row["data"])
-        if kind == _MISTAKE:
-            raise UserError(value)
-        yield value
-
-
-def _packed(work: Callable[..., Any]) -> bytes:
-    from ray import cloudpickle
-
-    return cloudpickle.dumps((os.getcwd(), work))
-
-
-@lru_cache(1)
-def _unpacked(work: bytes) -> Callable[..., Any]:
-    """What was packed, once for all items, in the folder that paths are relative to."""
-    prepare_imports()  # a worker is the command's own process, as the one that started it
-    folder, unpacked = pickle.loads(work)
-    try:
-        os.chdir(folder)
-    except OSError as error:
-        raise UserError(
-            f"{folder}: is not on each machine of the Ray cluster ({reason_of(error)}); run the "
-            "command in a folder that all of them share"
-        ) from error
-    return unpacked
-
-
-def _do(work: bytes, item: "pa.Table") -> Iterator["pa.Table"]:
-    """Do the work of one item, in a worker."""
-    yield from _tables(lambda one: _unpacked(work)(one), item)
-
-
-def _tables(work: Callable[[Any], Iterable[Any]], item: "pa.Table") -> Iterator["pa.Table"]:
-    try:
-        for result in work(pickle.loads(item["data"][0].as_py())):
-            yield _as_table(_RESULT, result)
-    except UserError as error:
-        yield _as_table(_MISTAKE, str(error))
-
-
-def _as_table(kind: str, value: object) -> "pa.Table":
-    import pyarrow as pa
-
-    return pa.table({"data": pa.array([pickle.dumps((kind, value))], pa.large_binary())})
-
-
-class _Worker:
-    """A worker that keeps its model."""
-
-    def __init__(self, make: bytes) -> None:
-        self._make = make
-        self._work: Callable[[Any], Iterable[Any]] | None = None
-
-    def __call__(self, item: "pa.Table") -> Iterator["pa.Table"]:
-        return _tables(self._with_model, item)
-
-    def _with_model(self, item: Any) -> Iterable[Any]:
-        if self._work is None:
-            self._work = _unpacked(self._make)()
-        return self._work(item)
+    (ray,) = _running
+    if items:
+        packed = [pickle.dumps(item) for item in items]
+        yield from ray.results(driver.OVER_MODELS, make, packed, on_gpu)

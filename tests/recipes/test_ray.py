@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from spread_files import dumps, records, report, tokens_of
 
+from glmtune import spread
 from glmtune.cli import main
 from glmtune.data import parts, spread_rows
+from glmtune.errors import UserError
 from glmtune.spread import over, running_ray
 
 pytestmark = pytest.mark.slow  # Ray's processes need both cores of a small machine for themselves
@@ -22,9 +24,16 @@ psutil = pytest.importorskip("psutil")
 
 @pytest.fixture(scope="module", autouse=True)
 def _ray():
-    """One Ray for all tests here: it takes seconds to start."""
+    """One Ray for all tests here: it takes seconds to start, and then works from the first item."""
     with running_ray(None):
+        wait_for_workers(waits)
         yield
+
+
+def wait_for_workers(work):
+    (ray,) = spread._running
+    while not ray.is_ready(work):
+        time.sleep(0.1)
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +61,7 @@ def kill_workers():
 
 
 def test_nothing_is_reachable_from_elsewhere():
-    assert [*over(waits, [1])] == [2]
+    assert [*over(waits, [1, 2])] == [2, 4]
     own = psutil.Process()
     places = [
         connection.laddr.ip
@@ -82,7 +91,36 @@ def test_results_come_in_the_order_of_the_items_though_workers_are_killed():
     assert found == [2 * number for number in range(12)]
 
 
-def test_tokens_and_problems_are_those_of_the_local_engine(capsys):
+@pytest.fixture(params=["all", "some", "none"])
+def share(request, monkeypatch):
+    """The command itself does all items, the first three of each pass, or none."""
+    most = {"all": float("inf"), "some": 3, "none": 0}[request.param]
+    seen = {}
+
+    def is_ready(ray, work):
+        seen[id(work)] = num, _ = seen.get(id(work), (-1, work))[0] + 1, work
+        return num >= most
+
+    monkeypatch.setattr(spread._Ray, "is_ready", is_ready)
+    monkeypatch.setattr(spread, "SECONDS_WORTH_IT", 0)
+    return most
+
+
+def with_mistakes(item):
+    if item % 5 == 4:
+        raise UserError(f"item {item}")
+    yield os.getpid()
+
+
+def test_a_mistake_comes_in_the_order_of_the_items(share):
+    results = over(with_mistakes, range(12))
+    found = [next(results) for _ in range(4)]
+    with pytest.raises(UserError, match=r"^item 4$"):
+        next(results)
+    assert [pid == os.getpid() for pid in found] == [place < share for place in range(4)]
+
+
+def test_tokens_and_problems_are_those_of_the_local_engine(share, capsys):
     flags = ["--jsonl_path", "rows.json"]
     local = tokens_of(capsys, "local", *flags)
     assert local[0] == 0

@@ -18,6 +18,7 @@ FLOORS = [
     {"cards", "launched", "locks"},
     {"errors"},
     {"disk", "drafts", "imports", "run_files", "signals"},
+    {"ray_driver"},
     {"spread"},
     {"config", "hardware", "runlog"},
     {"data", "ops"},

@@ -1,6 +1,9 @@
 """Near-equal texts: found fast, and the same that comparing each with each finds."""
 
+import os
 import random
+import subprocess
+import sys
 from itertools import combinations
 
 import numpy as np
@@ -127,3 +130,23 @@ def test_groups_are_joined_over_any_number_of_pairs():
     pairs = np.array([[3, 4], [5, 6], [4, 5]])
     assert group(labels, pairs).tolist() == [0, 1, 2, 1, 1, 1, 1]
     assert group(labels, np.zeros((0, 2), int)).tolist() == labels.tolist()
+
+
+def test_what_is_kept_of_rows_is_the_same_in_every_process():
+    """Parts of a file that several processes have read are compared with each other."""
+    code = (
+        "from glmtune.data.validation.duplicates import Fingerprints\n"
+        "kept = Fingerprints('a')\n"
+        "kept.add(['Q 1\\x01A'], b'q1\\x01a', [1], [1])\n"
+        "print(kept.exact, kept.last.asked, kept.last.answered, kept.last.pieces.same)"
+    )
+    told = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(told) == 1

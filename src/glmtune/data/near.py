@@ -14,11 +14,12 @@ the least hashes stand for all of them, and of a text of more than `MOST_BYTES` 
 
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
+from xxhash import xxh3_64_intdigest
 
 SHARE, RARE_SHARE = 0.7, 0.5
 MOST_PIECES, MOST_BYTES = 256, 1 << 16
@@ -29,6 +30,12 @@ _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / the golden ratio (Fibonac
 _CHUNK_BYTES, _CHUNK = 1 << 20, 1 << 14
 _MOST_TEXTS = 1 << 20
 _LOW = np.uint64(0xFFFFFFFF)
+
+
+def hashes_of(texts: Collection[bytes]) -> array:
+    """64 bits of each text, the same in every process, as Python's own hashes are not."""
+    numbers = np.fromiter(map(xxh3_64_intdigest, texts), np.uint64, len(texts))
+    return array("q", numbers.tobytes())
 
 
 class Pieces:
@@ -45,7 +52,7 @@ class Pieces:
         """Take bare texts; `before` holds what stands before each, and has to be equal."""
         numbers = (b" ".join(_NUMBERS.findall(text)) for text in texts)
         before = repeat(b"", len(texts)) if before is None else before
-        self.same.extend(map(hash, zip(numbers, before, strict=True)))
+        self.same += hashes_of([b"%b\0%b" % pair for pair in zip(numbers, before, strict=True)])
         for chunk in _chunks(texts):
             hashes, counts = _pieces_of(chunk)
             self.hashes.frombytes(hashes.tobytes())

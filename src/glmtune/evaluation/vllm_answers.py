@@ -38,7 +38,6 @@ from glmtune.models.base_files import fetch_base
 from glmtune.models.families import family_of
 from glmtune.models.loading import check_pair, load_outline
 from glmtune.models.resolve import base_name
-from glmtune.spread import silent_stderr
 
 _INSTEAD = "leave engine out"
 _ENVIRONMENT = {
@@ -82,7 +81,7 @@ class VllmEngine:
             os.environ.setdefault(name, value)
         leave_out_nothing()
         print(f"vLLM opens {base_name(subject.base)}", file=sys.stderr)
-        with _in_one_line(f"does not open {base_name(subject.base)}"), silent_stderr():
+        with _in_one_line(f"does not open {base_name(subject.base)}"), _silent_stderr():
             self._engine, self._loras = _open(subject, settings, outline, longest, written)
 
     def _write(self, adapter: Path, base: str, outline: Any) -> tuple[Path, int]:
@@ -142,6 +141,21 @@ class VllmEngine:
             while num_given in found:
                 yield found.pop(num_given)
                 num_given += 1
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Let vLLM, which does not know of sys.stderr, print nothing there meanwhile."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 @contextmanager

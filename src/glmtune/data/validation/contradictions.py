@@ -13,7 +13,7 @@ import numpy as np
 
 from glmtune.data.characters import survey
 from glmtune.data.flaws import show
-from glmtune.data.near import Pieces, first_of_each, group, near_pairs
+from glmtune.data.near import Pieces, first_of_each, group, hashes_of, near_pairs
 from glmtune.data.records import fields_of, name_rows, read_row
 from glmtune.data.row_texts import texts_of
 from glmtune.data.sources import find_source
@@ -102,7 +102,7 @@ def _groups(files: Sequence[Fingerprints]) -> Iterator[list[Asked]]:
     is_new = np.ones(len(order), bool)
     is_new[1:] = (np.diff(groups[order]) != 0) | (np.diff(answered[order]) != 0)
     counts = np.bincount(groups[order[is_new]], minlength=len(groups))
-    contradict = np.flatnonzero((counts[groups] > 1) & (asked != hash(b"")))
+    contradict = np.flatnonzero((counts[groups] > 1) & (asked != hashes_of([b""])[0]))
     members: dict[int, list[Asked]] = {}
     starts = np.cumsum([0, *(len(part.asked) for part in kept)])
     for index in contradict.tolist():

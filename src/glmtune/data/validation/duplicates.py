@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from glmtune.data.near import Pieces
+from glmtune.data.near import Pieces, hashes_of
 from glmtune.data.records import place_of
 
 END_OF_PART, END_OF_ROW = "\x01", "\x00"
@@ -47,9 +47,9 @@ class Answered:
         self, questions: list[bytes], answers: list[bytes], before: list[bytes] | None = None
     ) -> None:
         """Keep questions, the answers to them, and what stands before them."""
-        whole = map(bytes.__add__, before, questions) if before else questions
-        self.asked.extend(map(hash, whole))
-        self.answered.extend(map(hash, answers))
+        whole = [*map(bytes.__add__, before, questions)] if before else questions
+        self.asked += hashes_of(whole)
+        self.answered += hashes_of(answers)
         if len(self.asked) <= MOST_COMPARED:
             self.pieces.add(questions, before)
 
@@ -108,7 +108,7 @@ class Fingerprints:
             for index, of_row in enumerate(rounds, start=len(self.rows)):
                 self.earlier_row.extend([index] * (len(of_row) - 1))
                 self.earlier_number.extend(range(len(of_row) - 1))
-        exact = np.fromiter(map(hash, texts), np.int64, len(texts))
+        exact = np.asarray(hashes_of([text.encode() for text in texts]))
         self.exact.frombytes(exact.astype(np.uint32).tobytes())
         self.rows.frombytes(_numbers(rows, np.uint32).tobytes())
         self.lines.frombytes(_numbers(lines, np.uint64).tobytes())
