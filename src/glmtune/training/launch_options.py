@@ -72,7 +72,7 @@ def _is_set(name: str) -> bool:
 
 
 def _zero_stage() -> int:
-    """The stage of DeepSpeed's ZeRO that was asked for; a note says what comes of it."""
+    """The stage of DeepSpeed's ZeRO that was asked for; a note says what is done for it."""
     path = os.environ.get(f"{_OF_DEEPSPEED}CONFIG_FILE", "none")
     given = _of_environment() if path == "none" else _read(path)
     zero = given.get(_ZERO) or {}
