@@ -136,6 +136,12 @@ class _Ray:
 
     def __init__(self, place: tuple[str, str] | None) -> None:
         address, self._told = place or (None, "engine ray")
+        self._fix = "run `ray status` to see whether a Ray runs on this machine"
+        if address:  # as `ray start` makes one since 2.60
+            self._fix = (
+                "if it asks for a token, set RAY_AUTH_MODE=token, and have the token in "
+                "~/.ray/auth_token as on its first machine"
+            )
         self._is_asked = self._is_ready = False
         self._answers: SimpleQueue[tuple[str, Any]] = SimpleQueue()
         self._folder = tempfile.mkdtemp(prefix="glmtune-ray-")
@@ -206,8 +212,8 @@ class _Ray:
         kind, value = self._answers.get()
         if kind == driver.FAILED:
             raise UserError(
-                f"{self._told}: Ray does not start, or has died ({value}); run `ray status` to see "
-                "whether a Ray runs on this machine, or leave engine out"
+                f"{self._told}: Ray does not start, or has died ({value}); {self._fix}, or leave "
+                "engine out"
             )
         if kind == driver.ERROR:
             raise RuntimeError(f"a worker of Ray failed:\n{value}")

@@ -5,8 +5,10 @@ Nothing of Ray may be left then: all of its processes inherit TMPDIR, in which i
 
 import json
 import os
+import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from serving import until
 from spread_files import dumps, records
 
 from glmtune import spread
@@ -106,7 +109,9 @@ def test_items_are_done_while_ray_starts_and_by_it_from_then_on(temporary):
     assert is_clean(temporary)
 
 
-def test_a_ray_that_does_not_start_ends_the_command(temporary, monkeypatch, capsys):
+@pytest.fixture
+def by_workers_alone(monkeypatch):
+    """A command that waits for Ray, and rows in several parts."""
     is_ready = spread._Ray.is_ready
 
     def is_ready_at_last(ray, work):
@@ -115,7 +120,69 @@ def test_a_ray_that_does_not_start_ends_the_command(temporary, monkeypatch, caps
         return True
 
     monkeypatch.setattr(spread._Ray, "is_ready", is_ready_at_last)
+    monkeypatch.setattr(spread, "SECONDS_WORTH_IT", 0.0)
     monkeypatch.setattr(parts, "PART_BYTES", 100_000)
+
+
+@pytest.fixture
+def cluster(temporary, monkeypatch):
+    """The address of a cluster of this machine alone, which asks for a token."""
+    Path(temporary, "token").write_text(secrets.token_hex(32))
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(Path(temporary, "token")))
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # it stays on the loopback address
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{found.getsockname()[1]}"
+    host, port = address.split(":")
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
+    command += ["--port", port, "--node-ip-address", host, "--num-cpus", "2"]
+    command += ["--include-dashboard", "false", "--temp-dir", f"{temporary}/ray"]
+    process = subprocess.Popen(
+        command,
+        env=os.environ | {"RAY_AUTH_MODE": "token"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    until(lambda: answers(address) or process.poll() is not None)
+    yield address
+    process.terminate()
+    process.wait()
+    for left in started(temporary):
+        with suppress(psutil.Error):
+            left.kill()
+
+
+def answers(address):
+    with suppress(UserError):
+        spread.check_ray(address)
+        return True
+    return False
+
+
+def test_a_cluster_does_the_rows_and_stays(cluster, by_workers_alone, monkeypatch, capsys):
+    command = ["validate", "rows.json"]
+    codes = [main(command)]
+    told = [capsys.readouterr()]
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    codes += [main([*command, "--engine", "ray", "--ray_address", cluster]) for _ in range(2)]
+    told.append(capsys.readouterr())
+    assert codes == [2, 2, 2]
+    assert "1 of 6,000 rows" in told[0].err
+    assert told[1].err == 2 * told[0].err
+
+
+def test_a_cluster_that_asks_for_a_token_says_so(cluster, by_workers_alone, monkeypatch, capsys):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert main(["validate", "rows.json", "--engine", "ray", "--ray_address", cluster]) == 2
+    told = capsys.readouterr().err
+    assert f"error: ray_address {cluster}: Ray does not start" in told
+    assert "if it asks for a token, set RAY_AUTH_MODE=token" in told
+
+
+def test_a_ray_that_does_not_start_ends_the_command(
+    temporary, by_workers_alone, monkeypatch, capsys
+):
     too_long = Path(temporary, "a" * 100)  # for the names of Ray's sockets
     too_long.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(too_long))

@@ -22,9 +22,9 @@ from glmtune.hardware import GIB, device_name, pick_device, pick_dtype
 # As in pyproject.toml.
 OLDEST = {
     "torch": "2.11", "transformers": "5.17", "peft": "0.21", "accelerate": "1.15",
-    "datasets": "4.0", "safetensors": "0.8", "sentencepiece": "0.2.3", "orjson": "3.11", "xxhash": "3.5",
-    "pydantic": "2.12", "pyyaml": "6.0", "tensorboard": "2.20", "matplotlib": "3.10",
-    "tqdm": "4.67", "sacrebleu": "2.6", "rapidfuzz": "3.14.1",
+    "datasets": "4.0", "safetensors": "0.8", "sentencepiece": "0.2.3", "orjson": "3.11",
+    "xxhash": "3.5", "pydantic": "2.12", "pyyaml": "6.0", "tensorboard": "2.20",
+    "matplotlib": "3.10", "tqdm": "4.67", "sacrebleu": "2.6", "rapidfuzz": "3.14.1",
 }  # fmt: skip
 # Newer ones may work, but were not tested.
 NEWEST_TESTED = {"torch": "2.13", "transformers": "5.24", "peft": "0.21"}
