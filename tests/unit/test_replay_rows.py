@@ -128,6 +128,7 @@ def test_a_share_mixes_in_answers_that_are_made_once(here, few_prompts, spy, cap
         (["--replay", "1"], "replay 1 is no share of the rows: set one between 0 and 1"),
         (["--replay", "-0.1"], "replay -0.1 is no share of the rows"),
         (["--replay", "nan"], "replay nan is no share of the rows"),
+        (["--replay", "5%"], "replay 5% is no share of the rows: set one between 0 and 1"),
         (["--replay", "0.1", "--replay_share", "0.2"], "are both shares: set replay alone"),
         (["--replay_share", "0.2"], "set replay 0.2, for the base's own answers, or replay FILE"),
         (["--replay", "0.001"], "a replay_share of 0.001 beside 57 other rows is no row"),

@@ -154,20 +154,20 @@ class MixSettings(Settings):
                 "the base's own answers, or replay FILE",
                 "replay_share",
             )
-        if (share := self.own_share) is not None:
-            if self.replay_share is not None:
-                raise conflict(
-                    f"replay {self.replay} and replay_share {self.replay_share:g} are both shares: "
-                    "set replay alone",
-                    "replay",
-                    "replay_share",
-                )
-            if not 0 < share < 1:
-                raise conflict(
-                    f"replay {self.replay} is no share of the rows: set one between 0 and 1, such "
-                    "as 0.05, or a file",
-                    "replay",
-                )
+        if (share := self.own_share) is not None and self.replay_share is not None:
+            raise conflict(
+                f"replay {self.replay} and replay_share {self.replay_share:g} are both shares: "
+                "set replay alone",
+                "replay",
+                "replay_share",
+            )
+        is_percent = (self.replay or "").endswith("%") and not os.path.exists(self.replay or "")
+        if is_percent or (share is not None and not 0 < share < 1):
+            raise conflict(
+                f"replay {self.replay} is no share of the rows: set one between 0 and 1, such as "
+                "0.05, or a file",
+                "replay",
+            )
         return self
 
     @property
