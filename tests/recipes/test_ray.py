@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from serving import until
 from spread_files import dumps, records, report, tokens_of
 
 from glmtune import spread
@@ -26,14 +27,9 @@ psutil = pytest.importorskip("psutil")
 def _ray():
     """One Ray for all tests here: it takes seconds to start, and then works from the first item."""
     with running_ray(None):
-        wait_for_workers(waits)
+        (ray,) = spread._running
+        until(lambda: ray.is_ready(waits))
         yield
-
-
-def wait_for_workers(work):
-    (ray,) = spread._running
-    while not ray.is_ready(work):
-        time.sleep(0.1)
 
 
 @pytest.fixture(autouse=True)

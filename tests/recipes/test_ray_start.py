@@ -115,8 +115,7 @@ def by_workers_alone(monkeypatch):
     is_ready = spread._Ray.is_ready
 
     def is_ready_at_last(ray, work):
-        while not is_ready(ray, work):
-            time.sleep(0.1)
+        until(lambda: is_ready(ray, work))
         return True
 
     monkeypatch.setattr(spread._Ray, "is_ready", is_ready_at_last)

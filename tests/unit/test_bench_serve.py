@@ -96,6 +96,27 @@ def test_a_client_keeps_its_connection_as_long_as_the_server_does(answers_of_a_c
     assert len(connections) == -(-4 // answers_of_a_connection)
 
 
+def test_a_client_that_is_refused_does_not_wait_for_the_server_to_hang_up():
+    hung_up = []
+
+    async def refuse(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 2\r\n\r\n{}")
+        await reader.read()  # until the client has hung up
+        hung_up.append(1)
+        writer.close()
+
+    async def ask():
+        async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
+            asking = Asking(server.sockets[0].getsockname()[1], [[5]], 1, 0.0)
+            answered = await clients.Client().ask(asking, Question("base", 0))
+            assert answered.error == "HTTP/1.1 503 Service Unavailable"
+            while not hung_up:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(ask(), 600))
+
+
 @pytest.mark.slow
 def test_a_pause_is_printed_and_kept(tmp_path, capsys):
     line = "bench serve --shape small --clients 2 --seconds 1 --prompts 2 --pause 0.25 "

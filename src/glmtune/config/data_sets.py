@@ -161,7 +161,8 @@ class MixSettings(Settings):
                 "replay",
                 "replay_share",
             )
-        is_percent = (self.replay or "").endswith("%") and not os.path.exists(self.replay or "")
+        named = self.replay or ""
+        is_percent = named.endswith("%") and not os.path.exists(named)
         if is_percent or (share is not None and not 0 < share < 1):
             raise conflict(
                 f"replay {self.replay} is no share of the rows: set one between 0 and 1, such as "

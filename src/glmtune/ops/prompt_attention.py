@@ -16,6 +16,13 @@ _HEADS = 16
 
 
 @triton.jit
+def _turned(x, d, partner, c, s, inside):
+    """Some heads of a token, rotated: see `turn`."""
+    value = tl.load(x + d[None, :], inside, 0.0).to(tl.float32) * c[None, :]
+    return value + tl.load(x + partner[None, :], inside, 0.0).to(tl.float32) * s[None, :]
+
+
+@triton.jit
 def _put(
     query, key, value, cos, sin, slot, turned_query, turned_key, keys, values,
     query_t, query_n, key_t, key_m, stride_b, stride_m, stride_k, S,
@@ -31,10 +38,8 @@ def _put(
     if part < num_of_queries:
         query_head = (part * HEADS + tl.arange(0, HEADS))[:, None]
         is_query, at_query = query_head < N, query + token * query_t + query_head * query_n
-        turned_q = tl.load(at_query + d[None, :], is_query, 0.0).to(tl.float32) * c[None, :]
-        turned_q += tl.load(at_query + partner[None, :], is_query, 0.0).to(tl.float32) * s[None, :]
-        at_turned = turned_query + (token * N + query_head) * D + d[None, :]
-        tl.store(at_turned, turned_q.to(kind), is_query)
+        turned = _turned(at_query, d, partner, c, s, is_query).to(kind)
+        tl.store(turned_query + (token * N + query_head) * D + d[None, :], turned, is_query)
     else:
         is_key = part < num_of_queries + num_of_keys
         first = (part - num_of_queries - tl.where(is_key, 0, num_of_keys)) * HEADS
@@ -42,10 +47,9 @@ def _put(
         inside, at = head < M, token * key_t + head * key_m
         cached = tl.load(slot + row) * stride_b + head * stride_m + column * stride_k + d[None, :]
         if is_key:
-            turned = tl.load(key + at + d[None, :], inside, 0.0).to(tl.float32) * c[None, :]
-            turned += tl.load(key + at + partner[None, :], inside, 0.0).to(tl.float32) * s[None, :]
-            tl.store(turned_key + (token * M + head) * D + d[None, :], turned.to(kind), inside)
-            tl.store(keys + cached, turned.to(kind), inside)
+            turned_k = _turned(key + at, d, partner, c, s, inside).to(kind)
+            tl.store(turned_key + (token * M + head) * D + d[None, :], turned_k, inside)
+            tl.store(keys + cached, turned_k, inside)
         else:
             found = tl.load(value + at + d[None, :], inside, 0.0)
             tl.store(values + cached, found.to(kind), inside)

@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from random import Random
 from typing import NamedTuple
 
@@ -41,6 +42,9 @@ class Asking(NamedTuple):
     """Mean seconds that a client waits before each request, so that they do not ask together."""
 
 
+BROKEN_OFF = "the answer broke off"
+
+
 class Client:
     """One client: its requests go over one connection, as those of OpenAI's client do."""
 
@@ -52,10 +56,12 @@ class Client:
         sent, first, num_tokens, parts, error = time.monotonic(), 0.0, 0, [], None
         ended = False
         try:
-            lines = await self._post(asking.port, _body(asking, question))
-            async for line in lines:
-                if line.startswith(b"HTTP/1.1 ") and not line.startswith(b"HTTP/1.1 200"):
-                    error = line.decode().strip()
+            status, reader = await self._post(asking.port, _body(asking, question))
+            if not status.startswith(b"HTTP/1.1 200"):
+                self.close()
+                error = status.decode().strip() or BROKEN_OFF
+                return Answered(question, sent, 0.0, time.monotonic(), 0, "", error)
+            async for line in reader:
                 if not line.startswith(b"data: "):
                     continue
                 if ended := line.startswith(b"data: [DONE]"):
@@ -69,14 +75,16 @@ class Client:
                 if usage := event.get("usage"):
                     num_tokens = usage["completion_tokens"]
             if ended and error is None:
-                await self._read_last_chunk(lines)
+                # The end of a body in chunks (RFC 9112, 7.1): then the next answer begins anew.
+                with suppress(EOFError):
+                    await reader.readuntil(b"0\r\n\r\n")
             else:
                 self.close()
         except OSError as problem:
             self.close()
             error = repr(problem)
         if not ended and error is None:
-            error = "the answer broke off"
+            error = BROKEN_OFF
         return Answered(question, sent, first, time.monotonic(), num_tokens, "".join(parts), error)
 
     def close(self) -> None:
@@ -85,36 +93,22 @@ class Client:
             self._kept[1].close()
             self._kept = None
 
-    async def _post(self, port: int, body: bytes) -> AsyncIterator[bytes]:
-        """Send a body; the lines of what comes back."""
+    async def _post(self, port: int, body: bytes) -> tuple[bytes, asyncio.StreamReader]:
+        """Send a body; the first line of what comes back, and the rest as it comes."""
         head = (
             f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         )
-        for is_new in (self._kept is None, True):
+        while True:
+            is_new = self._kept is None
             if self._kept is None:
                 self._kept = await asyncio.open_connection("127.0.0.1", port)
             reader, writer = self._kept
             writer.write(head.encode() + body)
-            line = await reader.readline()
-            if line or is_new:
-                break
+            status = await reader.readline()
+            if status or is_new:
+                return status, reader
             self.close()  # the server has hung up in the meantime
-        return _lines(line, reader)
-
-    async def _read_last_chunk(self, lines: AsyncIterator[bytes]) -> None:
-        """Read what ends a body in chunks (RFC 9112, 7.1), so that the next answer begins anew."""
-        async for line in lines:
-            if line == b"0\r\n":
-                await anext(lines)
-                return
-        self.close()
-
-
-async def _lines(line: bytes, reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    while line:
-        yield line
-        line = await reader.readline()
 
 
 def _body(asking: Asking, question: Question) -> bytes:
