@@ -135,10 +135,11 @@ def cluster(temporary, monkeypatch):
     host, port = address.split(":")
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
     command += ["--port", port, "--node-ip-address", host, "--num-cpus", "2"]
-    command += ["--include-dashboard", "false", "--temp-dir", f"{temporary}/ray"]
+    command += ["--include-dashboard", "false", "--temp-dir", f"{temporary}/cluster"]
+    search = os.pathsep.join(filter(None, sys.path))  # its workers import from here
     process = subprocess.Popen(
         command,
-        env=os.environ | {"RAY_AUTH_MODE": "token"},
+        env=os.environ | {"RAY_AUTH_MODE": "token", "PYTHONPATH": search},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -157,6 +158,14 @@ def answers(address):
         spread.check_ray(address)
         return True
     return False
+
+
+def test_workers_are_those_of_the_cluster(cluster, by_workers_alone, temporary, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    with running_ray(cluster):
+        for _, pid in over(slowly, range(5)):
+            above = [" ".join(parent.cmdline()) for parent in psutil.Process(pid).parents()]
+            assert any(f"{temporary}/cluster/" in line for line in above)
 
 
 def test_a_cluster_does_the_rows_and_stays(cluster, by_workers_alone, monkeypatch, capsys):
