@@ -178,8 +178,18 @@ def tab(browser, port):
 @pytest.fixture
 def page(tab):
     page = tab.open()
-    expect(page.locator("#left option")).to_have_count(3)
+    is_ready(page)
     return page
+
+
+def is_ready(page):
+    """Wait for the models: they come last, so all that is kept has been filled in."""
+    expect(page.locator("#left option")).to_have_count(3)
+
+
+def reload(page):
+    page.reload()
+    is_ready(page)
 
 
 def ask(page, question, wait=True):
@@ -267,7 +277,7 @@ def test_settings_reach_the_server_and_stay(page, script):
     }  # fmt: skip
     assert "max_tokens" not in body, "left empty, it is the server's"
     assert body["messages"][0] == {"role": "system", "content": "用中文回答"}
-    page.reload()
+    reload(page)
     assert page.input_value("#temperature") == "0.7"
     assert "top_p 0.9" in page.locator("#summary").inner_text()
     num = len(script.asked)
@@ -349,7 +359,7 @@ def test_models_and_language_are_switched_and_a_reload_keeps_all(page, script):
     assert page.locator("#send").inner_text() == "发送"
     assert page.get_attribute("#question", "placeholder") == "输入问题"
     before = page.locator("#turns .said").all_inner_texts()
-    page.reload()
+    reload(page)
     expect(page.locator("#turns .said")).to_have_count(3)
     assert page.locator("#turns .said").all_inner_texts() == before
     assert page.locator("#send").inner_text() == "发送"
@@ -371,7 +381,7 @@ def test_models_and_language_are_switched_and_a_reload_keeps_all(page, script):
 def test_a_reload_keeps_what_had_come(page):
     ask(page, "long", wait=False)
     expect(page.locator("#turns .said").last).to_contain_text("一二三")
-    page.reload()
+    reload(page)
     expect(page.locator("#turns footer")).to_have_count(2)
     assert "一二三" in page.locator("#turns .said").first.inner_text()
     assert page.locator("#send").is_visible()
@@ -380,7 +390,7 @@ def test_a_reload_keeps_what_had_come(page):
 def test_what_is_refused_is_said(browser, port):
     tab = Tab(browser, port)
     page = tab.open()
-    expect(page.locator("#left option")).to_have_count(3)
+    is_ready(page)
     ask(page, "refuse")
     assert page.locator(".fault").first.inner_text() == f"Refused: too long {MARKUP}"
     assert page.locator("#turns img").count() == 0
@@ -395,7 +405,7 @@ def test_the_server_goes_and_comes_back(browser, run_folder):
     with listening(Script(None).app) as port:
         tab.origin = f"http://127.0.0.1:{port}"
         page = tab.open()
-        expect(page.locator("#left option")).to_have_count(3)
+        is_ready(page)
         ask(page, "long", wait=False)
         expect(page.locator("#turns .said").last).to_contain_text("一二三")
     expect(page.locator("#gone")).to_be_visible()
@@ -425,10 +435,9 @@ def test_the_key_is_asked_for_and_kept_for_the_session(browser, run_folder):
         assert grave_faults(page) == []
         page.fill("#key", "open sesame")
         page.press("#key", "Enter")
-        expect(page.locator("#left option")).to_have_count(3)
+        is_ready(page)
         ask(page, "一")
-        page.reload()
-        expect(page.locator("#left option")).to_have_count(3)
+        reload(page)
         assert page.locator("#key-wanted").is_hidden()
         page.click("#to-run")
         with tab.context.expect_page() as opened:
@@ -496,7 +505,7 @@ def test_nobody_is_kept_out(browser, port, size, scheme):
     """No serious fault that axe knows, and nothing to scroll sideways."""
     tab = Tab(browser, port, viewport=size, color_scheme=scheme, locale="zh-CN")
     page = tab.open()
-    expect(page.locator("#left option")).to_have_count(3)
+    is_ready(page)
     assert grave_faults(page) == []
     ask(page, "一个很长的问题" * 20)
     page.locator("#turns .keep").last.click()
