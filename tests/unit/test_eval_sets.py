@@ -136,7 +136,8 @@ def test_rows_with_labels_stand_beside_rows_without(make_rows):
         joined = with_eval_sets(one, {"x": two})
         assert (joined.num_own, len(joined)) == (len(one), len(one) + len(two))
         assert joined.eval_sets["x"].tolist() == list(range(len(one), len(joined)))
-        assert joined.ids_T.tolist() == [*one.ids_T, *two.ids_T]
+        ids = [np.asarray(rows.ids_T).tolist() for rows in (joined, one, two)]
+        assert ids[0] == ids[1] + ids[2]
         assert joined.num_labels_R.tolist() == [*one.num_labels_R, *two.num_labels_R]
         trained_on, held_out = joined.split(0.0, 1)
         assert trained_on.tolist() == list(range(len(one)))

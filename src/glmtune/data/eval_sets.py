@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from glmtune.data.dataset import RowTokenizer, check_data_card, load_dataset
+from glmtune.data.joined import joined
 from glmtune.data.row_rule import RowRule
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError
@@ -74,12 +75,12 @@ def with_eval_sets(rows: TokenRows, sets: Mapping[str, TokenRows]) -> TokenRows:
     parts = [rows, *sets.values()]
     labels_T = None
     if any(part.labels_T is not None for part in parts):
-        labels_T = np.concatenate([part.as_labels_T for part in parts])
+        labels_T = joined([part.as_labels_T for part in parts])
     ends = np.cumsum([len(part) for part in parts])
     lengths_R = np.concatenate([part.lengths_R for part in parts])
     return replace(
         rows,
-        ids_T=np.concatenate([part.ids_T for part in parts]),
+        ids_T=joined([part.ids_T for part in parts]),
         starts_R1=np.concatenate(([0], np.cumsum(lengths_R, dtype=np.int64))),
         prompt_lengths_R=np.concatenate([part.prompt_lengths_R for part in parts]),
         labels_T=labels_T,

@@ -129,22 +129,18 @@ def lay_out(rows: TokenRows, row_ids: np.ndarray, pack_length: int) -> Pack:
         row_ids: at most as many rows as fit; none gives a pack of filler.
         pack_length: T.
     """
-    lengths_D = rows.lengths_R[row_ids]
-    num_tokens = int(lengths_D.sum())
+    taken = rows.take(row_ids)
+    num_tokens = len(taken.ids_T)
     assert num_tokens <= pack_length
-    lengths_D = np.append(lengths_D, pack_length - num_tokens)
+    lengths_D = np.append(taken.lengths_R, pack_length - num_tokens)
     starts_D = np.cumsum(lengths_D) - lengths_D
     start_T, length_T = np.repeat(starts_D, lengths_D), np.repeat(lengths_D, lengths_D)
-    prefix_T = np.repeat(np.append(rows.prefix_lengths_R[row_ids], 0), lengths_D)
+    prefix_T = np.repeat(np.append(taken.prefix_lengths_R, 0), lengths_D)
     position_ids_XT = rows.rule.position_ids(np.arange(pack_length) - start_T, prefix_T)
 
     input_ids_T = np.full(pack_length, rows.rule.pad_id, dtype=np.int64)
-    is_label_T = np.zeros(pack_length, dtype=bool)
-    if len(row_ids):
-        spans = [slice(rows.starts_R1[row], rows.starts_R1[row + 1]) for row in row_ids]
-        input_ids_T[:num_tokens] = np.concatenate([rows.ids_T[span] for span in spans])
-        is_label_T[:num_tokens] = np.concatenate([rows.is_supervised_T[span] for span in spans])
-    labels_at_L = np.flatnonzero(is_label_T)
+    input_ids_T[:num_tokens] = taken.ids_T
+    labels_at_L = np.flatnonzero(taken.is_supervised_T)
     return Pack(
         input_ids_T=input_ids_T,
         position_ids_XT=position_ids_XT,

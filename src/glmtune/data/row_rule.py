@@ -129,6 +129,7 @@ class RowRule(NamedTuple):
         prompt_lengths_R: np.ndarray,
         vocab_size: int,
         path: str,
+        first_row: int = 0,
     ) -> None:
         """Make sure that every row can be trained on, before the first step rather than at it.
 
@@ -138,6 +139,7 @@ class RowRule(NamedTuple):
             prompt_lengths_R: tokens of each prompt.
             vocab_size: rows of the model's embedding.
             path: what the message calls the data set.
+            first_row: the number, in that data set, of the first of these rows.
 
         Raises:
             UserError: a row holds an id beyond the vocabulary, or its prompt does not end with the
@@ -150,8 +152,8 @@ class RowRule(NamedTuple):
             place = int(outside_T.argmax())
             row = int(np.searchsorted(starts_R1, place, side="right")) - 1
             raise UserError(
-                f"{path}: row {row + 1} holds id {ids_T[place]}, but the model's last is "
-                f"{vocab_size - 1}; {fix}"
+                f"{path}: row {first_row + row + 1} holds id {ids_T[place]}, but the model's last "
+                f"is {vocab_size - 1}; {fix}"
             )
         starts_R, lengths_R = starts_R1[:-1], np.diff(starts_R1)
         specials = _ids(self.after_prompt)
@@ -172,8 +174,8 @@ class RowRule(NamedTuple):
             names = " ".join(special.text for special in self.after_prompt)
             ids = " ".join(map(str, specials))
             raise UserError(
-                f"{path}: row {row + 1} (seq_len {prompt_lengths_R[row]} of {lengths_R[row]} ids) "
-                f"has a prompt that does not end with {names} ({ids})"
+                f"{path}: row {first_row + row + 1} (seq_len {prompt_lengths_R[row]} of "
+                f"{lengths_R[row]} ids) has a prompt that does not end with {names} ({ids})"
                 f"{', once and nowhere else' if self.prompt_sees_all else ''}; {fix}"
             )
 

@@ -55,14 +55,10 @@ class RowStats:
             decode: ids to their text.
             examples: the conversations that they were made of, where those are known.
         """
-        is_supervised_T = rows.is_supervised_T
-        begins_T = is_supervised_T & ~np.append(False, is_supervised_T[:-1])
-        begins_T[rows.starts_R1[:-1]] |= is_supervised_T[rows.starts_R1[:-1]]
-        before_T1 = np.concatenate(([0], np.cumsum(begins_T)))
         languages, num_thoughts = Counter(dict.fromkeys(LANGUAGES, 0)), 0
         for row in tqdm(range(len(rows)), desc="inspect", unit="row", delay=1):
-            at = slice(rows.starts_R1[row], rows.starts_R1[row + 1])
-            text = decode(rows.ids_T[at][is_supervised_T[at]].tolist())
+            one = rows.take(np.array([row]))
+            text = decode(np.asarray(one.ids_T)[one.is_supervised_T].tolist())
             num_thoughts += CLOSE in text
             languages[_language_of(text.replace(OPEN, "").replace(CLOSE, ""))] += 1
         return cls(
@@ -71,7 +67,7 @@ class RowStats:
             num_supervised=int(rows.num_labels_R.sum()),
             lengths=LengthStats.of(rows.lengths_R),
             languages=dict(languages),
-            answers=_sorted(np.diff(before_T1[rows.starts_R1]).tolist()),
+            answers=_sorted(rows.num_answers_R.tolist()),
             num_ends=int(rows.teaches_end_R.sum()),
             num_thoughts=num_thoughts,
             turns=None if examples is None else _sorted([len(ex.turns) for ex in examples]),

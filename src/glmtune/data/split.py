@@ -3,6 +3,7 @@
 Shapes: R rows of the data set.
 """
 
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from glmtune.data.characters import survey
-from glmtune.data.near import Pieces, first_of_each, group, near_pairs
+from glmtune.data.near import Pieces, first_of_each, group, hashes_of, near_pairs, places_of
 from glmtune.errors import UserError
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def split_rows(
     is_out = np.zeros(num_rows, bool)
     is_seen = np.zeros(num_rows, bool)
     order = np.random.default_rng([seed, _STREAM_SPLIT]).permutation(num_rows)
-    for row in order.tolist():
+    for row in map(int, order):  # a list of them would be several times as large
         if not room.any():
             break
         if is_seen[row] or not room[sets_R[row]]:
@@ -117,35 +118,65 @@ def group_rows(
         decode_batch: ids to texts, as of `RowTokenizer`.
         sources_R: the source's row that each row comes from, where it is known; ascending.
     """
+    keys_R, early_keys, early_rows = array("q"), array("q"), array("q")
+    pieces = Pieces() if len(rows) <= MOST_COMPARED else None
+    for first, block in rows.blocks():
+        before, questions = [], []
+        earlier: list[bytes] = []
+        for row, (turns, question) in enumerate(_asked(block, decode_batch), start=first):
+            so_far = b""
+            for place, turn in enumerate(turns):
+                so_far += turn
+                if place % 2 == 0:
+                    earlier.append(so_far)
+                    early_rows.append(row)
+            before.append(so_far)
+            questions.append(question)
+        early_keys += hashes_of(earlier)
+        keys_R += hashes_of(list(map(bytes.__add__, before, questions)))
+        if pieces is not None:
+            pieces.add(questions, before)
+    keys = np.asarray(keys_R, np.int64)
+    groups = first_of_each(keys)
+    if pieces is not None:
+        groups = group(groups, near_pairs(pieces, np.flatnonzero(groups == np.arange(len(rows)))))
+    pairs = [_begins(keys, np.asarray(early_keys, np.int64), np.asarray(early_rows, np.int64))]
+    if sources_R is not None:
+        same = np.flatnonzero(np.diff(sources_R) == 0)
+        pairs.append(np.column_stack((same, same + 1)))
+    return group(groups, np.concatenate(pairs))
+
+
+def _begins(keys_R: np.ndarray, early_keys: np.ndarray, early_rows: np.ndarray) -> np.ndarray:
+    """Each row and every one that begins as it does, ``(pairs, 2)``.
+
+    Args:
+        keys_R: hashes of what each row asks, with what stands before it.
+        early_keys: the same of earlier questions of rows.
+        early_rows: the row of each of these.
+    """
+    order = np.argsort(early_keys, kind="stable")
+    left, right = (np.searchsorted(early_keys[order], keys_R, side) for side in ("left", "right"))
+    rows = np.repeat(np.arange(len(keys_R)), right - left)
+    return np.column_stack((rows, early_rows[order[places_of(left, right - left)]]))
+
+
+def _asked(
+    rows: "TokenRows", decode_batch: Callable[[Sequence[Sequence[int]]], list[str]]
+) -> Iterator[tuple[list[bytes], bytes]]:
+    """The bare texts of each row: turns before its last question, and that question.
+
+    A text alone has no question: it stands for one itself.
+    """
     spans = list(_spans_before_last_answers(rows))
     texts = iter(_bare(rows, decode_batch, [span for of_row in spans for span in of_row]))
-    earlier: dict[int, list[int]] = {}
-    before, questions = [], []
-    for row, of_row in enumerate(spans):
-        *turns, question = (next(texts) for _ in of_row)
-        so_far = b""
-        for place, turn in enumerate(turns):
-            so_far += turn
-            if place % 2 == 0:
-                earlier.setdefault(hash(so_far), []).append(row)
-        before.append(so_far)
-        questions.append(question)
-    # Text alone has no question: it is compared itself.
-    bare = [row for row, text in enumerate(questions) if not (text or before[row])]
-    ends = [(int(rows.starts_R1[row]), int(rows.starts_R1[row + 1])) for row in bare]
-    for row, text in zip(bare, _bare(rows, decode_batch, ends), strict=True):
-        questions[row] = text
-
-    keys = list(map(hash, map(bytes.__add__, before, questions)))
-    groups = first_of_each(np.array(keys, np.int64))
-    if len(rows) <= MOST_COMPARED:
-        pieces = Pieces()
-        pieces.add(questions, before)
-        groups = group(groups, near_pairs(pieces, np.flatnonzero(groups == np.arange(len(rows)))))
-    pairs = [(row, longer) for row, key in enumerate(keys) for longer in earlier.get(key, ())]
-    if sources_R is not None:
-        pairs += [(row, row + 1) for row in np.flatnonzero(np.diff(sources_R) == 0).tolist()]
-    return group(groups, np.array(pairs, np.int64).reshape(-1, 2))
+    asked = [[next(texts) for _ in of_row] for of_row in spans]
+    alone = [row for row, of_row in enumerate(asked) if not any(of_row)]
+    ends = [(int(rows.starts_R1[row]), int(rows.starts_R1[row + 1])) for row in alone]
+    for row, text in zip(alone, _bare(rows, decode_batch, ends), strict=True):
+        asked[row][-1] = text
+    for *turns, question in asked:
+        yield turns, question
 
 
 def _bare(

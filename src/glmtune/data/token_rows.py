@@ -4,7 +4,7 @@ Shapes: R rows of the data set, T tokens of all rows end to end.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from glmtune.data.conversations import IGNORED
+from glmtune.data.joined import Joined, Numbers
 from glmtune.data.row_rule import RowRule
 from glmtune.data.split import group_rows, split_rows
 from glmtune.errors import UserError
@@ -21,20 +22,26 @@ if TYPE_CHECKING:
 
 LEAST_SHARE = 0.01
 """The share of a data set's tokens that has to be supervised."""
+BLOCK_TOKENS = 1 << 18
+"""So many at a time are looked at where all are, so that what is computed of them stays small."""
 
 
 @dataclass(frozen=True)
 class TokenRows:
-    """All rows of a data set as flat arrays, and the row rule of their family."""
+    """All rows of a data set as flat arrays, and the row rule of their family.
 
-    ids_T: np.ndarray
+    Of a data set on disk the tokens stay there, mapped into memory: arrays as long as they are
+    would be many times as large. What has to do with each of them goes by `blocks` or `take`.
+    """
+
+    ids_T: Numbers
     """Token ids of all rows, end to end."""
     starts_R1: np.ndarray
     """Where each row starts in `ids_T`, and at last the end: ``(R + 1,)``."""
     prompt_lengths_R: np.ndarray
     """Ids before the answer, special ids among them (the column `seq_len`)."""
     rule: RowRule
-    labels_T: np.ndarray | None = None
+    labels_T: Numbers | None = None
     """The column `labels`, where rows are more than one prompt and one answer: each token's own id,
     or `IGNORED`. Without it the rule decides what is supervised."""
     sets_R: np.ndarray | None = None
@@ -57,17 +64,16 @@ class TokenRows:
         """
         from glmtune.data.arrow_files import as_numpy  # which imports pyarrow
 
-        rows = table.column("input_ids").combine_chunks()
-        lengths_R = as_numpy(rows.value_lengths())
-        labels_T = None
-        if "labels" in table.column_names:
-            labels_T = as_numpy(table.column("labels").combine_chunks().flatten())
+        def tokens_of(column: str) -> Joined:
+            return Joined([as_numpy(part.flatten()) for part in table.column(column).chunks])
+
+        lengths = [as_numpy(part.value_lengths()) for part in table.column("input_ids").chunks]
         return cls(
-            ids_T=as_numpy(rows.flatten()),
-            starts_R1=np.concatenate(([0], np.cumsum(lengths_R, dtype=np.int64))),
+            ids_T=tokens_of("input_ids"),
+            starts_R1=np.concatenate(([0], np.cumsum(np.concatenate(lengths), dtype=np.int64))),
             prompt_lengths_R=as_numpy(table.column("seq_len")),
             rule=rule,
-            labels_T=labels_T,
+            labels_T=tokens_of("labels") if "labels" in table.column_names else None,
             sets_R=np.repeat(np.arange(len(num_of_sets)), num_of_sets) if num_of_sets else None,
         )
 
@@ -82,6 +88,40 @@ class TokenRows:
         """Tokens of each row, prompt and answer."""
         return np.diff(self.starts_R1)
 
+    def take(self, row_ids: np.ndarray) -> "TokenRows":
+        """Some rows alone, copied."""
+        spans = [slice(self.starts_R1[row], self.starts_R1[row + 1]) for row in row_ids]
+
+        def of(numbers: Numbers) -> np.ndarray:
+            return np.concatenate([numbers[span] for span in spans] or [numbers[:0]])
+
+        return TokenRows(
+            of(self.ids_T),
+            np.concatenate(([0], np.cumsum(self.lengths_R[row_ids]))),
+            self.prompt_lengths_R[row_ids],
+            self.rule,
+            None if self.labels_T is None else of(self.labels_T),
+        )
+
+    def blocks(self) -> Iterator[tuple[int, "TokenRows"]]:
+        """All rows in order, some `BLOCK_TOKENS` at a time, each with its first row's number."""
+        first = 0
+        while first < len(self):
+            ends = self.starts_R1[first] + BLOCK_TOKENS
+            last = max(first + 1, int(np.searchsorted(self.starts_R1, ends, side="right")) - 1)
+            start, end = self.starts_R1[[first, last]]
+            yield (
+                first,
+                TokenRows(
+                    self.ids_T[start:end],
+                    self.starts_R1[first : last + 1] - start,
+                    self.prompt_lengths_R[first:last],
+                    self.rule,
+                    None if self.labels_T is None else self.labels_T[start:end],
+                ),
+            )
+            first = last
+
     @cached_property
     def is_supervised_T(self) -> np.ndarray:
         """Whether each token is a label, predicted from the token before it in its row.
@@ -90,22 +130,42 @@ class TokenRows:
         """
         place_T = np.arange(len(self.ids_T)) - np.repeat(self.starts_R1[:-1], self.lengths_R)
         if self.labels_T is not None:
-            return (self.labels_T != IGNORED) & (place_T > 0)
+            return (np.asarray(self.labels_T) != IGNORED) & (place_T > 0)
         first_R = self.rule.first_supervised(self.prompt_lengths_R)
         return place_T >= np.repeat(np.maximum(first_R, 1), self.lengths_R)
 
     @property
-    def as_labels_T(self) -> np.ndarray:
+    def as_labels_T(self) -> Numbers:
         """The column `labels`, made by the rule where there is none."""
         if self.labels_T is not None:
             return self.labels_T
-        return np.where(self.is_supervised_T, self.ids_T, IGNORED)
+        return Joined(
+            [np.where(rows.is_supervised_T, rows.ids_T, IGNORED) for _, rows in self.blocks()]
+        )
 
     @cached_property
     def num_labels_R(self) -> np.ndarray:
         """Supervised tokens of each row."""
-        before_T1 = np.concatenate(([0], np.cumsum(self.is_supervised_T)))
-        return np.diff(before_T1[self.starts_R1])
+        return self._counted(lambda rows: rows.is_supervised_T)
+
+    @property
+    def num_answers_R(self) -> np.ndarray:
+        """Stretches of supervised tokens of each row."""
+
+        def begins(rows: TokenRows) -> np.ndarray:
+            # A row's first token never is supervised, so no stretch goes on from the row before.
+            is_supervised_T = rows.is_supervised_T
+            return is_supervised_T & ~np.append(False, is_supervised_T[:-1])
+
+        return self._counted(begins)
+
+    def _counted(self, which_T: Callable[["TokenRows"], np.ndarray]) -> np.ndarray:
+        """How many tokens of each row are among those, block by block."""
+        counts = [np.zeros(0, np.int64)]
+        for _, rows in self.blocks():
+            before_T1 = np.concatenate(([0], np.cumsum(which_T(rows))))
+            counts.append(np.diff(before_T1[rows.starts_R1]))
+        return np.concatenate(counts)
 
     @property
     def prefix_lengths_R(self) -> np.ndarray:
@@ -134,19 +194,18 @@ class TokenRows:
     def digest(self) -> str:
         """A sha256 of the rows, to tell whether two runs train on the same data."""
         state = hashlib.sha256()
-        arrays = self.ids_T, self.starts_R1, self.prompt_lengths_R, self.labels_T
-        for array in arrays:
-            if array is not None:
-                state.update(np.ascontiguousarray(array, dtype=np.int64).data)
+        columns = self.ids_T, self.starts_R1, self.prompt_lengths_R, self.labels_T
+        for numbers in (column for column in columns if column is not None):
+            for start in range(0, len(numbers), BLOCK_TOKENS):
+                part = numbers[start : start + BLOCK_TOKENS]
+                state.update(np.ascontiguousarray(part, dtype=np.int64).data)
         return state.hexdigest()
 
     @cached_property
     def teaches_end_R(self) -> np.ndarray:
         """Whether each row has a supervised id that ends an answer."""
         ends = [*self.rule.end_ids, *self.rule.stops]
-        is_end_T = self.is_supervised_T & np.isin(self.ids_T, ends)
-        before_T1 = np.concatenate(([0], np.cumsum(is_end_T)))
-        return np.diff(before_T1[self.starts_R1]) > 0
+        return self._counted(lambda rows: rows.is_supervised_T & np.isin(rows.ids_T, ends)) > 0
 
     def why_refused(self) -> str | None:
         """Why training on the rows would teach hardly anything, and the fix; None if it would."""
@@ -174,17 +233,21 @@ class TokenRows:
             UserError: see `RowRule.check`; or a label is neither its token's id nor `IGNORED`, as
                 in data sets whose labels are shifted.
         """
-        if self.labels_T is not None:
-            is_wrong_T = (self.labels_T != self.ids_T) & (self.labels_T != IGNORED)
-            if is_wrong_T.any():
-                place = int(is_wrong_T.argmax())
-                row = int(np.searchsorted(self.starts_R1, place, side="right")) - 1
-                raise UserError(
-                    f"{path}: row {row + 1} has the label {self.labels_T[place]} at the id "
-                    f"{self.ids_T[place]}, and a label is the id itself or {IGNORED}; tokenize the "
-                    "data again"
-                )
-        self.rule.check(self.ids_T, self.starts_R1, self.prompt_lengths_R, vocab_size, path)
+        for first, rows in self.blocks():
+            ids_T = np.asarray(rows.ids_T)
+            if rows.labels_T is not None:
+                labels_T = np.asarray(rows.labels_T)
+                is_wrong_T = (labels_T != ids_T) & (labels_T != IGNORED)
+                if is_wrong_T.any():
+                    place = int(is_wrong_T.argmax())
+                    row = int(np.searchsorted(rows.starts_R1, place, side="right")) - 1
+                    raise UserError(
+                        f"{path}: row {first + row + 1} has the label {labels_T[place]} at the id "
+                        f"{ids_T[place]}, and a label is the id itself or {IGNORED}; tokenize the "
+                        "data again"
+                    )
+            prompts_R = rows.prompt_lengths_R
+            self.rule.check(ids_T, rows.starts_R1, prompts_R, vocab_size, path, first)
 
 
 def why_refused(

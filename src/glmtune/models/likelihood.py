@@ -182,11 +182,11 @@ def padded_sums(model: Any, rows: TokenRows, row_ids: np.ndarray) -> np.ndarray:
     """The reference of `packed_sums`: the model's own forward, one row at a time."""
     sums_R = np.zeros(len(rows))
     for row in row_ids:
-        tokens = slice(rows.starts_R1[row], rows.starts_R1[row + 1])
-        labels_S = np.where(rows.is_supervised_T[tokens], rows[row], IGNORED)
+        taken = rows.take(np.array([row]))
+        labels_S = np.where(taken.is_supervised_T, taken.ids_T, IGNORED)
         ids_1S, labels_1S = (
-            torch.from_numpy(a[None].astype(np.int64)).to(model.device)
-            for a in (rows[row], labels_S)
+            torch.from_numpy(np.asarray(a, dtype=np.int64)[None]).to(model.device)
+            for a in (taken.ids_T, labels_S)
         )
         logits_SV = model(input_ids=ids_1S, use_cache=False).logits[0, :-1].float()
         of_labels = F.cross_entropy(

@@ -21,7 +21,8 @@ def collate(rows: TokenRows, row_ids: np.ndarray) -> dict[str, Tensor]:
     input_ids = np.full(shape, rows.rule.pad_id, dtype=np.int64)
     labels = np.full(shape, IGNORED, dtype=np.int64)
     for place, row in enumerate(row_ids):
-        ids, tokens = rows[row], slice(rows.starts_R1[row], rows.starts_R1[row + 1])
-        input_ids[place, : len(ids)] = ids
-        labels[place, : len(ids)] = np.where(rows.is_supervised_T[tokens], ids, IGNORED)
+        tokens = slice(0, rows.lengths_R[row])
+        taken = rows.take(row_ids[[place]])
+        input_ids[place, tokens] = taken.ids_T
+        labels[place, tokens] = np.where(taken.is_supervised_T, taken.ids_T, IGNORED)
     return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}

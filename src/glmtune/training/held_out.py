@@ -1,4 +1,7 @@
-"""The loss on held-out rows, at the configured steps."""
+"""The loss on held-out rows, at the configured steps.
+
+Shapes: E rows that are evaluated on.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -77,25 +80,25 @@ def _log_losses(
     size = run.settings.per_device_eval_batch_size
     parts = evaluation_parts(rows.lengths_R, eval_rows, run.forecast.pack_length, size)
     with undone_when_cut_short(state):
-        losses_R = row_losses(
-            step_pass, parts, len(rows), run.accelerator, stop.is_wanted, run.is_sharded
+        losses_E = row_losses(
+            step_pass, parts, eval_rows, run.accelerator, stop.is_wanted, run.is_sharded
         )
-    nums_R = rows.num_labels_R
+    nums_E = rows.num_labels_R[eval_rows]
     own = eval_rows[eval_rows < rows.num_own]
     sets = ({HELD_OUT: own} if len(own) else {}) | dict(rows.eval_sets)
-    record = {"eval_loss": float(losses_R[eval_rows].sum() / nums_R[eval_rows].sum())}
+    record = {"eval_loss": float(losses_E.sum() / nums_E.sum())}
     if len(sets) > 1:
         for name, row_ids in sets.items():
-            loss = losses_R[row_ids].sum() / nums_R[row_ids].sum()
-            record[f"eval_{name}_loss"] = float(loss)
+            is_in_E = np.isin(eval_rows, row_ids)
+            record[f"eval_{name}_loss"] = float(losses_E[is_in_E].sum() / nums_E[is_in_E].sum())
     log.log(state.global_step, record | {"epoch": run.plan.epoch(state.global_step)})
-    return losses_R[eval_rows] / np.maximum(nums_R[eval_rows], 1)
+    return losses_E / np.maximum(nums_E, 1)
 
 
 def row_losses(
     step_pass: Pass,
     parts: Sequence[np.ndarray],
-    num_rows: int,
+    row_ids: np.ndarray,
     accelerator: Accelerator,
     wants_stop: Callable[[], bool] = lambda: False,
     in_step: bool = False,
@@ -105,29 +108,30 @@ def row_losses(
     Args:
         step_pass: computes the losses of rows.
         parts: row numbers of each pass, see `evaluation_parts`.
-        num_rows: rows of the data set.
+        row_ids: the rows of all passes, ascending.
         accelerator: knows the device and the other processes.
         wants_stop: called before each pass.
         in_step: whether all compute as many passes, see `deal`; then none stops before the end.
 
     Returns:
-        ``(num_rows,)`` float64, in nats; 0 for a row of no part.
+        The loss of each of `row_ids`, ``(E,)`` float64, in nats.
 
     Raises:
         CutShort: a process was asked to stop before the end; then all raise it.
         torch.OutOfMemoryError: a process has too little memory; then all raise it.
         MemoryOfOneError: this one has, and the others are waiting for it.
     """
-    losses_R1 = torch.zeros(num_rows + 1, dtype=torch.float64, device=accelerator.device)
+    losses_E1 = torch.zeros(len(row_ids) + 1, dtype=torch.float64, device=accelerator.device)
     with memory_of_all(accelerator, in_step=in_step):
         for number, counts in deal(parts, accelerator, in_step):
             if not in_step and wants_stop():
-                losses_R1[-1] = 1
+                losses_E1[-1] = 1
                 break
             found = step_pass.row_losses(parts[number])
             if counts:
-                losses_R1[torch.from_numpy(parts[number]).to(accelerator.device)] = found
-    *losses, num_cut = accelerator.reduce(losses_R1, reduction="sum").tolist()
-    if num_cut:
+                places = torch.from_numpy(np.searchsorted(row_ids, parts[number]))
+                losses_E1[places.to(accelerator.device)] = found
+    losses_E1 = accelerator.reduce(losses_E1, reduction="sum").cpu().numpy()
+    if losses_E1[-1]:
         raise CutShort
-    return np.array(losses)
+    return losses_E1[:-1]

@@ -224,17 +224,16 @@ def _step_tensors(
     rows: TokenRows, passes: Sequence[PassOfStep], random_states: Sequence[RandomState]
 ) -> dict[str, Tensor]:
     row_ids = np.concatenate([p.row_ids for p in passes])
-    lengths = rows.lengths_R[row_ids]
+    taken = rows.take(row_ids)
     arrays = {
-        "ids_T": np.concatenate([rows[row] for row in row_ids]).astype(np.int32),
-        "starts_R1": np.concatenate(([0], np.cumsum(lengths))).astype(np.int64),
-        "prompt_lengths_R": rows.prompt_lengths_R[row_ids].astype(np.int64),
+        "ids_T": np.asarray(taken.ids_T, dtype=np.int32),
+        "starts_R1": taken.starts_R1.astype(np.int64),
+        "prompt_lengths_R": taken.prompt_lengths_R.astype(np.int64),
         "pass_R": np.repeat(np.arange(len(passes)), [len(p.row_ids) for p in passes]),
         "rank_and_seed_P2": np.array([(p.rank, p.seed) for p in passes], dtype=np.int64),
     }
-    if rows.labels_T is not None:
-        spans = [slice(rows.starts_R1[row], rows.starts_R1[row + 1]) for row in row_ids]
-        arrays["labels_T"] = np.concatenate([rows.labels_T[span] for span in spans])
+    if taken.labels_T is not None:
+        arrays["labels_T"] = np.asarray(taken.labels_T)
     tensors = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
     for rank, random_state in enumerate(random_states):
         tensors[f"cpu_{rank}"] = random_state.cpu
