@@ -260,7 +260,9 @@ class TestEvaluation:
 
     def test_rows_held_out_are_not_trained_on(self, tiny_run, spy, monkeypatch):
         calls = spy(passes, "collate")
-        monkeypatch.setattr(held_out, "row_losses", lambda *_: np.zeros(NUM_ROWS))
+        monkeypatch.setattr(
+            held_out, "row_losses", lambda _, parts, row_ids, *more: np.zeros(len(row_ids))
+        )
         loop.train(tiny_run(eval_ratio=0.3, max_steps=-1, num_train_epochs=2))
         train, kept_back = split_rows(NUM_ROWS, 0.3, 42)
         seen = {row_id for call in calls for row_id in call.args[1].tolist()}

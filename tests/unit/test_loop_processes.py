@@ -3,17 +3,23 @@
 import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from together import in_processes, output
 from toys import PACKED, ToyTokenizer, keep_only, losses, records, saved, short_run, stop_at
 
 from glmtune.cli import main
+from glmtune.data import split
+from glmtune.data.conversations import IGNORED
+from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError
 from glmtune.training import gradients, loop, passes, prepare
+from glmtune.training.processes import in_shares
 from glmtune.training.saving import run_folder
 
 
@@ -110,6 +116,13 @@ class TestTwoProcesses:
         assert stopped == {"interrupted": True, "global_step": 4}  # agreed upon a step later
         assert records(folder / "stopped") == records(folder / "dropout")
 
+    def test_each_looks_at_a_part_of_many_rows_for_those_that_are_alike(self, folder):
+        told = [json.loads((folder / f"looked {rank}.json").read_text()) for rank in (0, 1)]
+        found = split.group_rows(rows_alike(), lambda texts: ["".join(map(chr, t)) for t in texts])
+        assert found.tolist() == [*[0, 1, 2, 3] * 3, 0, 1, 0]
+        assert [of["groups"] for of in told] == [found.tolist()] * 2
+        assert [of["read"] for of in told] == [7, 10], "questions, and one answer between two"
+
     def test_only_one_process_talks_and_each_keeps_its_own_random_state(self, folder):
         out = output(folder)
         assert out.count("has no glmtune_data.json") == 11  # once a run
@@ -153,6 +166,31 @@ def run_in_two_processes(folder, dataset_path, base):
     told = {"interrupted": result.interrupted, "global_step": result.global_step}
     Path(folder, "stopped.json").write_text(json.dumps(told))
     loop.train(settings("stopped", resume_from_checkpoint="true"))
+    look_at_rows(Path(folder))
+
+
+def look_at_rows(folder):
+    """Group some rows as many are grouped; writes what each process found and how much it read."""
+    read = []
+
+    def decode(texts):
+        read.extend(texts)
+        return ["".join(map(chr, ids)) for ids in texts]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(split, "MOST_COMPARED", 0)
+        groups = split.group_rows(rows_alike(), decode, None, partial(in_shares, Accelerator()))
+    told = json.dumps({"groups": groups.tolist(), "read": len(read)})
+    Path(folder, f"looked {os.environ['RANK']}.json").write_text(told)
+
+
+def rows_alike():
+    """15 rows, of which every fourth asks the same; the last has the first one's question twice."""
+    asked = [[97 + row % 4] for row in range(14)] + [[97, 98, 97]]
+    labels = [[IGNORED]] * 14 + [[IGNORED, 98, IGNORED]]
+    ids, marks = ([[*of, 120] for of in rows] for rows in (asked, labels))
+    starts = np.cumsum([0, *map(len, ids)])
+    return TokenRows(np.concatenate(ids), starts, np.ones(15, int), None, np.concatenate(marks))
 
 
 def count_early(patch, sent):

@@ -142,8 +142,8 @@ class TestSettings:
 
     def test_a_price(self, plan, capsys):
         record = plan("--card H200 --gpus 8 --price_per_hour 2.5 --eval_ratio 0.05")["time"]
-        parts = ("hours", "evaluation_hours", "saving_hours")
-        assert record["whole_hours"] == pytest.approx(60 / 3600 + sum(record[p] for p in parts))
+        parts = ("start_hours", "hours", "evaluation_hours", "saving_hours")
+        assert record["whole_hours"] == pytest.approx(sum(record[p] for p in parts))
         assert all(record[part] > 0 for part in parts)
         assert record["price"] == pytest.approx(record["whole_hours"] * 8 * 2.5)
         assert f"Price: {record['price']:.2f} = " in capsys.readouterr().out
@@ -155,6 +155,24 @@ class TestSettings:
 
 
 class TestParts:
+    def test_every_row_takes_time_before_the_first_step(self, plan, capsys):
+        flags = "--card H200 --gpus 8 --num_train_epochs 2 --num_rows"
+        few, many, in_part, padded, held_out = (
+            3600 * plan(f"{flags} {more}")["time"]["start_hours"] - 60
+            for more in (
+                "1000", "100000000", "100000000 --max_steps 9", "100000000 --packing false",
+                "100000000 --eval_ratio 0.0001",
+            )
+        )  # fmt: skip
+        assert few < 0.01
+        assert [many, in_part, padded] == pytest.approx([310, 210, 110])
+        assert held_out == pytest.approx(310 + 1100 / 8), "near-equal rows are looked for by all"
+        out = capsys.readouterr().out
+        assert "a node, and reads all rows\n" in out
+        assert "reads all rows, for which its host takes 9.5 GiB, 76.0 a node\n" in out
+        assert " with 60 s to start" in out
+        assert " with 6.2 minutes to start" in out
+
     def test_evaluations_are_shared_and_come_as_often_as_in_a_run(self, plan):
         flags = "--card H200 --eval_ratio 0.5 --num_train_epochs 1 --save_steps 100"
         one, two = (plan(f"{flags} --gpus {n}")["time"] for n in (1, 2))

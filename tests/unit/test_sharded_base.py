@@ -171,7 +171,12 @@ def test_a_configuration_of_deepspeed_is_read(monkeypatch, tmp_path, capsys):
     path.write_text(
         json.dumps(
             {
-                "zero_optimization": {"stage": 3, "offload_param": {"device": "none"}},
+                "zero_optimization": {
+                    "stage": 3,
+                    "offload_param": {"device": "none"},
+                    "overlap_comm": True,
+                    "reduce_bucket_size": "auto",
+                },
                 "bf16": {"enabled": True},
                 "fp16": {"enabled": "auto"},
                 "train_batch_size": "auto",
@@ -182,7 +187,8 @@ def test_a_configuration_of_deepspeed_is_read(monkeypatch, tmp_path, capsys):
     )
     launched_by_deepspeed(monkeypatch, {"DEEPSPEED_CONFIG_FILE": str(path)})
     assert asks_for_shares()
-    assert capsys.readouterr().err.endswith("without effect: bf16 (--bf16 sets it), optimizer\n")
+    wanted = "bf16 (--bf16 sets it), optimizer, zero_optimization.overlap_comm"
+    assert capsys.readouterr().err.endswith(f"without effect: {wanted}\n")
 
 
 @pytest.mark.parametrize(
@@ -191,6 +197,9 @@ def test_a_configuration_of_deepspeed_is_read(monkeypatch, tmp_path, capsys):
         ({"DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}, None, "offload_param to cpu is not offered"),
         ({"DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme"}, None, "offload_optimizer to nvme"),
         ({}, {"zero_optimization": {"offload_param": {"device": "cpu"}}}, "offload_param to cpu"),
+        ({}, {"zero_optimization": {"offload_optimizer": "cpu"}}, "offload_optimizer to cpu"),
+        ({}, {"zero_optimization": {"cpu_offload": True}}, "DeepSpeed's cpu_offload to cpu"),
+        ({}, {"zero_optimization": {"stage": True}}, "ZeRO's stage True: give 0, 1, 2 or 3"),
         ({}, {"zero_optimization": {"stage": "auto"}}, "ZeRO's stage 'auto': give 0, 1, 2 or 3"),
         ({}, [], "is no configuration of DeepSpeed"),
         ({}, {"zero_optimization": 3}, "is no configuration of DeepSpeed"),

@@ -5,8 +5,9 @@ Shapes: R rows of the data set.
 
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -101,10 +102,31 @@ def _smallest(groups_R: np.ndarray, order: np.ndarray, eval_ratio: float) -> int
     return int(groups_R[order[sizes.argmin()]])
 
 
+class Asked(NamedTuple):
+    """What rows ask, as hashes."""
+
+    keys_R: np.ndarray
+    """One for each row, of all that stands before its last answer."""
+    early_keys: np.ndarray
+    """One for each earlier answer, of what stands before it."""
+    early_rows: np.ndarray
+    """The row that each of these is in."""
+
+
+ShareOut = Callable[[Callable[[int, int], Asked]], list[Asked]]
+"""Has each of n processes do a task for its number and n, and gives all of them all results."""
+
+
+def alone(task: Callable[[int, int], Asked]) -> list[Asked]:
+    """Do all of a task that could be shared out."""
+    return [task(0, 1)]
+
+
 def group_rows(
     rows: "TokenRows",
     decode_batch: Callable[[Sequence[Sequence[int]]], list[str]],
     sources_R: np.ndarray | None = None,
+    share_out: ShareOut = alone,
 ) -> np.ndarray:
     """The group of each row, ``(R,)``: the number of the first row that is nearly the same.
 
@@ -117,12 +139,36 @@ def group_rows(
         rows: token rows.
         decode_batch: ids to texts, as of `RowTokenizer`.
         sources_R: the source's row that each row comes from, where it is known; ascending.
+        share_out: where there are many rows, each process looks at a part of them.
     """
+    if len(rows) > MOST_COMPARED:
+        parts = share_out(partial(_asked_by, rows, decode_batch))
+        keys_R, early_keys, early_rows = map(np.concatenate, zip(*parts, strict=True))
+        groups = first_of_each(keys_R)
+    else:
+        pieces = Pieces()
+        keys_R, early_keys, early_rows = _asked_by(rows, decode_batch, 0, 1, pieces)
+        groups = first_of_each(keys_R)
+        groups = group(groups, near_pairs(pieces, np.flatnonzero(groups == np.arange(len(rows)))))
+    pairs = [_begins(keys_R, early_keys, early_rows)]
+    if sources_R is not None:
+        same = np.flatnonzero(np.diff(sources_R) == 0)
+        pairs.append(np.column_stack((same, same + 1)))
+    return group(groups, np.concatenate(pairs))
+
+
+def _asked_by(
+    rows: "TokenRows",
+    decode_batch: Callable[[Sequence[Sequence[int]]], list[str]],
+    number: int,
+    count: int,
+    pieces: Pieces | None = None,
+) -> Asked:
+    """What process `number` of `count` finds in its part of the rows; pieces are added to."""
+    start, end = (len(rows) * bound // count for bound in (number, number + 1))
     keys_R, early_keys, early_rows = array("q"), array("q"), array("q")
-    pieces = Pieces() if len(rows) <= MOST_COMPARED else None
-    for first, block in rows.blocks():
-        before, questions = [], []
-        earlier: list[bytes] = []
+    for first, block in rows.blocks(start, end):
+        before, questions, earlier = [], [], []
         for row, (turns, question) in enumerate(_asked(block, decode_batch), start=first):
             so_far = b""
             for place, turn in enumerate(turns):
@@ -136,15 +182,7 @@ def group_rows(
         keys_R += hashes_of(list(map(bytes.__add__, before, questions)))
         if pieces is not None:
             pieces.add(questions, before)
-    keys = np.asarray(keys_R, np.int64)
-    groups = first_of_each(keys)
-    if pieces is not None:
-        groups = group(groups, near_pairs(pieces, np.flatnonzero(groups == np.arange(len(rows)))))
-    pairs = [_begins(keys, np.asarray(early_keys, np.int64), np.asarray(early_rows, np.int64))]
-    if sources_R is not None:
-        same = np.flatnonzero(np.diff(sources_R) == 0)
-        pairs.append(np.column_stack((same, same + 1)))
-    return group(groups, np.concatenate(pairs))
+    return Asked(*(np.array(numbers, np.int64) for numbers in (keys_R, early_keys, early_rows)))
 
 
 def _begins(keys_R: np.ndarray, early_keys: np.ndarray, early_rows: np.ndarray) -> np.ndarray:

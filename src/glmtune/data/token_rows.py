@@ -14,7 +14,7 @@ import numpy as np
 from glmtune.data.conversations import IGNORED
 from glmtune.data.joined import Joined, Numbers
 from glmtune.data.row_rule import RowRule
-from glmtune.data.split import group_rows, split_rows
+from glmtune.data.split import ShareOut, alone, group_rows, split_rows
 from glmtune.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 LEAST_SHARE = 0.01
 """The share of a data set's tokens that has to be supervised."""
 BLOCK_TOKENS = 1 << 18
-"""So many at a time are looked at where all are, so that what is computed of them stays small."""
+"""Tokens of a block; figures of all tokens are computed a block at a time, to take little memory."""
 
 
 @dataclass(frozen=True)
@@ -103,23 +103,27 @@ class TokenRows:
             None if self.labels_T is None else of(self.labels_T),
         )
 
-    def blocks(self) -> Iterator[tuple[int, "TokenRows"]]:
-        """All rows in order, some `BLOCK_TOKENS` at a time, each with its first row's number."""
-        first = 0
-        while first < len(self):
-            ends = self.starts_R1[first] + BLOCK_TOKENS
-            last = max(first + 1, int(np.searchsorted(self.starts_R1, ends, side="right")) - 1)
-            start, end = self.starts_R1[[first, last]]
-            yield (
-                first,
-                TokenRows(
-                    self.ids_T[start:end],
-                    self.starts_R1[first : last + 1] - start,
-                    self.prompt_lengths_R[first:last],
-                    self.rule,
-                    None if self.labels_T is None else self.labels_T[start:end],
-                ),
+    def blocks(self, first: int = 0, end: int | None = None) -> Iterator[tuple[int, "TokenRows"]]:
+        """Rows in order, some `BLOCK_TOKENS` at a time, each time with the first one's number.
+
+        Args:
+            first: the number of the row to begin with.
+            end: the row to end before; None for all.
+        """
+        end = len(self) if end is None else end
+        while first < end:
+            most = self.starts_R1[first] + BLOCK_TOKENS
+            last = min(int(np.searchsorted(self.starts_R1, most, side="right")) - 1, end)
+            last = max(last, first + 1)
+            start, stop = self.starts_R1[[first, last]]
+            block = TokenRows(
+                self.ids_T[start:stop],
+                self.starts_R1[first : last + 1] - start,
+                self.prompt_lengths_R[first:last],
+                self.rule,
+                None if self.labels_T is None else self.labels_T[start:stop],
             )
+            yield first, block
             first = last
 
     @cached_property
@@ -153,7 +157,7 @@ class TokenRows:
         """Stretches of supervised tokens of each row."""
 
         def begins(rows: TokenRows) -> np.ndarray:
-            # A row's first token never is supervised, so no stretch goes on from the row before.
+            # A row's first token never is supervised, so no stretch begins in the row before.
             is_supervised_T = rows.is_supervised_T
             return is_supervised_T & ~np.append(False, is_supervised_T[:-1])
 
@@ -176,9 +180,10 @@ class TokenRows:
         self,
         decode_batch: Callable[[Sequence[Sequence[int]]], list[str]],
         sources_R: np.ndarray | None = None,
+        share_out: ShareOut = alone,
     ) -> "TokenRows":
         """The same, with the groups of near-equal rows; see `split.group_rows`."""
-        return replace(self, groups_R=group_rows(self, decode_batch, sources_R))
+        return replace(self, groups_R=group_rows(self, decode_batch, sources_R, share_out))
 
     def split(self, eval_ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Row numbers to train on and to evaluate on; see `split.split_rows`."""

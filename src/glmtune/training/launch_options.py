@@ -33,6 +33,8 @@ _OUR_NAMES = {
 }
 """Options of DeepSpeed that have no effect, and the settings that have it."""
 _ZERO = "zero_optimization"
+_OFFLOADS = {"offload_param": "cpu_offload_params", "offload_optimizer": "cpu_offload"}
+"""Options that leave a part of ZeRO to the host, and the names that were theirs once."""
 
 
 def asks_for_shares() -> bool:
@@ -76,8 +78,11 @@ def _zero_stage() -> int:
     path = os.environ.get(f"{_OF_DEEPSPEED}CONFIG_FILE", "none")
     given = _of_environment() if path == "none" else _read(path)
     zero = given.get(_ZERO) or {}
-    for name in ("offload_param", "offload_optimizer"):
-        device = (zero.get(name) or {}).get("device") or "none"
+    for name, old_name in _OFFLOADS.items():
+        told = zero.get(name) or {}
+        device = (told.get("device") or "none") if isinstance(told, dict) else told
+        if zero.get(old_name):
+            name, device = old_name, "cpu"
         if device != "none":
             raise UserError(
                 f"accelerate launch: DeepSpeed's {name} to {device} is not offered: shares stay on "
@@ -85,7 +90,7 @@ def _zero_stage() -> int:
                 "true for less memory"
             )
     stage = zero.get("stage", 0)
-    if stage not in (0, 1, 2, 3):
+    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         raise UserError(f"accelerate launch: ZeRO's stage {stage!r}: give 0, 1, 2 or 3")
     does = (
         "the processes share the base, as with --shard_base true"
@@ -95,7 +100,9 @@ def _zero_stage() -> int:
     ignored = [
         f"{name} ({_OUR_NAMES[name]} sets it)" if name in _OUR_NAMES else name
         for name in _in_effect(given)
+        if name != _ZERO
     ]
+    ignored += [f"{_ZERO}.{name}" for name in _in_effect(zero) if name not in ("stage", *_OFFLOADS)]
     more = f"; without effect: {', '.join(ignored)}" if ignored else ""
     note(f"accelerate launch: ZeRO-{stage} by torch, not by DeepSpeed: {does}{more}")
     return stage
@@ -137,8 +144,8 @@ def _read(path: str) -> dict[str, Any]:
 
 
 def _in_effect(given: Mapping[str, Any]) -> Iterator[str]:
-    """Options beside ZeRO's that a file sets: "auto" and what is off say nothing."""
+    """Options that are set: "auto" and what is off say nothing."""
     for name, value in given.items():
         off = isinstance(value, dict) and value.get("enabled") in (False, "auto")
-        if name != _ZERO and value not in ("auto", None, False) and not off:
+        if value not in ("auto", None, False) and not off:
             yield name

@@ -1,6 +1,7 @@
 """Everything decided before the first step of a run: data, base model, plan, forecast, adapter."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from glmtune.training.general import general_rows
 from glmtune.training.launch import shards_base
 from glmtune.training.planning.advice import check_fit, print_forecast
 from glmtune.training.planning.forecast import make_forecaster
-from glmtune.training.processes import on_main, one_at_a_time
+from glmtune.training.processes import in_shares, on_main, one_at_a_time
 from glmtune.training.run import Run, adapt, check_fp8, layout_as_run
 from glmtune.training.samples import Samples
 from glmtune.training.saving import checkpoints, run_folder
@@ -79,7 +80,7 @@ def prepare(settings: TrainSettings, accelerator: Accelerator, dtype: torch.dtyp
     settings, beginning = begin_with(settings, config, resume)
     family = family_of(config)
     rule = family.row_rule(config)
-    rows, card = _load_rows(settings, tokenizer, rule, config.vocab_size, resume)
+    rows, card = _load_rows(settings, accelerator, tokenizer, rule, config.vocab_size, resume)
 
     forecaster = make_forecaster(accelerator, config, dtype, rows)
     forecast = forecaster(settings)
@@ -145,6 +146,7 @@ def prepare(settings: TrainSettings, accelerator: Accelerator, dtype: torch.dtyp
 
 def _load_rows(
     settings: TrainSettings,
+    accelerator: Accelerator,
     tokenizer: Any,
     rule: RowRule,
     vocab_size: int,
@@ -169,7 +171,8 @@ def _load_rows(
     folders = settings.eval_dataset_path or ()
     rows = with_eval_sets(rows, load_eval_sets(folders, rule, tokenizer, vocab_size))
     if (settings.eval_ratio or folders) and not (resume and GROUPS not in read_identity(resume)):
-        rows = rows.grouped(tokenizer.decode_batch, card.source_rows())
+        share_out = partial(in_shares, accelerator)
+        rows = rows.grouped(tokenizer.decode_batch, card.source_rows(), share_out)
         if folders:
             note(*tell_overlap(rows, folders))
     return rows, card

@@ -41,6 +41,17 @@ def on_main(accelerator: Accelerator, task: Callable[[], Result]) -> Result:
     return result
 
 
+def in_shares(accelerator: Accelerator, task: Callable[[int, int], Result]) -> list[Result]:
+    """Let each process do its share of a task; called by all, which get all results in order.
+
+    Args:
+        accelerator: knows the other processes.
+        task: takes the number of a process and how many there are.
+    """
+    result = task(accelerator.process_index, accelerator.num_processes)
+    return [result] if accelerator.num_processes == 1 else gather_object([result])
+
+
 @contextmanager
 def memory_of_all(
     accelerator: Accelerator,

@@ -11,6 +11,7 @@ import numpy as np
 from glmtune.cards import CARDS, link_of
 from glmtune.config.settings import PlanSettings, TrainSettings
 from glmtune.data.packing import PACK_MULTIPLE
+from glmtune.data.split import MOST_COMPARED
 from glmtune.errors import UserError
 from glmtune.hardware import Card, num_cores
 from glmtune.training.plan import Lengths, Plan, count_steps, evaluation_parts
@@ -46,6 +47,12 @@ LATENCY_INSIDE, LATENCY_BETWEEN = 10e-6, 30e-6
 GLOO = Link(1.0e9, 100e-6)
 START_SECONDS = 60.0
 """Loading and compiling: about a minute on an H200 (docs/cards.md)."""
+# Of one core before the first step: benchmarks/2026-12-01-rows.md.
+LOOKING_SECONDS, PACKING_SECONDS, GROUPING_SECONDS = 1.1e-6, 1.0e-6, 11e-6
+"""To check and count a row and to pack it in each epoch, both in every process; and to find those
+that are nearly equal to it where some are held out, which they share for many rows."""
+ROW_BYTES = 102
+"""What a row takes in the memory of each process; its tokens stay in the files."""
 DISK_BYTES_PER_SECOND = 5e8
 """Assumed, of checkpoints, which are flushed and read back."""
 
@@ -75,8 +82,12 @@ class RunTime:
     evaluation_hours: float
     num_saves: int
     saving_hours: float
+    start_hours: float
+    """Loading, compiling, and what is done with every row before the first step."""
     whole_hours: float
     """Starting, steps, evaluations and checkpoints."""
+    row_bytes: int
+    """What all rows take in the memory of each process."""
 
     def as_record(self) -> dict[str, Any]:
         """All of it as plain numbers."""
@@ -226,7 +237,14 @@ def run_time(
         seconds = epoch.mean * len(eval_rows) / len(lengths_R)
     seconds *= world.sharing * forward_share(forecast.setup, forecast.recompute)
     num_evaluations = -(-num_steps // (settings.eval_steps or every)) if seconds else 0
+    every_row = len(rows.lengths_R) * scale
+    num_epochs = 1 if settings.max_steps > 0 else math.ceil(num_steps / epoch.num_steps)
+    of_row = LOOKING_SECONDS + (PACKING_SECONDS * num_epochs if plan.unit == "tokens" else 0)
+    if settings.eval_ratio or settings.eval_dataset_path:
+        of_row += GROUPING_SECONDS / (world.num_ranks if every_row > MOST_COMPARED else 1)
+    start = START_SECONDS + world.sharing * every_row * of_row
     parts = {
+        "start_hours": start / 3600,
         "hours": num_steps * step.all / 3600,
         "evaluation_hours": num_evaluations * seconds / 3600,
         "saving_hours": saved / DISK_BYTES_PER_SECOND / 3600,
@@ -245,7 +263,8 @@ def run_time(
         num_evaluations=num_evaluations,
         num_saves=num_saves,
         **parts,
-        whole_hours=START_SECONDS / 3600 + sum(parts.values()),
+        whole_hours=sum(parts.values()),
+        row_bytes=round(ROW_BYTES * every_row),
     )
 
 

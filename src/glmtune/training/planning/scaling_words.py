@@ -7,11 +7,13 @@ from glmtune.training.planning.ranks import Link, World, gradient_bytes
 from glmtune.training.planning.scaling import (
     DISK_BYTES_PER_SECOND,
     NETWORK_SHARE,
-    START_SECONDS,
     RunTime,
     gathering_seconds,
     spell_hours,
 )
+
+_LEAST_TOLD = 0.1
+"""GiB of rows in a process that are worth a word."""
 
 
 def describe_time(time: RunTime, basis: str) -> dict[str, str]:
@@ -44,6 +46,9 @@ def describe_world(
     base, held = forecast.estimate.weights / GIB, "holds and reads the whole base"
     if forecast.setup.num_shares > 1:
         held = "reads the whole base, and holds a share of it"
+    rows, reads = time.row_bytes / GIB, "and reads all rows"
+    if rows >= _LEAST_TOLD:
+        reads += f", for which its host takes {rows:.1f} GiB, {world.gpus * rows:.1f} a node"
     pairs = {
         "step": f"{_spell_seconds(step.all)}: {_spell_seconds(step.passes)} the heaviest card's "
         f"passes (the mean card waits {_spell_seconds(step.waiting)}), "
@@ -52,7 +57,7 @@ def describe_world(
         f"{num_ranks:,} times",
         "batch": f"{num_ranks:,} times that of one card: {time.num_steps:,} steps where that takes "
         f"{time.steps_of_one:,}",
-        "each card": f"{held}, {base:.1f} GiB, {world.gpus * base:.1f} a node, and all rows",
+        "each card": f"{held}, {base:.1f} GiB, {world.gpus * base:.1f} a node, {reads}",
     }
     if gathering := gathering_seconds(forecast, world):
         pairs["gathering"] = (
@@ -67,7 +72,7 @@ def describe_world(
         f"{spell_hours(time.saving_hours)} in all, {time.num_saves:,} checkpoint(s) by one "
         "process, for which the others wait"
     )
-    pairs["in all"] = f"{spell_hours(time.whole_hours)} with {START_SECONDS:.0f} s to start"
+    pairs["in all"] = f"{spell_hours(time.whole_hours)} with {_spell_start(time)} to start"
     pairs["links"] = ", ".join(_links(world, settings))
     pairs["assumed"] = "; ".join(_assumptions(world))
     return pairs
@@ -98,8 +103,13 @@ def describe_price(price: float, time: RunTime, world: World, price_per_hour: fl
     """What a run costs, and how that is computed."""
     return (
         f"{price:,.2f} = {time.whole_hours:,.3f} hours x {world.num_ranks:,} card(s) x "
-        f"{price_per_hour:g} (with {START_SECONDS:.0f} s to start, evaluations and checkpoints)"
+        f"{price_per_hour:g} (with {_spell_start(time)} to start, evaluations and checkpoints)"
     )
+
+
+def _spell_start(time: RunTime) -> str:
+    seconds = 3600 * time.start_hours
+    return f"{seconds:.0f} s" if seconds < 120 else spell_hours(time.start_hours)
 
 
 def _spell_link(link: Link) -> str:
