@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 LEAST_SHARE = 0.01
 """The share of a data set's tokens that has to be supervised."""
 BLOCK_TOKENS = 1 << 18
-"""Tokens of a block; figures of all tokens are computed a block at a time, to take little memory."""
+"""Tokens of a block: figures of all tokens are computed block by block, to take little memory."""
 
 
 @dataclass(frozen=True)
