@@ -5,6 +5,7 @@ import pytest
 
 from glmtune.data.templates import alpaca
 from glmtune.data.token_rows import TokenRows
+from glmtune.evaluation import collapse
 from glmtune.evaluation.collapse import (
     Agreement,
     Collapse,
@@ -49,6 +50,14 @@ def taught():
         return Taught.of(tokenizer, RunRows(all_rows, np.array(held_out, dtype=int)))
 
     return make
+
+
+def test_of_many_rows_evenly_spaced_ones_stand_for_all(taught, monkeypatch):
+    monkeypatch.setattr(collapse, "_MOST_ROWS", 4)
+    pairs = [((f"q{row}", ""), "A common answer." if row % 3 else f"a{row}") for row in range(10)]
+    assert list(taught(*pairs[:4]).questions) == ["acommonanswer", "a0", "a3"]
+    spaced = taught(*pairs, held_out=[0])  # 1, 4 and 7 of what is left
+    assert spaced.questions == {"acommonanswer": ["q1", "q4", "q7"]}
 
 
 @pytest.mark.parametrize(

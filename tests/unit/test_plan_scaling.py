@@ -169,7 +169,7 @@ class TestParts:
         assert held_out == pytest.approx(310 + 1100 / 8), "near-equal rows are looked for by all"
         out = capsys.readouterr().out
         assert "a node, and reads all rows\n" in out
-        assert "reads all rows, for which its host takes 9.5 GiB, 76.0 a node\n" in out
+        assert "reads all rows, for which its host takes 15.8 GiB, 126.7 a node\n" in out
         assert " with 60 s to start" in out
         assert " with 6.2 minutes to start" in out
 

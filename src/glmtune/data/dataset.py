@@ -346,26 +346,31 @@ def _card_of_rows(table: "pa.Table", rule: RowRule | None) -> DataCard:
     """Infer a card from the rows: lengths, and the ids at the places of the special ids."""
     from glmtune.data.arrow_files import as_numpy
 
-    rows = table.column("input_ids").combine_chunks()
-    tokens, lengths = as_numpy(rows.flatten()), as_numpy(rows.value_lengths())
     prompt_lengths = as_numpy(table.column("seq_len"))
-    starts = np.cumsum(lengths) - lengths
+    lengths = np.zeros(len(table), np.int64)
+    places = ((rule.after_prompt, prompt_lengths), (rule.end, lengths)) if rule else ()
+    found: dict[str, list[np.ndarray]] = {}
+    first = 0
+    for part in table.column("input_ids").chunks:
+        rows = slice(first, first + len(part))
+        first = rows.stop
+        tokens, lengths[rows] = as_numpy(part.flatten()), as_numpy(part.value_lengths())
+        starts = np.cumsum(lengths[rows]) - lengths[rows]
+        for specials, ends in places:
+            for back, special in enumerate(reversed(specials), start=1):
+                positions = ends[rows] - back
+                inside = (positions >= 0) & (positions < lengths[rows])
+                found.setdefault(special.name, []).append(tokens[(starts + positions)[inside]])
 
-    def id_at(positions: np.ndarray) -> int | None:
+    def most_frequent(parts: Sequence[np.ndarray]) -> int | None:
         # Rows that were cut have other ids there; the most frequent id is the special one.
-        inside = (positions >= 0) & (positions < lengths)
-        ids, counts = np.unique(tokens[(starts + positions)[inside]], return_counts=True)
+        ids, counts = np.unique(np.concatenate(parts), return_counts=True)
         return int(ids[counts.argmax()]) if 2 * counts.max(initial=0) > len(lengths) else None
 
-    special_ids: dict[str, int | None] = {}
-    places = ((rule.after_prompt, prompt_lengths), (rule.end, lengths)) if rule else ()
-    for specials, ends in places:
-        for back, special in enumerate(reversed(specials), start=1):
-            special_ids[special.name] = id_at(ends - back)
     return DataCard(
         num_kept=len(table),
         num_tokens=int(lengths.sum()),
         num_target_tokens=int(np.maximum(lengths - prompt_lengths, 0).sum()),
         lengths=LengthStats.of(lengths),
-        special_ids=special_ids,
+        special_ids={name: most_frequent(parts) for name, parts in found.items()},
     )

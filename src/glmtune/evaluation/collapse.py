@@ -33,7 +33,7 @@ SENTENCE_TOKENS = 6
 LABEL_LETTERS, QUESTIONS_A_LABEL = 12, 4
 """A label has at most this many letters, and on average answers at least this many questions."""
 # Limits on long texts and large runs, so that the check takes a second at most.
-_COMPARED, _MOST_ANSWERS, _MOST_QUESTIONS = 200, 4096, 64
+_COMPARED, _MOST_ANSWERS, _MOST_QUESTIONS, _MOST_ROWS = 200, 4096, 64, 200_000
 
 
 def letters(text: str) -> str:
@@ -91,10 +91,13 @@ class Taught:
 
     @classmethod
     def of(cls, tokenizer: Any, run_rows: RunRows) -> "Taught":
-        """Collect them from the rows that were trained on."""
-        rows = run_rows.rows
+        """Collect them from the rows that were trained on, evenly spaced ones where those are many.
+
+        An answer that many rows have is among them as well.
+        """
+        rows, trained_on = run_rows.rows, run_rows.trained_on
         by_answer: dict[bytes, list[int]] = {}
-        for row in run_rows.trained_on.tolist():
+        for row in trained_on[:: -(-len(trained_on) // _MOST_ROWS) or 1].tolist():
             answer_ids = rows[row][rows.prompt_lengths_R[row] :]
             by_answer.setdefault(answer_ids.tobytes(), []).append(row)
 

@@ -27,7 +27,9 @@ class RunRows(NamedTuple):
     @property
     def trained_on(self) -> np.ndarray:
         """The numbers of the rows that were trained on."""
-        return np.setdiff1d(np.arange(len(self.rows)), self.held_out)
+        is_trained_on = np.ones(len(self.rows), bool)
+        is_trained_on[self.held_out] = False
+        return np.flatnonzero(is_trained_on)
 
 
 def read_rows(adapter: Path, tokenizer: RowTokenizer) -> RunRows | None:

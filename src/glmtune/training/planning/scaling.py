@@ -51,7 +51,7 @@ START_SECONDS = 60.0
 LOOKING_SECONDS, PACKING_SECONDS, GROUPING_SECONDS = 1.1e-6, 1.0e-6, 11e-6
 """To check and count a row and to pack it in each epoch, both in every process; and to find those
 that are nearly equal to it where some are held out, which they share for many rows."""
-ROW_BYTES = 102
+ROW_BYTES = 170
 """What a row takes in the memory of each process; its tokens stay in the files."""
 DISK_BYTES_PER_SECOND = 5e8
 """Assumed, of checkpoints, which are flushed and read back."""

@@ -12,7 +12,7 @@ from glmtune.training.planning.scaling import (
     spell_hours,
 )
 
-_LEAST_TOLD = 0.1
+_LEAST_TOLD = 1.0
 """GiB of rows in a process that are worth a word."""
 
 
@@ -48,7 +48,7 @@ def describe_world(
         held = "reads the whole base, and holds a share of it"
     rows, reads = time.row_bytes / GIB, "and reads all rows"
     if rows >= _LEAST_TOLD:
-        reads += f", for which its host takes {rows:.1f} GiB, {world.gpus * rows:.1f} a node"
+        reads += f", for which its host takes {rows:,.1f} GiB, {world.gpus * rows:,.1f} a node"
     pairs = {
         "step": f"{_spell_seconds(step.all)}: {_spell_seconds(step.passes)} the heaviest card's "
         f"passes (the mean card waits {_spell_seconds(step.waiting)}), "
