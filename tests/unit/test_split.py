@@ -9,7 +9,9 @@ import pytest
 from toy_family import FIRST_BYTE, ByteTokenizer
 from toys import ToyTokenizer, draw_rows, save_rows
 
+from glmtune.data import split
 from glmtune.data.conversations import IGNORED
+from glmtune.data.near import group
 from glmtune.data.split import group_rows, split_rows
 from glmtune.data.token_rows import TokenRows
 from glmtune.errors import UserError
@@ -54,6 +56,17 @@ def test_near_equal_questions_are_grouped():
         ("Name a tree!", "Elm"),
         ("Name a river.", "Elm"),
     ) == [0, 1, 0, 0, 1, 5]
+
+
+def test_many_dialogues_that_begin_alike_are_joined_without_trying_all_pairs(monkeypatch):
+    joined = []
+    monkeypatch.setattr(
+        split, "group", lambda labels, pairs: joined.append(len(pairs)) or group(labels, pairs)
+    )
+    short = [("Hello", str(n)) for n in range(300)]
+    long = [("Hello", "Hi", f"question {n * n}", "yes") for n in range(300)]
+    assert groups(*short, *long, labels=True) == [0] * 600
+    assert sum(joined) < 3_000
 
 
 def test_a_dialogue_of_which_another_row_is_the_beginning():

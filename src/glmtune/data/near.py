@@ -117,7 +117,7 @@ class _Sets(NamedTuple):
             pair = np.arange(len(sides[0]), dtype=np.uint64) << np.uint64(32)
             of_sides = [
                 np.repeat(pair, self.counts[side])
-                | self.hashes[places_of(starts[side], self.counts[side])]
+                | self.hashes[_spans(starts[side], self.counts[side])]
                 for side in sides
             ]
             keys = np.sort(np.concatenate(of_sides))
@@ -128,7 +128,7 @@ class _Sets(NamedTuple):
         return found
 
 
-def places_of(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def _spans(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """The places of spans, end to end."""
     before = np.cumsum(counts) - counts
     return np.repeat(starts - before, counts) + np.arange(counts.sum())

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from glmtune.data.characters import survey
-from glmtune.data.near import Pieces, first_of_each, group, hashes_of, near_pairs, places_of
+from glmtune.data.near import Pieces, first_of_each, group, hashes_of, near_pairs
 from glmtune.errors import UserError
 
 if TYPE_CHECKING:
@@ -186,17 +186,19 @@ def _asked_by(
 
 
 def _begins(keys_R: np.ndarray, early_keys: np.ndarray, early_rows: np.ndarray) -> np.ndarray:
-    """Each row and every one that begins as it does, ``(pairs, 2)``.
+    """A row that asks the same for each earlier question that some row asks, ``(pairs, 2)``.
+
+    One is enough: those that ask the same are of one group.
 
     Args:
         keys_R: hashes of what each row asks, with what stands before it.
         early_keys: the same of earlier questions of rows.
         early_rows: the row of each of these.
     """
-    order = np.argsort(early_keys, kind="stable")
-    left, right = (np.searchsorted(early_keys[order], keys_R, side) for side in ("left", "right"))
-    rows = np.repeat(np.arange(len(keys_R)), right - left)
-    return np.column_stack((rows, early_rows[order[places_of(left, right - left)]]))
+    keys, first = np.unique(keys_R, return_index=True)
+    places = np.searchsorted(keys, early_keys).clip(max=len(keys) - 1)
+    is_asked = keys[places] == early_keys
+    return np.column_stack((first[places], early_rows))[is_asked]
 
 
 def _asked(
