@@ -1,10 +1,12 @@
 """What a launcher says of its processes, and the store that they share."""
 
 import socket
+from datetime import timedelta
 
 import pytest
 import torch
 from torch.distributed import TCPStore
+from torch.distributed.rendezvous import rendezvous
 from toys import short_run
 
 from glmtune import launched
@@ -53,6 +55,19 @@ def test_a_line_is_said_once_by_all_processes_of_a_start(as_process, port):
     assert launched.is_first_to_say("the disk is full")
     as_process(0, port, restart=1)
     assert launched.is_first_to_say("no such folder")
+
+
+def test_processes_that_start_again_meet_apart_from_those_that_are_gone(as_process, port):
+    def meet(number, restart):
+        as_process(number, port, restart=restart)
+        return next(rendezvous(f"{launch._MEETING}://", timeout=timedelta(seconds=60)))
+
+    (gone, *place), (again, *_), (other, *_) = meet(1, 0), meet(0, 1), meet(1, 1)
+    assert place == [1, 2]
+    gone.set("address of 1", "old")
+    assert not again.check(["address of 1"])
+    other.set("address of 1", "new")
+    assert again.get("address of 1") == b"new"
 
 
 def test_a_mistake_of_both_is_printed_by_one(as_process, port, capsys):

@@ -1,15 +1,19 @@
 """The devices of a run: what its launcher, Accelerate or torchrun, has started it on."""
 
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from torch.distributed import PrefixStore, Store
+from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from glmtune.config.settings import TrainSettings
 from glmtune.errors import UserError, note
 from glmtune.hardware import pick_device, pick_dtype
-from glmtune.launched import local_number
+from glmtune.launched import local_number, num_restarts
 from glmtune.training.launch_options import not_offered
 from glmtune.training.processes import leave_at_exit
 
@@ -17,6 +21,20 @@ from glmtune.training.processes import leave_at_exit
 def shards_base(settings: TrainSettings, accelerator: Accelerator) -> bool:
     """Whether a run's processes share the base."""
     return settings.shard_base and accelerator.num_processes > 1
+
+
+def _meet(_: str, **given: Any) -> Iterator[tuple[Store, int, int]]:
+    """torch's `rendezvous` by the environment, but apart from earlier starts of the processes.
+
+    torchrun 2.13 keeps one store over its restarts: a process that starts again can find in it the
+    address of one that is gone, where the new one has not written its own yet.
+    """
+    for store, number, count in rendezvous("env://", **given):
+        yield PrefixStore(f"glmtune/{num_restarts()}/group", store), number, count
+
+
+_MEETING = "glmtune"
+register_rendezvous_handler(_MEETING, _meet)
 
 
 def start_accelerator(settings: TrainSettings) -> tuple[Accelerator, torch.dtype]:
@@ -36,7 +54,9 @@ def start_accelerator(settings: TrainSettings) -> tuple[Accelerator, torch.dtype
         )
     dtype, caution = pick_dtype(device, settings.bf16, settings.fp16)
     accelerator = Accelerator(
-        cpu=device.type == "cpu", mixed_precision="fp16" if dtype == torch.float16 else "no"
+        cpu=device.type == "cpu",
+        mixed_precision="fp16" if dtype == torch.float16 else "no",
+        kwargs_handlers=[InitProcessGroupKwargs(init_method=f"{_MEETING}://")],
     )
     # The loop counts its passes itself; the launcher's environment must not divide the loss again.
     accelerator.gradient_accumulation_steps = 1
