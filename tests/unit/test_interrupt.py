@@ -10,11 +10,14 @@ import pytest
 import stopped_run
 import torch
 from stopped_run import FromCall
+from torch.distributed import HashStore
 from toys import losses, records, saved
 
 from glmtune.config.settings import TrainSettings
 from glmtune.errors import UserError
+from glmtune.signals import signal_handler
 from glmtune.training import loop, passes
+from glmtune.training.peers import Peers
 from glmtune.training.saving.manifest import find_fault
 from glmtune.training.saving.run_folder import find_checkpoint
 
@@ -72,6 +75,33 @@ class TestSignals:
             _, err, code = self.stopped(toy_rows, tmp_path / "run", "loading", number)
             assert (code, err.splitlines()[-1]) == (130, "interrupted")
             assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("moment", ["prepare", "fit"])
+def test_a_signal_does_not_end_a_process_that_waits_for_word_of_the_others(
+    toy_run, monkeypatch, moment
+):
+    """torchrun sends one as soon as a process is gone, and the others have to say which."""
+    store = HashStore()
+    peers = Peers(0, 2, lambda **_: store)
+    monkeypatch.setattr(loop.Peers, "of_launch", lambda *_: peers)
+
+    def fail(*_):
+        raise RuntimeError("Connection reset by peer")
+
+    def signalled(_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return "process 1 of 2 is gone"
+
+    monkeypatch.setattr(loop, moment, fail)
+    monkeypatch.setattr(peers, "_words_within", signalled)
+    ended = []
+    with (
+        signal_handler(lambda *_: ended.append("ended"), signal.SIGTERM),
+        pytest.raises(UserError, match="process 1 of 2 is gone"),
+    ):
+        loop.train(toy_run())
+    assert not ended
 
 
 def test_an_evaluation_that_was_cut_short_is_made_up_for(toy_run, tmp_path, monkeypatch):

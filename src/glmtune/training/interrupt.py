@@ -26,14 +26,15 @@ class StopRequest:
     Before `begin` there is nothing to save yet: a signal ends the run with KeyboardInterrupt.
 
     Args:
-        accelerator: lets the processes agree on the step after which they stop.
+        accelerator: lets the processes agree on the step after which they stop; may be set later,
+            before `begin`.
         max_hours: hours from now after which to stop; None for no limit.
     """
 
-    def __init__(self, accelerator: Accelerator, max_hours: float | None = None):
+    def __init__(self, accelerator: Accelerator | None = None, max_hours: float | None = None):
         self.by_signal = False
         """Whether a signal, and not the clock alone, has requested the stop."""
-        self._accelerator = accelerator
+        self.accelerator = accelerator
         self._max_hours = max_hours
         self._started = time.monotonic()
         self._has_begun = False
@@ -62,7 +63,8 @@ class StopRequest:
         hours = (time.monotonic() - self._started) / 3600
         is_late = self._max_hours is not None and hours >= self._max_hours
         is_wanted = self.by_signal or is_late
-        if is_wanted and not self._is_told and self._accelerator.is_main_process:
+        assert self.accelerator is not None
+        if is_wanted and not self._is_told and self.accelerator.is_main_process:
             why = "" if self.by_signal else f"max_hours ({self._max_hours:g}) is reached: "
             print(f"\n{why}stopping, with a checkpoint ...", flush=True)
             self._is_told = True
@@ -76,13 +78,14 @@ class StopRequest:
         device.
         """
         is_wanted = self.is_wanted()
-        if self._accelerator.num_processes == 1:
+        assert self.accelerator is not None
+        if self.accelerator.num_processes == 1:
             return is_wanted
         before = self._in_flight
         wishes = torch.tensor(
-            [float(is_wanted), float(self.by_signal)], device=self._accelerator.device
+            [float(is_wanted), float(self.by_signal)], device=self.accelerator.device
         )
-        self._in_flight = self._accelerator.reduce(wishes, reduction="sum")
+        self._in_flight = self.accelerator.reduce(wishes, reduction="sum")
         if before is None or not before[0]:
             return False
         self.by_signal = bool(before[1])

@@ -80,21 +80,23 @@ def train(settings: TrainSettings, at_end: AtEnd | None = None) -> TrainResult:
     if asks_for_shares():
         settings = settings.model_copy(update={"shard_base": True})
     peers = Peers.of_launch(settings.dataset_path, str(Path(settings.output_dir, METRICS_FILE)))
-    with peers.watched():
+    stop = StopRequest(max_hours=settings.max_hours)
+    # torchrun sends SIGTERM once a process is gone: the others have to say which one before they end.
+    with stop, peers.watched(failed=stop.begin):
         peers.tell_restart()
         peers.compare("packages", versions())
         accelerator, dtype = start_accelerator(settings)
-        with StopRequest(accelerator, settings.max_hours) as stop:
-            ready = prepare(settings, accelerator, dtype)
-            run, model = replace(ready.run, peers=peers), ready.model
-            peers.compare("run", run.shared_facts())
-            on_main(accelerator, lambda: run_folder.claim_output_dir(ready.recipe, ready.resume))
-            try:
-                result = fit(run, model, stop, ready.resume)
-            except torch.OutOfMemoryError as error:
-                raise UserError(f"{memory_advice(run)}; checkpoints are as they were") from error
-            except MemoryOfOneError as error:
-                raise UserError(f"{memory_advice(run)}; {peers.what_is_kept()}") from error
+        stop.accelerator = accelerator
+        ready = prepare(settings, accelerator, dtype)
+        run, model = replace(ready.run, peers=peers), ready.model
+        peers.compare("run", run.shared_facts())
+        on_main(accelerator, lambda: run_folder.claim_output_dir(ready.recipe, ready.resume))
+        try:
+            result = fit(run, model, stop, ready.resume)
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"{memory_advice(run)}; checkpoints are as they were") from error
+        except MemoryOfOneError as error:
+            raise UserError(f"{memory_advice(run)}; {peers.what_is_kept()}") from error
     if at_end is not None and accelerator.is_main_process and result.is_done:
         if run.is_sharded:
             note("no check-up (one process alone cannot gather the base); `glmtune check` makes it")

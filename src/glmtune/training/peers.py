@@ -157,11 +157,14 @@ class Peers:
         )
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
+    def watched(self, failed: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Look after the other processes while the block runs; tell them if it fails.
 
         If another fails or falls silent, the block ends: by an exception, where an operation with
         the others fails, or else with the process itself, after `GRACE_SECONDS`.
+
+        Args:
+            failed: called where the block fails, before this process waits for word of the others.
 
         Raises:
             UserError: another process is gone.
@@ -176,12 +179,14 @@ class Peers:
             with suppress(RuntimeError, OSError):  # process 0 may have ended, and its store with it
                 self._store.set(f"{_DONE} {self._number}", "")
         except UserError as error:
+            failed()
             raise UserError(self._tell(str(error))) from error
         except KeyboardInterrupt:
             self._tell(f"{self._name} was interrupted")
             raise
         except Exception as error:
             # A failed operation with the others means that one is gone: which, is soon known.
+            failed()
             self._silence = QUICK_SECONDS
             if line := self._words_within(QUICK_SECONDS + 2 * POLL_SECONDS):
                 raise UserError(line) from error
