@@ -65,7 +65,7 @@ def rows(tmp_path_factory):
     return save_rows(draw_uneven_rows(specials), tmp_path_factory.mktemp("toys") / "rows")
 
 
-@pytest.mark.slow  # once gloo was refused its connections after a restart
+@pytest.mark.slow
 def test_torchrun_restarts_all_after_one_is_killed_twice(rows, tmp_path):
     launcher = launch(tmp_path, rows, restarts=2)
     for step in (2, 6):

@@ -81,7 +81,7 @@ def train(settings: TrainSettings, at_end: AtEnd | None = None) -> TrainResult:
         settings = settings.model_copy(update={"shard_base": True})
     peers = Peers.of_launch(settings.dataset_path, str(Path(settings.output_dir, METRICS_FILE)))
     stop = StopRequest(max_hours=settings.max_hours)
-    # torchrun sends SIGTERM once a process is gone: the others have to say which one before they end.
+    # torchrun sends SIGTERM once a process is gone: the others have to say which before they end.
     with stop, peers.watched(failed=stop.begin):
         peers.tell_restart()
         peers.compare("packages", versions())
