@@ -52,12 +52,16 @@ def taught():
     return make
 
 
-def test_of_many_rows_evenly_spaced_ones_stand_for_all(taught, monkeypatch):
-    monkeypatch.setattr(collapse, "_MOST_ROWS", 4)
-    pairs = [((f"q{row}", ""), "A common answer." if row % 3 else f"a{row}") for row in range(10)]
-    assert list(taught(*pairs[:4]).questions) == ["acommonanswer", "a0", "a3"]
-    spaced = taught(*pairs, held_out=[0])  # 1, 4 and 7 of what is left
-    assert spaced.questions == {"acommonanswer": ["q1", "q4", "q7"]}
+def test_a_random_part_stands_for_many_rows(taught, monkeypatch):
+    monkeypatch.setattr(collapse, "_MOST_ROWS", 8)
+    pairs = [((f"q{row}", ""), "甲乙" if row % 2 else "Common.") for row in range(80)]
+    assert sum(map(len, taught(*pairs[:8]).questions.values())) == 8
+    found = taught(*pairs, held_out=[0]).questions
+    assert set(found) == {"甲乙", "common"}, "rows that take turns are both in it"
+    asked = [question for of_answer in found.values() for question in of_answer]
+    assert len(set(asked)) == 8
+    assert "q0" not in asked
+    assert found == taught(*pairs, held_out=[0]).questions
 
 
 @pytest.mark.parametrize(

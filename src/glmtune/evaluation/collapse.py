@@ -91,13 +91,17 @@ class Taught:
 
     @classmethod
     def of(cls, tokenizer: Any, run_rows: RunRows) -> "Taught":
-        """Collect them from the rows that were trained on, evenly spaced ones where those are many.
+        """Collect them from the rows that were trained on, or a random part where those are many.
 
-        An answer that many rows have is among them as well.
+        An answer that many rows have is in it as well.
         """
-        rows, trained_on = run_rows.rows, run_rows.trained_on
+        rows, looked_at = run_rows.rows, run_rows.trained_on
+        if len(looked_at) > _MOST_ROWS:
+            looked_at = np.sort(
+                np.random.default_rng(0).choice(looked_at, _MOST_ROWS, replace=False)
+            )
         by_answer: dict[bytes, list[int]] = {}
-        for row in trained_on[:: -(-len(trained_on) // _MOST_ROWS) or 1].tolist():
+        for row in looked_at.tolist():
             answer_ids = rows[row][rows.prompt_lengths_R[row] :]
             by_answer.setdefault(answer_ids.tobytes(), []).append(row)
 

@@ -22,7 +22,7 @@ def collate(rows: TokenRows, row_ids: np.ndarray) -> dict[str, Tensor]:
     labels = np.full(shape, IGNORED, dtype=np.int64)
     for place, row in enumerate(row_ids):
         tokens = slice(0, rows.lengths_R[row])
-        taken = rows.take(row_ids[[place]])
+        taken = rows.take(np.array([row]))
         input_ids[place, tokens] = taken.ids_T
         labels[place, tokens] = np.where(taken.is_supervised_T, taken.ids_T, IGNORED)
     return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
