@@ -56,12 +56,12 @@ def test_a_random_part_stands_for_many_rows(taught, monkeypatch):
     monkeypatch.setattr(collapse, "_MOST_ROWS", 8)
     pairs = [((f"q{row}", ""), "甲乙" if row % 2 else "Common.") for row in range(80)]
     assert sum(map(len, taught(*pairs[:8]).questions.values())) == 8
-    found = taught(*pairs, held_out=[0]).questions
+    found = taught(*pairs, held_out=range(60)).questions
     assert set(found) == {"甲乙", "common"}, "rows that take turns are both in it"
     asked = [question for of_answer in found.values() for question in of_answer]
     assert len(set(asked)) == 8
-    assert "q0" not in asked
-    assert found == taught(*pairs, held_out=[0]).questions
+    assert set(asked) <= {f"q{row}" for row in range(60, 80)}
+    assert found == taught(*pairs, held_out=range(60)).questions
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ class TestParts:
         few, many, in_part, padded, held_out = (
             3600 * plan(f"{flags} {more}")["time"]["start_hours"] - 60
             for more in (
-                "1000", "100000000", "100000000 --max_steps 9", "100000000 --packing false",
+                "1000", "100000000", "100000000 --max_steps 900000", "100000000 --packing false",
                 "100000000 --eval_ratio 0.0001",
             )
         )  # fmt: skip

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+_NOTHING = [np.zeros(0, np.int32)]
+
 
 class Joined:
     """One array of numbers in several parts, of which slices are read as of an array.
@@ -30,15 +32,11 @@ class Joined:
             before, after = self._starts[first : first + 2]
             found.append(self.parts[first][start - before : stop - before])
             start, first = after, first + 1
-        return found[0] if len(found) == 1 else np.concatenate(found or self._nothing)
+        return found[0] if len(found) == 1 else np.concatenate(found or _NOTHING)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """All of it in one array."""
-        return np.concatenate(self.parts or self._nothing, dtype=dtype)
-
-    @property
-    def _nothing(self) -> list[np.ndarray]:
-        return [np.zeros(0, np.int32)]
+        return np.concatenate(self.parts or _NOTHING, dtype=dtype)
 
 
 def joined(numbers: Sequence["Numbers"]) -> Joined:

@@ -211,9 +211,9 @@ def _asked(
     spans = list(_spans_before_last_answers(rows))
     texts = iter(_bare(rows, decode_batch, [span for of_row in spans for span in of_row]))
     asked = [[next(texts) for _ in of_row] for of_row in spans]
-    alone = [row for row, of_row in enumerate(asked) if not any(of_row)]
-    ends = [(int(rows.starts_R1[row]), int(rows.starts_R1[row + 1])) for row in alone]
-    for row, text in zip(alone, _bare(rows, decode_batch, ends), strict=True):
+    without = [row for row, of_row in enumerate(asked) if not any(of_row)]
+    ends = [(int(rows.starts_R1[row]), int(rows.starts_R1[row + 1])) for row in without]
+    for row, text in zip(without, _bare(rows, decode_batch, ends), strict=True):
         asked[row][-1] = text
     for *turns, question in asked:
         yield turns, question

@@ -139,13 +139,16 @@ class TokenRows:
         return place_T >= np.repeat(np.maximum(first_R, 1), self.lengths_R)
 
     @property
+    def targets_T(self) -> np.ndarray:
+        """Each supervised token's own id, and `IGNORED` elsewhere."""
+        return np.where(self.is_supervised_T, np.asarray(self.ids_T), IGNORED)
+
+    @property
     def as_labels_T(self) -> Numbers:
         """The column `labels`, made by the rule where there is none."""
         if self.labels_T is not None:
             return self.labels_T
-        return Joined(
-            [np.where(rows.is_supervised_T, rows.ids_T, IGNORED) for _, rows in self.blocks()]
-        )
+        return Joined([rows.targets_T for _, rows in self.blocks()])
 
     @cached_property
     def num_labels_R(self) -> np.ndarray:

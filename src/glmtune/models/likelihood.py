@@ -183,10 +183,9 @@ def padded_sums(model: Any, rows: TokenRows, row_ids: np.ndarray) -> np.ndarray:
     sums_R = np.zeros(len(rows))
     for row in row_ids:
         taken = rows.take(np.array([row]))
-        labels_S = np.where(taken.is_supervised_T, taken.ids_T, IGNORED)
         ids_1S, labels_1S = (
             torch.from_numpy(np.asarray(a, dtype=np.int64)[None]).to(model.device)
-            for a in (taken.ids_T, labels_S)
+            for a in (taken.ids_T, taken.targets_T)
         )
         logits_SV = model(input_ids=ids_1S, use_cache=False).logits[0, :-1].float()
         of_labels = F.cross_entropy(

@@ -23,6 +23,5 @@ def collate(rows: TokenRows, row_ids: np.ndarray) -> dict[str, Tensor]:
     for place, row in enumerate(row_ids):
         tokens = slice(0, rows.lengths_R[row])
         taken = rows.take(np.array([row]))
-        input_ids[place, tokens] = taken.ids_T
-        labels[place, tokens] = np.where(taken.is_supervised_T, taken.ids_T, IGNORED)
+        input_ids[place, tokens], labels[place, tokens] = taken.ids_T, taken.targets_T
     return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
